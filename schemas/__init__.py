@@ -1,0 +1,1 @@
+"""The contracts: Arrow tables, closed label enumerations, one config model per stage."""
