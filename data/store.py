@@ -146,7 +146,9 @@ class Draft:
         started = self.header["started_at"]
         manifest = self.header | {
             "finished_at": _now(),
-            "seconds": round((datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds(), 3),
+            "seconds": round(
+                (datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds(), 3
+            ),
             "packages": _package_versions(),
             "parts": listed,
             "summary": summary or {},

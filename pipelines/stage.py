@@ -7,6 +7,8 @@ threads and processes, and workers on other machines: its arguments are a stage'
 a store's root and a part's number.
 """
 
+import atexit
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,19 +75,16 @@ class Stage:
         )
         return plan, target
 
-    def make_parts(self, plan: Plan, draft: Draft, parts: list[int]) -> Iterator[int]:
-        """Make the listed parts that are not there yet with one engine; yield each when written."""
-        pending = [part for part in parts if not draft.has_part(part)]
-        yield from (part for part in parts if part not in set(pending))
-        if not pending:
-            return
-        maker = self.open(plan, draft)
-        try:
-            for part in pending:
-                draft.write_part(part, maker(part))
-                yield part
-        finally:
-            maker.close()
+    def make_part(self, plan: Plan, draft: Draft, part: int) -> int:
+        """Make one part unless it is there. The engine stays open for the next one.
+
+        Any thread or process may call it. A process holds one open engine, used by one part at a
+        time: engines batch inside, and two of them would share the same cores.
+        """
+        if not draft.has_part(part):
+            with _engine_lock:
+                draft.write_part(part, _open_engine(self, plan, draft)(part))
+        return part
 
     def finish(self, plan: Plan, draft: Draft) -> Dataset:
         """Sum up the parts and write the manifest."""
@@ -99,10 +98,38 @@ class Stage:
         plan, target = self.begin(config, store)
         if isinstance(target, Dataset):
             return target
-        with progress_bar(self.name, plan.parts) as advance:
-            for _ in self.make_parts(plan, target, list(range(plan.parts))):
-                advance()
+        try:
+            with progress_bar(self.name, plan.parts) as advance:
+                for part in range(plan.parts):
+                    self.make_part(plan, target, part)
+                    advance()
+        finally:
+            close_engine()
         return self.finish(plan, target)
+
+
+_engine_lock = threading.Lock()
+_engine: tuple[str, PartMaker] | None = None
+
+
+def _open_engine(stage: Stage, plan: Plan, draft: Draft) -> PartMaker:
+    global _engine
+    key = draft.store.url(draft.ref)
+    if _engine is None or _engine[0] != key:
+        close_engine()
+        _engine = (key, stage.open(plan, draft))
+    return _engine[1]
+
+
+def close_engine() -> None:
+    """Close this process's open engine, if any."""
+    global _engine
+    if _engine is not None:
+        _engine[1].close()
+        _engine = None
+
+
+atexit.register(close_engine)
 
 
 @contextmanager

@@ -72,9 +72,7 @@ _GROUP_ID = _field("group_id", _string, "Rollouts of one problem by one policy s
 _CORRECT = _field(
     "correct", _bool, "Whether the final answer equals the gold answer; null if unscored.", True
 )
-_TYPE = _field(
-    "diagnostic_type", _string, "One label of DiagnosticType; null without spans.", True
-)
+_TYPE = _field("diagnostic_type", _string, "One label of DiagnosticType; null without spans.", True)
 _POLICY = [
     _field("policy_name", _string, "Name of the policy that sampled the response."),
     _field("policy_revision", _string, "Fingerprint of its weights."),
@@ -132,7 +130,9 @@ ROLLOUTS = _contract(
         _GROUP_ID,
         _field("sample_index", _int32, "Index of the response in its group, from 0."),
         *_TOKENS,
-        _field("response", _string, "The response's text: the bytes of token_ids without specials."),
+        _field(
+            "response", _string, "The response's text: the bytes of token_ids without specials."
+        ),
         _field("finish_reason", _string, "stop or length."),
         *_POLICY,
         _field("temperature", _float32, "Sampling temperature."),
@@ -197,7 +197,9 @@ ANNOTATIONS = _contract(
             pa.list_(
                 pa.struct(
                     [
-                        _field("segments", pa.list_(_int32), "Consecutive segment indices, from 0."),
+                        _field(
+                            "segments", pa.list_(_int32), "Consecutive segment indices, from 0."
+                        ),
                         _field("kind", _string, "key or error."),
                         _field("rank", _int32, "The annotator's order of importance, from 0."),
                         _field("start", _int32, "First character in the response."),

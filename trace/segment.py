@@ -22,7 +22,9 @@ _PROTECTED = re.compile(
     """,
     re.DOTALL | re.VERBOSE,
 )
-_ABBREVIATIONS = r"(?<!\be\.g)(?<!\bi\.e)(?<!\bcf)(?<!\bvs)(?<!\bEq)(?<!\bFig)(?<!\bNo)(?<!\bapprox)"
+_ABBREVIATIONS = (
+    r"(?<!\be\.g)(?<!\bi\.e)(?<!\bcf)(?<!\bvs)(?<!\bEq)(?<!\bFig)(?<!\bNo)(?<!\bapprox)"
+)
 # After a newline run; or after `.`, `!`, `?` (with closing quotes or brackets) and white space. A
 # lone number before the point is a list marker ("1. First …"), which stays with its sentence.
 _CUT = re.compile(
@@ -91,5 +93,7 @@ def _merge_to(pieces: list[tuple[int, int]], limit: int) -> list[tuple[int, int]
         return pieces
     edges = [round(i * len(pieces) / limit) for i in range(limit + 1)]
     return [
-        (pieces[a][0], pieces[b - 1][1]) for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b
+        (pieces[a][0], pieces[b - 1][1])
+        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        if a < b
     ]
