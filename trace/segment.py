@@ -6,6 +6,7 @@ block, or braces. Segments keep their white space, so their texts concatenated a
 """
 
 import re
+from itertools import pairwise
 
 from ..schemas.configs import SegmentConfig
 
@@ -48,7 +49,7 @@ def segment(text: str, config: SegmentConfig | None = None) -> list[tuple[int, i
         if not inside and 0 < end < len(text):
             cuts.append(end)
     bounds = [0, *cuts, len(text)]
-    pieces = [(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if a < b]
+    pieces = [(a, b) for a, b in pairwise(bounds) if a < b]
     pieces = _join_short(text, pieces, config.min_chars)
     return _merge_to(pieces, config.max_segments)
 
@@ -92,8 +93,4 @@ def _merge_to(pieces: list[tuple[int, int]], limit: int) -> list[tuple[int, int]
     if len(pieces) <= limit:
         return pieces
     edges = [round(i * len(pieces) / limit) for i in range(limit + 1)]
-    return [
-        (pieces[a][0], pieces[b - 1][1])
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
-        if a < b
-    ]
+    return [(pieces[a][0], pieces[b - 1][1]) for a, b in pairwise(edges) if a < b]
