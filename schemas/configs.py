@@ -34,7 +34,7 @@ class Config(BaseModel):
 def operational(default: Any, description: str, **limits: Any) -> Any:
     """A field that changes how a stage runs, never what it makes."""
     return Field(
-        default, description=description, json_schema_extra={"operational": True}, **limits
+        default=default, description=description, json_schema_extra={"operational": True}, **limits
     )
 
 
@@ -44,34 +44,44 @@ def operational(default: Any, description: str, **limits: Any) -> Any:
 class Columns(Config):
     """Which columns of a foreign table hold what."""
 
-    problem: str = Field("problem", description="Column of the problem text.")
-    answer: str = Field("answer", description="Column of the gold answer.")
-    solution: str | None = Field(None, description="Column of the reference solution, if any.")
+    problem: str = Field(default="problem", description="Column of the problem text.")
+    answer: str = Field(default="answer", description="Column of the gold answer.")
+    solution: str | None = Field(
+        default=None, description="Column of the reference solution, if any."
+    )
     choices: list[str] | None = Field(
-        None, description="Columns of wrong choices; the answer is shuffled among them."
+        default=None, description="Columns of wrong choices; the answer is shuffled among them."
     )
 
 
 class FilesSource(Config):
     kind: Literal["files"]
     path: str = Field(description="Parquet or JSONL file, or a glob of them.")
-    columns: Columns = Field(Columns(), description="Column map.")
-    answer_kind: AnswerKind = Field(AnswerKind.MATH, description="How answers are compared.")
+    columns: Columns = Field(default=Columns(), description="Column map.")
+    answer_kind: AnswerKind = Field(
+        default=AnswerKind.MATH, description="How answers are compared."
+    )
 
 
 class HubSource(Config):
     kind: Literal["hub"]
     preset: str | None = Field(
-        None,
+        default=None,
         description="One of openthoughts-math, math-500, aime-2024, aime-2025, amc-2023, "
         "gpqa-diamond, gsm8k; sets the other fields.",
     )
-    dataset: str | None = Field(None, description="Hugging Face dataset id, or a local folder.")
-    subset: str | None = Field(None, description="Configuration name of the dataset.")
-    split: str = Field("train", description="Split to read.")
-    revision: str | None = Field(None, description="Commit or tag; pin it for reproducible ids.")
-    columns: Columns = Field(Columns(), description="Column map.")
-    answer_kind: AnswerKind = Field(AnswerKind.MATH, description="How answers are compared.")
+    dataset: str | None = Field(
+        default=None, description="Hugging Face dataset id, or a local folder."
+    )
+    subset: str | None = Field(default=None, description="Configuration name of the dataset.")
+    split: str = Field(default="train", description="Split to read.")
+    revision: str | None = Field(
+        default=None, description="Commit or tag; pin it for reproducible ids."
+    )
+    columns: Columns = Field(default=Columns(), description="Column map.")
+    answer_kind: AnswerKind = Field(
+        default=AnswerKind.MATH, description="How answers are compared."
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> "HubSource":
@@ -83,8 +93,10 @@ class HubSource(Config):
 class GymSource(Config):
     kind: Literal["reasoning-gym"]
     task: str = Field(description="Name of a reasoning-gym task, e.g. chain_sum.")
-    settings: dict[str, Any] = Field({}, description="The task's own settings.")
-    instructions: bool = Field(True, description="Append a line that asks for a boxed answer.")
+    settings: dict[str, Any] = Field(default={}, description="The task's own settings.")
+    instructions: bool = Field(
+        default=True, description="Append a line that asks for a boxed answer."
+    )
 
 
 class ChampSource(Config):
@@ -93,8 +105,8 @@ class ChampSource(Config):
 
 class ArithmeticSource(Config):
     kind: Literal["arithmetic"]
-    min_digits: int = Field(3, ge=1, le=9, description="Fewest digits per addend.")
-    max_digits: int = Field(5, ge=1, le=9, description="Most digits per addend.")
+    min_digits: int = Field(default=3, ge=1, le=9, description="Fewest digits per addend.")
+    max_digits: int = Field(default=5, ge=1, le=9, description="Most digits per addend.")
 
     @model_validator(mode="after")
     def _ordered(self) -> "ArithmeticSource":
@@ -105,7 +117,7 @@ class ArithmeticSource(Config):
 
 class WordProblemsSource(Config):
     kind: Literal["word-problems"]
-    steps: int = Field(2, ge=2, le=3, description="Number of calculation steps.")
+    steps: int = Field(default=2, ge=2, le=3, description="Number of calculation steps.")
 
 
 Source = Annotated[
@@ -118,13 +130,14 @@ class ProblemsConfig(Config):
     """Stage problems: a source becomes a problems table."""
 
     source: Source = Field(description="Where problems come from.")
-    limit: int | None = Field(None, ge=1, description="At most this many problems.")
-    seed: int = Field(0, description="Seed of generated problems and of the shuffle.")
-    shuffle: bool = Field(False, description="Shuffle before the limit is applied.")
-    split: str = Field("train", description="Split recorded for each problem.")
-    rows_per_part: int = Field(64, ge=1, description="Problems per Parquet part.")
+    limit: int | None = Field(default=None, ge=1, description="At most this many problems.")
+    seed: int = Field(default=0, description="Seed of generated problems and of the shuffle.")
+    shuffle: bool = Field(default=False, description="Shuffle before the limit is applied.")
+    split: str = Field(default="train", description="Split recorded for each problem.")
+    rows_per_part: int = Field(default=64, ge=1, description="Problems per Parquet part.")
     drop_unparsable: bool = Field(
-        False, description="Drop problems whose gold answer does not parse instead of stopping."
+        default=False,
+        description="Drop problems whose gold answer does not parse instead of stopping.",
     )
 
 
@@ -139,15 +152,16 @@ class Example(Config):
 class PromptConfig(Config):
     """How a problem becomes the student's and the teacher's chat prompt."""
 
-    system: str | None = Field(None, description="System message.")
-    examples: list[Example] = Field([], description="Few-shot turns before the problem.")
-    student: str = Field("{problem}", description="Template of the student's user turn.")
+    system: str | None = Field(default=None, description="System message.")
+    examples: list[Example] = Field(default=[], description="Few-shot turns before the problem.")
+    student: str = Field(default="{problem}", description="Template of the student's user turn.")
     teacher: str = Field(
-        "{problem}\n\nHint: the difficulty of this problem is of the type {diagnostic_type}.",
+        default="{problem}\n\nHint: the difficulty of this problem is of the type {diagnostic_type}.",
         description="Template of the teacher's user turn; sees the type label and nothing else.",
     )
     thinking: bool | None = Field(
-        None, description="enable_thinking of the chat template; the same for both. None: unset."
+        default=None,
+        description="enable_thinking of the chat template; the same for both. None: unset.",
     )
 
     @model_validator(mode="after")
@@ -172,10 +186,10 @@ def template_fields(template: str) -> set[str]:
 
 
 class SamplingConfig(Config):
-    temperature: float = Field(1.0, ge=0, description="Softmax temperature; 0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus threshold; 1 is off.")
-    top_k: int = Field(0, ge=0, description="Keep the k likeliest tokens; 0 is off.")
-    max_new_tokens: int = Field(1024, ge=1, description="Limit on response tokens.")
+    temperature: float = Field(default=1.0, ge=0, description="Softmax temperature; 0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus threshold; 1 is off.")
+    top_k: int = Field(default=0, ge=0, description="Keep the k likeliest tokens; 0 is off.")
+    max_new_tokens: int = Field(default=1024, ge=1, description="Limit on response tokens.")
 
 
 class TransformersSampler(Config):
@@ -189,7 +203,7 @@ class OpenAISampler(Config):
     engine: Literal["openai"]
     base_url: str = Field(description="Endpoint, e.g. http://localhost:8000/v1.")
     api_key_env: str | None = Field(
-        None, description="Environment variable that holds the key; None sends no key."
+        default=None, description="Environment variable that holds the key; None sends no key."
     )
     concurrency: int = operational(32, "Requests in flight.", ge=1)
     timeout_s: float = operational(600.0, "Seconds before a request is given up.", gt=0)
@@ -197,11 +211,13 @@ class OpenAISampler(Config):
 
 class VllmSampler(Config):
     engine: Literal["vllm"]
-    max_model_len: int | None = Field(None, description="Context length; None: the model's.")
+    max_model_len: int | None = Field(
+        default=None, description="Context length; None: the model's."
+    )
     gpu_memory_utilization: float = operational(0.85, "Share of GPU memory.", gt=0, le=1)
     kv_cache_gib: float | None = operational(None, "KV-cache size on CPU, GiB.", gt=0)
     tensor_parallel_size: int = operational(1, "GPUs per replica.", ge=1)
-    seed: int = Field(0, description="Engine seed; samples carry their own.")
+    seed: int = Field(default=0, description="Engine seed; samples carry their own.")
 
 
 Sampler = Annotated[
@@ -214,7 +230,9 @@ Precision = Literal["auto", "float32", "bfloat16"]
 class PolicyConfig(Config):
     """Which model, where it runs and in which precision."""
 
-    path: str = Field("micro", description="Folder, hub id, or a bundled name: micro, smollm2.")
+    path: str = Field(
+        default="micro", description="Folder, hub id, or a bundled name: micro, smollm2."
+    )
     device: Device = operational("auto", "auto: CUDA if there is one, else CPU.")
     precision: Precision = operational("auto", "auto: bfloat16 on CUDA, float32 on CPU.")
 
@@ -222,13 +240,15 @@ class PolicyConfig(Config):
 class RolloutConfig(Config):
     """Stage rollout: a group of responses per problem."""
 
-    problems: str = Field("problems", description="Problems dataset: alias, id or stage/id.")
-    policy: PolicyConfig = Field(PolicyConfig(), description="The sampling policy.")
-    sampler: Sampler = Field(TransformersSampler(), description="Sampling engine.")
-    prompt: PromptConfig = Field(PromptConfig(), description="Prompt templates.")
-    sampling: SamplingConfig = Field(SamplingConfig(), description="Sampling parameters.")
-    group_size: int = Field(8, ge=1, description="Responses per problem, G.")
-    seed: int = Field(0, description="Base seed; each sample's seed derives from it.")
+    problems: str = Field(
+        default="problems", description="Problems dataset: alias, id or stage/id."
+    )
+    policy: PolicyConfig = Field(default=PolicyConfig(), description="The sampling policy.")
+    sampler: Sampler = Field(default=TransformersSampler(), description="Sampling engine.")
+    prompt: PromptConfig = Field(default=PromptConfig(), description="Prompt templates.")
+    sampling: SamplingConfig = Field(default=SamplingConfig(), description="Sampling parameters.")
+    group_size: int = Field(default=8, ge=1, description="Responses per problem, G.")
+    seed: int = Field(default=0, description="Base seed; each sample's seed derives from it.")
 
 
 # --- verify --------------------------------------------------------------------------------------
@@ -237,13 +257,17 @@ class RolloutConfig(Config):
 class VerifyConfig(Config):
     """Stage verify: final answers against gold answers, in killable worker processes."""
 
-    rollouts: str = Field("rollouts", description="Rollouts dataset: alias, id or stage/id.")
-    timeout_s: float = Field(10.0, gt=0, description="Deadline per verification.")
-    memory_mib: int = Field(2048, ge=256, description="Address-space limit per worker.")
-    truncated: Literal["zero", "mask"] = Field(
-        "zero", description="Truncated responses: reward 0, or no reward (masked)."
+    rollouts: str = Field(
+        default="rollouts", description="Rollouts dataset: alias, id or stage/id."
     )
-    max_answer_chars: int = Field(50_000, ge=1, description="Longer answers are not parsed.")
+    timeout_s: float = Field(default=10.0, gt=0, description="Deadline per verification.")
+    memory_mib: int = Field(default=2048, ge=256, description="Address-space limit per worker.")
+    truncated: Literal["zero", "mask"] = Field(
+        default="zero", description="Truncated responses: reward 0, or no reward (masked)."
+    )
+    max_answer_chars: int = Field(
+        default=50_000, ge=1, description="Longer answers are not parsed."
+    )
     workers: int = operational(2, "Worker processes.", ge=1)
     recycle_every: int = operational(2000, "Jobs before a worker is replaced.", ge=1)
 
@@ -254,15 +278,17 @@ class VerifyConfig(Config):
 class SegmentConfig(Config):
     """How a response is cut into numbered segments (never inside a formula)."""
 
-    min_chars: int = Field(1, ge=1, description="Shorter segments join the next one.")
-    max_segments: int = Field(200, ge=1, description="Adjacent segments merge above this number.")
+    min_chars: int = Field(default=1, ge=1, description="Shorter segments join the next one.")
+    max_segments: int = Field(
+        default=200, ge=1, description="Adjacent segments merge above this number."
+    )
 
 
 class RuleAnnotator(Config):
     engine: Literal["rule"]
-    name: str = Field("rule", description="Name recorded with each annotation.")
+    name: str = Field(default="rule", description="Name recorded with each annotation.")
     match: Literal["line", "value"] = Field(
-        "line",
+        default="line",
         description="line: a segment is right if it equals the known step's text; value: by the "
         "equations that it states.",
     )
@@ -270,39 +296,46 @@ class RuleAnnotator(Config):
 
 class AnnotatorPrompt(Config):
     prompt: str | None = Field(
-        None, description="Prompt file (front matter with version); None: the shipped one."
+        default=None, description="Prompt file (front matter with version); None: the shipped one."
     )
     answer_schema: str | None = Field(
-        None, description="JSON schema of the answer; None: the shipped one."
+        default=None, description="JSON schema of the answer; None: the shipped one."
     )
-    max_new_tokens: int = Field(512, ge=1, description="Limit on the answer's tokens.")
-    temperature: float = Field(0.0, ge=0, description="Sampling temperature of the annotator.")
-    corrective_turns: int = Field(1, ge=0, description="Second chances for an invalid answer.")
+    max_new_tokens: int = Field(default=512, ge=1, description="Limit on the answer's tokens.")
+    temperature: float = Field(
+        default=0.0, ge=0, description="Sampling temperature of the annotator."
+    )
+    corrective_turns: int = Field(
+        default=1, ge=0, description="Second chances for an invalid answer."
+    )
 
 
 class SelfAnnotator(AnnotatorPrompt):
     engine: Literal["self"]
-    name: str = Field("self", description="Name recorded with each annotation.")
+    name: str = Field(default="self", description="Name recorded with each annotation.")
     policy: PolicyConfig | None = Field(
-        None, description="Annotating policy. None: in training the current weights."
+        default=None, description="Annotating policy. None: in training the current weights."
     )
-    sampler: Sampler = Field(TransformersSampler(), description="Sampling engine.")
-    seed: int = Field(0, description="Base seed of sampled answers.")
+    sampler: Sampler = Field(default=TransformersSampler(), description="Sampling engine.")
+    seed: int = Field(default=0, description="Base seed of sampled answers.")
 
 
 class OpenAIAnnotator(AnnotatorPrompt):
     engine: Literal["openai"]
-    name: str = Field("openai", description="Name recorded with each annotation.")
-    base_url: str = Field("https://api.openai.com/v1", description="Endpoint.")
+    name: str = Field(default="openai", description="Name recorded with each annotation.")
+    base_url: str = Field(default="https://api.openai.com/v1", description="Endpoint.")
     model: str = Field(description="Model name at the endpoint.")
     api_key_env: str | None = Field(
-        "OPENAI_API_KEY", description="Environment variable that holds the key; None: no key."
+        default="OPENAI_API_KEY",
+        description="Environment variable that holds the key; None: no key.",
     )
-    structured: bool = Field(True, description="Ask for the JSON schema (response_format).")
+    structured: bool = Field(default=True, description="Ask for the JSON schema (response_format).")
     usd_per_million_prompt_tokens: float | None = Field(
-        None, ge=0, description="Price; None: unknown, and cost_usd stays null."
+        default=None, ge=0, description="Price; None: unknown, and cost_usd stays null."
     )
-    usd_per_million_completion_tokens: float | None = Field(None, ge=0, description="Price.")
+    usd_per_million_completion_tokens: float | None = Field(
+        default=None, ge=0, description="Price."
+    )
     concurrency: int = operational(16, "Most requests in flight.", ge=1)
     requests_per_minute: float | None = operational(None, "Request pace; None: no limit.", gt=0)
     timeout_s: float = operational(120.0, "Seconds before a request is given up.", gt=0)
@@ -317,9 +350,11 @@ Annotator = Annotated[
 class AnnotateConfig(Config):
     """Stage annotate: key spans of correct responses, error spans of wrong ones."""
 
-    verdicts: str = Field("verdicts", description="Verdicts dataset: alias, id or stage/id.")
+    verdicts: str = Field(
+        default="verdicts", description="Verdicts dataset: alias, id or stage/id."
+    )
     annotator: Annotator = Field(description="Annotation engine.")
-    segment: SegmentConfig = Field(SegmentConfig(), description="Segmenting.")
+    segment: SegmentConfig = Field(default=SegmentConfig(), description="Segmenting.")
 
 
 # --- convert -------------------------------------------------------------------------------------
@@ -328,22 +363,26 @@ class AnnotateConfig(Config):
 class RoutingConfig(Config):
     """Spans to token routes, rewards to advantages."""
 
-    alpha: float = Field(0.25, ge=0, le=1, description="Most of a response that spans may cover.")
-    key: Action = Field(Action.FKL, description="Action on key spans of correct responses.")
-    error: Action = Field(Action.NONE, description="Action on error spans of wrong responses.")
-    advantage_eps: float = Field(1e-4, gt=0, description="ε in (r − mean) / (std + ε).")
+    alpha: float = Field(
+        default=0.25, ge=0, le=1, description="Most of a response that spans may cover."
+    )
+    key: Action = Field(default=Action.FKL, description="Action on key spans of correct responses.")
+    error: Action = Field(
+        default=Action.NONE, description="Action on error spans of wrong responses."
+    )
+    advantage_eps: float = Field(default=1e-4, gt=0, description="ε in (r − mean) / (std + ε).")
 
 
 class ConvertConfig(Config):
     """Stage convert: annotations become routed training sequences."""
 
     annotations: str = Field(
-        "annotations", description="Annotations dataset: alias, id or stage/id."
+        default="annotations", description="Annotations dataset: alias, id or stage/id."
     )
     policy: PolicyConfig = Field(
-        PolicyConfig(), description="The policy whose tokenizer made the token ids."
+        default=PolicyConfig(), description="The policy whose tokenizer made the token ids."
     )
-    routing: RoutingConfig = Field(RoutingConfig(), description="Routing.")
+    routing: RoutingConfig = Field(default=RoutingConfig(), description="Routing.")
 
 
 # --- train ---------------------------------------------------------------------------------------
@@ -352,64 +391,74 @@ class ConvertConfig(Config):
 class ScheduleConfig(Config):
     """λ of METHOD.md: w0 for `hold_steps`, linear to 0 over `decay_steps`."""
 
-    w0: float = Field(0.5, ge=0, description="Initial KL weight; 0 is plain GRPO.")
-    hold_steps: int = Field(10, ge=0, description="Steps at w0.")
-    decay_steps: int = Field(30, ge=0, description="Steps from w0 to 0.")
+    w0: float = Field(default=0.5, ge=0, description="Initial KL weight; 0 is plain GRPO.")
+    hold_steps: int = Field(default=10, ge=0, description="Steps at w0.")
+    decay_steps: int = Field(default=30, ge=0, description="Steps from w0 to 0.")
 
 
 class LossConfig(Config):
-    clip_low: float = Field(0.2, gt=0, description="ε_low of the ratio clip.")
-    clip_high: float = Field(0.28, gt=0, description="ε_high of the ratio clip (clip-higher).")
-    kl_clip: KlClip = Field(KlClip.ENTRY_ABOVE, description="Form of the pointwise KL clip.")
-    kl_clip_value: float = Field(0.05, gt=0, description="Bound of the pointwise KL clip, nats.")
+    clip_low: float = Field(default=0.2, gt=0, description="ε_low of the ratio clip.")
+    clip_high: float = Field(
+        default=0.28, gt=0, description="ε_high of the ratio clip (clip-higher)."
+    )
+    kl_clip: KlClip = Field(
+        default=KlClip.ENTRY_ABOVE, description="Form of the pointwise KL clip."
+    )
+    kl_clip_value: float = Field(
+        default=0.05, gt=0, description="Bound of the pointwise KL clip, nats."
+    )
 
 
 class OptimConfig(Config):
-    lr: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
-    warmup_steps: int = Field(0, ge=0, description="Linear warm-up.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW β1.")
-    beta2: float = Field(0.99, ge=0, lt=1, description="AdamW β2.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient-norm clip.")
+    lr: float = Field(default=1e-6, gt=0, description="Peak learning rate of AdamW.")
+    warmup_steps: int = Field(default=0, ge=0, description="Linear warm-up.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW β1.")
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="AdamW β2.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient-norm clip.")
 
 
 class OfflineConfig(Config):
-    routed: str = Field("routed", description="Routed dataset: alias, id or stage/id.")
-    steps: int = Field(0, ge=0, description="Optimiser steps over routed tables.")
+    routed: str = Field(default="routed", description="Routed dataset: alias, id or stage/id.")
+    steps: int = Field(default=0, ge=0, description="Optimiser steps over routed tables.")
     max_staleness: int = Field(
-        64, ge=0, description="Most optimiser steps between the sampling policy and the student."
+        default=64,
+        ge=0,
+        description="Most optimiser steps between the sampling policy and the student.",
     )
 
 
 class OnlineConfig(Config):
-    problems: str = Field("problems", description="Problems dataset: alias, id or stage/id.")
-    steps: int = Field(0, ge=0, description="Optimiser steps on fresh rollouts.")
-    group_size: int = Field(8, ge=2, description="Responses per problem, G.")
-    sampling: SamplingConfig = Field(SamplingConfig(), description="Sampling parameters.")
-    verify: VerifyConfig = Field(VerifyConfig(), description="Verification.")
-    annotator: Annotator = Field(
-        SelfAnnotator(engine="self"), description="Annotator; not called once λ is 0."
+    problems: str = Field(
+        default="problems", description="Problems dataset: alias, id or stage/id."
     )
-    segment: SegmentConfig = Field(SegmentConfig(), description="Segmenting.")
-    routing: RoutingConfig = Field(RoutingConfig(), description="Routing.")
+    steps: int = Field(default=0, ge=0, description="Optimiser steps on fresh rollouts.")
+    group_size: int = Field(default=8, ge=2, description="Responses per problem, G.")
+    sampling: SamplingConfig = Field(default=SamplingConfig(), description="Sampling parameters.")
+    verify: VerifyConfig = Field(default=VerifyConfig(), description="Verification.")
+    annotator: Annotator = Field(
+        default=SelfAnnotator(engine="self"), description="Annotator; not called once λ is 0."
+    )
+    segment: SegmentConfig = Field(default=SegmentConfig(), description="Segmenting.")
+    routing: RoutingConfig = Field(default=RoutingConfig(), description="Routing.")
 
 
 class TrainConfig(Config):
     """Stage train: offline steps over routed tables, then online steps on fresh rollouts."""
 
-    policy: PolicyConfig = Field(PolicyConfig(), description="The base policy.")
-    prompt: PromptConfig = Field(PromptConfig(), description="Prompt templates.")
-    offline: OfflineConfig = Field(OfflineConfig(), description="Offline phase.")
-    online: OnlineConfig = Field(OnlineConfig(), description="Online phase.")
-    schedule: ScheduleConfig = Field(ScheduleConfig(), description="λ over all steps.")
-    loss: LossConfig = Field(LossConfig(), description="Objective.")
-    optim: OptimConfig = Field(OptimConfig(), description="Optimiser.")
-    groups_per_step: int = Field(16, ge=1, description="Problems per optimiser step.")
-    teacher_sync_steps: int = Field(10, ge=1, description="Steps between teacher syncs.")
-    seed: int = Field(0, description="Seed of data order and sampling.")
+    policy: PolicyConfig = Field(default=PolicyConfig(), description="The base policy.")
+    prompt: PromptConfig = Field(default=PromptConfig(), description="Prompt templates.")
+    offline: OfflineConfig = Field(default=OfflineConfig(), description="Offline phase.")
+    online: OnlineConfig = Field(default=OnlineConfig(), description="Online phase.")
+    schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="λ over all steps.")
+    loss: LossConfig = Field(default=LossConfig(), description="Objective.")
+    optim: OptimConfig = Field(default=OptimConfig(), description="Optimiser.")
+    groups_per_step: int = Field(default=16, ge=1, description="Problems per optimiser step.")
+    teacher_sync_steps: int = Field(default=10, ge=1, description="Steps between teacher syncs.")
+    seed: int = Field(default=0, description="Seed of data order and sampling.")
     micro_batch_tokens: int = operational(16_384, "Padded tokens per forward pass.", ge=1)
     sampler: TransformersSampler = Field(
-        TransformersSampler(), description="Engine of online rollouts (the live weights)."
+        default=TransformersSampler(), description="Engine of online rollouts (the live weights)."
     )
     checkpoint_every: int = operational(50, "Steps between checkpoints.", ge=1)
 
@@ -426,40 +475,48 @@ class TrainConfig(Config):
 class EvaluateConfig(Config):
     """Stage evaluate: avg@k, pass@k, maj@k of the base and of a trained checkpoint."""
 
-    problems: str = Field("problems", description="Problems dataset: alias, id or stage/id.")
-    policy: PolicyConfig = Field(PolicyConfig(), description="The base policy.")
+    problems: str = Field(
+        default="problems", description="Problems dataset: alias, id or stage/id."
+    )
+    policy: PolicyConfig = Field(default=PolicyConfig(), description="The base policy.")
     trained: str | None = Field(
-        None, description="Train dataset whose final checkpoint is compared; None: base alone."
+        default=None,
+        description="Train dataset whose final checkpoint is compared; None: base alone.",
     )
-    sampler: Sampler = Field(TransformersSampler(), description="Sampling engine.")
-    prompt: PromptConfig = Field(PromptConfig(), description="Prompt templates.")
+    sampler: Sampler = Field(default=TransformersSampler(), description="Sampling engine.")
+    prompt: PromptConfig = Field(default=PromptConfig(), description="Prompt templates.")
     sampling: SamplingConfig = Field(
-        SamplingConfig(temperature=0.6, top_p=0.95, top_k=20), description="Sampling parameters."
+        default=SamplingConfig(temperature=0.6, top_p=0.95, top_k=20),
+        description="Sampling parameters.",
     )
-    k: int = Field(8, ge=1, description="Samples per problem.")
-    verify: VerifyConfig = Field(VerifyConfig(), description="Verification.")
-    bootstrap: int = Field(10_000, ge=100, description="Bootstrap resamples of problems.")
-    seed: int = Field(0, description="Seed of sampling and bootstrap.")
+    k: int = Field(default=8, ge=1, description="Samples per problem.")
+    verify: VerifyConfig = Field(default=VerifyConfig(), description="Verification.")
+    bootstrap: int = Field(default=10_000, ge=100, description="Bootstrap resamples of problems.")
+    seed: int = Field(default=0, description="Seed of sampling and bootstrap.")
 
 
 class ReportConfig(Config):
     """Stage report: one self-contained HTML file for a dataset."""
 
-    dataset: str = Field("routed", description="Routed or annotations dataset, or a train run.")
-    output: str | None = Field(None, description="HTML file; None: report.html beside the data.")
-    limit: int = Field(2000, ge=1, description="At most this many rollouts on the page.")
+    dataset: str = Field(
+        default="routed", description="Routed or annotations dataset, or a train run."
+    )
+    output: str | None = Field(
+        default=None, description="HTML file; None: report.html beside the data."
+    )
+    limit: int = Field(default=2000, ge=1, description="At most this many rollouts on the page.")
 
 
 class PipelineConfig(Config):
     """All stages in order; each stage's input is the stage before it."""
 
-    name: str = Field("default", description="Prefix of the aliases that the run sets.")
+    name: str = Field(default="default", description="Prefix of the aliases that the run sets.")
     problems: ProblemsConfig = Field(description="Training problems.")
     eval_problems: ProblemsConfig = Field(description="Held-out problems for evaluation.")
-    rollout: RolloutConfig = Field(RolloutConfig(), description="Rollout stage.")
-    verify: VerifyConfig = Field(VerifyConfig(), description="Verify stage.")
+    rollout: RolloutConfig = Field(default=RolloutConfig(), description="Rollout stage.")
+    verify: VerifyConfig = Field(default=VerifyConfig(), description="Verify stage.")
     annotate: AnnotateConfig = Field(description="Annotate stage.")
-    convert: ConvertConfig = Field(ConvertConfig(), description="Convert stage.")
+    convert: ConvertConfig = Field(default=ConvertConfig(), description="Convert stage.")
     train: TrainConfig = Field(description="Train stage.")
-    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Evaluate stage.")
-    report: ReportConfig = Field(ReportConfig(), description="Report stage.")
+    evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="Evaluate stage.")
+    report: ReportConfig = Field(default=ReportConfig(), description="Report stage.")
