@@ -1,0 +1,138 @@
+"""Text to tokens, exactly: offsets from the bytes that each token id stands for.
+
+No text is re-encoded: a table holds the byte string of every id, a response's text is those bytes
+joined, and a cumulative sum gives each token's byte range. Works for byte-level vocabularies
+(GPT-2, Qwen, SmolLM), SentencePiece with byte fallback (Llama 2, Gemma) and plain character or
+word vocabularies.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..schemas.errors import InputError
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """The bytes of every token id; special tokens stand for none."""
+
+    pieces: tuple[bytes, ...]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Byte length per id: (vocab,) int64."""
+        return np.array([len(piece) for piece in self.pieces], dtype=np.int64)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of some ids; each byte that is no valid UTF-8 becomes one U+FFFD."""
+        return self._escaped(token_ids).translate(_ESCAPED_BYTES)
+
+    def char_ranges(self, token_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """First character and one past the last of each token: two (tokens,) int64 arrays.
+
+        Tokens that share a character (a multi-byte one cut between them) overlap in it.
+        """
+        starts, ends = self.byte_ranges(token_ids)
+        edges = self._char_edges(token_ids)
+        first = np.searchsorted(edges, starts, side="right") - 1
+        last = np.searchsorted(edges, ends, side="left")
+        return first, np.where(ends > starts, last, first)
+
+    def byte_ranges(self, token_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """First byte and one past the last of each token: two (tokens,) int64 arrays."""
+        ends = np.cumsum(self.lengths[np.asarray(token_ids, dtype=np.int64)])
+        return np.concatenate(([0], ends[:-1])) if len(ends) else ends, ends
+
+    def token_segments(
+        self, token_ids: Sequence[int], segments: Sequence[tuple[int, int]]
+    ) -> np.ndarray:
+        """Segment index of each token, (tokens,) int64; −1 for tokens without bytes.
+
+        A token belongs to the segment that holds its middle byte (of two middle ones the first):
+        the one with most of its bytes, ties to the earlier.
+
+        segments: (start, end) in characters, tiling the text.
+        """
+        starts, ends = self.byte_ranges(token_ids)
+        edges = self._char_edges(token_ids)
+        bounds = edges[np.array([end for _, end in segments], dtype=np.int64)]
+        middle = starts + (ends - starts - 1) // 2
+        index = np.searchsorted(bounds, middle, side="right")
+        return np.where(ends > starts, index, -1)
+
+    def _escaped(self, token_ids: Sequence[int]) -> str:
+        return b"".join(self.pieces[i] for i in token_ids).decode("utf-8", "surrogateescape")
+
+    def _char_edges(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Byte offset of every character's start, and of the text's end: (chars + 1,) int64."""
+        escaped = self._escaped(token_ids)
+        points = np.frombuffer(escaped.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        widths = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+        widths[(points >= 0xDC80) & (points <= 0xDCFF)] = 1  # an escaped single byte
+        return np.concatenate(([0], np.cumsum(widths)))
+
+
+# surrogateescape's code points, each standing for one invalid byte.
+_ESCAPED_BYTES = {code: "\ufffd" for code in range(0xDC80, 0xDD00)}
+
+
+def byte_table(tokenizer: PreTrainedTokenizerBase) -> ByteTable:
+    """The byte table of a tokenizer.
+
+    Raises:
+        InputError: a tokenizer without a `tokenizers` back-end, whose bytes are not known.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path}: has no tokenizer.json; convert it to a fast "
+            "tokenizer"
+        )
+    spec = json.loads(backend.to_str())
+    if _mentions(spec.get("decoder"), "ByteLevel") or _mentions(
+        spec.get("pre_tokenizer"), "ByteLevel"
+    ):
+        decoder = {char: byte for byte, char in _byte_level_alphabet().items()}
+
+        def to_bytes(token: str) -> bytes:
+            return bytes(decoder[char] for char in token)
+    elif spec["model"].get("byte_fallback"):
+        to_bytes = _sentencepiece_bytes
+    else:
+        to_bytes = str.encode
+    added = {entry["id"]: entry for entry in spec.get("added_tokens", [])}
+    vocab = tokenizer.get_vocab()
+    pieces = [b""] * (max(vocab.values()) + 1)
+    for token, index in vocab.items():
+        if index not in added:
+            pieces[index] = to_bytes(token)
+        elif not added[index]["special"]:
+            pieces[index] = token.encode()
+    return ByteTable(tuple(pieces))
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
+
+
+def _mentions(node: object, kind: str) -> bool:
+    """Whether a tokenizer.json node is of a type, or a sequence that holds one."""
+    if not isinstance(node, dict):
+        return False
+    children = [*node.get("decoders", []), *node.get("pretokenizers", [])]
+    return node.get("type") == kind or any(_mentions(child, kind) for child in children)
+
+
+def _byte_level_alphabet() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte: itself if printable, else from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    stand_ins = {byte: chr(byte) for byte in printable}
+    return stand_ins | {byte: chr(256 + index) for index, byte in enumerate(rest)}

@@ -1,0 +1,117 @@
+"""The policy: a causal language model, its tokenizer, and who it is."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from ..schemas.configs import Device, Precision
+from ..schemas.errors import InputError
+from .protocols import PolicyInfo
+
+_SAMPLED_BYTES = 1 << 20
+
+
+@dataclass
+class Policy:
+    """A model ready to run, its tokenizer, and its identity."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    info: PolicyInfo
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def load_policy(path: str, device: Device = "auto", precision: Precision = "auto") -> Policy:
+    """Load a policy from a folder or a hub id.
+
+    Raises:
+        InputError: no model there, or CUDA asked for where there is none.
+    """
+    where = choose_device(device)
+    dtype = choose_dtype(precision, where)
+    tokenizer = load_tokenizer(path)
+    with _model_errors(path):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model.to(where).eval()
+    return Policy(model, tokenizer, policy_info(path, tokenizer))
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Raises InputError if there is no tokenizer at the path."""
+    with _model_errors(path):
+        return AutoTokenizer.from_pretrained(path)
+
+
+@contextmanager
+def _model_errors(path: str) -> Iterator[None]:
+    """Turns the loader's many ways to say "not there" into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"policy {path}: cannot be loaded ({first_line:.160}); give a folder with config.json, "
+            "safetensors and tokenizer.json, a hub id, micro or smollm2"
+        ) from None
+
+
+def choose_device(device: Device) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda: PyTorch sees no CUDA device; set policy.device=cpu")
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def policy_info(path: str, tokenizer: PreTrainedTokenizerBase) -> PolicyInfo:
+    """Name, weight fingerprint and vocabulary fingerprint of the model at a path."""
+    return PolicyInfo(Path(path).name, weights_revision(path), 0, vocab_fingerprint(tokenizer))
+
+
+def weights_revision(path: str) -> str:
+    """Fingerprint of a model folder: names, sizes, first and last MiB of its safetensors.
+
+    Cheap for any size, and different after any optimiser step. A hub id answers for itself.
+    """
+    folder = Path(path)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        return hashlib.sha256(path.encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as weights:
+            digest.update(weights.read(_SAMPLED_BYTES))
+            weights.seek(max(0, size - _SAMPLED_BYTES))
+            digest.update(weights.read(_SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def vocab_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the vocabulary's tokens and ids."""
+    vocab = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    return hashlib.sha256(vocab.encode()).hexdigest()[:16]
+
+
+def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end a response."""
+    ends = model.generation_config.eos_token_id
+    ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    return sorted(i for i in ids if i is not None)

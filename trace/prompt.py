@@ -1,0 +1,69 @@
+"""Chat prompts of the student and of the teacher: the privilege boundary.
+
+The teacher's prompt is a function of the problem and one member of a closed enumeration. It takes
+no text, no position and no answer, so nothing else can reach the teacher.
+"""
+
+from transformers import PreTrainedTokenizerBase
+
+from ..schemas.configs import PromptConfig
+from ..schemas.errors import InputError
+from ..schemas.labels import DiagnosticType
+from .protocols import Prompt
+
+Messages = list[dict[str, str]]
+
+
+def student_messages(config: PromptConfig, problem: str) -> Messages:
+    """The conversation that asks the student for a response."""
+    return _messages(config, config.student.format(problem=problem))
+
+
+def teacher_messages(
+    config: PromptConfig, problem: str, diagnostic_type: DiagnosticType
+) -> Messages:
+    """The same conversation with the label: all that the teacher sees besides the prefix."""
+    label = DiagnosticType(diagnostic_type).value
+    return _messages(config, config.teacher.format(problem=problem, diagnostic_type=label))
+
+
+def student_prompt(
+    tokenizer: PreTrainedTokenizerBase | None, config: PromptConfig, problem: str
+) -> Prompt:
+    """The student's prompt, with token ids where a tokenizer is known."""
+    messages = student_messages(config, problem)
+    if tokenizer is None:
+        return Prompt(messages)
+    return Prompt(messages, render_chat(tokenizer, messages, config.thinking))
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, thinking: bool | None = None
+) -> list[int]:
+    """Token ids of a conversation up to where the assistant's turn begins.
+
+    Raises:
+        InputError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path}: has no chat template; add chat_template.jinja to "
+            "the model folder or use a chat model"
+        )
+    options = {} if thinking is None else {"enable_thinking": thinking}
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **options
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _messages(config: PromptConfig, user: str) -> Messages:
+    messages: Messages = []
+    if config.system is not None:
+        messages.append({"role": "system", "content": config.system})
+    for example in config.examples:
+        asked = config.student.format(problem=example.problem)
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": example.response})
+    messages.append({"role": "user", "content": user})
+    return messages

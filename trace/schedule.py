@@ -1,0 +1,19 @@
+"""The KL weight λ over optimiser steps."""
+
+from ..schemas.configs import ScheduleConfig
+
+
+def kl_weight(step: int, config: ScheduleConfig) -> float:
+    """λ_k for the step k counted from 0 (METHOD.md, "Schedule").
+
+    w0 while k < hold, then w0 · (hold + decay − k) / decay, and 0 from k = hold + decay on.
+    """
+    if step < config.hold_steps:
+        return config.w0
+    remaining = config.hold_steps + config.decay_steps - step
+    return config.w0 * remaining / config.decay_steps if remaining > 0 else 0.0
+
+
+def grpo_weight(kl: float, config: ScheduleConfig) -> float:
+    """Weight of GRPO on routed tokens, 1 − λ_k / w0: as the KL fades they return to GRPO."""
+    return 1.0 - kl / config.w0 if config.w0 else 1.0
