@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -82,12 +82,7 @@ class Dataset:
 
     def read_part(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """One part, checked against the table's contract unless columns are picked."""
-        name = _part_name(index)
-        with self.store.open(f"{self.ref}/{name}") as file:
-            table = pq.read_table(file, columns=list(columns) if columns else None)
-        if columns is None and self.contract is not None:
-            return validate(table, self.contract, f"{self.ref}/{name}")
-        return table
+        return _read_part(self.store, self.ref, index, self.contract, columns)
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All parts as one table."""
@@ -114,6 +109,10 @@ class Draft:
 
     def has_part(self, index: int) -> bool:
         return self.store.exists(f"{self.ref}/{_part_name(index)}")
+
+    def read_part(self, index: int) -> pa.Table:
+        """A part that is written already."""
+        return _read_part(self.store, self.ref, index, self.contract, None)
 
     def write_part(self, index: int, table: pa.Table) -> None:
         """Write a part whole or not at all; it is checked against the contract first."""
@@ -171,7 +170,7 @@ class Store:
         self,
         stage: str,
         semantic: dict[str, Any],
-        inputs: dict[str, Dataset],
+        inputs: Mapping[str, Dataset | Draft],
         contract: TableContract | None,
         config: dict[str, Any] | None = None,
     ) -> Draft | Dataset:
@@ -331,6 +330,21 @@ def _check_table(dataset: Dataset, table: TableContract, ref: str) -> None:
             f"dataset {ref!r} is version {held_version} of table {table.name}, this release reads "
             f"version {table.version}; run its stage again"
         )
+
+
+def _read_part(
+    store: Store,
+    ref: str,
+    index: int,
+    contract: TableContract | None,
+    columns: Sequence[str] | None,
+) -> pa.Table:
+    name = _part_name(index)
+    with store.open(f"{ref}/{name}") as file:
+        table = pq.read_table(file, columns=list(columns) if columns else None)
+    if columns is None and contract is not None:
+        return validate(table, contract, f"{ref}/{name}")
+    return table
 
 
 def _part_name(index: int) -> str:

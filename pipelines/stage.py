@@ -34,13 +34,15 @@ from ..schemas.tables import TableContract
 class Plan:
     """A request whose inputs are found and checked.
 
-    semantic: what the dataset id hashes besides the inputs; parts: how many parts there will be.
+    semantic: what the dataset id hashes besides the inputs; parts: how many parts there will be;
+    figures: what only planning knows, for the manifest's summary.
     """
 
     config: Any
     inputs: dict[str, Dataset]
     semantic: dict[str, Any]
     parts: int
+    figures: dict[str, Any] = field(default_factory=dict)
 
 
 class PartMaker(Protocol):
@@ -57,7 +59,7 @@ class Stage:
 
     resolve: finds and checks inputs (raises InputError before any work).
     open: builds the engine for a plan; `draft` tells where it may keep a journal.
-    summarize: figures for the manifest, from the finished dataset's table.
+    summarize: figures for the manifest, from the plan and the finished parts.
     """
 
     name: str
@@ -65,7 +67,7 @@ class Stage:
     contract: TableContract
     resolve: Callable[[Any, Store], Plan]
     open: Callable[[Plan, Draft], PartMaker]
-    summarize: Callable[[Iterator[pa.Table]], dict[str, Any]] = field(default=lambda tables: {})
+    summarize: Callable[[Plan, Iterator[pa.Table]], dict[str, Any]]
 
     def begin(self, config: Config, store: Store) -> tuple[Plan, Draft | Dataset]:
         """Check the request and open its dataset, finished or as a draft."""
@@ -88,10 +90,8 @@ class Stage:
 
     def finish(self, plan: Plan, draft: Draft) -> Dataset:
         """Sum up the parts and write the manifest."""
-        listed = {"parts": [{"rows": 0}] * plan.parts, "table": self.contract.name}
-        view = Dataset(draft.store, draft.stage, draft.id, listed)
-        summary = self.summarize(view.read_part(part) for part in range(plan.parts))
-        return draft.finish(plan.parts, summary)
+        tables = (draft.read_part(part) for part in range(plan.parts))
+        return draft.finish(plan.parts, plan.figures | self.summarize(plan, tables))
 
     def run(self, config: Config, store: Store) -> Dataset:
         """The whole stage in this process, with a progress bar on a terminal."""

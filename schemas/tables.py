@@ -7,6 +7,7 @@ version. `validate` names the column and the row at fault.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -57,7 +58,10 @@ def _contract(
     labels: dict[str, type[StrEnum]] | None = None,
     same_length: tuple[tuple[str, ...], ...] = (),
 ) -> TableContract:
-    metadata = {NAME_KEY: name.encode(), VERSION_KEY: str(version).encode()}
+    metadata: dict[bytes | str, bytes | str] = {
+        NAME_KEY: name.encode(),
+        VERSION_KEY: str(version).encode(),
+    }
     return TableContract(
         name, version, pa.schema(fields, metadata=metadata), row_id, labels or {}, same_length
     )
@@ -330,7 +334,7 @@ def description(field: pa.Field) -> str:
     return (field.metadata or {}).get(b"description", b"").decode()
 
 
-def _fault(where: str, column: str, bad: pa.ChunkedArray, what: str) -> InputError:
+def _fault(where: str, column: str, bad: Any, what: str) -> InputError:
     row = pc.index(bad, True).as_py()
     return InputError(f"{where}, row {row}: {column} {what}")
 
@@ -348,7 +352,7 @@ def _check_labels(table: pa.Table, contract: TableContract, where: str) -> None:
         routes = pc.list_flatten(table.column("route"))
         if len(routes) and (pc.max(routes).as_py() or 0) > max(Route):
             rows = pc.list_parent_indices(table.column("route").combine_chunks())
-            bad_at = pc.index(pc.greater(routes, int(max(Route))), True).as_py()
+            bad_at = pc.index(pc.greater(routes, pa.scalar(int(max(Route)))), True).as_py()
             raise InputError(f"{where}, row {rows[bad_at].as_py()}: route is not 0, 1 or 2")
     if contract is ANNOTATIONS:
         spans = table.column("spans").combine_chunks()
@@ -372,7 +376,7 @@ def _check_unique(table: pa.Table, contract: TableContract, where: str) -> None:
     ids = table.column(contract.row_id)
     if pc.count_distinct(ids).as_py() == len(ids):
         return
-    seen: set[str] = set()
+    seen: set[Any] = set()
     for row, value in enumerate(ids.to_pylist()):
         if value in seen:
             raise InputError(

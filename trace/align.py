@@ -78,7 +78,7 @@ class ByteTable:
 
 
 # surrogateescape's code points, each standing for one invalid byte.
-_ESCAPED_BYTES = {code: "\ufffd" for code in range(0xDC80, 0xDD00)}
+_ESCAPED_BYTES = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
 
 
 def byte_table(tokenizer: PreTrainedTokenizerBase) -> ByteTable:

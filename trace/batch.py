@@ -37,17 +37,21 @@ class TrainingSequence:
 
 
 def training_sequences(
-    table: pa.Table, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig
+    table: pa.Table,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptConfig,
+    with_teacher: bool = True,
 ) -> list[TrainingSequence]:
     """Rows of a routed table as sequences; rows with routed tokens get the teacher's prompt.
 
-    The type label is the only annotation that goes into that prompt.
+    The type label is the only annotation that goes into that prompt. Without a teacher (λ is 0)
+    no prompt is made.
     """
     sequences = []
     for row in table.to_pylist():
         route = np.array(row["route"], dtype=np.uint8)
         teacher_prompt_ids = None
-        if route.any():
+        if with_teacher and route.any():
             label = DiagnosticType(row["diagnostic_type"])
             messages = teacher_messages(prompt, row["problem"], label)
             teacher_prompt_ids = render_chat(tokenizer, messages, prompt.thinking)

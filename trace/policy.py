@@ -41,7 +41,7 @@ def load_policy(path: str, device: Device = "auto", precision: Precision = "auto
     dtype = choose_dtype(precision, where)
     tokenizer = load_tokenizer(path)
     with _model_errors(path):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     model.to(where).eval()
     return Policy(model, tokenizer, policy_info(path, tokenizer))
 
@@ -113,5 +113,5 @@ def vocab_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids that end a response."""
     ends = model.generation_config.eos_token_id
-    ids = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-    return sorted(i for i in ids if i is not None)
+    candidates: list[Any] = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    return sorted({token for token in candidates if token is not None})

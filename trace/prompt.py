@@ -4,6 +4,8 @@ The teacher's prompt is a function of the problem and one member of a closed enu
 no text, no position and no answer, so nothing else can reach the teacher.
 """
 
+from typing import Any, cast
+
 from transformers import PreTrainedTokenizerBase
 
 from ..schemas.configs import PromptConfig
@@ -50,11 +52,11 @@ def render_chat(
             f"tokenizer {tokenizer.name_or_path}: has no chat template; add chat_template.jinja to "
             "the model folder or use a chat model"
         )
-    options = {} if thinking is None else {"enable_thinking": thinking}
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, **options
+    options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+    ids = tokenizer.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=False, **options
     )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return cast(list[int], ids)
 
 
 def _messages(config: PromptConfig, user: str) -> Messages:

@@ -66,10 +66,12 @@ def _digits(number: int, width: int) -> list[int]:
 
 
 def rows(source: ArithmeticSource, seed: int) -> Iterator[dict]:
-    """An endless stream of distinct problems; the same seed gives the same stream."""
+    """Distinct problems until there are no more; the same seed gives the same stream."""
     rng = random.Random(f"arithmetic/{source.min_digits}/{source.max_digits}/{seed}")
     seen: set[tuple[int, int]] = set()
-    while True:
+    widths = range(source.min_digits, source.max_digits + 1)
+    distinct = sum((9 * 10 ** (width - 1)) ** 2 for width in widths)
+    while len(seen) < distinct:
         left, right = operands(rng, source.min_digits, source.max_digits)
         if (left, right) in seen:
             continue

@@ -1,0 +1,68 @@
+"""Problems from reasoning-gym's procedural tasks."""
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib.metadata import version
+from itertools import count
+from typing import Any
+
+import reasoning_gym
+from reasoning_gym.factory import DATASETS
+
+from ...schemas.configs import GymSource
+from ...schemas.errors import InputError
+from ...schemas.labels import AnswerKind
+from ..store import content_hash
+
+INSTRUCTION = "Put your final answer within \\boxed{}."
+# Some tasks make all problems when they open, or refuse a large size: open them batch by batch.
+_BATCH = 256
+
+
+def rows(source: GymSource, seed: int) -> Iterator[dict[str, Any]]:
+    """An endless stream; the same seed gives the same stream. Problems may repeat.
+
+    A task whose answers only its own scorer can judge yields empty answers.
+
+    Raises:
+        InputError: unknown task (lists near names) or settings that the task refuses.
+    """
+    _check(source)
+    # The task seeds problem i with seed + i, so that neighbouring seeds would share problems.
+    first_seed = int(content_hash(["reasoning-gym", source.task, seed], 7), 16)
+    for start in count(0, _BATCH):
+        try:
+            task = reasoning_gym.create_dataset(
+                source.task, seed=first_seed + start, size=_BATCH, **source.settings
+            )
+        except (TypeError, ValueError, AssertionError) as error:
+            raise InputError(
+                f"source.settings of reasoning-gym task {source.task!r}: {error}; "
+                "see the task's config for its settings"
+            ) from None
+        for entry in task:
+            question = entry["question"].strip()
+            yield {
+                "problem": f"{question}\n\n{INSTRUCTION}" if source.instructions else question,
+                "answer": (entry["answer"] or "").strip(),
+                "answer_kind": AnswerKind.MATH,
+                "solution": None,
+                "steps": None,
+                "source": f"reasoning-gym/{source.task}",
+            }
+
+
+def identity(source: GymSource) -> dict[str, Any]:
+    _check(source)
+    return source.semantic() | {"reasoning-gym": version("reasoning-gym")}
+
+
+def _check(source: GymSource) -> None:
+    if source.task not in DATASETS:
+        near = get_close_matches(source.task, DATASETS, n=5, cutoff=0.4) or sorted(DATASETS)[:5]
+        raise InputError(
+            f"source.task {source.task!r} is no reasoning-gym task; near names: {', '.join(near)}"
+        )
+    for name, field in (("seed", "seed"), ("size", "limit")):
+        if name in source.settings:
+            raise InputError(f"source.settings.{name}: is not a setting here; set {field} instead")

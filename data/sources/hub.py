@@ -1,0 +1,189 @@
+"""Problems from Hugging Face datasets, by id or from a local folder laid out as the hub's.
+
+Presets know the datasets that the method trains and is evaluated on.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetsError
+
+from ...schemas.configs import Columns, HubSource
+from ...schemas.errors import InputError
+from ...schemas.labels import AnswerKind
+from .columns import mapped, problem_row, require
+
+_BOX = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A known dataset.
+
+    final_answer: reads the answer out of its column's text; keep: column and value of the rows
+    that belong to the preset.
+    """
+
+    dataset: str
+    columns: Columns
+    subset: str | None = None
+    split: str = "train"
+    answer_kind: AnswerKind = AnswerKind.MATH
+    final_answer: Callable[[str], str] | None = None
+    keep: tuple[str, str] | None = None
+
+
+def last_boxed(text: str) -> str:
+    r"""Content of the last `\boxed{…}` whose braces balance; "" if there is none.
+
+    Escaped braces (`\{`) are text.
+    """
+    for box in reversed(list(_BOX.finditer(text))):
+        depth = 1
+        for brace in _BRACE.finditer(text, box.end()):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                return text[box.end() : brace.start()].strip()
+    return ""
+
+
+def after_hashes(text: str) -> str:
+    """GSM8K's final answer: what follows `#### `, without thousands separators."""
+    return text.rpartition("#### ")[2].replace(",", "").strip() if "#### " in text else ""
+
+
+PRESETS = {
+    "openthoughts-math": Preset(
+        "open-thoughts/OpenThoughts-114k",
+        Columns(answer="ground_truth_solution", solution="ground_truth_solution"),
+        subset="metadata",
+        final_answer=last_boxed,
+        keep=("domain", "math"),
+    ),
+    "math-500": Preset("HuggingFaceH4/MATH-500", Columns(solution="solution"), split="test"),
+    "aime-2024": Preset("HuggingFaceH4/aime_2024", Columns(solution="solution")),
+    "aime-2025": Preset("math-ai/aime25", Columns(), split="test"),
+    "amc-2023": Preset("math-ai/amc23", Columns(problem="question"), split="test"),
+    "gpqa-diamond": Preset(
+        "Idavidrein/gpqa",
+        Columns(
+            problem="Question",
+            answer="Correct Answer",
+            solution="Explanation",
+            choices=[f"Incorrect Answer {number}" for number in (1, 2, 3)],
+        ),
+        subset="gpqa_diamond",
+        answer_kind=AnswerKind.CHOICE,
+    ),
+    "gsm8k": Preset(
+        "openai/gsm8k",
+        Columns(problem="question", solution="answer"),
+        subset="main",
+        final_answer=after_hashes,
+    ),
+}
+
+
+def rows(source: HubSource, seed: int) -> Iterator[dict[str, Any]]:
+    """Rows of one split in the dataset's order; `seed` changes nothing.
+
+    Raises:
+        InputError: names the dataset, the row (from 0) and the column at fault.
+    """
+    name, preset = _preset(source)
+    with _load_errors(preset):
+        table: Any = datasets.load_dataset(
+            preset.dataset, preset.subset, split=preset.split, revision=source.revision
+        )
+    require(table.column_names, preset.columns, preset.dataset)
+    kept = mapped(preset.columns) + ([preset.keep[0]] if preset.keep else [])
+    count = 0
+    for row, foreign in enumerate(table.select_columns(list(dict.fromkeys(kept)))):
+        if preset.keep and foreign[preset.keep[0]] != preset.keep[1]:
+            continue
+        yield problem_row(
+            foreign, preset.columns, preset.answer_kind, name, row, preset.final_answer
+        )
+        count += 1
+    if not count:
+        raise InputError(f"{preset.dataset}: split {preset.split} holds no rows; name another one")
+
+
+def identity(source: HubSource) -> dict[str, Any]:
+    """The dataset with its resolved revision, or the content hash of a local folder."""
+    name, preset = _preset(source)
+    folder = Path(preset.dataset)
+    if folder.is_dir():
+        content = {"files": _folder_hash(folder)}
+    else:
+        with _load_errors(preset):
+            builder = datasets.load_dataset_builder(
+                preset.dataset, preset.subset, revision=source.revision
+            )
+        content = {"dataset": preset.dataset, "revision": builder.hash}
+    return content | {
+        "kind": source.kind,
+        "name": name,
+        "preset": source.preset,
+        "subset": preset.subset,
+        "split": preset.split,
+        "columns": preset.columns.semantic(),
+        "answer_kind": str(preset.answer_kind),
+    }
+
+
+def _preset(source: HubSource) -> tuple[str, Preset]:
+    """What to read, and the name that problems carry as their source.
+
+    Beside a preset, fields that differ from their default win: gsm8k with split=test.
+    """
+    if source.preset is None:
+        assert source.dataset is not None  # the config's validator: exactly one of the two
+        folder = Path(source.dataset)
+        name = folder.resolve().name if folder.is_dir() else source.dataset
+        fields = ("dataset", "columns", "subset", "split", "answer_kind")
+        return name, Preset(**{field: getattr(source, field) for field in fields})
+    if source.preset not in PRESETS:
+        raise InputError(
+            f"source.preset {source.preset!r} is unknown; take one of {', '.join(PRESETS)}, or "
+            "give source.dataset"
+        )
+    preset = PRESETS[source.preset]
+    changed = {
+        field: value
+        for field in ("columns", "subset", "split", "answer_kind")
+        if (value := getattr(source, field)) != type(source).model_fields[field].default
+    }
+    return source.preset, Preset(**(vars(preset) | changed))
+
+
+@contextmanager
+def _load_errors(preset: Preset) -> Iterator[None]:
+    """A dataset, subset or split that is not there is the user's mistake."""
+    try:
+        yield
+    except (FileNotFoundError, ConnectionError, ValueError, DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"dataset {preset.dataset!r} (subset {preset.subset}, split {preset.split}) does not "
+            f"load: {reason:.300}; check the names, the network and `hf auth login` for gated ones"
+        ) from None
+
+
+def _folder_hash(folder: Path) -> str:
+    """Digest of the names and contents of a folder's files, hidden ones left out."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{relative.as_posix()}\0{content}\0".encode())
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""Stage convert: annotated rollouts become routed training sequences."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..data.store import Draft, Store
+from ..schemas.configs import ConvertConfig
+from ..schemas.errors import InputError
+from ..schemas.labels import Route
+from ..schemas.tables import ANNOTATIONS, ROUTED
+from ..trace.align import byte_table
+from ..trace.convert import routed_table
+from ..trace.policy import load_tokenizer, vocab_fingerprint
+from .models import resolve_policy
+from .stage import Plan, Stage
+
+
+def _resolve(config: ConvertConfig, store: Store) -> Plan:
+    annotations = store.get(config.annotations, ANNOTATIONS)
+    verdicts = annotations.input("verdicts")
+    rollouts = verdicts.input("rollouts")
+    tokenizer = load_tokenizer(resolve_policy(config.policy.path))
+    check_vocabulary(rollouts.read_part(0), vocab_fingerprint(tokenizer), config.policy.path)
+    inputs = {
+        "annotations": annotations,
+        "verdicts": verdicts,
+        "rollouts": rollouts,
+        "problems": rollouts.input("problems"),
+    }
+    return Plan(config, inputs, {"routing": config.routing.semantic()}, annotations.parts)
+
+
+def check_vocabulary(table: pa.Table, expected: str, policy: str) -> None:
+    """Raises InputError unless the table's token ids belong to the policy's vocabulary."""
+    held = set(table["vocab_fingerprint"].to_pylist()) - {""}
+    if held - {expected}:
+        raise InputError(
+            f"policy {policy}: has another vocabulary than the one that made the token ids "
+            f"({', '.join(sorted(set(table['policy_name'].to_pylist())))}); name that policy or "
+            "sample again"
+        )
+
+
+class _Maker:
+    """Converts one part at a time."""
+
+    def __init__(self, plan: Plan, draft: Draft) -> None:
+        config: ConvertConfig = plan.config
+        self._inputs = plan.inputs
+        self._routing = config.routing
+        self._bytes = byte_table(load_tokenizer(resolve_policy(config.policy.path)))
+
+    def __call__(self, part: int) -> pa.Table:
+        problems, rollouts, verdicts, annotations = (
+            self._inputs[role].read_part(part)
+            for role in ("problems", "rollouts", "verdicts", "annotations")
+        )
+        return routed_table(problems, rollouts, verdicts, annotations, self._bytes, self._routing)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
+    rows = tokens = 0
+    routed = np.zeros(len(Route), dtype=np.int64)
+    coverage, signal = [], 0
+    for table in tables:
+        rows += len(table)
+        routes = pc.list_flatten(table["route"]).to_numpy()
+        tokens += len(routes)
+        routed += np.bincount(routes, minlength=len(Route))
+        coverage += table["coverage"].to_pylist()
+        signal += int(np.count_nonzero(table["advantage"].to_numpy()))
+    return {
+        "sequences": rows,
+        "tokens": tokens,
+        "tokens_per_route": {r.name.lower(): int(routed[r]) for r in Route},
+        "mean_coverage": round(float(np.mean(coverage)), 4) if coverage else 0.0,
+        "sequences_with_advantage": signal,
+    }
+
+
+CONVERT_STAGE = Stage("convert", ConvertConfig, ROUTED, _resolve, _Maker, _summarize)

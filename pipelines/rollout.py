@@ -1,0 +1,129 @@
+"""Stage rollout: a group of responses per problem."""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from ..data.store import Draft, Store, content_hash
+from ..schemas.configs import OpenAISampler, PromptConfig, RolloutConfig, SamplingConfig
+from ..schemas.tables import PROBLEMS, ROLLOUTS
+from ..trace.policy import load_tokenizer, weights_revision
+from ..trace.prompt import student_prompt
+from ..trace.protocols import Sampler
+from .models import resolve_policy
+from .samplers import open_sampler
+from .stage import Plan, Stage
+
+
+def sample_seed(base: int, problem_id: str, sample_index: int) -> int:
+    """A sample's own seed: 31 bits from the base seed, the problem and the index."""
+    return int(content_hash([base, problem_id, sample_index], 8), 16) & 0x7FFFFFFF
+
+
+def rollouts_table(
+    problems: pa.Table,
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: PromptConfig,
+    sampling: SamplingConfig,
+    group_size: int,
+    seed: int,
+) -> pa.Table:
+    """Sample a group per problem: a rollouts table, groups in the problems' order."""
+    ids, texts = problems["problem_id"].to_pylist(), problems["problem"].to_pylist()
+    seeds = [[sample_seed(seed, i, k) for k in range(group_size)] for i in ids]
+    prompts = [student_prompt(tokenizer, prompt, text) for text in texts]
+    policy = sampler.policy
+    who = [policy.name, policy.revision, policy.step]
+    how = sampling.semantic()
+    rows = []
+    groups = sampler.sample(prompts, sampling, seeds)
+    for problem_id, group, group_seeds in zip(ids, groups, seeds, strict=True):
+        for index, (completion, sample) in enumerate(zip(group, group_seeds, strict=True)):
+            on_policy = completion.token_ids is not None and completion.logprobs is not None
+            rows.append(
+                {
+                    "rollout_id": content_hash([problem_id, who, how, seed, index]),
+                    "problem_id": problem_id,
+                    "group_id": content_hash([problem_id, who, how, seed]),
+                    "sample_index": index,
+                    "prompt_token_ids": completion.prompt_token_ids or [],
+                    "token_ids": completion.token_ids if on_policy else [],
+                    "logprobs": completion.logprobs if on_policy else [],
+                    "response": completion.text,
+                    "finish_reason": completion.finish_reason,
+                    "policy_name": policy.name,
+                    "policy_revision": policy.revision,
+                    "policy_step": policy.step,
+                    "vocab_fingerprint": policy.vocab_fingerprint,
+                    "temperature": sampling.temperature,
+                    "top_p": sampling.top_p,
+                    "top_k": sampling.top_k,
+                    "max_new_tokens": sampling.max_new_tokens,
+                    "seed": sample,
+                    "on_policy": on_policy,
+                }
+            )
+    return ROLLOUTS.table(rows)
+
+
+def _resolve(config: RolloutConfig, store: Store) -> Plan:
+    problems = store.get(config.problems, PROBLEMS)
+    semantic = config.semantic()
+    del semantic["problems"]  # the dataset's id stands for it
+    semantic["policy"] = policy_identity(config)
+    if not isinstance(config.sampler, OpenAISampler):
+        # A tokenizer without a chat template stops here, before a model is loaded.
+        tokenizer = load_tokenizer(resolve_policy(config.policy.path))
+        student_prompt(tokenizer, config.prompt, "")
+    return Plan(config, {"problems": problems}, semantic, problems.parts)
+
+
+def policy_identity(config: RolloutConfig) -> list[str]:
+    """Who samples, for the dataset id: weights where they are known, else endpoint and model."""
+    if isinstance(config.sampler, OpenAISampler):
+        return [config.sampler.base_url, config.policy.path]
+    return [weights_revision(resolve_policy(config.policy.path))]
+
+
+class _Maker:
+    """Samples one part of problems at a time with one engine."""
+
+    def __init__(self, plan: Plan, draft: Draft) -> None:
+        self._config: RolloutConfig = plan.config
+        self._problems = plan.inputs["problems"]
+        self._sampler, self._tokenizer = open_sampler(self._config.sampler, self._config.policy)
+
+    def __call__(self, part: int) -> pa.Table:
+        config = self._config
+        return rollouts_table(
+            self._problems.read_part(part),
+            self._sampler,
+            self._tokenizer,
+            config.prompt,
+            config.sampling,
+            config.group_size,
+            config.seed,
+        )
+
+    def close(self) -> None:
+        self._sampler.close()
+
+
+def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
+    rollouts = tokens = truncated = on_policy = 0
+    for table in tables:
+        rollouts += len(table)
+        tokens += sum(map(len, table["token_ids"].to_pylist()))
+        truncated += table["finish_reason"].to_pylist().count("length")
+        on_policy += sum(table["on_policy"].to_pylist())
+    return {
+        "rollouts": rollouts,
+        "mean_tokens": round(tokens / max(on_policy, 1), 2),
+        "truncated": truncated,
+        "off_policy": rollouts - on_policy,
+    }
+
+
+ROLLOUT_STAGE = Stage("rollout", RolloutConfig, ROLLOUTS, _resolve, _Maker, _summarize)

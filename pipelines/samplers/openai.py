@@ -1,0 +1,237 @@
+"""Sampling over any OpenAI-compatible chat endpoint: `vllm serve`, llama.cpp, a hosted API.
+
+Each response is a request of its own with its own seed. Servers that return token ids (vLLM knows
+`return_token_ids`) give rows that can be trained on; the text of others can be verified, annotated
+and evaluated. Where the tokenizer is not on this machine, the text is the server's: run it without
+a reasoning parser, which would take the thinking out.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import openai
+from openai.types.chat import ChatCompletion
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    before_sleep_log,
+    retry_if_exception,
+    wait_random_exponential,
+)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ...schemas.configs import OpenAISampler, SamplingConfig
+from ...schemas.errors import InputError
+from ...schemas.labels import FinishReason
+from ...trace.align import byte_table
+from ...trace.policy import policy_info
+from ...trace.protocols import Completion, PolicyInfo, Prompt
+from ..annotators import faults
+
+logger = logging.getLogger(__name__)
+
+_UNREACHABLE_ATTEMPTS = 5
+_backoff = wait_random_exponential(multiplier=0.5, max=60)
+
+
+class OpenAIPolicySampler:
+    """Samples a model by the name under which an endpoint serves it.
+
+    The policy's fingerprints are the model's if the name is a folder, or a hub id in the local
+    cache. Otherwise the endpoint stands for the weights and the vocabulary is unknown.
+    """
+
+    def __init__(self, config: OpenAISampler, model: str) -> None:
+        self._config, self._model = config, model
+        self._key = read_key(config.api_key_env)
+        tokenizer = _local_tokenizer(model)
+        if tokenizer is None:
+            self._bytes = None
+            self.policy = PolicyInfo(model, config.base_url)
+        else:
+            self._bytes = byte_table(tokenizer)
+            self.policy = replace(policy_info(model, tokenizer), name=model)
+        self._extended = True  # until the server refuses a request for its extra fields
+
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Completion]]:
+        """See `Sampler`. Not to be called from a running event loop: it runs its own.
+
+        Raises:
+            InputError: the endpoint cannot be reached, refuses the requests, or stays
+                unavailable for `timeout_s`.
+        """
+        try:
+            return asyncio.run(self._sample(prompts, sampling, seeds))
+        except openai.APIError as error:
+            raise InputError(self._explain(error)) from error
+
+    def close(self) -> None:
+        """Nothing stays open between calls: a client lives as long as its event loop."""
+
+    async def _sample(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Completion]]:
+        slots = asyncio.Semaphore(self._config.concurrency)
+        async with openai.AsyncOpenAI(
+            base_url=self._config.base_url,
+            api_key=self._key or "none",  # without one the client would look for OPENAI_API_KEY
+            timeout=self._config.timeout_s,
+            max_retries=0,  # the client's own retries also repeat an exhausted quota
+        ) as client:
+
+            async def one(prompt: Prompt, seed: int) -> Completion:
+                async with slots:
+                    reply = await self._request(client, prompt, sampling, seed)
+                return self._completion(reply, sampling)
+
+            async def group(prompt: Prompt, own: Sequence[int]) -> list[Completion]:
+                return await asyncio.gather(*(one(prompt, seed) for seed in own))
+
+            return await asyncio.gather(*map(group, prompts, seeds))
+
+    async def _request(
+        self, client: openai.AsyncOpenAI, prompt: Prompt, sampling: SamplingConfig, seed: int
+    ) -> ChatCompletion:
+        """One response; without the extra fields if the server refuses them and only them."""
+        if self._extended:
+            try:
+                return await self._send(client, prompt, sampling, seed, _extra_fields(sampling))
+            except (openai.BadRequestError, openai.UnprocessableEntityError):
+                reply = await self._send(client, prompt, sampling, seed, {})
+            if self._extended:  # else another request in flight found out first
+                logger.warning("%s: gives no token ids (unknown fields)", self._config.base_url)
+            self._extended = False
+            if not sampling.top_k:
+                return reply
+        if sampling.top_k:
+            raise InputError(
+                f"{self._config.base_url}: does not know top_k; set sampling.top_k=0 or use "
+                "another server"
+            )
+        return await self._send(client, prompt, sampling, seed, {})
+
+    async def _send(
+        self,
+        client: openai.AsyncOpenAI,
+        prompt: Prompt,
+        sampling: SamplingConfig,
+        seed: int,
+        extra: dict[str, Any],
+    ) -> ChatCompletion:
+        """Repeats what may pass (rate limits, server and connection errors) for `timeout_s`."""
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(faults.may_pass),
+            wait=_wait_s,
+            stop=self._give_up,
+            before_sleep=before_sleep_log(logger, logging.WARNING),
+            reraise=True,
+        )
+        return await retrying(
+            client.chat.completions.create,
+            model=self._model,
+            messages=prompt.messages,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
+            seed=seed,
+            extra_body=extra,
+            extra_headers={} if self._key else {"Authorization": openai.Omit()},
+        )
+
+    def _give_up(self, state: RetryCallState) -> bool:
+        """After `timeout_s`; sooner if the server is not there at all, rather than busy."""
+        error = state.outcome.exception() if state.outcome else None
+        absent = isinstance(error, openai.APIConnectionError)
+        if absent and state.attempt_number >= _UNREACHABLE_ATTEMPTS:
+            return True
+        return (state.seconds_since_start or 0.0) >= self._config.timeout_s
+
+    def _completion(self, reply: ChatCompletion, sampling: SamplingConfig) -> Completion:
+        choice = reply.choices[0]
+        # Fields beyond OpenAI's own are there if the server sent them.
+        ids: list[int] | None = getattr(choice, "token_ids", None)
+        prompt_ids: list[int] | None = getattr(reply, "prompt_token_ids", None)
+        text = choice.message.content or ""
+        if ids is not None and self._bytes is not None:
+            text = self._bytes.text(ids)
+        logprobs = None
+        # A server may report them before or after temperature and truncation (vLLM's
+        # --logprobs-mode): without either they mean the same.
+        plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0
+        if plain and ids is not None and choice.logprobs and choice.logprobs.content:
+            logprobs = [token.logprob for token in choice.logprobs.content]
+        # Whatever else ends a response (a content filter, say) cut it short.
+        reason = FinishReason.STOP if choice.finish_reason == "stop" else FinishReason.LENGTH
+        return Completion(text, reason, ids, logprobs, prompt_ids)
+
+    def _explain(self, error: openai.APIError) -> str:
+        url, key = self._config.base_url, self._config.api_key_env
+        said = f"({faults.sentence(error, self._key)})"
+        match error:
+            case openai.AuthenticationError() | openai.PermissionDeniedError():
+                how = (
+                    f"the one in {key}" if key else "sampler.api_key_env, which names its variable"
+                )
+                return f"{url}: the API key is refused {said}; check {how}"
+            case openai.NotFoundError():
+                return (
+                    f"{url}: not found {said}; set policy.path to a model that it serves, and "
+                    "sampler.base_url to the part before /chat/completions"
+                )
+            case openai.APITimeoutError():
+                return f"{url}: no answer in time {said}; raise sampler.timeout_s"
+            case openai.APIConnectionError():
+                return f"{url}: cannot be reached {said}; start the server or fix sampler.base_url"
+        return f"{url}: refuses or fails to answer a request for model {self._model} {said}"
+
+
+def read_key(variable: str | None) -> str | None:
+    """The API key in an environment variable; None if none is named.
+
+    Raises:
+        InputError: the variable is not set.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise InputError(
+            f"environment variable {variable} is not set; export the endpoint's API key in it, or "
+            "set sampler.api_key_env to null for a server without keys"
+        )
+    return key
+
+
+def _local_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except OSError:  # not on this machine: only the server knows the model
+        return None
+
+
+def _extra_fields(sampling: SamplingConfig) -> dict[str, Any]:
+    """Fields beyond OpenAI's own.
+
+    Truncations and penalties are always named: servers have their own defaults (llama.cpp min_p,
+    vLLM those of the model's generation_config.json).
+    """
+    return {
+        "top_k": sampling.top_k,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "logprobs": True,
+        "return_token_ids": True,
+    }
+
+
+def _wait_s(state: RetryCallState) -> float:
+    """What the server asks for (Retry-After), else a growing random time."""
+    error = state.outcome.exception() if state.outcome else None
+    asked = faults.retry_after_s(error) if error is not None else None
+    return _backoff(state) if asked is None else asked

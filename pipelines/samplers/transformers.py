@@ -1,0 +1,213 @@
+"""Sampling with a transformers model in this process: batched, KV-cached, seeded per sample.
+
+A prompt's key-value cache is computed once and repeated for its group; finished rows leave the
+batch. Each sample draws from its own random stream by inverting the cumulative distribution, so a
+sample's randomness does not depend on who shares its batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from ...schemas.configs import SamplingConfig
+from ...schemas.labels import FinishReason
+from ...trace.align import byte_table
+from ...trace.policy import Policy, end_token_ids
+from ...trace.protocols import Completion, PolicyInfo, Prompt
+
+_COMPACT_BELOW = 0.75
+
+
+@dataclass
+class _Row:
+    """One sample in the making: which prompt and seed it answers."""
+
+    prompt: int
+    sample: int
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+class TransformersPolicySampler:
+    """Samples from a loaded policy; the same object follows its weights as they train."""
+
+    def __init__(self, policy: Policy, batch_tokens: int) -> None:
+        self._policy = policy
+        self._batch_tokens = batch_tokens
+        self._bytes = byte_table(policy.tokenizer)
+        self._ends = torch.tensor(end_token_ids(policy.model, policy.tokenizer))
+
+    @property
+    def policy(self) -> PolicyInfo:
+        return self._policy.info
+
+    def close(self) -> None:
+        """Nothing to release: the policy belongs to the caller."""
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Completion]]:
+        done: list[list[Completion | None]] = [[None] * len(row) for row in seeds]
+        training = self._policy.model.training
+        self._policy.model.eval()
+        for batch in self._batches(prompts, sampling, seeds):
+            for row in self._generate(batch, prompts, sampling, seeds):
+                done[row.prompt][row.sample] = self._completion(row, prompts)
+        self._policy.model.train(training)
+        return done  # type: ignore[return-value] - every place is filled
+
+    def _batches(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[Sequence[int]]
+    ) -> Iterator[list[int]]:
+        """Prompt indices, longest first, cut so that a batch stays within the token budget."""
+        batch: list[int] = []
+        rows = 0
+        for index in sorted(range(len(prompts)), key=lambda i: -len(_ids(prompts[i]))):
+            longest = len(_ids(prompts[batch[0] if batch else index])) + sampling.max_new_tokens
+            if batch and (rows + len(seeds[index])) * longest > self._batch_tokens:
+                yield batch
+                batch, rows = [], 0
+            batch.append(index)
+            rows += len(seeds[index])
+        if batch:
+            yield batch
+
+    def _generate(
+        self,
+        batch: list[int],
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seeds: Sequence[Sequence[int]],
+    ) -> list[_Row]:
+        model, device = self._policy.model, self._policy.device
+        rows = [_Row(p, s, [], []) for p in batch for s in range(len(seeds[p]))]
+        if not rows:
+            return []
+        draws = torch.from_numpy(
+            np.stack(
+                [
+                    np.random.default_rng(seeds[row.prompt][row.sample]).random(
+                        sampling.max_new_tokens, dtype=np.float32
+                    )
+                    for row in rows
+                ]
+            )
+        ).to(device)  # (rows, max_new_tokens) uniform
+        ids, mask = _left_padded([_ids(prompts[p]) for p in batch])
+        cache = DynamicCache(config=model.config)
+        repeats = torch.tensor([len(seeds[p]) for p in batch])
+        logits = _last_logits(model, ids.to(device), mask.to(device), cache)
+        parent = torch.repeat_interleave(torch.arange(len(batch)), repeats)
+        cache.batch_select_indices(parent.to(device))
+        mask, logits = mask[parent].to(device), logits[parent.to(device)]
+        active = torch.arange(len(rows))
+        ends = self._ends.to(device)
+        finished = torch.zeros(len(rows), dtype=torch.bool)
+        for step in range(sampling.max_new_tokens):
+            tokens, logprobs = draw(logits, sampling, draws[active.to(device), step])
+            stopped = torch.isin(tokens, ends).cpu()
+            for at, token, logprob in zip(
+                active.tolist(), tokens.tolist(), logprobs.tolist(), strict=True
+            ):
+                if not finished[at]:
+                    rows[at].token_ids.append(token)
+                    rows[at].logprobs.append(logprob)
+            finished[active[stopped]] = True
+            alive = ~finished[active]
+            if not alive.any():
+                break
+            if alive.float().mean() < _COMPACT_BELOW:
+                keep = torch.nonzero(alive).squeeze(-1)
+                active, chosen = active[keep], keep.to(device)
+                cache.batch_select_indices(chosen)
+                mask, tokens = mask[chosen], tokens[chosen]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            if step + 1 < sampling.max_new_tokens:
+                logits = _last_logits(model, tokens[:, None], mask, cache)
+        return rows
+
+    def _completion(self, row: _Row, prompts: Sequence[Prompt]) -> Completion:
+        stopped = row.token_ids[-1] in self._ends
+        return Completion(
+            text=self._bytes.text(row.token_ids),
+            finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+            token_ids=row.token_ids,
+            logprobs=row.logprobs,
+            prompt_token_ids=_ids(prompts[row.prompt]),
+        )
+
+
+def draw(
+    logits: torch.Tensor, sampling: SamplingConfig, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sampled ids and their log-probabilities before truncation, both (rows,).
+
+    logits: (rows, vocab); uniform: (rows,) in [0, 1). Temperature 0 takes the likeliest token and
+    reports its log-probability at temperature 1.
+    """
+    scaled = logits.float() / (sampling.temperature or 1.0)
+    log_p = torch.log_softmax(scaled, dim=-1)
+    if sampling.temperature == 0:
+        tokens = log_p.argmax(-1)
+    else:
+        probs, order = truncated(log_p.exp(), sampling)
+        cumulative = probs.cumsum(-1)
+        target = uniform[:, None] * cumulative[:, -1:]
+        at = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.shape[-1] - 1)
+        tokens = (at if order is None else order.gather(-1, at)).squeeze(-1)
+    return tokens, log_p.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def truncated(
+    probs: torch.Tensor, sampling: SamplingConfig
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Probabilities after top-k and then top-p, not renormalised, and the ids that they belong to.
+
+    probs: (rows, vocab). Returns (rows, kept) with (rows, kept) ids in falling order, or the input
+    and None when nothing is cut off. The likeliest token is always kept.
+    """
+    vocab = probs.shape[-1]
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return probs, None
+    kept, order = probs.topk(min(sampling.top_k or vocab, vocab), dim=-1)
+    if sampling.top_p < 1:
+        share = kept / kept.sum(-1, keepdim=True)
+        before = share.cumsum(-1) - share
+        kept = kept.masked_fill(before >= sampling.top_p, 0.0)
+    return kept, order
+
+
+def _ids(prompt: Prompt) -> list[int]:
+    assert prompt.token_ids is not None, "a local sampler is given token ids"
+    return prompt.token_ids
+
+
+def _left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, both (rows, longest) int64, padded on the left."""
+    length = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    mask = torch.zeros(len(prompts), length, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    return ids, mask
+
+
+def _last_logits(
+    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+) -> torch.Tensor:
+    """Next-token logits (rows, vocab); `cache` grows by the ids."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    out = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return out.logits[:, -1]
