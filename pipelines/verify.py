@@ -39,6 +39,9 @@ class MathVerifier:
     reward. A truncated response has reward 0, or none with `truncated="mask"`, even if a right
     answer is boxed somewhere in it: it never came to an end, that box may be a trial on the way,
     and rewarding it would teach to answer early and ramble on. The answer found is recorded.
+
+    The verdicts' seconds are time in a worker: 0 where strings decide, or where an equal pair was
+    judged in the same table.
     """
 
     def __init__(self, config: VerifyConfig) -> None:

@@ -86,10 +86,11 @@ def serve(connection: Connection, memory_mib: int) -> None:
         # The parent kills a worker at its deadline. If the parent was killed itself, nobody reads
         # the pipe's end while sympy computes: the alarm's default action ends the process.
         signal.setitimer(signal.ITIMER_REAL, seconds)
+        suspicious_mib = max(memory_mib // 2, peak_mib())
         judgement = judge(gold, answer)
         # sympy and math-verify swallow MemoryError and go on to "not equal". Such a verdict says
         # nothing; half of the limit is far above what any honest comparison takes.
-        if not judgement[1] and peak_mib() > memory_mib // 2:
+        if not judgement[1] and peak_mib() > suspicious_mib:
             judgement = (VerdictStatus.OOM, None, "")
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(judgement)

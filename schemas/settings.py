@@ -6,9 +6,14 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .configs import PipelineConfig
 from .errors import InputError
 
 C = TypeVar("C", bound=BaseModel)
+
+_PIPELINE_SECTIONS = {
+    name for name, field in PipelineConfig.model_fields.items() if field.is_required()
+}
 
 
 def load_config(
@@ -19,8 +24,8 @@ def load_config(
 ) -> C:
     """Read a YAML file (or nothing), apply `a.b=value` overrides, validate.
 
-    `section` names the part of a pipeline's YAML that holds this stage's config; a file that has
-    no such key is taken whole. Values of overrides are YAML: `3`, `true`, `null`, `[1, 2]`.
+    A pipeline's file (known by its required sections) serves each stage too: `section` names the
+    stage whose section is taken, empty if it is left out. Values of overrides are YAML: `3`, `true`, `null`, `[1, 2]`.
 
     Raises:
         InputError: unreadable file, malformed override, unknown key or bad value.
@@ -35,14 +40,27 @@ def load_config(
             raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
         if not isinstance(data, dict):
             raise InputError(f"{path}: holds no mapping; write `key: value` lines")
-        if section and section in data and isinstance(data[section], dict):
-            data = data[section]
-    for override in overrides or []:
-        _apply(data, override)
+        if section and data.keys() >= _PIPELINE_SECTIONS:
+            data = data.get(section) or {}
+    return _validated(model, data, overrides or [], str(path) if path is not None else "config")
+
+
+def override(config: C, overrides: list[str] | None) -> C:
+    """A config with `a.b=value` overrides applied.
+
+    Raises:
+        InputError: malformed override, unknown key or bad value.
+    """
+    data = config.model_dump(mode="json")
+    return _validated(type(config), data, overrides or [], "config")
+
+
+def _validated(model: type[C], data: dict, overrides: list[str], where: str) -> C:
+    for text in overrides:
+        _apply(data, text)
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        where = str(path) if path is not None else "config"
         raise InputError(explain(error, where)) from None
 
 

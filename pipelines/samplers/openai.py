@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import openai
@@ -54,7 +53,7 @@ class OpenAIPolicySampler:
             self.policy = PolicyInfo(model, config.base_url)
         else:
             self._bytes = byte_table(tokenizer)
-            self.policy = replace(policy_info(model, tokenizer), name=model)
+            self.policy = policy_info(model, tokenizer)
         self._extended = True  # until the server refuses a request for its extra fields
 
     def sample(
@@ -68,7 +67,7 @@ class OpenAIPolicySampler:
         """
         try:
             return asyncio.run(self._sample(prompts, sampling, seeds))
-        except openai.APIError as error:
+        except (openai.APIError, faults.NotACompletion) as error:
             raise InputError(self._explain(error)) from error
 
     def close(self) -> None:
@@ -132,17 +131,24 @@ class OpenAIPolicySampler:
             before_sleep=before_sleep_log(logger, logging.WARNING),
             reraise=True,
         )
-        return await retrying(
-            client.chat.completions.create,
-            model=self._model,
-            messages=prompt.messages,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_new_tokens,
-            seed=seed,
-            extra_body=extra,
-            extra_headers={} if self._key else {"Authorization": openai.Omit()},
-        )
+        request: dict[str, Any] = {
+            "model": self._model,
+            "messages": prompt.messages,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "seed": seed,
+            "extra_body": extra,
+            "extra_headers": {} if self._key else {"Authorization": openai.Omit()},
+        }
+
+        async def attempt() -> ChatCompletion:
+            reply = await client.chat.completions.create(**request)
+            if not reply.choices:
+                raise faults.NotACompletion(reply.model_dump_json()[:200])
+            return reply
+
+        return await retrying(attempt)
 
     def _give_up(self, state: RetryCallState) -> bool:
         """After `timeout_s`; sooner if the server is not there at all, rather than busy."""
@@ -170,7 +176,7 @@ class OpenAIPolicySampler:
         reason = FinishReason.STOP if choice.finish_reason == "stop" else FinishReason.LENGTH
         return Completion(text, reason, ids, logprobs, prompt_ids)
 
-    def _explain(self, error: openai.APIError) -> str:
+    def _explain(self, error: Exception) -> str:
         url, key = self._config.base_url, self._config.api_key_env
         said = f"({faults.sentence(error, self._key)})"
         match error:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import config as datasets_config
+
 from trace_opd.data import sources
 from trace_opd.data.sources.champ import gold_answer
 from trace_opd.data.sources.columns import multiple_choice

@@ -1,0 +1,254 @@
+"""Prefect flows and deployments: one flow per stage, and `pipeline`, which runs them all.
+
+    trace-opd serve configs/micro.yaml
+    prefect deployment run 'annotate/default' -p 'overrides=["annotator.name=again"]' --watch
+
+Prefect orchestrates, the store's manifests decide what is done: one task per part, retried on its
+own; a part that is there is not made again. TRACE_OPD_TASK_RUNNER chooses where parts run
+(threads, processes, ray, dask), TRACE_OPD_WORKERS how many at once.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from prefect import Flow, flow, get_run_logger, serve, task
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import wait
+from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
+
+from trace_opd.data.store import Dataset, Draft, Store
+from trace_opd.pipelines import report as report_stage
+from trace_opd.pipelines import train as train_stage
+from trace_opd.pipelines.stage import Plan, close_engine
+from trace_opd.pipelines.stages import DEFAULT_ALIAS, TABLE_STAGES, run_pipeline
+from trace_opd.schemas.configs import (
+    AnnotateConfig,
+    Config,
+    ConvertConfig,
+    EvaluateConfig,
+    PipelineConfig,
+    ProblemsConfig,
+    ReportConfig,
+    RolloutConfig,
+    TrainConfig,
+    VerifyConfig,
+)
+from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.settings import load_config, override
+
+
+def default_store() -> str:
+    """Store of a run that names none: $TRACE_OPD_STORE, else ./store, as an absolute path."""
+    root = os.environ.get("TRACE_OPD_STORE", "store")
+    return root if "://" in root else str(Path(root).resolve())
+
+
+def task_runner() -> TaskRunner[Any]:
+    """Where parts run, by $TRACE_OPD_TASK_RUNNER."""
+    kind = os.environ.get("TRACE_OPD_TASK_RUNNER", "threads")
+    workers = int(os.environ.get("TRACE_OPD_WORKERS", "2"))
+    if kind == "threads":
+        return ThreadPoolTaskRunner(max_workers=workers)
+    if kind == "processes":
+        return ProcessPoolTaskRunner(max_workers=workers)
+    if kind == "ray":
+        from prefect_ray import RayTaskRunner  # pyright: ignore[reportMissingImports]
+
+        return RayTaskRunner()
+    if kind == "dask":
+        from prefect_dask import DaskTaskRunner  # pyright: ignore[reportMissingImports]
+
+        return DaskTaskRunner()
+    raise InputError(f"TRACE_OPD_TASK_RUNNER={kind}: use threads, processes, ray or dask")
+
+
+def _worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
+    """Bad input stays bad; anything else may pass."""
+    return not isinstance(state.result(raise_on_failure=False), InputError)
+
+
+@task(
+    name="part",
+    task_run_name="{stage}-part-{part}",
+    retries=2,
+    retry_delay_seconds=2,
+    retry_condition_fn=_worth_retrying,
+    cache_policy=NO_CACHE,
+)
+def make_part(stage: str, plan: Plan, draft: Draft, part: int) -> int:
+    """Make one part unless it is there."""
+    TABLE_STAGES[stage].make_part(plan, draft, part)
+    return part
+
+
+@task(name="train", retry_condition_fn=_worth_retrying, retries=1, cache_policy=NO_CACHE)
+def train_run(config: TrainConfig, root: str) -> str:
+    """The whole training; a retry goes on from its last checkpoint."""
+    return train_stage.run(config, Store(root)).ref
+
+
+def run_table_stage(stage: str, config: Config, root: str, alias: str | None) -> str:
+    """One task per part that is not there yet, then the manifest and the artifacts."""
+    store = Store(root)
+    plan, target = TABLE_STAGES[stage].begin(config, store)
+    if isinstance(target, Draft):
+        parts = [part for part in range(plan.parts) if not target.has_part(part)]
+        get_run_logger().info(
+            "%s/%s: %d of %d parts to make", stage, target.id, len(parts), plan.parts
+        )
+        futures = [make_part.submit(stage, plan, target, part) for part in parts]
+        try:
+            wait(futures)
+            for future in futures:
+                future.result()
+        finally:
+            close_engine()
+        target = TABLE_STAGES[stage].finish(plan, target)
+    return _published(store, target, alias or DEFAULT_ALIAS[stage])
+
+
+def _published(store: Store, dataset: Dataset, alias: str) -> str:
+    store.set_alias(alias, dataset)
+    summary = [{"figure": key, "value": str(value)} for key, value in dataset.summary.items()]
+    key = f"{dataset.stage}-{dataset.id}"
+    create_table_artifact(summary, key=key, description=f"{alias}: {dataset.path()}")
+    lines = [
+        f"{'  ' * depth}- {role + ': ' if role else ''}`{node.ref}` ({node.rows} rows)"
+        for depth, role, node in store.lineage(dataset)
+    ]
+    create_markdown_artifact("\n".join(lines), key=f"{key}-lineage", description="Lineage")
+    get_run_logger().info("%s is %s (%d rows)", alias, dataset.ref, dataset.rows)
+    return dataset.ref
+
+
+@flow(name="problems", task_runner=task_runner())
+def problems(
+    config: ProblemsConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
+) -> str:
+    """A source becomes a problems table."""
+    return run_table_stage("problems", override(config, overrides), store or default_store(), alias)
+
+
+@flow(name="rollout", task_runner=task_runner())
+def rollout(
+    config: RolloutConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
+) -> str:
+    """A group of responses per problem."""
+    return run_table_stage("rollout", override(config, overrides), store or default_store(), alias)
+
+
+@flow(name="verify", task_runner=task_runner())
+def verify(
+    config: VerifyConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
+) -> str:
+    """Final answers against gold answers."""
+    return run_table_stage("verify", override(config, overrides), store or default_store(), alias)
+
+
+@flow(name="annotate", task_runner=task_runner())
+def annotate(
+    config: AnnotateConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
+) -> str:
+    """Key spans of correct responses, error spans of wrong ones."""
+    return run_table_stage("annotate", override(config, overrides), store or default_store(), alias)
+
+
+@flow(name="convert", task_runner=task_runner())
+def convert(
+    config: ConvertConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
+) -> str:
+    """Annotated rollouts become routed training sequences."""
+    return run_table_stage("convert", override(config, overrides), store or default_store(), alias)
+
+
+@flow(name="train")
+def train(
+    config: TrainConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
+) -> str:
+    """Offline steps over routed tables, then online steps on fresh rollouts."""
+    root = store or default_store()
+    opened = Store(root)
+    ref = train_run(override(config, overrides), root)
+    return _published(opened, opened.get(ref), alias or DEFAULT_ALIAS["train"])
+
+
+@flow(name="evaluate", task_runner=task_runner())
+def evaluate(
+    config: EvaluateConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
+) -> str:
+    """avg@k, pass@k and maj@k, base against checkpoint."""
+    return run_table_stage("evaluate", override(config, overrides), store or default_store(), alias)
+
+
+@flow(name="report")
+def report(
+    config: ReportConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
+) -> str:
+    """One self-contained HTML file."""
+    path = report_stage.run(override(config, overrides), Store(store or default_store()))
+    create_link_artifact(Path(path).resolve().as_uri(), link_text="report", key="report")
+    return str(path)
+
+
+@flow(name="pipeline")
+def pipeline(
+    config: PipelineConfig, overrides: list[str] | None = None, store: str = ""
+) -> dict[str, str]:
+    """Every stage in order, each as a subflow."""
+    root = store or default_store()
+
+    def run(stage: str, stage_config: Config, alias: str) -> str:
+        return STAGE_FLOWS[stage](stage_config, store=root, alias=alias)
+
+    return run_pipeline(override(config, overrides), run)
+
+
+STAGE_FLOWS: dict[str, Flow[Any, Any]] = {
+    "problems": problems,
+    "rollout": rollout,
+    "verify": verify,
+    "annotate": annotate,
+    "convert": convert,
+    "train": train,
+    "evaluate": evaluate,
+    "report": report,
+}
+
+
+def deployments(config: str | None, store: str) -> list[Any]:
+    """One deployment per stage and `pipeline`, all named `default`.
+
+    config: a pipeline's YAML whose sections become the stages' default parameters.
+    """
+    out = []
+    if config is not None:
+        loaded = load_config(PipelineConfig, config)
+        for name, stage_flow in STAGE_FLOWS.items():
+            parameters = {"config": getattr(loaded, name).model_dump(mode="json"), "store": store}
+            out.append(stage_flow.to_deployment("default", parameters=parameters))
+        parameters = {"config": loaded.model_dump(mode="json"), "store": store}
+        out.append(pipeline.to_deployment("default", parameters=parameters))
+    else:
+        every = [*STAGE_FLOWS.values(), pipeline]
+        out = [one.to_deployment("default", parameters={"store": store}) for one in every]
+    return out
+
+
+def main() -> None:
+    """Serve all deployments in this process: python -m trace_opd.flows [pipeline.yaml]"""
+    parser = argparse.ArgumentParser(prog="trace-opd serve", description=main.__doc__)
+    parser.add_argument("config", nargs="?", help="pipeline YAML with default parameters")
+    parser.add_argument("--store", default=default_store(), help="store root")
+    args = parser.parse_args()
+    serve(*deployments(args.config, args.store))
+
+
+if __name__ == "__main__":
+    main()

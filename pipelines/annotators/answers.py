@@ -1,0 +1,131 @@
+"""An annotator's answer read: spans, or one sentence that says why it can't be used.
+
+Reading is free and separate from asking: raw answers are journalled, so a change here bills nothing.
+"""
+
+import json
+import re
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ...schemas.labels import AnnotationStatus, DiagnosticType
+from .prompting import AnnotationPrompt
+from .rows import Item, Reading
+
+_FENCED = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?\s*```\Z", re.DOTALL)
+_END_OF_THINKING = "</think>"
+_MOST_ERROR_CHARS = 300
+
+
+class _Span(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    segments: list[int]
+    quote: str | None = None
+
+
+class _Answer(BaseModel):
+    """What any answer schema must hold; further properties are the schema's own affair."""
+
+    model_config = ConfigDict(strict=True)
+
+    spans: list[_Span]
+    type: str
+    abstain: bool = False
+
+
+class _Unusable(Exception):
+    """An answer that can't be used; its text says why."""
+
+
+def read_answer(text: str, prompt: AnnotationPrompt, item: Item) -> Reading:
+    """Read one answer strictly: nothing in it is guessed or mended.
+
+    Allowed around the JSON object are thinking before it and one code fence; nothing else.
+    """
+    try:
+        answer = _validated(_loaded(text), prompt)
+        marked = _marked(answer, item)
+    except _Unusable as error:
+        return Reading(AnnotationStatus.INVALID, error=str(error)[:_MOST_ERROR_CHARS])
+    except RecursionError:
+        return Reading(AnnotationStatus.INVALID, error="it is nested too deep")
+    if answer.abstain:
+        return Reading(AnnotationStatus.ABSTAINED)
+    if not marked:
+        return Reading(AnnotationStatus.EMPTY)
+    return Reading(AnnotationStatus.OK, marked, DiagnosticType(answer.type))
+
+
+def _loaded(text: str) -> Any:
+    body = text.rpartition(_END_OF_THINKING)[2].strip()
+    if fenced := _FENCED.match(body):
+        body = fenced.group(1)
+    try:
+        return json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except ValueError as error:  # no JSON, or a number of thousands of digits
+        raise _Unusable(f"it is not one JSON object ({error})") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        raise ValueError("a key appears twice")
+    return out
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _validated(value: Any, prompt: AnnotationPrompt) -> _Answer:
+    fault = best_match(Draft202012Validator(prompt.schema).iter_errors(value))
+    if fault is not None:
+        raise _Unusable(f"{fault.json_path.removeprefix('$.')}: {fault.message}")
+    try:
+        return _Answer.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise _Unusable(f"{where}: {first['msg']}") from None
+
+
+def _marked(answer: _Answer, item: Item) -> list[list[int]]:
+    """Segment indices per span, each segment where it is named first."""
+    if answer.abstain and answer.spans:
+        raise _Unusable("abstain is true but spans are marked")
+    last = len(item.segments) - 1
+    seen: set[int] = set()
+    marked = []
+    for span in answer.spans:
+        for index in span.segments:
+            if not 0 <= index <= last:
+                raise _Unusable(f"segment {index} is not there, the last one is {last}")
+        _check_quote(span, item)
+        fresh = [i for i in dict.fromkeys(span.segments) if i not in seen]
+        seen.update(fresh)
+        if fresh:
+            marked.append(fresh)
+    return marked
+
+
+def _check_quote(span: _Span, item: Item) -> None:
+    """A quote that stands in other segments than those named contradicts them.
+
+    A quote that stands nowhere is a paraphrase: it says nothing about the indices.
+    """
+    quote = _squeezed(span.quote or "")
+    if not quote or quote in _squeezed(" ".join(item.text(i) for i in sorted(set(span.segments)))):
+        return
+    elsewhere = [i for i in range(len(item.segments)) if quote in _squeezed(item.text(i))]
+    if elsewhere:
+        raise _Unusable(
+            f"the quote of segments {span.segments} stands in segment {elsewhere[0]} instead"
+        )
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())

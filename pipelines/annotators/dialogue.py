@@ -1,0 +1,80 @@
+"""The conversation with an annotator, without the sending: one engine awaits it, another batches it.
+
+`dialogue` yields what to ask next and is sent the answer; it returns what came of it.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+
+from ...schemas.configs import AnnotatorPrompt
+from ...schemas.labels import AnnotationStatus
+from .answers import read_answer
+from .prompting import AnnotationPrompt, Messages, ask, correct
+from .rows import Item, Reading, Usage
+
+# A cut answer is asked for again with this many times the limit: resending alone would cut it again.
+RAISED_LIMIT = 4
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request to the annotator."""
+
+    messages: Messages
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer as received. tokens: None if the engine does not tell."""
+
+    text: str
+    cut: bool = False
+    refused: bool = False
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    latency_s: float = 0.0
+
+
+Dialogue = Generator[Question, Answer, Reading]
+
+
+def dialogue(prompt: AnnotationPrompt, item: Item, config: AnnotatorPrompt) -> Dialogue:
+    """Ask; once more with a raised limit if the answer was cut; correct an answer that is invalid."""
+    question = Question(ask(prompt, item), config.max_new_tokens)
+    corrections = 0
+    raised = False
+    while True:
+        answer = yield question
+        if answer.refused:
+            return Reading(AnnotationStatus.ABSTAINED, error="the annotator refused")
+        if answer.cut and not raised:
+            raised = True
+            question = replace(question, max_new_tokens=question.max_new_tokens * RAISED_LIMIT)
+            continue
+        reading = read_answer(answer.text, prompt, item)
+        if reading.status is AnnotationStatus.INVALID and answer.cut:
+            reading = replace(
+                reading, error=f"it was cut at the limit of {question.max_new_tokens} tokens"
+            )
+        if reading.status is not AnnotationStatus.INVALID or corrections == config.corrective_turns:
+            return reading
+        corrections += 1
+        said = correct(prompt, item, answer.text, reading.error or "")
+        question = replace(question, messages=[*question.messages, *said])
+
+
+def usage(answers: list[Answer], price: tuple[float | None, float | None] = (None, None)) -> Usage:
+    """Tokens, cost and time of all turns; price: US dollars per million prompt, completion tokens."""
+    prompt = _total([answer.prompt_tokens for answer in answers])
+    completion = _total([answer.completion_tokens for answer in answers])
+    cost = None
+    if not answers:
+        cost = 0.0
+    elif None not in (*price, prompt, completion):
+        cost = (prompt * price[0] + completion * price[1]) / 1e6  # type: ignore[operator]
+    return Usage(prompt, completion, cost, sum(answer.latency_s for answer in answers))
+
+
+def _total(counts: list[int | None]) -> int | None:
+    return None if None in counts else sum(count for count in counts if count is not None)

@@ -1,0 +1,169 @@
+"""What an annotator works on, and how its marks become rows of the annotations table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from ...schemas.configs import SegmentConfig
+from ...schemas.errors import InputError
+from ...schemas.labels import AnnotationStatus, DiagnosticType, SpanKind
+from ...schemas.tables import ANNOTATIONS
+from ...trace.segment import segment
+
+
+@dataclass(frozen=True)
+class Item:
+    """One rollout to annotate: problem row, response cut into segments, whether it is right."""
+
+    rollout_id: str
+    problem_id: str
+    group_id: str
+    problem: dict[str, Any]
+    response: str
+    segments: list[tuple[int, int]]
+    correct: bool | None
+
+    @property
+    def kind(self) -> SpanKind:
+        return SpanKind.KEY if self.correct else SpanKind.ERROR
+
+    def text(self, index: int) -> str:
+        start, end = self.segments[index]
+        return self.response[start:end]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an annotator said: segment indices per span, most important first, and one type."""
+
+    status: AnnotationStatus
+    marked: list[list[int]] = field(default_factory=list)
+    type: DiagnosticType | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an annotation took. None: unknown."""
+
+    prompt_tokens: int | None = 0
+    completion_tokens: int | None = 0
+    cost_usd: float | None = 0.0
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who annotates: the config's name, the model behind it, the prompt's version."""
+
+    name: str
+    model: str
+    prompt_version: str = ""
+
+
+SKIPPED = Reading(AnnotationStatus.SKIPPED)
+
+
+def items(
+    problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table, config: SegmentConfig
+) -> list[Item]:
+    """The rollouts of one part, in order; `verdicts` holds the same rollouts in the same order.
+
+    Raises:
+        InputError: tables that do not belong together.
+    """
+    by_id = {row["problem_id"]: row for row in problems.to_pylist()}
+    judged = dict(
+        zip(verdicts["rollout_id"].to_pylist(), verdicts["correct"].to_pylist(), strict=True)
+    )
+    columns = ["rollout_id", "problem_id", "group_id", "response"]
+    out = []
+    for index, row in enumerate(rollouts.select(columns).to_pylist()):
+        for name, known in (("rollout_id", judged), ("problem_id", by_id)):
+            if row[name] not in known:
+                table = "verdicts" if name == "rollout_id" else "problems"
+                raise InputError(
+                    f"rollouts, row {index}: {name} {row[name]} is not in the {table}; make them "
+                    "again from one another"
+                )
+        response = row["response"]
+        out.append(
+            Item(
+                **row,
+                problem=by_id[row["problem_id"]],
+                segments=segment(response, config),
+                correct=judged[row["rollout_id"]],
+            )
+        )
+    return out
+
+
+def skipped_annotations(problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
+    """Annotations of rollouts that no annotator was asked about (online steps once λ is 0)."""
+    nobody = Identity("none", "none")
+    work = items(problems, rollouts, verdicts, SegmentConfig())
+    return ANNOTATIONS.table(annotation_row(item, nobody, SKIPPED) for item in work)
+
+
+def annotation_row(
+    item: Item,
+    who: Identity,
+    reading: Reading,
+    usage: Usage | None = None,
+    raw_answer: str | None = None,
+) -> dict[str, Any]:
+    """One row of the annotations table."""
+    usage = usage or Usage()
+    return {
+        "rollout_id": item.rollout_id,
+        "problem_id": item.problem_id,
+        "group_id": item.group_id,
+        "correct": item.correct,
+        "segments": [{"start": start, "end": end} for start, end in item.segments],
+        "spans": spans(item, reading.marked),
+        "diagnostic_type": reading.type,
+        "status": reading.status,
+        "annotator_name": who.name,
+        "annotator_model": who.model,
+        "prompt_version": who.prompt_version,
+        "raw_answer": raw_answer,
+        "error": reading.error,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "cost_usd": usage.cost_usd,
+        "latency_s": usage.latency_s,
+    }
+
+
+def spans(item: Item, marked: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Spans of consecutive segments in order of rank; their rank is their place in the list.
+
+    Indices that are not consecutive make several spans, in the order in which they were named.
+    """
+    runs = [run for named in marked for run in _consecutive(named)]
+    out = []
+    for rank, run in enumerate(runs):
+        start, end = item.segments[run[0]][0], item.segments[run[-1]][1]
+        out.append(
+            {
+                "segments": run,
+                "kind": item.kind,
+                "rank": rank,
+                "start": start,
+                "end": end,
+                "text": item.response[start:end],
+            }
+        )
+    return out
+
+
+def _consecutive(named: Sequence[int]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for index in sorted(set(named)):
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return sorted(runs, key=lambda run: min(named.index(i) for i in run))

@@ -1,0 +1,112 @@
+"""The exact annotator: for problems whose right intermediate steps are known.
+
+`line`: a response writes one step per line, and a line is right if it equals the known step.
+`value`: a response is free text, judged by the equations that it states.
+"""
+
+import re
+import time
+from collections.abc import Callable
+
+import pyarrow as pa
+
+from ...schemas.configs import RuleAnnotator, SegmentConfig
+from ...schemas.errors import InputError
+from ...schemas.labels import AnnotationStatus, DiagnosticType
+from ...schemas.tables import ANNOTATIONS
+from .equations import equations, value
+from .rows import SKIPPED, Identity, Item, Reading, Usage, annotation_row, items
+
+_FINAL = re.compile(r"\\boxed|\banswer\b", re.IGNORECASE)
+
+
+class StepsAnnotator:
+    """Marks by `problems.steps`; calls nothing and costs nothing."""
+
+    def __init__(self, config: RuleAnnotator, segment: SegmentConfig) -> None:
+        self._segment = segment
+        self._read = _RULES[config.match]
+        self._who = Identity(config.name, f"steps-{config.match}")
+
+    def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
+        """See `Annotator`.
+
+        Raises:
+            InputError: a problem has no known steps.
+        """
+        require_steps(problems, "problems")
+        rows = []
+        for item in items(problems, rollouts, verdicts, self._segment):
+            began = time.monotonic()
+            reading = SKIPPED if item.correct is None else self._read(item)
+            usage = Usage(latency_s=time.monotonic() - began)
+            rows.append(annotation_row(item, self._who, reading, usage))
+        return ANNOTATIONS.table(rows)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def require_steps(problems: pa.Table, where: str) -> None:
+    """Raises InputError at the first problem without known steps."""
+    for row, steps in enumerate(problems["steps"].to_pylist()):
+        if not steps:
+            raise InputError(
+                f"{where}, row {row}: steps is empty, and the rule annotator knows nothing else; "
+                "use annotator.engine=openai or self, or problems from a source with known steps"
+            )
+
+
+def by_line(item: Item) -> Reading:
+    """Key lines: those equal to a key step. Error: the first line that is not the step of its place."""
+    steps = item.problem["steps"]
+    lines = [i for i in range(len(item.segments)) if item.text(i).strip()]
+    if item.correct:
+        key_types = {step["text"].strip(): step["type"] for step in steps if step["key"]}
+        key = [i for i in lines if item.text(i).strip() in key_types]
+        return _reading([(i, key_types[item.text(i).strip()]) for i in key])
+    for place, i in enumerate(lines):
+        step = steps[min(place, len(steps) - 1)]  # a line too many is the last step's fault
+        if place >= len(steps) or item.text(i).strip() != step["text"].strip():
+            return _reading([(i, step["type"])])
+    return _reading([])
+
+
+def by_value(item: Item) -> Reading:
+    """Key segments: the first to state each key step's value as the result of an equation.
+
+    Error: the first false equation; else the first whose result no step knows; else the final
+    answer.
+    """
+    steps = item.problem["steps"]
+    stated = [
+        (i, equation) for i in range(len(item.segments)) for equation in equations(item.text(i))
+    ]
+    if item.correct:
+        found: dict[int, str] = {}
+        for step in (step for step in steps if step["key"]):
+            wanted = value(step["value"])
+            states = (i for i, equation in stated if equation.result == wanted)
+            if (first := next(states, None)) is not None:
+                found.setdefault(first, step["type"])
+        return _reading(sorted(found.items()))
+    for i, equation in stated:
+        if not equation.holds:
+            return _reading([(i, DiagnosticType.ARITHMETIC)])
+    known = {value(step["value"]) for step in steps}
+    for i, equation in stated:
+        if equation.result not in known:
+            return _reading([(i, DiagnosticType.SETUP)])
+    visible = [i for i in range(len(item.segments)) if item.text(i).strip()]
+    final = [i for i in visible if _FINAL.search(item.text(i))]
+    return _reading([(i, DiagnosticType.FINAL_ANSWER) for i in (final or visible)[-1:]])
+
+
+_RULES: dict[str, Callable[[Item], Reading]] = {"line": by_line, "value": by_value}
+
+
+def _reading(marked: list[tuple[int, str]]) -> Reading:
+    """Segments and their types, most important first; the first one's type stands for all."""
+    if not marked:
+        return Reading(AnnotationStatus.EMPTY)
+    return Reading(AnnotationStatus.OK, [[i] for i, _ in marked], DiagnosticType(marked[0][1]))

@@ -1,0 +1,267 @@
+"""The command line: trace-opd <stage> config.yaml key=value …, and what looks into the store."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from ..data.store import Dataset, Store
+from ..schemas.configs import Config, PipelineConfig
+from ..schemas.errors import InputError
+from ..schemas.settings import dump_config, load_config
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Token-routed self on-policy distillation: annotate, route, train.",
+)
+console = Console()
+
+ConfigPath = Annotated[
+    Path | None,
+    typer.Argument(help="YAML config of the stage, or of a pipeline that has a section for it."),
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides.")]
+StoreRoot = Annotated[
+    str, typer.Option("--store", envvar="TRACE_OPD_STORE", help="Store: a folder or fsspec URL.")
+]
+Alias = Annotated[str | None, typer.Option(help="Name for the dataset; default: its table's.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check inputs and print the config; run nothing.")
+]
+
+
+def _stage_command(name: str, config_type: type[Config], summary: str) -> None:
+    """Register `trace-opd NAME`."""
+
+    def command(
+        config: ConfigPath = None,
+        overrides: Overrides = None,
+        store: StoreRoot = "store",
+        alias: Alias = None,
+        dry_run: DryRun = False,
+    ) -> None:
+        from .stages import run_stage
+
+        loaded, opened = _load(config_type, config, overrides, name), Store(store)
+        if dry_run:
+            _print_plan(name, loaded, opened)
+            return
+        result = run_stage(name, loaded, opened, alias)
+        if isinstance(result, Dataset):
+            _print_dataset(result)
+        else:
+            console.print(result, soft_wrap=True, markup=False)
+
+    app.command(name, help=summary)(command)
+
+
+def _load(
+    kind: type[Any], path: Path | None, overrides: list[str] | None, section: str | None
+) -> Any:
+    """The first argument may already be an override: `trace-opd verify rollouts=…`."""
+    changes = list(overrides or [])
+    if path is not None and "=" in str(path) and not path.exists():
+        changes.insert(0, str(path))
+        path = None
+    return load_config(kind, path, changes, section)
+
+
+def _register_stages() -> None:
+    from ..schemas import configs
+
+    for name, kind, summary in (
+        ("problems", configs.ProblemsConfig, "A source becomes a problems table."),
+        ("rollout", configs.RolloutConfig, "Sample a group of responses per problem."),
+        ("verify", configs.VerifyConfig, "Judge final answers against gold answers."),
+        ("annotate", configs.AnnotateConfig, "Mark key spans and error spans."),
+        ("convert", configs.ConvertConfig, "Spans to routed training sequences."),
+        ("train", configs.TrainConfig, "Offline steps, then online steps."),
+        ("evaluate", configs.EvaluateConfig, "avg@k, pass@k, maj@k; base against checkpoint."),
+        ("report", configs.ReportConfig, "One self-contained HTML file."),
+    ):
+        _stage_command(name, kind, summary)
+
+
+_register_stages()
+
+
+@app.command()
+def pipeline(config: ConfigPath, overrides: Overrides = None, store: StoreRoot = "store") -> None:
+    """Every stage in order, in this process, with no server."""
+    from .stages import run_pipeline, run_stage
+
+    loaded, opened = _load(PipelineConfig, config, overrides, None), Store(store)
+
+    def run(stage: str, stage_config: Config, alias: str) -> str:
+        result = run_stage(stage, stage_config, opened, alias)
+        console.print(f"{alias}: {result if isinstance(result, str) else result.ref}", markup=False)
+        return result if isinstance(result, str) else result.ref
+
+    run_pipeline(loaded, run)
+
+
+@app.command()
+def config(
+    stage: Annotated[str, typer.Argument(help="Stage, or pipeline.")],
+    path: ConfigPath = None,
+    overrides: Overrides = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="JSON schema with descriptions.")
+    ] = False,
+) -> None:
+    """Print a stage's whole config as YAML, defaults included, or its JSON schema."""
+    from .stages import CONFIG_TYPES
+
+    kinds = CONFIG_TYPES | {"pipeline": PipelineConfig}
+    if stage not in kinds:
+        raise InputError(f"stage {stage!r}: is none of {', '.join(kinds)}")
+    if schema:
+        console.print_json(data=kinds[stage].model_json_schema())
+        return
+    print(
+        dump_config(_load(kinds[stage], path, overrides, stage if stage != "pipeline" else None)),
+        end="",
+    )
+
+
+@app.command()
+def ls(
+    stage: Annotated[str | None, typer.Argument(help="Only this stage.")] = None,
+    store: StoreRoot = "store",
+) -> None:
+    """List the store's datasets."""
+    opened = Store(store)
+    names: dict[str, list[str]] = {}
+    for name, ref in opened.aliases().items():
+        names.setdefault(ref, []).append(name)
+    table = Table("dataset", "alias", "parts", "rows", "finished", "seconds", box=None)
+    for dataset in sorted(opened.datasets(stage), key=lambda d: d.manifest["finished_at"]):
+        table.add_row(
+            dataset.ref,
+            ", ".join(names.get(dataset.ref, [])),
+            str(dataset.parts),
+            str(dataset.rows),
+            dataset.manifest["finished_at"][:19].replace("T", " "),
+            f"{dataset.manifest['seconds']:.1f}",
+        )
+    console.print(table)
+
+
+@app.command()
+def show(
+    ref: Annotated[str, typer.Argument(help="Dataset (alias, id) or rollout id.")],
+    store: StoreRoot = "store",
+) -> None:
+    """Show a dataset's manifest, or a rollout with its tokens coloured by route."""
+    from .show import show_rollout
+
+    opened = Store(store)
+    try:
+        dataset = opened.get(ref)
+    except InputError:
+        show_rollout(ref, opened, console)
+        return
+    _print_dataset(dataset)
+    console.print_json(data={k: v for k, v in dataset.manifest.items() if k != "summary"})
+
+
+@app.command()
+def lineage(
+    ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")], store: StoreRoot = "store"
+) -> None:
+    """Show what a dataset was made from."""
+    opened = Store(store)
+    trees: list[Tree] = []
+    for depth, role, dataset in opened.lineage(opened.get(ref)):
+        text = escape(f"{role + ': ' if role else ''}{dataset.ref}  {dataset.rows} rows")
+        node = trees[depth - 1].add(text) if depth else Tree(text)
+        trees[depth:] = [node]
+    console.print(trees[0])
+
+
+@app.command()
+def alias(
+    name: Annotated[str, typer.Argument(help="The name.")],
+    ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")],
+    store: StoreRoot = "store",
+) -> None:
+    """Give a dataset a name."""
+    opened = Store(store)
+    opened.set_alias(name, opened.get(ref))
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Argument(help="Pipeline YAML: default parameters.")
+    ] = None,
+    store: StoreRoot = "store",
+) -> None:
+    """Serve a Prefect deployment per stage (`prefect deployment run 'annotate/default' …`)."""
+    root = store if "://" in store else str(Path(store).resolve())
+    arguments = [str(config)] if config is not None else []
+    # flows.py is the only file that imports Prefect, so it is a process of its own.
+    command = [sys.executable, "-m", "trace_opd.flows", *arguments, "--store", root]
+    os.execv(sys.executable, command)
+
+
+def _print_plan(name: str, config: Config, store: Store) -> None:
+    from . import train
+    from .stages import TABLE_STAGES
+
+    print(dump_config(config), end="")
+    if name == "train":
+        _, target = train.begin(config, store)  # type: ignore[arg-type]
+        parts = ""
+    elif name in TABLE_STAGES:
+        plan, target = TABLE_STAGES[name].begin(config, store)
+        parts = f", {plan.parts} parts"
+        if not isinstance(target, Dataset):
+            parts += f", {sum(map(target.has_part, range(plan.parts)))} of them there"
+    else:
+        return
+    state = "finished" if isinstance(target, Dataset) else "to be made"
+    console.print(f"# {target.ref}: {state}{parts}", markup=False)
+
+
+def _print_dataset(dataset: Dataset) -> None:
+    table = Table(title=escape(f"{dataset.ref}  {dataset.rows} rows"), box=None, show_header=False)
+    for key, value in dataset.summary.items():
+        table.add_row(key, escape(str(value)))
+    console.print(table)
+    console.print(dataset.glob if dataset.parts else dataset.path(), soft_wrap=True, markup=False)
+
+
+def main() -> None:
+    """Entry point: bad input is one sentence and exit code 2, without a traceback."""
+    # Read when transformers and datasets are first imported; their bars would tear ours.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(
+        level=os.environ.get("TRACE_OPD_LOG", "WARNING").upper(),
+        format="%(name)s: %(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+    )
+    for chatty in ("httpx", "httpx2"):  # one line per request at INFO
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        app()
+    except InputError as error:
+        Console(stderr=True).print(
+            f"trace-opd: {error}", soft_wrap=True, markup=False, highlight=False
+        )
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Figures over all rollouts of a dataset: the report's tiles and bars."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from ..data.store import Dataset
+from ..schemas.labels import Route
+from .rollout_view import Tables
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A small bar list: labels with counts, and the filter that a click sets (empty: none)."""
+
+    title: str
+    filter: str
+    counts: list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Figures over the whole dataset, also where the page shows only a part of its rollouts.
+
+    tiles: (label, value, note). route_tokens: tokens per route, None where nothing is routed.
+    """
+
+    rollouts: int
+    tiles: list[tuple[str, str, str]]
+    bars: list[Bars]
+    route_tokens: list[tuple[str, int]] | None
+
+
+def overview(tables: Tables) -> Overview:
+    """Sum up a dataset's rollouts; only the columns that it needs are read."""
+    lead = tables.lead
+    rows = lead.read(["problem_id", "correct", "diagnostic_type"])
+    judged = [value for value in rows["correct"].to_pylist() if value is not None]
+    lengths = _token_counts(tables)
+    problems = pc.count_distinct(rows["problem_id"]).as_py()
+    tiles = [
+        ("rollouts", f"{lead.rows:,}", f"of {problems:,} problem{'' if problems == 1 else 's'}"),
+        ("pass rate", _share(sum(judged), len(judged)), f"{sum(judged):,} of {len(judged):,}"),
+        ("tokens per response", f"{np.mean(lengths):,.0f}" if len(lengths) else "–", "mean"),
+    ]
+    bars = [Bars("Diagnostic type", "type", _counts(rows["diagnostic_type"].to_pylist()))]
+    route_tokens = None
+    if "routed" in tables.by_role:
+        routed = lead.read(["coverage", "truncated", "dropped_tokens"])
+        coverage = routed["coverage"].to_numpy()
+        dropped = pc.sum(routed["dropped_tokens"]).as_py() or 0
+        tiles += [
+            (
+                "coverage",
+                f"{coverage.mean():.1%}" if len(coverage) else "–",
+                f"mean; {dropped:,} marked tokens dropped",
+            ),
+            (
+                "truncated",
+                _share(pc.sum(routed["truncated"]).as_py() or 0, lead.rows),
+                "hit the token limit",
+            ),
+        ]
+        route_tokens = _route_tokens(lead)
+    if "annotations" in tables.by_role:
+        annotations = tables.by_role["annotations"].read(
+            ["status", "cost_usd", "prompt_tokens", "completion_tokens"]
+        )
+        tiles.append(_cost_tile(annotations.to_pylist()))
+        bars.append(Bars("Annotation", "status", _counts(annotations["status"].to_pylist())))
+    verdicts = tables.by_role["verdicts"].read(["status"])
+    bars.append(Bars("Verdict", "verdict", _counts(verdicts["status"].to_pylist())))
+    return Overview(lead.rows, tiles, [bar for bar in bars if bar.counts], route_tokens)
+
+
+def _cost_tile(rows: list[dict[str, Any]]) -> tuple[str, str, str]:
+    """An unknown price is "unknown", never 0; an annotator without tokens costs nothing."""
+    billed = [row for row in rows if row["prompt_tokens"] or row["completion_tokens"]]
+    tokens = sum((row["prompt_tokens"] or 0) + (row["completion_tokens"] or 0) for row in billed)
+    if not billed:
+        return "annotation cost", "none", "no tokens used"
+    if any(row["cost_usd"] is None for row in billed):
+        return "annotation cost", "unknown", f"{tokens:,} tokens, no price set"
+    return (
+        "annotation cost",
+        f"${sum(row['cost_usd'] for row in billed):,.2f}",
+        f"{tokens:,} tokens",
+    )
+
+
+def _token_counts(tables: Tables) -> np.ndarray:
+    """Response lengths of the rollouts whose token ids are known."""
+    source = tables.by_role.get("routed", tables.by_role["rollouts"])
+    lengths = [
+        pc.list_value_length(source.read_part(part, ["token_ids"])["token_ids"]).to_numpy()
+        for part in range(source.parts)
+    ]
+    counts = np.concatenate(lengths)
+    return counts[counts > 0]
+
+
+def _route_tokens(routed: Dataset) -> list[tuple[str, int]]:
+    counts = np.zeros(len(Route), dtype=np.int64)
+    for part in range(routed.parts):
+        routes = pc.list_flatten(routed.read_part(part, ["route"])["route"]).to_numpy()
+        counts += np.bincount(routes, minlength=len(Route))
+    return [(route.name.lower(), int(counts[route])) for route in Route]
+
+
+def _counts(values: Iterable[str | None]) -> list[tuple[str, int]]:
+    return Counter(value for value in values if value is not None).most_common()
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count / total:.1%}" if total else "–"

@@ -1,0 +1,198 @@
+"""A response in pieces, each with the paint of its route: what the report and the terminal draw.
+
+With the tokenizer at hand the paint is exact per token. Without it, it follows the annotated spans,
+and a span that the α cap cut in two is painted up to its estimated share of kept tokens.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from ..schemas.labels import Route
+from ..trace.align import ByteTable
+
+
+class Paint(IntEnum):
+    """PLAIN: outside all spans; FKL, RKL: routed there; MARKED: in a span whose action is none, or
+    of a rollout not routed yet; DROPPED: marked by the annotator, dropped by the α cap."""
+
+    PLAIN = 0
+    FKL = 1
+    RKL = 2
+    MARKED = 3
+    DROPPED = 4
+
+
+class Piece(NamedTuple):
+    """A run of characters of one paint. span: rank of its span, −1 outside; segment: index of the
+    segment that begins with this piece, else None."""
+
+    text: str
+    paint: Paint
+    span: int
+    segment: int | None
+
+
+@dataclass(frozen=True)
+class CharPaint:
+    """paint: (characters,) uint8 of Paint; span: (characters,) int16, rank of the span or −1."""
+
+    paint: np.ndarray
+    span: np.ndarray
+
+
+def paint_spans(length: int, spans: Sequence[dict]) -> CharPaint:
+    """Paint of a response of `length` characters that is annotated but not routed."""
+    painted = _blank(length)
+    for span in _least_important_first(spans):
+        painted.paint[span["start"] : span["end"]] = Paint.MARKED
+        painted.span[span["start"] : span["end"]] = span["rank"]
+    return painted
+
+
+def paint_tokens(
+    table: ByteTable,
+    length: int,
+    segments: Sequence[dict],
+    spans: Sequence[dict],
+    token_ids: Sequence[int],
+    route: np.ndarray,
+    span_id: np.ndarray,
+) -> CharPaint:
+    """Exact paint of a routed response: each token's characters get the token's route.
+
+    token_ids: as long as route and span_id, which are (tokens,) as in the routed table.
+    """
+    painted = _blank(length)
+    if not spans:
+        return painted
+    # One more entry for tokens without bytes, whose segment is −1.
+    marked = np.full(len(segments) + 1, -1, dtype=np.int16)
+    for span in _least_important_first(spans):
+        marked[span["segments"]] = span["rank"]
+    bounds = [(segment["start"], segment["end"]) for segment in segments]
+    rank = np.where(span_id >= 0, span_id, marked[table.token_segments(token_ids, bounds)])
+    paint = np.where(span_id >= 0, _routed_paint(route), Paint.DROPPED)
+    paint[rank < 0] = Paint.PLAIN
+    starts, ends = table.char_ranges(token_ids)
+    for first, last in _runs(paint, rank):
+        painted.paint[starts[first] : ends[last - 1]] = paint[first]
+        painted.span[starts[first] : ends[last - 1]] = rank[first]
+    return painted
+
+
+def paint_kept_spans(
+    length: int,
+    segments: Sequence[dict],
+    spans: Sequence[dict],
+    route: np.ndarray,
+    span_id: np.ndarray,
+    dropped_tokens: int,
+) -> CharPaint:
+    """Paint of a routed response without its tokenizer: spans as far as they were kept."""
+    painted = _blank(length)
+    ends = _kept_ends(segments, spans, span_id, dropped_tokens)
+    for span in _least_important_first(spans):
+        start, kept_end = span["start"], ends.get(span["rank"], span["start"])
+        painted.span[start : span["end"]] = span["rank"]
+        painted.paint[kept_end : span["end"]] = Paint.DROPPED
+        if kept_end > start:
+            routes = route[span_id == span["rank"]]
+            painted.paint[start:kept_end] = _routed_paint(routes[:1])[0]
+    return painted
+
+
+def _kept_ends(
+    segments: Sequence[dict], spans: Sequence[dict], span_id: np.ndarray, dropped_tokens: int
+) -> dict[int, int]:
+    """One past the last kept character of each kept span, by rank.
+
+    The cap fills spans in order of rank, so only the last kept one can be cut; where, follows from
+    its kept tokens and the tokens per character of all that is marked from it on. Whole segments
+    are kept, but for a first segment that alone exceeds the cap.
+    """
+    kept = [span for span in spans if (span_id == span["rank"]).any()]
+    ends = {span["rank"]: span["end"] for span in kept}
+    if not kept or dropped_tokens == 0:
+        return ends
+    last = kept[-1]
+    tokens = int(np.count_nonzero(span_id == last["rank"]))
+    marked_chars = sum(s["end"] - s["start"] for s in spans if s["rank"] >= last["rank"])
+    estimate = last["start"] + round(tokens * marked_chars / (tokens + dropped_tokens))
+    boundaries = [segments[index]["end"] for index in last["segments"]]
+    if len(kept) == 1 and estimate < boundaries[0]:
+        ends[last["rank"]] = max(estimate, last["start"] + 1)
+    else:
+        ends[last["rank"]] = min(boundaries, key=lambda end: abs(end - estimate))
+    return ends
+
+
+def pieces(text: str, segments: Sequence[dict], painted: CharPaint) -> list[Piece]:
+    """Cut a text where its paint, its span or its segment changes; texts are made `visible`."""
+    starts = {segment["start"]: index for index, segment in enumerate(segments)}
+    edges = {first for first, _ in _runs(painted.paint, painted.span)} | set(starts)
+    bounds = sorted(edges | {len(text)})
+    return [
+        Piece(
+            visible(text[a:b]),
+            Paint(int(painted.paint[a])),
+            int(painted.span[a]),
+            starts.get(a),
+        )
+        for a, b in pairwise(bounds)
+    ]
+
+
+# Controls but for newline and tab, and characters that show nothing or turn the reading direction:
+# soft hyphen, zero-width and bidirectional marks, separators, interlinear marks, tag characters.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    "\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: str) -> str:
+    """The text with control, invisible and direction-changing characters written out.
+
+    C0 controls become their control pictures (␛ for escape), others their code point (⟨U+202E⟩).
+    """
+    return _INVISIBLE.sub(_written_out, text)
+
+
+def _written_out(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+
+
+def _blank(length: int) -> CharPaint:
+    return CharPaint(np.zeros(length, dtype=np.uint8), np.full(length, -1, dtype=np.int16))
+
+
+def _least_important_first(spans: Sequence[dict]) -> list[dict]:
+    """Where spans share a segment the more important one paints over the other."""
+    return sorted(spans, key=lambda span: -span["rank"])
+
+
+def _routed_paint(route: np.ndarray) -> np.ndarray:
+    """Paint of tokens inside kept spans; fkl and rkl have the same number as their route."""
+    return np.where(route == Route.GRPO, Paint.MARKED, route)
+
+
+def _runs(*arrays: np.ndarray) -> list[tuple[int, int]]:
+    """(first, one past the last) of the runs in which none of some equally long arrays changes."""
+    length = len(arrays[0])
+    if not length:
+        return []
+    changes = np.zeros(length, dtype=bool)
+    changes[0] = True
+    for array in arrays:
+        changes[1:] |= array[1:] != array[:-1]
+    starts = np.flatnonzero(changes).tolist()
+    return list(zip(starts, [*starts[1:], length], strict=True))

