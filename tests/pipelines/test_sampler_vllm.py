@@ -32,7 +32,7 @@ ENGINE = VllmSampler(engine="vllm", kv_cache_gib=0.25)
 PROBLEMS = ["4821+3977", "12+99", "505+505", "77777+22223"]
 PLAIN = SamplingConfig(max_new_tokens=40)
 SEEDS = [[10 * i + j for j in range(4)] for i in range(len(PROBLEMS))]
-# Natural-log units. The largest difference to transformers in float32 measured here is 4e-5.
+# Nats. Measured against transformers in float32: 5e-6 on this policy, 6e-5 on SmolLM2-135M.
 TOLERANCE = 5e-4
 
 
