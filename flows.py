@@ -10,6 +10,7 @@ own; a part that is there is not made again. TRACE_OPD_TASK_RUNNER chooses where
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -242,12 +243,19 @@ def deployments(config: str | None, store: str) -> list[Any]:
 
 
 def main() -> None:
-    """Serve all deployments in this process: python -m trace_opd.flows [pipeline.yaml]"""
+    """Serve all deployments in this process, or run a pipeline once on the embedded server."""
     parser = argparse.ArgumentParser(prog="trace-opd serve", description=main.__doc__)
     parser.add_argument("config", nargs="?", help="pipeline YAML with default parameters")
     parser.add_argument("--store", default=default_store(), help="store root")
+    parser.add_argument("--run", action="store_true", help="run the pipeline once, then stop")
     args = parser.parse_args()
-    serve(*deployments(args.config, args.store))
+    try:
+        if args.run:
+            pipeline(load_config(PipelineConfig, args.config), store=args.store)
+        else:
+            serve(*deployments(args.config, args.store))
+    except InputError as error:
+        sys.exit(f"trace-opd: {error}")
 
 
 if __name__ == "__main__":

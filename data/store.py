@@ -174,7 +174,11 @@ class Store:
         contract: TableContract | None,
         config: dict[str, Any] | None = None,
     ) -> Draft | Dataset:
-        """The dataset of this request: finished if it is there, else a draft to go on with."""
+        """The dataset of this request: finished if it is there, else a draft to go on with.
+
+        Raises:
+            InputError: the dataset is not there and the store cannot be written.
+        """
         refs = {role: dataset.ref for role, dataset in inputs.items()}
         dataset_id = content_hash(
             {
@@ -186,6 +190,7 @@ class Store:
         )
         if (found := self.find(stage, dataset_id)) is not None:
             return found
+        self._require_writable()
         header = {
             "stage": stage,
             "id": dataset_id,
@@ -210,13 +215,7 @@ class Store:
         Raises:
             InputError: nothing or more than one dataset answers, or it holds another table.
         """
-        target = self.aliases().get(ref, ref)
-        stage, _, dataset_id = target.rpartition("/")
-        matches = [
-            dataset
-            for dataset in self.datasets(stage or None)
-            if dataset_id and dataset.id.startswith(dataset_id)
-        ]
+        matches = self.matches(ref)
         if not matches:
             raise InputError(
                 f"dataset {ref!r} is not in store {self.root}; `trace-opd ls` lists what is there"
@@ -230,6 +229,16 @@ class Store:
         if table is not None:
             _check_table(dataset, table, ref)
         return dataset
+
+    def matches(self, ref: str) -> list[Dataset]:
+        """All datasets that an alias, an id, a prefix of an id, or `stage/id` may mean."""
+        target = self.aliases().get(ref, ref)
+        stage, _, dataset_id = target.rpartition("/")
+        return [
+            dataset
+            for dataset in self.datasets(stage or None)
+            if dataset_id and dataset.id.startswith(dataset_id)
+        ]
 
     def datasets(self, stage: str | None = None) -> Iterator[Dataset]:
         """All finished datasets, oldest first within a stage."""
@@ -276,6 +285,18 @@ class Store:
                 "folder; pass --store with a path"
             )
         return Path(self.base)
+
+    def _require_writable(self) -> None:
+        """Says before work begins what its first part would run into; writes nothing."""
+        if not isinstance(self.fs, LocalFileSystem):
+            return
+        root = Path(self.base)
+        nearest = next(path for path in (root, *root.parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise InputError(
+                f"store {self.root}: {nearest} is no folder that can be written; pass --store with "
+                "another path"
+            )
 
     def exists(self, path: str) -> bool:
         return self.fs.exists(f"{self.base}/{path}")

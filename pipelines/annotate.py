@@ -12,20 +12,17 @@ from ..schemas.configs import (
     AnnotateConfig,
     Annotator,
     OpenAIAnnotator,
-    OpenAISampler,
     RuleAnnotator,
     SelfAnnotator,
 )
 from ..schemas.errors import InputError
 from ..schemas.labels import AnnotationStatus
 from ..schemas.tables import ANNOTATIONS, VERDICTS
-from ..trace.policy import load_tokenizer, weights_revision
-from ..trace.prompt import render_chat
 from .annotators import open_annotator
-from .annotators.openai import read_key
 from .annotators.prompting import load_prompt
 from .annotators.rule import require_steps
-from .models import resolve_policy
+from .endpoint import read_key
+from .rollout import policy_identity
 from .samplers import open_sampler
 from .stage import Plan, Stage
 
@@ -61,25 +58,16 @@ def annotator_identity(
         return {}
     identity: dict[str, Any] = dict(load_prompt(annotator.prompt, annotator.answer_schema).sha256)
     if isinstance(annotator, OpenAIAnnotator):
-        read_key(annotator.api_key_env)
+        read_key(annotator.api_key_env, "annotator.api_key_env")
         return identity
-    if in_training and annotator.policy is None:
-        return identity
-    return identity | {"policy": _policy_identity(annotator)}
-
-
-def _policy_identity(annotator: SelfAnnotator) -> list[str]:
-    if annotator.policy is None:
+    if annotator.policy is not None:
+        return identity | {"policy": policy_identity(annotator.sampler, annotator.policy)}
+    if not in_training:
         raise InputError(
             "annotator.policy is not set; name the policy that annotates (only in training it may "
             "be left out, for the current weights)"
         )
-    if isinstance(annotator.sampler, OpenAISampler):
-        return [annotator.sampler.base_url, annotator.policy.path]
-    path = resolve_policy(annotator.policy.path)
-    # A tokenizer without a chat template stops here, before a model is loaded.
-    render_chat(load_tokenizer(path), [{"role": "user", "content": ""}])
-    return [weights_revision(path)]
+    return identity
 
 
 class _Maker:

@@ -145,13 +145,14 @@ def ls(
     for name, ref in opened.aliases().items():
         names.setdefault(ref, []).append(name)
     table = Table("dataset", "alias", "parts", "rows", "finished", "seconds", box=None)
+    table.columns[0].no_wrap = True  # an id is there to be copied
     for dataset in sorted(opened.datasets(stage), key=lambda d: d.manifest["finished_at"]):
         table.add_row(
             dataset.ref,
             ", ".join(names.get(dataset.ref, [])),
             str(dataset.parts),
             str(dataset.rows),
-            dataset.manifest["finished_at"][:19].replace("T", " "),
+            dataset.manifest["finished_at"][:16].replace("T", " "),
             f"{dataset.manifest['seconds']:.1f}",
         )
     console.print(table)
@@ -166,11 +167,10 @@ def show(
     from .show import show_rollout
 
     opened = Store(store)
-    try:
-        dataset = opened.get(ref)
-    except InputError:
+    if not opened.matches(ref):
         show_rollout(ref, opened, console)
         return
+    dataset = opened.get(ref)
     _print_dataset(dataset)
     console.print_json(data={k: v for k, v in dataset.manifest.items() if k != "summary"})
 
@@ -235,7 +235,8 @@ def _print_plan(name: str, config: Config, store: Store) -> None:
 
 
 def _print_dataset(dataset: Dataset) -> None:
-    table = Table(title=escape(f"{dataset.ref}  {dataset.rows} rows"), box=None, show_header=False)
+    console.print(f"{dataset.ref}  {dataset.rows} rows", markup=False)
+    table = Table(box=None, show_header=False)
     for key, value in dataset.summary.items():
         table.add_row(key, escape(str(value)))
     console.print(table)

@@ -17,11 +17,8 @@ from ..schemas.configs import EvaluateConfig, OpenAISampler, PolicyConfig
 from ..schemas.errors import InputError
 from ..schemas.labels import FinishReason
 from ..schemas.tables import EVALUATIONS, PROBLEMS
-from ..trace.policy import load_tokenizer, weights_revision
-from ..trace.prompt import student_prompt
 from .bootstrap import Estimate, bootstrap_mean, pass_at_k
-from .models import resolve_policy
-from .rollout import rollouts_table
+from .rollout import policy_identity, rollouts_table
 from .samplers import open_sampler
 from .stage import Plan, Stage
 from .verify import CHOICE_MATCHER, MathVerifier, math_matcher
@@ -36,18 +33,13 @@ def _resolve(config: EvaluateConfig, store: Store) -> Plan:
     del semantic["problems"], semantic["trained"]
     semantic["verifiers"] = [math_matcher(), CHOICE_MATCHER]
     del semantic["policy"]
-    if isinstance(config.sampler, OpenAISampler):
-        semantic["base"] = [config.sampler.base_url, config.policy.path]
-        if config.trained is not None:
+    semantic["base"] = policy_identity(config.sampler, config.policy)
+    if config.trained is not None:
+        if isinstance(config.sampler, OpenAISampler):
             raise InputError(
                 "trained: a checkpoint cannot be evaluated through an endpoint; use sampler.engine "
                 "transformers or vllm"
             )
-    else:
-        path = resolve_policy(config.policy.path)
-        student_prompt(load_tokenizer(path), config.prompt, "")
-        semantic["base"] = weights_revision(path)
-    if config.trained is not None:
         inputs["trained"] = checkpoint_of(store, config.trained)
     policies = len(_policies(config, inputs))
     return Plan(config, inputs, semantic, policies * problems.parts)

@@ -6,11 +6,19 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ..data.store import Draft, Store, content_hash
-from ..schemas.configs import OpenAISampler, PromptConfig, RolloutConfig, SamplingConfig
+from ..schemas.configs import (
+    OpenAISampler,
+    PolicyConfig,
+    PromptConfig,
+    RolloutConfig,
+    SamplingConfig,
+)
+from ..schemas.configs import Sampler as SamplerConfig
 from ..schemas.tables import PROBLEMS, ROLLOUTS
 from ..trace.policy import load_tokenizer, weights_revision
-from ..trace.prompt import student_prompt
+from ..trace.prompt import render_chat, student_prompt
 from ..trace.protocols import Sampler
+from .endpoint import read_key
 from .models import resolve_policy
 from .samplers import open_sampler
 from .stage import Plan, Stage
@@ -41,7 +49,8 @@ def rollouts_table(
     groups = sampler.sample(prompts, sampling, seeds)
     for problem_id, group, group_seeds in zip(ids, groups, seeds, strict=True):
         for index, (completion, sample) in enumerate(zip(group, group_seeds, strict=True)):
-            on_policy = completion.token_ids is not None and completion.logprobs is not None
+            known = (completion.token_ids, completion.logprobs, policy.vocab_fingerprint or None)
+            on_policy = None not in known
             rows.append(
                 {
                     "rollout_id": content_hash([problem_id, who, how, seed, index]),
@@ -72,19 +81,23 @@ def _resolve(config: RolloutConfig, store: Store) -> Plan:
     problems = store.get(config.problems, PROBLEMS)
     semantic = config.semantic()
     del semantic["problems"]  # the dataset's id stands for it
-    semantic["policy"] = policy_identity(config)
-    if not isinstance(config.sampler, OpenAISampler):
-        # A tokenizer without a chat template stops here, before a model is loaded.
-        tokenizer = load_tokenizer(resolve_policy(config.policy.path))
-        student_prompt(tokenizer, config.prompt, "")
+    semantic["policy"] = policy_identity(config.sampler, config.policy)
     return Plan(config, {"problems": problems}, semantic, problems.parts)
 
 
-def policy_identity(config: RolloutConfig) -> list[str]:
-    """Who samples, for the dataset id: weights where they are known, else endpoint and model."""
-    if isinstance(config.sampler, OpenAISampler):
-        return [config.sampler.base_url, config.policy.path]
-    return [weights_revision(resolve_policy(config.policy.path))]
+def policy_identity(sampler: SamplerConfig, policy: PolicyConfig) -> list[str]:
+    """Who samples, for the dataset id: weights where they are known, else endpoint and model.
+
+    Raises:
+        InputError: no policy there, a tokenizer without a chat template, a missing key. So these
+            stop a stage before a model is loaded.
+    """
+    if isinstance(sampler, OpenAISampler):
+        read_key(sampler.api_key_env, "sampler.api_key_env")
+        return [sampler.base_url, policy.path]
+    path = resolve_policy(policy.path)
+    render_chat(load_tokenizer(path), [{"role": "user", "content": ""}])
+    return [weights_revision(path)]
 
 
 class _Maker:

@@ -54,7 +54,7 @@ class ByteTable:
         """Segment index of each token, (tokens,) int64; −1 for tokens without bytes.
 
         A token belongs to the segment that holds its middle byte (of two middle ones the first):
-        the one with most of its bytes, ties to the earlier.
+        where two segments share a token, the one with most of its bytes, ties to the earlier.
 
         segments: (start, end) in characters, tiling the text.
         """
@@ -97,14 +97,11 @@ def byte_table(tokenizer: PreTrainedTokenizerBase) -> ByteTable:
     if _mentions(spec.get("decoder"), "ByteLevel") or _mentions(
         spec.get("pre_tokenizer"), "ByteLevel"
     ):
-        decoder = {char: byte for byte, char in _byte_level_alphabet().items()}
-
-        def to_bytes(token: str) -> bytes:
-            return bytes(decoder[char] for char in token)
-    elif spec["model"].get("byte_fallback"):
+        to_bytes = _byte_level_bytes
+    elif spec["model"].get("byte_fallback") or _mentions(spec.get("decoder"), "Metaspace"):
         to_bytes = _sentencepiece_bytes
     else:
-        to_bytes = str.encode
+        to_bytes = _plain_bytes
     added = {entry["id"]: entry for entry in spec.get("added_tokens", [])}
     vocab = tokenizer.get_vocab()
     pieces = [b""] * (max(vocab.values()) + 1)
@@ -114,6 +111,14 @@ def byte_table(tokenizer: PreTrainedTokenizerBase) -> ByteTable:
         elif not added[index]["special"]:
             pieces[index] = token.encode()
     return ByteTable(tuple(pieces))
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    return bytes(_BYTE_OF_CHAR[char] for char in token)
+
+
+def _plain_bytes(token: str) -> bytes:
+    return token.encode()
 
 
 def _sentencepiece_bytes(token: str) -> bytes:
@@ -136,3 +141,6 @@ def _byte_level_alphabet() -> dict[int, str]:
     rest = [byte for byte in range(256) if byte not in printable]
     stand_ins = {byte: chr(byte) for byte in printable}
     return stand_ins | {byte: chr(256 + index) for index, byte in enumerate(rest)}
+
+
+_BYTE_OF_CHAR = {char: byte for byte, char in _byte_level_alphabet().items()}

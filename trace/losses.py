@@ -54,14 +54,14 @@ def routed_loss(
 
     kl_weight: λ_k; grpo_weight: 1 − λ_k / w0, the weight of GRPO on routed tokens.
     """
-    log_p = torch.log_softmax(inputs.logits.float(), dim=-1)  # (tokens, vocab)
+    log_p = _log_softmax(inputs.logits)  # (tokens, vocab)
     logprobs = log_p.gather(-1, inputs.token_ids[:, None]).squeeze(-1)  # (tokens,)
     surrogate, clipped = clipped_surrogate(
         logprobs, inputs.old_logprobs, inputs.advantage, config.clip_low, config.clip_high
     )
     routed = inputs.route != int(Route.GRPO)  # (tokens,)
-    scale = torch.where(routed, grpo_weight, 1.0)
-    loss = (inputs.weight * scale * surrogate).sum()
+    surrogate = torch.where(routed, grpo_weight * surrogate, surrogate)
+    loss = (inputs.weight * surrogate).sum()
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p).sum(-1)  # (tokens,)
         drift = logprobs - inputs.old_logprobs
@@ -72,11 +72,16 @@ def routed_loss(
             "sampler_drift": drift.abs().sum().item(),
         }
     if kl_weight > 0 and inputs.teacher_logits is not None and routed.any():
-        log_q = torch.log_softmax(inputs.teacher_logits.float(), dim=-1)  # (routed, vocab)
+        log_q = _log_softmax(inputs.teacher_logits)  # (routed, vocab)
         kl, stats = routed_kl(log_p[routed], log_q, inputs.route[routed], config)
         loss = loss + kl_weight * (inputs.weight[routed] * kl).sum()
         sums |= stats
     return LossOutput(loss, sums)
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """In float32 at least: bfloat16 would round probabilities to three digits."""
+    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 
 def clipped_surrogate(

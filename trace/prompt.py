@@ -35,8 +35,9 @@ def student_prompt(
     """The student's prompt, with token ids where a tokenizer is known."""
     messages = student_messages(config, problem)
     if tokenizer is None:
-        return Prompt(messages)
-    return Prompt(messages, render_chat(tokenizer, messages, config.thinking))
+        return Prompt(messages, thinking=config.thinking)
+    ids = render_chat(tokenizer, messages, config.thinking)
+    return Prompt(messages, ids, config.thinking)
 
 
 def render_chat(

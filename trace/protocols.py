@@ -22,10 +22,14 @@ class PolicyInfo:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A chat prompt, and its token ids where the tokenizer is known."""
+    """A chat prompt, and its token ids where the tokenizer is known.
+
+    thinking: enable_thinking of the chat template, for engines that render it themselves.
+    """
 
     messages: list[dict[str, str]]
     token_ids: list[int] | None = None
+    thinking: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Sampler(Protocol):
     The same prompt, parameters and seed give the same response on the same engine.
     """
 
-    policy: PolicyInfo
+    @property
+    def policy(self) -> PolicyInfo: ...
 
     def sample(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[Sequence[int]]

@@ -39,7 +39,8 @@ def route_tokens(
     tokens = len(token_segment)
     cap = math.floor(config.alpha * tokens + 1e-9)
     span_id = np.full(tokens, -1, dtype=np.int16)
-    kept = dropped = 0
+    marked = np.isin(token_segment, [segment for span in spans for segment in span])
+    kept = 0
     full = False
     for rank, span in enumerate(spans):
         for segment in span:
@@ -47,13 +48,12 @@ def route_tokens(
             room = cap - kept
             if len(positions) > room or full:
                 full = True
-                dropped += len(positions)
-                if kept > 0 or room <= 0:
+                if kept > 0:
                     continue
                 positions = positions[:room]
-                dropped -= room
             span_id[positions] = rank
             kept += len(positions)
     action = config.key if kind is SpanKind.KEY else config.error
     route = np.where(span_id >= 0, int(action.route), int(Route.GRPO)).astype(np.uint8)
+    dropped = int(marked.sum()) - kept
     return Routing(route, span_id, kept / tokens if tokens else 0.0, dropped)

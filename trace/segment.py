@@ -10,19 +10,22 @@ from itertools import pairwise
 
 from ..schemas.configs import SegmentConfig
 
-# Spans in which no cut may fall. An opener that never closes protects nothing: a truncated or
-# hostile response must not become one segment.
-_PROTECTED = re.compile(
+# What opens a span in which no cut may fall. An opener that never closes protects nothing: a
+# truncated or hostile response must not become one segment.
+_OPENER = re.compile(
     r"""
-      ```.*?```
-    | \\begin\{(?P<env>[a-zA-Z*]+)\}.*?\\end\{(?P=env)\}
-    | \$\$.+?\$\$
-    | \\\[.+?\\\]
-    | \\\(.+?\\\)
-    | (?<![\\$])\$(?!\s|\$)(?:\\.|[^$\\\n])+?(?<!\s)\$(?!\d)
+      ```
+    | \\begin\{(?P<env>[a-zA-Z*]+)\}
+    | \$\$
+    | \\\[
+    | \\\(
+    | (?<![\\$])\$(?![\s$])
     """,
-    re.DOTALL | re.VERBOSE,
+    re.VERBOSE,
 )
+_CLOSER = {"```": "```", "$$": "$$", "\\[": "\\]", "\\(": "\\)"}
+_END = re.compile(r"\\end\{[a-zA-Z*]+\}")
+_INLINE = re.compile(r"\$(?:\\.|[^$\\\n])+?(?<!\s)\$(?!\d)", re.DOTALL)
 _ABBREVIATIONS = (
     r"(?<!\be\.g)(?<!\bi\.e)(?<!\bcf)(?<!\bvs)(?<!\bEq)(?<!\bFig)(?<!\bNo)(?<!\bapprox)"
 )
@@ -56,18 +59,8 @@ def segment(text: str, config: SegmentConfig | None = None) -> list[tuple[int, i
 
 def _protected_ranges(text: str) -> list[tuple[int, int]]:
     """Sorted, disjoint ranges of formulas, code blocks and top-level brace groups."""
-    ranges = [match.span() for match in _PROTECTED.finditer(text)]
-    depth, start = 0, 0
-    for match in _BRACES.finditer(text):
-        if match.group() == "{":
-            start = match.start() if depth == 0 else start
-            depth += 1
-        elif depth:
-            depth -= 1
-            if depth == 0:
-                ranges.append((start, match.end()))
     merged: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
+    for start, end in sorted(_delimited(text) + _brace_groups(text)):
         if merged and start < merged[-1][1]:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:
@@ -75,14 +68,53 @@ def _protected_ranges(text: str) -> list[tuple[int, int]]:
     return merged
 
 
+def _delimited(text: str) -> list[tuple[int, int]]:
+    """Ranges of formulas, environments and code blocks, each from its opener to its closer.
+
+    Knowing where each closer stands last, no search runs to the end in vain: the time is linear
+    in the text, however many openers never close.
+    """
+    last = {closer: text.rfind(closer) for closer in _CLOSER.values()}
+    last |= {match.group(): match.start() for match in _END.finditer(text)}
+    ranges, at = [], 0
+    while opener := _OPENER.search(text, at):
+        start = opener.start()
+        if opener.group() == "$":
+            inline = _INLINE.match(text, start)
+            end = inline.end() if inline else -1
+        else:
+            closer = _CLOSER.get(opener.group()) or f"\\end{{{opener['env']}}}"
+            found = opener.end() <= last.get(closer, -1)
+            end = text.find(closer, opener.end()) + len(closer) if found else -1
+        if end > 0:
+            ranges.append((start, end))
+        at = max(end, start + 1)
+    return ranges
+
+
+def _brace_groups(text: str) -> list[tuple[int, int]]:
+    """Ranges from each opening brace to its own closing one; braces without partner are text."""
+    ranges, open_at = [], []
+    for match in _BRACES.finditer(text):
+        if match.group() == "{":
+            open_at.append(match.start())
+        elif open_at:
+            ranges.append((open_at.pop(), match.end()))
+    return ranges
+
+
 def _join_short(text: str, pieces: list[tuple[int, int]], min_chars: int) -> list[tuple[int, int]]:
     """Join pieces of fewer than `min_chars` visible characters to the next, the last one back."""
     out: list[tuple[int, int]] = []
     start = pieces[0][0]
-    for index, (_, end) in enumerate(pieces):
-        if len(text[start:end].strip()) >= min_chars or index == len(pieces) - 1:
+    visible = [-1, -1]  # first visible character since start, one past the last
+    for index, (begin, end) in enumerate(pieces):
+        if stripped := text[begin:end].strip():
+            first = text.index(stripped[0], begin)
+            visible = [first if visible[0] < 0 else visible[0], first + len(stripped)]
+        if visible[1] - visible[0] >= min_chars or index == len(pieces) - 1:
             out.append((start, end))
-            start = end
+            start, visible = end, [-1, -1]
     if len(out) > 1 and len(text[out[-1][0] : out[-1][1]].strip()) < min_chars:
         last = out.pop()
         out[-1] = (out[-1][0], last[1])

@@ -7,7 +7,6 @@ journal before it counts, so a stage that stops or is killed goes on without pay
 import asyncio
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,17 +16,15 @@ import pyarrow as pa
 from pydantic import BaseModel, Field, ValidationError
 from tenacity import (
     AsyncRetrying,
-    RetryCallState,
     retry_if_exception,
     stop_after_attempt,
-    wait_random_exponential,
 )
 
 from ...schemas.configs import OpenAIAnnotator, SegmentConfig
 from ...schemas.errors import InputError
 from ...schemas.labels import AnnotationStatus
 from ...schemas.tables import ANNOTATIONS
-from . import faults
+from .. import endpoint
 from .dialogue import Answer, Question, dialogue, usage
 from .journal import Journal, request_key
 from .pace import Pace
@@ -37,7 +34,6 @@ from .rows import SKIPPED, Identity, Item, Reading, annotation_row, items
 logger = logging.getLogger(__name__)
 
 _FEWEST_FAILURES = 10  # before the share of failed calls means something within a part
-_backoff = wait_random_exponential(multiplier=0.5, max=60)
 
 
 class EndpointAnnotator:
@@ -52,7 +48,7 @@ class EndpointAnnotator:
     ) -> None:
         self._config, self._prompt, self._segment = config, prompt, segment
         self._journal = journal
-        self._key = read_key(config.api_key_env)
+        self._key = endpoint.read_key(config.api_key_env, "annotator.api_key_env")
         self._who = Identity(config.name, config.model, prompt.version)
         self._refused: set[str] = set()
         self._calls = self._failures = 0
@@ -119,7 +115,7 @@ class EndpointAnnotator:
                 question = talk.send(answers[-1])
         except StopIteration as done:
             reading = done.value
-        except (openai.APIError, faults.NotACompletion) as error:
+        except (openai.APIError, endpoint.NotACompletion) as error:
             reading = self._failed(error)
         price = (
             self._config.usd_per_million_prompt_tokens,
@@ -129,10 +125,10 @@ class EndpointAnnotator:
         return annotation_row(item, self._who, reading, usage(answers, price), raw)
 
     def _failed(self, error: Exception) -> Reading:
-        said = faults.sentence(error, self._key)
+        said = endpoint.sentence(error, self._key)
         self._failures += 1
         often = self._failures >= _FEWEST_FAILURES and self._failures * 2 > self._calls
-        if faults.condemns_all(error) or often:
+        if endpoint.condemns_all(error) or often:
             self._stop = said
         logger.warning("%s: %s", self._config.name, said)
         return Reading(AnnotationStatus.FAILED, error=said)
@@ -163,15 +159,15 @@ class EndpointAnnotator:
         while True:
             refused = frozenset(self._refused)
             retrying = AsyncRetrying(
-                retry=retry_if_exception(faults.may_pass),
-                wait=_wait_s,
+                retry=retry_if_exception(endpoint.may_pass),
+                wait=endpoint.wait_s,
                 stop=stop_after_attempt(self._config.max_attempts),
                 reraise=True,
             )
             try:
                 return await retrying(self._send, question, refused)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                name = faults.refused_parameter(error)
+                name = endpoint.refused_parameter(error)
                 if name is None or name in refused:
                     raise
                 if name not in self._refused:
@@ -190,8 +186,8 @@ class EndpointAnnotator:
                 )
                 body = _checked_body(response.http_response.content)
             except openai.APIStatusError as error:
-                if faults.overloaded(error) and faults.may_pass(error):
-                    self._pace.rejected(entered, faults.retry_after_s(error))
+                if endpoint.overloaded(error) and endpoint.may_pass(error):
+                    self._pace.rejected(entered, endpoint.retry_after_s(error))
                 raise
             self._pace.succeeded()
             return {"latency_s": round(time.monotonic() - began, 4), "body": body}
@@ -209,23 +205,6 @@ class EndpointAnnotator:
             schema = {"name": "annotation", "schema": self._prompt.schema, "strict": True}
             request["response_format"] = {"type": "json_schema", "json_schema": schema}
         return request
-
-
-def read_key(variable: str | None) -> str | None:
-    """The API key in an environment variable; None if none is named.
-
-    Raises:
-        InputError: the variable is not set.
-    """
-    if variable is None:
-        return None
-    key = os.environ.get(variable)
-    if not key:
-        raise InputError(
-            f"environment variable {variable} is not set; export the endpoint's API key in it, or "
-            "set annotator.api_key_env to null for a server without keys"
-        )
-    return key
 
 
 class _Usage(BaseModel):
@@ -254,7 +233,7 @@ def _checked_body(content: bytes) -> dict[str, Any]:
     try:
         _Body.model_validate_json(content)
     except ValidationError as error:
-        raise faults.NotACompletion(f"{error.errors()[0]['msg']} in {content[:120]!r}") from None
+        raise endpoint.NotACompletion(f"{error.errors()[0]['msg']} in {content[:120]!r}") from None
     return json.loads(content)
 
 
@@ -269,9 +248,3 @@ def _read_record(record: dict[str, Any]) -> Answer:
         completion_tokens=tokens.completion_tokens if tokens else None,
         latency_s=record["latency_s"],
     )
-
-
-def _wait_s(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    asked = faults.retry_after_s(error) if error is not None else None
-    return _backoff(state) if asked is None else asked

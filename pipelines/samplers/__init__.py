@@ -24,7 +24,7 @@ def open_sampler(
     if isinstance(config, VllmSampler):
         from .vllm import VllmPolicySampler
 
-        return VllmPolicySampler(config, path), load_tokenizer(path)
+        return VllmPolicySampler(config, path, policy.precision), load_tokenizer(path)
     from .transformers import TransformersPolicySampler
 
     loaded = load_policy(path, policy.device, policy.precision)

@@ -8,7 +8,6 @@ a reasoning parser, which would take the thinking out.
 
 import asyncio
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,6 @@ from tenacity import (
     RetryCallState,
     before_sleep_log,
     retry_if_exception,
-    wait_random_exponential,
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -29,12 +27,11 @@ from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
 from ...trace.policy import policy_info
 from ...trace.protocols import Completion, PolicyInfo, Prompt
-from ..annotators import faults
+from .. import endpoint
 
 logger = logging.getLogger(__name__)
 
 _UNREACHABLE_ATTEMPTS = 5
-_backoff = wait_random_exponential(multiplier=0.5, max=60)
 
 
 class OpenAIPolicySampler:
@@ -46,7 +43,7 @@ class OpenAIPolicySampler:
 
     def __init__(self, config: OpenAISampler, model: str) -> None:
         self._config, self._model = config, model
-        self._key = read_key(config.api_key_env)
+        self._key = endpoint.read_key(config.api_key_env, "sampler.api_key_env")
         tokenizer = _local_tokenizer(model)
         if tokenizer is None:
             self._bytes = None
@@ -67,7 +64,7 @@ class OpenAIPolicySampler:
         """
         try:
             return asyncio.run(self._sample(prompts, sampling, seeds))
-        except (openai.APIError, faults.NotACompletion) as error:
+        except (openai.APIError, endpoint.NotACompletion) as error:
             raise InputError(self._explain(error)) from error
 
     def close(self) -> None:
@@ -100,7 +97,9 @@ class OpenAIPolicySampler:
         """One response; without the extra fields if the server refuses them and only them."""
         if self._extended:
             try:
-                return await self._send(client, prompt, sampling, seed, _extra_fields(sampling))
+                return await self._send(
+                    client, prompt, sampling, seed, _extra_fields(prompt, sampling)
+                )
             except (openai.BadRequestError, openai.UnprocessableEntityError):
                 reply = await self._send(client, prompt, sampling, seed, {})
             if self._extended:  # else another request in flight found out first
@@ -125,8 +124,8 @@ class OpenAIPolicySampler:
     ) -> ChatCompletion:
         """Repeats what may pass (rate limits, server and connection errors) for `timeout_s`."""
         retrying = AsyncRetrying(
-            retry=retry_if_exception(faults.may_pass),
-            wait=_wait_s,
+            retry=retry_if_exception(endpoint.may_pass),
+            wait=endpoint.wait_s,
             stop=self._give_up,
             before_sleep=before_sleep_log(logger, logging.WARNING),
             reraise=True,
@@ -145,7 +144,7 @@ class OpenAIPolicySampler:
         async def attempt() -> ChatCompletion:
             reply = await client.chat.completions.create(**request)
             if not reply.choices:
-                raise faults.NotACompletion(reply.model_dump_json()[:200])
+                raise endpoint.NotACompletion(reply.model_dump_json()[:200])
             return reply
 
         return await retrying(attempt)
@@ -178,7 +177,7 @@ class OpenAIPolicySampler:
 
     def _explain(self, error: Exception) -> str:
         url, key = self._config.base_url, self._config.api_key_env
-        said = f"({faults.sentence(error, self._key)})"
+        said = f"({endpoint.sentence(error, self._key)})"
         match error:
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 how = (
@@ -197,23 +196,6 @@ class OpenAIPolicySampler:
         return f"{url}: refuses or fails to answer a request for model {self._model} {said}"
 
 
-def read_key(variable: str | None) -> str | None:
-    """The API key in an environment variable; None if none is named.
-
-    Raises:
-        InputError: the variable is not set.
-    """
-    if variable is None:
-        return None
-    key = os.environ.get(variable)
-    if not key:
-        raise InputError(
-            f"environment variable {variable} is not set; export the endpoint's API key in it, or "
-            "set sampler.api_key_env to null for a server without keys"
-        )
-    return key
-
-
 def _local_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(model, local_files_only=True)
@@ -221,23 +203,19 @@ def _local_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _extra_fields(sampling: SamplingConfig) -> dict[str, Any]:
+def _extra_fields(prompt: Prompt, sampling: SamplingConfig) -> dict[str, Any]:
     """Fields beyond OpenAI's own.
 
     Truncations and penalties are always named: servers have their own defaults (llama.cpp min_p,
     vLLM those of the model's generation_config.json).
     """
-    return {
+    fields: dict[str, Any] = {
         "top_k": sampling.top_k,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
         "logprobs": True,
         "return_token_ids": True,
     }
-
-
-def _wait_s(state: RetryCallState) -> float:
-    """What the server asks for (Retry-After), else a growing random time."""
-    error = state.outcome.exception() if state.outcome else None
-    asked = faults.retry_after_s(error) if error is not None else None
-    return _backoff(state) if asked is None else asked
+    if prompt.thinking is not None:
+        fields["chat_template_kwargs"] = {"enable_thinking": prompt.thinking}
+    return fields

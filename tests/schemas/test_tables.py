@@ -1,0 +1,305 @@
+"""Contracts: what `validate` accepts, and how it names the column and the row at fault."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.tables import (
+    ANNOTATIONS,
+    CONTRACTS,
+    NAME_KEY,
+    PROBLEMS,
+    ROLLOUTS,
+    ROUTED,
+    VERDICTS,
+    VERSION_KEY,
+    TableContract,
+    description,
+    validate,
+)
+
+_ids = {"problem_id": "p", "group_id": "g"}
+_policy = {
+    "policy_name": "micro",
+    "policy_revision": "0",
+    "policy_step": 0,
+    "vocab_fingerprint": "v",
+}
+_tokens = {"prompt_token_ids": [1], "token_ids": [5, 6], "logprobs": [-0.5, -0.25]}
+# One valid row of each table, without its row id.
+ROWS: dict[str, dict] = {
+    "problems": {
+        "problem": "1+1",
+        "answer": "2",
+        "answer_kind": "math",
+        "solution": "two",
+        "steps": [{"text": "1+1=2", "value": "2", "type": "arithmetic", "key": True}],
+        "source": "test",
+        "split": "train",
+    },
+    "rollouts": {
+        **_ids,
+        **_tokens,
+        **_policy,
+        "sample_index": 0,
+        "response": "2",
+        "finish_reason": "stop",
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_new_tokens": 8,
+        "seed": 1 << 40,
+        "on_policy": True,
+    },
+    "verdicts": {
+        **_ids,
+        "reward": 1.0,
+        "correct": True,
+        "parsed_answer": "2",
+        "status": "ok",
+        "verifier": "test 1",
+        "seconds": 0.0,
+    },
+    "annotations": {
+        **_ids,
+        "correct": True,
+        "segments": [{"start": 0, "end": 1}],
+        "spans": [{"segments": [0], "kind": "key", "rank": 0, "start": 0, "end": 1, "text": "2"}],
+        "diagnostic_type": "arithmetic",
+        "status": "ok",
+        "annotator_name": "rule",
+        "annotator_model": "rule",
+        "prompt_version": "",
+        "raw_answer": "{}",
+        "error": "none",
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+        "cost_usd": 0.0,
+        "latency_s": 0.0,
+    },
+    "routed": {
+        **_ids,
+        **_tokens,
+        **_policy,
+        "problem": "1+1",
+        "temperature": 1.0,
+        "reward": 1.0,
+        "advantage": 0.5,
+        "correct": True,
+        "truncated": False,
+        "route": [0, 1],
+        "span_id": [-1, 0],
+        "diagnostic_type": "arithmetic",
+        "coverage": 0.5,
+        "dropped_tokens": 0,
+    },
+    "evaluations": {
+        "problem_id": "p",
+        "source": "test",
+        "policy": "base",
+        "policy_name": "micro",
+        "policy_revision": "0",
+        "k": 8,
+        "correct": 4,
+        "majority_correct": 0.5,
+        "mean_tokens": 2.0,
+        "truncated": 0,
+        "unscored": 0,
+    },
+}
+
+EVERY_COLUMN = [(c, field) for c in CONTRACTS.values() for field in c.schema]
+COLUMN_IDS = [f"{c.name}.{field.name}" for c, field in EVERY_COLUMN]
+every_contract = pytest.mark.parametrize("contract", CONTRACTS.values(), ids=CONTRACTS)
+every_column = pytest.mark.parametrize(("contract", "field"), EVERY_COLUMN, ids=COLUMN_IDS)
+
+
+def table_of(contract: TableContract, *changes: dict) -> pa.Table:
+    """A valid table of three rows, or one row per given change."""
+    return contract.table(
+        ROWS[contract.name] | {contract.row_id: f"id-{row}"} | change
+        for row, change in enumerate(changes or ({}, {}, {}))
+    )
+
+
+def with_column(table: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, values)
+
+
+def fields_within(field: pa.Field) -> list[pa.Field]:
+    """A field and all that lie in it."""
+    kind = field.type
+    if pa.types.is_list(kind):
+        return [field, *fields_within(kind.value_field)[1:]]
+    if pa.types.is_struct(kind):
+        return [field, *(inner for child in kind for inner in fields_within(child))]
+    return [field]
+
+
+@every_contract
+def test_a_valid_table_passes_and_keeps_its_values(contract):
+    table = table_of(contract)
+    checked = validate(table, contract)
+    assert checked.schema.equals(contract.schema, check_metadata=True)
+    assert checked.to_pylist() == table.to_pylist()
+
+
+@every_contract
+def test_an_empty_table_passes(contract):
+    assert validate(contract.empty(), contract).num_rows == 0
+
+
+@every_column
+def test_every_field_has_a_description(contract, field):
+    for inner in fields_within(field):
+        assert description(inner).endswith("."), inner.name
+
+
+@every_contract
+def test_schema_carries_name_and_version(contract):
+    assert contract.schema.metadata[NAME_KEY].decode() == contract.name
+    assert int(contract.schema.metadata[VERSION_KEY]) == contract.version
+
+
+@every_column
+def test_a_missing_column_is_named_with_its_meaning(contract, field):
+    table = table_of(contract).drop_columns([field.name])
+    with pytest.raises(InputError) as error:
+        validate(table, contract, "in.parquet")
+    assert str(error.value).startswith(f"in.parquet: column {field.name} is missing")
+    assert description(field) in str(error.value)
+
+
+@every_column
+def test_a_null_passes_only_where_it_may_stand(contract, field):
+    table = table_of(contract)
+    values = table.column(field.name).to_pylist()
+    values[1] = None
+    broken = with_column(table, field.name, pa.array(values, field.type))
+    if field.nullable:
+        assert validate(broken, contract).column(field.name).null_count == 1
+        return
+    with pytest.raises(InputError, match=f"^in.parquet, row 1: {field.name} is null"):
+        validate(broken, contract, "in.parquet")
+
+
+@every_contract
+def test_an_extra_column_is_named(contract):
+    table = table_of(contract).append_column("notes", pa.array(["a", "b", "c"]))
+    with pytest.raises(
+        InputError, match=f"^in.parquet: column notes is not in table {contract.name}"
+    ):
+        validate(table, contract, "in.parquet")
+
+
+@pytest.mark.parametrize(
+    ("contract", "column", "values"),
+    [
+        (ROUTED, "route", pa.array([[0, 1], [0, 256], [0, 1]])),
+        (ROLLOUTS, "token_ids", pa.array([[5.0, 6.0], [5.5, 6.0], [5.0, 6.0]])),
+        (VERDICTS, "reward", pa.array(["1", "0", "good"])),
+        (PROBLEMS, "problem", pa.array([["1"], ["2"], ["3"]])),
+        (PROBLEMS, "problem", pa.array([{"text": "1"}, {"text": "2"}, {"text": "3"}])),
+        (PROBLEMS, "steps", pa.array(["1", "2", "3"])),
+        (PROBLEMS, "steps", pa.array([[{"text": "1"}], None, None])),
+    ],
+    ids=["overflow", "fraction", "words", "list", "struct", "string", "half-a-struct"],
+)
+def test_a_wrong_type_is_named(contract, column, values):
+    table = with_column(table_of(contract), column, values)
+    needed = contract.schema.field(column).type
+    with pytest.raises(InputError) as error:
+        validate(table, contract, "in.parquet")
+    message = f"in.parquet: column {column} is {values.type}, table {contract.name} needs {needed}"
+    assert str(error.value).startswith(message)
+
+
+def test_a_column_that_stands_twice_is_named():
+    table = table_of(PROBLEMS).append_column("answer", pa.array(["1", "2", "3"]))
+    with pytest.raises(InputError, match=r"^in\.parquet: column answer .*twice"):
+        validate(table, PROBLEMS, "in.parquet")
+
+
+def test_types_that_lose_nothing_are_cast():
+    table = table_of(ROLLOUTS)
+    wide = with_column(table, "response", table["response"].cast(pa.large_string()))
+    wide = with_column(wide, "token_ids", table["token_ids"].cast(pa.list_(pa.int64())))
+    assert validate(wide, ROLLOUTS) == table
+
+
+@pytest.mark.parametrize(
+    ("contract", "column", "allowed"),
+    [
+        (PROBLEMS, "answer_kind", "math, choice"),
+        (ROLLOUTS, "finish_reason", "stop, length"),
+        (VERDICTS, "status", "ok, pred_unparsed"),
+        (ANNOTATIONS, "status", "ok, empty"),
+        (ANNOTATIONS, "diagnostic_type", "case_analysis, "),
+        (ROUTED, "diagnostic_type", "case_analysis, "),
+    ],
+)
+def test_a_label_outside_its_enumeration_is_named_with_its_row(contract, column, allowed):
+    table = table_of(contract, {}, {}, {column: "vibes"})
+    with pytest.raises(InputError, match=f"^t, row 2: {column} is 'vibes', not one of {allowed}"):
+        validate(table, contract, "t")
+
+
+def test_an_unknown_route_is_named_with_its_row():
+    table = table_of(ROUTED, {}, {"route": [0, 3]})
+    with pytest.raises(InputError, match=r"^t, row 1: route is not 0, 1 or 2"):
+        validate(table, ROUTED, "t")
+
+
+def test_an_unknown_span_kind_is_named_with_its_row():
+    (span,) = ROWS["annotations"]["spans"]
+    table = table_of(ANNOTATIONS, {}, {"spans": []}, {"spans": [span, span | {"kind": "odd"}]})
+    with pytest.raises(InputError, match=r"^t, row 2: spans.kind is not one of key, error"):
+        validate(table, ANNOTATIONS, "t")
+
+
+@pytest.mark.parametrize(
+    ("contract", "column"),
+    [(c, name) for c in CONTRACTS.values() for names in c.same_length for name in names[1:]],
+)
+def test_lists_of_unequal_length_are_named_with_their_row(contract, column):
+    values = ROWS[contract.name][column]
+    table = table_of(contract, {}, {column: [*values, values[-1]]})
+    with pytest.raises(InputError, match=f"^t, row 1: {column} has another length than token_ids"):
+        validate(table, contract, "t")
+
+
+@every_contract
+def test_a_duplicate_id_is_named_with_its_row(contract):
+    table = table_of(contract, {}, {contract.row_id: "same"}, {}, {contract.row_id: "same"})
+    with pytest.raises(InputError, match=f"^t, row 3: {contract.row_id} same appears twice"):
+        validate(table, contract, "t")
+
+
+def test_rows_are_counted_over_the_chunks_of_a_table():
+    table = pa.concat_tables([table_of(PROBLEMS), table_of(PROBLEMS, {"problem_id": "id-9"})])
+    broken = with_column(
+        table, "answer_kind", pa.chunked_array([["math", "math", "math"], ["odd"]])
+    )
+    with pytest.raises(InputError, match=r"^t, row 3: answer_kind is 'odd'"):
+        validate(broken, PROBLEMS, "t")
+
+
+@every_contract
+def test_another_version_is_refused(contract):
+    newer = table_of(contract).replace_schema_metadata(
+        {NAME_KEY: contract.name, VERSION_KEY: str(contract.version + 1)}
+    )
+    with pytest.raises(InputError, match=f"is version {contract.version + 1} of table") as error:
+        validate(newer, contract, "old.parquet")
+    assert f"reads version {contract.version}" in str(error.value)
+
+
+@every_contract
+def test_parquet_keeps_descriptions_name_and_version(contract, tmp_path):
+    pq.write_table(table_of(contract), tmp_path / "t.parquet")
+    read = pq.read_table(tmp_path / "t.parquet")
+    assert read.schema.metadata[VERSION_KEY] == str(contract.version).encode()
+    for field in contract.schema:
+        assert description(read.schema.field(field.name)) == description(field)
+    assert validate(read, contract).to_pylist() == table_of(contract).to_pylist()

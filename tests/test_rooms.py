@@ -1,0 +1,99 @@
+"""The rooms (who may import whom), read from the source files and tried without the extras."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("schemas", "data", "trace", "pipelines")
+FILES = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
+FILES += sorted(ROOT.glob("*.py"))
+# What a room may import of ours; the package itself is `trace_opd` without a room.
+OURS = {
+    "schemas": {"schemas"},
+    "data": {"schemas", "data"},
+    "trace": {"schemas", "data", "trace"},
+    "pipelines": {"schemas", "data", "trace", "pipelines"},
+}
+EXTRAS = ("prefect", "polars", "datasets", "openai", "math_verify", "typer", "jinja2", "tensorboard")
+TRAINER_NEEDS = {"torch", "transformers", "safetensors", "pyarrow", "numpy"}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Absolute names of all modules that a file imports anywhere, lazily too."""
+    package = ["trace_opd", *file.relative_to(ROOT).parent.parts]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            # `from .. import report` imports a module by the name that it binds.
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def room_of(module: str) -> str | None:
+    """The room of a module of ours; None for other packages'."""
+    top, _, rest = module.partition(".")
+    return rest.partition(".")[0] if top == "trace_opd" else None
+
+
+def files_of(room: str) -> list[Path]:
+    return [file for file in FILES if file.is_relative_to(ROOT / room)]
+
+
+def test_the_rules_see_relative_lazy_and_bare_imports(tmp_path):
+    seen = set(imports(ROOT / "pipelines" / "annotators" / "rule.py"))
+    assert any(name.startswith("trace_opd.schemas.tables.") for name in seen)
+    assert "openai.AsyncOpenAI" in set(imports(ROOT / "pipelines" / "annotators" / "openai.py"))
+    assert "trace_opd.pipelines.report" in set(imports(ROOT / "flows.py"))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_arrows_point_down(room):
+    assert files_of(room)
+    for file in files_of(room):
+        ours = {room_of(module) for module in imports(file)} - {None}
+        assert ours <= OURS[room], file
+
+
+def test_only_flows_imports_prefect():
+    importers = {
+        file.name
+        for file in FILES
+        if any(module.split(".")[0].startswith("prefect") for module in imports(file))
+    }
+    assert importers == {"flows.py"}
+
+
+def test_nothing_imports_flows():
+    for file in FILES:
+        assert "flows" not in {room_of(module) for module in imports(file)}, file
+
+
+def test_the_trainer_needs_torch_transformers_and_pyarrow_alone():
+    for file in files_of("trace"):
+        foreign = {module.split(".")[0] for module in imports(file)}
+        assert foreign - set(sys.stdlib_module_names) - {"trace_opd"} <= TRAINER_NEEDS, file
+
+
+def test_the_trainer_imports_where_the_extras_are_not_installed():
+    program = f"""
+import importlib, pkgutil, sys
+for name in {EXTRAS!r}:
+    sys.modules[name] = None  # for import and find_spec alike: not installed
+import trace_opd.trace
+modules = [m.name for m in pkgutil.walk_packages(trace_opd.trace.__path__, "trace_opd.trace.")]
+for name in modules:
+    importlib.import_module(name)
+print(len(modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == len(files_of("trace")) - 1  # all but __init__.py
