@@ -7,11 +7,9 @@ no answer: a policy must commit to one. Everything here is linear in the respons
 
 import re
 
+from ..data.boxed import last_boxed
 from ..schemas.labels import AnswerKind
 
-# An escaped character ("\{", "\\") is one token, so it neither opens a box nor counts as a brace.
-_BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
-_VISIBLE = re.compile(r"\S")
 _STATEMENT = re.compile(r"\banswer\b(?:\s+is\b|\*{0,2}\s*[:=])|####", re.IGNORECASE)
 _FORMULA = re.compile(r"\$+([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
@@ -43,27 +41,6 @@ def final_answer(response: str) -> str | None:
     answer = boxed if boxed is not None else _stated(response)
     # math-verify cannot read `42.`
     return answer.removesuffix(".") or None if answer is not None else None
-
-
-def last_boxed(response: str) -> str | None:
-    """Content of the last balanced, non-empty `\\boxed{…}`; of nested boxes the outer one.
-
-    A box that never closes hides neither an earlier one nor one inside it.
-    """
-    found = None
-    stack: list[int | None] = []  # where a box's content starts; None for other braces
-    for match in _BRACES.finditer(response):
-        if match["box"]:
-            stack.append(match.end())
-        elif match["open"]:
-            stack.append(None)
-        elif match["close"] and stack:
-            start = stack.pop()
-            # The content is cut out once, after the scan: cutting here would be quadratic for
-            # deeply nested boxes.
-            if start is not None and _VISIBLE.search(response, start, match.start()):
-                found = (start, match.start())
-    return response[slice(*found)].strip() if found else None
 
 
 def choice_letter(response: str) -> str | None:

@@ -5,23 +5,49 @@ addition, step by step, from noisy demonstrations: a carry is dropped, a sum is 
 answer is copied wrongly, each at its own rate. At temperature 1 it repeats that noise, so its pass
 rate leaves room for reinforcement learning. Half of the demonstrations carry a hint (the teacher's
 prompt with a diagnostic type); the noise of that type is then left out. So the label really
-changes what the teacher predicts, and says nothing about the answer.
+changes what the teacher predicts, and says nothing about the answer; `--measure` prints by how
+much.
 """
 
 import argparse
 import copy
+import json
 import math
 import random
 import time
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ..data.sources.arithmetic import answer_text, operands, step_text
-from ..schemas.labels import DiagnosticType
+from ..data.sources.arithmetic import answer_text, operands, rows, step_text
+from ..data.store import content_hash
+from ..schemas.configs import (
+    ArithmeticSource,
+    PromptConfig,
+    RoutingConfig,
+    RuleAnnotator,
+    SamplingConfig,
+    SegmentConfig,
+)
+from ..schemas.labels import Action, DiagnosticType, Route, VerdictStatus
+from ..schemas.tables import PROBLEMS, VERDICTS
+from ..trace.align import byte_table
+from ..trace.batch import TrainingSequence, response_logits, routed_positions, training_sequences
+from ..trace.convert import routed_table
+from ..trace.policy import Policy, load_policy
+from .annotators.rule import StepsAnnotator
+from .models import MICRO
+from .rollout import rollouts_table
+from .samplers.transformers import TransformersPolicySampler
 
 STUDENT_TEMPLATE = "{problem}"
 TEACHER_TEMPLATE = "{problem}\nhint: {diagnostic_type}"
@@ -31,6 +57,8 @@ NOISE = {
     DiagnosticType.ARITHMETIC: 0.12,
     DiagnosticType.FINAL_ANSWER: 0.08,
 }
+# Labels that no demonstration's noise goes by: hints that change nothing.
+UNINFORMATIVE = (DiagnosticType.COUNTING, DiagnosticType.SETUP)
 SPECIALS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -158,15 +186,114 @@ def pretrain(output: Path, steps: int, batch_size: int, lr: float, seed: int) ->
             tokenizer.save_pretrained(output)
 
 
+def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any]:
+    """The pass rate at temperature 1 (8 samples a problem), and how much the label matters.
+
+    problems: arithmetic ones. Spans are the rule annotator's, without a coverage cap. Per kind of
+    span (key, error) the means over its tokens, in nats, of
+    `right_label` and `wrong_label`: KL(teacher ‖ student) with the span's label, and with the next
+    label that has a meaning here; `right_to_wrong`: KL between these two teachers; `uninformative`:
+    KL between teachers with two labels that have none.
+    """
+    prompt = PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE)
+    sampler = TransformersPolicySampler(policy, batch_tokens=65_536)
+    sampling = SamplingConfig(max_new_tokens=128)
+    rollouts = rollouts_table(problems, sampler, policy.tokenizer, prompt, sampling, 8, seed)
+    verdicts = exact_verdicts(problems, rollouts)
+    annotator = StepsAnnotator(RuleAnnotator(engine="rule"), SegmentConfig())
+    annotations = annotator.annotate(problems, rollouts, verdicts)
+    routing = RoutingConfig(alpha=1.0, key=Action.FKL, error=Action.RKL)
+    pieces = byte_table(policy.tokenizer)
+    routed = routed_table(problems, rollouts, verdicts, annotations, pieces, routing)
+    routed = routed.filter(pc.is_valid(routed["diagnostic_type"]))
+    right = [DiagnosticType(label) for label in routed["diagnostic_type"].to_pylist()]
+    informative = list(NOISE)
+    wrong = [informative[informative.index(label) - 1] for label in right]
+
+    def teacher(labels: Sequence[DiagnosticType]) -> torch.Tensor:
+        column = routed.schema.get_field_index("diagnostic_type")
+        relabelled = routed.set_column(column, routed.field("diagnostic_type"), [labels])
+        sequences = training_sequences(relabelled, policy.tokenizer, prompt)
+        return _log_probs(policy, sequences, [s.teacher_prompt_ids or [] for s in sequences])
+
+    sequences = training_sequences(routed, policy.tokenizer, prompt, with_teacher=False)
+    student = _log_probs(policy, sequences, [s.prompt_ids for s in sequences])
+    with_right, with_wrong = teacher(right), teacher(wrong)
+    neutral, other_neutral = (teacher([label] * len(right)) for label in UNINFORMATIVE)
+    divergences = {
+        "right_label": _kl(with_right, student),
+        "wrong_label": _kl(with_wrong, student),
+        "right_to_wrong": _kl(with_right, with_wrong),
+        "uninformative": _kl(neutral, other_neutral),
+    }
+    route = np.concatenate([s.route[routed_positions(s)] for s in sequences])
+    figures: dict[str, Any] = {
+        "rollouts": len(rollouts),
+        "pass_rate": pc.mean(verdicts["reward"]).as_py(),
+    }
+    for kind, chosen in (("key", route == Route.FKL), ("error", route == Route.RKL)):
+        figures[kind] = {"tokens": int(chosen.sum())} | {
+            name: float(values[chosen].mean()) for name, values in divergences.items()
+        }
+    return figures
+
+
+def exact_verdicts(problems: pa.Table, rollouts: pa.Table) -> pa.Table:
+    """Verdicts by the last line, character for character: all that this policy's answers need."""
+    gold = {row["problem_id"]: row["answer"] for row in problems.to_pylist()}
+    verdict = {"status": VerdictStatus.OK, "verifier": "exact", "seconds": 0.0}
+    judged = []
+    for row in rollouts.select(["rollout_id", "problem_id", "group_id", "response"]).to_pylist():
+        last_line = row.pop("response").rpartition("\n")[2]
+        correct = last_line == answer_text(gold[row["problem_id"]])
+        judged.append(row | verdict | {"reward": float(correct), "correct": correct})
+    return VERDICTS.table(judged)
+
+
+def arithmetic_problems(count: int, seed: int) -> pa.Table:
+    """Distinct additions of three to five digits as a problems table."""
+    source = ArithmeticSource(kind="arithmetic")
+    return PROBLEMS.table(
+        row | {"problem_id": content_hash([row["source"], row["problem"]]), "split": "test"}
+        for row in islice(rows(source, seed), count)
+    )
+
+
+@torch.no_grad()
+def _log_probs(
+    policy: Policy, sequences: list[TrainingSequence], prompts: list[list[int]]
+) -> torch.Tensor:
+    """Log-probabilities (routed tokens, vocab) behind the given prompts."""
+    logits = []
+    for at in range(0, len(sequences), 64):
+        chunk = sequences[at : at + 64]
+        responses, keep = [s.token_ids for s in chunk], [routed_positions(s) for s in chunk]
+        logits.append(response_logits(policy.model, prompts[at : at + 64], responses, keep))
+    return torch.log_softmax(torch.cat(logits).float(), dim=-1)
+
+
+def _kl(log_q: torch.Tensor, log_p: torch.Tensor) -> np.ndarray:
+    """KL(q ‖ p) per token, nats: (tokens,)."""
+    return (log_q.exp() * (log_q - log_p)).sum(-1).cpu().numpy()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "data/micro")
+    parser = argparse.ArgumentParser(description="Train or measure the micro policy.")
+    parser.add_argument("--output", type=Path, default=MICRO)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--measure", action="store_true", help="measure the model in --output instead of training"
+    )
     args = parser.parse_args()
-    pretrain(args.output, args.steps, args.batch_size, args.lr, args.seed)
+    if args.measure:
+        policy = load_policy(str(args.output))
+        figures = label_effect(policy, arithmetic_problems(64, args.seed), args.seed)
+        print(json.dumps(figures, indent=2))
+    else:
+        pretrain(args.output, args.steps, args.batch_size, args.lr, args.seed)
 
 
 if __name__ == "__main__":

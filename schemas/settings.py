@@ -1,7 +1,7 @@
 """Configs from YAML files with `key=value` overrides, and back to YAML."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -58,6 +58,7 @@ def override(config: C, overrides: list[str] | None) -> C:
 def _validated(model: type[C], data: dict, overrides: list[str], where: str) -> C:
     for text in overrides:
         _apply(data, text)
+    _fill_tags(data, model)
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -73,6 +74,9 @@ def explain(error: ValidationError, where: str) -> str:
         what = f"{field}: unknown key; see --help or `trace-opd config` for the known ones"
     elif first["type"] == "missing":
         what = f"{field}: is required; set it in the file or as {field}=value"
+    elif first["type"] == "union_tag_not_found":
+        tag = first["ctx"]["discriminator"].strip("'")  # type: ignore[typeddict-item]
+        what = f"{field}: names no {tag}; set it in the file or as {field}.{tag}=value"
     else:
         what = f"{field}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r:.80})"
     more = f" (and {len(others)} more)" if others else ""
@@ -82,6 +86,20 @@ def explain(error: ValidationError, where: str) -> str:
 def dump_config(config: BaseModel) -> str:
     """The whole config as YAML, defaults included."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _fill_tags(data: dict, model: type[BaseModel]) -> None:
+    """Name the default engine where a mapping tunes it without naming it."""
+    for name, field in model.model_fields.items():
+        child, default = data.get(name), field.default
+        kind = type(default) if isinstance(default, BaseModel) else field.annotation
+        if not isinstance(child, dict) or not isinstance(kind, type):
+            continue
+        if issubclass(kind, BaseModel):
+            for tag, tag_field in kind.model_fields.items():
+                if get_origin(tag_field.annotation) is Literal and hasattr(default, tag):
+                    child.setdefault(tag, getattr(default, tag))
+            _fill_tags(child, kind)
 
 
 def _apply(data: dict, override: str) -> None:

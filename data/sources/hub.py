@@ -4,7 +4,6 @@ Presets know the datasets that the method trains and is evaluated on.
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +16,8 @@ from datasets.exceptions import DatasetsError
 from ...schemas.configs import Columns, HubSource
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind
+from ..boxed import last_boxed
 from .columns import mapped, problem_row, require
-
-_BOX = re.compile(r"\\boxed\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -40,18 +37,9 @@ class Preset:
     keep: tuple[str, str] | None = None
 
 
-def last_boxed(text: str) -> str:
-    r"""Content of the last `\boxed{…}` whose braces balance; "" if there is none.
-
-    Escaped braces (`\{`) are text.
-    """
-    for box in reversed(list(_BOX.finditer(text))):
-        depth = 1
-        for brace in _BRACE.finditer(text, box.end()):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                return text[box.end() : brace.start()].strip()
-    return ""
+def boxed_or_empty(text: str) -> str:
+    """The boxed answer of a solution; "" if there is none."""
+    return last_boxed(text) or ""
 
 
 def after_hashes(text: str) -> str:
@@ -64,7 +52,7 @@ PRESETS = {
         "open-thoughts/OpenThoughts-114k",
         Columns(answer="ground_truth_solution", solution="ground_truth_solution"),
         subset="metadata",
-        final_answer=last_boxed,
+        final_answer=boxed_or_empty,
         keep=("domain", "math"),
     ),
     "math-500": Preset("HuggingFaceH4/MATH-500", Columns(solution="solution"), split="test"),

@@ -13,7 +13,7 @@ from datasets import config as datasets_config
 from trace_opd.data import sources
 from trace_opd.data.sources.champ import gold_answer
 from trace_opd.data.sources.columns import multiple_choice
-from trace_opd.data.sources.hub import after_hashes, last_boxed
+from trace_opd.data.sources.hub import after_hashes, boxed_or_empty
 from trace_opd.schemas.configs import (
     ArithmeticSource,
     ChampSource,
@@ -170,7 +170,7 @@ def test_a_right_choice_that_equals_a_wrong_one_keeps_its_own_letter():
     ],
 )
 def test_the_last_balanced_box_is_the_answer(text, expected):
-    assert last_boxed(text) == expected
+    assert boxed_or_empty(text) == expected
 
 
 def test_gsm8k_answers_lose_their_commas():

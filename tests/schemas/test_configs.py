@@ -75,7 +75,7 @@ def test_a_bad_value_is_one_sentence_that_names_file_and_field(overrides, field)
 
 
 def test_further_faults_are_counted():
-    with pytest.raises(InputError, match=r"a: unknown key.*\(and 2 more\)"):
+    with pytest.raises(InputError, match=r"group_size: .*\(and 2 more\)$"):
         load_config(RolloutConfig, None, ["a=1", "b=2", "group_size=0"])
 
 
@@ -96,6 +96,22 @@ def test_overrides_are_yaml_values_and_make_missing_mappings():
     assert loaded.prompt.thinking is True
     assert isinstance(loaded.sampler, configs.OpenAISampler)
     assert override(loaded, ["prompt.thinking=null"]).prompt.thinking is None
+
+
+def test_a_default_engine_need_not_be_named_to_be_tuned(tmp_path):
+    assert micro("rollout", "sampler.batch_tokens=64").sampler.batch_tokens == 64
+    file = tmp_path / "train.yaml"
+    file.write_text("online: {steps: 1, annotator: {seed: 3}}\n")
+    assert load_config(TrainConfig, file).online.annotator == configs.SelfAnnotator(
+        engine="self", seed=3
+    )
+    chosen = micro("rollout", "sampler.engine=vllm", "sampler.max_model_len=64").sampler
+    assert chosen == configs.VllmSampler(engine="vllm", max_model_len=64)
+
+
+def test_an_engine_without_a_default_must_be_named():
+    with pytest.raises(InputError, match=r"annotator: names no engine.* annotator.engine=value"):
+        load_config(AnnotateConfig, None, ["annotator.name=again"])
 
 
 def test_the_last_override_wins_over_the_file():
