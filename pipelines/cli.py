@@ -50,9 +50,10 @@ def _stage_command(name: str, config_type: type[Config], summary: str) -> None:
         alias: Alias = None,
         dry_run: DryRun = False,
     ) -> None:
+        loaded, opened = _load(config_type, config, overrides, name), Store(store)
+        # Imports torch: a bad config has been refused before.
         from .stages import run_stage
 
-        loaded, opened = _load(config_type, config, overrides, name), Store(store)
         if dry_run:
             _print_plan(name, loaded, opened)
             return
@@ -98,9 +99,8 @@ _register_stages()
 @app.command()
 def pipeline(config: ConfigPath, overrides: Overrides = None, store: StoreRoot = "store") -> None:
     """Every stage in order, in this process, with no server."""
-    from .stages import run_pipeline, run_stage
-
     loaded, opened = _load(PipelineConfig, config, overrides, None), Store(store)
+    from .stages import run_pipeline, run_stage
 
     def run(stage: str, stage_config: Config, alias: str) -> str:
         result = run_stage(stage, stage_config, opened, alias)

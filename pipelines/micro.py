@@ -15,7 +15,6 @@ import json
 import math
 import random
 import time
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from ..trace.align import byte_table
 from ..trace.batch import TrainingSequence, response_logits, routed_positions, training_sequences
 from ..trace.convert import routed_table
 from ..trace.policy import Policy, load_policy
+from ..trace.prompt import render_chat, teacher_messages
 from .annotators.rule import StepsAnnotator
 from .models import MICRO
 from .rollout import rollouts_table
@@ -182,7 +182,7 @@ def pretrain(output: Path, steps: int, batch_size: int, lr: float, seed: int) ->
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step} loss {loss.item():.4f} {time.perf_counter() - started:.0f} s")
             # bfloat16: half the size on disk; loading it as float32 is exact.
-            copy.deepcopy(model).to(torch.bfloat16).save_pretrained(output)
+            copy.deepcopy(model).bfloat16().save_pretrained(output)
             tokenizer.save_pretrained(output)
 
 
@@ -191,9 +191,9 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
 
     problems: arithmetic ones. Spans are the rule annotator's, without a coverage cap. Per kind of
     span (key, error) the means over its tokens, in nats, of
-    `right_label` and `wrong_label`: KL(teacher ‖ student) with the span's label, and with the next
-    label that has a meaning here; `right_to_wrong`: KL between these two teachers; `uninformative`:
-    KL between teachers with two labels that have none.
+    `right_label` and `wrong_label`: KL(teacher ‖ student) with the rollout's label, and with another
+    that has a meaning here; `right_to_wrong`: KL between these two teachers; `uninformative`: KL
+    between teachers with two labels that have none.
     """
     prompt = PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE)
     sampler = TransformersPolicySampler(policy, batch_tokens=65_536)
@@ -210,13 +210,14 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
     informative = list(NOISE)
     wrong = [informative[informative.index(label) - 1] for label in right]
 
-    def teacher(labels: Sequence[DiagnosticType]) -> torch.Tensor:
-        column = routed.schema.get_field_index("diagnostic_type")
-        relabelled = routed.set_column(column, routed.field("diagnostic_type"), [labels])
-        sequences = training_sequences(relabelled, policy.tokenizer, prompt)
-        return _log_probs(policy, sequences, [s.teacher_prompt_ids or [] for s in sequences])
-
     sequences = training_sequences(routed, policy.tokenizer, prompt, with_teacher=False)
+
+    def teacher(labels: list[DiagnosticType]) -> torch.Tensor:
+        told = zip(routed.to_pylist(), labels, strict=True)
+        messages = [teacher_messages(prompt, row["problem"], label) for row, label in told]
+        prompts = [render_chat(policy.tokenizer, message) for message in messages]
+        return _log_probs(policy, sequences, prompts)
+
     student = _log_probs(policy, sequences, [s.prompt_ids for s in sequences])
     with_right, with_wrong = teacher(right), teacher(wrong)
     neutral, other_neutral = (teacher([label] * len(right)) for label in UNINFORMATIVE)
@@ -227,10 +228,8 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
         "uninformative": _kl(neutral, other_neutral),
     }
     route = np.concatenate([s.route[routed_positions(s)] for s in sequences])
-    figures: dict[str, Any] = {
-        "rollouts": len(rollouts),
-        "pass_rate": pc.mean(verdicts["reward"]).as_py(),
-    }
+    pass_rate = pc.mean(verdicts["reward"]).as_py()
+    figures: dict[str, Any] = {"rollouts": len(rollouts), "pass_rate": pass_rate}
     for kind, chosen in (("key", route == Route.FKL), ("error", route == Route.RKL)):
         figures[kind] = {"tokens": int(chosen.sum())} | {
             name: float(values[chosen].mean()) for name, values in divergences.items()

@@ -72,7 +72,7 @@ def routed_loss(
             "sampler_drift": drift.abs().sum().item(),
         }
     if kl_weight > 0 and inputs.teacher_logits is not None and routed.any():
-        log_q = _log_softmax(inputs.teacher_logits)  # (routed, vocab)
+        log_q = _log_softmax(inputs.teacher_logits.detach())  # (routed, vocab)
         kl, stats = routed_kl(log_p[routed], log_q, inputs.route[routed], config)
         loss = loss + kl_weight * (inputs.weight[routed] * kl).sum()
         sums |= stats

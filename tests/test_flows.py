@@ -1,0 +1,302 @@
+"""Flows against a real Prefect server: called here, served, and started by its command line."""
+
+import contextlib
+import contextvars
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterKey,
+    FlowRunFilter,
+    FlowRunFilterId,
+)
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+from trace_opd import flows
+from trace_opd.data.store import Dataset, Store
+from trace_opd.pipelines.stages import run_stage
+from trace_opd.schemas.configs import Config, PipelineConfig
+from trace_opd.schemas.settings import load_config, override
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+TABLE_STAGES = ("problems", "rollout", "verify", "annotate", "convert")
+SMALL = [
+    "problems.limit=6",
+    "problems.rows_per_part=2",
+    "eval_problems.limit=2",
+    "rollout.group_size=4",
+    "train.offline.steps=1",
+    "train.online.steps=1",
+    "train.online.group_size=2",
+    "train.groups_per_step=3",
+    "evaluate.k=1",
+    "evaluate.bootstrap=100",
+]
+CONFIG: PipelineConfig = load_config(PipelineConfig, ROOT / "configs" / "micro.yaml", SMALL)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a process and its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """A Prefect server of our own on a free port: the environment that finds it."""
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    variables = os.environ | {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (home / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            command, env=variables, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            assert server.poll() is None, (home / "server.log").read_text()
+            assert time.monotonic() < deadline, "the server did not come up"
+            with contextlib.suppress(URLError, ConnectionError), urlopen(f"{url}/health"):
+                break
+            time.sleep(0.2)
+        with temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: home}):
+            yield variables
+    finally:
+        stop(server)
+
+
+@pytest.fixture(scope="module")
+def made(environment, tmp_path_factory) -> Path:
+    """A store filled by the flows of the table stages; tests leave it as it is."""
+    root = tmp_path_factory.mktemp("flows") / "store"
+    for stage in TABLE_STAGES:
+        flows.STAGE_FLOWS[stage](config_of(stage), store=str(root))
+    return root
+
+
+@pytest.fixture
+def own(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "store"))
+
+
+def config_of(stage: str, *overrides: str) -> Config:
+    return override(getattr(CONFIG, stage), list(overrides))
+
+
+def written(root: Path, stage: str = "*") -> dict[str, int]:
+    """Files of a stage's datasets and when each was written."""
+    return {str(path): path.stat().st_mtime_ns for path in root.glob(f"{stage}/*/*")}
+
+
+def tasks_of(state: Any) -> list[Any]:
+    """The task runs of a finished flow run."""
+    runs = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+    with get_client(sync_client=True) as client:
+        return client.read_task_runs(flow_run_filter=runs)
+
+
+def artifact(key: str) -> Any:
+    with get_client(sync_client=True) as client:
+        (found,) = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
+    return found
+
+
+def test_flows_make_what_the_command_line_makes(made, tmp_path):
+    for stage in TABLE_STAGES:
+        plain = run_stage(stage, config_of(stage), Store(tmp_path))
+        assert isinstance(plain, Dataset)
+        assert Store(made).get(plain.ref).rows == plain.rows
+    assert Store(made).aliases() == Store(tmp_path).aliases()
+
+
+def test_artifacts_sum_up_each_dataset(made):
+    for dataset in Store(made).datasets():
+        table = artifact(f"{dataset.stage}-{dataset.id}")
+        assert table.type == "table"
+        for figure in dataset.summary:
+            assert f'"{figure}"' in table.data
+        lineage = artifact(f"{dataset.stage}-{dataset.id}-lineage")
+        assert lineage.type == "markdown"
+        for _, _, node in Store(made).lineage(dataset):
+            assert f"`{node.ref}` ({node.rows} rows)" in lineage.data
+
+
+def test_a_finished_dataset_is_found_without_a_task(own):
+    before = written(own)
+    state = flows.rollout(config_of("rollout"), store=str(own), alias="again", return_state=True)
+    assert tasks_of(state) == []
+    assert written(own) == before
+    assert Store(own).get("again").ref == Store(own).get("rollouts").ref
+
+
+def test_after_a_failed_part_only_the_missing_one_is_made(own, tmp_path):
+    other = config_of("convert", "routing.alpha=0.5")
+    part = Path(Store(own).get("annotations").path("part-00001.parquet"))
+    part.rename(tmp_path / "aside")
+    failed = flows.convert(other, store=str(own), return_state=True)
+    assert failed.is_failed()
+    assert sorted(run.run_count for run in tasks_of(failed)) == [1, 1, 1]  # bad input: no retry
+    kept = {name: at for name, at in written(own, "convert").items() if "part-0000" in name}
+    assert len(kept) == 3 + 2
+
+    (tmp_path / "aside").rename(part)
+    mended = flows.convert(other, store=str(own), return_state=True)
+    assert [run.name for run in tasks_of(mended)] == ["convert-part-1"]
+    after = written(own, "convert")
+    assert {name: after[name] for name in kept} == kept
+    assert Store(own).get(mended.result()).rows == Store(own).get("rollouts").rows
+
+
+def test_a_part_that_fails_for_now_is_retried_on_its_own(own):
+    part = Path(Store(own).get("annotations").path("part-00001.parquet"))
+    content = part.read_bytes()
+    part.write_bytes(b"half a file")
+
+    def mend_at_the_first_retry() -> None:
+        with get_client(sync_client=True) as client:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                if any(run.state_name == "AwaitingRetry" for run in client.read_task_runs()):
+                    break
+                time.sleep(0.1)
+        part.write_bytes(content)
+
+    mender = threading.Thread(target=contextvars.copy_context().run, args=[mend_at_the_first_retry])
+    mender.start()
+    state = flows.convert(
+        config_of("convert", "routing.alpha=0.5"), store=str(own), return_state=True
+    )
+    mender.join()
+    assert state.is_completed()
+    attempts = {run.name: run.run_count for run in tasks_of(state)}
+    assert attempts.keys() == {f"convert-part-{part}" for part in range(3)}
+    assert attempts["convert-part-1"] > 1
+    assert attempts["convert-part-0"] == attempts["convert-part-2"] == 1
+
+
+def test_every_deployment_of_the_work_pool_is_a_flow_with_valid_parameters():
+    project = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+    names = set()
+    for deployment in project["deployments"]:
+        file, _, name = deployment["entrypoint"].partition(":")
+        assert (ROOT / file).samefile(flows.__file__)
+        assert deployment["work_pool"]["name"] == "trace-opd"
+        getattr(flows, name).validate_parameters(deployment["parameters"])
+        names.add(name)
+    assert names == {*flows.STAGE_FLOWS, "pipeline"}
+
+
+def prefect(environment: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BIN / "prefect", *args],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def served(environment, made, tmp_path_factory) -> Iterator[Path]:
+    """`trace-opd serve` on a copy of the store, in a process of its own: the store's root."""
+    folder = tmp_path_factory.mktemp("served")
+    root = shutil.copytree(made, folder / "store")
+    file = folder / "pipeline.yaml"
+    file.write_text(yaml.safe_dump(CONFIG.model_dump(mode="json")))
+    with (folder / "serve.log").open("w") as log:
+        server = subprocess.Popen(
+            [BIN / "trace-opd", "serve", str(file), "--store", str(root)],
+            env=environment,
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    expected = {*flows.STAGE_FLOWS, "pipeline"}
+    try:
+        deadline = time.monotonic() + 90
+        with get_client(sync_client=True) as client:
+            while len(client.read_deployments()) < len(expected):
+                assert server.poll() is None, (folder / "serve.log").read_text()
+                assert time.monotonic() < deadline, "the deployments did not come up"
+                time.sleep(0.5)
+        yield Path(root)
+    finally:
+        stop(server)
+
+
+@pytest.mark.slow
+def test_a_deployment_run_annotates_again_and_makes_nothing_upstream(environment, served):
+    before, first = written(served), Store(served).get("annotations")
+    change = 'overrides=["annotator.name=again"]'
+    done = prefect(environment, "deployment", "run", "annotate/default", "-p", change, "--watch")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Completed" in done.stdout
+
+    second = Store(served).get("annotations")
+    assert second.ref != first.ref
+    assert second.manifest["inputs"] == first.manifest["inputs"]
+    assert set(second.read()["annotator_name"].to_pylist()) == {"again"}
+    assert Store(served).get(first.ref).rows == second.rows
+    after = written(served)
+    assert {name: after[name] for name in before} == before
+    assert all(second.id in name for name in after.keys() - before.keys())
+    assert "`" + second.ref in artifact(f"annotate-{second.id}-lineage").data
+
+
+@pytest.mark.slow
+def test_a_deployment_refuses_parameters_that_no_config_has(environment, served):
+    before = written(served)
+    wrong = 'config={"annotator": {"engine": "rule"}, "mood": 1}'
+    done = prefect(environment, "deployment", "run", "annotate/default", "-p", wrong, "--watch")
+    assert done.returncode == 1
+    assert "mood" in done.stdout + done.stderr
+    assert written(served) == before
+
+
+@pytest.mark.slow
+def test_the_pipeline_flow_goes_from_problems_to_a_report(environment, tmp_path):
+    refs = flows.pipeline(CONFIG, store=str(tmp_path))
+    store = Store(tmp_path)
+    assert set(refs) == {
+        *("problems", "rollouts", "verdicts", "annotations", "routed", "train"),
+        *("eval_problems", "evaluation", "report"),
+    }
+    report = Path(refs.pop("report"))
+    assert report.read_text().lstrip().startswith("<!")
+    for role, ref in refs.items():
+        assert store.get(f"{CONFIG.name}-{role}").ref == ref
+    roots = {node.ref for _, _, node in store.lineage(store.get(refs["evaluation"]))}
+    assert set(refs.values()) <= roots
