@@ -29,6 +29,8 @@ test: setup  ## run the tests
 check: setup  ## lint, format check and type check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@# The root is the package trace_opd: a link gives the type checker that name.
+	@mkdir -p $(VENV)/types && ln -sfn $(CURDIR) $(VENV)/types/trace_opd
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 micro: setup  ## train the bundled micro policy again

@@ -206,7 +206,8 @@ def pipeline(
     root = store or default_store()
 
     def run(stage: str, stage_config: Config, alias: str) -> str:
-        return STAGE_FLOWS[stage](stage_config, store=root, alias=alias)
+        ref: Any = STAGE_FLOWS[stage](stage_config, store=root, alias=alias)
+        return ref
 
     return run_pipeline(override(config, overrides), run)
 

@@ -35,12 +35,14 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
 
 def check_vocabulary(table: pa.Table, expected: str, policy: str) -> None:
     """Raises InputError unless the table's token ids belong to the policy's vocabulary."""
-    held = set(table["vocab_fingerprint"].to_pylist()) - {""}
-    if held - {expected}:
+    makers = {
+        row["policy_name"]: row["vocab_fingerprint"]
+        for row in table.select(["policy_name", "vocab_fingerprint"]).to_pylist()
+    }
+    if set(makers.values()) - {"", expected}:
         raise InputError(
             f"policy {policy}: has another vocabulary than the one that made the token ids "
-            f"({', '.join(sorted(set(table['policy_name'].to_pylist())))}); name that policy or "
-            "sample again"
+            f"({', '.join(sorted(makers))}); name that policy or sample again"
         )
 
 

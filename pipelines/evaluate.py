@@ -145,7 +145,7 @@ def summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     """Figures per policy and source, and the paired difference, with 95 % intervals."""
     config: EvaluateConfig = plan.config
     table = pa.concat_tables(tables)
-    roles = list(dict.fromkeys(table["policy"].to_pylist()))
+    roles = [role for role in (BASE, TRAINED) if role in table["policy"].to_pylist()]
     metrics = {role: _per_problem(config, table, role) for role in roles}
     out: dict[str, Any] = {"k": config.k, "policies": {}}
     for role, (values, sources) in metrics.items():

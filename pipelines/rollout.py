@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from ..data.store import Draft, Store, content_hash
@@ -14,6 +15,7 @@ from ..schemas.configs import (
     SamplingConfig,
 )
 from ..schemas.configs import Sampler as SamplerConfig
+from ..schemas.labels import FinishReason
 from ..schemas.tables import PROBLEMS, ROLLOUTS
 from ..trace.policy import load_tokenizer, weights_revision
 from ..trace.prompt import render_chat, student_prompt
@@ -39,9 +41,10 @@ def rollouts_table(
     seed: int,
 ) -> pa.Table:
     """Sample a group per problem: a rollouts table, groups in the problems' order."""
-    ids, texts = problems["problem_id"].to_pylist(), problems["problem"].to_pylist()
+    asked = problems.select(["problem_id", "problem"]).to_pylist()
+    ids = [row["problem_id"] for row in asked]
     seeds = [[sample_seed(seed, i, k) for k in range(group_size)] for i in ids]
-    prompts = [student_prompt(tokenizer, prompt, text) for text in texts]
+    prompts = [student_prompt(tokenizer, prompt, row["problem"]) for row in asked]
     policy = sampler.policy
     who = [policy.name, policy.revision, policy.step]
     how = sampling.semantic()
@@ -128,9 +131,9 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
     rollouts = tokens = truncated = on_policy = 0
     for table in tables:
         rollouts += len(table)
-        tokens += sum(map(len, table["token_ids"].to_pylist()))
-        truncated += table["finish_reason"].to_pylist().count("length")
-        on_policy += sum(table["on_policy"].to_pylist())
+        tokens += pc.sum(pc.list_value_length(table["token_ids"])).as_py() or 0
+        truncated += table["finish_reason"].to_pylist().count(FinishReason.LENGTH)
+        on_policy += table["on_policy"].to_pylist().count(True)
     return {
         "rollouts": rollouts,
         "mean_tokens": round(tokens / max(on_policy, 1), 2),

@@ -223,7 +223,7 @@ class OnlineTables:
         order = np.random.default_rng([self._config.seed, 1, epoch]).permutation(
             len(self._problems)
         )
-        return self._problems.take(pa.array(order[at * count : (at + 1) * count]))
+        return self._problems.take(order[at * count : (at + 1) * count].tolist())
 
     def _sample(self, problems: pa.Table, step: int) -> pa.Table:
         online = self._config.online

@@ -75,6 +75,7 @@ def environment(tmp_path_factory) -> Iterator[dict[str, str]]:
         "PREFECT_API_URL": url,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
+        "PREFECT_RUNNER_POLL_FREQUENCY": "1",  # seconds; the default is 10
         "OMP_NUM_THREADS": "1",
     }
     command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
@@ -128,7 +129,9 @@ def tasks_of(state: Any) -> list[Any]:
 
 def artifact(key: str) -> Any:
     with get_client(sync_client=True) as client:
-        (found,) = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
+        (found,) = client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
+        )
     return found
 
 

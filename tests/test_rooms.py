@@ -19,7 +19,16 @@ OURS = {
     "trace": {"schemas", "data", "trace"},
     "pipelines": {"schemas", "data", "trace", "pipelines"},
 }
-EXTRAS = ("prefect", "polars", "datasets", "openai", "math_verify", "typer", "jinja2", "tensorboard")
+EXTRAS = (
+    "prefect",
+    "polars",
+    "datasets",
+    "openai",
+    "math_verify",
+    "typer",
+    "jinja2",
+    "tensorboard",
+)
 TRAINER_NEEDS = {"torch", "transformers", "safetensors", "pyarrow", "numpy"}
 
 

@@ -185,7 +185,10 @@ def test_a_table_of_another_schema_version_is_refused(run, own):
 @pytest.mark.parametrize(
     "args",
     [
-        ["rollout", "sampler={engine: openai, base_url: 'http://127.0.0.1:9/v1', api_key_env: NO_KEY}"],
+        [
+            "rollout",
+            "sampler={engine: openai, base_url: 'http://127.0.0.1:9/v1', api_key_env: NO_KEY}",
+        ],
         ["annotate", "annotator={engine: openai, model: m, api_key_env: NO_KEY}"],
     ],
 )
@@ -258,7 +261,11 @@ def test_show_prints_a_rollout_by_the_start_of_its_id(run, made):
 def test_lineage_is_a_tree_down_to_the_problems(run, made):
     lines = run("lineage", "verdicts", "--store", made).out.splitlines()
     names = Store(made).aliases()
-    expected = [names["verdicts"], f"rollouts: {names['rollouts']}", f"problems: {names['problems']}"]
+    expected = [
+        names["verdicts"],
+        f"rollouts: {names['rollouts']}",
+        f"problems: {names['problems']}",
+    ]
     assert len(lines) == 3
     for line, text in zip(lines, expected, strict=True):
         assert text in line

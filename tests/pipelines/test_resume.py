@@ -131,7 +131,9 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one(rolled, tmp_path):
         return {path.name for path in root.glob("train/*/checkpoints/*step-*")}
 
     def logged() -> int:
-        return sum(len(file.read_bytes().splitlines()) for file in root.glob("train/*/metrics.jsonl"))
+        return sum(
+            len(file.read_bytes().splitlines()) for file in root.glob("train/*/metrics.jsonl")
+        )
 
     # Offline, while the second checkpoint is being written.
     kill_when("train", root, TRAIN, lambda: bool(steps() & {".tmp-step-00004", "step-00004"}))

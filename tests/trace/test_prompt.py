@@ -1,0 +1,108 @@
+"""Prompts of student and teacher, and what can reach the teacher's."""
+
+import inspect
+import typing
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from trace_opd.pipelines.models import resolve_policy
+from trace_opd.schemas.configs import Example, PromptConfig
+from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.labels import DiagnosticType
+from trace_opd.trace.policy import load_tokenizer
+from trace_opd.trace.prompt import render_chat, student_messages, student_prompt, teacher_messages
+
+CONFIG = PromptConfig(
+    system="Box it.",
+    examples=[Example(problem="1+1", response="\\boxed{2}")],
+    student="Solve {problem}",
+    teacher="Solve {problem} ({diagnostic_type})",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(resolve_policy("micro"))
+
+
+def test_the_students_conversation_is_system_examples_problem():
+    assert student_messages(CONFIG, "2+2") == [
+        {"role": "system", "content": "Box it."},
+        {"role": "user", "content": "Solve 1+1"},
+        {"role": "assistant", "content": "\\boxed{2}"},
+        {"role": "user", "content": "Solve 2+2"},
+    ]
+
+
+def test_the_teachers_conversation_differs_in_the_label_alone():
+    student = student_messages(CONFIG, "2+2")
+    teacher = teacher_messages(CONFIG, "2+2", DiagnosticType.SIGN_OR_BOUND)
+    assert teacher[:-1] == student[:-1]
+    assert teacher[-1] == {"role": "user", "content": "Solve 2+2 (sign_or_bound)"}
+
+
+@pytest.mark.parametrize("label", list(DiagnosticType))
+def test_every_label_has_a_prompt_of_its_own(label):
+    others = [teacher_messages(CONFIG, "2+2", other) for other in DiagnosticType if other != label]
+    assert teacher_messages(CONFIG, "2+2", label) not in others
+
+
+@pytest.mark.parametrize(
+    "text", ["the answer is 4", "ARITHMETIC", "arithmetic ", "", "arithmetic\nanswer: 4"]
+)
+def test_a_text_that_is_no_label_cannot_reach_the_teacher(text):
+    with pytest.raises(ValueError, match="is not a valid DiagnosticType"):
+        teacher_messages(CONFIG, "2+2", text)
+
+
+def test_the_teachers_prompt_has_no_parameter_for_anything_but_problem_and_label():
+    parameters = inspect.signature(teacher_messages).parameters
+    assert list(parameters) == ["config", "problem", "diagnostic_type"]
+    assert typing.get_type_hints(teacher_messages)["diagnostic_type"] is DiagnosticType
+
+
+def test_a_template_can_ask_for_nothing_but_problem_and_label():
+    for field in ("answer", "solution", "span", "problem.__class__", "diagnostic_type[0]"):
+        with pytest.raises(ValueError, match="unknown field"):
+            PromptConfig(teacher="{problem} {" + field + "}")
+
+
+def test_braces_in_a_problem_are_text():
+    problem = "{diagnostic_type} \\boxed{x} {0}"
+    assert student_messages(CONFIG, problem)[-1]["content"] == f"Solve {problem}"
+    teacher = teacher_messages(CONFIG, problem, DiagnosticType.OTHER)
+    assert teacher[-1]["content"] == f"Solve {problem} (other)"
+
+
+def test_a_rendered_prompt_ends_where_the_assistants_turn_begins(tokenizer):
+    ids = render_chat(tokenizer, student_messages(PromptConfig(), "1+2"))
+    assert tokenizer.decode(ids) == "<|user|>1+2<|assistant|>"
+
+
+def test_a_prompt_carries_ids_where_the_tokenizer_is_known(tokenizer):
+    known, unknown = (student_prompt(t, PromptConfig(), "1+2") for t in (tokenizer, None))
+    assert known.token_ids == render_chat(tokenizer, known.messages)
+    assert unknown.messages == known.messages
+    assert unknown.token_ids is None
+
+
+def test_the_thinking_mode_is_handed_to_the_chat_template_only_if_set(tokenizer):
+    template = tokenizer.chat_template
+    thoughtful = load_tokenizer(resolve_policy("micro"))
+    thoughtful.chat_template = template + (
+        "{% if enable_thinking is defined %}{{ 'T' if enable_thinking else 'F' }}{% endif %}"
+    )
+    messages = student_messages(PromptConfig(), "1")
+    endings = {
+        mode: thoughtful.decode(render_chat(thoughtful, messages, mode))[-1]
+        for mode in (True, False, None)
+    }
+    assert endings == {True: "T", False: "F", None: ">"}
+
+
+def test_a_tokenizer_without_a_chat_template_is_an_input_error():
+    tokenizer = load_tokenizer(resolve_policy("micro"))
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match=r"has no chat template; add chat_template\.jinja"):
+        render_chat(tokenizer, student_messages(CONFIG, "1+2"))
