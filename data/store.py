@@ -248,13 +248,19 @@ class Store:
                 yield dataset
 
     def lineage(self, dataset: Dataset) -> list[tuple[int, str, Dataset]]:
-        """The dataset and all that it was made from: (depth, role, dataset), depth first."""
+        """The dataset and all that it was made from: (depth, role, dataset), depth first.
+
+        A dataset that is an input of several stages is listed once, with the nearest of them.
+        """
         out: list[tuple[int, str, Dataset]] = []
+        seen: set[str] = set()
 
         def walk(node: Dataset, role: str, depth: int) -> None:
             out.append((depth, role, node))
+            seen.add(node.ref)
             for child_role, ref in node.manifest["inputs"].items():
-                walk(self.get(ref), child_role, depth + 1)
+                if ref not in seen:
+                    walk(self.get(ref), child_role, depth + 1)
 
         walk(dataset, "", 0)
         return out

@@ -144,8 +144,10 @@ def ls(
     names: dict[str, list[str]] = {}
     for name, ref in opened.aliases().items():
         names.setdefault(ref, []).append(name)
-    table = Table("dataset", "alias", "parts", "rows", "finished", "seconds", box=None)
-    table.columns[0].no_wrap = True  # an id is there to be copied
+    table = Table(box=None)
+    for column in ("dataset", "alias", "parts", "rows", "finished"):
+        table.add_column(column, no_wrap=True)  # an id is there to be copied
+    table.columns[1].overflow = "fold"
     for dataset in sorted(opened.datasets(stage), key=lambda d: d.manifest["finished_at"]):
         table.add_row(
             dataset.ref,
@@ -153,7 +155,6 @@ def ls(
             str(dataset.parts),
             str(dataset.rows),
             dataset.manifest["finished_at"][:16].replace("T", " "),
-            f"{dataset.manifest['seconds']:.1f}",
         )
     console.print(table)
 

@@ -90,7 +90,9 @@ class Trainer:
                 table, self.policy.tokenizer, self.config.prompt, with_teacher=kl > 0
             )
             metrics = self.train_step(sequences, clock)
-            yield {"step": step, "phase": phase} | metrics | clock.seconds()
+            seconds = clock.seconds()
+            metrics["tokens_per_second"] = metrics["tokens"] / seconds["seconds"]
+            yield {"step": step, "phase": phase} | metrics | seconds
 
     def train_step(
         self, sequences: Sequence[TrainingSequence], phase: Callable[[str], None] = lambda _: None

@@ -1,7 +1,6 @@
 """The store: identity, parts whole or not at all, aliases, references, lineage, other file systems."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -208,10 +207,10 @@ def test_a_writer_killed_at_any_moment_leaves_no_torn_part(tmp_path):
 def test_a_kill_between_the_last_part_and_the_manifest_leaves_a_draft(store):
     begin(store, {"a": 1}).write_part(0, problems_table("p"))
     resumed = begin(store, {"a": 1})
-    mtime = os.stat(f"{store.base}/{resumed.ref}/part-00000.parquet").st_mtime_ns
+    mtime = (Path(store.base) / resumed.ref / "part-00000.parquet").stat().st_mtime_ns
     made = resumed.finish(1)
     assert isinstance(store.begin("problems", {"a": 1}, {}, PROBLEMS), Dataset)
-    assert os.stat(made.path("part-00000.parquet")).st_mtime_ns == mtime
+    assert Path(made.path("part-00000.parquet")).stat().st_mtime_ns == mtime
 
 
 # --- references ---
@@ -244,7 +243,7 @@ def test_a_dataset_answers_to_its_id_a_prefix_and_its_ref(store):
 @pytest.mark.parametrize("ref", ["", "nothing", "problems/", "rollout/{id}", "/"])
 def test_a_reference_without_a_dataset_points_to_ls(store, ref):
     made = finished(store, {"a": 1}, problems_table("p"))
-    with pytest.raises(InputError, match="is not in store .*`trace-opd ls` lists"):
+    with pytest.raises(InputError, match=r"is not in store .*`trace-opd ls` lists"):
         store.get(ref.format(id=made.id))
 
 

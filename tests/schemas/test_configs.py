@@ -1,6 +1,7 @@
 """Configs: unknown keys, overrides, sections of a pipeline's file, print and reload, identity."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -39,7 +40,7 @@ STAGES = {
 }
 
 
-def micro(stage: str, *overrides: str) -> Config:
+def micro(stage: str, *overrides: str) -> Any:
     return load_config(STAGES[stage], MICRO, list(overrides), stage)
 
 
@@ -88,8 +89,14 @@ def test_overrides_are_yaml_values_and_make_missing_mappings():
     loaded = load_config(
         RolloutConfig,
         None,
-        ["problems=other", "sampling.top_k=20", "prompt.thinking=true", "prompt.examples=[]"]
-        + ["sampler.engine=openai", "sampler.base_url=http://localhost:8000/v1"],
+        [
+            "problems=other",
+            "sampling.top_k=20",
+            "prompt.thinking=true",
+            "prompt.examples=[]",
+            "sampler.engine=openai",
+            "sampler.base_url=http://localhost:8000/v1",
+        ],
     )
     assert loaded.problems == "other"
     assert loaded.sampling.top_k == 20

@@ -1,6 +1,7 @@
 """Text to tokens by bytes: byte-level, byte-fallback, character and word vocabularies."""
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -235,7 +236,7 @@ TEXTS = st.text(
 def cuts_of(text: str, draw: st.DataObject) -> list[tuple[int, int]]:
     inner = draw.draw(st.lists(st.integers(1, max(len(text) - 1, 1)), max_size=5, unique=True))
     edges = sorted({0, len(text), *(cut for cut in inner if cut < len(text))})
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def assert_aligned(table: ByteTable, ids: list[int], segments: list[tuple[int, int]]) -> None:
