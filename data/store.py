@@ -250,7 +250,7 @@ class Store:
     def lineage(self, dataset: Dataset) -> list[tuple[int, str, Dataset]]:
         """The dataset and all that it was made from: (depth, role, dataset), depth first.
 
-        A dataset that is an input of several stages is listed once, with the nearest of them.
+        A dataset that is an input of several is listed once, where the walk first meets it.
         """
         out: list[tuple[int, str, Dataset]] = []
         seen: set[str] = set()

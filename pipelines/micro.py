@@ -5,8 +5,7 @@ addition, step by step, from noisy demonstrations: a carry is dropped, a sum is 
 answer is copied wrongly, each at its own rate. At temperature 1 it repeats that noise, so its pass
 rate leaves room for reinforcement learning. Half of the demonstrations carry a hint (the teacher's
 prompt with a diagnostic type); the noise of that type is then left out. So the label really
-changes what the teacher predicts, and says nothing about the answer; `--measure` prints by how
-much.
+changes what the teacher predicts (`--measure` prints by how much), and tells no answer.
 """
 
 import argparse
@@ -264,10 +263,11 @@ def _log_probs(
 ) -> torch.Tensor:
     """Log-probabilities (routed tokens, vocab) behind the given prompts."""
     logits = []
-    for at in range(0, len(sequences), 64):
-        chunk = sequences[at : at + 64]
-        responses, keep = [s.token_ids for s in chunk], [routed_positions(s) for s in chunk]
-        logits.append(response_logits(policy.model, prompts[at : at + 64], responses, keep))
+    for at in range(0, len(sequences), 16):
+        chunk = sequences[at : at + 16]
+        keep = [routed_positions(s) for s in chunk]
+        responses = [s.token_ids[: s.routed_end] for s in chunk]
+        logits.append(response_logits(policy.model, prompts[at : at + 16], responses, keep))
     return torch.log_softmax(torch.cat(logits).float(), dim=-1)
 
 

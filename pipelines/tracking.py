@@ -13,7 +13,10 @@ class Tracker:
     def __init__(self, folder: Path, first_step: int) -> None:
         self._path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self._path) if line["step"] < first_step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        # Replaced whole: a kill here must not lose the steps before the checkpoint.
+        rewritten = folder / "metrics.jsonl.tmp"
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        rewritten.replace(self._path)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def log(self, metrics: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ class Columns(Config):
 
 
 class FilesSource(Config):
-    kind: Literal["files"]
+    kind: Literal["files"] = Field(description="Kind of source.")
     path: str = Field(description="Parquet or JSONL file, or a glob of them.")
     columns: Columns = Field(default=Columns(), description="Column map.")
     answer_kind: AnswerKind = Field(
@@ -64,7 +64,7 @@ class FilesSource(Config):
 
 
 class HubSource(Config):
-    kind: Literal["hub"]
+    kind: Literal["hub"] = Field(description="Kind of source.")
     preset: str | None = Field(
         default=None,
         description="One of openthoughts-math, math-500, aime-2024, aime-2025, amc-2023, "
@@ -91,7 +91,7 @@ class HubSource(Config):
 
 
 class GymSource(Config):
-    kind: Literal["reasoning-gym"]
+    kind: Literal["reasoning-gym"] = Field(description="Kind of source.")
     task: str = Field(description="Name of a reasoning-gym task, e.g. chain_sum.")
     settings: dict[str, Any] = Field(default={}, description="The task's own settings.")
     instructions: bool = Field(
@@ -100,11 +100,11 @@ class GymSource(Config):
 
 
 class ChampSource(Config):
-    kind: Literal["champ"]
+    kind: Literal["champ"] = Field(description="Kind of source.")
 
 
 class ArithmeticSource(Config):
-    kind: Literal["arithmetic"]
+    kind: Literal["arithmetic"] = Field(description="Kind of source.")
     min_digits: int = Field(default=3, ge=1, le=9, description="Fewest digits per addend.")
     max_digits: int = Field(default=5, ge=1, le=9, description="Most digits per addend.")
 
@@ -116,7 +116,7 @@ class ArithmeticSource(Config):
 
 
 class WordProblemsSource(Config):
-    kind: Literal["word-problems"]
+    kind: Literal["word-problems"] = Field(description="Kind of source.")
     steps: int = Field(default=2, ge=2, le=3, description="Number of calculation steps.")
 
 
@@ -193,14 +193,14 @@ class SamplingConfig(Config):
 
 
 class TransformersSampler(Config):
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers"] = Field(default="transformers", description="Sampling engine.")
     batch_tokens: int = operational(
         32_768, "Prompt plus response tokens (at their limit) in flight at once.", ge=1
     )
 
 
 class OpenAISampler(Config):
-    engine: Literal["openai"]
+    engine: Literal["openai"] = Field(description="Sampling engine.")
     base_url: str = Field(description="Endpoint, e.g. http://localhost:8000/v1.")
     api_key_env: str | None = Field(
         default=None, description="Environment variable that holds the key; None sends no key."
@@ -210,7 +210,7 @@ class OpenAISampler(Config):
 
 
 class VllmSampler(Config):
-    engine: Literal["vllm"]
+    engine: Literal["vllm"] = Field(description="Sampling engine.")
     max_model_len: int | None = Field(
         default=None, description="Context length; None: the model's."
     )
@@ -285,7 +285,7 @@ class SegmentConfig(Config):
 
 
 class RuleAnnotator(Config):
-    engine: Literal["rule"]
+    engine: Literal["rule"] = Field(description="Annotation engine.")
     name: str = Field(default="rule", description="Name recorded with each annotation.")
     match: Literal["line", "value"] = Field(
         default="line",
@@ -311,7 +311,7 @@ class AnnotatorPrompt(Config):
 
 
 class SelfAnnotator(AnnotatorPrompt):
-    engine: Literal["self"]
+    engine: Literal["self"] = Field(description="Annotation engine.")
     name: str = Field(default="self", description="Name recorded with each annotation.")
     policy: PolicyConfig | None = Field(
         default=None, description="Annotating policy. None: in training the current weights."
@@ -321,7 +321,7 @@ class SelfAnnotator(AnnotatorPrompt):
 
 
 class OpenAIAnnotator(AnnotatorPrompt):
-    engine: Literal["openai"]
+    engine: Literal["openai"] = Field(description="Annotation engine.")
     name: str = Field(default="openai", description="Name recorded with each annotation.")
     base_url: str = Field(default="https://api.openai.com/v1", description="Endpoint.")
     model: str = Field(description="Model name at the endpoint.")

@@ -309,12 +309,15 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
         raise InputError(
             f"{where}: column {extra[0]} is not in table {contract.name}; drop or rename it"
         )
+    if table.num_columns > len(contract.schema):
+        twice = max(table.column_names, key=table.column_names.count)
+        raise InputError(f"{where}: column {twice} stands there twice; drop one of them")
     columns = []
     for field in contract.schema:
         column = table.column(field.name)
         try:
             column = column.cast(field.type)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             raise InputError(
                 f"{where}: column {field.name} is {column.type}, table {contract.name} needs "
                 f"{field.type} ({error})"

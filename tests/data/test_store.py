@@ -289,7 +289,7 @@ def test_a_part_of_another_schema_version_is_refused(store):
 # --- lineage ---
 
 
-def test_lineage_goes_depth_first_to_the_roots(store):
+def test_lineage_goes_depth_first_to_the_roots_and_names_each_once(store):
     root = finished(store, {"a": 1}, problems_table("p"))
     middle = finished(store, {"a": 2}, problems_table("q"), problems=root)
     leaf = finished(store, {"a": 3}, problems_table("r"), rollouts=middle, problems=root)
@@ -297,7 +297,6 @@ def test_lineage_goes_depth_first_to_the_roots(store):
         (0, "", leaf.id),
         (1, "rollouts", middle.id),
         (2, "problems", root.id),
-        (1, "problems", root.id),
     ]
     assert leaf.input("rollouts").input("problems").id == root.id
 
