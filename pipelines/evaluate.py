@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..data.store import Dataset, Draft, Store, content_hash
 from ..schemas.configs import EvaluateConfig, OpenAISampler, PolicyConfig
@@ -163,12 +164,21 @@ def summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
             for source in np.unique(sources)
         }
     if len(roles) == 2:
-        (base, base_sources), (trained, _) = metrics[BASE], metrics[TRAINED]
+        # A problem that one of the two has no scored sample of has no pair.
+        both = _scored(table, BASE) & _scored(table, TRAINED)
+        paired = table.filter(pc.is_in(table["problem_id"], pa.array(sorted(both), pa.string())))
+        base, base_sources = _per_problem(config, paired, BASE)
+        trained, _ = _per_problem(config, paired, TRAINED)
         out["paired_difference"] = {
             name: _estimate(config, trained[name] - base[name], base_sources).as_json()
             for name in base
         }
     return out
+
+
+def _scored(table: pa.Table, role: str) -> set[str]:
+    """Ids of the problems with a scored sample under one policy."""
+    return {row["problem_id"] for row in table.to_pylist() if row["policy"] == role and row["k"]}
 
 
 def _per_problem(

@@ -79,7 +79,7 @@ def run(config: TrainConfig, store: Store) -> Dataset:
     if isinstance(target, Dataset):
         return target
     path = resolve_policy(config.policy.path)
-    policy = load_policy(path, config.policy.device, config.policy.precision)
+    policy = load_policy(path, config.policy.device, config.policy.precision, trainable=True)
     trainer = Trainer(policy, config)
     checkpoints = target.local_path("checkpoints")
     if (checkpoint := latest_checkpoint(checkpoints)) is not None:
@@ -92,7 +92,9 @@ def run(config: TrainConfig, store: Store) -> Dataset:
             advance(trainer.state.step)
             for metrics in trainer.run(offline, online.source if online else None):
                 tracker.log(metrics)
-                advance(1, reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl_weight']:.2f}")
+                advance(
+                    1, reward=f"{metrics.get('reward', 0):.2f}", kl=f"{metrics['kl_weight']:.2f}"
+                )
                 last = trainer.state.step == trainer.total_steps
                 if last or trainer.state.step % config.checkpoint_every == 0:
                     save_checkpoint(trainer, checkpoints)
@@ -277,7 +279,7 @@ def _summary(run: Draft, trainer: Trainer, tables: dict[str, str]) -> dict[str, 
     tail = max(len(metrics) // 10, 1)
 
     def mean(lines: list[dict[str, Any]], name: str) -> float:
-        return round(float(np.mean([line[name] for line in lines])), 4)
+        return round(float(np.mean([line[name] for line in lines if name in line])), 4)
 
     return {
         "steps": trainer.state.step,

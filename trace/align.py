@@ -19,7 +19,10 @@ from ..schemas.errors import InputError
 
 @dataclass(frozen=True)
 class ByteTable:
-    """The bytes of every token id; special tokens stand for none."""
+    """The bytes of every token id; special tokens stand for none.
+
+    Ids past the table stand for none either: models pad their vocabulary beyond the tokenizer's.
+    """
 
     pieces: tuple[bytes, ...]
 
@@ -45,7 +48,9 @@ class ByteTable:
 
     def byte_ranges(self, token_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """First byte and one past the last of each token: two (tokens,) int64 arrays."""
-        ends = np.cumsum(self.lengths[np.asarray(token_ids, dtype=np.int64)])
+        ids = np.asarray(token_ids, dtype=np.int64)
+        known = ids < len(self.pieces)
+        ends = np.cumsum(np.where(known, self.lengths[np.where(known, ids, 0)], 0))
         return np.concatenate(([0], ends[:-1])) if len(ends) else ends, ends
 
     def token_segments(
@@ -66,7 +71,8 @@ class ByteTable:
         return np.where(ends > starts, index, -1)
 
     def _escaped(self, token_ids: Sequence[int]) -> str:
-        return b"".join(self.pieces[i] for i in token_ids).decode("utf-8", "surrogateescape")
+        known = (self.pieces[i] for i in token_ids if i < len(self.pieces))
+        return b"".join(known).decode("utf-8", "surrogateescape")
 
     def _char_edges(self, token_ids: Sequence[int]) -> np.ndarray:
         """Byte offset of every character's start, and of the text's end: (chars + 1,) int64."""

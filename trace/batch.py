@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..schemas.configs import PromptConfig
+from ..schemas.errors import InputError
 from ..schemas.labels import DiagnosticType, Route
 from .prompt import render_chat, teacher_messages
 
@@ -120,6 +122,23 @@ def response_logits(
     logits = model.get_output_embeddings()(chosen)  # pyright: ignore[reportCallIssue]
     cap = getattr(model.config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Raises InputError if `response_logits` misses something that the model does to its logits.
+
+    Some architectures scale them behind the head; training on other logits than the sampler's
+    would be silent.
+    """
+    ids = np.arange(4)
+    ours = response_logits(model, [ids[:1].tolist()], [ids[1:]], [np.arange(3)])
+    theirs = model(input_ids=torch.from_numpy(ids)[None].to(model.device)).logits[0, :3]
+    if not torch.allclose(ours.float(), theirs.float(), rtol=0.02, atol=0.02):
+        raise InputError(
+            f"policy {model.config.model_type}: this architecture changes its logits behind the "
+            "head in a way that the trainer does not know; use another policy"
+        )
 
 
 def routed_positions(sequence: TrainingSequence) -> np.ndarray:

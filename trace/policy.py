@@ -20,19 +20,33 @@ _SAMPLED_BYTES = 1 << 20
 
 @dataclass
 class Policy:
-    """A model ready to run, its tokenizer, and its identity."""
+    """A model ready to run, its tokenizer, its identity, and the precision it computes in."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     info: PolicyInfo
+    compute_dtype: torch.dtype = torch.float32
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
+    def autocast(self) -> torch.autocast:
+        """Forward passes run in `compute_dtype`, whatever the weights are kept in."""
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled)
 
-def load_policy(path: str, device: Device = "auto", precision: Precision = "auto") -> Policy:
+
+def load_policy(
+    path: str,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    trainable: bool = False,
+) -> Policy:
     """Load a policy from a folder or a hub id.
+
+    trainable: keep the weights in float32 and compute in the chosen precision. bfloat16 weights
+    would lose most of an update: at a learning rate of 1e-6 it is below their resolution.
 
     Raises:
         InputError: no model there, or CUDA asked for where there is none.
@@ -41,9 +55,10 @@ def load_policy(path: str, device: Device = "auto", precision: Precision = "auto
     dtype = choose_dtype(precision, where)
     tokenizer = load_tokenizer(path)
     with _model_errors(path):
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        stored = torch.float32 if trainable else dtype
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=stored)
     model.to(where).eval()
-    return Policy(model, tokenizer, policy_info(path, tokenizer))
+    return Policy(model, tokenizer, policy_info(path, tokenizer), dtype)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

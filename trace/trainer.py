@@ -23,6 +23,7 @@ from ..schemas.configs import TrainConfig
 from ..schemas.labels import Route
 from .batch import (
     TrainingSequence,
+    check_head,
     micro_batches,
     response_logits,
     routed_positions,
@@ -58,6 +59,7 @@ class Trainer:
         self.config = config
         self.state = TrainerState()
         self.teacher: Any = None
+        check_head(policy.model)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             policy.model.parameters(),
@@ -150,12 +152,13 @@ class Trainer:
             return torch.from_numpy(np.repeat(np.array(values, np.float32), lengths)).to(device)
 
         temperature = [row.temperature or 1.0 for row in rows]
-        logits = response_logits(
-            self.policy.model,
-            [row.prompt_ids for row in rows],
-            [row.token_ids for row in rows],
-            [np.arange(length) for length in lengths],
-        )
+        with self.policy.autocast():
+            logits = response_logits(
+                self.policy.model,
+                [row.prompt_ids for row in rows],
+                [row.token_ids for row in rows],
+                [np.arange(length) for length in lengths],
+            )
         return LossInputs(
             logits=logits / per_token(temperature)[:, None],
             token_ids=flat([row.token_ids for row in rows]),
@@ -179,9 +182,10 @@ class Trainer:
         assert self.teacher is not None, "the teacher is synced before a step with λ > 0"
         keep = [routed_positions(row) for row in routed]
         prompts = [row.teacher_prompt_ids or [] for row in routed]
-        logits = response_logits(
-            self.teacher, prompts, [row.token_ids[: row.routed_end] for row in routed], keep
-        )
+        with self.policy.autocast():
+            logits = response_logits(
+                self.teacher, prompts, [row.token_ids[: row.routed_end] for row in routed], keep
+            )
         temperature = np.repeat([row.temperature or 1.0 for row in routed], list(map(len, keep)))
         return logits / torch.from_numpy(temperature).to(logits)[:, None]
 
@@ -203,7 +207,12 @@ class Trainer:
 
 
 def step_metrics(sequences: Sequence[TrainingSequence], sums: Counter[str]) -> dict[str, float]:
-    """A step's means from its sequences and the objective's sums. Units: nats, tokens, shares."""
+    """A step's means from its sequences and the objective's sums. Units: nats, tokens, shares.
+
+    A step without a sequence (no rollout could be scored) changes nothing and has no means.
+    """
+    if not sequences:
+        return {"sequences": 0.0, "tokens": 0.0}
     rewards: dict[str, list[float]] = defaultdict(list)
     for sequence in sequences:
         rewards[sequence.group_id].append(sequence.reward)
@@ -212,6 +221,7 @@ def step_metrics(sequences: Sequence[TrainingSequence], sums: Counter[str]) -> d
     routed = {route: sum(int((s.route == route).sum()) for s in sequences) for route in Route}
     all_rewards = [sequence.reward for sequence in sequences]
     metrics = {
+        "sequences": float(len(sequences)),
         "reward": float(np.mean(all_rewards)),
         "pass_rate": float(np.mean([reward > 0 for reward in all_rewards])),
         "groups_without_signal": float(np.mean([len(set(r)) == 1 for r in rewards.values()])),

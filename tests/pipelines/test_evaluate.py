@@ -184,14 +184,14 @@ def test_rows_come_in_the_problems_order_with_ids_of_their_own():
 
 
 def summary(
-    base: list[int], trained: list[int] | None = None, sources: list[str] | None = None, k: int = 8
+    base: list, trained: list | None = None, sources: list[str] | None = None, k: int = 8
 ) -> dict:
-    """Of problems with so many right ones among k samples each."""
+    """Of problems with so many right ones among k samples each; None: no sample was scored."""
     rows = [
         {
             "evaluation_id": f"{role}{i}", "problem_id": f"p{i:03}",
             "source": sources[i] if sources else "s", "policy": role, "policy_name": role,
-            "policy_revision": "r", "k": k, "correct": c, "majority_correct": float(2 * c > k),
+            "policy_revision": "r", "k": k if c is not None else 0, "correct": c or 0, "majority_correct": float(2 * (c or 0) > k),
             "mean_tokens": 1.0, "truncated": 0, "unscored": 0,
         }
         for role, counts in ((BASE, base), (TRAINED, trained or []))
@@ -234,3 +234,9 @@ def test_the_difference_is_paired_per_problem():
 def test_equal_policies_have_a_difference_of_0():
     for figure in summary([1, 5, 3], [1, 5, 3])["paired_difference"].values():
         assert figure == {"value": 0.0, "ci95": [0.0, 0.0]}
+
+
+def test_problems_that_one_policy_has_no_scored_sample_of_are_not_paired():
+    out = summary([None, 8, 2, 4], [8, None, 3, 5])
+    assert out["policies"][BASE]["problems"] == 3
+    assert out["paired_difference"]["avg@8"] == {"value": 0.125, "ci95": [0.125, 0.125]}

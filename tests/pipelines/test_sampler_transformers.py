@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from trace_opd.pipelines.micro import arithmetic_problems
 from trace_opd.pipelines.models import resolve_policy
@@ -98,6 +99,20 @@ def test_greedy_answers_in_a_padded_shrinking_batch_equal_generate_on_each_promp
         assert completion.token_ids == whole[0, ids.shape[1] :].tolist()
         lengths.append(len(completion.token_ids))
     assert max(lengths) > 2 * min(lengths)  # rows left the batch while others went on
+
+
+def test_padding_does_not_shift_learned_positions(policy, prompts):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=100, n_positions=64, n_embd=32, n_layer=2, n_head=2, eos_token_id=0,
+        initializer_range=0.5,
+    )  # fmt: skip
+    sampler = TransformersPolicySampler(
+        replace(policy, model=GPT2LMHeadModel(config).eval()), 100_000
+    )
+    short = SamplingConfig(temperature=0, max_new_tokens=30)
+    together = sampler.sample(prompts, short, [[0]] * len(prompts))
+    assert_same(together, [sampler.sample([prompt], short, [[0]])[0] for prompt in prompts])
 
 
 def test_a_batch_shrinks_as_its_rows_finish_and_stays_within_the_budget(policy, prompts):

@@ -552,7 +552,7 @@ def test_a_steps_metrics_by_hand():
     assert step_metrics(made_up, sums) == {
         "reward": 0.75, "pass_rate": 0.75, "groups_without_signal": 0.5, "response_tokens": 2.5,
         "truncated": 0.25, "coverage_fkl": 0.2, "coverage_rkl": 0.1, "entropy": 0.5,
-        "ratio_clipped": 0.2, "sampler_drift": 0.1, "tokens": 10.0, "kl_fkl": 0.25,
+        "ratio_clipped": 0.2, "sampler_drift": 0.1, "tokens": 10.0, "kl_fkl": 0.25, "sequences": 4.0,
         "kl_rkl": 0.25, "kl_clipped": pytest.approx(1 / 3),
     }  # fmt: skip
 
