@@ -16,6 +16,10 @@ _PIPELINE_SECTIONS = {
 }
 
 
+# Keys that tell the members of a union apart.
+_TAGS = ("engine", "kind")
+
+
 def load_config(
     model: type[C],
     path: str | Path | None,
@@ -114,6 +118,9 @@ def _apply(data: dict, override: str) -> None:
             child = node[parent] = {}
         node = child
     try:
-        node[leaf] = yaml.safe_load(value)
+        loaded = yaml.safe_load(value)
     except yaml.YAMLError:
         raise InputError(f"override {override!r}: the value is not YAML; quote it") from None
+    if leaf in _TAGS and node.get(leaf, loaded) != loaded:
+        node.clear()  # another engine or source starts from its own defaults
+    node[leaf] = loaded

@@ -11,6 +11,7 @@ from trace_opd.schemas.configs import (
     AnnotateConfig,
     Config,
     EvaluateConfig,
+    OpenAIAnnotator,
     PipelineConfig,
     ProblemsConfig,
     PromptConfig,
@@ -278,3 +279,11 @@ def test_prompt_templates_hold_only_what_each_may_see(turn, fault):
 def test_fields_that_contradict_each_other_are_refused(kind, fields, fault):
     with pytest.raises(InputError, match=fault):
         load_config(kind, None, fields)
+
+
+def test_an_override_of_the_engine_starts_from_that_engines_defaults():
+    config = AnnotateConfig.model_validate({"annotator": {"engine": "rule", "match": "value"}})
+    changed = override(config, ["annotator.engine=openai", "annotator.model=m"])
+    assert changed.annotator == OpenAIAnnotator(engine="openai", model="m")
+    same = override(config, ["annotator.engine=rule"])
+    assert same == config
