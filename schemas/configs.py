@@ -401,9 +401,7 @@ class LossConfig(Config):
     clip_high: float = Field(
         default=0.28, gt=0, description="ε_high of the ratio clip (clip-higher)."
     )
-    kl_clip: KlClip = Field(
-        default=KlClip.ENTRY_ABOVE, description="Form of the pointwise KL clip."
-    )
+    kl_clip: KlClip = Field(default=KlClip.NONE, description="Form of the pointwise KL clip.")
     kl_clip_value: float = Field(
         default=0.05, gt=0, description="Bound of the pointwise KL clip, nats."
     )
