@@ -213,7 +213,7 @@ SEMANTIC = {
         "offline.steps=3",
         "online.verify.timeout_s=1.5",
         "online.annotator.name=again",
-        "loss.kl_clip=none",
+        "loss.kl_clip=token",
         "prompt.system=hello",
     ],
     "evaluate": ["k=3", "bootstrap=300"],
