@@ -401,6 +401,9 @@ class LossConfig(Config):
     clip_high: float = Field(
         default=0.28, gt=0, description="ε_high of the ratio clip (clip-higher)."
     )
+    reference_kl: float = Field(
+        default=0.0, ge=0, description="Weight of a KL to the base policy; 0 keeps no copy of it."
+    )
     kl_clip: KlClip = Field(default=KlClip.NONE, description="Form of the pointwise KL clip.")
     kl_clip_value: float = Field(
         default=0.05, gt=0, description="Bound of the pointwise KL clip, nats."

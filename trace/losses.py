@@ -28,6 +28,8 @@ class LossInputs:
     weight: (tokens,) float32, 1 / (B |y|).
     teacher_logits: (routed tokens, vocab), in the order of the tokens whose route is not GRPO, at
         the same temperature; None when λ is 0 or nothing is routed.
+    reference_logprobs: (tokens,) of the sampled tokens under the base policy, at the same
+        temperature; None without a KL to it.
     """
 
     logits: torch.Tensor
@@ -37,6 +39,7 @@ class LossInputs:
     route: torch.Tensor
     weight: torch.Tensor
     teacher_logits: torch.Tensor | None = None
+    reference_logprobs: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,26 @@ def routed_loss(
         kl, stats = routed_kl(log_p[routed], log_q, inputs.route[routed], config)
         loss = loss + kl_weight * (inputs.weight[routed] * kl).sum()
         sums |= stats
+    if inputs.reference_logprobs is not None:
+        kl = reference_kl(logprobs, inputs.reference_logprobs)
+        loss = loss + config.reference_kl * (inputs.weight * kl).sum()
+        sums["reference_kl"] = kl.sum().item()
     return LossOutput(loss, sums)
+
+
+def reference_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """KL(p‖base) per token, estimated from the sampled ones: r − log r − 1 with r = base / p.
+
+    Source: GRPO (arXiv 2402.03300, eq. 4). Both (tokens,) log-probabilities; no gradient flows
+    into `reference`.
+    """
+    log_ratio = reference - logprobs
+    return log_ratio.exp() - log_ratio - 1
+
+
+def sampled_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of sampled tokens: (tokens,) from (tokens, vocab) logits."""
+    return _log_softmax(logits).gather(-1, token_ids[:, None]).squeeze(-1)
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:

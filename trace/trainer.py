@@ -29,7 +29,7 @@ from .batch import (
     routed_positions,
     training_sequences,
 )
-from .losses import LossInputs, routed_loss
+from .losses import LossInputs, routed_loss, sampled_logprobs
 from .online import OnlineSource
 from .policy import Policy
 from .schedule import grpo_weight, kl_weight
@@ -59,6 +59,7 @@ class Trainer:
         self.config = config
         self.state = TrainerState()
         self.teacher: Any = None
+        self.reference: Any = _frozen(policy.model) if config.loss.reference_kl else None
         check_head(policy.model)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
@@ -151,22 +152,32 @@ class Trainer:
         def per_token(values: list[float]) -> torch.Tensor:
             return torch.from_numpy(np.repeat(np.array(values, np.float32), lengths)).to(device)
 
-        temperature = [row.temperature or 1.0 for row in rows]
-        with self.policy.autocast():
-            logits = response_logits(
-                self.policy.model,
-                [row.prompt_ids for row in rows],
-                [row.token_ids for row in rows],
-                [np.arange(length) for length in lengths],
-            )
+        temperature = per_token([row.temperature or 1.0 for row in rows])[:, None]
+        token_ids = flat([row.token_ids for row in rows])
+
+        def logits(model: Any) -> torch.Tensor:
+            with self.policy.autocast():
+                raw = response_logits(
+                    model,
+                    [row.prompt_ids for row in rows],
+                    [row.token_ids for row in rows],
+                    [np.arange(length) for length in lengths],
+                )
+            return raw / temperature
+
+        reference = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = sampled_logprobs(logits(self.reference), token_ids)
         return LossInputs(
-            logits=logits / per_token(temperature)[:, None],
-            token_ids=flat([row.token_ids for row in rows]),
+            logits=logits(self.policy.model),
+            token_ids=token_ids,
             old_logprobs=flat([row.logprobs for row in rows]),
             advantage=per_token([row.advantage for row in rows]),
             route=flat([row.route for row in rows]),
             weight=per_token([1.0 / (step_sequences * len(row.token_ids)) for row in rows]),
             teacher_logits=self._teacher_logits(rows) if kl > 0 else None,
+            reference_logprobs=reference,
         )
 
     @torch.no_grad()
@@ -192,7 +203,7 @@ class Trainer:
     def set_teacher(self, weights: dict[str, torch.Tensor]) -> None:
         """Give the frozen teacher these weights, making it first if needed."""
         if self.teacher is None:
-            self.teacher = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
+            self.teacher = _frozen(self.policy.model)
         self.teacher.load_state_dict(weights)
 
     def restore_identity(self) -> None:
@@ -204,6 +215,11 @@ class Trainer:
             self.teacher = None
         elif self.teacher is None or step % self.config.teacher_sync_steps == 0:
             self.set_teacher(self.policy.model.state_dict())
+
+
+def _frozen(model: Any) -> Any:
+    """A copy that does not train."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def step_metrics(sequences: Sequence[TrainingSequence], sums: Counter[str]) -> dict[str, float]:
@@ -237,6 +253,8 @@ def step_metrics(sequences: Sequence[TrainingSequence], sums: Counter[str]) -> d
     for name in ("fkl", "rkl"):
         if sums[f"{name}_tokens"]:
             metrics[f"kl_{name}"] = sums[f"{name}_kl"] / sums[f"{name}_tokens"]
+    if "reference_kl" in sums:
+        metrics["kl_reference"] = sums["reference_kl"] / tokens
     if kl_tokens := sums["fkl_tokens"] + sums["rkl_tokens"]:
         metrics["kl_clipped"] = sums["kl_clipped"] / kl_tokens
     return metrics

@@ -8,7 +8,8 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.trace.batch import check_head
+from trace_opd.trace.batch import TrainingSequence, check_head
+from trace_opd.trace.losses import reference_kl
 from trace_opd.trace.policy import load_policy
 from trace_opd.trace.trainer import Trainer
 
@@ -50,3 +51,46 @@ def test_a_step_without_sequences_changes_no_weight_and_reports_no_means():
     assert not any(np.isnan(value) for value in metrics.values())
     after = policy.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_reference_kl_is_0_at_the_base_and_by_hand_elsewhere():
+    logprobs = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64)
+    kl = reference_kl(logprobs, reference)
+    expected = [0.0, np.exp(-1.0) + 1.0 - 1.0, np.exp(0.5) - 0.5 - 1.0]
+    assert kl.tolist() == pytest.approx(expected)
+    kl.sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([0.0, 1 - np.exp(-1.0), 1 - np.exp(0.5)])
+
+
+def test_a_reference_kl_holds_the_student_near_its_base():
+    def drift(weight: float) -> float:
+        policy = load_policy(resolve_policy("micro"), "cpu", trainable=True)
+        loss = {"reference_kl": weight}
+        settings = {"offline": {"steps": 6}, "schedule": {"w0": 0.0}, "optim": {"lr": 1e-3}}
+        trainer = Trainer(policy, TrainConfig.model_validate(settings | {"loss": loss}))
+        base = load_policy(resolve_policy("micro"), "cpu").model
+        ids = torch.tensor([[10, 20, 30, 40, 50]])
+        row = TrainingSequence(
+            rollout_id="r",
+            group_id="g",
+            prompt_ids=[10],
+            token_ids=np.array([20, 30, 40, 50]),
+            logprobs=np.full(4, -5.0, np.float32),
+            route=np.zeros(4, np.uint8),
+            advantage=1.0,
+            reward=1.0,
+            temperature=1.0,
+            truncated=False,
+            teacher_prompt_ids=None,
+        )
+        metrics = [trainer.train_step([row]) for _ in range(6)]
+        if weight:
+            assert metrics[0]["kl_reference"] == pytest.approx(0.0, abs=1e-6)
+            assert metrics[-1]["kl_reference"] > 0
+        with torch.no_grad():
+            moved = policy.model(ids).logits.log_softmax(-1) - base(ids).logits.log_softmax(-1)
+        return moved.abs().mean().item()
+
+    assert drift(50.0) < 0.7 * drift(0.0)
