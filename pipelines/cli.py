@@ -237,11 +237,29 @@ def _print_plan(name: str, config: Config, store: Store) -> None:
 
 def _print_dataset(dataset: Dataset) -> None:
     console.print(f"{dataset.ref}  {dataset.rows} rows", markup=False)
-    table = Table(box=None, show_header=False)
-    for key, value in dataset.summary.items():
-        table.add_row(key, escape(str(value)))
-    console.print(table)
+    if dataset.stage == "evaluate":
+        console.print(_evaluation_table(dataset.summary))
+    else:
+        table = Table(box=None, show_header=False)
+        for key, value in dataset.summary.items():
+            table.add_row(key, escape(str(value)))
+        console.print(table)
     console.print(dataset.glob if dataset.parts else dataset.path(), soft_wrap=True, markup=False)
+
+
+def _evaluation_table(summary: dict[str, Any]) -> Table:
+    """A row per figure, a column per policy, the paired difference last; 95 % intervals."""
+    columns = dict(summary["policies"])
+    if "paired_difference" in summary:
+        columns["paired difference"] = summary["paired_difference"]
+    table = Table("figure", *columns, box=None)
+    for figure in (name for name in summary["policies"]["base"] if "@" in name):
+        cells = []
+        for estimates in columns.values():
+            low, high = estimates[figure]["ci95"]
+            cells.append(f"{estimates[figure]['value']:.1%} ({low:.1%} – {high:.1%})")
+        table.add_row(figure, *cells)
+    return table
 
 
 def main() -> None:

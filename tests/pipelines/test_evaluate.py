@@ -6,8 +6,11 @@ from math import comb
 import numpy as np
 import pyarrow as pa
 import pytest
+from rich.console import Console
 
+from trace_opd.data.store import Draft, Store
 from trace_opd.pipelines.bootstrap import Estimate, bootstrap_mean, pass_at_k
+from trace_opd.pipelines.cli import main
 from trace_opd.pipelines.evaluate import (
     BASE,
     TRAINED,
@@ -240,3 +243,19 @@ def test_problems_that_one_policy_has_no_scored_sample_of_are_not_paired():
     out = summary([None, 8, 2, 4], [8, None, 3, 5])
     assert out["policies"][BASE]["problems"] == 3
     assert out["paired_difference"]["avg@8"] == {"value": 0.125, "ci95": [0.125, 0.125]}
+
+
+def test_a_shown_evaluation_has_a_column_per_policy_and_the_paired_difference(
+    tmp_path, capsys, monkeypatch
+):
+    store = Store(tmp_path)
+    draft = store.begin("evaluate", {}, {}, EVALUATIONS)
+    assert isinstance(draft, Draft)
+    dataset = draft.finish(0, summary([0, 4, 8, 4], [4, 8, 8, 4]))
+    command = ["trace-opd", "show", dataset.id, "--store", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr("trace_opd.pipelines.cli.console", Console(width=120))
+    with pytest.raises(SystemExit):
+        main()
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "avg@8" in line)
+    assert [cell for cell in line.split() if "%" in cell][::3] == ["50.0%", "75.0%", "25.0%"]
