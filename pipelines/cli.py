@@ -16,6 +16,7 @@ from rich.tree import Tree
 from ..data.store import Dataset, Store
 from ..schemas.configs import Config, PipelineConfig
 from ..schemas.errors import InputError
+from ..schemas.presets import PRESETS
 from ..schemas.settings import dump_config, load_config
 
 app = typer.Typer(
@@ -38,6 +39,10 @@ Alias = Annotated[str | None, typer.Option(help="Name for the dataset; default: 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check inputs and print the config; run nothing.")
 ]
+PresetName = Annotated[
+    str | None,
+    typer.Option("--preset", help="TRACE or a baseline by name (trace-opd presets lists them)."),
+]
 
 
 def _stage_command(name: str, config_type: type[Config], summary: str) -> None:
@@ -50,31 +55,56 @@ def _stage_command(name: str, config_type: type[Config], summary: str) -> None:
         alias: Alias = None,
         dry_run: DryRun = False,
     ) -> None:
-        loaded, opened = _load(config_type, config, overrides, name), Store(store)
-        # Imports torch: a bad config has been refused before.
-        from .stages import run_stage
-
-        if dry_run:
-            _print_plan(name, loaded, opened)
-            return
-        result = run_stage(name, loaded, opened, alias)
-        if isinstance(result, Dataset):
-            _print_dataset(result)
-        else:
-            console.print(result, soft_wrap=True, markup=False)
+        _run_stage(name, _load(config_type, config, overrides, name), Store(store), alias, dry_run)
 
     app.command(name, help=summary)(command)
 
 
+def _preset_command(name: str, config_type: type[Config], summary: str) -> None:
+    """Register `trace-opd NAME` for a stage that a preset sets something of."""
+
+    def command(
+        config: ConfigPath = None,
+        overrides: Overrides = None,
+        preset: PresetName = None,
+        store: StoreRoot = "store",
+        alias: Alias = None,
+        dry_run: DryRun = False,
+    ) -> None:
+        loaded = _load(config_type, config, overrides, name, preset)
+        _run_stage(name, loaded, Store(store), alias, dry_run)
+
+    app.command(name, help=summary)(command)
+
+
+def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_run: bool) -> None:
+    # Imports torch: a bad config has been refused before.
+    from .show import show_dataset, show_plan
+    from .stages import run_stage
+
+    if dry_run:
+        show_plan(name, config, store, console)
+        return
+    result = run_stage(name, config, store, alias)
+    if isinstance(result, Dataset):
+        show_dataset(result, console)
+    else:
+        console.print(result, soft_wrap=True, markup=False)
+
+
 def _load(
-    kind: type[Any], path: Path | None, overrides: list[str] | None, section: str | None
+    kind: type[Any],
+    path: Path | None,
+    overrides: list[str] | None,
+    section: str | None,
+    preset: str | None = None,
 ) -> Any:
     """The first argument may already be an override: `trace-opd verify rollouts=…`."""
     changes = list(overrides or [])
     if path is not None and "=" in str(path) and not path.exists():
         changes.insert(0, str(path))
         path = None
-    return load_config(kind, path, changes, section)
+    return load_config(kind, path, changes, section, preset)
 
 
 def _register_stages() -> None:
@@ -90,16 +120,22 @@ def _register_stages() -> None:
         ("evaluate", configs.EvaluateConfig, "avg@k, pass@k, maj@k; base against checkpoint."),
         ("report", configs.ReportConfig, "One self-contained HTML file."),
     ):
-        _stage_command(name, kind, summary)
+        register = _preset_command if name in ("convert", "train") else _stage_command
+        register(name, kind, summary)
 
 
 _register_stages()
 
 
 @app.command()
-def pipeline(config: ConfigPath, overrides: Overrides = None, store: StoreRoot = "store") -> None:
+def pipeline(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    preset: PresetName = None,
+    store: StoreRoot = "store",
+) -> None:
     """Every stage in order, in this process, with no server."""
-    loaded, opened = _load(PipelineConfig, config, overrides, None), Store(store)
+    loaded, opened = _load(PipelineConfig, config, overrides, None, preset), Store(store)
     from .stages import run_pipeline, run_stage
 
     def run(stage: str, stage_config: Config, alias: str) -> str:
@@ -135,6 +171,14 @@ def config(
 
 
 @app.command()
+def presets() -> None:
+    """List TRACE and the baselines that --preset names, with what each sets."""
+    for name, preset in PRESETS.items():
+        console.print(f"{name}: {preset.summary} ({preset.source})", soft_wrap=True, markup=False)
+        console.print(f"    {' '.join(preset.overrides)}", soft_wrap=True, markup=False)
+
+
+@app.command()
 def ls(
     stage: Annotated[str | None, typer.Argument(help="Only this stage.")] = None,
     store: StoreRoot = "store",
@@ -165,14 +209,14 @@ def show(
     store: StoreRoot = "store",
 ) -> None:
     """Show a dataset's manifest, or a rollout with its tokens coloured by route."""
-    from .show import show_rollout
+    from .show import show_dataset, show_rollout
 
     opened = Store(store)
     if not opened.matches(ref):
         show_rollout(ref, opened, console)
         return
     dataset = opened.get(ref)
-    _print_dataset(dataset)
+    show_dataset(dataset, console)
     console.print_json(data={k: v for k, v in dataset.manifest.items() if k != "summary"})
 
 
@@ -216,57 +260,13 @@ def serve(
     os.execv(sys.executable, command)
 
 
-def _print_plan(name: str, config: Config, store: Store) -> None:
-    from . import train
-    from .stages import TABLE_STAGES
-
-    print(dump_config(config), end="")
-    if name == "train":
-        _, target = train.begin(config, store)  # type: ignore[arg-type]
-        parts = ""
-    elif name in TABLE_STAGES:
-        plan, target = TABLE_STAGES[name].begin(config, store)
-        parts = f", {plan.parts} parts"
-        if not isinstance(target, Dataset):
-            parts += f", {sum(map(target.has_part, range(plan.parts)))} of them there"
-    else:
-        return
-    state = "finished" if isinstance(target, Dataset) else "to be made"
-    console.print(f"# {target.ref}: {state}{parts}", markup=False)
-
-
-def _print_dataset(dataset: Dataset) -> None:
-    console.print(f"{dataset.ref}  {dataset.rows} rows", markup=False)
-    if dataset.stage == "evaluate":
-        console.print(_evaluation_table(dataset.summary))
-    else:
-        table = Table(box=None, show_header=False)
-        for key, value in dataset.summary.items():
-            table.add_row(key, escape(str(value)))
-        console.print(table)
-    console.print(dataset.glob if dataset.parts else dataset.path(), soft_wrap=True, markup=False)
-
-
-def _evaluation_table(summary: dict[str, Any]) -> Table:
-    """A row per figure, a column per policy, the paired difference last; 95 % intervals."""
-    columns = dict(summary["policies"])
-    if "paired_difference" in summary:
-        columns["paired difference"] = summary["paired_difference"]
-    table = Table("figure", *columns, box=None)
-    for figure in (name for name in summary["policies"]["base"] if "@" in name):
-        cells = []
-        for estimates in columns.values():
-            low, high = estimates[figure]["ci95"]
-            cells.append(f"{estimates[figure]['value']:.1%} ({low:.1%} – {high:.1%})")
-        table.add_row(figure, *cells)
-    return table
-
-
 def main() -> None:
     """Entry point: bad input is one sentence and exit code 2, without a traceback."""
     # Read when transformers and datasets are first imported; their bars would tear ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Modules in the folder where the command runs: rules of the user's own (routing.rule).
+    sys.path.append(str(Path.cwd()))
     logging.basicConfig(
         level=os.environ.get("TRACE_OPD_LOG", "WARNING").upper(),
         format="%(name)s: %(message)s",

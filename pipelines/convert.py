@@ -1,12 +1,13 @@
 """Stage convert: annotated rollouts become routed training sequences."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.store import Draft, Store
+from ..data.store import Draft, Store, content_hash
 from ..schemas.configs import ConvertConfig
 from ..schemas.errors import InputError
 from ..schemas.labels import Route
@@ -14,6 +15,7 @@ from ..schemas.tables import ANNOTATIONS, ROUTED
 from ..trace.align import byte_table
 from ..trace.convert import routed_table
 from ..trace.policy import load_tokenizer, vocab_fingerprint
+from ..trace.rules import rule_source
 from .models import resolve_policy
 from .stage import Plan, Stage
 
@@ -30,7 +32,10 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
         "rollouts": rollouts,
         "problems": rollouts.input("problems"),
     }
-    return Plan(config, inputs, {"routing": config.routing.semantic()}, annotations.parts)
+    semantic: dict[str, Any] = {"routing": config.routing.semantic()}
+    if (source := rule_source(config.routing.rule)) is not None:
+        semantic["rule"] = content_hash(source)
+    return Plan(config, inputs, semantic, annotations.parts)
 
 
 def check_vocabulary(table: pa.Table, expected: str, policy: str) -> None:

@@ -39,7 +39,8 @@ from ..schemas.configs import (
 from ..schemas.labels import Action, DiagnosticType, Route, VerdictStatus
 from ..schemas.tables import PROBLEMS, VERDICTS
 from ..trace.align import byte_table
-from ..trace.batch import TrainingSequence, response_logits, routed_positions, training_sequences
+from ..trace.batch import TrainingSequence, training_sequences
+from ..trace.packing import response_logits
 from ..trace.convert import routed_table
 from ..trace.policy import Policy, load_policy
 from ..trace.prompt import render_chat, teacher_messages
@@ -226,7 +227,7 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
         "right_to_wrong": _kl(with_right, with_wrong),
         "uninformative": _kl(neutral, other_neutral),
     }
-    route = np.concatenate([s.route[routed_positions(s)] for s in sequences])
+    route = np.concatenate([s.route[s.routed_positions] for s in sequences])
     pass_rate = pc.mean(verdicts["reward"]).as_py()
     figures: dict[str, Any] = {"rollouts": len(rollouts), "pass_rate": pass_rate}
     for kind, chosen in (("key", route == Route.FKL), ("error", route == Route.RKL)):
@@ -265,7 +266,7 @@ def _log_probs(
     logits = []
     for at in range(0, len(sequences), 16):
         chunk = sequences[at : at + 16]
-        keep = [routed_positions(s) for s in chunk]
+        keep = [s.routed_positions for s in chunk]
         responses = [s.token_ids[: s.routed_end] for s in chunk]
         logits.append(response_logits(policy.model, prompts[at : at + 16], responses, keep))
     return torch.log_softmax(torch.cat(logits).float(), dim=-1)

@@ -1,16 +1,23 @@
-"""One rollout in the terminal: the report's card for people who live in a shell."""
+"""Plans, datasets' figures and rollouts in the terminal, for people who live in a shell."""
+
+from typing import Any
 
 import pyarrow.compute as pc
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from ..data.store import Dataset, Store
+from ..schemas.configs import Config
 from ..schemas.errors import InputError
+from ..schemas.settings import dump_config
 from ..schemas.tables import ANNOTATIONS, ROUTED
+from . import train
 from .paint import Paint, Piece
 from .rollout_view import RolloutView, find_byte_table, find_tables, load_rollouts
+from .stages import TABLE_STAGES
 
 # Underlines beside colours: a route must be told apart without seeing colour.
 _STYLES = {
@@ -21,6 +28,55 @@ _STYLES = {
     Paint.DROPPED: "dim strike",
 }
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def show_plan(name: str, config: Config, store: Store, console: Console) -> None:
+    """Print a stage's whole config, and which dataset a run with it would make.
+
+    Raises:
+        InputError: whatever the stage would refuse before its work.
+    """
+    print(dump_config(config), end="")
+    if name == "train":
+        _, target = train.begin(config, store)  # type: ignore[arg-type]
+        parts = ""
+    elif name in TABLE_STAGES:
+        plan, target = TABLE_STAGES[name].begin(config, store)
+        parts = f", {plan.parts} parts"
+        if not isinstance(target, Dataset):
+            parts += f", {sum(map(target.has_part, range(plan.parts)))} of them there"
+    else:
+        return
+    state = "finished" if isinstance(target, Dataset) else "to be made"
+    console.print(f"# {target.ref}: {state}{parts}", markup=False)
+
+
+def show_dataset(dataset: Dataset, console: Console) -> None:
+    """Print a dataset's id, rows and figures, and where its files are."""
+    console.print(f"{dataset.ref}  {dataset.rows} rows", markup=False)
+    if dataset.stage == "evaluate":
+        console.print(_evaluation_table(dataset.summary))
+    else:
+        table = Table(box=None, show_header=False)
+        for key, value in dataset.summary.items():
+            table.add_row(key, escape(str(value)))
+        console.print(table)
+    console.print(dataset.glob if dataset.parts else dataset.path(), soft_wrap=True, markup=False)
+
+
+def _evaluation_table(summary: dict[str, Any]) -> Table:
+    """A row per figure, a column per policy, the paired difference last; 95 % intervals."""
+    columns = dict(summary["policies"])
+    if "paired_difference" in summary:
+        columns["paired difference"] = summary["paired_difference"]
+    table = Table("figure", *columns, box=None)
+    for figure in (name for name in summary["policies"]["base"] if "@" in name):
+        cells = []
+        for estimates in columns.values():
+            low, high = estimates[figure]["ci95"]
+            cells.append(f"{estimates[figure]['value']:.1%} ({low:.1%} – {high:.1%})")
+        table.add_row(figure, *cells)
+    return table
 
 
 def show_rollout(rollout_id_prefix: str, store: Store, console: Console) -> None:

@@ -21,6 +21,7 @@ from ..trace.checkpoint import latest_checkpoint, restore, save_checkpoint, save
 from ..trace.online import OnlineSource
 from ..trace.policy import Policy, load_policy, load_tokenizer, vocab_fingerprint, weights_revision
 from ..trace.prompt import student_prompt
+from ..trace.rules import needs_annotations, rule_source
 from ..trace.trainer import Trainer
 from .annotate import annotator_identity
 from .annotators import open_annotator
@@ -63,10 +64,15 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
         del semantic["offline"]["routed"]
     if config.online.steps:
         inputs["problems"] = problems = store.get(config.online.problems, PROBLEMS)
-        semantic["online"]["annotator"] |= annotator_identity(
-            config.online.annotator, problems, in_training=True
-        )
+        if needs_annotations(config.online.routing):
+            semantic["online"]["annotator"] |= annotator_identity(
+                config.online.annotator, problems, in_training=True
+            )
+        else:
+            del semantic["online"]["annotator"]
         del semantic["online"]["problems"]
+        if (source := rule_source(config.online.routing.rule)) is not None:
+            semantic["online"]["rule"] = content_hash(source)
     else:
         del semantic["online"]
     store.local_root()
@@ -102,7 +108,7 @@ def run(config: TrainConfig, store: Store) -> Dataset:
         tracker.close()
         if online is not None:
             online.close()
-    save_model(policy, target.local_path("checkpoints") / "final")
+    save_model(trainer, target.local_path("checkpoints") / "final")
     tables = online.finish() if online is not None else {}
     return target.finish(0, _summary(target, trainer, tables))
 
@@ -162,7 +168,7 @@ class OfflineReader:
 
 @dataclass(frozen=True)
 class _Engines:
-    """What an online phase holds open."""
+    """What an online phase holds open; no annotator where the routing looks at no annotation."""
 
     verifier: MathVerifier
     annotator: Any
@@ -196,10 +202,13 @@ class OnlineTables:
             bytes=byte_table(policy.tokenizer),
             routing=online.routing,
             write=self._write,
+            refill_rounds=online.refill_rounds,
         )
 
     def _open_engines(self, run: Draft) -> _Engines:
         online = self._config.online
+        if not needs_annotations(online.routing):
+            return _Engines(MathVerifier(online.verify), None, None)
         sampler, tokenizer, own = self._sampler, self._tokenizer, None
         annotator = online.annotator
         if isinstance(annotator, SelfAnnotator) and annotator.policy is not None:
@@ -217,15 +226,24 @@ class OnlineTables:
             own,
         )
 
-    def _step_problems(self, step: int) -> pa.Table:
-        """The next `groups_per_step` problems of a shuffled pass; a pass never splits a step."""
+    def _step_problems(self, step: int, refill: int) -> pa.Table:
+        """Round 0: the next `groups_per_step` problems of a shuffled pass, which never splits a
+        step. Later rounds: as many others, drawn for this step alone.
+
+        Stateless in step and round, so a resumed run asks what an undisturbed one would.
+        """
         count = min(self._config.groups_per_step, len(self._problems))
         steps_per_epoch = len(self._problems) // count
         epoch, at = divmod(step - self._first, steps_per_epoch)
         order = np.random.default_rng([self._config.seed, 1, epoch]).permutation(
             len(self._problems)
         )
-        return self._problems.take(order[at * count : (at + 1) * count].tolist())
+        chosen = order[at * count : (at + 1) * count]
+        if refill:
+            others = np.setdiff1d(order, chosen)
+            shuffled = np.random.default_rng([self._config.seed, 2, step]).permutation(others)
+            chosen = shuffled[(refill - 1) * count : refill * count]
+        return self._problems.take(chosen)
 
     def _sample(self, problems: pa.Table, step: int) -> pa.Table:
         online = self._config.online
@@ -240,12 +258,11 @@ class OnlineTables:
         )
 
     def _write(self, step: int, tables: dict[str, pa.Table]) -> None:
-        if "annotations" not in tables:
-            tables = tables | {
-                "annotations": skipped_annotations(
-                    tables["problems"], tables["rollouts"], tables["verdicts"]
-                )
-            }
+        # Rollouts that nobody was asked about come last; each table has a row for every rollout.
+        annotated = tables.get("annotations", ANNOTATIONS.empty())
+        rest = (tables[role].slice(len(annotated)) for role in ("rollouts", "verdicts"))
+        skipped = skipped_annotations(tables["problems"], *rest)
+        tables = tables | {"annotations": pa.concat_tables([annotated, skipped])}
         for role, draft in self._drafts.items():
             draft.write_part(step - self._first, tables[role])
 
@@ -260,9 +277,9 @@ class OnlineTables:
 
     def close(self) -> None:
         self._engines.verifier.close()
-        self._engines.annotator.close()
-        if self._engines.annotator_sampler is not None:
-            self._engines.annotator_sampler.close()
+        for engine in (self._engines.annotator, self._engines.annotator_sampler):
+            if engine is not None:
+                engine.close()
 
 
 def _online_drafts(store: Store, run: Draft, problems: Dataset) -> dict[str, Any]:

@@ -9,18 +9,26 @@ class Route(IntEnum):
     GRPO = 0
     FKL = 1
     RKL = 2
+    JSD = 3
+    REWEIGHT = 4
 
 
 class Action(StrEnum):
-    """What the tokens of one span kind get: the "corner" of METHOD.md, step 5."""
+    """What routed tokens get: the "corner" of METHOD.md, step 5.
+
+    jsd is the generalised Jensen-Shannon divergence; reweight is GRPO whose advantage the teacher's
+    likelihood ratio scales (RLSD).
+    """
 
     NONE = "none"
     FKL = "fkl"
     RKL = "rkl"
+    JSD = "jsd"
+    REWEIGHT = "reweight"
 
     @property
     def route(self) -> Route:
-        return {"none": Route.GRPO, "fkl": Route.FKL, "rkl": Route.RKL}[self.value]
+        return Route.GRPO if self is Action.NONE else Route[self.name]
 
 
 class SpanKind(StrEnum):

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from .configs import PipelineConfig
 from .errors import InputError
+from .presets import preset_data
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -25,14 +26,15 @@ def load_config(
     path: str | Path | None,
     overrides: list[str] | None = None,
     section: str | None = None,
+    preset: str | None = None,
 ) -> C:
-    """Read a YAML file (or nothing), apply `a.b=value` overrides, validate.
+    """Read a YAML file (or nothing), lay a preset over it, apply `a.b=value` overrides, validate.
 
     A pipeline's file (known by its required sections) serves each stage too: `section` names the
     stage whose section is taken, empty if it is left out. Values of overrides are YAML: `3`, `true`, `null`, `[1, 2]`.
 
     Raises:
-        InputError: unreadable file, malformed override, unknown key or bad value.
+        InputError: unreadable file, unknown preset, malformed override, unknown key or bad value.
     """
     data: Any = {}
     if path is not None:
@@ -46,6 +48,8 @@ def load_config(
             raise InputError(f"{path}: holds no mapping; write `key: value` lines")
         if section and data.keys() >= _PIPELINE_SECTIONS:
             data = data.get(section) or {}
+    if preset is not None:
+        data = _laid_over(data, preset_data(preset, model))
     return _validated(model, data, overrides or [], str(path) if path is not None else "config")
 
 
@@ -57,6 +61,14 @@ def override(config: C, overrides: list[str] | None) -> C:
     """
     data = config.model_dump(mode="json")
     return _validated(type(config), data, overrides or [], "config")
+
+
+def _laid_over(base: Any, top: dict[str, Any]) -> dict[str, Any]:
+    """`top` over `base`, mapping by mapping; neither is changed."""
+    out = dict(base) if isinstance(base, dict) else {}
+    for key, value in top.items():
+        out[key] = _laid_over(out.get(key), value) if isinstance(value, dict) else value
+    return out
 
 
 def _validated(model: type[C], data: dict, overrides: list[str], where: str) -> C:

@@ -232,7 +232,7 @@ ANNOTATIONS = _contract(
 
 ROUTED = _contract(
     "routed",
-    1,
+    2,
     [
         _ROLLOUT_ID,
         _PROBLEM_ID,
@@ -247,14 +247,22 @@ ROUTED = _contract(
         _field(
             "route",
             pa.list_(pa.uint8()),
-            "Route of each response token: grpo 0, fkl 1, rkl 2. A token belongs to the segment "
-            "that holds most of its bytes, ties to the earlier one.",
+            "Route of each response token: grpo 0, fkl 1, rkl 2, jsd 3, reweight 4. A token belongs "
+            "to the segment that holds most of its bytes, ties to the earlier one.",
         ),
         _field(
             "span_id", pa.list_(pa.int16()), "Rank of the span that a token lies in; −1 outside."
         ),
         _TYPE,
-        _field("coverage", _float32, "Share of response tokens inside kept spans, at most α."),
+        _field(
+            "teacher_context",
+            _string,
+            "What the teacher of a baseline sees besides the problem; null under the type label.",
+            True,
+        ),
+        _field(
+            "coverage", _float32, "Share of routed response tokens, at most α but for rule all."
+        ),
         _field("dropped_tokens", _int32, "Marked tokens dropped by the α cap."),
         *_POLICY,
     ],
@@ -356,7 +364,9 @@ def _check_labels(table: pa.Table, contract: TableContract, where: str) -> None:
         if len(routes) and (pc.max(routes).as_py() or 0) > max(Route):
             rows = pc.list_parent_indices(table.column("route").combine_chunks())
             bad_at = pc.index(pc.greater(routes, pa.scalar(int(max(Route)))), True).as_py()
-            raise InputError(f"{where}, row {rows[bad_at].as_py()}: route is not 0, 1 or 2")
+            raise InputError(
+                f"{where}, row {rows[bad_at].as_py()}: route is not in 0 … {int(max(Route))}"
+            )
     if contract is ANNOTATIONS:
         spans = table.column("spans").combine_chunks()
         kinds = pc.struct_field(pc.list_flatten(spans), "kind")

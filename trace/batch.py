@@ -1,8 +1,7 @@
-"""Routed tables to training sequences, sequences to padded micro-batches."""
+"""Routed tables to training sequences, sequences to micro-batches, micro-batches to tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +9,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..schemas.configs import PromptConfig
-from ..schemas.errors import InputError
-from ..schemas.labels import DiagnosticType, Route
-from .prompt import render_chat, teacher_messages
+from ..schemas.labels import Route
+from .fused import LossInputs
+from .packing import PackedRow, pack, packed_tokens
+from .prompt import render_chat, teacher_chat
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,14 @@ class TrainingSequence:
     teacher_prompt_ids: list[int] | None
 
     @property
+    def routed_positions(self) -> np.ndarray:
+        """Response positions whose route is not GRPO, ascending."""
+        return np.flatnonzero(self.route != int(Route.GRPO))
+
+    @property
     def routed_end(self) -> int:
         """One past the last routed token: as far as the teacher has to read."""
-        (positions,) = np.nonzero(self.route)
+        positions = self.routed_positions
         return int(positions[-1]) + 1 if len(positions) else 0
 
 
@@ -46,16 +51,17 @@ def training_sequences(
 ) -> list[TrainingSequence]:
     """Rows of a routed table as sequences; rows with routed tokens get the teacher's prompt.
 
-    The type label is the only annotation that goes into that prompt. Without a teacher (λ is 0)
-    no prompt is made.
+    In TRACE the type label is the only annotation that goes into that prompt; the privileged texts
+    of the baselines have a column of their own. Without a teacher (λ is 0) no prompt is made.
     """
     sequences = []
     for row in table.to_pylist():
         route = np.array(row["route"], dtype=np.uint8)
         teacher_prompt_ids = None
         if with_teacher and route.any():
-            label = DiagnosticType(row["diagnostic_type"])
-            messages = teacher_messages(prompt, row["problem"], label)
+            messages = teacher_chat(
+                prompt, row["problem"], row["diagnostic_type"], row["teacher_context"]
+            )
             teacher_prompt_ids = render_chat(tokenizer, messages, prompt.thinking)
         sequences.append(
             TrainingSequence(
@@ -78,69 +84,90 @@ def training_sequences(
 def micro_batches(
     sequences: Sequence[TrainingSequence], max_tokens: int
 ) -> list[list[TrainingSequence]]:
-    """Cut sequences, longest first, so that rows × longest row stays within `max_tokens`."""
-    by_length = sorted(
-        sequences, key=lambda s: (-(len(s.prompt_ids) + len(s.token_ids)), s.rollout_id)
-    )
+    """Cut sequences into packed rows of at most `max_tokens`, those of one prompt together.
+
+    A sequence that is longer alone has a row of its own. The input's order does not matter.
+    """
     batches: list[list[TrainingSequence]] = []
-    for sequence in by_length:
-        if batches:
-            longest = len(batches[-1][0].prompt_ids) + len(batches[-1][0].token_ids)
-            if (len(batches[-1]) + 1) * longest <= max_tokens:
-                batches[-1].append(sequence)
-                continue
-        batches.append([sequence])
+    tokens = 0
+    for sequence in sorted(sequences, key=lambda s: (s.group_id, s.prompt_ids, s.rollout_id)):
+        shared = bool(batches) and batches[-1][-1].prompt_ids == sequence.prompt_ids
+        more = len(sequence.token_ids) + (0 if shared else len(sequence.prompt_ids))
+        if not batches or tokens + more > max_tokens:
+            batches.append([])
+            tokens, more = 0, len(sequence.prompt_ids) + len(sequence.token_ids)
+        batches[-1].append(sequence)
+        tokens += more
     return batches
 
 
-def response_logits(
-    model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[np.ndarray],
-    keep: Sequence[np.ndarray],
-) -> torch.Tensor:
-    """Logits that predict chosen response tokens: (sum of kept, vocab).
+def shares(sequences: Sequence[TrainingSequence], count: int) -> list[list[TrainingSequence]]:
+    """Cut sequences into `count` shares of about as many tokens, groups kept together."""
+    groups: dict[str, list[TrainingSequence]] = {}
+    for sequence in sequences:
+        groups.setdefault(sequence.group_id, []).append(sequence)
 
-    keep: per row the response positions wanted, ascending. Only those positions go through the
-    language-model head. Rows are padded on the right, which causal attention never sees.
-    """
-    device = next(model.parameters()).device
-    rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
-    length = max(map(len, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros(len(rows), length, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        mask[index, : len(row)] = 1
-    # The logits at position i predict the token at i + 1.
-    row_index = np.concatenate([np.full(len(k), i) for i, k in enumerate(keep)])
-    position = np.concatenate([len(p) + k - 1 for p, k in zip(prompts, keep, strict=True)])
-    hidden = model.base_model(  # pyright: ignore[reportCallIssue]
-        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-    ).last_hidden_state  # (rows, length, hidden)
-    chosen = hidden[torch.from_numpy(row_index).to(device), torch.from_numpy(position).to(device)]
-    logits = model.get_output_embeddings()(chosen)  # pyright: ignore[reportCallIssue]
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
+    def tokens(group: list[TrainingSequence]) -> int:
+        return sum(len(s.prompt_ids) + len(s.token_ids) for s in group)
+
+    out: list[list[TrainingSequence]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for group in sorted(groups.values(), key=lambda g: (-tokens(g), g[0].group_id)):
+        lightest = loads.index(min(loads))
+        out[lightest] += group
+        loads[lightest] += tokens(group)
+    return out
 
 
-@torch.no_grad()
-def check_head(model: Any) -> None:
-    """Raises InputError if `response_logits` misses something that the model does to its logits.
-
-    Some architectures scale them behind the head; training on other logits than the sampler's
-    would be silent.
-    """
-    ids = np.arange(4)
-    ours = response_logits(model, [ids[:1].tolist()], [ids[1:]], [np.arange(3)])
-    theirs = model(input_ids=torch.from_numpy(ids)[None].to(model.device)).logits[0, :3]
-    if not torch.allclose(ours.float(), theirs.float(), rtol=0.02, atol=0.02):
-        raise InputError(
-            f"policy {model.config.model_type}: this architecture changes its logits behind the "
-            "head in a way that the trainer does not know; use another policy"
-        )
+def signal_groups(sequences: Sequence[TrainingSequence]) -> set[str]:
+    """Ids of the groups whose rewards differ: the others have no advantage to learn from."""
+    rewards: dict[str, set[float]] = {}
+    for sequence in sequences:
+        rewards.setdefault(sequence.group_id, set()).add(sequence.reward)
+    return {group for group, distinct in rewards.items() if len(distinct) > 1}
 
 
-def routed_positions(sequence: TrainingSequence) -> np.ndarray:
-    """Response positions whose route is not GRPO, ascending."""
-    return np.flatnonzero(sequence.route != int(Route.GRPO))
+def student_row(rows: Sequence[TrainingSequence]) -> PackedRow:
+    """What the student reads: prompt and response of each sequence."""
+    return pack([row.prompt_ids for row in rows], [row.token_ids for row in rows])
+
+
+def teacher_row(rows: Sequence[TrainingSequence]) -> PackedRow | None:
+    """What the teacher reads: sequences with routed tokens, up to the last of them, behind its own
+    prompt; its states are kept at routed tokens, in the rows' order. None: nothing is routed."""
+    routed = [row for row in rows if row.routed_end]
+    if not routed:
+        return None
+    return pack(
+        [row.teacher_prompt_ids or [] for row in routed],
+        [row.token_ids[: row.routed_end] for row in routed],
+        [row.routed_positions for row in routed],
+    )
+
+
+def row_tokens(rows: Sequence[TrainingSequence]) -> int:
+    """Tokens that the student's backbone reads for these sequences."""
+    return packed_tokens([row.prompt_ids for row in rows], [len(row.token_ids) for row in rows])
+
+
+def loss_inputs(
+    rows: Sequence[TrainingSequence], weights: Sequence[float], device: torch.device
+) -> LossInputs:
+    """The objective's per-token inputs; weights: one per sequence, global to the step."""
+    lengths = np.array([len(row.token_ids) for row in rows])
+
+    def flat(parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(device)
+
+    def per_token(values: Sequence[float]) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(np.asarray(values, np.float32), lengths)).to(device)
+
+    return LossInputs(
+        token_ids=flat([row.token_ids for row in rows]),
+        old_logprobs=flat([row.logprobs for row in rows]),
+        advantage=per_token([row.advantage for row in rows]),
+        weight=per_token(weights),
+        # Greedy rollouts carry log-probabilities at temperature 1.
+        temperature=per_token([row.temperature or 1.0 for row in rows]),
+        route=flat([row.route for row in rows]),
+    )

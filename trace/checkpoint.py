@@ -1,44 +1,81 @@
 """Checkpoints: a transformers model folder, and beside it what a resumed run needs.
 
 step-00050/  config.json model.safetensors tokenizer.json …   AutoModelForCausalLM, vLLM
-             trainer.pt                                         optimiser, teacher, state
+             (adapter_config.json adapter_model.safetensors     peft, when adapters are trained)
+             trainer.pt                                         optimiser, teacher, state, RNGs
+
+Weights are stored whole, so a run may go on under another number of ranks.
 """
 
 import os
+import random
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from .policy import Policy
+from ..schemas.errors import InputError
+from .lora import has_adapters, load_adapters, save_adapters, save_merged
+from .ranks import load_optimizer, load_weights, whole_optimizer, whole_weights
 from .trainer import Trainer, TrainerState
 
 _TRAINER_FILE = "trainer.pt"
+_WRAPPER = "model."  # of trace.packing.PackedModel
 
 
-def save_model(policy: Policy, folder: Path) -> Path:
-    """Write model and tokenizer to a folder, whole or not at all."""
-    temporary = _temporary(folder)
-    _write_model(policy, temporary)
-    return _publish(temporary, folder)
+def save_model(trainer: Trainer, folder: Path) -> Path:
+    """Write model and tokenizer to a folder, whole or not at all; adapters are merged."""
+
+    def write(temporary: Path, weights: dict[str, torch.Tensor]) -> None:
+        model = trainer.policy.model
+        if has_adapters(model):
+            save_merged(model, temporary, weights)
+        else:
+            model.save_pretrained(temporary, state_dict=weights)
+        trainer.policy.tokenizer.save_pretrained(temporary)
+
+    weights = _student_weights(trainer)
+    if trainer.ranks.first:
+        _publish(folder, lambda temporary: write(temporary, weights))
+    return folder
 
 
 def save_checkpoint(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
-    """Write `folder/step-NNNNN`, whole or not at all; only the newest `keep` stay."""
+    """Write `folder/step-NNNNN`, whole or not at all; only the newest `keep` stay.
+
+    Every rank has to call; the first writes.
+
+    Raises:
+        InputError: it could not be written (no space, no permission); the older ones are whole.
+    """
     target = folder / f"step-{trainer.state.step:05d}"
-    temporary = _temporary(target)
-    _write_model(trainer.policy, temporary)
-    torch.save(
-        {
-            "optimizer": trainer.optimizer.state_dict(),
-            "teacher": trainer.teacher.state_dict() if trainer.teacher is not None else None,
-            "state": asdict(trainer.state),
-        },
-        temporary / _TRAINER_FILE,
-    )
-    _publish(temporary, target)
+    weights = _student_weights(trainer)
+    state = {
+        "optimizer": whole_optimizer(trainer.student, trainer.optimizer),
+        "teacher": whole_weights(trainer.teacher) if trainer.teacher is not None else None,
+        "state": asdict(trainer.state),
+        "rng": _rng_states(),
+    }
+    if not trainer.ranks.first:
+        return target
+
+    def write(temporary: Path) -> None:
+        model = trainer.policy.model
+        if has_adapters(model):
+            save_adapters(model, temporary, weights)
+        else:
+            model.save_pretrained(temporary, state_dict=weights)
+        trainer.policy.tokenizer.save_pretrained(temporary)
+        with (temporary / _TRAINER_FILE).open("wb") as file:
+            torch.save(state, file)
+
+    _publish(target, write)
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
     return target
@@ -50,36 +87,69 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def restore(trainer: Trainer, checkpoint: Path) -> None:
-    """Put a trainer back where a checkpoint was written: weights, optimiser, teacher, state."""
-    weights = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=trainer.policy.model.dtype)
-    trainer.policy.model.load_state_dict(weights.state_dict())
-    saved = torch.load(
-        checkpoint / _TRAINER_FILE, map_location=trainer.policy.device, weights_only=True
-    )
-    trainer.optimizer.load_state_dict(saved["optimizer"])
+    """Put a trainer back where a checkpoint was written: weights, optimiser, teacher, state, RNGs."""
+    model = trainer.policy.model
+    if has_adapters(model):
+        load_adapters(model, checkpoint)
+    else:
+        dtype = next(trainer.student.parameters()).dtype
+        saved_model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+        weights = {_WRAPPER + name: value for name, value in saved_model.state_dict().items()}
+        load_weights(trainer.student, weights)
+    saved = torch.load(checkpoint / _TRAINER_FILE, map_location="cpu", weights_only=True)
+    load_optimizer(trainer.student, trainer.optimizer, saved["optimizer"])
     trainer.state = TrainerState(**saved["state"])
     trainer.restore_identity()
-    if saved["teacher"] is not None:
-        trainer.set_teacher(saved["teacher"])
+    if saved["teacher"] is None:
+        trainer.teacher = None
+    else:
+        assert trainer.teacher is not None, "a run with λ > 0 begins with a teacher"
+        load_weights(trainer.teacher, saved["teacher"])
+    _restore_rng_states(saved["rng"])
 
 
-def _write_model(policy: Policy, folder: Path) -> None:
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+def _student_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The student's whole state dict under its model's own names."""
+    weights = whole_weights(trainer.student)
+    return {name.removeprefix(_WRAPPER): value for name, value in weights.items()}
 
 
-def _temporary(target: Path) -> Path:
-    """A fresh folder beside the target; leftovers of a killed run are swept."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(".tmp-*"):
-        shutil.rmtree(leftover)
-    temporary = target.parent / f".tmp-{target.name}"
-    temporary.mkdir()
-    return temporary
+def _rng_states() -> dict[str, Any]:
+    """Nothing here draws from the global generators; what a user plugs in may."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": [
+            part.tolist() if isinstance(part, np.ndarray) else part
+            for part in np.random.get_state()
+        ],
+    }
 
 
-def _publish(temporary: Path, target: Path) -> Path:
+def _restore_rng_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])
+    random.setstate(states["python"])
+    np.random.set_state(tuple(states["numpy"]))
+
+
+def _publish(target: Path, write: Callable[[Path], None]) -> None:
+    """Fill a temporary folder and put it in the target's place; leftovers of a kill are swept."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(".tmp-*"):
+            shutil.rmtree(leftover)
+        temporary = target.parent / f".tmp-{target.name}"
+        temporary.mkdir()
+        write(temporary)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(target.parent / f".tmp-{target.name}", ignore_errors=True)
+        raise InputError(
+            f"{target}: could not be written ({error}); make room there and give the same command "
+            "again, it goes on from the newest checkpoint"
+        ) from None
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)  # noqa: PTH105 - atomic on POSIX
-    return target

@@ -1,15 +1,19 @@
 """Problems, rollouts, verdicts and annotations of one part to its routed table."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
 from ..schemas.configs import RoutingConfig
 from ..schemas.errors import InputError
-from ..schemas.labels import FinishReason, SpanKind
+from ..schemas.labels import SpanKind
 from ..schemas.tables import ROUTED
-from .advantage import group_advantages
+from .advantage import Scored, scored_rollouts
 from .align import ByteTable
-from .route import Routing, route_tokens
+from .context import teacher_contexts
+from .route import route_tokens, unrouted
+from .rules import Response
 
 _COPIED = (
     "rollout_id", "problem_id", "group_id", "prompt_token_ids", "token_ids", "logprobs",
@@ -24,12 +28,13 @@ def routed_table(
     annotations: pa.Table | None,
     table: ByteTable,
     config: RoutingConfig,
+    with_teacher: bool = True,
 ) -> pa.Table:
-    """The routed table of some rollouts; the other tables hold the same rollouts in order.
+    """The routed table of those rollouts that `scored_rollouts` keeps; the other tables hold the
+    same rollouts in order.
 
-    Rollouts without a reward say nothing about the response: they leave their group before its
-    advantages are formed. Off-policy rollouts (without the sampler's ids) are left out too.
-    annotations: None means no spans, hence plain GRPO.
+    A response without its teacher's context is plain GRPO, and so is every one where there is no
+    teacher (λ is 0). annotations: None means no spans and no type labels.
 
     Raises:
         InputError: tables that do not belong together, or a text that its tokens do not spell.
@@ -37,34 +42,33 @@ def routed_table(
     _same_rollouts(rollouts, verdicts, "verdicts")
     if annotations is not None:
         _same_rollouts(rollouts, annotations, "annotations")
-    texts = dict(
-        zip(problems["problem_id"].to_pylist(), problems["problem"].to_pylist(), strict=True)
-    )
-    judged = verdicts.to_pylist()
-    marked = annotations.to_pylist() if annotations is not None else [None] * len(judged)
-    kept = [
-        (rollout, verdict, annotation)
-        for rollout, verdict, annotation in zip(rollouts.to_pylist(), judged, marked, strict=True)
-        if verdict["reward"] is not None and rollout["on_policy"] and rollout["token_ids"]
-    ]
-    rewards = np.array([verdict["reward"] for _, verdict, _ in kept], dtype=np.float64)
-    groups = [rollout["group_id"] for rollout, _, _ in kept]
-    advantages = group_advantages(rewards, groups, config.advantage_eps) if kept else []
+    by_id = {row["problem_id"]: row for row in problems.to_pylist()}
+    scored = scored_rollouts(rollouts, verdicts, config)
+    if annotations is None:
+        marked = [None] * len(scored)
+    else:
+        marked = annotations.take(pa.array([one.row for one in scored], pa.int64())).to_pylist()
+    labels = [row["diagnostic_type"] if row is not None else None for row in marked]
+    contexts = teacher_contexts(scored, by_id, labels, config)
     rows = []
-    for (rollout, verdict, annotation), advantage in zip(kept, advantages, strict=True):
-        routing = route_response(rollout, annotation, verdict["correct"], table, config)
-        label = annotation["diagnostic_type"] if annotation is not None else None
+    for one, annotation, context in zip(scored, marked, contexts, strict=True):
+        response = response_of(one, annotation, table, config.alpha)
+        taught = with_teacher and context is not None
+        routing = route_tokens(response, config) if taught else unrouted(response)
+        label = context.label if context is not None and (routing.span_id >= 0).any() else None
+        text = context.text if context is not None and routing.route.any() else None
         rows.append(
-            {name: rollout[name] for name in _COPIED}
+            {name: one.rollout[name] for name in _COPIED}
             | {
-                "problem": texts[rollout["problem_id"]],
-                "reward": verdict["reward"],
-                "advantage": float(advantage),
-                "correct": verdict["correct"],
-                "truncated": rollout["finish_reason"] == FinishReason.LENGTH,
+                "problem": by_id[one.rollout["problem_id"]]["problem"],
+                "reward": one.reward,
+                "advantage": one.advantage,
+                "correct": one.correct,
+                "truncated": one.truncated,
                 "route": routing.route,
                 "span_id": routing.span_id,
-                "diagnostic_type": label if (routing.span_id >= 0).any() else None,
+                "diagnostic_type": label,
+                "teacher_context": text,
                 "coverage": routing.coverage,
                 "dropped_tokens": routing.dropped_tokens,
             }
@@ -72,24 +76,35 @@ def routed_table(
     return ROUTED.table(rows)
 
 
-def route_response(
-    rollout: dict, annotation: dict | None, correct: bool, table: ByteTable, config: RoutingConfig
-) -> Routing:
-    """Align one response's segments to its tokens and route them."""
+def response_of(
+    scored: Scored, annotation: dict[str, Any] | None, table: ByteTable, alpha: float
+) -> Response:
+    """What a rule may see of a rollout, its segments aligned to its tokens.
+
+    Raises:
+        InputError: a text that its tokens do not spell.
+    """
+    rollout = scored.rollout
     token_ids = rollout["token_ids"]
     if table.text(token_ids) != rollout["response"]:
         raise InputError(
             f"rollout {rollout['rollout_id']}: token_ids do not spell the response under this "
             "tokenizer; convert with the policy that sampled it"
         )
-    spans = annotation["spans"] if annotation is not None else []
-    if not spans:
-        none = np.full(len(token_ids), -1)
-        return route_tokens(none, [], SpanKind.KEY, config)
-    segments = [(segment["start"], segment["end"]) for segment in annotation["segments"]]  # type: ignore[index]
-    token_segment = table.token_segments(token_ids, segments)
-    kind = SpanKind.KEY if correct else SpanKind.ERROR
-    return route_tokens(token_segment, [span["segments"] for span in spans], kind, config)
+    token_segment, spans = np.full(len(token_ids), -1), []
+    if annotation is not None and annotation["segments"]:
+        segments = [(segment["start"], segment["end"]) for segment in annotation["segments"]]
+        token_segment = table.token_segments(token_ids, segments)
+        spans = [span["segments"] for span in annotation["spans"]]
+    return Response(
+        rollout_id=rollout["rollout_id"],
+        token_ids=np.array(token_ids, dtype=np.int64),
+        logprobs=np.array(rollout["logprobs"], dtype=np.float32),
+        token_segment=token_segment,
+        spans=spans,
+        kind=SpanKind.KEY if scored.correct else SpanKind.ERROR,
+        alpha=alpha,
+    )
 
 
 def _same_rollouts(rollouts: pa.Table, other: pa.Table, name: str) -> None:

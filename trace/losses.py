@@ -1,109 +1,58 @@
-"""The objective of METHOD.md on a flat list of response tokens.
+"""The objective's terms per token; fused.py puts them together over the vocabulary.
 
-For a response y with routed set S_y, advantage A and B responses in the step:
+For a response y with routed set S_y, advantage A and B responses in the step (METHOD.md):
 
-    L = 1/B Σ_y 1/|y| [ Σ_{t∉S} g_t + (1 − λ/w0) Σ_{t∈S} g_t + λ Σ_{t∈S} KL_t ]
+    L = Σ_y w_y [ Σ_{t∉S} g_t + (1 − λ/w0) Σ_{t∈S} g_t + λ Σ_{t∈S} KL_t ],   w_y = 1 / (B |y|)
 
-g_t is GRPO's clipped surrogate with clip-higher against the stored log-probabilities. The KL
-term is METHOD.md's "mean over S_y, times |S_y|/|y|", which is the sum over S_y divided by |y|.
-Everything is linear in per-token terms with weights 1/(B |y|), so gradients do not depend on how
-a batch is cut into micro-batches.
+g_t is GRPO's surrogate. METHOD.md's KL term, "mean over S_y, times |S_y|/|y|", is the sum over S_y
+divided by |y|. Everything is linear in per-token terms with weights that are global to the step, so
+gradients do not depend on how a batch is cut into micro-batches or among ranks.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ..schemas.configs import LossConfig
 from ..schemas.labels import KlClip, Route
 
 
-@dataclass(frozen=True)
-class LossInputs:
-    """One micro-batch, response tokens of all its sequences one after another.
+def token_weights(lengths: Sequence[int], config: LossConfig) -> np.ndarray:
+    """Weight of each response's tokens in the loss: (responses,) float32.
 
-    logits: (tokens, vocab) of the student, divided by the sampling temperature, with gradient.
-    token_ids: (tokens,) int64. old_logprobs: (tokens,) float32 under the sampling policy.
-    advantage: (tokens,) float32. route: (tokens,) uint8 of Route.
-    weight: (tokens,) float32, 1 / (B |y|).
-    teacher_logits: (routed tokens, vocab), in the order of the tokens whose route is not GRPO, at
-        the same temperature; None when λ is 0 or nothing is routed.
-    reference_logprobs: (tokens,) of the sampled tokens under the base policy, at the same
-        temperature; None without a KL to it.
+    sequence: 1 / (B |y|) (GRPO, arXiv 2402.03300, eq. 3); token: 1 / Σ|y| (DAPO, arXiv 2503.14476,
+    eq. 8); constant: 1 / (B · constant_length) (Dr. GRPO, arXiv 2503.20783, section 3.2).
     """
-
-    logits: torch.Tensor
-    token_ids: torch.Tensor
-    old_logprobs: torch.Tensor
-    advantage: torch.Tensor
-    route: torch.Tensor
-    weight: torch.Tensor
-    teacher_logits: torch.Tensor | None = None
-    reference_logprobs: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """loss: scalar with gradient. sums: statistics to be added up over micro-batches."""
-
-    loss: torch.Tensor
-    sums: dict[str, float]
+    sizes = np.maximum(np.asarray(lengths, dtype=np.float64), 1)
+    if not len(sizes):
+        return sizes.astype(np.float32)
+    if config.aggregation == "sequence":
+        weights = 1 / (len(sizes) * sizes)
+    elif config.aggregation == "token":
+        weights = np.full(len(sizes), 1 / sizes.sum())
+    else:
+        weights = np.full(len(sizes), 1 / (len(sizes) * config.constant_length))
+    return weights.astype(np.float32)
 
 
-def routed_loss(
-    inputs: LossInputs, kl_weight: float, grpo_weight: float, config: LossConfig
-) -> LossOutput:
-    """TRACE's objective (arXiv 2605.10194; METHOD.md, "Objective") for one micro-batch.
+def policy_terms(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantage: torch.Tensor, config: LossConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GRPO's term per token, differentiable in `logprobs`, and whether its bound binds; (tokens,).
 
-    kl_weight: λ_k; grpo_weight: 1 − λ_k / w0, the weight of GRPO on routed tokens.
+    By default the clipped surrogate. With `truncated_importance` the trainer's own policy is the
+    proximal one, so its ratio is 1 and has only a gradient, and the weight between sampler and
+    trainer is capped (truncated importance sampling).
     """
-    log_p = _log_softmax(inputs.logits)  # (tokens, vocab)
-    logprobs = log_p.gather(-1, inputs.token_ids[:, None]).squeeze(-1)  # (tokens,)
-    surrogate, clipped = clipped_surrogate(
-        logprobs, inputs.old_logprobs, inputs.advantage, config.clip_low, config.clip_high
-    )
-    routed = inputs.route != int(Route.GRPO)  # (tokens,)
-    surrogate = torch.where(routed, grpo_weight * surrogate, surrogate)
-    loss = (inputs.weight * surrogate).sum()
-    with torch.no_grad():
-        entropy = -(log_p.exp() * log_p).sum(-1)  # (tokens,)
-        drift = logprobs - inputs.old_logprobs
-        sums = {
-            "tokens": float(len(logprobs)),
-            "entropy": entropy.sum().item(),
-            "ratio_clipped": clipped.sum().item(),
-            "sampler_drift": drift.abs().sum().item(),
-        }
-    if kl_weight > 0 and inputs.teacher_logits is not None and routed.any():
-        log_q = _log_softmax(inputs.teacher_logits.detach())  # (routed, vocab)
-        kl, stats = routed_kl(log_p[routed], log_q, inputs.route[routed], config)
-        loss = loss + kl_weight * (inputs.weight[routed] * kl).sum()
-        sums |= stats
-    if inputs.reference_logprobs is not None:
-        kl = reference_kl(logprobs, inputs.reference_logprobs)
-        loss = loss + config.reference_kl * (inputs.weight * kl).sum()
-        sums["reference_kl"] = kl.sum().item()
-    return LossOutput(loss, sums)
-
-
-def reference_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """KL(p‖base) per token, estimated from the sampled ones: r − log r − 1 with r = base / p.
-
-    Source: GRPO (arXiv 2402.03300, eq. 4). Both (tokens,) log-probabilities; no gradient flows
-    into `reference`.
-    """
-    log_ratio = reference - logprobs
-    return log_ratio.exp() - log_ratio - 1
-
-
-def sampled_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of sampled tokens: (tokens,) from (tokens, vocab) logits."""
-    return _log_softmax(logits).gather(-1, token_ids[:, None]).squeeze(-1)
-
-
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """In float32 at least: bfloat16 would round probabilities to three digits."""
-    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    if config.truncated_importance is None:
+        return clipped_surrogate(
+            logprobs, old_logprobs, advantage, config.clip_low, config.clip_high
+        )
+    importance = torch.exp(logprobs.detach() - old_logprobs)
+    ratio = torch.exp(logprobs - logprobs.detach())
+    cap = config.truncated_importance
+    return -importance.clamp(max=cap) * ratio * advantage, importance > cap
 
 
 def clipped_surrogate(
@@ -123,40 +72,86 @@ def clipped_surrogate(
     return -torch.minimum(unclipped_gain, clipped_gain), clipped_gain < unclipped_gain
 
 
-def routed_kl(
-    log_p: torch.Tensor, log_q: torch.Tensor, route: torch.Tensor, config: LossConfig
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Per-token KL in each token's direction, pointwise clipped: (routed,) and statistics.
+def reference_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """KL(p‖base) per token, estimated from the sampled ones: r − log r − 1 with r = base / p.
 
-    log_p, log_q: (routed, vocab) student's and teacher's log-probabilities; no gradient flows
-    into log_q. FKL is KL(q‖p), RKL is KL(p‖q).
+    Source: GRPO (arXiv 2402.03300, eq. 4). Both (tokens,) log-probabilities; no gradient flows
+    into `reference`.
     """
-    forward = (route == int(Route.FKL))[:, None]
-    log_ratio = log_q - log_p
-    terms = torch.where(forward, log_q.exp() * log_ratio, -log_p.exp() * log_ratio)
-    with torch.no_grad():
-        exact = terms.sum(-1)
-        stats = {}
-        for name, kind in (("fkl", Route.FKL), ("rkl", Route.RKL)):
-            stats[f"{name}_tokens"] = (route == int(kind)).sum().item()
-            stats[f"{name}_kl"] = exact[route == int(kind)].sum().item()
-    kl, clipped = clip_kl(terms, config.kl_clip, config.kl_clip_value)
-    stats["kl_clipped"] = clipped.sum().item()
-    return kl, stats
+    log_ratio = reference - logprobs
+    return log_ratio.exp() - log_ratio - 1
 
 
-def clip_kl(terms: torch.Tensor, form: KlClip, bound: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum (tokens, vocab) KL terms to (tokens,) with the pointwise clip of METHOD.md.
+def reweighted_advantage(
+    advantage: torch.Tensor,
+    logprobs: torch.Tensor,
+    teacher_logprobs: torch.Tensor,
+    kl_weight: float,
+    clip: float,
+) -> torch.Tensor:
+    """A · (1 − λ + λ · clip((q/p)^sign(A), 1 ± ε)) on the sampled tokens, (tokens,), no gradient.
+
+    The reward gives the direction, the privileged teacher the magnitude (RLSD, arXiv 2604.03128;
+    METHOD.md, "Baselines").
+    """
+    evidence = torch.exp(torch.sign(advantage) * (teacher_logprobs - logprobs))
+    return advantage * (1 - kl_weight + kl_weight * evidence.clamp(1 - clip, 1 + clip))
+
+
+def divergence(
+    route: Route,
+    p: torch.Tensor,
+    log_p: torch.Tensor,
+    q: torch.Tensor,
+    log_q: torch.Tensor,
+    config: LossConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A routed token's divergence between teacher q and student p, all inputs (tokens, vocab).
+
+    FKL is KL(q‖p), RKL is KL(p‖q), JSD is β KL(q‖m) + (1 − β) KL(p‖m) with m = βq + (1 − β)p (GKD,
+    arXiv 2306.13649, eq. 1). Returns the clipped value that the loss takes, the exact value, whether
+    the clip binds, all (tokens,), and the clipped value's gradient in the student's logits,
+    (tokens, vocab). With D = Σ_v d_v and slope s_v = p_v ∂D/∂p_v that gradient is s − p Σ s.
+    """
+    log_ratio = log_q - log_p  # (tokens, vocab)
+    if route is Route.FKL:
+        terms, slope = q * log_ratio, -q
+    elif route is Route.RKL:
+        terms = -p * log_ratio
+        slope = p + terms
+    elif route is Route.JSD:
+        beta = config.jsd_beta
+        log_m = torch.log(beta * q + (1 - beta) * p)
+        slope = (1 - beta) * p * (log_p - log_m)
+        terms = beta * q * (log_q - log_m) + slope
+        # An entry that both hold at 0 in this precision adds nothing.
+        terms, slope = terms.nan_to_num_(0.0), slope.nan_to_num_(0.0)
+    else:
+        raise ValueError(f"route {route!r} has no divergence")
+    exact = terms.sum(-1)
+    value, kept = clip_kl(terms, config.kl_clip, config.kl_clip_value)
+    if kept is None:
+        clipped = torch.zeros_like(exact, dtype=torch.bool)
+    else:
+        slope = slope * kept
+        clipped = ~kept.all(-1)
+    return value, exact, clipped, slope - p * slope.sum(-1, keepdim=True)
+
+
+def clip_kl(
+    terms: torch.Tensor, form: KlClip, bound: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sum (tokens, vocab) divergence terms to (tokens,) with the pointwise clip of METHOD.md.
 
     entry_above clamps each vocabulary entry's term from above, entry_symmetric on both sides,
-    token the per-token sum. No gradient flows where a clip binds. Also returns (tokens,) whether
-    it binds anywhere.
+    token the per-token sum. Also returns where no clip binds, (tokens, vocab) or (tokens, 1): no
+    gradient flows through the rest. None: nowhere.
     """
     if form is KlClip.ENTRY_ABOVE:
-        return terms.clamp(max=bound).sum(-1), (terms > bound).any(-1)
+        return terms.clamp(max=bound).sum(-1), terms <= bound
     if form is KlClip.ENTRY_SYMMETRIC:
-        return terms.clamp(-bound, bound).sum(-1), (terms.abs() > bound).any(-1)
+        return terms.clamp(-bound, bound).sum(-1), terms.abs() <= bound
     total = terms.sum(-1)
     if form is KlClip.TOKEN:
-        return total.clamp(max=bound), total > bound
-    return total, torch.zeros_like(total, dtype=torch.bool)
+        return total.clamp(max=bound), (total <= bound)[:, None]
+    return total, None

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..schemas.configs import Device, Precision
+from ..schemas.configs import Device, LoraConfig, Precision
 from ..schemas.errors import InputError
+from .lora import add_adapters, transformers_model
 from .protocols import PolicyInfo
 
 _SAMPLED_BYTES = 1 << 20
@@ -42,23 +44,70 @@ def load_policy(
     device: Device = "auto",
     precision: Precision = "auto",
     trainable: bool = False,
+    lora: LoraConfig | None = None,
+    gradient_checkpointing: bool = False,
 ) -> Policy:
     """Load a policy from a folder or a hub id.
 
     trainable: keep the weights in float32 and compute in the chosen precision. bfloat16 weights
     would lose most of an update: at a learning rate of 1e-6 it is below their resolution.
+    lora: freeze the weights, which then stay in the chosen precision, and train adapters in float32
+    (lora.py). gradient_checkpointing: recompute activations in the backward pass.
 
     Raises:
-        InputError: no model there, or CUDA asked for where there is none.
+        InputError: no model there, CUDA asked for where there is none, no peft, or a model that
+            has no layers to put adapters or checkpoints on.
     """
     where = choose_device(device)
     dtype = choose_dtype(precision, where)
     tokenizer = load_tokenizer(path)
     with _model_errors(path):
-        stored = torch.float32 if trainable else dtype
+        stored = torch.float32 if trainable and lora is None else dtype
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=stored)
+    if lora is not None:
+        model = add_adapters(model, lora)
+    if gradient_checkpointing:
+        checkpoint_layers(model)
     model.to(where).eval()
     return Policy(model, tokenizer, policy_info(path, tokenizer), dtype)
+
+
+def backbone(model: Any) -> torch.nn.Module:
+    """The decoder from token ids to hidden states, of a transformers model or its peft wrapper."""
+    return transformers_model(model).base_model
+
+
+def output_head(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight (vocab, hidden) and bias (vocab,) or None of the language-model head."""
+    head = transformers_model(model).get_output_embeddings()
+    return head.weight, getattr(head, "bias", None)
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Recompute each layer's activations in the backward pass instead of keeping them.
+
+    Raises:
+        InputError: the architecture's layers cannot be checkpointed.
+    """
+    plain, decoder = transformers_model(model), backbone(model)
+    if not any(isinstance(module, GradientCheckpointingLayer) for module in decoder.modules()):
+        raise InputError(
+            f"policy {plain.config.model_type}: transformers does not checkpoint this architecture; "
+            "set gradient_checkpointing=false"
+        )
+    plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    decoder.register_forward_pre_hook(_follow_grad_mode)
+
+
+def _follow_grad_mode(decoder: torch.nn.Module, _: Any) -> None:
+    """transformers checkpoints a layer only in training mode, and takes its key-value cache away.
+
+    The policy stays in evaluation mode (no dropout) and samples with a cache, so the mode of the
+    layers themselves, not of what is in them, follows whether gradients are wanted.
+    """
+    for module in decoder.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = torch.is_grad_enabled()
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

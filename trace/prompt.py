@@ -1,7 +1,9 @@
 """Chat prompts of the student and of the teacher: the privilege boundary.
 
-The teacher's prompt is a function of the problem and one member of a closed enumeration. It takes
-no text, no position and no answer, so nothing else can reach the teacher.
+TRACE's teacher prompt, `teacher_messages`, is a function of the problem and one member of a closed
+enumeration. It takes no text, no position and no answer, so nothing else can reach the teacher.
+The baselines whose teacher reads an answer or a solution have a function of their own,
+`privileged_messages`.
 """
 
 from typing import Any, cast
@@ -27,6 +29,25 @@ def teacher_messages(
     """The same conversation with the label: all that the teacher sees besides the prefix."""
     label = DiagnosticType(diagnostic_type).value
     return _messages(config, config.teacher.format(problem=problem, diagnostic_type=label))
+
+
+def privileged_messages(config: PromptConfig, problem: str, context: str) -> Messages:
+    """A baseline's teacher: the same conversation with an answer, a solution or a response."""
+    return _messages(config, config.privileged.format(problem=problem, context=context))
+
+
+def teacher_chat(
+    config: PromptConfig, problem: str, diagnostic_type: str | None, teacher_context: str | None
+) -> Messages:
+    """The teacher's conversation for a row of a routed table: a baseline's where there is a
+    teacher_context, else TRACE's.
+
+    Raises:
+        ValueError: neither a context nor a label of DiagnosticType.
+    """
+    if teacher_context is not None:
+        return privileged_messages(config, problem, teacher_context)
+    return teacher_messages(config, problem, DiagnosticType(diagnostic_type))
 
 
 def student_prompt(

@@ -1,13 +1,13 @@
-"""Marked segments to token routes: the α cap and the corner (METHOD.md, steps 4 to 6)."""
+"""One response's tokens to their routes: a rule's choice and the corner (METHOD.md, steps 4 to 6)."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..schemas.configs import RoutingConfig
+from ..schemas.errors import InputError
 from ..schemas.labels import Route, SpanKind
+from .rules import Response, load_rule
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class Routing:
     """Per-token labels of one response.
 
     route: (tokens,) uint8; span_id: (tokens,) int16, the rank of the token's span or −1;
-    coverage: share of tokens inside kept spans; dropped_tokens: marked tokens that the cap drops.
+    coverage: share of tokens with a span; dropped_tokens: tokens that the annotator marked and the
+    rule left out, under rule spans those beyond the α cap.
     """
 
     route: np.ndarray
@@ -24,36 +25,35 @@ class Routing:
     dropped_tokens: int
 
 
-def route_tokens(
-    token_segment: np.ndarray,
-    spans: Sequence[Sequence[int]],
-    kind: SpanKind,
-    config: RoutingConfig,
-) -> Routing:
-    """Route the tokens of one response.
+def route_tokens(response: Response, config: RoutingConfig) -> Routing:
+    """Route the tokens of one response by the config's rule and by whether it is correct.
 
-    token_segment: (tokens,) segment index per token, −1 for none; spans: segment indices of each
-    span, in the annotator's order. Whole segments are kept in that order until the next one would
-    exceed ⌊α · tokens⌋; a first segment that alone exceeds it is cut to it.
+    Raises:
+        InputError: a rule of the user's own that gives no span id per token.
     """
-    tokens = len(token_segment)
-    cap = math.floor(config.alpha * tokens + 1e-9)
-    span_id = np.full(tokens, -1, dtype=np.int16)
-    marked = np.isin(token_segment, [segment for span in spans for segment in span])
-    kept = 0
-    full = False
-    for rank, span in enumerate(spans):
-        for segment in span:
-            (positions,) = np.nonzero((token_segment == segment) & (span_id < 0))
-            room = cap - kept
-            if len(positions) > room or full:
-                full = True
-                if kept > 0:
-                    continue
-                positions = positions[:room]
-            span_id[positions] = rank
-            kept += len(positions)
-    action = config.key if kind is SpanKind.KEY else config.error
-    route = np.where(span_id >= 0, int(action.route), int(Route.GRPO)).astype(np.uint8)
-    dropped = int(marked.sum()) - kept
-    return Routing(route, span_id, kept / tokens if tokens else 0.0, dropped)
+    span_id = _checked(load_rule(config.rule)(response), response.tokens, config.rule)
+    action = config.key if response.kind is SpanKind.KEY else config.error
+    return _routing(response, span_id, int(action.route))
+
+
+def unrouted(response: Response) -> Routing:
+    """The response as plain GRPO."""
+    return _routing(response, np.full(response.tokens, -1, dtype=np.int16), int(Route.GRPO))
+
+
+def _routing(response: Response, span_id: np.ndarray, action: int) -> Routing:
+    inside = span_id >= 0
+    route = np.where(inside, action, int(Route.GRPO)).astype(np.uint8)
+    coverage = float(inside.mean()) if len(inside) else 0.0
+    return Routing(route, span_id, coverage, int((response.marked & ~inside).sum()))
+
+
+def _checked(span_id: np.ndarray, tokens: int, rule: str) -> np.ndarray:
+    array = np.asarray(span_id)
+    highest = np.iinfo(np.int16).max
+    if array.shape != (tokens,) or array.dtype.kind != "i" or (array > highest).any():
+        raise InputError(
+            f"routing.rule {rule!r}: gave {array.dtype} of shape {array.shape} for {tokens} tokens; "
+            f"return one integer per token, its span's rank (at most {highest}) or −1"
+        )
+    return array.astype(np.int16)

@@ -6,9 +6,10 @@ from ..schemas.configs import ScheduleConfig
 def kl_weight(step: int, config: ScheduleConfig) -> float:
     """λ_k for the step k counted from 0 (METHOD.md, "Schedule").
 
-    w0 while k < hold, then w0 · (hold + decay − k) / decay, and 0 from k = hold + decay on.
+    w0 while k < hold, then w0 · (hold + decay − k) / decay, and 0 from k = hold + decay on. Without
+    decay_steps it stays at w0.
     """
-    if step < config.hold_steps:
+    if config.decay_steps is None or step < config.hold_steps:
         return config.w0
     remaining = config.hold_steps + config.decay_steps - step
     return config.w0 * remaining / config.decay_steps if remaining > 0 else 0.0

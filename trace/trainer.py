@@ -1,17 +1,18 @@
 """The trainer: offline steps over routed tables, then online steps on fresh rollouts.
 
-One optimiser step: the routed sequences of some groups are cut into micro-batches; for each, the
-student's logits at response tokens and, while λ > 0, the teacher's logits at routed tokens go into
-the objective (losses.py); gradients add up with weights that are global to the step.
+One optimiser step: the routed sequences of some groups are packed into micro-batches; for each, the
+student's states at response tokens and, while λ > 0, the teacher's at routed tokens go into the
+objective (fused.py); gradients add up with weights that are global to the step.
 
-The teacher is a frozen copy of the student's weights, refreshed every `teacher_sync_steps`. Once λ
-is 0 it is let go, and the annotator is not called any more: what is left is GRPO.
+The teacher has the student's weights of some steps ago, their moving average, or the base policy's.
+Once λ is 0 it is let go, and the annotator is not called any more: what is left is GRPO.
 """
 
 import copy
 import logging
+import math
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -20,21 +21,27 @@ import numpy as np
 import torch
 
 from ..schemas.configs import TrainConfig
-from ..schemas.labels import Route
+from ..schemas.errors import InputError
 from .batch import (
     TrainingSequence,
-    check_head,
+    loss_inputs,
     micro_batches,
-    response_logits,
-    routed_positions,
+    shares,
+    signal_groups,
+    student_row,
+    teacher_row,
     training_sequences,
 )
-from .losses import LossInputs, routed_loss, sampled_logprobs
-from .online import OnlineSource
+from .fused import Head, LossInputs, LossOutput, routed_loss, token_logprobs
+from .losses import token_weights
+from .metrics import SUMS, step_metrics, token_sums
+from .packing import PackedModel, check_architecture, pack
 from .policy import Policy
+from .ranks import Ranks, copy_weights
 from .schedule import grpo_weight, kl_weight
 
 logger = logging.getLogger(__name__)
+Metrics = dict[str, float | int | str]
 
 
 class OfflineSource(Protocol):
@@ -43,27 +50,47 @@ class OfflineSource(Protocol):
     def __call__(self, step: int) -> Any: ...
 
 
+class Online(Protocol):
+    """Makes a step's routed table from the current weights; see `online.OnlineSource`."""
+
+    def collect(
+        self, step: int, with_teacher: bool, phase: Callable[[str], None]
+    ) -> tuple[Any, dict[str, int]]: ...
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its state is that of the last finished step."""
+
+
 @dataclass
 class TrainerState:
-    """What a resumed run needs besides weights: steps done and Σ λ² so far."""
+    """What a resumed run needs besides weights.
+
+    step: steps done; kl_exposure: Σ λ²; skipped_in_a_row, skipped: steps without a finite gradient.
+    """
 
     step: int = 0
     kl_exposure: float = 0.0
+    skipped_in_a_row: int = 0
+    skipped: int = 0
 
 
 class Trainer:
     """Holds the student, its optimiser and its teacher."""
 
-    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+    def __init__(self, policy: Policy, config: TrainConfig, ranks: Ranks | None = None) -> None:
         self.policy = policy
         self.config = config
+        self.ranks = ranks or Ranks()
         self.state = TrainerState()
-        self.teacher: Any = None
-        self.reference: Any = _frozen(policy.model) if config.loss.reference_kl else None
-        check_head(policy.model)
+        check_architecture(policy.model)
+        self.teacher = self._frozen() if config.schedule.w0 else None
+        self.reference = self._frozen() if config.loss.reference_kl else None
+        self.student = PackedModel(policy.model, policy.compute_dtype)
+        self.ranks.shard(self.student, policy.model, policy.compute_dtype)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
-            policy.model.parameters(),
+            [p for p in self.student.parameters() if p.requires_grad],
             lr=optim.lr,
             betas=(optim.beta1, optim.beta2),
             weight_decay=optim.weight_decay,
@@ -74,20 +101,31 @@ class Trainer:
         return self.config.offline.steps + self.config.online.steps
 
     def run(
-        self, offline: OfflineSource | None, online: OnlineSource | None
-    ) -> Iterator[dict[str, float | int | str]]:
-        """Train from the current state to the end; yields each step's metrics."""
+        self,
+        offline: OfflineSource | None,
+        online: Online | None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Metrics]:
+        """Train from the current state to the end; yields each step's metrics.
+
+        Raises:
+            Stopped: `stopping` became true; asked before a step and between its phases.
+        """
         while self.state.step < self.total_steps:
+            if stopping():
+                raise Stopped
             step = self.state.step
-            clock = _PhaseClock()
+            # Ranks have to stop at the same place: together only between steps.
+            clock = _PhaseClock(stopping if self.ranks.count == 1 else lambda: False)
             kl = kl_weight(step, self.config.schedule)
+            counts: dict[str, int] = {}
             if step < self.config.offline.steps:
                 assert offline is not None, "offline steps need routed tables"
                 clock("read")
                 table, phase = offline(step), "offline"
             else:
                 assert online is not None, "online steps need a source of rollouts"
-                table, phase = online.collect(step, kl > 0, clock), "online"
+                (table, counts), phase = online.collect(step, kl > 0, clock), "online"
             clock("prepare")
             sequences = training_sequences(
                 table, self.policy.tokenizer, self.config.prompt, with_teacher=kl > 0
@@ -95,179 +133,167 @@ class Trainer:
             metrics = self.train_step(sequences, clock)
             seconds = clock.seconds()
             metrics["tokens_per_second"] = metrics["tokens"] / seconds["seconds"]
-            yield {"step": step, "phase": phase} | metrics | seconds
+            yield {"step": step, "phase": phase} | metrics | counts | seconds
 
     def train_step(
         self, sequences: Sequence[TrainingSequence], phase: Callable[[str], None] = lambda _: None
     ) -> dict[str, float]:
-        """One optimiser step on routed sequences of whole groups."""
-        step, config = self.state.step, self.config
-        kl = kl_weight(step, config.schedule)
+        """One optimiser step on routed sequences of whole groups, the same on every rank.
+
+        Raises:
+            InputError: the gradient was not finite too often in a row.
+        """
+        config = self.config
+        kl = kl_weight(self.state.step, config.schedule)
         phase("sync")
-        self._sync_teacher(step, kl)
+        self._sync_teacher(kl)
         phase("train")
-        sums, loss = self.accumulate_gradients(sequences, kl)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.model.parameters(), config.optim.max_grad_norm
-        )
-        lr = config.optim.lr * min(1.0, (step + 1) / (config.optim.warmup_steps or 1))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        trained = sequences
+        if config.drop_groups_without_signal:
+            kept = signal_groups(sequences)
+            trained = [sequence for sequence in sequences if sequence.group_id in kept]
+        sums, largest_drift = self.accumulate_gradients(trained, kl)
+        norm, lr = self._step_optimizer()
+        skipped = not math.isfinite(norm)
+        if not skipped and self.teacher is not None and config.teacher.sync == "ema":
+            self._average_teacher(config.teacher.ema_rate)
         self.state.step += 1
         self.state.kl_exposure += kl**2
+        self.state.skipped += skipped
+        self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if skipped else 0
+        if self.state.skipped_in_a_row > config.optim.max_skipped_steps:
+            raise InputError(
+                f"step {self.state.step - 1}: the gradient was not finite "
+                f"{self.state.skipped_in_a_row} times in a row; lower optim.lr, look at the metrics "
+                "of the steps before, and go on from the last checkpoint"
+            )
         self.restore_identity()
-        return step_metrics(sequences, sums) | {
-            "loss": loss,
-            "grad_norm": norm.item(),
+        means = step_metrics(sequences, sums, largest_drift, self.reference is not None)
+        return means | {
+            "loss": sums["loss"],
+            "grad_norm": norm,
             "lr": lr,
             "kl_weight": kl,
             "kl_exposure": self.state.kl_exposure,
+            "steps_skipped": float(self.state.skipped),
         }
 
     def accumulate_gradients(
         self, sequences: Sequence[TrainingSequence], kl: float
-    ) -> tuple[Counter[str], float]:
-        """Add the step's gradients to the student's parameters; statistics' sums and the loss."""
-        sums: Counter[str] = Counter()
-        total = 0.0
-        for rows in micro_batches(sequences, self.config.micro_batch_tokens):
-            inputs = self._loss_inputs(rows, len(sequences), kl)
-            out = routed_loss(inputs, kl, grpo_weight(kl, self.config.schedule), self.config.loss)
-            out.loss.backward()
-            sums.update(out.sums)
-            total += out.loss.item()
-        return sums, total
-
-    def _loss_inputs(
-        self, rows: list[TrainingSequence], step_sequences: int, kl: float
-    ) -> LossInputs:
+    ) -> tuple[dict[str, float], float]:
+        """Add the step's gradients to the student's parameters; the sums of metrics.SUMS over all
+        tokens and the largest drift, over all ranks."""
+        weights = token_weights([len(s.token_ids) for s in sequences], self.config.loss)
+        weight_of = {s.rollout_id: w for s, w in zip(sequences, weights.tolist(), strict=True)}
+        mine = shares(sequences, self.ranks.count)[self.ranks.index]
+        batches = micro_batches(mine, self.config.micro_batch_tokens)
         device = self.policy.device
-        lengths = np.array([len(row.token_ids) for row in rows])
+        # Sharded passes are collective: a rank that has run out goes along at weight 0.
+        (passes,) = self.ranks.most([len(batches)], device)
+        routed = kl > 0 and any(sequence.routed_end for sequence in sequences)
+        sums, largest = np.zeros(len(SUMS)), 0.0
+        for index in range(int(passes)):
+            rows = batches[index] if index < len(batches) else []
+            idle = not rows
+            rows = rows or [sequences[0]]
+            scale = [0.0 if idle else weight_of[row.rollout_id] for row in rows]
+            inputs = loss_inputs(rows, scale, device)
+            output = self._objective(rows, inputs, kl if routed else 0.0)
+            # FSDP averages gradients over ranks; the step's weights ask for their sum.
+            (output.loss * self.ranks.count).backward()
+            if not idle:
+                batch_sums, drift = token_sums(output, inputs, kl > 0)
+                sums, largest = sums + batch_sums, max(largest, drift)
+        totals = self.ranks.sum(sums.tolist(), device)
+        return dict(zip(SUMS, totals, strict=True)), self.ranks.most([largest], device)[0]
 
-        def flat(parts: list[np.ndarray]) -> torch.Tensor:
-            return torch.from_numpy(np.concatenate(parts)).to(device)
-
-        def per_token(values: list[float]) -> torch.Tensor:
-            return torch.from_numpy(np.repeat(np.array(values, np.float32), lengths)).to(device)
-
-        temperature = per_token([row.temperature or 1.0 for row in rows])[:, None]
-        token_ids = flat([row.token_ids for row in rows])
-
-        def logits(model: Any) -> torch.Tensor:
-            with self.policy.autocast():
-                raw = response_logits(
-                    model,
-                    [row.prompt_ids for row in rows],
-                    [row.token_ids for row in rows],
-                    [np.arange(length) for length in lengths],
-                )
-            return raw / temperature
-
-        reference = None
+    def _objective(self, rows: list[TrainingSequence], inputs: LossInputs, kl: float) -> LossOutput:
+        row = student_row(rows)
+        states, head = self._teacher_states(rows) if kl > 0 else (None, None)
         if self.reference is not None:
+
+            def score(states: torch.Tensor, head: Head) -> torch.Tensor:
+                return token_logprobs(states, head, inputs.token_ids, inputs.temperature)
+
             with torch.no_grad():
-                reference = sampled_logprobs(logits(self.reference), token_ids)
-        return LossInputs(
-            logits=logits(self.policy.model),
-            token_ids=token_ids,
-            old_logprobs=flat([row.logprobs for row in rows]),
-            advantage=per_token([row.advantage for row in rows]),
-            route=flat([row.route for row in rows]),
-            weight=per_token([1.0 / (step_sequences * len(row.token_ids)) for row in rows]),
-            teacher_logits=self._teacher_logits(rows) if kl > 0 else None,
-            reference_logprobs=reference,
-        )
+                inputs = replace(inputs, reference_logprobs=self.reference(row, score))
+        fade = grpo_weight(kl, self.config.schedule)
+
+        def objective(hidden: torch.Tensor, own_head: Head) -> LossOutput:
+            return routed_loss(hidden, own_head, inputs, self.config.loss, kl, fade, states, head)
+
+        return self.student(row, objective)
 
     @torch.no_grad()
-    def _teacher_logits(self, rows: list[TrainingSequence]) -> torch.Tensor | None:
-        """Teacher's logits at routed tokens, in the rows' order: (routed, vocab).
+    def _teacher_states(
+        self, rows: list[TrainingSequence]
+    ) -> tuple[torch.Tensor | None, Head | None]:
+        """The teacher's states at routed tokens, (routed, hidden), and its head."""
+        assert self.teacher is not None, "λ > 0 needs a teacher"
+        row = teacher_row(rows)
+        if row is None:
+            if self.ranks.count > 1:  # the others may run theirs, and passes are collective
+                self.teacher(pack([[0]], [np.array([0])], [np.array([], int)]), lambda *_: None)
+            return None, None
+        return self.teacher(row, lambda states, head: (states, head))
 
-        It reads rows with routed tokens only, up to their last routed token, behind its own
-        prompt: the problem and the type label.
-        """
-        routed = [row for row in rows if row.routed_end]
-        if not routed:
-            return None
-        assert self.teacher is not None, "the teacher is synced before a step with λ > 0"
-        keep = [routed_positions(row) for row in routed]
-        prompts = [row.teacher_prompt_ids or [] for row in routed]
-        with self.policy.autocast():
-            logits = response_logits(
-                self.teacher, prompts, [row.token_ids[: row.routed_end] for row in routed], keep
-            )
-        temperature = np.repeat([row.temperature or 1.0 for row in routed], list(map(len, keep)))
-        return logits / torch.from_numpy(temperature).to(logits)[:, None]
-
-    def set_teacher(self, weights: dict[str, torch.Tensor]) -> None:
-        """Give the frozen teacher these weights, making it first if needed."""
-        if self.teacher is None:
-            self.teacher = _frozen(self.policy.model)
-        self.teacher.load_state_dict(weights)
+    def _step_optimizer(self) -> tuple[float, float]:
+        """Clip, step and clear the gradients; a gradient that is not finite is dropped instead."""
+        optim = self.config.optim
+        total = torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.max_grad_norm)
+        norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+        lr = optim.lr * min(1.0, (self.state.step + 1) / (optim.warmup_steps or 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if math.isfinite(norm):
+            self.optimizer.step()
+        else:
+            logger.warning("step %d: gradient is %s, skipped", self.state.step, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, lr
 
     def restore_identity(self) -> None:
         """Rollouts made from now on carry the number of steps that the weights have seen."""
         self.policy.info = replace(self.policy.info, step=self.state.step)
 
-    def _sync_teacher(self, step: int, kl: float) -> None:
+    def _sync_teacher(self, kl: float) -> None:
+        """Let the teacher go once λ is 0, and copy the student's weights when it is time to."""
         if kl == 0:
             self.teacher = None
-        elif self.teacher is None or step % self.config.teacher_sync_steps == 0:
-            self.set_teacher(self.policy.model.state_dict())
+        sync = self.config.teacher
+        if (
+            self.teacher is not None
+            and sync.sync == "periodic"
+            and not self.state.step % sync.sync_steps
+        ):
+            copy_weights(self.student, self.teacher)
 
+    @torch.no_grad()
+    def _average_teacher(self, rate: float) -> None:
+        assert self.teacher is not None
+        for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            ours.lerp_(theirs.to(ours.dtype), rate)
 
-def _frozen(model: Any) -> Any:
-    """A copy that does not train."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
-
-
-def step_metrics(sequences: Sequence[TrainingSequence], sums: Counter[str]) -> dict[str, float]:
-    """A step's means from its sequences and the objective's sums. Units: nats, tokens, shares.
-
-    A step without a sequence (no rollout could be scored) changes nothing and has no means.
-    """
-    if not sequences:
-        return {"sequences": 0.0, "tokens": 0.0}
-    rewards: dict[str, list[float]] = defaultdict(list)
-    for sequence in sequences:
-        rewards[sequence.group_id].append(sequence.reward)
-    lengths = [len(sequence.token_ids) for sequence in sequences]
-    tokens = max(sum(lengths), 1)
-    routed = {route: sum(int((s.route == route).sum()) for s in sequences) for route in Route}
-    all_rewards = [sequence.reward for sequence in sequences]
-    metrics = {
-        "sequences": float(len(sequences)),
-        "reward": float(np.mean(all_rewards)),
-        "pass_rate": float(np.mean([reward > 0 for reward in all_rewards])),
-        "groups_without_signal": float(np.mean([len(set(r)) == 1 for r in rewards.values()])),
-        "response_tokens": float(np.mean(lengths)),
-        "truncated": float(np.mean([sequence.truncated for sequence in sequences])),
-        "coverage_fkl": routed[Route.FKL] / tokens,
-        "coverage_rkl": routed[Route.RKL] / tokens,
-        "entropy": sums["entropy"] / tokens,
-        "ratio_clipped": sums["ratio_clipped"] / tokens,
-        "sampler_drift": sums["sampler_drift"] / tokens,
-        "tokens": float(tokens),
-    }
-    for name in ("fkl", "rkl"):
-        if sums[f"{name}_tokens"]:
-            metrics[f"kl_{name}"] = sums[f"{name}_kl"] / sums[f"{name}_tokens"]
-    if "reference_kl" in sums:
-        metrics["kl_reference"] = sums["reference_kl"] / tokens
-    if kl_tokens := sums["fkl_tokens"] + sums["rkl_tokens"]:
-        metrics["kl_clipped"] = sums["kl_clipped"] / kl_tokens
-    return metrics
+    def _frozen(self) -> PackedModel:
+        """A copy of the policy that does not train, sharded as the student is."""
+        model = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
+        packed = PackedModel(model, self.policy.compute_dtype)
+        self.ranks.shard(packed, model, self.policy.compute_dtype)
+        return packed
 
 
 class _PhaseClock:
     """Seconds per phase of a step: call it with a phase's name when that phase begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, stopping: Callable[[], bool]) -> None:
         self._spent: dict[str, float] = defaultdict(float)
+        self._stopping = stopping
         self._phase, self._since = "other", time.perf_counter()
 
     def __call__(self, phase: str) -> None:
+        # Before the weights change nothing is lost by leaving: the step is made again.
+        if phase != "other" and self._stopping():
+            raise Stopped
         now = time.perf_counter()
         self._spent[self._phase] += now - self._since
         self._phase, self._since = phase, now

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trace_opd.data.store import Store
+from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.cli import main
 from trace_opd.pipelines.models import MICRO
 from trace_opd.schemas.configs import TrainConfig
+from trace_opd.schemas.presets import PRESETS
 from trace_opd.schemas.settings import dump_config, load_config
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.yaml")
@@ -341,3 +342,83 @@ def test_a_stage_runs_on_a_printed_config(run, own, tmp_path):
     result = run("verify", file, "truncated=mask", "--store", own)
     assert result.code == 0
     assert Store(own).get("verdicts").manifest["config"]["truncated"] == "mask"
+
+
+# --- presets and rules ---
+
+
+def test_presets_lists_each_with_what_it_sets(run):
+    lines = run("presets").out.splitlines()
+    assert [line.partition(":")[0] for line in lines[::2]] == list(PRESETS)
+    sets = dict(zip(PRESETS, (line.split() for line in lines[1::2]), strict=True))
+    assert sets == {name: preset.overrides for name, preset in PRESETS.items()}
+
+
+@pytest.mark.parametrize("stage", ["convert", "train"])
+def test_a_preset_goes_over_the_file_and_overrides_over_the_preset(run, made, stage):
+    prefix = "" if stage == "convert" else "online."
+    changed = f"{prefix}routing.key=rkl"
+    result = run(stage, CONFIG, "--preset", "sdpo", changed, "--dry-run", "--store", made)
+    assert result.code == 0, result.err
+    shown = yaml.safe_load("\n".join(result.out.splitlines()[:-1]))
+    routing = (shown if stage == "convert" else shown["online"])["routing"]
+    assert (routing["rule"], routing["teacher_context"]) == ("all", "peer")
+    assert (routing["key"], routing["error"]) == ("rkl", "jsd")
+    if stage == "train":
+        assert shown["loss"]["grpo"] is False
+        assert shown["teacher"]["sync"] == "ema"
+
+
+@pytest.mark.parametrize("stage", ["convert", "train", "pipeline"])
+def test_an_unknown_preset_is_refused(run, made, stage):
+    assert "preset 'sdppo': is none of trace-fkl" in refused(
+        run, made, stage, CONFIG, "--preset", "sdppo"
+    )
+
+
+def test_a_stage_that_a_preset_sets_nothing_of_takes_none(run):
+    result = run("verify", CONFIG, "--preset", "sdpo")
+    assert result.code == 2
+    assert "No such option" in result.err
+
+
+def test_convert_routes_as_the_preset_says(run, own):
+    assert run("convert", CONFIG, "--preset", "srpo", "--store", own).code == 0
+    table = Store(own).get("routed").read()
+    routed = [any(route) for route in table["route"].to_pylist()]
+    groups = table["group_id"].to_pylist()
+    correct = table["correct"].to_pylist()
+    solved = {group for group, right in zip(groups, correct, strict=True) if right}
+    assert any(routed)
+    assert routed == [
+        not right and group in solved for group, right in zip(groups, correct, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("stage", ["convert", "train"])
+def test_a_rule_that_is_not_there_stops_before_work(run, made, stage):
+    key = "routing.rule" if stage == "convert" else "online.routing.rule"
+    sentence = refused(run, made, stage, CONFIG, f"{key}=no_such_module:rule")
+    assert "module no_such_module cannot be imported" in sentence
+
+
+def test_a_rule_of_ones_own_is_found_in_the_working_folder_and_made_again_when_changed(
+    own, tmp_path
+):
+    def converted(count: int) -> Dataset:
+        (tmp_path / "my_rules.py").write_text(
+            "import numpy as np\n\n\ndef head(response):\n"
+            f"    return np.where(np.arange(response.tokens) < {count}, 0, -1)\n"
+        )
+        rule = ["routing.rule=my_rules:head", "routing.teacher_context=answer"]
+        subprocess.run(
+            [COMMAND, "convert", CONFIG, *rule, "routing.error=rkl", "--store", own],
+            cwd=tmp_path, check=True, capture_output=True,
+        )  # fmt: skip
+        return Store(own).get("routed")
+
+    two, three = converted(2), converted(3)
+    assert two.ref != three.ref
+    for dataset, count in ((two, 2), (three, 3)):
+        for route in dataset.read()["route"].to_pylist():
+            assert [bool(token) for token in route] == [at < count for at in range(len(route))]

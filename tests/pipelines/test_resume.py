@@ -31,7 +31,7 @@ TRAIN = [
     "groups_per_step=3",
     "schedule.hold_steps=2",
     "schedule.decay_steps=4",
-    "teacher_sync_steps=3",
+    "teacher.sync_steps=3",
     "checkpoint_every=2",
 ]
 

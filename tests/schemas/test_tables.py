@@ -91,6 +91,7 @@ ROWS: dict[str, dict] = {
         "route": [0, 1],
         "span_id": [-1, 0],
         "diagnostic_type": "arithmetic",
+        "teacher_context": "a solution",
         "coverage": 0.5,
         "dropped_tokens": 0,
     },
@@ -246,8 +247,8 @@ def test_a_label_outside_its_enumeration_is_named_with_its_row(contract, column,
 
 
 def test_an_unknown_route_is_named_with_its_row():
-    table = table_of(ROUTED, {}, {"route": [0, 3]})
-    with pytest.raises(InputError, match=r"^t, row 1: route is not 0, 1 or 2"):
+    table = table_of(ROUTED, {}, {"route": [0, 5]})
+    with pytest.raises(InputError, match=r"^t, row 1: route is not in 0 … 4"):
         validate(table, ROUTED, "t")
 
 

@@ -1,5 +1,8 @@
 """Routed tables to sequences, sequences to micro-batches, and the logits at response tokens."""
 
+from dataclasses import replace
+from itertools import chain
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,10 +18,12 @@ from trace_opd.schemas.tables import ROUTED
 from trace_opd.trace.batch import (
     TrainingSequence,
     micro_batches,
-    response_logits,
-    routed_positions,
+    row_tokens,
+    shares,
+    student_row,
     training_sequences,
 )
+from trace_opd.trace.packing import response_logits
 from trace_opd.trace.policy import Policy, load_policy
 from trace_opd.trace.prompt import render_chat, teacher_messages
 
@@ -37,7 +42,7 @@ def routed_row(rollout_id: str, route: list[int], diagnostic_type: str | None) -
         "prompt_token_ids": [5, 6], "token_ids": list(range(10, 10 + tokens)),
         "logprobs": [-0.5] * tokens, "temperature": 0.75, "reward": 1.0, "advantage": 0.5,
         "correct": True, "truncated": False, "route": route,
-        "span_id": [0 if r else -1 for r in route], "diagnostic_type": diagnostic_type,
+        "span_id": [0 if r else -1 for r in route], "diagnostic_type": diagnostic_type, "teacher_context": None,
         "coverage": 0.25, "dropped_tokens": 0, "policy_name": "micro", "policy_revision": "r",
         "policy_step": 0, "vocab_fingerprint": "v",
     }  # fmt: skip
@@ -55,7 +60,7 @@ def test_a_row_becomes_a_sequence_with_the_samplers_own_ids(policy):
     assert (sequence.prompt_ids, sequence.token_ids.tolist()) == ([5, 6], [10, 11, 12, 13])
     assert (sequence.advantage, sequence.reward, sequence.temperature) == (0.5, 1.0, 0.75)
     assert (sequence.token_ids.dtype, sequence.logprobs.dtype) == (np.int64, np.float32)
-    assert routed_positions(sequence).tolist() == [1, 2]
+    assert sequence.routed_positions.tolist() == [1, 2]
     assert sequence.routed_end == 3
 
 
@@ -96,32 +101,44 @@ def sequence_of(index: int, prompt: int, tokens: int) -> TrainingSequence:
     )
 
 
-def lengths(batches: list[list[TrainingSequence]]) -> list[list[int]]:
-    return [[len(s.prompt_ids) + len(s.token_ids) for s in batch] for batch in batches]
+def ids(batches: list[list[TrainingSequence]]) -> list[list[str]]:
+    return [[s.rollout_id for s in batch] for batch in batches]
 
 
-def test_micro_batches_hold_rows_of_like_length_within_the_budget():
-    sequences = [sequence_of(i, 2, n) for i, n in enumerate([3, 8, 4, 7, 2])]
-    assert lengths(micro_batches(sequences, 20)) == [[10, 9], [6, 5, 4]]
+def test_micro_batches_stay_within_the_budget_and_count_a_shared_prompt_once():
+    sequences = [sequence_of(i, 4, n) for i, n in enumerate([3, 3, 3, 3])]
+    assert ids(micro_batches(sequences, 10)) == [["r000", "r001"], ["r002", "r003"]]
+    assert ids(micro_batches(sequences, 9)) == [["r000"], ["r001"], ["r002"], ["r003"]]
+    assert len(micro_batches(sequences, 16)) == 1
 
 
 def test_a_sequence_longer_than_the_budget_has_a_batch_of_its_own():
     sequences = [sequence_of(i, 2, n) for i, n in enumerate([50, 1, 1])]
-    assert lengths(micro_batches(sequences, 10)) == [[52], [3, 3]]
+    assert ids(micro_batches(sequences, 10)) == [["r000"], ["r001", "r002"]]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), max_size=20), st.integers(1, 99))
 def test_every_sequence_is_in_exactly_one_batch_whatever_the_order(sizes, budget):
     sequences = [sequence_of(i, *size) for i, size in enumerate(sizes)]
     batches = micro_batches(sequences, budget)
-    ids = [s.rollout_id for batch in batches for s in batch]
-    assert sorted(ids) == [s.rollout_id for s in sequences]
-    for row in lengths(batches):
-        assert len(row) == 1 or len(row) * max(row) <= budget
-    again = micro_batches(sequences[::-1], budget)
-    assert [[s.rollout_id for s in b] for b in again] == [
-        [s.rollout_id for s in b] for b in batches
+    assert sorted(chain(*ids(batches))) == [s.rollout_id for s in sequences]
+    for batch in batches:
+        assert len(batch) == 1 or row_tokens(batch) <= budget
+        assert row_tokens(batch) == student_row(batch).input_ids.numel()
+    assert ids(micro_batches(sequences[::-1], budget)) == ids(batches)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 30)), max_size=20), st.integers(1, 4))
+def test_shares_hold_every_sequence_once_and_whole_groups(sizes, count):
+    sequences = [
+        replace(sequence_of(i, 2, tokens), group_id=f"g{group}")
+        for i, (group, tokens) in enumerate(sizes)
     ]
+    cut = shares(sequences, count)
+    assert len(cut) == count
+    assert sorted(chain(*ids(cut))) == [s.rollout_id for s in sequences]
+    groups = [{s.group_id for s in share} for share in cut]
+    assert sum(map(len, groups)) == len(set().union(*groups))
 
 
 def naive_logits(model: torch.nn.Module, prompt: list[int], response: np.ndarray) -> torch.Tensor:
@@ -131,7 +148,7 @@ def naive_logits(model: torch.nn.Module, prompt: list[int], response: np.ndarray
 
 
 @torch.no_grad()
-def test_logits_of_padded_rows_equal_those_of_each_row_alone(policy):
+def test_logits_of_packed_rows_equal_those_of_each_row_alone(policy):
     prompts = [[6, 20, 21, 7], [6, 30, 31, 32, 33, 34, 35, 7], [7]]
     responses = [np.array([40, 41, 42]), np.array([50]), np.array([60, 61, 62, 63, 64])]
     keep = [np.array([0, 2]), np.array([0]), np.array([1, 3, 4])]

@@ -10,7 +10,8 @@ import torch
 
 from trace_opd.schemas.configs import LossConfig
 from trace_opd.schemas.labels import KlClip, Route
-from trace_opd.trace.losses import LossInputs, clip_kl, clipped_surrogate, routed_kl, routed_loss
+from trace_opd.trace.fused import Head, LossInputs, LossOutput, routed_loss
+from trace_opd.trace.losses import clip_kl, clipped_surrogate, divergence
 
 W0 = 0.5
 VOCAB = 5
@@ -125,27 +126,53 @@ CASES = {
 }
 
 
-def as_inputs(cases: list[Response], dtype: torch.dtype = torch.float64) -> LossInputs:
+@dataclass(frozen=True)
+class Example:
+    """A micro-batch whose hidden states are its logits: the head is the identity."""
+
+    logits: torch.Tensor
+    teacher_logits: torch.Tensor | None
+    inputs: LossInputs
+
+    @property
+    def route(self) -> torch.Tensor:
+        return self.inputs.route
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.inputs.weight
+
+    def loss(self, lam: float, config: LossConfig) -> LossOutput:
+        head = Head(torch.eye(self.logits.shape[1], dtype=self.logits.dtype))
+        return routed_loss(
+            self.logits, head, self.inputs, config, lam, 1 - lam / W0, self.teacher_logits, head
+        )
+
+
+def as_inputs(cases: list[Response], dtype: torch.dtype = torch.float64) -> Example:
     def flat(values: list, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.tensor([x for y in values for x in y], dtype=kind)
 
     routed = [[row for row, r in zip(y.teacher, y.route, strict=True) if r] for y in cases]
-    return LossInputs(
-        logits=flat([y.logits for y in cases]).requires_grad_(),
-        token_ids=flat([y.tokens for y in cases], torch.int64),
-        old_logprobs=flat([y.old_logprobs for y in cases]),
-        advantage=flat([[y.advantage] * len(y.tokens) for y in cases]),
-        route=flat([y.route for y in cases], torch.uint8),
-        weight=flat([[1 / (len(cases) * len(y.tokens))] * len(y.tokens) for y in cases]),
-        teacher_logits=flat(routed) if any(routed) else None,
+    return Example(
+        flat([y.logits for y in cases]).requires_grad_(),
+        flat(routed) if any(routed) else None,
+        LossInputs(
+            token_ids=flat([y.tokens for y in cases], torch.int64),
+            old_logprobs=flat([y.old_logprobs for y in cases]),
+            advantage=flat([[y.advantage] * len(y.tokens) for y in cases]),
+            weight=flat([[1 / (len(cases) * len(y.tokens))] * len(y.tokens) for y in cases]),
+            temperature=flat([[1.0] * len(y.tokens) for y in cases]),
+            route=flat([y.route for y in cases], torch.uint8),
+        ),
     )
 
 
 def loss_and_gradient(
-    inputs: LossInputs, lam: float, config: LossConfig
+    example: Example, lam: float, config: LossConfig
 ) -> tuple[float, torch.Tensor]:
-    loss = routed_loss(inputs, lam, 1 - lam / W0, config).loss
-    (gradient,) = torch.autograd.grad(loss, inputs.logits)
+    loss = example.loss(lam, config).loss
+    (gradient,) = torch.autograd.grad(loss, example.logits)
     return loss.item(), gradient
 
 
@@ -171,11 +198,20 @@ def test_in_float32_loss_and_gradient_equal_the_reference_to_its_precision(clip)
 
 def test_bfloat16_logits_are_summed_in_float32():
     inputs = as_inputs(CASES["fkl spans"], torch.float32)
-    low = replace(inputs, logits=inputs.logits.detach().bfloat16().requires_grad_())
-    rounded = replace(inputs, logits=low.logits.detach().float().requires_grad_())
-    loss = routed_loss(low, 0.2, 0.6, NO_CLIP).loss
+    assert inputs.teacher_logits is not None
+    low = replace(
+        inputs,
+        logits=inputs.logits.detach().bfloat16().requires_grad_(),
+        teacher_logits=inputs.teacher_logits.bfloat16(),
+    )
+    rounded = replace(
+        inputs,
+        logits=low.logits.detach().float().requires_grad_(),
+        teacher_logits=inputs.teacher_logits.bfloat16().float(),
+    )
+    loss = low.loss(0.2, NO_CLIP).loss
     assert loss.dtype == torch.float32
-    assert loss.item() == routed_loss(rounded, 0.2, 0.6, NO_CLIP).loss.item()
+    assert loss.item() == rounded.loss(0.2, NO_CLIP).loss.item()
 
 
 @pytest.mark.parametrize("bound", [0.01, 0.05, 0.5])
@@ -197,7 +233,11 @@ def test_cutting_a_step_in_micro_batches_changes_neither_loss_nor_gradient():
     for y in case:
         part = as_inputs([y])
         parts.append(
-            loss_and_gradient(replace(part, weight=part.weight / len(case)), 0.2, LossConfig())
+            loss_and_gradient(
+                replace(part, inputs=replace(part.inputs, weight=part.weight / len(case))),
+                0.2,
+                LossConfig(),
+            )
         )
     assert sum(part for part, _ in parts) == pytest.approx(loss, rel=1e-12)
     torch.testing.assert_close(torch.cat([g for _, g in parts]), gradient, rtol=1e-12, atol=1e-15)
@@ -244,14 +284,13 @@ def test_the_forward_kls_logit_gradient_is_weight_times_p_minus_q():
 
 def test_the_forward_kls_lift_does_not_vanish_with_the_students_probability():
     logits = torch.tensor([[-20.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    inputs = replace(
-        as_inputs(responses(([1], 0.0))),
-        logits=logits,
-        token_ids=torch.tensor([1]),
-        teacher_logits=torch.zeros(1, 2, dtype=torch.float64),
-    )
-    _, forward = loss_and_gradient(inputs, 1.0, NO_CLIP)
-    _, reverse = loss_and_gradient(replace(inputs, route=torch.tensor([2])), 1.0, NO_CLIP)
+    one = as_inputs(responses(([1], 0.0))).inputs
+    found = []
+    for route in (Route.FKL, Route.RKL):
+        inputs = replace(one, token_ids=torch.tensor([1]), route=torch.tensor([int(route)]))
+        example = Example(logits, torch.zeros(1, 2, dtype=torch.float64), inputs)
+        found.append(loss_and_gradient(example, 1.0, NO_CLIP)[1])
+    forward, reverse = found
     assert forward[0, 0].item() == pytest.approx(-0.5, abs=1e-8)
     assert abs(reverse[0, 0].item()) < 1e-7
 
@@ -277,7 +316,7 @@ def test_without_a_clip_the_kl_is_0_and_flat_where_the_teacher_agrees(route):
 def test_no_gradient_reaches_the_teacher():
     inputs = as_inputs(CASES["fkl spans"])
     teacher = inputs.teacher_logits.requires_grad_()
-    routed_loss(inputs, 0.3, 0.4, LossConfig()).loss.backward()
+    inputs.loss(0.3, LossConfig()).loss.backward()
     assert teacher.grad is None
 
 
@@ -286,10 +325,11 @@ def test_no_gradient_reaches_the_teacher():
 P, Q = [0.5, 0.5], [0.75, 0.25]
 
 
-def kl_of(route: Route, **config) -> tuple[float, dict[str, float]]:
-    log_p, log_q = (torch.tensor([x], dtype=torch.float64).log() for x in (P, Q))
-    kl, stats = routed_kl(log_p, log_q, torch.tensor([int(route)]), LossConfig(**config))
-    return kl.item(), stats
+def kl_of(route: Route, **config) -> tuple[float, float, bool]:
+    """The clipped KL, the exact one, and whether the clip binds."""
+    p, q = (torch.tensor([x], dtype=torch.float64) for x in (P, Q))
+    value, exact, clipped, _ = divergence(route, p, p.log(), q, q.log(), LossConfig(**config))
+    return value.item(), exact.item(), bool(clipped.item())
 
 
 # Terms of KL(q‖p): ¾ log(3/2) = 0.304099, ¼ log(1/2) = −0.173287.
@@ -311,18 +351,18 @@ def test_each_clip_of_each_kl_by_hand(route, clip, expected):
     assert kl_of(route, kl_clip=clip, kl_clip_value=0.05)[0] == pytest.approx(expected, abs=2e-6)
 
 
-def test_statistics_hold_the_exact_kl_of_each_route_and_how_often_the_clip_binds():
-    _, stats = kl_of(Route.FKL, kl_clip="token", kl_clip_value=0.05)
-    assert stats["fkl_kl"] == pytest.approx(0.130812, abs=1e-6)
-    assert (stats["fkl_tokens"], stats["rkl_tokens"], stats["rkl_kl"]) == (1, 0, 0.0)
-    assert stats["kl_clipped"] == 1
-    assert kl_of(Route.FKL, kl_clip="token", kl_clip_value=0.2)[1]["kl_clipped"] == 0
+def test_the_exact_kl_is_told_beside_the_clipped_one():
+    assert kl_of(Route.FKL, kl_clip="token", kl_clip_value=0.05)[1:] == (
+        pytest.approx(0.130812, abs=1e-6),
+        True,
+    )
+    assert kl_of(Route.FKL, kl_clip="token", kl_clip_value=0.2)[2] is False
 
 
 @pytest.mark.parametrize("clip", list(KlClip))
 def test_no_gradient_flows_where_a_clip_binds(clip):
     terms = torch.tensor([[0.3, -0.1, 0.01]], requires_grad=True)
-    total, binds = clip_kl(terms, clip, 0.05)
+    total, kept = clip_kl(terms, clip, 0.05)
     (gradient,) = torch.autograd.grad(total.sum(), terms)
     expected = {
         KlClip.ENTRY_ABOVE: [0.0, 1.0, 1.0],
@@ -331,7 +371,8 @@ def test_no_gradient_flows_where_a_clip_binds(clip):
         KlClip.NONE: [1.0, 1.0, 1.0],
     }[clip]
     assert gradient.tolist() == [expected]
-    assert binds.item() is (clip is not KlClip.NONE)
+    passes = torch.ones_like(terms) if kept is None else kept.expand_as(terms).float()
+    assert passes.tolist() == [expected]
 
 
 @pytest.mark.parametrize(
@@ -361,19 +402,20 @@ def test_a_whole_response_by_hand():
     # λ = ¼ and w0 = ½: L = ¼ (−3 − ½ + ¼ · 0.130812).
     logits = torch.tensor([P] * 4, dtype=torch.float64).log().requires_grad_()
     inputs = LossInputs(
-        logits=logits,
         token_ids=torch.tensor([0, 1, 0, 1]),
         old_logprobs=torch.full((4,), log(0.5), dtype=torch.float64),
         advantage=torch.ones(4, dtype=torch.float64),
-        route=torch.tensor([0, 0, 1, 0], dtype=torch.uint8),
         weight=torch.full((4,), 0.25, dtype=torch.float64),
-        teacher_logits=torch.tensor([Q], dtype=torch.float64).log(),
+        temperature=torch.ones(4, dtype=torch.float64),
+        route=torch.tensor([0, 0, 1, 0], dtype=torch.uint8),
     )
-    out = routed_loss(inputs, kl_weight=0.25, grpo_weight=0.5, config=NO_CLIP)
+    example = Example(logits, torch.tensor([Q], dtype=torch.float64).log(), inputs)
+    out = example.loss(0.25, NO_CLIP)
     assert out.loss.item() == pytest.approx((-3.5 + 0.25 * 0.130812) / 4, abs=1e-7)
-    assert out.sums["tokens"] == 4
-    assert out.sums["entropy"] == pytest.approx(4 * log(2))
-    assert (out.sums["ratio_clipped"], out.sums["sampler_drift"]) == (0, 0)
+    assert out.entropy.tolist() == pytest.approx([log(2)] * 4)
+    assert out.logprobs.tolist() == pytest.approx([log(0.5)] * 4)
+    assert out.kl.tolist() == pytest.approx([0, 0, 0.130812, 0], abs=1e-6)
+    assert not out.ratio_clipped.any()
     # d/dlogit of −ratio is −(1{v = token} − p_v); the routed token adds λ (p − q).
     out.loss.backward()
     assert logits.grad is not None

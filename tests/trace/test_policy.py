@@ -8,8 +8,9 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.trace.batch import TrainingSequence, check_head
+from trace_opd.trace.batch import TrainingSequence
 from trace_opd.trace.losses import reference_kl
+from trace_opd.trace.packing import check_architecture
 from trace_opd.trace.policy import load_policy
 from trace_opd.trace.trainer import Trainer
 
@@ -38,7 +39,7 @@ def test_logits_scaled_behind_the_head_are_refused():
     )
     torch.manual_seed(0)
     with pytest.raises(InputError, match="changes its logits behind the head"):
-        check_head(GraniteForCausalLM(config))
+        check_architecture(GraniteForCausalLM(config))
 
 
 def test_a_step_without_sequences_changes_no_weight_and_reports_no_means():

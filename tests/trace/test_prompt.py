@@ -11,13 +11,21 @@ from trace_opd.schemas.configs import Example, PromptConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import DiagnosticType
 from trace_opd.trace.policy import load_tokenizer
-from trace_opd.trace.prompt import render_chat, student_messages, student_prompt, teacher_messages
+from trace_opd.trace.prompt import (
+    privileged_messages,
+    render_chat,
+    student_messages,
+    student_prompt,
+    teacher_chat,
+    teacher_messages,
+)
 
 CONFIG = PromptConfig(
     system="Box it.",
     examples=[Example(problem="1+1", response="\\boxed{2}")],
     student="Solve {problem}",
     teacher="Solve {problem} ({diagnostic_type})",
+    privileged="Solve {problem}, known: {context}",
 )
 
 
@@ -66,6 +74,26 @@ def test_a_template_can_ask_for_nothing_but_problem_and_label():
     for field in ("answer", "solution", "span", "problem.__class__", "diagnostic_type[0]"):
         with pytest.raises(ValueError, match="unknown field"):
             PromptConfig(teacher="{problem} {" + field + "}")
+
+
+def test_a_baselines_teacher_reads_the_context_in_place_of_the_label():
+    chat = privileged_messages(CONFIG, "2+2", "first 2, then {4}")
+    assert chat[:-1] == student_messages(CONFIG, "2+2")[:-1]
+    assert chat[-1] == {"role": "user", "content": "Solve 2+2, known: first 2, then {4}"}
+
+
+def test_a_rows_teacher_is_the_baselines_only_if_it_has_a_context():
+    label = DiagnosticType.COUNTING
+    assert teacher_chat(CONFIG, "2+2", label.value, None) == teacher_messages(CONFIG, "2+2", label)
+    for known in (label.value, None):
+        chat = teacher_chat(CONFIG, "2+2", known, "4")
+        assert chat == privileged_messages(CONFIG, "2+2", "4")
+
+
+@pytest.mark.parametrize("label", ["the answer is 4", None])
+def test_a_row_without_context_or_label_has_no_teacher(label):
+    with pytest.raises(ValueError, match="is not a valid DiagnosticType"):
+        teacher_chat(CONFIG, "2+2", label, None)
 
 
 def test_braces_in_a_problem_are_text():

@@ -7,14 +7,21 @@ from hypothesis import strategies as st
 
 from trace_opd.schemas.configs import RoutingConfig
 from trace_opd.schemas.labels import Action, Route, SpanKind
-from trace_opd.trace.route import route_tokens
+from trace_opd.trace.route import Routing, route_tokens, unrouted
+from trace_opd.trace.rules import Response
 
 # Twelve tokens in four segments of three; a quarter of them is one segment.
 SEGMENTS = np.repeat(np.arange(4), 3)
 
 
-def route(spans, kind=SpanKind.KEY, segments=SEGMENTS, **config):
-    return route_tokens(segments, spans, kind, RoutingConfig(**config))
+def response(spans, kind=SpanKind.KEY, segments=SEGMENTS, alpha=0.25) -> Response:
+    tokens = np.zeros(len(segments))
+    return Response("r", tokens.astype(int), tokens, segments, spans, kind, alpha)
+
+
+def route(spans, kind=SpanKind.KEY, segments=SEGMENTS, **config) -> Routing:
+    routing = RoutingConfig(**config)
+    return route_tokens(response(spans, kind, segments, routing.alpha), routing)
 
 
 def test_a_segment_within_the_cap_is_routed_whole():
@@ -96,7 +103,13 @@ def test_the_corner_gives_each_span_kind_its_action(kind, action):
     corner = {"key": action, "error": other} if kind is SpanKind.KEY else {
         "key": other, "error": action,
     }  # fmt: skip
-    expected = {Action.NONE: Route.GRPO, Action.FKL: Route.FKL, Action.RKL: Route.RKL}[action]
+    expected = {
+        Action.NONE: Route.GRPO,
+        Action.FKL: Route.FKL,
+        Action.RKL: Route.RKL,
+        Action.JSD: Route.JSD,
+        Action.REWEIGHT: Route.REWEIGHT,
+    }[action]
     routing = route([[1]], kind, **corner)
     assert routing.route[3:6].tolist() == [expected] * 3
     assert (np.delete(routing.route, [3, 4, 5]) == Route.GRPO).all()
@@ -114,6 +127,13 @@ def test_the_papers_corners():
     assert route([[0]], SpanKind.ERROR, **strong).route[0] == Route.GRPO
     assert route([[0]], SpanKind.KEY, **weak).route[0] == Route.GRPO
     assert route([[0]], SpanKind.ERROR, **weak).route[0] == Route.RKL
+
+
+def test_an_unrouted_response_is_plain_grpo_and_its_marks_are_counted_as_dropped():
+    routing = unrouted(response([[1]]))
+    assert (routing.route == Route.GRPO).all()
+    assert (routing.span_id == -1).all()
+    assert (routing.coverage, routing.dropped_tokens) == (0.0, 3)
 
 
 def test_tokens_without_bytes_are_never_routed():

@@ -37,18 +37,21 @@ from trace_opd.schemas.configs import (
     SamplingConfig,
     ScheduleConfig,
     SegmentConfig,
+    TeacherConfig,
     TrainConfig,
 )
 from trace_opd.schemas.labels import Action, DiagnosticType, KlClip, Route
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS
 from trace_opd.trace.align import byte_table
-from trace_opd.trace.batch import TrainingSequence, response_logits, training_sequences
+from trace_opd.trace.batch import TrainingSequence, training_sequences
 from trace_opd.trace.checkpoint import latest_checkpoint, restore, save_checkpoint, save_model
 from trace_opd.trace.convert import routed_table
+from trace_opd.trace.metrics import step_metrics
 from trace_opd.trace.online import OnlineSource
+from trace_opd.trace.packing import response_logits
 from trace_opd.trace.policy import Policy, load_policy
 from trace_opd.trace.prompt import render_chat, teacher_messages
-from trace_opd.trace.trainer import Trainer, step_metrics
+from trace_opd.trace.trainer import Trainer
 
 PROMPT = PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE)
 SAMPLING = SamplingConfig(temperature=0.9, max_new_tokens=96)
@@ -140,19 +143,19 @@ def test_the_sample_holds_every_route_and_reward():
 
 def gradients(policy: Policy, budget: int, kl: float) -> tuple[dict[str, torch.Tensor], float]:
     trainer = trainer_of(policy, micro_batch_tokens=budget)
-    trainer.set_teacher(policy.model.state_dict())
-    _, loss = trainer.accumulate_gradients(sequences(), kl)
+    sums, _ = trainer.accumulate_gradients(sequences(), kl)
     found = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
     policy.model.zero_grad(set_to_none=True)
-    return found, loss
+    return found, sums["loss"]
 
 
 @pytest.mark.parametrize(
     ("kl", "dtype", "rtol", "atol"),
     [
-        (0.3, torch.float64, 1e-9, 1e-13),
+        # The model's norms round to float32, and a prompt's gradient once for all that share it.
+        (0.3, torch.float64, 1e-6, 1e-9),
         (0.3, torch.float32, 1e-3, 1e-6),
-        (0.0, torch.float64, 1e-9, 1e-13),
+        (0.0, torch.float64, 1e-6, 1e-9),
     ],
 )
 def test_the_gradient_does_not_depend_on_the_micro_batch_budget(kl, dtype, rtol, atol):
@@ -171,7 +174,6 @@ def test_the_gradient_does_not_depend_on_the_order_of_sequences():
     policy = fresh_policy()
     policy.model.double()
     trainer = trainer_of(policy)
-    trainer.set_teacher(policy.model.state_dict())
     found = []
     for order in (sequences(), sequences()[::-1]):
         trainer.accumulate_gradients(order, 0.3)
@@ -233,7 +235,7 @@ def test_a_step_of_grpo_makes_right_responses_likelier_than_wrong_ones():
 
 def test_without_a_clip_steps_of_kl_alone_bring_the_student_to_the_teacher():
     silent = [replace(s, advantage=0.0) for s in sequences()]
-    trainer = trainer_of(teacher_sync_steps=99, loss=LossConfig(kl_clip=KlClip.NONE))
+    trainer = trainer_of(teacher=TeacherConfig(sync_steps=99), loss=LossConfig(kl_clip=KlClip.NONE))
     steps = [trainer.train_step(silent) for _ in range(5)]
     assert steps[-1]["kl_fkl"] < 0.5 * steps[0]["kl_fkl"]
     assert steps[-1]["kl_rkl"] < 0.5 * steps[0]["kl_rkl"]
@@ -265,7 +267,7 @@ def test_the_teacher_does_not_run_for_sequences_without_routed_tokens():
 
 
 def test_the_teacher_is_synced_exactly_every_so_many_steps():
-    trainer = trainer_of(teacher_sync_steps=2)
+    trainer = trainer_of(teacher=TeacherConfig(sync_steps=2))
     synced = {}
     for step in range(5):
         before = weights(trainer.policy.model)
@@ -273,7 +275,7 @@ def test_the_teacher_is_synced_exactly_every_so_many_steps():
         assert not same_weights(weights(trainer.policy.model), before)
         if step % 2 == 0:
             synced = before
-        assert same_weights(weights(trainer.teacher), synced)
+        assert same_weights(weights(trainer.teacher.model), synced)
 
 
 def test_the_teacher_is_frozen():
@@ -322,7 +324,7 @@ def test_online_steps_sample_from_the_current_weights_and_stop_annotating_at_lam
     policy, marker, written = trainer.policy, CountingAnnotator(), {}
     sampler = TransformersPolicySampler(policy, 32_768)
     online = OnlineSource(
-        problems=lambda step: arithmetic_problems(2, step),
+        problems=lambda step, refill: arithmetic_problems(2, step),
         sample=lambda problems, step: rollouts_table(
             problems, sampler, policy.tokenizer, PROMPT, SAMPLING, 4, step
         ),
@@ -426,13 +428,11 @@ def test_a_label_outside_the_enumeration_stops_before_the_teacher():
 
 def test_the_teacher_reads_its_prompt_and_the_prefix_up_to_the_last_routed_token_only():
     trainer, read = trainer_of(micro_batch_tokens=1), []
-    trainer.set_teacher(trainer.policy.model.state_dict())
 
     def keep(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        ids, mask = kwargs["input_ids"], kwargs["attention_mask"].bool()
-        read.extend(row[on].tolist() for row, on in zip(ids, mask, strict=True))
+        read.append(kwargs["input_ids"][0].tolist())
 
-    trainer.teacher.base_model.register_forward_pre_hook(keep, with_kwargs=True)
+    trainer.teacher.model.base_model.register_forward_pre_hook(keep, with_kwargs=True)
     trainer.accumulate_gradients(sequences(), 0.5)
     expected = [
         [*s.teacher_prompt_ids, *s.token_ids[: np.flatnonzero(s.route)[-1] + 1].tolist()]
@@ -462,7 +462,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(tmp_path, schedule):
     # Synced at steps 0 and 4: at step 3 the teacher is older than the student.
     fields = {
         "schedule": schedule,
-        "teacher_sync_steps": 4,
+        "teacher": TeacherConfig(sync_steps=4),
         "optim": OptimConfig(lr=3e-4, warmup_steps=5),
     }
     straight = trainer_of(**fields)
@@ -488,7 +488,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(tmp_path, schedule):
     if straight.teacher is None:
         assert second.teacher is None
     else:
-        assert same_weights(weights(second.teacher), weights(straight.teacher))
+        assert same_weights(weights(second.teacher.model), weights(straight.teacher.model))
 
 
 def test_a_checkpoint_is_a_model_folder_that_transformers_loads(tmp_path):
@@ -496,7 +496,7 @@ def test_a_checkpoint_is_a_model_folder_that_transformers_loads(tmp_path):
     trainer.train_step(sequences())
     for folder in (
         save_checkpoint(trainer, tmp_path / "checkpoints"),
-        save_model(trainer.policy, tmp_path / "final"),
+        save_model(trainer, tmp_path / "final"),
     ):
         model = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -546,14 +546,15 @@ def test_a_steps_metrics_by_hand():
         made("b", 1.0, [0, 0]),
     ]
     sums = Counter(
-        entropy=5.0, ratio_clipped=2.0, sampler_drift=1.0,
+        tokens=10, entropy=5.0, ratio_clipped=2.0, drift=1.0, drift_kl=0.5,
         fkl_tokens=2, fkl_kl=0.5, rkl_tokens=1, rkl_kl=0.25, kl_clipped=1,
     )  # fmt: skip
-    assert step_metrics(made_up, sums) == {
+    assert step_metrics(made_up, sums, 0.7) == {
         "reward": 0.75, "pass_rate": 0.75, "groups_without_signal": 0.5, "response_tokens": 2.5,
         "truncated": 0.25, "coverage_fkl": 0.2, "coverage_rkl": 0.1, "entropy": 0.5,
-        "ratio_clipped": 0.2, "sampler_drift": 0.1, "tokens": 10.0, "kl_fkl": 0.25, "sequences": 4.0,
-        "kl_rkl": 0.25, "kl_clipped": pytest.approx(1 / 3),
+        "ratio_clipped": 0.2, "sampler_drift": 0.1, "sampler_drift_max": 0.7, "sampler_kl": 0.05,
+        "tokens": 10.0, "kl_fkl": 0.25, "sequences": 4.0, "kl_rkl": 0.25,
+        "kl_clipped": pytest.approx(1 / 3),
     }  # fmt: skip
 
 

@@ -1,0 +1,276 @@
+"""One loss on one case, six times: what loss.py measures.
+
+Every implementation takes a `Case`, leaves the gradients of its student's hidden states and head
+behind and returns the loss. All but two compute the same
+
+    L = Σ_t w [ c_t g_t + λ 1(t ∈ S) KL(q_t‖p_t) ],   w = 1 / tokens,   c_t = 1 − λ/w0 on S, else 1
+
+(METHOD.md, "Objective", with the FKL action, no clip and responses of one length):
+
+- floor: no loss, the matrix products that none can do without: the student's logits, both of their
+  gradients, the teacher's logits at routed tokens.
+- naive: plain PyTorch with full logits, backward by autograd.
+- trl_span: TRL 1.16's `ChunkedLogProbFunction`, called as its GRPOTrainer's fused head does
+  (`trainer.utils.add_fused_lm_head`), and `_chunked_divergence_loss` of its DistillationTrainer on
+  the routed tokens gathered beforehand.
+- trl_all: the same with the divergence on every token, as TRL's trainers give it: S is all tokens
+  in the KL's term.
+- liger: Liger 0.8.5's `LigerFusedLinearGRPOLoss` and `LigerFusedLinearJSDLoss` (β = 0) on the routed
+  tokens. Weights go in as the GRPO's mask and the JSD's soft weight, so nothing is scaled after. Not
+  compiled on CPU, where that takes longer than the measurement and changes its result little.
+- ours: `trace_opd.trace.fused.routed_loss`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from math import log, sqrt
+
+import torch
+from torch.nn import functional
+
+from trace_opd.schemas.configs import LossConfig
+from trace_opd.schemas.labels import KlClip, Route
+from trace_opd.trace.fused import Head, LossInputs, routed_loss
+
+CLIP_LOW, CLIP_HIGH = 0.2, 0.28
+KL_WEIGHT, GRPO_WEIGHT = 0.25, 0.5  # λ_k halfway down from w0 = 0.5
+RESPONSE_TOKENS = 512
+CHECKED_TOKENS = 64
+# One token in ROUTED_EVERY is routed, in runs of SPAN_TOKENS.
+ROUTED_EVERY, SPAN_TOKENS = 4, 16
+LOGIT_DEVIATION = 1.2
+# Rows that the floor's products take at once: one piece as far as that is faster.
+FLOOR_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """T tokens in B responses of one length, R of them routed; float tensors in the case's dtype
+    but old_logprobs, advantage and weight, float32."""
+
+    hidden: torch.Tensor  # (T, H), with gradient
+    head: torch.Tensor  # (V, H), with gradient
+    teacher_hidden: torch.Tensor  # (T, H)
+    teacher_head: torch.Tensor  # (V, H)
+    token_ids: torch.Tensor  # (T,) int64
+    old_logprobs: torch.Tensor  # (T,)
+    advantage: torch.Tensor  # (B,)
+    routed: torch.Tensor  # (T,) bool
+    routed_rows: torch.Tensor  # (R,) int64
+    routed_teacher: torch.Tensor  # (R, H)
+    weight: torch.Tensor  # (T,), GRPO's: w c_t
+
+    @property
+    def token_advantage(self) -> torch.Tensor:
+        """(T,) float32."""
+        return self.advantage.repeat_interleave(len(self.hidden) // len(self.advantage))
+
+
+def make_case(
+    tokens: int,
+    hidden: int,
+    vocab: int,
+    dtype: torch.dtype,
+    device: str,
+    response_tokens: int = RESPONSE_TOKENS,
+    all_routed: bool = False,
+) -> Case:
+    """The same numbers on every call with the same arguments."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    states, head, teacher_head = (
+        normal(tokens, hidden),
+        normal(vocab, hidden),
+        normal(vocab, hidden),
+    )
+    head *= LOGIT_DEVIATION / sqrt(hidden)
+    # A teacher is the student of some steps ago.
+    teacher_head.mul_(0.3 * LOGIT_DEVIATION / sqrt(hidden)).add_(head)
+    teacher_states = states + 0.3 * normal(tokens, hidden)
+    token_ids = torch.randint(vocab, (tokens,), generator=generator, device=device)
+    # log Σ exp of Gaussian logits is close to log V + σ²/2: ratios lie around 1, on both sides of
+    # the clip, without a product over the vocabulary.
+    chosen = torch.linalg.vecdot(states.float(), head[token_ids].float())
+    old_logprobs = chosen - log(vocab) - LOGIT_DEVIATION**2 / 2 + 0.2 * normal(tokens).float()
+    responses = tokens // response_tokens
+    signs = 1.0 - 2.0 * (torch.arange(responses, device=device) % 2)
+    position = torch.arange(tokens, device=device)
+    routed = position % (ROUTED_EVERY * SPAN_TOKENS) < SPAN_TOKENS
+    if all_routed:
+        routed = torch.ones_like(routed)
+    (rows,) = torch.nonzero(routed, as_tuple=True)
+    return Case(
+        hidden=states.requires_grad_(),
+        head=head.requires_grad_(),
+        teacher_hidden=teacher_states,
+        teacher_head=teacher_head,
+        token_ids=token_ids,
+        old_logprobs=old_logprobs,
+        advantage=signs * (1 + torch.rand(responses, generator=generator, device=device)),
+        routed=routed,
+        routed_rows=rows,
+        routed_teacher=teacher_states[rows],
+        weight=torch.where(routed, GRPO_WEIGHT, 1.0) / tokens,
+    )
+
+
+@cache
+def _buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(rows, columns, dtype=dtype, device=device)
+
+
+@torch.no_grad()
+def floor(case: Case) -> torch.Tensor:
+    tokens, vocab = len(case.hidden), len(case.head)
+    kind = (case.hidden.dtype, case.hidden.device)
+    logits = _buffer(min(tokens, FLOOR_ROWS), vocab, *kind)
+    grad_hidden, grad_head = torch.empty_like(case.hidden), torch.empty_like(case.head)
+    for taught in case.routed_teacher.split(len(logits)):
+        torch.mm(taught, case.teacher_head.T, out=logits[: len(taught)])
+    for start in range(0, tokens, len(logits)):
+        rows = slice(start, start + len(logits))
+        torch.mm(case.hidden[rows], case.head.T, out=logits)
+        torch.mm(logits, case.head, out=grad_hidden[rows])
+        if start:
+            grad_head.addmm_(logits.T, case.hidden[rows])
+        else:
+            torch.mm(logits.T, case.hidden[rows], out=grad_head)
+    case.hidden.grad, case.head.grad = grad_hidden, grad_head
+    return torch.zeros(())
+
+
+def surrogate(case: Case, logprobs: torch.Tensor) -> torch.Tensor:
+    """Σ_t w c_t g_t from the student's log-probabilities, (T,), as TRL's GRPOTrainer writes it."""
+    ratio, advantage = torch.exp(logprobs - case.old_logprobs), case.token_advantage
+    clipped = torch.clamp(ratio, 1 - CLIP_LOW, 1 + CLIP_HIGH)
+    return -(case.weight * torch.min(ratio * advantage, clipped * advantage)).sum()
+
+
+def naive(case: Case) -> torch.Tensor:
+    log_p = functional.log_softmax((case.hidden @ case.head.T).float(), -1)  # (T, V)
+    with torch.no_grad():
+        log_q = functional.log_softmax((case.routed_teacher @ case.teacher_head.T).float(), -1)
+    logprobs = log_p.gather(1, case.token_ids[:, None]).squeeze(1)
+    kl = (log_q.exp() * (log_q - log_p[case.routed_rows])).sum()
+    loss = surrogate(case, logprobs) + KL_WEIGHT / len(case.hidden) * kl
+    loss.backward()
+    return loss
+
+
+def _trl(case: Case, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    logprobs, *_ = ChunkedLogProbFunction.apply(
+        case.hidden, case.head, None, case.token_ids, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0,
+        ("log_probs", "entropy"),
+    )  # fmt: skip
+    mask = torch.ones(1, len(student), dtype=torch.long, device=student.device)
+    divergence, _, _ = _chunked_divergence_loss(
+        student[None], teacher[None], case.head, case.teacher_head, mask, beta=0.0,
+        num_items_in_batch=len(case.hidden),
+    )  # fmt: skip
+    loss = surrogate(case, logprobs) + KL_WEIGHT * divergence
+    loss.backward()
+    return loss
+
+
+def trl_span(case: Case) -> torch.Tensor:
+    return _trl(case, case.hidden[case.routed_rows], case.routed_teacher)
+
+
+def trl_all(case: Case) -> torch.Tensor:
+    return _trl(case, case.hidden, case.teacher_hidden)
+
+
+def liger(case: Case) -> torch.Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss, LigerFusedLinearJSDLoss
+
+    compiled = case.hidden.is_cuda
+    shape = (len(case.advantage), -1)
+    grpo = LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, epsilon_low=CLIP_LOW, epsilon_high=CLIP_HIGH,
+        loss_type="dapo", compiled=compiled,
+    )  # fmt: skip
+    policy, _ = grpo(
+        case.hidden.view(*shape, case.hidden.shape[1]), case.head, case.token_ids.view(shape),
+        case.weight.view(shape), case.advantage, old_per_token_logps=case.old_logprobs.view(shape),
+        num_items_in_batch=1.0,
+    )  # fmt: skip
+    routed = len(case.routed_rows)
+    jsd = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=KL_WEIGHT * routed / len(case.hidden), beta=0.0,
+        compiled=compiled,
+    )  # fmt: skip
+    labels = case.token_ids[case.routed_rows]
+    student = case.hidden[case.routed_rows]
+    loss = policy + jsd(student, case.head, case.routed_teacher, case.teacher_head, labels)
+    loss.backward()
+    return loss
+
+
+def ours(case: Case) -> torch.Tensor:
+    inputs = LossInputs(
+        token_ids=case.token_ids,
+        old_logprobs=case.old_logprobs,
+        advantage=case.token_advantage,
+        weight=torch.full_like(case.weight, 1 / len(case.hidden)),
+        temperature=torch.ones_like(case.weight),
+        route=torch.where(case.routed, int(Route.FKL), int(Route.GRPO)).to(torch.uint8),
+    )
+    config = LossConfig(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, kl_clip=KlClip.NONE)
+    loss = routed_loss(
+        case.hidden, Head(case.head), inputs, config, KL_WEIGHT, GRPO_WEIGHT,
+        case.routed_teacher, Head(case.teacher_head),
+    ).loss  # fmt: skip
+    loss.backward()
+    return loss
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Case], torch.Tensor]] = {
+    "floor": floor,
+    "ours": ours,
+    "naive": naive,
+    "trl_span": trl_span,
+    "trl_all": trl_all,
+    "liger": liger,
+}
+PACKAGES = {"trl_span": "trl", "trl_all": "trl", "liger": "liger_kernel"}
+
+
+def installed() -> list[str]:
+    return [name for name in IMPLEMENTATIONS if name not in PACKAGES or find_spec(PACKAGES[name])]
+
+
+def run(name: str, case: Case) -> float:
+    """One forward and backward: the loss; gradients are left on the case."""
+    return IMPLEMENTATIONS[name](case).item()
+
+
+def disagreement(name: str, hidden: int, vocab: int, dtype: torch.dtype, device: str) -> float:
+    """Greatest difference to `naive` in float32 in the loss and both gradients, on two short
+    responses, as a share of the greatest entry; 0 for the floor, which has no loss."""
+    case = make_case(
+        CHECKED_TOKENS, hidden, vocab, dtype, device, CHECKED_TOKENS // 2, name == "trl_all"
+    )
+    found = (torch.tensor(run(name, case)), case.hidden.grad, case.head.grad)
+    if name == "floor":
+        return 0.0
+    exact = Case(
+        **{
+            field: tensor.detach().float() if tensor.is_floating_point() else tensor
+            for field, tensor in vars(case).items()
+        }
+    )
+    exact.hidden.requires_grad_()
+    exact.head.requires_grad_()
+    expected = (torch.tensor(run("naive", exact)), exact.hidden.grad, exact.head.grad)
+    return max(
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+    )

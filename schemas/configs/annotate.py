@@ -1,0 +1,159 @@
+"""Stages verify, annotate and convert: what is known of a rollout, and its route."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..labels import Action
+from .base import Config, operational
+from .rollout import PolicyConfig, Sampler, TransformersSampler
+
+
+class VerifyConfig(Config):
+    """Stage verify: final answers against gold answers, in killable worker processes."""
+
+    rollouts: str = Field(
+        default="rollouts", description="Rollouts dataset: alias, id or stage/id."
+    )
+    timeout_s: float = Field(default=10.0, gt=0, description="Deadline per verification.")
+    memory_mib: int = Field(default=2048, ge=256, description="Address-space limit per worker.")
+    truncated: Literal["zero", "mask"] = Field(
+        default="zero", description="Truncated responses: reward 0, or no reward (masked)."
+    )
+    max_answer_chars: int = Field(
+        default=50_000, ge=1, description="Longer answers are not parsed."
+    )
+    workers: int = operational(2, "Worker processes.", ge=1)
+    recycle_every: int = operational(2000, "Jobs before a worker is replaced.", ge=1)
+
+
+class SegmentConfig(Config):
+    """How a response is cut into numbered segments (never inside a formula)."""
+
+    min_chars: int = Field(default=1, ge=1, description="Shorter segments join the next one.")
+    max_segments: int = Field(
+        default=200, ge=1, description="Adjacent segments merge above this number."
+    )
+
+
+class RuleAnnotator(Config):
+    engine: Literal["rule"] = Field(description="Annotation engine.")
+    name: str = Field(default="rule", description="Name recorded with each annotation.")
+    match: Literal["line", "value"] = Field(
+        default="line",
+        description="line: a segment is right if it equals the known step's text; value: by the "
+        "equations that it states.",
+    )
+
+
+class AnnotatorPrompt(Config):
+    prompt: str | None = Field(
+        default=None, description="Prompt file (front matter with version); None: the shipped one."
+    )
+    answer_schema: str | None = Field(
+        default=None, description="JSON schema of the answer; None: the shipped one."
+    )
+    max_new_tokens: int = Field(default=512, ge=1, description="Limit on the answer's tokens.")
+    temperature: float = Field(
+        default=0.0, ge=0, description="Sampling temperature of the annotator."
+    )
+    corrective_turns: int = Field(
+        default=1, ge=0, description="Second chances for an invalid answer."
+    )
+
+
+class SelfAnnotator(AnnotatorPrompt):
+    engine: Literal["self"] = Field(description="Annotation engine.")
+    name: str = Field(default="self", description="Name recorded with each annotation.")
+    policy: PolicyConfig | None = Field(
+        default=None, description="Annotating policy. None: in training the current weights."
+    )
+    sampler: Sampler = Field(default=TransformersSampler(), description="Sampling engine.")
+    seed: int = Field(default=0, description="Base seed of sampled answers.")
+
+
+class OpenAIAnnotator(AnnotatorPrompt):
+    engine: Literal["openai"] = Field(description="Annotation engine.")
+    name: str = Field(default="openai", description="Name recorded with each annotation.")
+    base_url: str = Field(default="https://api.openai.com/v1", description="Endpoint.")
+    model: str = Field(description="Model name at the endpoint.")
+    api_key_env: str | None = Field(
+        default="OPENAI_API_KEY",
+        description="Environment variable that holds the key; None: no key.",
+    )
+    structured: bool = Field(default=True, description="Ask for the JSON schema (response_format).")
+    usd_per_million_prompt_tokens: float | None = Field(
+        default=None, ge=0, description="Price; None: unknown, and cost_usd stays null."
+    )
+    usd_per_million_completion_tokens: float | None = Field(
+        default=None, ge=0, description="Price."
+    )
+    concurrency: int = operational(16, "Most requests in flight.", ge=1)
+    requests_per_minute: float | None = operational(None, "Request pace; None: no limit.", gt=0)
+    timeout_s: float = operational(120.0, "Seconds before a request is given up.", gt=0)
+    max_attempts: int = operational(6, "Attempts per request, the first included.", ge=1)
+
+
+Annotator = Annotated[
+    RuleAnnotator | SelfAnnotator | OpenAIAnnotator, Field(discriminator="engine")
+]
+
+
+class AnnotateConfig(Config):
+    """Stage annotate: key spans of correct responses, error spans of wrong ones."""
+
+    verdicts: str = Field(
+        default="verdicts", description="Verdicts dataset: alias, id or stage/id."
+    )
+    annotator: Annotator = Field(description="Annotation engine.")
+    segment: SegmentConfig = Field(default=SegmentConfig(), description="Segmenting.")
+
+
+class RoutingConfig(Config):
+    """Which tokens a response routes and to what, and rewards to advantages."""
+
+    rule: str = Field(
+        default="spans",
+        description="Which tokens are routed: spans (the annotator's), all, random, inverted (random "
+        "outside the annotator's), or module:function of your own.",
+    )
+    alpha: float = Field(
+        default=0.25, ge=0, le=1, description="Most of a response that spans may cover."
+    )
+    key: Action = Field(
+        default=Action.FKL, description="Action on routed tokens of correct responses."
+    )
+    error: Action = Field(
+        default=Action.NONE, description="Action on routed tokens of wrong responses."
+    )
+    teacher_context: Literal["type", "answer", "solution", "peer"] = Field(
+        default="type",
+        description="What the teacher sees besides the problem: type, the diagnostic label alone "
+        "(TRACE); for the baselines the gold answer, the reference solution, or a correct response "
+        "of the same group. Without it a response stays GRPO's.",
+    )
+    advantage: Literal["std", "mean"] = Field(
+        default="std",
+        description="std: (r − mean) / (std + ε) of the group; mean: r − mean (Dr. GRPO).",
+    )
+    advantage_eps: float = Field(default=1e-4, gt=0, description="ε in (r − mean) / (std + ε).")
+    overlong: Literal["keep", "mask", "soft"] = Field(
+        default="keep",
+        description="Responses at the token limit: keep; mask (count in their group, not trained "
+        "on); soft (DAPO: a penalty that grows over the last overlong_buffer tokens to 1).",
+    )
+    overlong_buffer: int = Field(
+        default=256, ge=1, description="Tokens before the limit at which overlong=soft begins."
+    )
+
+
+class ConvertConfig(Config):
+    """Stage convert: annotations become routed training sequences."""
+
+    annotations: str = Field(
+        default="annotations", description="Annotations dataset: alias, id or stage/id."
+    )
+    policy: PolicyConfig = Field(
+        default=PolicyConfig(), description="The policy whose tokenizer made the token ids."
+    )
+    routing: RoutingConfig = Field(default=RoutingConfig(), description="Routing.")

@@ -1,0 +1,36 @@
+"""What all configs share: unknown keys are errors, and which fields name a dataset.
+
+Fields marked `operational` change how a stage runs, never what it makes: they are left out of
+dataset ids.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Config(BaseModel):
+    """Base of all configs: unknown keys are errors, instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def semantic(self) -> dict[str, Any]:
+        """The config as JSON-able data without operational fields: what a dataset id hashes."""
+        out: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra.get("operational"):
+                continue
+            value = getattr(self, name)
+            if isinstance(value, Config):
+                out[name] = value.semantic()
+            else:
+                out[name] = self.model_dump(mode="json", include={name})[name]
+        return out
+
+
+def operational(default: Any, description: str, **limits: Any) -> Any:
+    """A field that changes how a stage runs, never what it makes."""
+    return Field(
+        default=default, description=description, json_schema_extra={"operational": True}, **limits
+    )

@@ -1,0 +1,66 @@
+"""Stages evaluate and report, and all stages in order."""
+
+from pydantic import Field
+
+from .annotate import AnnotateConfig, ConvertConfig, VerifyConfig
+from .base import Config
+from .problems import ProblemsConfig
+from .rollout import (
+    PolicyConfig,
+    PromptConfig,
+    RolloutConfig,
+    Sampler,
+    SamplingConfig,
+    TransformersSampler,
+)
+from .train import TrainConfig
+
+
+class EvaluateConfig(Config):
+    """Stage evaluate: avg@k, pass@k, maj@k of the base and of a trained checkpoint."""
+
+    problems: str = Field(
+        default="problems", description="Problems dataset: alias, id or stage/id."
+    )
+    policy: PolicyConfig = Field(default=PolicyConfig(), description="The base policy.")
+    trained: str | None = Field(
+        default=None,
+        description="Train dataset whose final checkpoint is compared; None: base alone.",
+    )
+    sampler: Sampler = Field(default=TransformersSampler(), description="Sampling engine.")
+    prompt: PromptConfig = Field(default=PromptConfig(), description="Prompt templates.")
+    sampling: SamplingConfig = Field(
+        default=SamplingConfig(temperature=0.6, top_p=0.95, top_k=20),
+        description="Sampling parameters.",
+    )
+    k: int = Field(default=8, ge=1, description="Samples per problem.")
+    verify: VerifyConfig = Field(default=VerifyConfig(), description="Verification.")
+    bootstrap: int = Field(default=10_000, ge=100, description="Bootstrap resamples of problems.")
+    seed: int = Field(default=0, description="Seed of sampling and bootstrap.")
+
+
+class ReportConfig(Config):
+    """Stage report: one self-contained HTML file for a dataset."""
+
+    dataset: str = Field(
+        default="routed", description="Routed or annotations dataset, or a train run."
+    )
+    output: str | None = Field(
+        default=None, description="HTML file; None: report.html beside the data."
+    )
+    limit: int = Field(default=2000, ge=1, description="At most this many rollouts on the page.")
+
+
+class PipelineConfig(Config):
+    """All stages in order; each stage's input is the stage before it."""
+
+    name: str = Field(default="default", description="Prefix of the aliases that the run sets.")
+    problems: ProblemsConfig = Field(description="Training problems.")
+    eval_problems: ProblemsConfig = Field(description="Held-out problems for evaluation.")
+    rollout: RolloutConfig = Field(default=RolloutConfig(), description="Rollout stage.")
+    verify: VerifyConfig = Field(default=VerifyConfig(), description="Verify stage.")
+    annotate: AnnotateConfig = Field(description="Annotate stage.")
+    convert: ConvertConfig = Field(default=ConvertConfig(), description="Convert stage.")
+    train: TrainConfig = Field(description="Train stage.")
+    evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="Evaluate stage.")
+    report: ReportConfig = Field(default=ReportConfig(), description="Report stage.")

@@ -1,0 +1,108 @@
+"""Stage problems: where they come from."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ..labels import AnswerKind
+from .base import Config
+
+
+class Columns(Config):
+    """Which columns of a foreign table hold what."""
+
+    problem: str = Field(default="problem", description="Column of the problem text.")
+    answer: str = Field(default="answer", description="Column of the gold answer.")
+    solution: str | None = Field(
+        default=None, description="Column of the reference solution, if any."
+    )
+    choices: list[str] | None = Field(
+        default=None, description="Columns of wrong choices; the answer is shuffled among them."
+    )
+
+
+class FilesSource(Config):
+    kind: Literal["files"] = Field(description="Kind of source.")
+    path: str = Field(description="Parquet or JSONL file, or a glob of them.")
+    columns: Columns = Field(default=Columns(), description="Column map.")
+    answer_kind: AnswerKind = Field(
+        default=AnswerKind.MATH, description="How answers are compared."
+    )
+
+
+class HubSource(Config):
+    kind: Literal["hub"] = Field(description="Kind of source.")
+    preset: str | None = Field(
+        default=None,
+        description="One of openthoughts-math, math-500, aime-2024, aime-2025, amc-2023, "
+        "gpqa-diamond, gsm8k; sets the other fields.",
+    )
+    dataset: str | None = Field(
+        default=None, description="Hugging Face dataset id, or a local folder."
+    )
+    subset: str | None = Field(default=None, description="Configuration name of the dataset.")
+    split: str = Field(default="train", description="Split to read.")
+    revision: str | None = Field(
+        default=None, description="Commit or tag; pin it for reproducible ids."
+    )
+    columns: Columns = Field(default=Columns(), description="Column map.")
+    answer_kind: AnswerKind = Field(
+        default=AnswerKind.MATH, description="How answers are compared."
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "HubSource":
+        if (self.preset is None) == (self.dataset is None):
+            raise ValueError("give exactly one of preset and dataset")
+        return self
+
+
+class GymSource(Config):
+    kind: Literal["reasoning-gym"] = Field(description="Kind of source.")
+    task: str = Field(description="Name of a reasoning-gym task, e.g. chain_sum.")
+    settings: dict[str, Any] = Field(default={}, description="The task's own settings.")
+    instructions: bool = Field(
+        default=True, description="Append a line that asks for a boxed answer."
+    )
+
+
+class ChampSource(Config):
+    kind: Literal["champ"] = Field(description="Kind of source.")
+
+
+class ArithmeticSource(Config):
+    kind: Literal["arithmetic"] = Field(description="Kind of source.")
+    min_digits: int = Field(default=3, ge=1, le=9, description="Fewest digits per addend.")
+    max_digits: int = Field(default=5, ge=1, le=9, description="Most digits per addend.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ArithmeticSource":
+        if self.min_digits > self.max_digits:
+            raise ValueError("min_digits is above max_digits")
+        return self
+
+
+class WordProblemsSource(Config):
+    kind: Literal["word-problems"] = Field(description="Kind of source.")
+    steps: int = Field(default=2, ge=2, le=3, description="Number of calculation steps.")
+
+
+Source = Annotated[
+    FilesSource | HubSource | GymSource | ChampSource | ArithmeticSource | WordProblemsSource,
+    Field(discriminator="kind"),
+]
+
+
+class ProblemsConfig(Config):
+    """Stage problems: a source becomes a problems table."""
+
+    source: Source = Field(description="Where problems come from.")
+    limit: int | None = Field(default=None, ge=1, description="At most this many problems.")
+    seed: int = Field(default=0, description="Seed of generated problems and of the shuffle.")
+    shuffle: bool = Field(default=False, description="Shuffle before the limit is applied.")
+    split: str = Field(default="train", description="Split recorded for each problem.")
+    rows_per_part: int = Field(default=64, ge=1, description="Problems per Parquet part.")
+    drop_unparsable: bool = Field(
+        default=False,
+        description="Drop problems whose gold answer does not parse instead of stopping.",
+    )

@@ -1,0 +1,119 @@
+"""Prompts, policies, samplers, and stage rollout."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .base import Config, operational
+
+
+class Example(Config):
+    problem: str = Field(description="Example problem.")
+    response: str = Field(description="Example response.")
+
+
+class PromptConfig(Config):
+    """How a problem becomes the student's and the teacher's chat prompt."""
+
+    system: str | None = Field(default=None, description="System message.")
+    examples: list[Example] = Field(default=[], description="Few-shot turns before the problem.")
+    student: str = Field(default="{problem}", description="Template of the student's user turn.")
+    teacher: str = Field(
+        default="{problem}\n\nHint: the difficulty of this problem is of the type {diagnostic_type}.",
+        description="Template of the teacher's user turn; sees the type label and nothing else.",
+    )
+    privileged: str = Field(
+        default="{problem}\n\nFor reference, a correct solution:\n{context}\n\nNow solve it yourself.",
+        description="Template of the teacher's user turn under another teacher_context than type.",
+    )
+    thinking: bool | None = Field(
+        default=None,
+        description="enable_thinking of the chat template; the same for both. None: unset.",
+    )
+
+    @model_validator(mode="after")
+    def _fields(self) -> "PromptConfig":
+        for name, template, allowed in (
+            ("student", self.student, {"problem"}),
+            ("teacher", self.teacher, {"problem", "diagnostic_type"}),
+            ("privileged", self.privileged, {"problem", "context"}),
+        ):
+            fields = template_fields(template)
+            if "problem" not in fields:
+                raise ValueError(f"{name} template has no {{problem}}")
+            if fields - allowed:
+                raise ValueError(f"{name} template has unknown field {sorted(fields - allowed)[0]}")
+        return self
+
+
+def template_fields(template: str) -> set[str]:
+    """Names of the replacement fields in a `str.format` template."""
+    from string import Formatter
+
+    return {field for _, field, _, _ in Formatter().parse(template) if field is not None}
+
+
+class SamplingConfig(Config):
+    temperature: float = Field(default=1.0, ge=0, description="Softmax temperature; 0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus threshold; 1 is off.")
+    top_k: int = Field(default=0, ge=0, description="Keep the k likeliest tokens; 0 is off.")
+    max_new_tokens: int = Field(default=1024, ge=1, description="Limit on response tokens.")
+
+
+class TransformersSampler(Config):
+    engine: Literal["transformers"] = Field(default="transformers", description="Sampling engine.")
+    batch_tokens: int = operational(
+        32_768, "Prompt plus response tokens (at their limit) in flight at once.", ge=1
+    )
+
+
+class OpenAISampler(Config):
+    engine: Literal["openai"] = Field(description="Sampling engine.")
+    base_url: str = Field(description="Endpoint, e.g. http://localhost:8000/v1.")
+    api_key_env: str | None = Field(
+        default=None, description="Environment variable that holds the key; None sends no key."
+    )
+    concurrency: int = operational(32, "Requests in flight.", ge=1)
+    timeout_s: float = operational(600.0, "Seconds before a request is given up.", gt=0)
+
+
+class VllmSampler(Config):
+    engine: Literal["vllm"] = Field(description="Sampling engine.")
+    max_model_len: int | None = Field(
+        default=None, description="Context length; None: the model's."
+    )
+    gpu_memory_utilization: float = operational(0.85, "Share of GPU memory.", gt=0, le=1)
+    kv_cache_gib: float | None = operational(None, "KV-cache size on CPU, GiB.", gt=0)
+    tensor_parallel_size: int = operational(1, "GPUs per replica.", ge=1)
+    seed: int = Field(default=0, description="Engine seed; samples carry their own.")
+
+
+Sampler = Annotated[
+    TransformersSampler | OpenAISampler | VllmSampler, Field(discriminator="engine")
+]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class PolicyConfig(Config):
+    """Which model, where it runs and in which precision."""
+
+    path: str = Field(
+        default="micro", description="Folder, hub id, or a bundled name: micro, smollm2."
+    )
+    device: Device = operational("auto", "auto: CUDA if there is one, else CPU.")
+    precision: Precision = operational("auto", "auto: bfloat16 on CUDA, float32 on CPU.")
+
+
+class RolloutConfig(Config):
+    """Stage rollout: a group of responses per problem."""
+
+    problems: str = Field(
+        default="problems", description="Problems dataset: alias, id or stage/id."
+    )
+    policy: PolicyConfig = Field(default=PolicyConfig(), description="The sampling policy.")
+    sampler: Sampler = Field(default=TransformersSampler(), description="Sampling engine.")
+    prompt: PromptConfig = Field(default=PromptConfig(), description="Prompt templates.")
+    sampling: SamplingConfig = Field(default=SamplingConfig(), description="Sampling parameters.")
+    group_size: int = Field(default=8, ge=1, description="Responses per problem, G.")
+    seed: int = Field(default=0, description="Base seed; each sample's seed derives from it.")

@@ -1,0 +1,179 @@
+"""Stage train: objective, teacher, optimiser, phases."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ..labels import KlClip
+from .annotate import Annotator, RoutingConfig, SegmentConfig, SelfAnnotator, VerifyConfig
+from .base import Config, operational
+from .rollout import PolicyConfig, PromptConfig, SamplingConfig, TransformersSampler
+
+
+class ScheduleConfig(Config):
+    """λ of METHOD.md: w0 for `hold_steps`, linear to 0 over `decay_steps`."""
+
+    w0: float = Field(default=0.5, ge=0, description="Initial KL weight; 0 is plain GRPO.")
+    hold_steps: int = Field(default=10, ge=0, description="Steps at w0.")
+    decay_steps: int | None = Field(
+        default=30, ge=0, description="Steps from w0 to 0; null: λ stays at w0."
+    )
+
+
+class TeacherConfig(Config):
+    """Whose weights the teacher has. What it sees is `routing.teacher_context`."""
+
+    sync: Literal["periodic", "ema", "frozen"] = Field(
+        default="periodic",
+        description="periodic: the student's, copied every sync_steps; ema: their moving average, "
+        "updated after each step; frozen: the base policy's.",
+    )
+    sync_steps: int = Field(default=10, ge=1, description="Steps between periodic syncs.")
+    ema_rate: float = Field(
+        default=0.05, gt=0, le=1, description="Share of the student in each update of the average."
+    )
+
+
+class LossConfig(Config):
+    """The objective on routed tokens and on all others."""
+
+    grpo: bool = Field(default=True, description="GRPO's term; false leaves the KL alone.")
+    clip_low: float = Field(default=0.2, gt=0, description="ε_low of the ratio clip.")
+    clip_high: float = Field(
+        default=0.28, gt=0, description="ε_high of the ratio clip (clip-higher)."
+    )
+    aggregation: Literal["sequence", "token", "constant"] = Field(
+        default="sequence",
+        description="Weight of a response token: sequence 1/(B |y|) (GRPO), token 1/Σ|y| (DAPO), "
+        "constant 1/(B · constant_length) (Dr. GRPO).",
+    )
+    constant_length: int = Field(
+        default=1024, ge=1, description="Length that aggregation=constant divides by, tokens."
+    )
+    truncated_importance: float | None = Field(
+        default=None,
+        gt=0,
+        description="Cap of the truncated importance weight between the sampler and the trainer; "
+        "null: the clipped ratio to the sampler's own log-probabilities.",
+    )
+    reference_kl: float = Field(
+        default=0.0, ge=0, description="Weight of a KL to the base policy; 0 keeps no copy of it."
+    )
+    kl_clip: KlClip = Field(default=KlClip.NONE, description="Form of the pointwise KL clip.")
+    kl_clip_value: float = Field(
+        default=0.05, gt=0, description="Bound of the pointwise KL clip, nats."
+    )
+    jsd_beta: float = Field(
+        default=0.5, gt=0, lt=1, description="Teacher's share in the mixture of the action jsd."
+    )
+    entropy_beta: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weights a routed token's KL by exp(−β H) of the teacher's entropy H, nats.",
+    )
+    reweight_clip: float = Field(
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="ε of the action reweight: its factor on the advantage stays in 1 ± ε.",
+    )
+
+
+class OptimConfig(Config):
+    lr: float = Field(default=1e-6, gt=0, description="Peak learning rate of AdamW.")
+    warmup_steps: int = Field(default=0, ge=0, description="Linear warm-up.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW β1.")
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="AdamW β2.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient-norm clip.")
+    max_skipped_steps: int = Field(
+        default=3,
+        ge=0,
+        description="Steps in a row whose gradient is not finite: each is skipped and counted, one "
+        "more stops the run.",
+    )
+
+
+class LoraConfig(Config):
+    """Low-rank adapters instead of all weights (peft)."""
+
+    rank: int = Field(default=32, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(default=64.0, gt=0, description="Scale: adapters count alpha / rank.")
+    target_modules: str | list[str] = Field(
+        default="all-linear", description="Modules that get adapters, as in peft."
+    )
+
+
+class OfflineConfig(Config):
+    routed: str = Field(default="routed", description="Routed dataset: alias, id or stage/id.")
+    steps: int = Field(default=0, ge=0, description="Optimiser steps over routed tables.")
+    max_staleness: int = Field(
+        default=64,
+        ge=0,
+        description="Most optimiser steps between the sampling policy and the student.",
+    )
+
+
+class OnlineConfig(Config):
+    problems: str = Field(
+        default="problems", description="Problems dataset: alias, id or stage/id."
+    )
+    steps: int = Field(default=0, ge=0, description="Optimiser steps on fresh rollouts.")
+    group_size: int = Field(default=8, ge=2, description="Responses per problem, G.")
+    refill_rounds: int = Field(
+        default=0,
+        ge=0,
+        description="Dynamic sampling: times that groups without signal are replaced by groups of "
+        "other problems before the step goes on with what it has.",
+    )
+    sampling: SamplingConfig = Field(default=SamplingConfig(), description="Sampling parameters.")
+    verify: VerifyConfig = Field(default=VerifyConfig(), description="Verification.")
+    annotator: Annotator = Field(
+        default=SelfAnnotator(engine="self"), description="Annotator; not called once λ is 0."
+    )
+    segment: SegmentConfig = Field(default=SegmentConfig(), description="Segmenting.")
+    routing: RoutingConfig = Field(default=RoutingConfig(), description="Routing.")
+
+
+class TrainConfig(Config):
+    """Stage train: offline steps over routed tables, then online steps on fresh rollouts."""
+
+    policy: PolicyConfig = Field(default=PolicyConfig(), description="The base policy.")
+    lora: LoraConfig | None = Field(
+        default=None, description="Train adapters; null: all the weights."
+    )
+    prompt: PromptConfig = Field(default=PromptConfig(), description="Prompt templates.")
+    offline: OfflineConfig = Field(default=OfflineConfig(), description="Offline phase.")
+    online: OnlineConfig = Field(default=OnlineConfig(), description="Online phase.")
+    schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="λ over all steps.")
+    teacher: TeacherConfig = Field(default=TeacherConfig(), description="The teacher's weights.")
+    loss: LossConfig = Field(default=LossConfig(), description="Objective.")
+    optim: OptimConfig = Field(default=OptimConfig(), description="Optimiser.")
+    groups_per_step: int = Field(default=16, ge=1, description="Problems per optimiser step.")
+    drop_groups_without_signal: bool = Field(
+        default=False,
+        description="Leave out groups of equal rewards; they are counted either way.",
+    )
+    seed: int = Field(default=0, description="Seed of data order and sampling.")
+    micro_batch_tokens: int = operational(
+        16_384,
+        "Tokens per forward pass; a prompt counts once for the responses that share it.",
+        ge=1,
+    )
+    gradient_checkpointing: bool = operational(
+        False, "Recompute activations in the backward pass instead of keeping them."
+    )
+    sampler: TransformersSampler = Field(
+        default=TransformersSampler(), description="Engine of online rollouts (the live weights)."
+    )
+    checkpoint_every: int = operational(50, "Steps between checkpoints.", ge=1)
+    checkpoints_kept: int = operational(2, "Newest checkpoints that stay on disk.", ge=1)
+    tracker: Literal["tensorboard", "trackio", "wandb", "none"] = operational(
+        "tensorboard", "Where metrics go besides metrics.jsonl."
+    )
+
+    @model_validator(mode="after")
+    def _some_steps(self) -> "TrainConfig":
+        if self.offline.steps + self.online.steps == 0:
+            raise ValueError("offline.steps and online.steps are both 0; give one of them steps")
+        return self

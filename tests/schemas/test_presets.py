@@ -1,0 +1,95 @@
+"""Presets: where they go in a config, what they leave, what goes over them."""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from trace_opd.schemas.configs import ConvertConfig, PipelineConfig, TrainConfig
+from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.presets import PRESETS
+from trace_opd.schemas.settings import load_config
+
+MICRO = Path(__file__).parents[2] / "configs" / "micro.yaml"
+SECTIONS = {"routing", "schedule", "teacher", "loss"}
+every_preset = pytest.mark.parametrize("name", PRESETS)
+
+
+@every_preset
+def test_a_preset_sets_nothing_but_the_choices_that_make_a_method(name):
+    preset = PRESETS[name]
+    assert preset.sets.keys() <= SECTIONS
+    assert preset.summary.endswith(".")
+    assert "arXiv" in preset.source
+
+
+@every_preset
+def test_every_preset_is_a_valid_config_of_each_stage_that_takes_one(name):
+    sets = PRESETS[name].sets
+    train = load_config(TrainConfig, None, ["online.steps=1"], preset=name)
+    convert = load_config(ConvertConfig, None, preset=name)
+    pipeline = load_config(PipelineConfig, MICRO, preset=name)
+    for part in (train, pipeline.train):
+        for section in sets.keys() - {"routing"}:
+            found = getattr(part, section).model_dump(mode="json")
+            assert found | sets[section] == found
+    for routing in (
+        train.online.routing,
+        convert.routing,
+        pipeline.convert.routing,
+        pipeline.train.online.routing,
+    ):
+        found = routing.model_dump(mode="json")
+        assert found | sets["routing"] == found
+
+
+@every_preset
+def test_a_preset_as_overrides_says_the_same(name):
+    overrides = [
+        f"online.{text}" if text.startswith("routing.") else text
+        for text in PRESETS[name].overrides
+    ]
+    steps = ["online.steps=1"]
+    assert load_config(TrainConfig, None, steps + overrides) == load_config(
+        TrainConfig, None, steps, preset=name
+    )
+
+
+def test_a_preset_goes_over_the_file_and_overrides_go_over_the_preset():
+    plain = load_config(TrainConfig, MICRO, section="train")
+    config = load_config(
+        TrainConfig, MICRO, ["loss.jsd_beta=0.3", "online.routing.key=fkl"], "train", "sdpo"
+    )
+    assert plain.online.routing.rule == "spans"
+    assert config.online.routing.rule == "all"
+    assert config.online.routing.error == "jsd"
+    assert config.online.routing.key == "fkl"
+    assert config.loss.jsd_beta == 0.3
+    assert config.loss.grpo is False
+
+
+def test_what_a_preset_does_not_name_stays_the_files():
+    plain = load_config(TrainConfig, MICRO, ["online.routing.alpha=0.1"], "train")
+    config = load_config(TrainConfig, MICRO, ["online.routing.alpha=0.1"], "train", "sdpo")
+    assert config.online.routing.alpha == 0.1
+    for name in ("policy", "prompt", "offline", "optim", "groups_per_step"):
+        assert getattr(config, name) == getattr(plain, name)
+
+
+def test_the_mask_ablations_keep_the_files_corner():
+    corner = ["online.routing.key=none", "online.routing.error=rkl"]
+    for name in ("random-alpha", "inverted-alpha"):
+        routing = load_config(TrainConfig, MICRO, corner, "train", name).online.routing
+        assert (routing.key, routing.error) == ("none", "rkl")
+
+
+def test_overrides_do_not_change_the_preset():
+    before = copy.deepcopy(PRESETS["sdpo"].sets)
+    load_config(PipelineConfig, MICRO, ["train.loss.jsd_beta=0.1"], preset="sdpo")
+    load_config(ConvertConfig, None, ["routing.key=rkl"], preset="sdpo")
+    assert PRESETS["sdpo"].sets == before
+
+
+def test_an_unknown_preset_names_the_known_ones():
+    with pytest.raises(InputError, match=r"^preset 'sdppo': is none of trace-fkl, .*, opsd$"):
+        load_config(ConvertConfig, None, preset="sdppo")

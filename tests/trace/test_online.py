@@ -1,0 +1,193 @@
+"""Online steps: dynamic sampling, who is annotated, and what is written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pytest
+
+from trace_opd.pipelines.annotators.rule import StepsAnnotator
+from trace_opd.pipelines.micro import arithmetic_problems, exact_verdicts
+from trace_opd.pipelines.models import resolve_policy
+from trace_opd.schemas.configs import RoutingConfig, RuleAnnotator, SegmentConfig
+from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS
+from trace_opd.trace.align import byte_table
+from trace_opd.trace.online import OnlineSource
+from trace_opd.trace.policy import load_tokenizer
+
+GROUPS = 2
+ROUTING = RoutingConfig(key="fkl", error="rkl")
+
+
+@dataclass
+class Run:
+    """An online source whose rollouts are written by a rule instead of a policy.
+
+    signal: whether a problem's group of two has a right and a wrong response, else both are wrong.
+    """
+
+    signal: Callable[[dict], bool]
+    pool: pa.Table
+    routing: RoutingConfig = ROUTING
+    refill_rounds: int = 0
+    asked: list[int] = field(default_factory=list)
+    annotated: list[str] = field(default_factory=list)
+    written: dict[int, dict[str, pa.Table]] = field(default_factory=dict)
+    phases: list[str] = field(default_factory=list)
+
+    def collect(self, with_teacher: bool = True) -> tuple[pa.Table, dict[str, int]]:
+        self.tokenizer = load_tokenizer(resolve_policy("micro"))
+        source = OnlineSource(
+            problems=self.problems,
+            sample=self.sample,
+            verifier=self,
+            annotator=self,
+            bytes=byte_table(self.tokenizer),
+            routing=self.routing,
+            write=self.written.__setitem__,
+            refill_rounds=self.refill_rounds,
+        )
+        return source.collect(0, with_teacher, self.phases.append)
+
+    def problems(self, step: int, refill: int) -> pa.Table:
+        self.asked.append(refill)
+        return self.pool.slice(refill * GROUPS, GROUPS)
+
+    def sample(self, problems: pa.Table, step: int) -> pa.Table:
+        rows = []
+        for problem in problems.to_pylist():
+            right = problem["solution"]
+            wrong = right.replace("\\boxed{", "\\boxed{1")
+            texts = [right if self.signal(problem) else wrong, wrong]
+            for index, text in enumerate(texts):
+                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                rows.append(
+                    {
+                        "rollout_id": f"{problem['problem_id']}-{index}",
+                        "problem_id": problem["problem_id"],
+                        "group_id": problem["problem_id"],
+                        "sample_index": index,
+                        "prompt_token_ids": [1],
+                        "token_ids": ids,
+                        "logprobs": [-0.5] * len(ids),
+                        "response": text,
+                        "finish_reason": "stop",
+                        "policy_name": "rule",
+                        "policy_revision": "r",
+                        "policy_step": step,
+                        "vocab_fingerprint": "v",
+                        "temperature": 1.0,
+                        "top_p": 1.0,
+                        "top_k": 0,
+                        "max_new_tokens": 96,
+                        "seed": index,
+                        "on_policy": True,
+                    }
+                )
+        return ROLLOUTS.table(rows)
+
+    def verify(self, problems: pa.Table, rollouts: pa.Table) -> pa.Table:
+        return exact_verdicts(problems, rollouts)
+
+    def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
+        self.annotated += rollouts["rollout_id"].to_pylist()
+        annotator = StepsAnnotator(RuleAnnotator(engine="rule"), SegmentConfig())
+        return annotator.annotate(problems, rollouts, verdicts)
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+POOL = arithmetic_problems(3 * GROUPS, seed=0)
+IDS = POOL["problem_id"].to_pylist()
+
+
+def run_where(*signal: int, pool: pa.Table = POOL, **fields) -> Run:
+    """A run in which the problems at those places of the pool have signal."""
+    chosen = {IDS[place] for place in signal}
+    return Run(lambda problem: problem["problem_id"] in chosen, pool, **fields)
+
+
+def trained(table: pa.Table) -> list[int]:
+    """Places in the pool of the groups that a table trains on, in its order."""
+    return [IDS.index(group) for group in dict.fromkeys(table["group_id"].to_pylist())]
+
+
+def test_without_refill_a_step_takes_its_groups_as_they_come():
+    run = run_where(0)
+    table, counts = run.collect()
+    assert trained(table) == [0, 1]
+    assert counts == {"groups_replaced": 0}
+    assert run.asked == [0]
+
+
+def test_a_group_without_signal_is_replaced_by_another_problems():
+    run = run_where(0, 2, refill_rounds=1)
+    table, counts = run.collect()
+    assert trained(table) == [0, 2]
+    assert counts == {"groups_replaced": 1}
+
+
+def test_refilling_stops_when_every_group_has_signal():
+    run = run_where(0, 1, refill_rounds=2)
+    table, counts = run.collect()
+    assert (trained(table), counts) == ([0, 1], {"groups_replaced": 0})
+    assert run.phases.count("sample") == 1
+
+
+def test_replacements_without_signal_are_replaced_in_the_next_round():
+    run = run_where(3, 4, refill_rounds=2)
+    table, counts = run.collect()
+    assert trained(table) == [3, 4]
+    assert counts == {"groups_replaced": 3}
+
+
+def test_after_the_last_round_the_step_goes_on_with_what_it_has():
+    table, counts = run_where(3, refill_rounds=1).collect()
+    assert trained(table) == [2, 3]
+    assert counts == {"groups_replaced": 2}
+
+
+def test_a_group_stays_where_no_problem_is_left_to_replace_it():
+    table, counts = run_where(pool=POOL.slice(0, 3), refill_rounds=5).collect()
+    assert trained(table) == [1, 2]
+    assert counts == {"groups_replaced": 1}
+
+
+def test_all_that_was_sampled_is_written_row_for_row_and_what_trains_comes_first():
+    run = run_where(0, 2, refill_rounds=1)
+    table, _ = run.collect()
+    written = run.written[0]
+    assert written["problems"].schema == PROBLEMS.schema
+    assert written["problems"]["problem_id"].to_pylist() == IDS[:3]
+    groups = [f"{IDS[place]}-{sample}" for place in (0, 2, 1) for sample in (0, 1)]
+    for name in ("rollouts", "verdicts"):
+        assert written[name]["rollout_id"].to_pylist() == groups
+    for name in ("annotations", "routed"):
+        assert written[name]["rollout_id"].to_pylist() == groups[:4]
+    assert written["routed"] == table
+    assert run.annotated == groups[:4]
+
+
+def test_without_a_teacher_nothing_is_annotated_and_groups_are_still_replaced():
+    run = run_where(0, 2, refill_rounds=1)
+    table, counts = run.collect(with_teacher=False)
+    assert (trained(table), counts) == ([0, 2], {"groups_replaced": 1})
+    assert not run.annotated
+    assert "annotations" not in run.written[0]
+    assert not any(map(any, table["route"].to_pylist()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "routed"),
+    [
+        ({"rule": "all", "teacher_context": "peer"}, [False, True]),
+        ({"rule": "random", "teacher_context": "solution"}, [True, True]),
+        ({"key": "none", "error": "none"}, [False, False]),
+    ],
+)
+def test_the_annotator_is_not_called_where_the_routing_looks_at_no_annotation(fields, routed):
+    run = run_where(0, routing=RoutingConfig(**({"key": "fkl", "error": "rkl"} | fields)))
+    table, _ = run.collect()
+    assert not run.annotated
+    assert [any(route) for route in table["route"].to_pylist()][:2] == routed

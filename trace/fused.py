@@ -1,0 +1,316 @@
+"""The routed objective and its gradients in one pass over the vocabulary, chunk by chunk.
+
+From the student's hidden states, the head and the teacher's hidden states at routed tokens to the
+loss: no (tokens, vocab) tensor exists, gradients are formed in the forward pass, nothing is
+recomputed. Tokens are taken kind by kind, so that the teacher's head runs on whole chunks of routed
+tokens and on no other.
+
+A chunk's logits stand in one buffer and turn into the gradient in place. Between the matrix products
+it is worked on in blocks of rows small enough for the cache.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..schemas.configs import LossConfig
+from ..schemas.labels import Route
+from .losses import divergence, policy_terms, reference_kl, reweighted_advantage
+
+# Logits held at once, student's and teacher's together, bytes; rows worked on at once. On CUDA the
+# products need long chunks; on CPU a block of rows has to stay in the cache.
+_BUFFER_BYTES = {"cpu": 96 << 20, "cuda": 1 << 30}
+_BLOCK_ROWS = {"cpu": 8, "cuda": 256}
+# Vocabulary entries whose weight gradient is summed at once where it needs a wider type.
+_VOCAB_SLICE = 8192
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head: logits = softcap · tanh((h Wᵀ + b) / softcap).
+
+    weight: (vocab, hidden); bias: (vocab,); softcap: None for plain logits.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Response tokens of one micro-batch, one sequence after another; all (tokens,).
+
+    token_ids: int64. old_logprobs: float32, under the sampling policy at `temperature`.
+    advantage: float32. weight: float32, global to the step (`losses.token_weights`). temperature:
+    float32, divides the logits. route: uint8 of Route. reference_logprobs: float32 under the base
+    policy; None without a KL to it.
+    """
+
+    token_ids: torch.Tensor
+    old_logprobs: torch.Tensor
+    advantage: torch.Tensor
+    weight: torch.Tensor
+    temperature: torch.Tensor
+    route: torch.Tensor
+    reference_logprobs: torch.Tensor | None = None
+
+
+class LossOutput(NamedTuple):
+    """loss: scalar with gradient. The rest is (tokens,) float32 without one.
+
+    logprobs and entropy: the student's, nats. ratio_clipped, kl_clipped: 1 where a bound binds.
+    kl: the exact divergence of routed tokens, nats, 0 elsewhere. reference_kl: nats.
+    """
+
+    loss: torch.Tensor
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    ratio_clipped: torch.Tensor
+    kl: torch.Tensor
+    kl_clipped: torch.Tensor
+    reference_kl: torch.Tensor
+
+
+def routed_loss(
+    hidden: torch.Tensor,
+    head: Head,
+    inputs: LossInputs,
+    config: LossConfig,
+    kl_weight: float = 0.0,
+    grpo_weight: float = 1.0,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_head: Head | None = None,
+) -> LossOutput:
+    """TRACE's objective (arXiv 2605.10194; METHOD.md, "Objective") for one micro-batch.
+
+    hidden: (tokens, hidden) states that predict the tokens, with gradient. kl_weight: λ_k;
+    grpo_weight: 1 − λ_k / w0, GRPO's on routed tokens. teacher_hidden: (routed, hidden) in the order
+    of the tokens whose route is not GRPO; None when λ is 0 or nothing is routed. Sums are in float32
+    at least, whatever the inputs are.
+    """
+    call = _Call(inputs, config, kl_weight, grpo_weight, head, teacher_head)
+    outputs = _FusedRoutedLoss.apply(hidden, head.weight, head.bias, teacher_hidden, call)
+    return LossOutput(*outputs)  # pyright: ignore
+
+
+@torch.no_grad()
+def token_logprobs(
+    hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, temperature: torch.Tensor
+) -> torch.Tensor:
+    """Log-probabilities of tokens, (tokens,) float32, without ever holding all their logits."""
+    rows = _chunk_rows(hidden, head)
+    out = []
+    for states, ids, heat in zip(
+        hidden.split(rows), token_ids.split(rows), temperature.split(rows), strict=True
+    ):
+        logits = torch.empty(
+            len(states), len(head.weight), dtype=_wide(hidden), device=hidden.device
+        )
+        _project(states, head, logits)
+        log_p = torch.log_softmax(_shape(logits, head, heat), -1)
+        out.append(log_p.gather(1, ids[:, None]).squeeze(1))
+    return torch.cat(out) if out else hidden.new_zeros(0, dtype=_wide(hidden))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the autograd function takes besides differentiable tensors."""
+
+    inputs: LossInputs
+    config: LossConfig
+    kl_weight: float
+    grpo_weight: float
+    head: Head
+    teacher_head: Head | None
+
+
+class _FusedRoutedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, teacher_hidden: Any, call: _Call):
+        wide = _wide(hidden)
+        statistics = {
+            name: torch.zeros(len(hidden), dtype=wide, device=hidden.device)
+            for name in ("loss", "logprobs", "entropy", "ratio_clipped", "kl", "kl_clipped", "reference_kl")
+        }  # fmt: skip
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
+        rows = min(_chunk_rows(hidden, call.head), max(len(hidden), 1))
+        buffer = torch.empty(rows, len(weight), dtype=wide, device=hidden.device)
+        for route, positions, taught in _chunks(call, teacher_hidden is not None, rows):
+            states = hidden[positions]  # (chunk, hidden)
+            logits = buffer[: len(states)]  # (chunk, vocab)
+            _project(states, call.head, logits)
+            teacher_logits = None
+            if taught is not None:
+                assert call.teacher_head is not None, "a teacher's states need its head"
+                teacher_logits = buffer[len(states) : 2 * len(states)]
+                _project(teacher_hidden[taught], call.teacher_head, teacher_logits)
+            step = _BLOCK_ROWS.get(hidden.device.type, 256)
+            for start in range(0, len(states), step):
+                block = slice(start, start + step)
+                _logits_to_gradient(
+                    logits[block],
+                    teacher_logits[block] if teacher_logits is not None else None,
+                    route,
+                    positions[block],
+                    call,
+                    statistics,
+                )
+            gradient = logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[positions] = gradient @ weight.to(hidden.dtype)
+            if grad_weight is not None:
+                _add_outer(grad_weight, gradient, states)
+            if grad_bias is not None:
+                grad_bias += logits.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
+        loss = statistics.pop("loss").sum()
+        ctx.mark_non_differentiable(*statistics.values())
+        return loss, *statistics.values()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any):
+        scale, (grad_hidden, grad_weight, grad_bias) = grad_outputs[0], ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+
+        def scaled(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+            # In place: this function owns them, and the weight's is as large as the head.
+            return gradient.mul_(scale).to(dtype) if gradient is not None else None
+
+        return (
+            scaled(grad_hidden, grad_hidden.dtype) if grad_hidden is not None else None,
+            scaled(grad_weight, weight_dtype),
+            scaled(grad_bias, bias_dtype),
+            None,
+            None,
+        )
+
+
+def _chunks(call: _Call, with_teacher: bool, rows: int):
+    """(route, token positions, rows of teacher_hidden or None) of each chunk of one route."""
+    route = call.inputs.route
+    if not with_teacher or call.kl_weight == 0:
+        for positions in torch.arange(len(route), device=route.device).split(rows):
+            yield Route.GRPO, positions, None
+        return
+    (routed,) = torch.nonzero(route, as_tuple=True)
+    for kind in Route:
+        if kind is Route.GRPO:
+            (plain,) = torch.nonzero(route == int(kind), as_tuple=True)
+            for positions in plain.split(rows):
+                yield kind, positions, None
+        else:
+            (taught,) = torch.nonzero(route[routed] == int(kind), as_tuple=True)
+            for chunk in taught.split(max(rows // 2, 1)):
+                yield kind, routed[chunk], chunk
+
+
+def _logits_to_gradient(
+    logits: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    route: Route,
+    positions: torch.Tensor,
+    call: _Call,
+    statistics: dict[str, torch.Tensor],
+) -> None:
+    """Turn a block's logits (rows, vocab) into d loss / d logits in place; fill in its statistics."""
+    inputs, config = call.inputs, call.config
+    ids, temperature = inputs.token_ids[positions, None], inputs.temperature[positions]
+    slope = _softcap_slope(logits, call.head, temperature)
+    log_p = torch.log_softmax(_shape(logits, call.head, temperature), -1)
+    p = torch.exp(log_p, out=logits)
+    logprobs = log_p.gather(1, ids).squeeze(1)  # (rows,)
+    weight, advantage = inputs.weight[positions], inputs.advantage[positions]
+    # As the KL fades routed tokens return to GRPO; reweighted ones never left it.
+    fades = route not in (Route.GRPO, Route.REWEIGHT)
+    policy_weight = weight * (call.grpo_weight if fades else 1.0)
+    kl_gradient, kl_loss = None, 0.0
+    if teacher_logits is not None:
+        assert call.teacher_head is not None
+        log_q = torch.log_softmax(_shape(teacher_logits, call.teacher_head, temperature), -1)
+        if route is Route.REWEIGHT:
+            advantage = reweighted_advantage(
+                advantage, logprobs, log_q.gather(1, ids).squeeze(1), call.kl_weight, config.reweight_clip
+            )  # fmt: skip
+        else:
+            q = torch.exp(log_q, out=teacher_logits)
+            value, exact, clipped, kl_gradient = divergence(route, p, log_p, q, log_q, config)
+            kl_weight = call.kl_weight * weight
+            if config.entropy_beta:
+                kl_weight = kl_weight * torch.exp(
+                    config.entropy_beta * torch.linalg.vecdot(q, log_q)
+                )
+            kl_gradient.mul_(kl_weight[:, None])
+            kl_loss = kl_weight * value
+            statistics["kl"][positions] = exact
+            statistics["kl_clipped"][positions] = clipped.to(exact.dtype)
+    with torch.enable_grad():
+        variable = logprobs.detach().requires_grad_()
+        terms, bound = policy_terms(variable, inputs.old_logprobs[positions], advantage, config)
+        losses = (policy_weight if config.grpo else 0.0) * terms
+        if inputs.reference_logprobs is not None:
+            kl = reference_kl(variable, inputs.reference_logprobs[positions])
+            losses = losses + config.reference_kl * weight * kl
+            statistics["reference_kl"][positions] = kl.detach()
+        (slope_logprob,) = torch.autograd.grad(losses.sum(), variable)  # (rows,)
+    statistics["loss"][positions] = losses.detach() + kl_loss
+    statistics["logprobs"][positions] = logprobs
+    statistics["entropy"][positions] = -torch.linalg.vecdot(p, log_p)
+    statistics["ratio_clipped"][positions] = bound.to(logprobs.dtype)
+    # d log p(y) / d logits = onehot(y) − p.
+    p.mul_(-slope_logprob[:, None]).scatter_add_(1, ids, slope_logprob[:, None])
+    if kl_gradient is not None:
+        p += kl_gradient
+    if slope is not None:
+        p *= slope
+
+
+def _shape(logits: torch.Tensor, head: Head, temperature: torch.Tensor) -> torch.Tensor:
+    """Soft cap and temperature, in place: (rows, vocab)."""
+    if head.softcap:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    return logits.div_(temperature[:, None])
+
+
+def _softcap_slope(
+    logits: torch.Tensor, head: Head, temperature: torch.Tensor
+) -> torch.Tensor | None:
+    """d shaped logits / d raw logits: (rows, 1) or (rows, vocab)."""
+    if head.softcap:
+        return (1 - (logits / head.softcap).tanh_().square_()) / temperature[:, None]
+    return 1 / temperature[:, None]
+
+
+def _project(states: torch.Tensor, head: Head, out: torch.Tensor) -> None:
+    """Raw logits (rows, vocab) of states (rows, hidden) into `out`."""
+    weight = head.weight.to(states.dtype)
+    if out.dtype == states.dtype:
+        torch.mm(states, weight.T, out=out)
+    else:
+        out.copy_(states @ weight.T)
+    if head.bias is not None:
+        out += head.bias
+
+
+def _add_outer(total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor) -> None:
+    """total (vocab, hidden) += gradientᵀ states, summed in the total's type."""
+    if total.dtype == states.dtype:
+        total.addmm_(gradient.T, states)
+        return
+    for start in range(0, len(total), _VOCAB_SLICE):
+        part = slice(start, start + _VOCAB_SLICE)
+        total[part] += gradient[:, part].T @ states
+
+
+def _chunk_rows(hidden: torch.Tensor, head: Head) -> int:
+    row_bytes = len(head.weight) * torch.finfo(_wide(hidden)).bits // 8
+    return max(2, _BUFFER_BYTES.get(hidden.device.type, 1 << 30) // row_bytes)
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    """float32 at least: bfloat16 would round probabilities to three digits."""
+    return torch.promote_types(tensor.dtype, torch.float32)

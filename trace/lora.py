@@ -1,0 +1,137 @@
+"""Low-rank adapters through peft: added to a policy, saved, restored, merged into its weights.
+
+A checkpoint holds the adapters alone; the base's weights never change. The model that training
+ends with is saved merged, so that everything that reads transformers folders reads it, and beside
+it `adapter/` as peft reads it.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ..schemas.configs import LoraConfig
+from ..schemas.errors import InputError
+
+_ADAPTER = "default"
+_BASE_PREFIX = "base_model.model."
+
+
+def add_adapters(model: Any, config: LoraConfig) -> Any:
+    """Freeze a transformers model and put trainable float32 adapters on it: a peft.PeftModel.
+
+    The adapters' first values are the same in every run and on every rank; they change nothing
+    until a step is taken (B is 0).
+
+    Raises:
+        InputError: peft is not installed, or target_modules names no linear layer, other layers
+            or the head.
+    """
+    peft = _peft()
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=config.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            adapted = peft.get_peft_model(model, settings, autocast_adapter_dtype=True)
+        except ValueError as error:
+            raise InputError(
+                f"lora.target_modules {config.target_modules}: {str(error).splitlines()[0]:.160}; "
+                "name linear layers of the policy, or use all-linear"
+            ) from None
+    head = adapted.get_output_embeddings()
+    for name, layer in adapted.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        if layer is head or not isinstance(layer.base_layer, torch.nn.Linear):
+            what = "the head" if layer is head else "no linear layer"
+            raise InputError(
+                f"lora.target_modules: {name.removeprefix(_BASE_PREFIX)} is {what}; name linear "
+                "layers other than the head, or use all-linear"
+            )
+    return adapted
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether `add_adapters` made this model."""
+    return hasattr(model, "peft_config")
+
+
+def transformers_model(model: Any) -> Any:
+    """The transformers model that a peft model wraps, adapters in place; a plain one itself."""
+    return model.get_base_model() if has_adapters(model) else model
+
+
+def save_adapters(
+    model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors for peft.PeftModel.from_pretrained.
+
+    weights: the model's gathered state dict, where its parameters are sharded.
+    """
+    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+
+
+def load_adapters(model: Any, folder: Path) -> None:
+    """Give a model from `add_adapters` the adapters that `save_adapters` wrote, bit for bit."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    result = _peft().set_peft_model_state_dict(model, weights)
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        raise InputError(
+            f"{folder}: holds adapters of another shape ({[*missing, *result.unexpected_keys][0]}); "
+            "resume with the lora settings that made it"
+        )
+
+
+def save_merged(
+    model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write the merged model as a transformers folder, and the adapters in its `adapter/`.
+
+    weights: as in `save_adapters`.
+    """
+    state = model.state_dict() if weights is None else weights
+    plain = transformers_model(model)
+    merged = merged_weights(state, model.peft_config[_ADAPTER])
+    for tied in plain.all_tied_weights_keys:  # in a gathered state dict they are copies
+        merged.pop(tied, None)
+    plain.save_pretrained(folder, state_dict=merged)
+    save_adapters(model, folder / "adapter", weights)
+
+
+@torch.no_grad()
+def merged_weights(state: Mapping[str, torch.Tensor], settings: Any) -> dict[str, torch.Tensor]:
+    """A peft model's state dict as the plain model's, on the CPU: W + (alpha / rank) B A.
+
+    Summed in float32 and rounded once to W's type. settings: the adapters' peft.LoraConfig.
+    Source: LoRA (arXiv 2106.09685, section 4.1).
+    """
+    merged: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            continue
+        weight = tensor.detach().cpu()
+        module, base, leaf = name.rpartition(".base_layer.")
+        if base and leaf == "weight":
+            down = state[f"{module}.lora_A.{_ADAPTER}.weight"].float()  # (rank, in)
+            up = state[f"{module}.lora_B.{_ADAPTER}.weight"].float()  # (out, rank)
+            update = settings.lora_alpha / settings.r * (up @ down)
+            weight = (weight.float() + update.cpu()).to(weight.dtype)
+        plain_name = f"{module}.{leaf}" if base else name
+        merged[plain_name.removeprefix(_BASE_PREFIX)] = weight
+    return merged
+
+
+def _peft() -> Any:
+    if find_spec("peft") is None:
+        raise InputError("lora: peft is not installed; `pip install peft`, or leave lora out")
+    return import_module("peft")

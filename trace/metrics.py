@@ -1,0 +1,95 @@
+"""A step's metrics from its sequences and from what the objective says of each token."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..schemas.labels import Route
+from .batch import TrainingSequence, signal_groups
+from .fused import LossInputs, LossOutput
+
+# Sums over a micro-batch's tokens; `loss` is already weighted for the whole step.
+SUMS = (
+    "loss", "tokens", "entropy", "ratio_clipped", "drift", "drift_kl", "kl_clipped", "reference_kl",
+    *(f"{route.name.lower()}_kl" for route in Route if route is not Route.GRPO),
+    *(f"{route.name.lower()}_tokens" for route in Route if route is not Route.GRPO),
+)  # fmt: skip
+
+
+@torch.no_grad()
+def token_sums(output: LossOutput, inputs: LossInputs, with_kl: bool) -> tuple[np.ndarray, float]:
+    """One micro-batch's sums in the order of SUMS, and its largest drift, nats.
+
+    Drift is the trainer's log-probability of a sampled token minus the stored one. Its KL is the
+    estimate of KL(sampler‖trainer) that is 0 or more for each token: r − 1 − log r with r = e^drift.
+    """
+    drift = output.logprobs - inputs.old_logprobs
+    routed = [inputs.route == int(route) for route in Route if route is not Route.GRPO]
+    sums = [
+        output.loss,
+        torch.ones_like(output.entropy).sum(),
+        output.entropy.sum(),
+        output.ratio_clipped.sum(),
+        drift.abs().sum(),
+        (torch.expm1(drift) - drift).sum(),
+        output.kl_clipped.sum(),
+        output.reference_kl.sum(),
+        *(output.kl[mask].sum() for mask in routed),
+        *((mask.sum() if with_kl else mask.sum() * 0) for mask in routed),
+    ]
+    largest = drift.abs().max() if len(drift) else drift.sum()
+    values = torch.stack([x.double() for x in (*sums, largest)]).cpu().numpy()
+    return values[:-1], float(values[-1])
+
+
+def step_metrics(
+    sequences: Sequence[TrainingSequence],
+    sums: dict[str, float],
+    largest_drift: float,
+    with_reference: bool = False,
+) -> dict[str, float]:
+    """A step's means. Units: nats, tokens, shares.
+
+    sums: token_sums added up over the step. A step without a sequence (no rollout could be scored)
+    changes nothing and has no means.
+    """
+    if not sequences:
+        return {"sequences": 0.0, "tokens": 0.0}
+    groups: dict[str, list[float]] = defaultdict(list)
+    for sequence in sequences:
+        groups[sequence.group_id].append(sequence.reward)
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    tokens, trained = max(sum(lengths), 1), max(sums["tokens"], 1)
+    routes = np.bincount(np.concatenate([s.route for s in sequences]), minlength=len(Route))
+    rewards = [sequence.reward for sequence in sequences]
+    metrics = {
+        "sequences": float(len(sequences)),
+        "reward": float(np.mean(rewards)),
+        "pass_rate": float(np.mean([reward > 0 for reward in rewards])),
+        "groups_without_signal": 1 - len(signal_groups(sequences)) / len(groups),
+        "response_tokens": float(np.mean(lengths)),
+        "truncated": float(np.mean([sequence.truncated for sequence in sequences])),
+        "coverage_fkl": routes[Route.FKL] / tokens,
+        "coverage_rkl": routes[Route.RKL] / tokens,
+        "entropy": sums["entropy"] / trained,
+        "ratio_clipped": sums["ratio_clipped"] / trained,
+        "sampler_drift": sums["drift"] / trained,
+        "sampler_drift_max": largest_drift,
+        "sampler_kl": sums["drift_kl"] / trained,
+        "tokens": float(tokens),
+    }
+    for route in (Route.JSD, Route.REWEIGHT):
+        if routes[route]:
+            metrics[f"coverage_{route.name.lower()}"] = routes[route] / tokens
+    kl_tokens = 0.0
+    for name in ("fkl", "rkl", "jsd"):
+        if sums[f"{name}_tokens"]:
+            metrics[f"kl_{name}"] = sums[f"{name}_kl"] / sums[f"{name}_tokens"]
+            kl_tokens += sums[f"{name}_tokens"]
+    if with_reference:
+        metrics["kl_reference"] = sums["reference_kl"] / trained
+    if kl_tokens:
+        metrics["kl_clipped"] = sums["kl_clipped"] / kl_tokens
+    return metrics

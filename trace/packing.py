@@ -1,0 +1,221 @@
+"""Sequences in one row without padding, a prompt once for all responses that share it.
+
+A row is a list of blocks: a prompt's tokens, then each response's. Everything that works on single
+tokens (embedding, projections, MLP, norms) sees each token once. Attention is a loop over sequences:
+a response attends to its prompt and to itself, exactly as if they stood alone, through PyTorch's
+scaled_dot_product_attention with its causal kernel. Positions restart with each prompt and go on from
+it in each response.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..schemas.errors import InputError
+from .fused import Head
+from .policy import backbone, output_head
+
+ATTENTION = "trace_packed"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """Where a sequence lies in its row. first: it is the one that its prompt's outputs come from."""
+
+    prompt: slice
+    response: slice
+    first: bool
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """input_ids, position_ids: (1, tokens) int64. sequences: in the order they were given.
+
+    logit_positions: (kept tokens,) int64, where the hidden states stand that predict the response
+    tokens asked for, one sequence after another.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    sequences: tuple[PackedSequence, ...]
+    logit_positions: torch.Tensor
+
+
+def pack(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[np.ndarray],
+    keep: Sequence[np.ndarray] | None = None,
+) -> PackedRow:
+    """Pack sequences; equal prompts that follow one another are laid down once.
+
+    keep: per sequence the response positions whose predicting states are wanted, ascending; None:
+    all of them.
+    """
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    sequences: list[PackedSequence] = []
+    wanted: list[np.ndarray] = []
+    at, prompt_slice, before = 0, slice(0, 0), None
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        first = prompt != before
+        if first:
+            ids.append(np.asarray(prompt, dtype=np.int64))
+            positions.append(np.arange(len(prompt)))
+            prompt_slice = slice(at, at + len(prompt))
+            at, before = prompt_slice.stop, prompt
+        ids.append(np.asarray(response, dtype=np.int64))
+        positions.append(np.arange(len(prompt), len(prompt) + len(response)))
+        sequences.append(PackedSequence(prompt_slice, slice(at, at + len(response)), first))
+        kept = np.arange(len(response)) if keep is None else keep[index]
+        # The state at one token predicts the next; a response's first is predicted by its prompt.
+        wanted.append(np.where(kept == 0, prompt_slice.stop - 1, at + kept - 1))
+        at += len(response)
+    return PackedRow(
+        torch.from_numpy(np.concatenate(ids))[None],
+        torch.from_numpy(np.concatenate(positions))[None],
+        tuple(sequences),
+        torch.from_numpy(np.concatenate(wanted)),
+    )
+
+
+def packed_tokens(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    """Tokens of a row that `pack` would make."""
+    total, before = 0, None
+    for prompt, length in zip(prompts, lengths, strict=True):
+        total += length + (len(prompt) if prompt != before else 0)
+        before = prompt
+    return total
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packed: tuple[PackedSequence, ...] | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a packed row; without `packed`, as in sampling, transformers' own over SDPA.
+
+    query: (1, heads, tokens, head); key, value: (1, key heads, tokens, head). Returns
+    (1, tokens, heads, head).
+    """
+    if packed is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    out = []
+    for sequence in packed:
+        prompt, response = sequence.prompt, sequence.response
+
+        def of(tensor: torch.Tensor, p: slice = prompt, r: slice = response) -> torch.Tensor:
+            if p.stop == r.start:
+                return tensor[:, :, p.start : r.stop]
+            return torch.cat((tensor[:, :, p], tensor[:, :, r]), dim=2)
+
+        q, k, v = of(query), of(key), of(value)  # (1, heads, prompt + response, head)
+        mask = _window_mask(q.shape[2], sliding_window, q.device)
+        # The prompt's queries are worked out again with each response: cheaper than a mask.
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling
+        )
+        out.append(attended if sequence.first else attended[:, :, prompt.stop - prompt.start :])
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """(length, length) bool where causal attention within a window may look; None: everywhere."""
+    if window is None or length <= window:
+        return None
+    distance = torch.arange(length, device=device)
+    distance = distance[:, None] - distance[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+class PackedModel(torch.nn.Module):
+    """A causal language model that reads packed rows.
+
+    One forward pass covers the backbone and whatever is made of its states and head, so that under
+    FSDP the head's weights are whole while they are used.
+    """
+
+    def __init__(self, model: Any, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model = model
+        self.compute_dtype = compute_dtype
+        # Kept out of the module tree: they are parts of the model.
+        self._backbone = [backbone(model)]
+        model.set_attn_implementation(ATTENTION)
+
+    def forward(self, row: PackedRow, use: Callable[[torch.Tensor, Head], T]) -> T:
+        """`use` gets the states that predict the row's kept tokens, (kept, hidden), and the head."""
+        (decoder,) = self._backbone
+        device = next(decoder.parameters()).device
+        low = self.compute_dtype != torch.float32
+        with torch.autocast(device.type, dtype=self.compute_dtype, enabled=low):
+            states = decoder(
+                input_ids=row.input_ids.to(device),
+                position_ids=row.position_ids.to(device),
+                # Four-dimensional, so that no mask is made from it: packed attention needs none.
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+                packed=row.sequences,
+                use_cache=False,
+            ).last_hidden_state  # (1, tokens, hidden)
+        kept = states[0, row.logit_positions.to(device)]
+        weight, bias = output_head(self.model)
+        softcap = getattr(self.model.config, "final_logit_softcapping", None)
+        return use(kept.to(self.compute_dtype) if low else kept, Head(weight, bias, softcap))
+
+
+def response_logits(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[np.ndarray],
+    keep: Sequence[np.ndarray] | None = None,
+) -> torch.Tensor:
+    """Logits that predict chosen response tokens, all at once: (sum of kept, vocab)."""
+
+    def project(states: torch.Tensor, head: Head) -> torch.Tensor:
+        logits = torch.nn.functional.linear(states, head.weight, head.bias)
+        return torch.tanh(logits / head.softcap) * head.softcap if head.softcap else logits
+
+    return PackedModel(model)(pack(prompts, responses, keep), project)
+
+
+@torch.no_grad()
+def check_architecture(model: Any) -> None:
+    """Raises InputError unless packed rows give the logits that the model itself gives.
+
+    Some architectures attend in a way of their own or scale their logits behind the head; training
+    on other logits than the sampler's would be silent.
+    """
+    prompts = [[1, 2, 3], [1, 2, 3], [3, 1]]
+    responses = [np.array([0, 2]), np.array([2]), np.array([1, 3, 2])]
+    ours = response_logits(model, prompts, responses)
+    theirs = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = torch.tensor([[*prompt, *response.tolist()]], device=ours.device)
+        theirs.append(model(input_ids=ids).logits[0, len(prompt) - 1 : -1])
+    if not torch.allclose(ours.float(), torch.cat(theirs).float(), rtol=0.02, atol=0.02):
+        raise InputError(
+            f"policy {model.config.model_type}: this architecture attends to its tokens or changes "
+            "its logits behind the head in a way that the trainer does not know; use another policy"
+        )

@@ -1,0 +1,143 @@
+"""One process or many under torchrun: what the trainer needs of torch.distributed.
+
+Every rank knows the whole step's sequences and takes its share of them; weights, gradients and
+optimiser states are sharded by FSDP2. One process is the case of one rank, with nothing sharded.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from .policy import backbone
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all that train together."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    def sum(self, values: list[float], device: torch.device) -> list[float]:
+        """Element-wise sum over ranks; the same list on each."""
+        return self._reduce(values, device, dist.ReduceOp.SUM)
+
+    def most(self, values: list[float], device: torch.device) -> list[float]:
+        """Element-wise maximum over ranks."""
+        return self._reduce(values, device, dist.ReduceOp.MAX)
+
+    def broadcast(self, value: Any) -> Any:
+        """The first rank's value, on every rank."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        if self.count == 1:
+            return [value]
+        out: list[Any] = [None] * self.count
+        dist.all_gather_object(out, value)
+        return out
+
+    def shard(self, module: torch.nn.Module, model: Any, compute_dtype: torch.dtype) -> None:
+        """Shard a module that wraps a model over the ranks, layer by layer, with FSDP2."""
+        if self.count == 1:
+            return
+        device = next(module.parameters()).device.type
+        mesh = dist.init_device_mesh(device, (self.count,))
+        precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+        for layer in backbone(model).get_submodule("layers").children():
+            fully_shard(layer, mesh=mesh, mp_policy=precision)
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+
+    def _reduce(self, values: list[float], device: torch.device, op: Any) -> list[float]:
+        if self.count == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
+
+def join_ranks(device: str) -> Ranks:
+    """The ranks of this torchrun, joined on first use; one rank without it.
+
+    Raises:
+        ValueError: torch.distributed cannot start with torchrun's settings.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks()
+    if not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def whole_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A module's state dict, unsharded. Every rank has to call; the first gets the tensors."""
+    if not is_sharded(module):
+        return module.state_dict()
+    return get_model_state_dict(module, options=_WHOLE)
+
+
+def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Give a module, sharded or not, whole weights; every rank has them."""
+    if is_sharded(module):
+        set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
+    else:
+        module.load_state_dict(weights)
+
+
+def whole_optimizer(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's state by parameter name, unsharded: it loads under any number of ranks."""
+    return get_optimizer_state_dict(module, optimizer, options=_WHOLE)
+
+
+def load_optimizer(
+    module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Restore what `whole_optimizer` gave; every rank has it."""
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(module, optimizer, state, options=options)
+
+
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Copy parameters and buffers between modules of the same form, whole or sharded alike.
+
+    A whole target of a sharded source gets whole weights; then every rank has to call.
+    """
+    with torch.no_grad():
+        pairs = zip(_tensors(source), _tensors(target), strict=True)
+        for theirs, ours in pairs:
+            if isinstance(theirs, DTensor) and not isinstance(ours, DTensor):
+                theirs = theirs.full_tensor()
+            ours.copy_(theirs)
+
+
+def is_sharded(module: torch.nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]

@@ -1,0 +1,172 @@
+"""Route rules: which tokens of a response leave plain GRPO. A rule is one function.
+
+`routing.rule` names one of RULES, or `module:function` of your own:
+
+    # my_rules.py
+    import numpy as np
+
+    def surprising(response):
+        '''Route the ⌊α n⌋ tokens that the policy found least likely.'''
+        span_id = np.full(response.tokens, -1)
+        span_id[np.argsort(response.logprobs, kind="stable")[: response.room]] = 0
+        return span_id
+
+What the routed tokens get is not a rule's to say: it is `routing.key` or `routing.error`.
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from ..schemas.configs import RoutingConfig
+from ..schemas.errors import InputError
+from ..schemas.labels import Action, SpanKind
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a rule may see of one response.
+
+    token_ids: (tokens,) int64; logprobs: (tokens,) float32, nats, under the sampling policy;
+    token_segment: (tokens,) segment of each token, −1 for none; spans: segment indices of each
+    span, in the annotator's order; kind: KEY if the response is correct, else ERROR;
+    alpha: `routing.alpha`.
+    """
+
+    rollout_id: str
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    token_segment: np.ndarray
+    spans: Sequence[Sequence[int]]
+    kind: SpanKind
+    alpha: float
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def room(self) -> int:
+        """⌊α · tokens⌋: how many tokens the coverage cap lets through."""
+        return math.floor(self.alpha * self.tokens + 1e-9)
+
+    @property
+    def marked(self) -> np.ndarray:
+        """(tokens,) bool: inside the annotator's spans, before the cap."""
+        return np.isin(self.token_segment, [segment for span in self.spans for segment in span])
+
+    def generator(self) -> np.random.Generator:
+        """Random numbers that are the same whenever this response is routed."""
+        return np.random.default_rng(list(self.rollout_id.encode()))
+
+
+# Returns (tokens,) integers: the rank of the span that a token is routed for, −1: not routed.
+Rule = Callable[[Response], np.ndarray]
+
+
+def spans(response: Response) -> np.ndarray:
+    """The annotator's spans (METHOD.md, step 4): whole segments in its order until the next one
+    would exceed the cap; a first segment that alone exceeds it is cut to it."""
+    span_id = _nowhere(response)
+    kept = 0
+    full = False
+    for rank, span in enumerate(response.spans):
+        for segment in span:
+            (positions,) = np.nonzero((response.token_segment == segment) & (span_id < 0))
+            left = response.room - kept
+            if len(positions) > left or full:
+                full = True
+                if kept > 0:
+                    continue
+                positions = positions[:left]
+            span_id[positions] = rank
+            kept += len(positions)
+    return span_id
+
+
+def every_token(response: Response) -> np.ndarray:
+    """All tokens, whatever the cap: plain self-distillation."""
+    return np.zeros(response.tokens, dtype=np.int16)
+
+
+def random_tokens(response: Response) -> np.ndarray:
+    """As many tokens as the cap lets through, drawn from the whole response."""
+    return _drawn(response, np.arange(response.tokens))
+
+
+def inverted(response: Response) -> np.ndarray:
+    """As many tokens as the cap lets through, drawn from outside the annotator's marks."""
+    return _drawn(response, np.flatnonzero(~response.marked))
+
+
+RULES: dict[str, Rule] = {
+    "spans": spans,
+    "all": every_token,
+    "random": random_tokens,
+    "inverted": inverted,
+}
+
+
+def load_rule(name: str) -> Rule:
+    """The rule of that name: one of RULES, or `module:function`, imported.
+
+    Raises:
+        InputError: no such rule, a module that cannot be imported, or nothing there to call.
+    """
+    if name in RULES:
+        return RULES[name]
+    module_name, colon, function = name.partition(":")
+    if not (module_name and colon and function):
+        raise InputError(
+            f"routing.rule {name!r}: is none of {', '.join(RULES)}; name one of them, or "
+            "module:function of your own"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(
+            f"routing.rule {name!r}: module {module_name} cannot be imported ({error}); run in its "
+            "folder or set PYTHONPATH to it"
+        ) from None
+    rule = getattr(module, function, None)
+    if not callable(rule):
+        raise InputError(
+            f"routing.rule {name!r}: module {module_name} has no function {function}; define it "
+            "there"
+        )
+    return cast(Rule, rule)
+
+
+def rule_source(name: str) -> str | None:
+    """Source text of the file that holds a rule of the user's own; None for one of RULES.
+
+    Its name alone does not tell what it routes: dataset ids hash this beside it.
+    """
+    if name in RULES:
+        return None
+    file = importlib.import_module(load_rule(name).__module__).__file__
+    return Path(file).read_text() if file is not None else ""
+
+
+def needs_annotations(config: RoutingConfig) -> bool:
+    """Whether routing looks at annotations at all: at their spans, or at their type label."""
+    if config.key is Action.NONE and config.error is Action.NONE:
+        return False
+    return config.teacher_context == "type" or config.rule not in ("all", "random")
+
+
+def _nowhere(response: Response) -> np.ndarray:
+    return np.full(response.tokens, -1, dtype=np.int16)
+
+
+def _drawn(response: Response, candidates: np.ndarray) -> np.ndarray:
+    """At most `room` of the candidates, without replacement, as span 0."""
+    span_id = _nowhere(response)
+    count = min(response.room, len(candidates))
+    span_id[response.generator().choice(candidates, count, replace=False)] = 0
+    return span_id
