@@ -18,10 +18,10 @@ from ..schemas.configs import LossConfig
 from ..schemas.labels import Route
 from .losses import divergence, policy_terms, reference_kl, reweighted_advantage
 
-# Logits held at once, student's and teacher's together, bytes; rows worked on at once. On CUDA the
-# products need long chunks; on CPU a block of rows has to stay in the cache.
+# Logits held at once, student's and teacher's together, and those worked on between the products,
+# bytes. On CUDA the products need long chunks; on CPU a block has to stay in the cache.
 _BUFFER_BYTES = {"cpu": 96 << 20, "cuda": 1 << 30}
-_BLOCK_ROWS = {"cpu": 8, "cuda": 256}
+_BLOCK_BYTES = {"cpu": 3 << 19, "cuda": 1 << 27}
 # Vocabulary entries whose weight gradient is summed at once where it needs a wider type.
 _VOCAB_SLICE = 8192
 
@@ -100,7 +100,7 @@ def token_logprobs(
     hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, temperature: torch.Tensor
 ) -> torch.Tensor:
     """Log-probabilities of tokens, (tokens,) float32, without ever holding all their logits."""
-    rows = _chunk_rows(hidden, head)
+    rows = _rows(hidden, head, _BUFFER_BYTES)
     out = []
     for states, ids, heat in zip(
         hidden.split(rows), token_ids.split(rows), temperature.split(rows), strict=True
@@ -137,7 +137,8 @@ class _FusedRoutedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
-        rows = min(_chunk_rows(hidden, call.head), max(len(hidden), 1))
+        rows = min(_rows(hidden, call.head, _BUFFER_BYTES), max(len(hidden), 2))
+        step = _rows(hidden, call.head, _BLOCK_BYTES)
         buffer = torch.empty(rows, len(weight), dtype=wide, device=hidden.device)
         for route, positions, taught in _chunks(call, teacher_hidden is not None, rows):
             states = hidden[positions]  # (chunk, hidden)
@@ -148,7 +149,6 @@ class _FusedRoutedLoss(torch.autograd.Function):
                 assert call.teacher_head is not None, "a teacher's states need its head"
                 teacher_logits = buffer[len(states) : 2 * len(states)]
                 _project(teacher_hidden[taught], call.teacher_head, teacher_logits)
-            step = _BLOCK_ROWS.get(hidden.device.type, 256)
             for start in range(0, len(states), step):
                 block = slice(start, start + step)
                 _logits_to_gradient(
@@ -306,9 +306,10 @@ def _add_outer(total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor
         total[part] += gradient[:, part].T @ states
 
 
-def _chunk_rows(hidden: torch.Tensor, head: Head) -> int:
+def _rows(hidden: torch.Tensor, head: Head, budget: dict[str, int]) -> int:
+    """Rows of logits within a device's budget of bytes."""
     row_bytes = len(head.weight) * torch.finfo(_wide(hidden)).bits // 8
-    return max(2, _BUFFER_BYTES.get(hidden.device.type, 1 << 30) // row_bytes)
+    return max(2, budget.get(hidden.device.type, budget["cuda"]) // row_bytes)
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

@@ -26,17 +26,17 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class PackedSequence:
-    """Where a sequence lies in its row. first: it is the one that its prompt's outputs come from."""
+class Layout:
+    """How a row is laid out: the lengths of its blocks, and for each sequence, in the order given,
+    the blocks that hold its prompt and its response."""
 
-    prompt: slice
-    response: slice
-    first: bool
+    lengths: tuple[int, ...]
+    sequences: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """input_ids, position_ids: (1, tokens) int64. sequences: in the order they were given.
+    """input_ids, position_ids: (1, tokens) int64.
 
     logit_positions: (kept tokens,) int64, where the hidden states stand that predict the response
     tokens asked for, one sequence after another.
@@ -44,7 +44,7 @@ class PackedRow:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    sequences: tuple[PackedSequence, ...]
+    layout: Layout
     logit_positions: torch.Tensor
 
 
@@ -58,29 +58,28 @@ def pack(
     keep: per sequence the response positions whose predicting states are wanted, ascending; None:
     all of them.
     """
-    ids: list[np.ndarray] = []
+    blocks: list[np.ndarray] = []
     positions: list[np.ndarray] = []
-    sequences: list[PackedSequence] = []
+    sequences: list[tuple[int, int]] = []
     wanted: list[np.ndarray] = []
-    at, prompt_slice, before = 0, slice(0, 0), None
+    at, prompt_end, prompt_block, before = 0, 0, 0, None
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        first = prompt != before
-        if first:
-            ids.append(np.asarray(prompt, dtype=np.int64))
+        if prompt != before:
+            prompt_block, before = len(blocks), prompt
+            blocks.append(np.asarray(prompt, dtype=np.int64))
             positions.append(np.arange(len(prompt)))
-            prompt_slice = slice(at, at + len(prompt))
-            at, before = prompt_slice.stop, prompt
-        ids.append(np.asarray(response, dtype=np.int64))
+            at = prompt_end = at + len(prompt)
+        sequences.append((prompt_block, len(blocks)))
+        blocks.append(np.asarray(response, dtype=np.int64))
         positions.append(np.arange(len(prompt), len(prompt) + len(response)))
-        sequences.append(PackedSequence(prompt_slice, slice(at, at + len(response)), first))
         kept = np.arange(len(response)) if keep is None else keep[index]
         # The state at one token predicts the next; a response's first is predicted by its prompt.
-        wanted.append(np.where(kept == 0, prompt_slice.stop - 1, at + kept - 1))
+        wanted.append(np.where(kept == 0, prompt_end - 1, at + kept - 1))
         at += len(response)
     return PackedRow(
-        torch.from_numpy(np.concatenate(ids))[None],
+        torch.from_numpy(np.concatenate(blocks))[None],
         torch.from_numpy(np.concatenate(positions))[None],
-        tuple(sequences),
+        Layout(tuple(map(len, blocks)), tuple(sequences)),
         torch.from_numpy(np.concatenate(wanted)),
     )
 
@@ -102,7 +101,7 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    packed: tuple[PackedSequence, ...] | None = None,
+    packed: Layout | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -118,22 +117,21 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    out = []
-    for sequence in packed:
-        prompt, response = sequence.prompt, sequence.response
-
-        def of(tensor: torch.Tensor, p: slice = prompt, r: slice = response) -> torch.Tensor:
-            if p.stop == r.start:
-                return tensor[:, :, p.start : r.stop]
-            return torch.cat((tensor[:, :, p], tensor[:, :, r]), dim=2)
-
-        q, k, v = of(query), of(key), of(value)  # (1, heads, prompt + response, head)
+    # Split, not sliced: a slice's gradient is as large as the whole row.
+    queries, keys, values = (x.split(packed.lengths, dim=2) for x in (query, key, value))
+    out, before = [], None
+    for prompt, response in packed.sequences:
+        q, k, v = (
+            torch.cat((blocks[prompt], blocks[response]), dim=2)
+            for blocks in (queries, keys, values)
+        )  # (1, heads, prompt + response, head)
         mask = _window_mask(q.shape[2], sliding_window, q.device)
         # The prompt's queries are worked out again with each response: cheaper than a mask.
         attended = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling
         )
-        out.append(attended if sequence.first else attended[:, :, prompt.stop - prompt.start :])
+        out.append(attended if prompt != before else attended[:, :, packed.lengths[prompt] :])
+        before = prompt
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
@@ -176,7 +174,7 @@ class PackedModel(torch.nn.Module):
                 position_ids=row.position_ids.to(device),
                 # Four-dimensional, so that no mask is made from it: packed attention needs none.
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-                packed=row.sequences,
+                packed=row.layout,
                 use_cache=False,
             ).last_hidden_state  # (1, tokens, hidden)
         kept = states[0, row.logit_positions.to(device)]

@@ -35,7 +35,8 @@ from trace_opd.schemas.tables import ROUTED as ROUTED_TABLE
 from trace_opd.trace.align import ByteTable, byte_table
 from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import vocab_fingerprint
-from trace_opd.trace.route import route_tokens
+from trace_opd.trace.route import Routing, route_tokens
+from trace_opd.trace.rules import Response
 from trace_opd.trace.segment import segment
 
 PWNED = "document.title='pwned'"
@@ -205,15 +206,27 @@ def as_dicts(bounds: list[tuple[int, int]]) -> list[dict]:
 # --- paint ---------------------------------------------------------------------------------------
 
 
+def routed(table: ByteTable, ids: list[int], bounds, spans, config: RoutingConfig) -> Routing:
+    """A correct response's tokens by rule spans."""
+    response = Response(
+        rollout_id="r",
+        token_ids=np.array(ids),
+        logprobs=np.zeros(len(ids)),
+        token_segment=table.token_segments(ids, bounds),
+        spans=[s["segments"] for s in spans],
+        kind=SpanKind.KEY,
+        alpha=config.alpha,
+    )
+    return route_tokens(response, config)
+
+
 def test_tokens_have_the_paint_of_their_route(tokenizer, table):
     text = "é=1\nab\nc\nd"  # 11 bytes, hence tokens; é has two of them
     bounds = [(0, 4), (4, 7), (7, 9), (9, 10)]
     spans = [span(0, [1], bounds), span(1, [2], bounds), span(2, [0], bounds)]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    token_segment = table.token_segments(ids, bounds)
-    routing = route_tokens(
-        token_segment, [s["segments"] for s in spans], SpanKind.KEY, RoutingConfig(alpha=0.5)
-    )  # cap 5: segment 1 (3 tokens) and 2 (2 tokens) fit, segment 0 does not
+    # Cap 5: segment 1 (3 tokens) and 2 (2 tokens) fit, segment 0 does not.
+    routing = routed(table, ids, bounds, spans, RoutingConfig(alpha=0.5))
     painted = paint_tokens(
         table, len(text), as_dicts(bounds), spans, ids, routing.route, routing.span_id
     )
@@ -231,7 +244,7 @@ def test_a_cut_first_span_is_painted_to_its_last_kept_token(tokenizer, table):
     spans = [span(0, [0], [(0, 8)])]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     config = RoutingConfig(alpha=0.25, key=Action.RKL)
-    routing = route_tokens(table.token_segments(ids, [(0, 8)]), [[0]], SpanKind.KEY, config)
+    routing = routed(table, ids, [(0, 8)], spans, config)
     segments = as_dicts([(0, 8)])
     exact = paint_tokens(table, 8, segments, spans, ids, routing.route, routing.span_id)
     # One token a character: the estimate without the tokenizer is right too.
