@@ -3,17 +3,17 @@
     make bench-step
 
 One model, the same rollouts, AdamW, float32 on CPU (on CUDA float32 weights under bfloat16
-autocast). TRACE runs with λ at its full weight and α = 25 % of every response routed, FKL where it is
-right and RKL where it is wrong; `--error none` leaves wrong responses to GRPO (TRACE-FKL). Once
+autocast). TRACE runs with λ at its full weight and α = 25 % of every response routed, FKL where it
+is right and RKL where it is wrong; `--error none` leaves wrong responses to GRPO (TRACE-FKL). Once
 without generation, on rollouts made ahead, and once with it, by each trainer's own sampler over
 transformers; those rollouts differ, so the table has their tokens. TRL is left out where it is not
 installed: pip install 'trace-opd[peers]'.
 
 Each implementation has a process of its own, and they take turns, so that a drift of the machine
 meets all. Seconds are the median of the repetitions. Memory is the largest of them: the peak within
-a step beyond what the process holds before it (weights, the optimiser's states, the teacher's weights:
-`resident_mib`), from the resident set's high-water mark on CPU (Linux), the allocator's on CUDA.
-Prints a table, and what the teacher's forward passes alone take, and writes
+a step beyond what the process holds before it (weights, the optimiser's states, the teacher's
+weights: `resident_mib`), from the resident set's high-water mark on CPU (Linux), the allocator's on
+CUDA. Prints a table and what the teacher's forward passes alone take, and writes
 benchmarks/results/step.json.
 """
 
@@ -21,15 +21,13 @@ import argparse
 import json
 import multiprocessing
 import statistics
-from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from loss import processor
 from rich.console import Console
@@ -41,26 +39,19 @@ from step_case import (
     CLIP_LOW,
     LEARNING_RATE,
     MAX_GRAD_NORM,
+    MODELS,
     Case,
     Measured,
     Mode,
     Turns,
+    make_case,
 )
 
-from trace_opd.data.store import Store
-from trace_opd.pipelines.micro import STUDENT_TEMPLATE, TEACHER_TEMPLATE
-from trace_opd.pipelines.models import resolve_policy
-from trace_opd.pipelines.rollout import rollouts_table
-from trace_opd.pipelines.samplers.transformers import TransformersPolicySampler
-from trace_opd.pipelines.stages import run_stage
 from trace_opd.schemas.configs import (
     LossConfig,
     OfflineConfig,
     OptimConfig,
-    ProblemsConfig,
-    PromptConfig,
     RoutingConfig,
-    SamplingConfig,
     ScheduleConfig,
     TrainConfig,
 )
@@ -69,21 +60,11 @@ from trace_opd.trace.align import byte_table
 from trace_opd.trace.batch import TrainingSequence, micro_batches, teacher_row, training_sequences
 from trace_opd.trace.fused import Head
 from trace_opd.trace.packing import PackedModel
+from trace_opd.trace.policy import load_tokenizer
 from trace_opd.trace.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 IMPLEMENTATIONS = ("ours_grpo", "ours_trace", "trl_grpo")
-# Problems of each model, and a prompt under which the lengths of its responses differ.
-MODELS: dict[str, tuple[dict[str, Any], PromptConfig]] = {
-    "smollm2": (
-        {"kind": "word-problems", "steps": 2},
-        PromptConfig(student="{problem} Answer in one short sentence."),
-    ),
-    "micro": (
-        {"kind": "arithmetic"},
-        PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE),
-    ),
-}
 HEAD_ROWS = 512  # of the logits that the teacher alone forms at once
 
 
@@ -95,13 +76,10 @@ def ours(case: Case, turns: Turns, micro_batch_tokens: int, with_teacher: bool) 
         offline=OfflineConfig(steps=1),
         schedule=ScheduleConfig(w0=0.5 if with_teacher else 0.0, decay_steps=None),
         loss=LossConfig(clip_low=CLIP_LOW, clip_high=CLIP_HIGH),
-        optim=OptimConfig(
-            lr=LEARNING_RATE, beta1=BETA1, beta2=BETA2, max_grad_norm=MAX_GRAD_NORM
-        ),
+        optim=OptimConfig(lr=LEARNING_RATE, beta1=BETA1, beta2=BETA2, max_grad_norm=MAX_GRAD_NORM),
         micro_batch_tokens=micro_batch_tokens,
     )
     trainer = Trainer(policy, config)
-    sampler = TransformersPolicySampler(policy, config.sampler.batch_tokens)
     table = byte_table(policy.tokenizer)
     for seed in count(1):
         mode = turns.next()
@@ -109,31 +87,30 @@ def ours(case: Case, turns: Turns, micro_batch_tokens: int, with_teacher: bool) 
         routed = case.routed(rollouts, table, with_teacher)
         turns.begin()
         if mode == "generation":
-            rollouts = rollouts_table(
-                case.problems, sampler, policy.tokenizer, case.prompt, case.sampling,
-                case.group_size, seed,
-            )  # fmt: skip
-            routed = case.routed(rollouts, table, with_teacher)
+            routed = case.routed(case.sample(policy, seed), table, with_teacher)
         sequences = training_sequences(routed, policy.tokenizer, case.prompt, with_teacher)
         if mode == "teacher":
-            teacher_alone(trainer.student, sequences, micro_batch_tokens)
+            assert trainer.teacher is not None
+            teacher_alone(trainer.teacher, sequences, micro_batch_tokens)
         else:
             trainer.train_step(sequences)
         turns.end(sum(len(sequence.token_ids) for sequence in sequences))
 
 
 @torch.no_grad()
-def teacher_alone(model: PackedModel, sequences: list[TrainingSequence], max_tokens: int) -> None:
-    """What TRACE needs of its teacher and no more: states of truncated rows, logits at routed
-    tokens."""
+def teacher_alone(
+    teacher: PackedModel, sequences: list[TrainingSequence], micro_batch_tokens: int
+) -> None:
+    """What no TRACE step can do without: the backbone up to each last routed token, the head at
+    routed tokens."""
 
     def logits(states: torch.Tensor, head: Head) -> None:
         for piece in states.split(HEAD_ROWS):
             torch.nn.functional.linear(piece, head.weight.to(piece.dtype), head.bias)
 
-    for rows in micro_batches(sequences, max_tokens):
+    for rows in micro_batches(sequences, micro_batch_tokens):
         if (row := teacher_row(rows)) is not None:
-            model(row, logits)
+            teacher(row, logits)
 
 
 def step_process(name: str, case: Case, options: argparse.Namespace, pipe: Connection) -> None:
@@ -146,18 +123,165 @@ def step_process(name: str, case: Case, options: argparse.Namespace, pipe: Conne
         ours(case, turns, options.micro_batch_tokens, with_teacher=name == "ours_trace")
 
 
-def make_case(options: argparse.Namespace, device: str) -> Case:
-    """Sample the rollouts that all train on."""
-    source, prompt = MODELS[options.model]
-    path = resolve_policy(options.model)
-    with TemporaryDirectory() as folder:
-        asked = ProblemsConfig.model_validate({"source": source, "limit": options.groups})
-        problems = run_stage("problems", asked, Store(folder)).read()
-    routing = RoutingConfig(alpha=0.25, key=Action.FKL, error=Action(options.error))
-    sampling = SamplingConfig(max_new_tokens=options.max_new_tokens)
-    case = Case(
-        path, device, prompt, sampling, routing, options.group_size, problems, problems.slice(0, 0)
+def measure(
+    names: list[str], case: Case, options: argparse.Namespace, console: Console
+) -> dict[tuple[str, Mode], list[Measured]]:
+    """Repetitions by implementation and mode, taken in turns."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    processes = []
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        arguments = (name, case, options, theirs)
+        processes.append(context.Process(target=step_process, args=arguments, daemon=True))
+        processes[-1].start()
+        theirs.close()
+
+    def turn(name: str, mode: Mode) -> Measured:
+        with console.status(f"{name}: {mode}"):
+            pipes[name].send(mode)
+            try:
+                return pipes[name].recv()
+            except EOFError:
+                raise SystemExit(f"{name} has ended early; why stands above") from None
+
+    samples: dict[tuple[str, Mode], list[Measured]] = {}
+    for name in names:
+        turn(name, "warm-up")
+    for _ in range(options.repetitions):
+        for mode in ("training", "generation"):
+            for name in names:
+                samples.setdefault((name, mode), []).append(turn(name, mode))
+            if mode == "training" and "ours_trace" in names:
+                samples.setdefault(("ours_trace", "teacher"), []).append(
+                    turn("ours_trace", "teacher")
+                )
+    for process in processes:
+        process.terminate()
+    return samples
+
+
+def seconds_of(measured: list[Measured]) -> float:
+    return statistics.median(one.seconds for one in measured)
+
+
+def rows_of(
+    samples: dict[tuple[str, Mode], list[Measured]], options: argparse.Namespace, device: str
+) -> list[dict[str, Any]]:
+    """step.json: one row per implementation, without generation and with it."""
+    return [
+        {
+            "implementation": name,
+            "with_generation": mode == "generation",
+            "seconds": seconds_of(measured),
+            "peak_mib": round(max(one.peak_mib for one in measured), 1),
+            "resident_mib": round(max(one.resident_mib for one in measured), 1),
+            "tokens": round(statistics.mean(one.tokens for one in measured)),
+            "model": options.model,
+            "device": device,
+            "dtype": "bfloat16" if device == "cuda" else "float32",
+        }
+        for (name, mode), measured in samples.items()
+        if mode != "teacher"
+    ]
+
+
+def table_of(rows: list[dict[str, Any]], title: str) -> Table:
+    table = Table(title=title)
+    for column in ("generation", ""):
+        table.add_column(column, no_wrap=True)
+    for column in ("tokens", "seconds", "× TRL", "extra MiB", "× TRL"):
+        table.add_column(column, justify="right")
+    for row in sorted(rows, key=lambda row: row["with_generation"]):
+        with_generation = row["with_generation"]
+        peer = next(
+            (
+                other
+                for other in rows
+                if other["implementation"] == "trl_grpo"
+                and other["with_generation"] == with_generation
+            ),
+            None,
+        )
+        table.add_row(
+            "included" if with_generation else "excluded",
+            row["implementation"],
+            f"{row['tokens']:,}",
+            f"{row['seconds']:.2f}",
+            f"{row['seconds'] / peer['seconds']:.2f}" if peer else "–",
+            f"{row['peak_mib']:,.0f}",
+            f"{row['peak_mib'] / peer['peak_mib']:.2f}" if peer else "–",
+        )
+    return table
+
+
+def batch_of(case: Case) -> str:
+    """The batch in words."""
+    lengths = np.array([len(ids) for ids in case.rollouts["token_ids"].to_pylist()])
+    prompts = [len(ids) for ids in case.rollouts["prompt_token_ids"].to_pylist()]
+    routed = case.routed(case.rollouts, byte_table(load_tokenizer(case.path)), True)
+    share = np.mean([any(route) for route in routed["route"].to_pylist()])
+    coverage = sum(sum(map(bool, route)) for route in routed["route"].to_pylist()) / lengths.sum()
+    return (
+        f"{len(case.problems)} groups of {case.group_size} responses, {lengths.min()} to "
+        f"{lengths.max()} tokens, {lengths.mean():.0f} in the mean, behind prompts of "
+        f"{min(prompts)} to {max(prompts)}; {share:.0%} of the responses have routed tokens, which "
+        f"are {coverage:.0%} of all"
     )
-    policy = case.policy()
-    sampler = TransformersPolicySampler(policy, TrainConfig.model_fields["sampler"].default.batch_tokens)
-    return case
+
+
+def teachers_share(samples: dict[tuple[str, Mode], list[Measured]]) -> str:
+    grpo = seconds_of(samples["ours_grpo", "training"])
+    trace = seconds_of(samples["ours_trace", "training"])
+    alone = seconds_of(samples["ours_trace", "teacher"])
+    bound = 1 + alone / grpo
+    return (
+        f"TRACE takes {trace / grpo:.2f} × our GRPO's time. The teacher's forward passes alone are "
+        f"{alone / grpo:.2f} of it, so {bound:.2f} × is the bound, which TRACE exceeds by "
+        f"{trace / grpo / bound - 1:.0%}."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time and memory of one optimiser step.")
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="subset")
+    parser.add_argument("--groups", type=int, default=2)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--error", choices=["rkl", "fkl", "none"], default="rkl")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--micro-batch-tokens", type=int, default=16_384, help="ours")
+    parser.add_argument("--trl-micro-batches", type=int, default=1, help="per step")
+    options = parser.parse_args()
+    names = options.implementations.split(",")
+    if unknown := set(names) - set(IMPLEMENTATIONS):
+        parser.error(f"no such implementation: {', '.join(sorted(unknown))}")
+    console = Console()
+    if "trl_grpo" in names and find_spec("trl") is None:
+        names.remove("trl_grpo")
+        console.print("Left out: trl_grpo; pip install 'trace-opd[peers]' adds it.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    routing = RoutingConfig(alpha=0.25, key=Action.FKL, error=Action(options.error))
+    with console.status("sampling the batch"):
+        case = make_case(
+            options.model,
+            device,
+            options.groups,
+            options.group_size,
+            options.max_new_tokens,
+            routing,
+        )
+    samples = measure(names, case, options, console)
+    rows = rows_of(samples, options, device)
+    console.print(batch_of(case))
+    console.print(table_of(rows, f"{processor(device)}; {options.model}"))
+    if {"ours_grpo", "ours_trace"} <= set(names):
+        console.print(teachers_share(samples))
+    target = ROOT / "benchmarks" / "results" / "step.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,8 @@
 """What each implementation that step.py measures is given: a batch of rollouts, and turns to take.
 
 The base policy solves next to nothing, so a response is right or wrong by the parity of a hash of its
-tokens, for every implementation alike. Its spans are whole segments drawn by its id: one that alone
-reaches the coverage cap, or as many as fit under it. Verdicts, annotations and routes are the
-pipeline's own tables.
+tokens, for every implementation alike. Its span is a segment that reaches the coverage cap, drawn by
+its id. Verdicts, annotations and routes are the pipeline's own tables.
 """
 
 import ctypes
@@ -11,9 +10,10 @@ import random
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,8 +21,20 @@ import pyarrow as pa
 import torch
 from loss import MIB, kib_of
 
+from trace_opd.data.store import Store
 from trace_opd.pipelines.annotators.rows import Identity, Item, Reading, annotation_row, items
-from trace_opd.schemas.configs import PromptConfig, RoutingConfig, SamplingConfig, SegmentConfig
+from trace_opd.pipelines.micro import STUDENT_TEMPLATE, TEACHER_TEMPLATE
+from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.rollout import rollouts_table
+from trace_opd.pipelines.samplers.transformers import TransformersPolicySampler
+from trace_opd.pipelines.stages import run_stage
+from trace_opd.schemas.configs import (
+    ProblemsConfig,
+    PromptConfig,
+    RoutingConfig,
+    SamplingConfig,
+    SegmentConfig,
+)
 from trace_opd.schemas.labels import AnnotationStatus, DiagnosticType, VerdictStatus
 from trace_opd.schemas.tables import ANNOTATIONS, ROLLOUTS, VERDICTS
 from trace_opd.trace.align import ByteTable
@@ -31,7 +43,21 @@ from trace_opd.trace.policy import Policy, load_policy
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 LEARNING_RATE, BETA1, BETA2, MAX_GRAD_NORM = 1e-6, 0.9, 0.99, 1.0
+BATCH_TOKENS = 32_768  # of our sampler: more than a case has, so that it samples all at once
 WARM_UP_TOKENS = 4
+# Of at most three segments one is a third of the response or more: above any cap up to that.
+SEGMENTS = SegmentConfig(max_segments=3)
+# Problems of each model, and a prompt under which the lengths of its responses differ.
+MODELS: dict[str, tuple[dict[str, Any], PromptConfig]] = {
+    "smollm2": (
+        {"kind": "word-problems", "steps": 2},
+        PromptConfig(student="{problem} Answer in one short sentence."),
+    ),
+    "micro": (
+        {"kind": "arithmetic"},
+        PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE),
+    ),
+}
 
 # warm-up: a step on responses cut to a few tokens, so that the optimiser has its states;
 # training: on the case's rollouts; generation: on rollouts sampled in the step;
@@ -41,7 +67,10 @@ Mode = Literal["warm-up", "training", "generation", "teacher"]
 
 @dataclass(frozen=True)
 class Case:
-    """path: the model's folder. rollouts: a group of `group_size` rows per problem, in order."""
+    """path: the model's folder. rollouts: a group of `group_size` rows per problem, in order.
+
+    Without rollouts, as it is made first, a case can only be sampled from.
+    """
 
     path: str
     device: str
@@ -50,11 +79,24 @@ class Case:
     routing: RoutingConfig
     group_size: int
     problems: pa.Table
-    rollouts: pa.Table
+    rollouts: pa.Table = field(default_factory=ROLLOUTS.empty)
 
     def policy(self) -> Policy:
         """Fresh weights in float32; computes in bfloat16 on CUDA."""
         return load_policy(self.path, "cuda" if self.device == "cuda" else "cpu", trainable=True)
+
+    def sample(self, policy: Policy, seed: int) -> pa.Table:
+        """Other rollouts of the same problems, by our sampler over transformers."""
+        sampler = TransformersPolicySampler(policy, BATCH_TOKENS)
+        return rollouts_table(
+            self.problems,
+            sampler,
+            policy.tokenizer,
+            self.prompt,
+            self.sampling,
+            self.group_size,
+            seed,
+        )
 
     def shortened(self, table: ByteTable) -> pa.Table:
         """The rollouts, cut for a warm-up."""
@@ -74,11 +116,36 @@ class Case:
             who = Identity("benchmark", "rule")
             annotations = ANNOTATIONS.table(
                 annotation_row(item, who, _reading(item, self.routing.alpha))
-                for item in items(self.problems, rollouts, verdicts, SegmentConfig())
+                for item in items(self.problems, rollouts, verdicts, SEGMENTS)
             )
         return routed_table(
             self.problems, rollouts, verdicts, annotations, table, self.routing, with_teacher
         )
+
+
+def make_case(
+    model: str,
+    device: str,
+    groups: int,
+    group_size: int,
+    max_new_tokens: int,
+    routing: RoutingConfig,
+) -> Case:
+    """The problems, and the rollouts of them that all implementations train on."""
+    source, prompt = MODELS[model]
+    with TemporaryDirectory() as folder:
+        asked = ProblemsConfig.model_validate({"source": source, "limit": groups})
+        problems = run_stage("problems", asked, Store(folder)).read()
+    case = Case(
+        path=resolve_policy(model),
+        device=device,
+        prompt=prompt,
+        sampling=SamplingConfig(max_new_tokens=max_new_tokens),
+        routing=routing,
+        group_size=group_size,
+        problems=problems,
+    )
+    return replace(case, rollouts=case.sample(case.policy(), seed=0))
 
 
 def reward(token_ids: Sequence[int]) -> float:
@@ -93,17 +160,11 @@ def _verdict(row: dict[str, Any]) -> dict[str, Any]:
 
 def _reading(item: Item, alpha: float) -> Reading:
     lengths = [end - start for start, end in item.segments]
-    room = alpha * len(item.response)
-    drawn = random.Random(item.rollout_id).sample(range(len(lengths)), len(lengths))
-    marked = [i for i in drawn if lengths[i] >= room][:1]
-    if not marked:
-        for i in drawn:
-            if lengths[i] <= room:
-                marked.append(i)
-                room -= lengths[i]
-    if not marked:
+    long = [i for i, length in enumerate(lengths) if length >= alpha * len(item.response)]
+    if not long:
         return Reading(AnnotationStatus.EMPTY)
-    return Reading(AnnotationStatus.OK, [[i] for i in marked], DiagnosticType.ARITHMETIC)
+    marked = random.Random(item.rollout_id).choice(long)
+    return Reading(AnnotationStatus.OK, [[marked]], DiagnosticType.ARITHMETIC)
 
 
 class Measured(NamedTuple):

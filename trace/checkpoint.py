@@ -21,7 +21,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from ..schemas.errors import InputError
-from .lora import has_adapters, load_adapters, save_adapters, save_merged
+from .lora import (
+    has_adapters,
+    load_adapters,
+    save_adapters,
+    save_merged,
+    transformers_model,
+)
 from .ranks import load_optimizer, load_weights, whole_optimizer, whole_weights
 from .trainer import Trainer, TrainerState
 
@@ -109,9 +115,14 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
 
 
 def _student_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The student's whole state dict under its model's own names."""
-    weights = whole_weights(trainer.student)
-    return {name.removeprefix(_WRAPPER): value for name, value in weights.items()}
+    """The student's whole state dict under its model's own names, shared tensors once."""
+    weights = {
+        name.removeprefix(_WRAPPER): value for name, value in whole_weights(trainer.student).items()
+    }
+    # Gathered from shards, tensors that are tied come as copies.
+    for tied in transformers_model(trainer.policy.model).all_tied_weights_keys:
+        weights.pop(tied, None)
+    return weights
 
 
 def _rng_states() -> dict[str, Any]:
