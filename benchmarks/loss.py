@@ -5,15 +5,15 @@
 A quarter of the tokens is routed. On CPU in float32 at SmolLM2-135M's shape (hidden 576, vocabulary
 49,152); where a CUDA device exists also in bfloat16 at Qwen3-8B's (4,096 and 151,936). What each row
 computes stands in loss_peers.py; peers that are not installed are left out:
-pip install 'trace-opd[peers]'.
+pip install -e '.[peers]'.
 
 Each row runs in a process of its own, which first shows that its loss and gradients are those of
 plain PyTorch. Rows of one size take turns, so that a drift of the machine meets all of them. Seconds
-are the median of up to five repetitions: at least three, except that a row whose first one takes
-over a minute has that one. Memory is what the first repetition takes at its peak beyond what was
-there before it, gradients included: the resident set's high-water mark on CPU (Linux), the
-allocator's on CUDA. Prints a table and writes benchmarks/results/loss.json; a row that runs out of
-memory has nulls.
+and memory are medians of up to five repetitions: at least three, except that a row whose first one
+takes over a minute has that one. Memory is what a repetition takes at its peak beyond what was there
+before it, gradients included: the resident set's high-water mark on CPU (Linux), the allocator's on
+CUDA. Prints a table and writes benchmarks/results/loss.json; a row that runs out of
+memory or differs from plain PyTorch has nulls.
 """
 
 import argparse
@@ -66,7 +66,6 @@ def on_cpu(work: Callable[[], Any]) -> tuple[float, float]:
 
 def on_cuda(work: Callable[[], Any]) -> tuple[float, float]:
     """Seconds by device events, and peak of extra memory in MiB."""
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -74,8 +73,9 @@ def on_cuda(work: Callable[[], Any]) -> tuple[float, float]:
     work()
     end.record()
     torch.cuda.synchronize()
-    seconds = start.elapsed_time(end) / 1000
-    return seconds, (torch.cuda.max_memory_allocated() - before) / MIB
+    seconds, peak = start.elapsed_time(end) / 1000, torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()  # the other rows' processes share the device
+    return seconds, peak / MIB
 
 
 def row_process(name: str, tokens: int, device: str, pipe: Connection) -> None:
@@ -83,7 +83,8 @@ def row_process(name: str, tokens: int, device: str, pipe: Connection) -> None:
     hidden, vocab, dtype = SHAPES[device]
     difference = loss_peers.disagreement(name, hidden, vocab, dtype, device)
     if difference > TOLERANCE[dtype]:
-        raise SystemExit(f"{name} differs from plain PyTorch by {difference:.1e}")
+        pipe.send(f"differs from plain PyTorch by {difference:.1e} of the greatest entry")
+        return
     case = loss_peers.make_case(tokens, hidden, vocab, dtype, device)
     work = partial(loss_peers.run, name, case)
     if device == "cpu":
@@ -92,7 +93,7 @@ def row_process(name: str, tokens: int, device: str, pipe: Connection) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (room * 1024, room * 1024))
     try:
         if device == "cuda":
-            work()  # kernels are compiled for a shape on first use
+            on_cuda(work)  # kernels are compiled for a shape on first use
         pipe.send("ready")
         while pipe.recv():
             case.hidden.grad = case.head.grad = None
@@ -107,14 +108,15 @@ def measure(names: list[str], tokens: int, device: str, console: Console) -> lis
     """One row per implementation, in turns."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
+    processes = []
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     notes: dict[str, str] = {}
     for name in names:
         pipes[name], theirs = context.Pipe()
-        context.Process(
-            target=row_process, args=(name, tokens, device, theirs), daemon=True
-        ).start()
-        theirs.close()
+        arguments = (name, tokens, device, theirs)
+        processes.append(context.Process(target=row_process, args=arguments, daemon=True))
+        processes[-1].start()
+        theirs.close()  # so that a process that dies is noticed
         answer = pipes[name].recv()
         if answer != "ready":
             notes[name] = answer
@@ -132,19 +134,26 @@ def measure(names: list[str], tokens: int, device: str, console: Console) -> lis
     for name in names:
         if name not in notes:
             pipes[name].send(False)
+    for process in processes:
+        process.join()
     for name, note in notes.items():
         console.print(f"{device}, {tokens:,} tokens, {name}: {note}")
-    return [
-        {
-            "implementation": name,
-            "tokens": tokens,
-            "device": device,
-            "dtype": str(SHAPES[device][2]).removeprefix("torch."),
-            "seconds": statistics.median([s for s, _ in samples[name]]) if samples[name] else None,
-            "peak_mib": round(samples[name][0][1], 1) if samples[name] else None,
-        }
-        for name in names
-    ]
+    rows = []
+    for name in names:
+        seconds, peak = None, None
+        if samples[name]:
+            seconds, peak = map(statistics.median, zip(*samples[name], strict=True))
+        rows.append(
+            {
+                "implementation": name,
+                "tokens": tokens,
+                "device": device,
+                "dtype": str(SHAPES[device][2]).removeprefix("torch."),
+                "seconds": seconds,
+                "peak_mib": peak,
+            }
+        )
+    return rows
 
 
 def finished(seconds: list[float]) -> bool:
@@ -208,7 +217,7 @@ def main() -> None:
     console = Console()
     names = [name for name in wanted if name in loss_peers.installed()]
     if left_out := [name for name in wanted if name not in names]:
-        console.print(f"Left out: {', '.join(left_out)}; pip install 'trace-opd[peers]' adds them.")
+        console.print(f"Left out: {', '.join(left_out)}; pip install -e '.[peers]' adds them.")
     rows: list[dict[str, Any]] = []
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:

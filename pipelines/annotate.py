@@ -11,6 +11,7 @@ from ..data.store import Dataset, Draft, Store
 from ..schemas.configs import (
     AnnotateConfig,
     Annotator,
+    NoAnnotator,
     OpenAIAnnotator,
     RuleAnnotator,
     SelfAnnotator,
@@ -46,12 +47,20 @@ def annotator_identity(
 ) -> dict[str, Any]:
     """What a dataset id hashes in place of paths: the content of prompt files and weights.
 
-    in_training: a policy left out stands for the current weights.
+    in_training: the routing looks at annotations, and a policy left out stands for the current
+    weights.
 
     Raises:
         InputError: problems without steps for a rule, a missing key, a bad prompt or schema file,
-            no policy, a policy without a chat template.
+            no policy, a policy without a chat template, nobody asked in training.
     """
+    if isinstance(annotator, NoAnnotator):
+        if in_training:
+            raise InputError(
+                "online.annotator.engine is none, and online.routing looks at annotations; name an "
+                "engine that makes them, or another routing.rule and teacher_context"
+            )
+        return {}
     if isinstance(annotator, RuleAnnotator):
         for part in range(problems.parts):
             require_steps(problems.read_part(part, ["steps"]), f"{problems.ref}, part {part}")

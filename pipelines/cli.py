@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from rich.tree import Tree
 
 from ..data.store import Dataset, Store
 from ..schemas.configs import Config, PipelineConfig
-from ..schemas.errors import InputError
+from ..schemas.errors import InputError, Stopped
 from ..schemas.presets import PRESETS
 from ..schemas.settings import dump_config, load_config
 
@@ -276,11 +277,11 @@ def main() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         app()
-    except InputError as error:
+    except (InputError, Stopped) as error:
         Console(stderr=True).print(
             f"trace-opd: {error}", soft_wrap=True, markup=False, highlight=False
         )
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

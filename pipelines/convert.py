@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.store import Draft, Store, content_hash
+from ..data.store import Dataset, Draft, Store, content_hash
 from ..schemas.configs import ConvertConfig
 from ..schemas.errors import InputError
 from ..schemas.labels import Route
@@ -15,13 +15,15 @@ from ..schemas.tables import ANNOTATIONS, ROUTED
 from ..trace.align import byte_table
 from ..trace.convert import routed_table
 from ..trace.policy import load_tokenizer, vocab_fingerprint
-from ..trace.rules import rule_source
+from ..trace.rules import needs_annotations, rule_source
 from .models import resolve_policy
 from .stage import Plan, Stage
 
 
 def _resolve(config: ConvertConfig, store: Store) -> Plan:
     annotations = store.get(config.annotations, ANNOTATIONS)
+    if needs_annotations(config.routing):
+        _check_annotator(annotations)
     verdicts = annotations.input("verdicts")
     rollouts = verdicts.input("rollouts")
     tokenizer = load_tokenizer(resolve_policy(config.policy.path))
@@ -36,6 +38,16 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
     if (source := rule_source(config.routing.rule)) is not None:
         semantic["rule"] = content_hash(source)
     return Plan(config, inputs, semantic, annotations.parts)
+
+
+def _check_annotator(annotations: Dataset) -> None:
+    annotator = annotations.manifest["config"].get("annotator", {})
+    if annotator.get("engine") == "none":
+        raise InputError(
+            f"dataset {annotations.ref}: annotator none marked nothing, and this routing looks at "
+            "annotations; annotate with another engine, or set routing.rule and teacher_context to "
+            "what needs none"
+        )
 
 
 def check_vocabulary(table: pa.Table, expected: str, policy: str) -> None:

@@ -40,8 +40,8 @@ from ..schemas.labels import Action, DiagnosticType, Route, VerdictStatus
 from ..schemas.tables import PROBLEMS, VERDICTS
 from ..trace.align import byte_table
 from ..trace.batch import TrainingSequence, training_sequences
-from ..trace.packing import response_logits
 from ..trace.convert import routed_table
+from ..trace.packing import response_logits
 from ..trace.policy import Policy, load_policy
 from ..trace.prompt import render_chat, teacher_messages
 from .annotators.rule import StepsAnnotator

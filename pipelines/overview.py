@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from ..data.store import Dataset
 from ..schemas.labels import Route
-from .rollout_view import Tables
+from .rollout_tables import Tables
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Bars:
 class Overview:
     """Figures over the whole dataset, also where the page shows only a part of its rollouts.
 
-    tiles: (label, value, note). route_tokens: tokens per route, None where nothing is routed.
+    tiles: (label, value, note). route_tokens: tokens per route that occurs, None for a dataset that
+    is not routed.
     """
 
     rollouts: int
@@ -108,7 +109,7 @@ def _route_tokens(routed: Dataset) -> list[tuple[str, int]]:
     for part in range(routed.parts):
         routes = pc.list_flatten(routed.read_part(part, ["route"])["route"]).to_numpy()
         counts += np.bincount(routes, minlength=len(Route))
-    return [(route.name.lower(), int(counts[route])) for route in Route]
+    return [(route.name.lower(), int(counts[route])) for route in Route if counts[route]]
 
 
 def _counts(values: Iterable[str | None]) -> list[tuple[str, int]]:

@@ -1,7 +1,8 @@
 """A response in pieces, each with the paint of its route: what the report and the terminal draw.
 
-With the tokenizer at hand the paint is exact per token. Without it, it follows the annotated spans,
-and a span that the α cap cut in two is painted up to its estimated share of kept tokens.
+With the tokenizer at hand the paint is exact per token. Without it, it is an estimate: under rule
+spans a span that the α cap cut in two is painted up to its share of kept tokens, under other rules
+every token counts as long as any other.
 """
 
 import re
@@ -18,19 +19,22 @@ from ..trace.align import ByteTable
 
 
 class Paint(IntEnum):
-    """PLAIN: outside all spans; FKL, RKL: routed there; MARKED: in a span whose action is none, or
-    of a rollout not routed yet; DROPPED: marked by the annotator, dropped by the α cap."""
+    """FKL, RKL, JSD, REWEIGHT: routed there, in a span or not; MARKED: marked by the annotator, and
+    the action is none or nothing is routed yet; DROPPED: marked, and left out by the rule (under
+    rule spans by the α cap); PLAIN: all else. Routes have the number of their paint."""
 
     PLAIN = 0
     FKL = 1
     RKL = 2
-    MARKED = 3
-    DROPPED = 4
+    JSD = 3
+    REWEIGHT = 4
+    MARKED = 5
+    DROPPED = 6
 
 
 class Piece(NamedTuple):
-    """A run of characters of one paint. span: rank of its span, −1 outside; segment: index of the
-    segment that begins with this piece, else None."""
+    """A run of characters of one paint. span: rank of the annotator's span, −1 outside; segment:
+    index of the segment that begins with this piece, else None."""
 
     text: str
     paint: Paint
@@ -68,22 +72,28 @@ def paint_tokens(
 
     token_ids: as long as route and span_id, which are (tokens,) as in the routed table.
     """
-    painted = _blank(length)
-    if not spans:
-        return painted
     # One more entry for tokens without bytes, whose segment is −1.
     marked = np.full(len(segments) + 1, -1, dtype=np.int16)
     for span in _least_important_first(spans):
         marked[span["segments"]] = span["rank"]
     bounds = [(segment["start"], segment["end"]) for segment in segments]
-    rank = np.where(span_id >= 0, span_id, marked[table.token_segments(token_ids, bounds)])
-    paint = np.where(span_id >= 0, _routed_paint(route), Paint.DROPPED)
-    paint[rank < 0] = Paint.PLAIN
+    rank = marked[table.token_segments(token_ids, bounds)]
+    paint = _routed_paint(route, span_id, rank)
+    painted = _blank(length)
     starts, ends = table.char_ranges(token_ids)
     for first, last in _runs(paint, rank):
         painted.paint[starts[first] : ends[last - 1]] = paint[first]
         painted.span[starts[first] : ends[last - 1]] = rank[first]
     return painted
+
+
+def paint_even_tokens(
+    length: int, spans: Sequence[dict], route: np.ndarray, span_id: np.ndarray
+) -> CharPaint:
+    """Paint of a routed response without its tokenizer, as if all tokens were equally long."""
+    span = paint_spans(length, spans).span
+    token = np.arange(length) * len(route) // max(length, 1)
+    return CharPaint(_routed_paint(route[token], span_id[token], span), span)
 
 
 def paint_kept_spans(
@@ -94,7 +104,7 @@ def paint_kept_spans(
     span_id: np.ndarray,
     dropped_tokens: int,
 ) -> CharPaint:
-    """Paint of a routed response without its tokenizer: spans as far as they were kept."""
+    """Paint of a response routed by rule spans, without its tokenizer: spans as far as kept."""
     painted = _blank(length)
     ends = _kept_ends(segments, spans, span_id, dropped_tokens)
     for span in _least_important_first(spans):
@@ -102,8 +112,10 @@ def paint_kept_spans(
         painted.span[start : span["end"]] = span["rank"]
         painted.paint[kept_end : span["end"]] = Paint.DROPPED
         if kept_end > start:
-            routes = route[span_id == span["rank"]]
-            painted.paint[start:kept_end] = _routed_paint(routes[:1])[0]
+            kept = span_id == span["rank"]
+            painted.paint[start:kept_end] = _routed_paint(
+                route[kept], span_id[kept], span_id[kept]
+            )[0]
     return painted
 
 
@@ -180,9 +192,11 @@ def _least_important_first(spans: Sequence[dict]) -> list[dict]:
     return sorted(spans, key=lambda span: -span["rank"])
 
 
-def _routed_paint(route: np.ndarray) -> np.ndarray:
-    """Paint of tokens inside kept spans; fkl and rkl have the same number as their route."""
-    return np.where(route == Route.GRPO, Paint.MARKED, route)
+def _routed_paint(route: np.ndarray, span_id: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """Paint where a response is routed, uint8; rank: the annotator's span there, −1 outside."""
+    marked = np.where(span_id >= 0, Paint.MARKED, Paint.DROPPED)
+    paint = np.where(rank >= 0, marked, Paint.PLAIN)
+    return np.where(route == Route.GRPO, paint, route).astype(np.uint8)
 
 
 def _runs(*arrays: np.ndarray) -> list[tuple[int, int]]:

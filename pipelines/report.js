@@ -164,6 +164,7 @@ function response(rollout) {
     if (segment !== null) body.append(el("sup", {}, String(segment)));
     const span = el("span", paint === PLAIN ? {} : { class: `p-${DATA.paints[paint]}` }, text);
     if (rank >= 0) span.title = `span ${rank} · ${kinds.get(rank)} · ${DATA.paints[paint]}`;
+    else if (paint !== PLAIN) span.title = `outside spans · ${DATA.paints[paint]}`;
     body.append(span);
   }
   return body;

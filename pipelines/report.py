@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,8 @@ from ..data.store import Dataset, Store
 from ..schemas.configs import ReportConfig
 from .overview import overview
 from .paint import Paint, visible
-from .rollout_view import (
-    RolloutView,
-    Tables,
-    choose_groups,
-    find_byte_table,
-    find_tables,
-    load_rollouts,
-)
+from .rollout_tables import Tables, choose_groups, find_byte_table, find_tables
+from .rollout_view import RolloutView, load_rollouts
 
 _HERE = Path(__file__).parent
 _SCRIPTS = ("report.js", "report_curves.js")
@@ -37,13 +32,17 @@ _CHARTS = (
     ("Entropy", "nats / token", "entropy"),
     ("Response length", "tokens", "response_tokens"),
     ("KL weight λ", "", "kl_weight"),
-    ("KL on routed tokens", "nats / token", "kl_fkl|kl_rkl"),
-    ("Routed tokens", "share", "coverage_fkl|coverage_rkl|coverage"),
+    ("KL on routed tokens", "nats / token", "kl_(fkl|rkl|jsd)"),
+    ("Routed tokens", "share", "coverage(_.+)?"),
     ("Exposure Σλ²", "", "kl_exposure"),
     ("Truncated, no signal", "share", "truncated|groups_without_signal"),
     ("Clipped", "share of tokens", "ratio_clipped|kl_clipped"),
-    ("Sampler drift", "nats / token", "sampler_drift"),
+    # The largest drift of a step's tokens would flatten their mean.
+    ("Sampler drift", "nats / token", "sampler_drift|sampler_kl"),
+    ("Largest sampler drift", "nats", "sampler_drift_max"),
+    ("KL to the base policy", "nats / token", "kl_reference"),
     ("Gradient norm", "", "grad_norm"),
+    ("Steps skipped", "so far", "steps_skipped"),
     ("Throughput", "tokens / s", "tokens_per_s(econd)?"),
     ("Time per step", "s", "seconds.*"),
 )
@@ -51,7 +50,12 @@ _CHARTS = (
 _FACTS = {
     "rollout": {"policy.path": "policy", "group_size": "G", "sampling.temperature": "temperature"},
     "annotate": {"annotator.name": "by", "annotator.model": "model"},
-    "convert": {"routing.alpha": "α", "routing.key": "key →", "routing.error": "error →"},
+    "convert": {
+        "routing.rule": "rule",
+        "routing.alpha": "α",
+        "routing.key": "key →",
+        "routing.error": "error →",
+    },
     "train": {"offline.steps": "offline steps", "online.steps": "online steps", "optim.lr": "lr"},
 }
 
@@ -98,6 +102,7 @@ def render(
         shown=len(views),
         has_curves=bool(metrics),
         routed="routed" in tables.by_role,
+        paints=_names({piece.paint for view in views for piece in view.pieces}),
         inexact=sum(not view.exact for view in views),
         style=Markup(style),
         script=Markup(script),
@@ -118,11 +123,15 @@ def page_data(views: list[RolloutView], metrics: list[dict[str, Any]]) -> dict[s
     return {
         "problems": problems,
         "rollouts": rollouts,
-        "paints": [paint.name.lower() for paint in Paint],
+        "paints": _names(Paint),
         "steps": [row["step"] for row in metrics],
         "phases": [row.get("phase", "") for row in metrics],
         "charts": charts(metrics),
     }
+
+
+def _names(paints: Iterable[Paint]) -> list[str]:
+    return [paint.name.lower() for paint in sorted(paints)]
 
 
 # --- training curves -----------------------------------------------------------------------------

@@ -1,33 +1,27 @@
 """A rollout with all that the stages say of it, joined and ready to be drawn."""
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.store import Dataset, Store
-from ..schemas.errors import InputError
-from ..schemas.tables import ANNOTATIONS, ROUTED
-from ..trace.align import ByteTable, byte_table
-from ..trace.policy import load_tokenizer, vocab_fingerprint
-from .models import resolve_policy
+from ..data.store import Dataset
+from ..trace.align import ByteTable
 from .paint import (
     CharPaint,
     Piece,
+    paint_even_tokens,
     paint_kept_spans,
     paint_spans,
     paint_tokens,
     pieces,
     visible,
 )
-
-logger = logging.getLogger(__name__)
+from .rollout_tables import Tables, routing_rule
 
 _COLUMNS = {
     "routed": (
@@ -50,7 +44,7 @@ _TOKEN_COLUMNS = ("token_ids", "route", "span_id")
 
 @dataclass(frozen=True)
 class SpanView:
-    """One marked span; kept_tokens is None where nothing is routed."""
+    """One marked span; kept_tokens: how many the cap let through, None but under rule spans."""
 
     rank: int
     kind: str
@@ -62,7 +56,7 @@ class SpanView:
 class RolloutView:
     """What is drawn of one rollout. Texts are made `visible`; None: not known of this rollout.
 
-    exact: whether the paint is exact per token, not estimated from spans.
+    exact: whether the paint is exact per token, not an estimate.
     """
 
     id: str
@@ -93,82 +87,6 @@ class RolloutView:
     pieces: list[Piece]
 
 
-@dataclass(frozen=True)
-class Tables:
-    """A dataset of rollouts and the tables behind it, by role, the most processed one first."""
-
-    by_role: dict[str, Dataset]
-
-    @property
-    def lead(self) -> Dataset:
-        return next(iter(self.by_role.values()))
-
-
-def find_tables(dataset: Dataset, store: Store) -> Tables:
-    """The tables that tell a dataset's rollouts.
-
-    dataset: routed, annotations, or a train run: its online tables, or if it has none the routed
-    table that it was trained on.
-
-    Raises:
-        InputError: the dataset is of none of these kinds.
-    """
-    if dataset.stage == "train":
-        refs = dataset.summary.get("tables") or {"routed": dataset.manifest["inputs"]["routed"]}
-        found = {role: store.get(ref) for role, ref in refs.items()}
-    elif dataset.contract is ROUTED:
-        found = {"routed": dataset}
-    elif dataset.contract is ANNOTATIONS:
-        found = {"annotations": dataset}
-    else:
-        raise InputError(
-            f"dataset {dataset.ref} holds {dataset.manifest['table'] or 'no table'}; give a routed "
-            "or an annotations dataset, or a train run"
-        )
-    ordered: dict[str, Dataset] = {}
-    for role in _COLUMNS:
-        made_from = [known for known in ordered.values() if role in known.manifest["inputs"]]
-        if role in found:
-            ordered[role] = found[role]
-        elif made_from:
-            ordered[role] = made_from[0].input(role)
-    return Tables(ordered)
-
-
-def find_byte_table(dataset: Dataset, tables: Tables) -> tuple[ByteTable, str] | None:
-    """Bytes per token id and the vocabulary's fingerprint, if the policy is on this machine."""
-    rollouts = tables.by_role["rollouts"]
-    configs = [dataset.manifest["config"], rollouts.manifest["config"]]
-    if (online := rollouts.manifest["config"].get("online")) is not None:
-        # Sampled in training: the run's config tells the policy, once the run is finished.
-        run = dataset.store.find(*online.split("/"))
-        configs += [run.manifest["config"]] if run is not None else []
-    paths = [config["policy"]["path"] for config in configs if "policy" in config]
-    if not paths:
-        return None
-    try:
-        folder = resolve_policy(paths[0])
-        if not Path(folder).is_dir():
-            return None
-        tokenizer = load_tokenizer(folder)
-        return byte_table(tokenizer), vocab_fingerprint(tokenizer)
-    except InputError as error:
-        logger.info("painting by spans, not tokens: %s", error)
-        return None
-
-
-def choose_groups(lead: Dataset, limit: int) -> list[str]:
-    """Rollout ids of whole groups, evenly spread over the dataset, about `limit` at most."""
-    table = lead.read(["rollout_id", "group_id"])
-    groups: dict[str, list[str]] = {}
-    for rollout_id, group_id in zip(*(column.to_pylist() for column in table), strict=True):
-        groups.setdefault(group_id, []).append(rollout_id)
-    everything = list(groups.values())
-    count = min(len(everything), max(1, limit * len(everything) // max(1, len(table))))
-    spread = [everything[i * len(everything) // count] for i in range(count)] if count else []
-    return [rollout_id for group in spread for rollout_id in group][:limit]
-
-
 def load_rollouts(
     tables: Tables, ids: Sequence[str], bytes_of: tuple[ByteTable, str] | None
 ) -> list[RolloutView]:
@@ -178,7 +96,7 @@ def load_rollouts(
         for role, dataset in tables.by_role.items()
         if role != "problems"
     }
-    rollouts = rows["rollouts"]
+    rollouts, rule = rows["rollouts"], routing_rule(tables)
     problems = _rows(
         tables.by_role["problems"],
         "problem_id",
@@ -193,6 +111,7 @@ def load_rollouts(
             rows.get("annotations", {}).get(rollout_id),
             rows.get("routed", {}).get(rollout_id),
             problems[rollouts[rollout_id]["problem_id"]],
+            rule,
             bytes_of,
         )
         for rollout_id in ids
@@ -225,12 +144,14 @@ def _view(
     annotation: dict | None,
     routed: dict | None,
     problem: dict,
+    rule: str,
     bytes_of: tuple[ByteTable, str] | None,
 ) -> RolloutView:
     annotation = annotation or {"segments": [], "spans": []}
     spans, segments = annotation["spans"], annotation["segments"]
-    exact = bytes_of is not None and bytes_of[1] == rollout["vocab_fingerprint"]
-    painted = _paint(rollout, annotation, routed, bytes_of[0] if bytes_of and exact else None)
+    known = bytes_of is not None and bytes_of[1] == rollout["vocab_fingerprint"]
+    table = bytes_of[0] if bytes_of and known else None
+    painted = _paint(rollout, annotation, routed, rule, table)
     return RolloutView(
         id=rollout["rollout_id"],
         problem_id=rollout["problem_id"],
@@ -255,14 +176,14 @@ def _view(
         advantage=routed["advantage"] if routed else None,
         coverage=routed["coverage"] if routed else None,
         dropped=routed["dropped_tokens"] if routed else None,
-        exact=exact or not spans or routed is None,
+        exact=known or routed is None or _looks_the_same_everywhere(routed["route"], spans),
         spans=[
             SpanView(
                 rank=span["rank"],
                 kind=span["kind"],
                 segments=span["segments"],
                 kept_tokens=int(np.count_nonzero(routed["span_id"] == span["rank"]))
-                if routed
+                if routed and rule == "spans"
                 else None,
             )
             for span in spans
@@ -272,18 +193,24 @@ def _view(
 
 
 def _paint(
-    rollout: dict, annotation: dict, routed: dict | None, table: ByteTable | None
+    rollout: dict, annotation: dict, routed: dict | None, rule: str, table: ByteTable | None
 ) -> CharPaint:
     length, spans = len(rollout["response"]), annotation["spans"]
     segments = annotation["segments"]
     if routed is None:
         return paint_spans(length, spans)
     route, span_id = routed["route"], routed["span_id"]
-    if table is None:
+    if table is not None:
+        token_ids = rollout["token_ids"].tolist()
+        return paint_tokens(table, length, segments, spans, token_ids, route, span_id)
+    if rule == "spans":
         return paint_kept_spans(length, segments, spans, route, span_id, routed["dropped_tokens"])
-    return paint_tokens(
-        table, length, segments, spans, rollout["token_ids"].tolist(), route, span_id
-    )
+    return paint_even_tokens(length, spans, route, span_id)
+
+
+def _looks_the_same_everywhere(route: np.ndarray, spans: Sequence[dict]) -> bool:
+    """Whether no offset could move the paint: all tokens on one route, no span shining through."""
+    return len(np.unique(route)) <= 1 and (bool(route.any()) or not spans)
 
 
 def _visible(text: str | None) -> str | None:

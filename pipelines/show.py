@@ -16,7 +16,8 @@ from ..schemas.settings import dump_config
 from ..schemas.tables import ANNOTATIONS, ROUTED
 from . import train
 from .paint import Paint, Piece
-from .rollout_view import RolloutView, find_byte_table, find_tables, load_rollouts
+from .rollout_tables import find_byte_table, find_tables
+from .rollout_view import RolloutView, load_rollouts
 from .stages import TABLE_STAGES
 
 # Underlines beside colours: a route must be told apart without seeing colour.
@@ -24,6 +25,8 @@ _STYLES = {
     Paint.PLAIN: "",
     Paint.FKL: "bold bright_blue underline",
     Paint.RKL: "bold dark_orange underline2",
+    Paint.JSD: "bold italic medium_purple1 underline",
+    Paint.REWEIGHT: "bold italic spring_green3",
     Paint.MARKED: "underline",
     Paint.DROPPED: "dim strike",
 }
@@ -166,5 +169,5 @@ def _legend(view: RolloutView) -> Text:
         name = "grpo" if paint is Paint.PLAIN else paint.name.lower()
         text.append(name, style=_STYLES[paint]).append("  ")
     if not view.exact:
-        text.append("painted by spans: the tokenizer is not at hand", style="dim")
+        text.append("painted by estimate: the tokenizer is not at hand", style="dim")
     return text

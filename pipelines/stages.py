@@ -1,11 +1,13 @@
 """All stages by name, and how a request of any of them is run in this process."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from ..data.store import Dataset, Store
 from ..schemas import configs
-from ..schemas.configs import Config, PipelineConfig
+from ..schemas.configs import Config, NoAnnotator, PipelineConfig
+from ..trace.rules import needs_annotations
 from . import report, train
 from .annotate import ANNOTATE_STAGE
 from .convert import CONVERT_STAGE
@@ -43,7 +45,8 @@ def run_stage(name: str, config: Any, store: Store, alias: str | None = None) ->
     if name == "report":
         return str(report.run(config, store))
     dataset = train.run(config, store) if name == "train" else TABLE_STAGES[name].run(config, store)
-    store.set_alias(alias or DEFAULT_ALIAS[name], dataset)
+    if int(os.environ.get("RANK", "0")) == 0:  # of torchrun's processes one gives the name
+        store.set_alias(alias or DEFAULT_ALIAS[name], dataset)
     return dataset
 
 
@@ -52,6 +55,9 @@ RunStage = Callable[[str, Config, str], str]
 
 def run_pipeline(config: PipelineConfig, run: RunStage) -> dict[str, str]:
     """All stages in order, each on the datasets of those before it.
+
+    Where the routing looks at no annotation none is paid for: annotator none takes the place of the
+    configured one.
 
     run: runs (stage, its config, alias) and returns the dataset's ref; a flow runs subflows here.
     Returns refs by role, and the report's path.
@@ -66,7 +72,12 @@ def run_pipeline(config: PipelineConfig, run: RunStage) -> dict[str, str]:
     problems = step("problems", "problems", config.problems)
     rollouts = step("rollouts", "rollout", config.rollout, problems=problems)
     verdicts = step("verdicts", "verify", config.verify, rollouts=rollouts)
-    annotations = step("annotations", "annotate", config.annotate, verdicts=verdicts)
+    annotator = config.annotate.annotator
+    if not needs_annotations(config.convert.routing):
+        annotator = NoAnnotator(engine="none")
+    annotations = step(
+        "annotations", "annotate", config.annotate, verdicts=verdicts, annotator=annotator
+    )
     routed = step("routed", "convert", config.convert, annotations=annotations)
     offline = config.train.offline.model_copy(update={"routed": routed})
     online = config.train.online.model_copy(update={"problems": problems})

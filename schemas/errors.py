@@ -1,8 +1,15 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""The exceptions that are no fault of the program: bad input, and being asked to stop."""
 
 
 class InputError(Exception):
     """Bad input from the user: one sentence that says what, where, and how to mend it.
 
     The command line prints the sentence and exits with code 2, without a traceback.
+    """
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM) and kept everything that it had finished.
+
+    The command line prints the sentence and exits with code 143, as a shell reports SIGTERM.
     """

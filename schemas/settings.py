@@ -39,7 +39,7 @@ def load_config(
     data: Any = {}
     if path is not None:
         try:
-            data = yaml.safe_load(Path(path).read_text()) or {}
+            data = _unshared(yaml.safe_load(Path(path).read_text())) or {}
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; give the path of a YAML config") from None
         except yaml.YAMLError as error:
@@ -61,6 +61,23 @@ def override(config: C, overrides: list[str] | None) -> C:
     """
     data = config.model_dump(mode="json")
     return _validated(type(config), data, overrides or [], "config")
+
+
+def _unshared(value: Any, around: tuple[int, ...] = ()) -> Any:
+    """A copy in which nothing stands at two paths: YAML's aliases load as one object, and an
+    override of one path would change them all.
+
+    Raises:
+        YAMLError: an alias inside its own anchor.
+    """
+    if not isinstance(value, dict | list):
+        return value
+    if id(value) in around:
+        raise yaml.YAMLError("an alias stands inside its own anchor")
+    around += (id(value),)
+    if isinstance(value, dict):
+        return {key: _unshared(child, around) for key, child in value.items()}
+    return [_unshared(child, around) for child in value]
 
 
 def _laid_over(base: Any, top: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +147,7 @@ def _apply(data: dict, override: str) -> None:
             child = node[parent] = {}
         node = child
     try:
-        loaded = yaml.safe_load(value)
+        loaded = _unshared(yaml.safe_load(value))
     except yaml.YAMLError:
         raise InputError(f"override {override!r}: the value is not YAML; quote it") from None
     if leaf in _TAGS and node.get(leaf, loaded) != loaded:

@@ -102,7 +102,13 @@ PROBLEMS = _contract(
         _field("problem", _string, "The problem as the student sees it, without prompt template."),
         _field("answer", _string, "Gold final answer; the letter for multiple choice."),
         _field("answer_kind", _string, "How answers are compared: math or choice."),
-        _field("solution", _string, "Reference solution; only the annotator sees it.", True),
+        _field(
+            "solution",
+            _string,
+            "Reference solution: the annotator sees it, TRACE's teacher never, a baseline's where "
+            "routing.teacher_context says so.",
+            True,
+        ),
         _field(
             "steps",
             pa.list_(
@@ -237,11 +243,17 @@ ROUTED = _contract(
         _ROLLOUT_ID,
         _PROBLEM_ID,
         _GROUP_ID,
-        _field("problem", _string, "The problem: with the type label all that the teacher sees."),
+        _field(
+            "problem", _string, "The problem: with the type label all that TRACE's teacher sees."
+        ),
         *_TOKENS,
         _field("temperature", _float32, "Sampling temperature that logprobs refer to."),
-        _field("reward", _float32, "The verifier's reward."),
-        _field("advantage", _float32, "(reward − group mean) / (group std + ε)."),
+        _field("reward", _float32, "The verifier's reward, shaped by routing.overlong."),
+        _field(
+            "advantage",
+            _float32,
+            "(reward − group mean) / (group std + ε); under routing.advantage mean not divided.",
+        ),
         _field("correct", _bool, "Whether the response is right."),
         _field("truncated", _bool, "Whether the response hit the token limit."),
         _field(
@@ -251,7 +263,10 @@ ROUTED = _contract(
             "to the segment that holds most of its bytes, ties to the earlier one.",
         ),
         _field(
-            "span_id", pa.list_(pa.int16()), "Rank of the span that a token lies in; −1 outside."
+            "span_id",
+            pa.list_(pa.int16()),
+            "Rank of the span that a token is routed for, −1 for none; rules all, random and "
+            "inverted have a single span 0, which is not the annotator's.",
         ),
         _TYPE,
         _field(
@@ -261,9 +276,15 @@ ROUTED = _contract(
             True,
         ),
         _field(
-            "coverage", _float32, "Share of routed response tokens, at most α but for rule all."
+            "coverage",
+            _float32,
+            "Share of response tokens with a span, at most α but for rule all and rules of your own.",
         ),
-        _field("dropped_tokens", _int32, "Marked tokens dropped by the α cap."),
+        _field(
+            "dropped_tokens",
+            _int32,
+            "Marked tokens that the rule left out; under rule spans those beyond the α cap.",
+        ),
         *_POLICY,
     ],
     "rollout_id",

@@ -27,6 +27,7 @@ class TrainingSequence:
     route: np.ndarray
     advantage: float
     reward: float
+    correct: bool
     temperature: float
     truncated: bool
     teacher_prompt_ids: list[int] | None
@@ -73,6 +74,7 @@ def training_sequences(
                 route=route,
                 advantage=row["advantage"],
                 reward=row["reward"],
+                correct=row["correct"],
                 temperature=row["temperature"],
                 truncated=row["truncated"],
                 teacher_prompt_ids=teacher_prompt_ids,

@@ -67,7 +67,7 @@ def step_metrics(
     metrics = {
         "sequences": float(len(sequences)),
         "reward": float(np.mean(rewards)),
-        "pass_rate": float(np.mean([reward > 0 for reward in rewards])),
+        "pass_rate": float(np.mean([sequence.correct for sequence in sequences])),
         "groups_without_signal": 1 - len(signal_groups(sequences)) / len(groups),
         "response_tokens": float(np.mean(lengths)),
         "truncated": float(np.mean([sequence.truncated for sequence in sequences])),

@@ -1,7 +1,7 @@
 """One online step's data: sample, verify, annotate, route, from the current weights."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -56,6 +56,10 @@ class OnlineSource:
     routing: RoutingConfig
     write: Callable[[int, dict[str, pa.Table]], None]
     refill_rounds: int = 0
+
+    def spread(self, sample: Callable[[pa.Table, int], pa.Table]) -> "OnlineSource":
+        """The same source with another way to sample."""
+        return replace(self, sample=sample)
 
     def collect(
         self, step: int, with_teacher: bool, phase: Callable[[str], None]

@@ -207,11 +207,11 @@ def check_architecture(model: Any) -> None:
     """
     prompts = [[1, 2, 3], [1, 2, 3], [3, 1]]
     responses = [np.array([0, 2]), np.array([2]), np.array([1, 3, 2])]
-    ours = response_logits(model, prompts, responses)
-    theirs = []
+    theirs = []  # first: packing replaces the attention that the model came with
     for prompt, response in zip(prompts, responses, strict=True):
-        ids = torch.tensor([[*prompt, *response.tolist()]], device=ours.device)
+        ids = torch.tensor([[*prompt, *response.tolist()]], device=model.device)
         theirs.append(model(input_ids=ids).logits[0, len(prompt) - 1 : -1])
+    ours = response_logits(model, prompts, responses)
     if not torch.allclose(ours.float(), torch.cat(theirs).float(), rtol=0.02, atol=0.02):
         raise InputError(
             f"policy {model.config.model_type}: this architecture attends to its tokens or changes "

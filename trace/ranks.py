@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .policy import backbone
@@ -133,6 +133,12 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
             if isinstance(theirs, DTensor) and not isinstance(ours, DTensor):
                 theirs = theirs.full_tensor()
             ours.copy_(theirs)
+
+
+def reshard(module: torch.nn.Module) -> None:
+    """Free the whole weights that a pass without gradients leaves at a sharded module's root."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
 
 
 def is_sharded(module: torch.nn.Module) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..schemas.configs import TrainConfig
-from ..schemas.errors import InputError
+from ..schemas.errors import InputError, Stopped
 from .batch import (
     TrainingSequence,
     loss_inputs,
@@ -37,7 +37,7 @@ from .losses import token_weights
 from .metrics import SUMS, step_metrics, token_sums
 from .packing import PackedModel, check_architecture, pack
 from .policy import Policy
-from .ranks import Ranks, copy_weights
+from .ranks import Ranks, copy_weights, reshard
 from .schedule import grpo_weight, kl_weight
 
 logger = logging.getLogger(__name__)
@@ -56,10 +56,6 @@ class Online(Protocol):
     def collect(
         self, step: int, with_teacher: bool, phase: Callable[[str], None]
     ) -> tuple[Any, dict[str, int]]: ...
-
-
-class Stopped(Exception):
-    """The run was asked to stop; its state is that of the last finished step."""
 
 
 @dataclass
@@ -168,8 +164,7 @@ class Trainer:
                 "of the steps before, and go on from the last checkpoint"
             )
         self.restore_identity()
-        means = step_metrics(sequences, sums, largest_drift, self.reference is not None)
-        return means | {
+        metrics = step_metrics(sequences, sums, largest_drift, self.reference is not None) | {
             "loss": sums["loss"],
             "grad_norm": norm,
             "lr": lr,
@@ -177,6 +172,7 @@ class Trainer:
             "kl_exposure": self.state.kl_exposure,
             "steps_skipped": float(self.state.skipped),
         }
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def accumulate_gradients(
         self, sequences: Sequence[TrainingSequence], kl: float
@@ -204,6 +200,9 @@ class Trainer:
             if not idle:
                 batch_sums, drift = token_sums(output, inputs, kl > 0)
                 sums, largest = sums + batch_sums, max(largest, drift)
+        for frozen in (self.teacher, self.reference):
+            if frozen is not None:
+                reshard(frozen)
         totals = self.ranks.sum(sums.tolist(), device)
         return dict(zip(SUMS, totals, strict=True)), self.ranks.most([largest], device)[0]
 

@@ -4,7 +4,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ...schemas.configs import Annotator, OpenAIAnnotator, RuleAnnotator, SegmentConfig
+from ...schemas.configs import (
+    Annotator,
+    NoAnnotator,
+    OpenAIAnnotator,
+    RuleAnnotator,
+    SegmentConfig,
+)
 from ...trace.protocols import Annotator as AnnotatorProtocol
 from ...trace.protocols import Sampler
 from .journal import Journal
@@ -28,6 +34,10 @@ def open_annotator(
     Raises:
         InputError: a missing key, prompt or schema file.
     """
+    if isinstance(config, NoAnnotator):
+        from .none import NobodyAnnotator
+
+        return NobodyAnnotator(segment)
     if isinstance(config, RuleAnnotator):
         from .rule import StepsAnnotator
 

@@ -100,10 +100,16 @@ def items(
     return out
 
 
-def skipped_annotations(problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
-    """Annotations of rollouts that no annotator was asked about (online steps once λ is 0)."""
+def skipped_annotations(
+    problems: pa.Table,
+    rollouts: pa.Table,
+    verdicts: pa.Table,
+    config: SegmentConfig | None = None,
+) -> pa.Table:
+    """Annotations of rollouts that no annotator was asked about: where routing looks at none, and
+    in online steps once λ is 0."""
     nobody = Identity("none", "none")
-    work = items(problems, rollouts, verdicts, SegmentConfig())
+    work = items(problems, rollouts, verdicts, config or SegmentConfig())
     return ANNOTATIONS.table(annotation_row(item, nobody, SKIPPED) for item in work)
 
 

@@ -36,6 +36,12 @@ class SegmentConfig(Config):
     )
 
 
+class NoAnnotator(Config):
+    """Marks nothing and costs nothing: for routing that looks at no annotation."""
+
+    engine: Literal["none"] = Field(description="Annotation engine.")
+
+
 class RuleAnnotator(Config):
     engine: Literal["rule"] = Field(description="Annotation engine.")
     name: str = Field(default="rule", description="Name recorded with each annotation.")
@@ -95,7 +101,7 @@ class OpenAIAnnotator(AnnotatorPrompt):
 
 
 Annotator = Annotated[
-    RuleAnnotator | SelfAnnotator | OpenAIAnnotator, Field(discriminator="engine")
+    NoAnnotator | RuleAnnotator | SelfAnnotator | OpenAIAnnotator, Field(discriminator="engine")
 ]
 
 

@@ -382,6 +382,29 @@ def test_a_stage_that_a_preset_sets_nothing_of_takes_none(run):
     assert "No such option" in result.err
 
 
+def test_annotator_none_marks_nothing_and_serves_only_routing_that_looks_at_no_annotation(run, own):
+    result = run("annotate", CONFIG, "annotator.engine=none", "--store", own)
+    assert result.code == 0, result.err
+    annotations = Store(own).get("annotations")
+    rows = annotations.read().to_pylist()
+    assert annotations.summary["status"] == {"skipped": 16}
+    assert annotations.summary["cost_usd"] == 0.0
+    assert {(row["annotator_name"], len(row["spans"]), row["cost_usd"]) for row in rows} == {
+        ("none", 0, 0.0)
+    }
+    assert "annotator none marked nothing, and this routing" in refused(run, own, "convert", CONFIG)
+    assert run("convert", CONFIG, "--preset", "opsd", "--store", own).code == 0
+    assert all(all(route) for route in Store(own).get("routed").read()["route"].to_pylist())
+
+
+def test_training_asks_for_an_annotator_where_its_routing_needs_one(run, made):
+    nobody = "online.annotator.engine=none"
+    sentence = refused(run, made, "train", CONFIG, nobody)
+    assert "online.annotator.engine is none, and online.routing looks at annotations" in sentence
+    result = run("train", CONFIG, "--preset", "opsd", nobody, "--dry-run", "--store", made)
+    assert result.code == 0, result.err
+
+
 def test_convert_routes_as_the_preset_says(run, own):
     assert run("convert", CONFIG, "--preset", "srpo", "--store", own).code == 0
     table = Store(own).get("routed").read()

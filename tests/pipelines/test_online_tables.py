@@ -7,6 +7,7 @@ import pytest
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines import train
 from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.online import OnlineTables
 from trace_opd.pipelines.stages import CONFIG_TYPES, run_stage
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.settings import load_config
@@ -33,15 +34,15 @@ def config_of(*overrides: str) -> TrainConfig:
     return load_config(TrainConfig, CONFIG, [*fixed, *overrides], "train")
 
 
-def tables_of(root: Path, config: TrainConfig) -> tuple[train.OnlineTables, Store]:
+def tables_of(root: Path, config: TrainConfig) -> tuple[OnlineTables, Store]:
     store = Store(root)
     inputs, draft = train.begin(config, store)
     assert isinstance(draft, Draft)
     policy = load_policy(resolve_policy("micro"), "cpu")
-    return train.OnlineTables(config, store, draft, inputs, policy), store
+    return OnlineTables(config, store, draft, inputs, policy), store
 
 
-def asked(online: train.OnlineTables, step: int, refill: int) -> list[str]:
+def asked(online: OnlineTables, step: int, refill: int) -> list[str]:
     return online.source.problems(step, refill)["problem_id"].to_pylist()
 
 

@@ -8,10 +8,12 @@ import subprocess
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.style import Style
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -19,17 +21,19 @@ from trace_opd.data.store import Dataset, Store, content_hash
 from trace_opd.pipelines import report
 from trace_opd.pipelines.paint import (
     Paint,
+    Piece,
+    paint_even_tokens,
     paint_kept_spans,
     paint_spans,
     paint_tokens,
     pieces,
     visible,
 )
-from trace_opd.pipelines.rollout_view import choose_groups
-from trace_opd.pipelines.show import show_rollout
+from trace_opd.pipelines.rollout_tables import choose_groups
+from trace_opd.pipelines.show import response_text, show_rollout
 from trace_opd.schemas.configs import ReportConfig, RoutingConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.labels import Action, SpanKind
+from trace_opd.schemas.labels import Action, Route, SpanKind
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.schemas.tables import ROUTED as ROUTED_TABLE
 from trace_opd.trace.align import ByteTable, byte_table
@@ -78,10 +82,14 @@ def table(tokenizer) -> ByteTable:
 
 
 def make_run(
-    root: Path, tokenizer, responses: list[list[str]], alpha: float = 0.25, with_policy: bool = True
+    root: Path,
+    tokenizer,
+    responses: list[list[str]],
+    with_policy: bool = True,
+    **routing: Any,
 ) -> Run:
     """A store whose problem i has the given responses: first correct, others wrong, the first two
-    segments of each marked."""
+    segments of each marked. routing: fields of RoutingConfig."""
     policy = root / "policy"
     if with_policy:
         tokenizer.save_pretrained(policy)
@@ -140,9 +148,10 @@ def make_run(
     sampled = write("rollout", ROLLOUTS, tables["rollouts"], {"problems": made}, config)
     judged = write("verify", VERDICTS, tables["verdicts"], {"rollouts": sampled}, {})
     marked = write("annotate", ANNOTATIONS, tables["annotations"], {"verdicts": judged}, {})
-    routing = RoutingConfig(alpha=alpha, error=Action.RKL)
-    rows = routed_table(*tables.values(), byte_table(tokenizer), routing)
-    routed = write("convert", ROUTED_TABLE, rows, {"annotations": marked}, config)
+    chosen = RoutingConfig(**{"error": "rkl"} | routing)
+    rows = routed_table(*tables.values(), byte_table(tokenizer), chosen)
+    settings = config | {"routing": chosen.model_dump(mode="json")}
+    routed = write("convert", ROUTED_TABLE, rows, {"annotations": marked}, settings)
     return Run(store, made, marked, routed)
 
 
@@ -207,7 +216,7 @@ def as_dicts(bounds: list[tuple[int, int]]) -> list[dict]:
 
 
 def routed(table: ByteTable, ids: list[int], bounds, spans, config: RoutingConfig) -> Routing:
-    """A correct response's tokens by rule spans."""
+    """A correct response's tokens by the config's rule."""
     response = Response(
         rollout_id="r",
         token_ids=np.array(ids),
@@ -237,6 +246,62 @@ def test_tokens_have_the_paint_of_their_route(tokenizer, table):
         ("c\n", Paint.FKL, 1, 2),
         ("d", Paint.PLAIN, -1, 3),
     ]
+
+
+def test_a_route_has_the_number_of_its_paint():
+    assert {paint.name: int(paint) for paint in Paint if paint in set(Route)} == {
+        "PLAIN": Route.GRPO,
+        "FKL": Route.FKL,
+        "RKL": Route.RKL,
+        "JSD": Route.JSD,
+        "REWEIGHT": Route.REWEIGHT,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "action", "drawn"),
+    [
+        # One token a character, the first two marked, the cap lets 4 of 8 through.
+        ("spans", "jsd", [("ab", Paint.JSD, 0), ("cdefgh", Paint.PLAIN, -1)]),
+        ("all", "reweight", [("ab", Paint.REWEIGHT, 0), ("cdefgh", Paint.REWEIGHT, -1)]),
+        ("all", "none", [("ab", Paint.MARKED, 0), ("cdefgh", Paint.PLAIN, -1)]),
+    ],
+)
+def test_routed_tokens_have_the_paint_of_their_route_outside_spans_too(
+    tokenizer, table, rule, action, drawn
+):
+    bounds = [(0, 2), (2, 8)]
+    spans = [span(0, [0], bounds)]
+    ids = tokenizer("abcdefgh", add_special_tokens=False)["input_ids"]
+    routing = routed(table, ids, bounds, spans, RoutingConfig(rule=rule, key=action, alpha=0.5))
+    segments = as_dicts(bounds)
+    exact = paint_tokens(table, 8, segments, spans, ids, routing.route, routing.span_id)
+    # All tokens are equally long here: the estimate without the tokenizer is right too.
+    estimated = paint_even_tokens(8, spans, routing.route, routing.span_id)
+    for painted in (exact, estimated):
+        assert [piece[:3] for piece in pieces("abcdefgh", segments, painted)] == drawn
+
+
+@pytest.mark.parametrize("rule", ["random", "inverted"])
+def test_drawn_tokens_and_the_marks_that_they_leave_out_are_told_apart(tokenizer, table, rule):
+    text, bounds = "abcdefgh", [(0, 4), (4, 8)]
+    spans = [span(0, [0], bounds)]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    routing = routed(table, ids, bounds, spans, RoutingConfig(rule=rule, alpha=0.25))
+    painted = paint_tokens(table, 8, as_dicts(bounds), spans, ids, routing.route, routing.span_id)
+    assert np.count_nonzero(painted.paint == Paint.FKL) == 2
+    assert (painted.paint == Paint.FKL).tolist() == routing.route.astype(bool).tolist()
+    others = painted.paint != Paint.FKL
+    assert set(painted.paint[:4][others[:4]]) == {Paint.DROPPED}
+    assert set(painted.paint[4:][others[4:]]) == {Paint.PLAIN}
+    assert painted.span.tolist() == [0] * 4 + [-1] * 4
+
+
+def test_routed_tokens_are_painted_where_nothing_is_annotated(tokenizer, table):
+    ids = [*tokenizer("é=1", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    routing = routed(table, ids, [(0, 3)], [], RoutingConfig(rule="all"))
+    painted = paint_tokens(table, 3, [], [], ids, routing.route, routing.span_id)
+    assert painted.paint.tolist() == [Paint.FKL] * 3
 
 
 def test_a_cut_first_span_is_painted_to_its_last_kept_token(tokenizer, table):
@@ -352,6 +417,38 @@ def test_page_paints_by_spans_and_says_so_where_the_policy_is_gone(tmp_path, tok
     assert "tokenizer that made their token ids" in page
 
 
+def test_page_without_the_policy_is_exact_where_all_tokens_are_on_one_route(tmp_path, tokenizer):
+    responses = [["ab\ncdefgh\n", "ij\nklmnop\n"]]
+    baseline = {"rule": "all", "key": "jsd", "error": "reweight"}
+    run = make_run(tmp_path, tokenizer, responses, with_policy=False, **baseline)
+    page = report.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
+    right, wrong = page_data(page)["rollouts"]
+    assert {piece[1] for piece in right["pieces"]} == {Paint.JSD}
+    assert {piece[1] for piece in wrong["pieces"]} == {Paint.REWEIGHT}
+    assert right["exact"]
+    assert "tokenizer that made their token ids" not in page
+    assert right["spans"][0]["kept_tokens"] is None  # span 0 of the rule is not the annotator's
+
+
+def test_page_without_the_policy_estimates_where_a_rule_drew_tokens(tmp_path, tokenizer):
+    run = make_run(tmp_path, tokenizer, [["ab\ncd\nefghijk\n"]], with_policy=False, rule="inverted")
+    page = report.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
+    (rollout,) = page_data(page)["rollouts"]
+    assert {piece[1] for piece in rollout["pieces"]} >= {Paint.FKL, Paint.DROPPED}
+    assert not rollout["exact"]
+    assert "tokenizer that made their token ids" in page
+
+
+def test_page_explains_the_paints_and_counts_the_routes_that_it_holds(tmp_path, tokenizer):
+    # The cap lets 3 of 14 tokens through: the first of the two marked segments.
+    responses = [["ab\ncdefgh\nij\n", "kl\nmnopqr\nst\n"]]
+    run = make_run(tmp_path, tokenizer, responses, key="jsd", error="none")
+    page = report.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
+    (legend,) = re.findall('<p class="legend">(.*?)</p>', page, re.DOTALL)
+    assert re.findall('class="p-(.+?)"', legend) == ["plain", "jsd", "marked", "dropped"]
+    assert re.findall('<li class="(.+?)"><i>', page) == ["grpo", "jsd"]
+
+
 def test_annotations_are_drawn_before_they_are_routed(hostile_run, tmp_path):
     output = tmp_path / "deep" / "page.html"
     config = ReportConfig(dataset=hostile_run.annotations.ref, output=str(output))
@@ -430,6 +527,24 @@ def test_train_run_shows_curves_of_both_phases_and_its_rollouts(hostile_run):
     assert len(data["rollouts"]) == 2 * len(HOSTILE)
 
 
+def test_curves_of_one_kind_stand_together():
+    row = {
+        "step": 0, "coverage_fkl": 0.0, "coverage_jsd": 0.2, "coverage_reweight": 0.1, "kl_jsd": 0.3,
+        "sampler_drift": 0.01, "sampler_drift_max": 2.0, "sampler_kl": 0.02, "steps_skipped": 1.0,
+    }  # fmt: skip
+    drawn = {
+        chart["title"]: [series["name"] for series in chart["series"]]
+        for chart in report.charts([row])
+    }
+    assert drawn == {
+        "KL on routed tokens": ["kl_jsd"],
+        "Routed tokens": ["coverage_fkl", "coverage_jsd", "coverage_reweight"],
+        "Sampler drift": ["sampler_drift", "sampler_kl"],
+        "Largest sampler drift": ["sampler_drift_max"],
+        "Steps skipped": ["steps_skipped"],
+    }
+
+
 def test_online_table_finds_the_policy_of_its_training_run(tmp_path, tokenizer):
     run = make_run(tmp_path, tokenizer, [["ab\ncd\nefghijklmnop\n"]], alpha=0.2)
     trained = finish_training(run, [{"step": 0, "phase": "online", "reward": 1.0}])
@@ -502,6 +617,15 @@ def shown(prefix: str, store: Store, color: bool = False) -> str:
     out = StringIO()
     show_rollout(prefix, store, Console(file=out, width=100, force_terminal=color))
     return out.getvalue()
+
+
+def test_every_paint_is_told_apart_without_colours():
+    looks = set()
+    for paint in Paint:
+        style = response_text([Piece("a", paint, -1, None)]).spans
+        parsed = Style.parse(str(style[0].style)) if style else Style()
+        looks.add((parsed.bold, parsed.italic, parsed.underline, parsed.underline2, parsed.strike))
+    assert len(looks) == len(Paint)
 
 
 def test_show_prints_the_newest_routing_of_a_rollout(hostile_run):

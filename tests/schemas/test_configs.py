@@ -122,6 +122,24 @@ def test_an_engine_without_a_default_must_be_named():
         load_config(AnnotateConfig, None, ["annotator.name=again"])
 
 
+def test_an_override_of_an_anchored_value_changes_its_own_path_alone():
+    before = load_config(PipelineConfig, MICRO)
+    after = load_config(PipelineConfig, MICRO, ["evaluate.sampling.temperature=0.3"])
+    assert after.evaluate.sampling.temperature == 0.3
+    assert after.rollout == before.rollout
+    assert after.train == before.train
+    phases = ["train={offline: &phase {steps: 1}, online: *phase}", "train.online.steps=2"]
+    train = load_config(PipelineConfig, MICRO, phases).train
+    assert (train.offline.steps, train.online.steps) == (1, 2)
+
+
+def test_an_alias_inside_its_own_anchor_is_refused(tmp_path):
+    file = tmp_path / "round.yaml"
+    file.write_text("sampling: &s {top_k: 1, sampling: *s}\n")
+    with pytest.raises(InputError, match=r"round.yaml: is not YAML \(an alias stands inside its"):
+        load_config(RolloutConfig, file)
+
+
 def test_the_last_override_wins_over_the_file():
     assert micro("rollout").group_size == 8
     assert micro("rollout", "group_size=2", "group_size=3").group_size == 3

@@ -95,6 +95,7 @@ def sequence_of(index: int, prompt: int, tokens: int) -> TrainingSequence:
         route=np.zeros(tokens, np.uint8),
         advantage=0.0,
         reward=0.0,
+        correct=False,
         temperature=1.0,
         truncated=False,
         teacher_prompt_ids=None,

@@ -1,4 +1,4 @@
-"""The objective beside TRL's and Liger's, as outside witnesses; pip install 'trace-opd[peers]'."""
+"""The objective beside TRL's and Liger's, as outside witnesses; pip install -e '.[peers]'."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -82,6 +82,7 @@ def test_a_reference_kl_holds_the_student_near_its_base():
             route=np.zeros(4, np.uint8),
             advantage=1.0,
             reward=1.0,
+            correct=True,
             temperature=1.0,
             truncated=False,
             teacher_prompt_ids=None,

@@ -114,7 +114,7 @@ def largest_difference(left: Path, right: Path) -> float:
 
 
 CASES = {
-    "trace": {},
+    "trace": {"teacher": {"sync_steps": 2}},
     "reference": {"loss": {"reference_kl": 0.1, "aggregation": "token"}},
     "ema": {"teacher": {"sync": "ema"}},
     "lora": {"lora": {"rank": 4}},

@@ -535,7 +535,7 @@ def test_a_steps_metrics_by_hand():
 
     def made(group: str, reward: float, route: list[int], truncated: bool = False):
         return replace(
-            base, group_id=group, reward=reward, route=np.array(route, np.uint8),
+            base, group_id=group, reward=reward, correct=reward > 0, route=np.array(route, np.uint8),
             token_ids=np.zeros(len(route), np.int64), truncated=truncated,
         )  # fmt: skip
 

@@ -1,0 +1,105 @@
+"""Which tables tell of a dataset's rollouts, what routed them, and which of them a page shows."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.store import Dataset, Store
+from ..schemas.errors import InputError
+from ..schemas.tables import ANNOTATIONS, ROUTED
+from ..trace.align import ByteTable, byte_table
+from ..trace.policy import load_tokenizer, vocab_fingerprint
+from .models import resolve_policy
+
+logger = logging.getLogger(__name__)
+
+_ROLES = ("routed", "annotations", "verdicts", "rollouts", "problems")
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A dataset of rollouts and the tables behind it, by role, the most processed one first."""
+
+    by_role: dict[str, Dataset]
+
+    @property
+    def lead(self) -> Dataset:
+        return next(iter(self.by_role.values()))
+
+
+def find_tables(dataset: Dataset, store: Store) -> Tables:
+    """The tables that tell a dataset's rollouts.
+
+    dataset: routed, annotations, or a train run: its online tables, or if it has none the routed
+    table that it was trained on.
+
+    Raises:
+        InputError: the dataset is of none of these kinds.
+    """
+    if dataset.stage == "train":
+        refs = dataset.summary.get("tables") or {"routed": dataset.manifest["inputs"]["routed"]}
+        found = {role: store.get(ref) for role, ref in refs.items()}
+    elif dataset.contract is ROUTED:
+        found = {"routed": dataset}
+    elif dataset.contract is ANNOTATIONS:
+        found = {"annotations": dataset}
+    else:
+        raise InputError(
+            f"dataset {dataset.ref} holds {dataset.manifest['table'] or 'no table'}; give a routed "
+            "or an annotations dataset, or a train run"
+        )
+    ordered: dict[str, Dataset] = {}
+    for role in _ROLES:
+        made_from = [known for known in ordered.values() if role in known.manifest["inputs"]]
+        if role in found:
+            ordered[role] = found[role]
+        elif made_from:
+            ordered[role] = made_from[0].input(role)
+    return Tables(ordered)
+
+
+def find_byte_table(dataset: Dataset, tables: Tables) -> tuple[ByteTable, str] | None:
+    """Bytes per token id and the vocabulary's fingerprint, if the policy is on this machine."""
+    configs = [dataset.manifest["config"], _made_by(tables.by_role["rollouts"])]
+    paths = [config["policy"]["path"] for config in configs if "policy" in config]
+    if not paths:
+        return None
+    try:
+        folder = resolve_policy(paths[0])
+        if not Path(folder).is_dir():
+            return None
+        tokenizer = load_tokenizer(folder)
+        return byte_table(tokenizer), vocab_fingerprint(tokenizer)
+    except InputError as error:
+        logger.info("painting by estimate, not by token: %s", error)
+        return None
+
+
+def routing_rule(tables: Tables) -> str:
+    """`routing.rule` of the routed table; spans where nothing is routed or nothing tells it."""
+    if "routed" not in tables.by_role:
+        return "spans"
+    config = _made_by(tables.by_role["routed"])
+    return config.get("online", config).get("routing", {}).get("rule", "spans")
+
+
+def _made_by(dataset: Dataset) -> dict[str, Any]:
+    """A dataset's config; of a table made in training the run's, once the run is finished."""
+    config = dataset.manifest["config"]
+    if (run := config.get("online")) is None:
+        return config
+    found = dataset.store.find(*run.split("/"))
+    return found.manifest["config"] if found is not None else {}
+
+
+def choose_groups(lead: Dataset, limit: int) -> list[str]:
+    """Rollout ids of whole groups, evenly spread over the dataset, about `limit` at most."""
+    table = lead.read(["rollout_id", "group_id"])
+    groups: dict[str, list[str]] = {}
+    for rollout_id, group_id in zip(*(column.to_pylist() for column in table), strict=True):
+        groups.setdefault(group_id, []).append(rollout_id)
+    everything = list(groups.values())
+    count = min(len(everything), max(1, limit * len(everything) // max(1, len(table))))
+    spread = [everything[i * len(everything) // count] for i in range(count)] if count else []
+    return [rollout_id for group in spread for rollout_id in group][:limit]
