@@ -6,13 +6,14 @@ waits for the verifier, the annotator and the disk.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from rich.table import Table
 
 from ..schemas.configs import TrainConfig
+from ..schemas.errors import InputError
 from ..trace.fused import _BUFFER_BYTES as BUFFER_BYTES
 from .model_shape import ModelShape, model_shape
 from .models import resolve_policy
@@ -286,13 +287,12 @@ def plan_table(
     return table
 
 
-def memory_line(config: TrainConfig, gpus: int | None = None) -> str:
-    """One line for the start of a run.
-
-    Raises:
-        InputError: the policy's config cannot be read.
-    """
-    memory = predict_memory(setting(config, gpus))
+def memory_line(config: TrainConfig, processes: int = 1) -> str:
+    """One line for the start of a run on this machine."""
+    try:
+        memory = predict_memory(replace(setting(config), gpus=processes))
+    except InputError as error:
+        return f"memory: not planned ({error})"
     held, training = memory.held, memory.training
     parts = {**held, "gradients": training["gradients"], "activations": training["activations"]}
     named = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())

@@ -9,7 +9,7 @@ A chunk's logits stand in one buffer and turn into the gradient in place. Betwee
 it is worked on in blocks of rows small enough for the cache.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +100,7 @@ def token_logprobs(
     hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, temperature: torch.Tensor
 ) -> torch.Tensor:
     """Log-probabilities of tokens, (tokens,) float32, without ever holding all their logits."""
+    head = _cast(head, hidden.dtype)
     rows = _rows(hidden, head, _BUFFER_BYTES)
     out = []
     for states, ids, heat in zip(
@@ -130,6 +131,8 @@ class _FusedRoutedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, teacher_hidden: Any, call: _Call):
         wide = _wide(hidden)
+        # Cast once for all chunks where the head is kept in a wider type than it computes in.
+        head, teacher_head = (_cast(h, hidden.dtype) for h in (call.head, call.teacher_head))
         statistics = {
             name: torch.zeros(len(hidden), dtype=wide, device=hidden.device)
             for name in ("loss", "logprobs", "entropy", "ratio_clipped", "kl", "kl_clipped", "reference_kl")
@@ -143,12 +146,12 @@ class _FusedRoutedLoss(torch.autograd.Function):
         for route, positions, taught in _chunks(call, teacher_hidden is not None, rows):
             states = hidden[positions]  # (chunk, hidden)
             logits = buffer[: len(states)]  # (chunk, vocab)
-            _project(states, call.head, logits)
+            _project(states, head, logits)
             teacher_logits = None
             if taught is not None:
-                assert call.teacher_head is not None, "a teacher's states need its head"
+                assert teacher_head is not None, "a teacher's states need its head"
                 teacher_logits = buffer[len(states) : 2 * len(states)]
-                _project(teacher_hidden[taught], call.teacher_head, teacher_logits)
+                _project(teacher_hidden[taught], teacher_head, teacher_logits)
             for start in range(0, len(states), step):
                 block = slice(start, start + step)
                 _logits_to_gradient(
@@ -161,7 +164,7 @@ class _FusedRoutedLoss(torch.autograd.Function):
                 )
             gradient = logits.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[positions] = gradient @ weight.to(hidden.dtype)
+                grad_hidden[positions] = gradient @ head.weight
             if grad_weight is not None:
                 _add_outer(grad_weight, gradient, states)
             if grad_bias is not None:
@@ -176,10 +179,13 @@ class _FusedRoutedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any):
         scale, (grad_hidden, grad_weight, grad_bias) = grad_outputs[0], ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
+        unscaled = scale.device.type == "cpu" and scale.item() == 1  # on CUDA asking would wait
 
         def scaled(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+            if gradient is None:
+                return None
             # In place: this function owns them, and the weight's is as large as the head.
-            return gradient.mul_(scale).to(dtype) if gradient is not None else None
+            return (gradient if unscaled else gradient.mul_(scale)).to(dtype)
 
         return (
             scaled(grad_hidden, grad_hidden.dtype) if grad_hidden is not None else None,
@@ -285,13 +291,16 @@ def _softcap_slope(
     return 1 / temperature[:, None]
 
 
+def _cast(head: Head | None, dtype: torch.dtype) -> Any:
+    return None if head is None else replace(head, weight=head.weight.to(dtype))
+
+
 def _project(states: torch.Tensor, head: Head, out: torch.Tensor) -> None:
     """Raw logits (rows, vocab) of states (rows, hidden) into `out`."""
-    weight = head.weight.to(states.dtype)
     if out.dtype == states.dtype:
-        torch.mm(states, weight.T, out=out)
+        torch.mm(states, head.weight.T, out=out)
     else:
-        out.copy_(states @ weight.T)
+        out.copy_(states @ head.weight.T)
     if head.bias is not None:
         out += head.bias
 

@@ -196,7 +196,8 @@ class Trainer:
             inputs = loss_inputs(rows, scale, device)
             output = self._objective(rows, inputs, kl if routed else 0.0)
             # FSDP averages gradients over ranks; the step's weights ask for their sum.
-            (output.loss * self.ranks.count).backward()
+            loss = output.loss if self.ranks.count == 1 else output.loss * self.ranks.count
+            loss.backward()
             if not idle:
                 batch_sums, drift = token_sums(output, inputs, kl > 0)
                 sums, largest = sums + batch_sums, max(largest, drift)

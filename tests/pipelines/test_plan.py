@@ -273,3 +273,5 @@ def test_a_model_that_is_no_such_decoder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(InputError, match="no intermediate_size"):
         model_shape(str(tmp_path))
+    # A run of it goes on without a plan.
+    assert memory_line(train_config(str(tmp_path))).startswith("memory: not planned (policy ")

@@ -11,8 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from trace_opd.schemas.configs import LossConfig
 from trace_opd.schemas.labels import KlClip, Route
@@ -135,7 +133,9 @@ def twin(case: Case, config: LossConfig, lam: float, fade: float) -> LossOutput:
             loss = loss + config.reference_kl * to_base
         entropy = -(log_p.exp() * log_p).sum()
         rows.append((x.weight[t] * loss, logprob, entropy, binds, exact, kl_clipped, to_base))
-    loss, *statistics = (torch.stack([torch.as_tensor(v).double() for v in c]) for c in zip(*rows))
+    loss, *statistics = (
+        torch.stack([torch.as_tensor(v).double() for v in c]) for c in zip(*rows, strict=True)
+    )
     return LossOutput(loss.sum(), *(column.detach() for column in statistics))
 
 
@@ -187,11 +187,11 @@ def assert_equals_twin(case: Case, config: LossConfig, lam: float, w0: float = 0
 
 
 @contextmanager
-def buffers(rows: int, block: int, vocab: int, itemsize: int = 8) -> Iterator[None]:
+def buffers(rows: int, block: int, vocab: int) -> Iterator[None]:
     """Room for so many rows of logits at once, worked on in blocks of so many."""
     with pytest.MonkeyPatch.context() as patch:
         for name, count in (("_BUFFER_BYTES", rows), ("_BLOCK_BYTES", block)):
-            patch.setattr(fused, name, dict.fromkeys(("cpu", "cuda"), count * vocab * itemsize))
+            patch.setattr(fused, name, dict.fromkeys(("cpu", "cuda"), 8 * count * vocab))
         yield
 
 
@@ -310,15 +310,15 @@ def test_gradcheck():
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
 @pytest.mark.parametrize("block", [1, 2, 7])
 def test_small_buffers_change_nothing(rows, block):
-    case, config = made_case(MIXED * 3, bias=True, softcap=4.0), LossConfig()
-    whole = ours(case, config, 0.3, 0.4)
+    case = made_case(MIXED * 3, bias=True, softcap=4.0)
+    whole = ours(case, LossConfig(), 0.3, 0.4)
     with buffers(rows, block, vocab=7):
-        cut = ours(case, config, 0.3, 0.4)
+        cut = ours(case, LossConfig(), 0.3, 0.4)
     for one, other in zip(whole, cut, strict=True):
         assert_close(one, other, rtol=1e-13, atol=1e-14)
-    for name, gradient in gradients(case, whole.loss).items():
-        assert_close(gradients(case, ours(case, config, 0.3, 0.4).loss)[name], gradient)
-        assert_close(gradients(case, cut.loss)[name], gradient) if name == "hidden" else None
+    expected, got = gradients(case, whole.loss), gradients(case, cut.loss)
+    for name, gradient in expected.items():
+        assert_close(got[name], gradient, rtol=1e-12, atol=1e-14)
 
 
 # --- which gradients ---
@@ -361,88 +361,3 @@ def test_a_second_backward_pass_is_refused():
     torch.autograd.grad(loss, case.hidden, torch.tensor(2.0).double(), retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, case.hidden)
-
-
-# --- precision and memory ---
-
-
-def low_precision(case: Case, weight: torch.dtype) -> tuple[Case, Case]:
-    """The case with bfloat16 states and a head of a dtype, and its values again in float64."""
-
-    def cast(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-        return None if x is None else x.detach().bfloat16().to(dtype).requires_grad_()
-
-    def at(states: torch.dtype, head: torch.dtype, rest: torch.dtype) -> Case:
-        return Case(
-            cast(case.hidden, states),
-            replace(case.head, weight=cast(case.head.weight, head), bias=cast(case.head.bias, head)),
-            LossInputs(**{
-                name: value.to(rest) if value.is_floating_point() else value
-                for name, value in vars(case.inputs).items()
-            }),
-            cast(case.teacher_hidden, states),
-            replace(
-                case.teacher_head,
-                weight=cast(case.teacher_head.weight, head),
-                bias=cast(case.teacher_head.bias, head),
-            ),
-        )  # fmt: skip
-
-    double = torch.float64
-    return at(torch.bfloat16, weight, torch.float32), at(double, double, double)
-
-
-@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32])
-def test_bfloat16_states_give_the_twins_loss_and_gradients_within_their_rounding(weight):
-    case, exact = low_precision(made_case(MIXED * 4, vocab=40, width=16, bias=True), weight)
-    expected, got = twin(exact, LossConfig(), 0.3, 0.4), ours(case, LossConfig(), 0.3, 0.4)
-    assert {column.dtype for column in got} == {torch.float32}
-    # Logits are rounded to bfloat16's 8 bits; everything behind them is float32.
-    assert_close(got.loss.double(), expected.loss, rtol=0.01, atol=0.01)
-    assert_close(got.entropy.double(), expected.entropy, rtol=0.01, atol=0.02)
-    mine = gradients(case, got.loss)
-    assert (mine["hidden"].dtype, mine["weight"].dtype) == (torch.bfloat16, weight)
-    for name, gradient in gradients(exact, expected.loss).items():
-        assert (mine[name].double() - gradient).norm() < 0.02 * gradient.norm()
-
-
-def test_the_heads_gradient_is_summed_in_float32():
-    """Of 2,000 alike tokens, two at a time: in bfloat16 the sum would stop growing early."""
-    one = made_case([0], vocab=5, width=3, log_ratio=0.0, advantage=1.0)
-    many = replace(
-        one,
-        hidden=one.hidden.detach().expand(2000, -1),
-        inputs=LossInputs(
-            **{name: value.expand(2000) for name, value in vars(one.inputs).items()}
-        ),
-        teacher_hidden=one.teacher_hidden.expand(0, -1),
-    )  # fmt: skip
-    case, exact = low_precision(many, torch.float32)
-    with buffers(2, 2, vocab=5, itemsize=4):
-        got = gradients(case, ours(case, LossConfig(), 0.0, 1.0).loss)["weight"]
-    expected = gradients(exact, ours(exact, LossConfig(), 0.0, 1.0).loss)["weight"]
-    assert (got.double() - expected).norm() < 0.01 * expected.norm()
-
-
-class Largest(TorchDispatchMode):
-    """Entries of the largest tensor that any operation gives back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tensors = (x for x in tree_leaves(out) if isinstance(x, torch.Tensor))
-        self.entries = max([self.entries, *(tensor.numel() for tensor in tensors)])
-        return out
-
-
-@pytest.mark.parametrize("tokens", [200, 1200])
-def test_no_tensor_grows_with_tokens_times_vocabulary(tokens):
-    vocab, rows = 256, 32
-    case = made_case((MIXED * 100)[:tokens], vocab=vocab, width=4, softcap=5.0)
-    largest = Largest()
-    with buffers(rows, 8, vocab), largest:
-        ours(case, LossConfig(reference_kl=0.1), 0.3, 0.4).loss.backward()
-    assert largest.entries == max(rows * vocab, tokens * 4)
