@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help setup demo test check bench-clip micro clean
+.PHONY: help peers setup demo test check bench-clip bench-loss bench-step micro clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -35,6 +35,16 @@ check: setup  ## lint, format check and type check
 
 bench-clip: setup  ## compare the forms of the KL clip on the micro policy
 	$(BIN)/python benchmarks/clip_forms.py
+
+bench-loss: setup peers  ## time and memory of the loss, beside TRL's and Liger's
+	$(BIN)/python benchmarks/loss.py
+
+bench-step: setup peers  ## time and memory of an optimiser step, beside TRL's GRPOTrainer
+	$(BIN)/python benchmarks/step.py
+
+peers:
+	@# Without them the benchmarks measure the rest and say what is missing.
+	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
 
 micro: setup  ## train the bundled micro policy again
 	$(BIN)/python -m trace_opd.pipelines.micro

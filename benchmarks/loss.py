@@ -9,10 +9,10 @@ pip install -e '.[peers]'.
 
 Each row runs in a process of its own, which first shows that its loss and gradients are those of
 plain PyTorch. Rows of one size take turns, so that a drift of the machine meets all of them. Seconds
-and memory are medians of up to five repetitions: at least three, except that a row whose first one
-takes over a minute has that one. Memory is what a repetition takes at its peak beyond what was there
-before it, gradients included: the resident set's high-water mark on CPU (Linux), the allocator's on
-CUDA. Prints a table and writes benchmarks/results/loss.json; a row that runs out of
+are the median of up to five repetitions: at least three, except that a row whose first one takes
+over a minute has that one. Memory is the most that a repetition takes at its peak beyond what was
+there before it, gradients included: the resident set's high-water mark on CPU (Linux), the
+allocator's on CUDA. Prints a table and writes benchmarks/results/loss.json; a row that runs out of
 memory or differs from plain PyTorch has nulls.
 """
 
@@ -140,17 +140,15 @@ def measure(names: list[str], tokens: int, device: str, console: Console) -> lis
         console.print(f"{device}, {tokens:,} tokens, {name}: {note}")
     rows = []
     for name in names:
-        seconds, peak = None, None
-        if samples[name]:
-            seconds, peak = map(statistics.median, zip(*samples[name], strict=True))
+        seconds, peaks = zip(*samples[name], strict=True) if samples[name] else ((), ())
         rows.append(
             {
                 "implementation": name,
                 "tokens": tokens,
                 "device": device,
                 "dtype": str(SHAPES[device][2]).removeprefix("torch."),
-                "seconds": seconds,
-                "peak_mib": peak,
+                "seconds": statistics.median(seconds) if seconds else None,
+                "peak_mib": max(peaks, default=None),
             }
         )
     return rows
@@ -217,7 +215,11 @@ def main() -> None:
     console = Console()
     names = [name for name in wanted if name in loss_peers.installed()]
     if left_out := [name for name in wanted if name not in names]:
-        console.print(f"Left out: {', '.join(left_out)}; pip install -e '.[peers]' adds them.")
+        console.print(
+            f"Left out: {', '.join(left_out)}; pip install -e '.[peers]' adds them.", markup=False
+        )
+    if not names:
+        return
     rows: list[dict[str, Any]] = []
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:

@@ -5,7 +5,6 @@ Memory is counted, not fitted: what the trainer holds, and what autograd keeps p
 waits for the verifier, the annotator and the disk.
 """
 
-import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +16,7 @@ from ..schemas.errors import InputError
 from ..trace.fused import _BUFFER_BYTES as BUFFER_BYTES
 from .model_shape import ModelShape, model_shape
 from .models import resolve_policy
+from .throughput import measured_rates
 
 # Bytes that autograd keeps per token and layer, per number of: hidden, intermediate, queries,
 # queries and keys where they are normalised, and per rank of the adapters on seven projections.
@@ -220,32 +220,6 @@ def predict_seconds(where: Setting, flops: float, bandwidth: float) -> dict[str,
     return seconds
 
 
-def measured_rates(device: str, bfloat16: bool, seconds: float = 0.3) -> tuple[float, float]:
-    """Operations and bytes per second of this machine: a square product and a copy, repeated."""
-    size, dtype = (
-        (8192 if device == "cuda" else 1024),
-        torch.bfloat16 if bfloat16 else torch.float32,
-    )
-    matrix = torch.randn(size, size, device=device).to(dtype)
-    source = torch.zeros(64 << 20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def per_second(run, amount: float) -> float:
-        run()
-        count, start = 0, time.perf_counter()
-        while (spent := time.perf_counter() - start) < seconds:
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            count += 1
-        return count * amount / spent
-
-    return (
-        per_second(lambda: matrix @ matrix, 2.0 * size**3),
-        per_second(lambda: target.copy_(source), 2.0 * len(source)),
-    )
-
-
 def plan_table(
     config: TrainConfig,
     gpus: int | None = None,
@@ -267,8 +241,8 @@ def plan_table(
     table.add_row("trained", f"{where.shape.trainable:,}")
     for phase, parts in {"held": memory.held, **memory.phases}.items():
         for name, size in parts.items():
-            table.add_row(f"{phase}: {name}", _gib(size))
-    table.add_row("peak memory", _gib(memory.peak))
+            table.add_row(f"{phase}: {name}", _size(size))
+    table.add_row("peak memory", _size(memory.peak))
     flops, bandwidth = (tflops or 0) * 1e12, (bandwidth_gbs or 0) * 1e9
     if where.device == "cpu" or torch.cuda.is_available():
         measured = (
@@ -295,9 +269,9 @@ def memory_line(config: TrainConfig, processes: int = 1) -> str:
         return f"memory: not planned ({error})"
     held, training = memory.held, memory.training
     parts = {**held, "gradients": training["gradients"], "activations": training["activations"]}
-    named = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
-    return f"memory: {_gib(memory.peak)} at its peak ({named})"
+    named = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    return f"memory: {_size(memory.peak)} at its peak ({named})"
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

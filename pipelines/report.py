@@ -49,7 +49,11 @@ _CHARTS = (
 # Stage: path into its config and label of what the lineage shows without unfolding.
 _FACTS = {
     "rollout": {"policy.path": "policy", "group_size": "G", "sampling.temperature": "temperature"},
-    "annotate": {"annotator.name": "by", "annotator.model": "model"},
+    "annotate": {
+        "annotator.engine": "engine",
+        "annotator.name": "by",
+        "annotator.model": "model",
+    },
     "convert": {
         "routing.rule": "rule",
         "routing.alpha": "α",

@@ -3,6 +3,13 @@
 const FRONT_CHARTS = 6;
 const BOX = { width: 360, height: 168, left: 38, right: 6, top: 14, bottom: 18 };
 const cursors = [];
+const ROUTES = ["fkl", "rkl", "jsd", "reweight"]; // in the order of the styles s0 … s3
+
+// A route's series has the route's colour in every chart, any other one that of its place.
+function seriesStyle(name, index) {
+  const route = ROUTES.indexOf(name.split("_").pop());
+  return `s${route >= 0 ? route : Math.min(index, 4)}`;
+}
 
 function niceTicks(low, high, count) {
   if (low === high) [low, high] = [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
@@ -59,7 +66,7 @@ function drawChart(chart) {
   plot.append(cursor);
   const readings = el("ul"), marks = [];
   chart.series.forEach((series, index) => {
-    const style = `s${Math.min(index, 4)}`;
+    const style = seriesStyle(series.name, index);
     let path = "", pen = false;
     series.values.forEach((value, i) => {
       if (value !== null) path += `${pen ? "L" : "M"}${x(steps[i]).toFixed(1)} ${y(value).toFixed(1)}`;

@@ -56,7 +56,7 @@ class Tracker:
         with self._path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         if self._board is not None:
-            numbers = {
+            numbers: dict[str, float] = {
                 name: value
                 for name, value in metrics.items()
                 if name != "step" and isinstance(value, int | float)

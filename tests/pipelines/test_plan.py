@@ -20,6 +20,7 @@ from trace_opd.pipelines.plan import (
     predict_seconds,
     setting,
 )
+from trace_opd.pipelines.throughput import measured_rates
 from trace_opd.schemas.configs import LoraConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.trace.lora import add_adapters
@@ -259,12 +260,19 @@ def test_online_steps_have_a_cache_and_decoding_reads_the_weights_once_per_token
 def test_the_table_and_the_line_name_the_peak(tmp_path):
     config = train_config(folder_of(tmp_path))
     console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
-    console.print(plan_table(config, response_tokens=64))
+    console.print(plan_table(config))
     text = console.export_text()
-    peak = f"{predict_memory(setting(config)).peak / 2**30:.2f} GiB"
+    peak = f"{predict_memory(setting(config)).peak / 2**20:.1f} MiB"
     assert "AdamW states" in text
+    assert peak in text
     assert "seconds per step" in text
     assert memory_line(config).startswith(f"memory: {peak} at its peak (weights ")
+
+
+def test_throughput_is_measured_where_it_is_not_given():
+    flops, bandwidth = measured_rates("cpu", False, seconds=0.05)
+    assert 1e8 < flops < 1e14
+    assert 1e8 < bandwidth < 1e13
 
 
 def test_a_model_that_is_no_such_decoder_is_refused(tmp_path):
