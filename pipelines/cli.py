@@ -247,6 +247,31 @@ def alias(
 
 
 @app.command()
+def plan(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Plan for so many GPUs; default: this machine.")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=0, help="TFLOP/s per GPU; default: measured here.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(min=0, help="Memory GB/s per GPU; default: measured here.")
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean response length; default: the limit.")
+    ] = None,
+) -> None:
+    """Predict a training run's memory and seconds per step; load no weights."""
+    from ..schemas.configs import TrainConfig
+    from .plan import plan_table
+
+    loaded = _load(TrainConfig, config, overrides, "train")
+    console.print(plan_table(loaded, gpus, tflops, bandwidth, response_tokens=response_tokens))
+
+
+@app.command()
 def serve(
     config: Annotated[
         Path | None, typer.Argument(help="Pipeline YAML: default parameters.")

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..schemas.configs import TrainConfig
 from ..schemas.errors import InputError
-from ..trace.fused import _BUFFER_BYTES as BUFFER_BYTES
+from ..trace.fused import BUFFER_BYTES
 from .model_shape import ModelShape, model_shape
 from .models import resolve_policy
 from .throughput import measured_rates

@@ -20,7 +20,7 @@ from .losses import divergence, policy_terms, reference_kl, reweighted_advantage
 
 # Logits held at once, student's and teacher's together, and those worked on between the products,
 # bytes. On CUDA the products need long chunks; on CPU a block has to stay in the cache.
-_BUFFER_BYTES = {"cpu": 96 << 20, "cuda": 1 << 30}
+BUFFER_BYTES = {"cpu": 96 << 20, "cuda": 1 << 30}
 _BLOCK_BYTES = {"cpu": 3 << 19, "cuda": 1 << 27}
 # Vocabulary entries whose weight gradient is summed at once where it needs a wider type.
 _VOCAB_SLICE = 8192
@@ -101,7 +101,7 @@ def token_logprobs(
 ) -> torch.Tensor:
     """Log-probabilities of tokens, (tokens,) float32, without ever holding all their logits."""
     head = _cast(head, hidden.dtype)
-    rows = _rows(hidden, head, _BUFFER_BYTES)
+    rows = _rows(hidden, head, BUFFER_BYTES)
     out = []
     for states, ids, heat in zip(
         hidden.split(rows), token_ids.split(rows), temperature.split(rows), strict=True
@@ -140,7 +140,7 @@ class _FusedRoutedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
-        rows = min(_rows(hidden, call.head, _BUFFER_BYTES), max(len(hidden), 2))
+        rows = min(_rows(hidden, call.head, BUFFER_BYTES), max(len(hidden), 2))
         step = _rows(hidden, call.head, _BLOCK_BYTES)
         buffer = torch.empty(rows, len(weight), dtype=wide, device=hidden.device)
         for route, positions, taught in _chunks(call, teacher_hidden is not None, rows):

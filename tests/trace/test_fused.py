@@ -190,7 +190,7 @@ def assert_equals_twin(case: Case, config: LossConfig, lam: float, w0: float = 0
 def buffers(rows: int, block: int, vocab: int) -> Iterator[None]:
     """Room for so many rows of logits at once, worked on in blocks of so many."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, count in (("_BUFFER_BYTES", rows), ("_BLOCK_BYTES", block)):
+        for name, count in (("BUFFER_BYTES", rows), ("_BLOCK_BYTES", block)):
             patch.setattr(fused, name, dict.fromkeys(("cpu", "cuda"), 8 * count * vocab))
         yield
 

@@ -58,7 +58,7 @@ def run(states: torch.dtype, weights: torch.dtype, tokens: int, vocab: int, widt
 def buffers(rows: int, block: int, vocab: int) -> Iterator[None]:
     """Room for so many rows of float32 logits at once, worked on in blocks of so many."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, count in (("_BUFFER_BYTES", rows), ("_BLOCK_BYTES", block)):
+        for name, count in (("BUFFER_BYTES", rows), ("_BLOCK_BYTES", block)):
             patch.setattr(fused, name, dict.fromkeys(("cpu", "cuda"), 4 * count * vocab))
         yield
 
