@@ -136,8 +136,12 @@ class OnlineTables:
     def _write(self, step: int, tables: dict[str, pa.Table]) -> None:
         # Rollouts that nobody was asked about come last; each table has a row for every rollout.
         annotated = tables.get("annotations", ANNOTATIONS.empty())
-        rest = (tables[role].slice(len(annotated)) for role in ("rollouts", "verdicts"))
-        skipped = skipped_annotations(tables["problems"], *rest, self._config.online.segment)
+        rollouts, verdicts = (
+            tables[role].slice(len(annotated)) for role in ("rollouts", "verdicts")
+        )
+        skipped = skipped_annotations(
+            tables["problems"], rollouts, verdicts, self._config.online.segment
+        )
         tables = tables | {"annotations": pa.concat_tables([annotated, skipped])}
         for role, draft in self._drafts.items():
             draft.write_part(step - self._first, tables[role])

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -65,7 +66,7 @@ class Ranks:
         if self.count == 1:
             return
         device = next(module.parameters()).device.type
-        mesh = dist.init_device_mesh(device, (self.count,))
+        mesh = init_device_mesh(device, (self.count,))
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         for layer in backbone(model).get_submodule("layers").children():
             fully_shard(layer, mesh=mesh, mp_policy=precision)
@@ -94,14 +95,14 @@ def join_ranks(device: str) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-def whole_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def whole_weights(module: torch.nn.Module) -> dict[str, Any]:
     """A module's state dict, unsharded. Every rank has to call; the first gets the tensors."""
     if not is_sharded(module):
         return module.state_dict()
     return get_model_state_dict(module, options=_WHOLE)
 
 
-def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+def load_weights(module: torch.nn.Module, weights: dict[str, Any]) -> None:
     """Give a module, sharded or not, whole weights; every rank has them."""
     if is_sharded(module):
         set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))

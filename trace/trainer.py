@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..schemas.configs import TrainConfig
 from ..schemas.errors import InputError, Stopped
@@ -241,7 +242,7 @@ class Trainer:
         """Clip, step and clear the gradients; a gradient that is not finite is dropped instead."""
         optim = self.config.optim
         total = torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.max_grad_norm)
-        norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         lr = optim.lr * min(1.0, (self.state.step + 1) / (optim.warmup_steps or 1))
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -172,7 +172,8 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted():
     before, teacher = weights(trainer.policy.model), weights(trainer.teacher)
     moments = [s["exp_avg"].clone() for s in trainer.optimizer.state.values()]
     metrics = trainer.train_step(broken())
-    assert math.isnan(metrics["grad_norm"])
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert "grad_norm" not in metrics
     assert metrics["steps_skipped"] == 1
     assert (trainer.state.step, trainer.state.skipped_in_a_row) == (2, 1)
     assert same(weights(trainer.policy.model), before)
@@ -249,13 +250,14 @@ def test_a_periodic_teacher_is_the_student_of_its_last_sync():
 
 
 def test_the_kl_to_the_base_policy_is_0_at_first_and_then_measures_the_way_from_it():
-    trainer = trainer_of(loss=LossConfig(reference_kl=0.1), schedule=ScheduleConfig(w0=0.0))
+    fields = {"schedule": ScheduleConfig(w0=0.0), "optim": OptimConfig(lr=1e-5)}
+    trainer = trainer_of(loss=LossConfig(reference_kl=0.1), **fields)
     base = weights(trainer.reference)
     distances = [trainer.train_step(sequences())["kl_reference"] for _ in range(3)]
     assert distances[0] == pytest.approx(0, abs=1e-9)
-    assert 1e-6 < distances[1] < distances[2]
+    assert 1e-5 < distances[1] < distances[2] < 1
     assert same(weights(trainer.reference), base)
-    plain = trainer_of(schedule=ScheduleConfig(w0=0.0))
+    plain = trainer_of(**fields)
     assert plain.reference is None
     assert "kl_reference" not in plain.train_step(sequences())
 
