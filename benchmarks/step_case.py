@@ -51,7 +51,7 @@ SEGMENTS = SegmentConfig(max_segments=3)
 MODELS: dict[str, tuple[dict[str, Any], PromptConfig]] = {
     "smollm2": (
         {"kind": "word-problems", "steps": 2},
-        PromptConfig(student="{problem} Answer in one short sentence."),
+        PromptConfig(student="{problem} Answer in two or three sentences."),
     ),
     "micro": (
         {"kind": "arithmetic"},
