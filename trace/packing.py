@@ -207,12 +207,17 @@ def check_architecture(model: Any) -> None:
     """
     prompts = [[1, 2, 3], [1, 2, 3], [3, 1]]
     responses = [np.array([0, 2]), np.array([2]), np.array([1, 3, 2])]
+    # transformers' SDPA leaves a soft cap in the attention out; an inference engine would not.
+    capped = getattr(model.config, "attn_logit_softcapping", None)
     theirs = []  # first: packing replaces the attention that the model came with
     for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor([[*prompt, *response.tolist()]], device=model.device)
         theirs.append(model(input_ids=ids).logits[0, len(prompt) - 1 : -1])
     ours = response_logits(model, prompts, responses)
-    if not torch.allclose(ours.float(), torch.cat(theirs).float(), rtol=0.02, atol=0.02):
+    expected = torch.cat(theirs).float()
+    # Two kernels may differ by a tenth in bfloat16; another architecture differs by far more.
+    tolerance = 0.2 if model.dtype in (torch.bfloat16, torch.float16) else 0.01
+    if capped or (ours.float() - expected).norm() > tolerance * expected.norm():
         raise InputError(
             f"policy {model.config.model_type}: this architecture attends to its tokens or changes "
             "its logits behind the head in a way that the trainer does not know; use another policy"
