@@ -10,7 +10,8 @@ transformers; those rollouts differ, so the table has their tokens. TRL is left 
 installed: pip install 'trace-opd[peers]'.
 
 Each implementation has a process of its own, and they take turns, so that a drift of the machine
-meets all. Seconds are the median of the repetitions. Memory is the largest of them: the peak within
+meets all. A warm-up on shortened responses comes first; it has to give our GRPO and TRL's the same
+gradient norm. Both cut the batch into micro-batches of about as many tokens. Seconds are the median of the repetitions. Memory is the largest of them: the peak within
 a step beyond what the process holds before it (weights, the optimiser's states, the teacher's
 weights: `resident_mib`), from the resident set's high-water mark on CPU (Linux), the allocator's on
 CUDA. Prints a table and what the teacher's forward passes alone take, and writes
@@ -65,6 +66,8 @@ from trace_opd.trace.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 IMPLEMENTATIONS = ("ours_grpo", "ours_trace", "trl_grpo")
+# Largest share by which the norms of our GRPO's gradient and of TRL's may differ.
+TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
 HEAD_ROWS = 512  # of the logits that the teacher alone forms at once
 
 
@@ -89,12 +92,13 @@ def ours(case: Case, turns: Turns, micro_batch_tokens: int, with_teacher: bool) 
         if mode == "generation":
             routed = case.routed(case.sample(policy, seed), table, with_teacher)
         sequences = training_sequences(routed, policy.tokenizer, case.prompt, with_teacher)
+        tokens = sum(len(sequence.token_ids) for sequence in sequences)
         if mode == "teacher":
             assert trainer.teacher is not None
             teacher_alone(trainer.teacher, sequences, micro_batch_tokens)
+            turns.end(tokens)
         else:
-            trainer.train_step(sequences)
-        turns.end(sum(len(sequence.token_ids) for sequence in sequences))
+            turns.end(tokens, trainer.train_step(sequences)["grad_norm"])
 
 
 @torch.no_grad()
@@ -146,16 +150,17 @@ def measure(
                 raise SystemExit(f"{name} has ended early; why stands above") from None
 
     samples: dict[tuple[str, Mode], list[Measured]] = {}
-    for name in names:
-        turn(name, "warm-up")
+    norms = {name: turn(name, "warm-up").grad_norm for name in names}
+    if {"ours_grpo", "trl_grpo"} <= norms.keys():
+        difference = abs(norms["ours_grpo"] / norms["trl_grpo"] - 1)
+        if difference > TOLERANCE[case.device]:
+            raise SystemExit(f"the gradients of ours_grpo and trl_grpo differ by {difference:.1e}")
     for _ in range(options.repetitions):
         for mode in ("training", "generation"):
             for name in names:
                 samples.setdefault((name, mode), []).append(turn(name, mode))
-            if mode == "training" and "ours_trace" in names:
-                samples.setdefault(("ours_trace", "teacher"), []).append(
-                    turn("ours_trace", "teacher")
-                )
+        if "ours_trace" in names:
+            samples.setdefault(("ours_trace", "teacher"), []).append(turn("ours_trace", "teacher"))
     for process in processes:
         process.terminate()
     return samples
@@ -168,9 +173,13 @@ def seconds_of(measured: list[Measured]) -> float:
 def rows_of(
     samples: dict[tuple[str, Mode], list[Measured]], options: argparse.Namespace, device: str
 ) -> list[dict[str, Any]]:
-    """step.json: one row per implementation, without generation and with it."""
-    return [
-        {
+    """step.json: one row per implementation, without generation and with it; TRACE's first row has
+    the teacher's forward passes alone as `teacher_seconds`."""
+    rows = []
+    for (name, mode), measured in samples.items():
+        if mode == "teacher":
+            continue
+        row = {
             "implementation": name,
             "with_generation": mode == "generation",
             "seconds": seconds_of(measured),
@@ -181,9 +190,10 @@ def rows_of(
             "device": device,
             "dtype": "bfloat16" if device == "cuda" else "float32",
         }
-        for (name, mode), measured in samples.items()
-        if mode != "teacher"
-    ]
+        if (name, mode) == ("ours_trace", "training"):
+            row["teacher_seconds"] = seconds_of(samples[name, "teacher"])
+        rows.append(row)
+    return rows
 
 
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
@@ -192,19 +202,11 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Table:
         table.add_column(column, no_wrap=True)
     for column in ("tokens", "seconds", "× TRL", "extra MiB", "× TRL"):
         table.add_column(column, justify="right")
+    peers = {row["with_generation"]: row for row in rows if row["implementation"] == "trl_grpo"}
     for row in sorted(rows, key=lambda row: row["with_generation"]):
-        with_generation = row["with_generation"]
-        peer = next(
-            (
-                other
-                for other in rows
-                if other["implementation"] == "trl_grpo"
-                and other["with_generation"] == with_generation
-            ),
-            None,
-        )
+        peer = peers.get(row["with_generation"])
         table.add_row(
-            "included" if with_generation else "excluded",
+            "included" if row["with_generation"] else "excluded",
             row["implementation"],
             f"{row['tokens']:,}",
             f"{row['seconds']:.2f}",
@@ -251,8 +253,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--error", choices=["rkl", "fkl", "none"], default="rkl")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--micro-batch-tokens", type=int, default=16_384, help="ours")
-    parser.add_argument("--trl-micro-batches", type=int, default=1, help="per step")
+    parser.add_argument("--micro-batch-tokens", type=int, default=512, help="of ours")
+    # On CPU more or fewer hardly change TRL's time; its memory grows with their size.
+    parser.add_argument("--trl-micro-batches", type=int, default=8, help="per step")
     options = parser.parse_args()
     names = options.implementations.split(",")
     if unknown := set(names) - set(IMPLEMENTATIONS):

@@ -6,6 +6,7 @@ its id. Verdicts, annotations and routes are the pipeline's own tables.
 """
 
 import ctypes
+import math
 import random
 import time
 import zlib
@@ -42,7 +43,9 @@ from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import Policy, load_policy
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
-LEARNING_RATE, BETA1, BETA2, MAX_GRAD_NORM = 1e-6, 0.9, 0.99, 1.0
+LEARNING_RATE, BETA1, BETA2 = 1e-6, 0.9, 0.99
+# Worked out in each step but never reached, so that trainers' gradients can be compared by it.
+MAX_GRAD_NORM = 1e6
 BATCH_TOKENS = 32_768  # of our sampler: more than a case has, so that it samples all at once
 WARM_UP_TOKENS = 4
 # Of at most three segments one is a third of the response or more: above any cap up to that.
@@ -169,12 +172,14 @@ def _reading(item: Item, alpha: float) -> Reading:
 
 class Measured(NamedTuple):
     """peak_mib: most memory in the turn beyond resident_mib, what was held before it (weights,
-    optimiser's states, a teacher's weights). tokens: response tokens trained on."""
+    optimiser's states, a teacher's weights). tokens: response tokens trained on. grad_norm: of the
+    step's gradient; known of a warm-up."""
 
     seconds: float
     peak_mib: float
     resident_mib: float
     tokens: int
+    grad_norm: float
 
 
 class Turns:
@@ -203,7 +208,7 @@ class Turns:
             self._before = kib_of("/proc/self/status", "VmRSS") / 1024
         self._began = time.perf_counter()
 
-    def end(self, tokens: int) -> None:
+    def end(self, tokens: int, grad_norm: float = math.nan) -> None:
         if self._on_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._began
@@ -211,4 +216,4 @@ class Turns:
             peak = torch.cuda.max_memory_allocated() / MIB
         else:
             peak = kib_of("/proc/self/status", "VmHWM") / 1024
-        self._pipe.send(Measured(seconds, peak - self._before, self._before, tokens))
+        self._pipe.send(Measured(seconds, peak - self._before, self._before, tokens, grad_norm))

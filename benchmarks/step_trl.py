@@ -6,6 +6,7 @@ callback `on_step_begin` to `on_step_end`: padding, decoding and rewarding the r
 the making of sequences is in ours; logging is not.
 """
 
+import math
 import os
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,6 +41,7 @@ class TakesTurns(TrainerCallback):
         self._turns = turns
         self.mode: Mode = "warm-up"
         self.tokens = 0
+        self.grad_norm = math.nan
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.mode = self._turns.next()
@@ -47,8 +49,14 @@ class TakesTurns(TrainerCallback):
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._turns.begin()
 
+    def on_pre_optimizer_step(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        # Only where the turn's time does not count.
+        if self.mode == "warm-up":
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            self.grad_norm = torch.nn.utils.get_total_norm(gradients).item()
+
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self._turns.end(self.tokens)
+        self._turns.end(self.tokens, self.grad_norm)
         self.mode = self._turns.next()
 
 
