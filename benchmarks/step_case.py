@@ -47,7 +47,7 @@ LEARNING_RATE, BETA1, BETA2 = 1e-6, 0.9, 0.99
 # Worked out in each step but never reached, so that trainers' gradients can be compared by it.
 MAX_GRAD_NORM = 1e6
 BATCH_TOKENS = 32_768  # of our sampler: more than a case has, so that it samples all at once
-WARM_UP_TOKENS = 4
+WARM_UP_TOKENS = 16
 # Of at most three segments one is a third of the response or more: above any cap up to that.
 SEGMENTS = SegmentConfig(max_segments=3)
 # Problems of each model, and a prompt under which the lengths of its responses differ.

@@ -90,7 +90,8 @@ def routed_loss(
     of the tokens whose route is not GRPO; None when λ is 0 or nothing is routed. Sums are in float32
     at least, whatever the inputs are.
     """
-    call = _Call(inputs, config, kl_weight, grpo_weight, head, teacher_head)
+    heated = bool((inputs.temperature != 1).any())
+    call = _Call(inputs, config, kl_weight, grpo_weight, head, teacher_head, heated)
     outputs = _FusedRoutedLoss.apply(hidden, head.weight, head.bias, teacher_hidden, call)
     return LossOutput(*outputs)  # pyright: ignore
 
@@ -110,7 +111,7 @@ def token_logprobs(
             len(states), len(head.weight), dtype=_wide(hidden), device=hidden.device
         )
         _project(states, head, logits)
-        log_p = torch.log_softmax(_shape(logits, head, heat), -1)
+        log_p = torch.log_softmax(_shape(logits, head, heat[:, None]), -1)
         out.append(log_p.gather(1, ids[:, None]).squeeze(1))
     return torch.cat(out) if out else hidden.new_zeros(0, dtype=_wide(hidden))
 
@@ -125,6 +126,7 @@ class _Call:
     grpo_weight: float
     head: Head
     teacher_head: Head | None
+    heated: bool  # some temperature is not 1
 
 
 class _FusedRoutedLoss(torch.autograd.Function):
@@ -138,11 +140,13 @@ class _FusedRoutedLoss(torch.autograd.Function):
             for name in ("loss", "logprobs", "entropy", "ratio_clipped", "kl", "kl_clipped", "reference_kl")
         }  # fmt: skip
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        # Written by the first chunk: filling it with zeros would be a pass over the whole head.
+        grad_weight = torch.empty_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
         rows = min(_rows(hidden, call.head, BUFFER_BYTES), max(len(hidden), 2))
         step = _rows(hidden, call.head, _BLOCK_BYTES)
         buffer = torch.empty(rows, len(weight), dtype=wide, device=hidden.device)
+        written = False
         for route, positions, taught in _chunks(call, teacher_hidden is not None, rows):
             states = hidden[positions]  # (chunk, hidden)
             logits = buffer[: len(states)]  # (chunk, vocab)
@@ -166,9 +170,12 @@ class _FusedRoutedLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[positions] = gradient @ head.weight
             if grad_weight is not None:
-                _add_outer(grad_weight, gradient, states)
+                _add_outer(grad_weight, gradient, states, keep=written)
+                written = True
             if grad_bias is not None:
                 grad_bias += logits.sum(0)
+        if grad_weight is not None and not written:
+            grad_weight.zero_()
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
         loss = statistics.pop("loss").sum()
@@ -225,8 +232,9 @@ def _logits_to_gradient(
 ) -> None:
     """Turn a block's logits (rows, vocab) into d loss / d logits in place; fill in its statistics."""
     inputs, config = call.inputs, call.config
-    ids, temperature = inputs.token_ids[positions, None], inputs.temperature[positions]
-    slope = _softcap_slope(logits, call.head, temperature)
+    ids = inputs.token_ids[positions, None]
+    temperature = inputs.temperature[positions, None] if call.heated else None  # (rows, 1)
+    slope = _softcap_slope(logits, call.head)
     log_p = torch.log_softmax(_shape(logits, call.head, temperature), -1)
     p = torch.exp(log_p, out=logits)
     logprobs = log_p.gather(1, ids).squeeze(1)  # (rows,)
@@ -250,7 +258,7 @@ def _logits_to_gradient(
                 kl_weight = kl_weight * torch.exp(
                     config.entropy_beta * torch.linalg.vecdot(q, log_q)
                 )
-            kl_gradient.mul_(kl_weight[:, None])
+            kl_gradient.mul_(_per_logit(kl_weight[:, None], temperature))
             kl_loss = kl_weight * value
             statistics["kl"][positions] = exact
             statistics["kl_clipped"][positions] = clipped.to(exact.dtype)
@@ -268,27 +276,29 @@ def _logits_to_gradient(
     statistics["entropy"][positions] = -torch.linalg.vecdot(p, log_p)
     statistics["ratio_clipped"][positions] = bound.to(logprobs.dtype)
     # d log p(y) / d logits = onehot(y) − p.
-    p.mul_(-slope_logprob[:, None]).scatter_add_(1, ids, slope_logprob[:, None])
+    lift = _per_logit(slope_logprob[:, None], temperature)
+    p.mul_(-lift).scatter_add_(1, ids, lift)
     if kl_gradient is not None:
         p += kl_gradient
     if slope is not None:
         p *= slope
 
 
-def _shape(logits: torch.Tensor, head: Head, temperature: torch.Tensor) -> torch.Tensor:
-    """Soft cap and temperature, in place: (rows, vocab)."""
+def _shape(logits: torch.Tensor, head: Head, temperature: torch.Tensor | None) -> torch.Tensor:
+    """Soft cap and temperature (rows, 1), in place: (rows, vocab)."""
     if head.softcap:
         logits.div_(head.softcap).tanh_().mul_(head.softcap)
-    return logits.div_(temperature[:, None])
+    return logits if temperature is None else logits.div_(temperature)
 
 
-def _softcap_slope(
-    logits: torch.Tensor, head: Head, temperature: torch.Tensor
-) -> torch.Tensor | None:
-    """d shaped logits / d raw logits: (rows, 1) or (rows, vocab)."""
-    if head.softcap:
-        return (1 - (logits / head.softcap).tanh_().square_()) / temperature[:, None]
-    return 1 / temperature[:, None]
+def _per_logit(slope: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
+    """A slope in logits over temperature, (rows, 1), as one in logits."""
+    return slope if temperature is None else slope / temperature
+
+
+def _softcap_slope(logits: torch.Tensor, head: Head) -> torch.Tensor | None:
+    """d capped logits / d raw logits, (rows, vocab); None without a cap."""
+    return 1 - (logits / head.softcap).tanh_().square_() if head.softcap else None
 
 
 def _cast(head: Head | None, dtype: torch.dtype) -> Any:
@@ -305,14 +315,17 @@ def _project(states: torch.Tensor, head: Head, out: torch.Tensor) -> None:
         out += head.bias
 
 
-def _add_outer(total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor) -> None:
-    """total (vocab, hidden) += gradientᵀ states, summed in the total's type."""
+def _add_outer(
+    total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor, keep: bool
+) -> None:
+    """total (vocab, hidden) = gradientᵀ states, summed in the total's type; + total if `keep`."""
     if total.dtype == states.dtype:
-        total.addmm_(gradient.T, states)
+        torch.addmm(total, gradient.T, states, beta=float(keep), out=total)
         return
     for start in range(0, len(total), _VOCAB_SLICE):
         part = slice(start, start + _VOCAB_SLICE)
-        total[part] += gradient[:, part].T @ states
+        product = gradient[:, part].T @ states
+        total[part] = total[part] + product if keep else product
 
 
 def _rows(hidden: torch.Tensor, head: Head, budget: dict[str, int]) -> int:
