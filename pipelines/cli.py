@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from ..data.store import Dataset, Store
-from ..schemas.configs import Config, PipelineConfig
+from ..schemas.configs import Config, PipelineConfig, TrainConfig
 from ..schemas.errors import InputError, Stopped
 from ..schemas.presets import PRESETS
 from ..schemas.settings import dump_config, load_config
@@ -86,7 +86,15 @@ def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_r
     if dry_run:
         show_plan(name, config, store, console)
         return
+    first = not int(os.environ.get("RANK", "0"))  # of torchrun's processes one talks
+    if isinstance(config, TrainConfig) and first:
+        from .plan import memory_line
+
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        console.print(memory_line(config, processes), soft_wrap=True, markup=False)
     result = run_stage(name, config, store, alias)
+    if not first:
+        return
     if isinstance(result, Dataset):
         show_dataset(result, console)
     else:
@@ -264,7 +272,6 @@ def plan(
     ] = None,
 ) -> None:
     """Predict a training run's memory and seconds per step; load no weights."""
-    from ..schemas.configs import TrainConfig
     from .plan import plan_table
 
     loaded = _load(TrainConfig, config, overrides, "train")

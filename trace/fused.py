@@ -144,7 +144,9 @@ class _FusedRoutedLoss(torch.autograd.Function):
         grad_weight = torch.empty_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
         rows = min(_rows(hidden, call.head, BUFFER_BYTES), max(len(hidden), 2))
-        step = _rows(hidden, call.head, _BLOCK_BYTES)
+        step = min(_rows(hidden, call.head, _BLOCK_BYTES), rows)
+        # The block's log-probabilities: allocated anew they would be paged in anew each time.
+        scratch = torch.empty(2, step, len(weight), dtype=wide, device=hidden.device)
         buffer = torch.empty(rows, len(weight), dtype=wide, device=hidden.device)
         written = False
         for route, positions, taught in _chunks(call, teacher_hidden is not None, rows):
@@ -165,6 +167,7 @@ class _FusedRoutedLoss(torch.autograd.Function):
                     positions[block],
                     call,
                     statistics,
+                    scratch,
                 )
             gradient = logits.to(hidden.dtype)
             if grad_hidden is not None:
@@ -229,13 +232,18 @@ def _logits_to_gradient(
     positions: torch.Tensor,
     call: _Call,
     statistics: dict[str, torch.Tensor],
+    scratch: torch.Tensor,
 ) -> None:
-    """Turn a block's logits (rows, vocab) into d loss / d logits in place; fill in its statistics."""
+    """Turn a block's logits (rows, vocab) into d loss / d logits in place; fill in its statistics.
+
+    scratch: (2, rows or more, vocab), overwritten.
+    """
     inputs, config = call.inputs, call.config
     ids = inputs.token_ids[positions, None]
     temperature = inputs.temperature[positions, None] if call.heated else None  # (rows, 1)
     slope = _softcap_slope(logits, call.head)
-    log_p = torch.log_softmax(_shape(logits, call.head, temperature), -1)
+    log_p, log_q = scratch[:, : len(logits)]  # (rows, vocab) each
+    torch.log_softmax(_shape(logits, call.head, temperature), -1, out=log_p)
     p = torch.exp(log_p, out=logits)
     logprobs = log_p.gather(1, ids).squeeze(1)  # (rows,)
     weight, advantage = inputs.weight[positions], inputs.advantage[positions]
@@ -245,7 +253,7 @@ def _logits_to_gradient(
     kl_gradient, kl_loss = None, 0.0
     if teacher_logits is not None:
         assert call.teacher_head is not None
-        log_q = torch.log_softmax(_shape(teacher_logits, call.teacher_head, temperature), -1)
+        torch.log_softmax(_shape(teacher_logits, call.teacher_head, temperature), -1, out=log_q)
         if route is Route.REWEIGHT:
             advantage = reweighted_advantage(
                 advantage, logprobs, log_q.gather(1, ids).squeeze(1), call.kl_weight, config.reweight_clip
