@@ -89,9 +89,12 @@ def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_r
     first = not int(os.environ.get("RANK", "0"))  # of torchrun's processes one talks
     if isinstance(config, TrainConfig) and first:
         from .plan import memory_line
+        from .train import begin
 
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        console.print(memory_line(config, processes), soft_wrap=True, markup=False)
+        _, target = begin(config, store)  # bad input is refused before anything is said
+        if not isinstance(target, Dataset):
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            console.print(memory_line(config, processes), soft_wrap=True, markup=False)
     result = run_stage(name, config, store, alias)
     if not first:
         return
