@@ -37,18 +37,9 @@ _WRAPPER = "model."  # of trace.packing.PackedModel
 
 def save_model(trainer: Trainer, folder: Path) -> Path:
     """Write model and tokenizer to a folder, whole or not at all; adapters are merged."""
-
-    def write(temporary: Path, weights: dict[str, torch.Tensor]) -> None:
-        model = trainer.policy.model
-        if has_adapters(model):
-            save_merged(model, temporary, weights)
-        else:
-            model.save_pretrained(temporary, state_dict=weights)
-        trainer.policy.tokenizer.save_pretrained(temporary)
-
     weights = _student_weights(trainer)
     if trainer.ranks.first:
-        _publish(folder, lambda temporary: write(temporary, weights))
+        _publish(folder, lambda temporary: _write_model(trainer, temporary, weights, merge=True))
     return folder
 
 
@@ -72,12 +63,7 @@ def save_checkpoint(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
         return target
 
     def write(temporary: Path) -> None:
-        model = trainer.policy.model
-        if has_adapters(model):
-            save_adapters(model, temporary, weights)
-        else:
-            model.save_pretrained(temporary, state_dict=weights)
-        trainer.policy.tokenizer.save_pretrained(temporary)
+        _write_model(trainer, temporary, weights, merge=False)
         with (temporary / _TRAINER_FILE).open("wb") as file:
             torch.save(state, file)
 
@@ -112,6 +98,20 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
         assert trainer.teacher is not None, "a run with λ > 0 begins with a teacher"
         load_weights(trainer.teacher, saved["teacher"])
     _restore_rng_states(saved["rng"])
+
+
+def _write_model(
+    trainer: Trainer, folder: Path, weights: dict[str, torch.Tensor], merge: bool
+) -> None:
+    """Model and tokenizer; of a policy with adapters the merged model, or the adapters alone."""
+    model = trainer.policy.model
+    if not has_adapters(model):
+        model.save_pretrained(folder, state_dict=weights)
+    elif merge:
+        save_merged(model, folder, weights)
+    else:
+        save_adapters(model, folder, weights)
+    trainer.policy.tokenizer.save_pretrained(folder)
 
 
 def _student_weights(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -261,6 +261,8 @@ def assert_aligned(table: ByteTable, ids: list[int], segments: list[tuple[int, i
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @given(text=TEXTS, draw=st.data())
 def test_encoded_text_is_tiled_by_its_tokens(kind, text, draw):
+    # SentencePiece's own sign for a space: encoding a text that has it loses which of them it was.
+    text = text.replace("▁", "_")
     table = table_of(kind)
     ids = encode(TOKENIZERS[kind](), text)
     assert table.text(ids) == text
