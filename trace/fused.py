@@ -180,7 +180,7 @@ class _FusedRoutedLoss(torch.autograd.Function):
         if grad_weight is not None and not written:
             grad_weight.zero_()
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
+        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
         loss = statistics.pop("loss").sum()
         ctx.mark_non_differentiable(*statistics.values())
         return loss, *statistics.values()
@@ -188,7 +188,7 @@ class _FusedRoutedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any):
         scale, (grad_hidden, grad_weight, grad_bias) = grad_outputs[0], ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
+        hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
         unscaled = scale.device.type == "cpu" and scale.item() == 1  # on CUDA asking would wait
 
         def scaled(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -198,7 +198,7 @@ class _FusedRoutedLoss(torch.autograd.Function):
             return (gradient if unscaled else gradient.mul_(scale)).to(dtype)
 
         return (
-            scaled(grad_hidden, grad_hidden.dtype) if grad_hidden is not None else None,
+            scaled(grad_hidden, hidden_dtype),
             scaled(grad_weight, weight_dtype),
             scaled(grad_bias, bias_dtype),
             None,
