@@ -8,3 +8,7 @@ __version__ = "0.1.0"
 # another; beside any other busy process (Prefect's server, verifier workers) a small model's step
 # then takes many times longer. See docs/decisions/openmp-threads-sleep.md.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Read by torch's CPU allocator when it is first asked: tensors of megabytes come in pages of 2 MiB
+# where the system offers them (transparent_hugepage = madvise), instead of a page fault every 4 KiB.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -2,11 +2,11 @@
 
 From the student's hidden states, the head and the teacher's hidden states at routed tokens to the
 loss: no (tokens, vocab) tensor exists, gradients are formed in the forward pass, nothing is
-recomputed. Tokens are taken kind by kind, so that the teacher's head runs on whole chunks of routed
-tokens and on no other.
+recomputed, and the teacher's head runs on routed tokens only.
 
-A chunk's logits stand in one buffer and turn into the gradient in place. Between the matrix products
-it is worked on in blocks of rows small enough for the cache.
+A chunk's logits, the teacher's behind the student's, stand in one buffer and turn into the gradient
+in place. Between the matrix products they are worked on in blocks of rows of one route, small enough
+for the cache.
 """
 
 from dataclasses import dataclass, replace
@@ -20,10 +20,12 @@ from .losses import divergence, policy_terms, reference_kl, reweighted_advantage
 
 # Logits held at once, student's and teacher's together, and those worked on between the products,
 # bytes. On CUDA the products need long chunks; on CPU a block has to stay in the cache.
-BUFFER_BYTES = {"cpu": 96 << 20, "cuda": 1 << 30}
-_BLOCK_BYTES = {"cpu": 3 << 19, "cuda": 1 << 27}
+BUFFER_BYTES = {"cpu": 120 << 20, "cuda": 1 << 30}
+_BLOCK_BYTES = {"cpu": 6 << 20, "cuda": 1 << 27}
 # Vocabulary entries whose weight gradient is summed at once where it needs a wider type.
 _VOCAB_SLICE = 8192
+# Vocabulary entries of one product of logits on CPU: for few rows BLAS is slow on the whole head.
+_CPU_SLICE = 1024
 
 
 @dataclass(frozen=True)
@@ -149,26 +151,26 @@ class _FusedRoutedLoss(torch.autograd.Function):
         scratch = torch.empty(2, step, len(weight), dtype=wide, device=hidden.device)
         buffer = torch.empty(rows, len(weight), dtype=wide, device=hidden.device)
         written = False
-        for route, positions, taught in _chunks(call, teacher_hidden is not None, rows):
+        for positions, taught, parts in _chunks(call, teacher_hidden is not None, rows):
             states = hidden[positions]  # (chunk, hidden)
             logits = buffer[: len(states)]  # (chunk, vocab)
             _project(states, head, logits)
-            teacher_logits = None
-            if taught is not None:
+            if len(taught):
                 assert teacher_head is not None, "a teacher's states need its head"
-                teacher_logits = buffer[len(states) : 2 * len(states)]
+                teacher_logits = buffer[len(states) : len(states) + len(taught)]
                 _project(teacher_hidden[taught], teacher_head, teacher_logits)
-            for start in range(0, len(states), step):
-                block = slice(start, start + step)
-                _logits_to_gradient(
-                    logits[block],
-                    teacher_logits[block] if teacher_logits is not None else None,
-                    route,
-                    positions[block],
-                    call,
-                    statistics,
-                    scratch,
-                )
+            for route, first, last in parts:
+                for start in range(first, last, step):
+                    block = slice(start, min(start + step, last))
+                    _logits_to_gradient(
+                        logits[block],
+                        teacher_logits[block] if route != Route.GRPO else None,
+                        Route(route),
+                        positions[block],
+                        call,
+                        statistics,
+                        scratch,
+                    )
             gradient = logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[positions] = gradient @ head.weight
@@ -207,22 +209,29 @@ class _FusedRoutedLoss(torch.autograd.Function):
 
 
 def _chunks(call: _Call, with_teacher: bool, rows: int):
-    """(route, token positions, rows of teacher_hidden or None) of each chunk of one route."""
-    route = call.inputs.route
+    """(token positions, rows of teacher_hidden, parts) of each chunk of at most `rows` logits.
+
+    Positions are sorted by route, routed ones first, so that a chunk's i-th teacher row is that of
+    its i-th token. parts: (route, first, last) of each route's tokens; all GRPO without a teacher.
+    """
+    device, kinds = call.inputs.route.device, call.inputs.route.cpu()
     if not with_teacher or call.kl_weight == 0:
-        for positions in torch.arange(len(route), device=route.device).split(rows):
-            yield Route.GRPO, positions, None
-        return
-    (routed,) = torch.nonzero(route, as_tuple=True)
-    for kind in Route:
-        if kind is Route.GRPO:
-            (plain,) = torch.nonzero(route == int(kind), as_tuple=True)
-            for positions in plain.split(rows):
-                yield kind, positions, None
-        else:
-            (taught,) = torch.nonzero(route[routed] == int(kind), as_tuple=True)
-            for chunk in taught.split(max(rows // 2, 1)):
-                yield kind, routed[chunk], chunk
+        kinds = torch.zeros_like(kinds)
+    routed = kinds != 0
+    costs = torch.cumsum(1 + routed.long(), 0)  # rows of logits, the teacher's among them
+    teacher_rows = torch.cumsum(routed.long(), 0) - 1
+    total = int(costs[-1]) if len(costs) else 0
+    # Even chunks: a short last one would be as slow as it is small. A token of two rows may lie
+    # across a border, hence rows − 1.
+    count = -(-total // (rows - 1))
+    chunk_of = (costs - 1) * count // max(total, 1)
+    for positions in torch.arange(len(kinds)).split(chunk_of.bincount(minlength=count).tolist()):
+        positions = positions[kinds[positions].argsort(descending=True, stable=True)]
+        taught = teacher_rows[positions[routed[positions]]]
+        values, sizes = torch.unique_consecutive(kinds[positions], return_counts=True)
+        lasts = sizes.cumsum(0)
+        parts = zip(values.tolist(), (lasts - sizes).tolist(), lasts.tolist(), strict=True)
+        yield positions.to(device), taught.to(device), list(parts)
 
 
 def _logits_to_gradient(
@@ -242,15 +251,18 @@ def _logits_to_gradient(
     ids = inputs.token_ids[positions, None]
     temperature = inputs.temperature[positions, None] if call.heated else None  # (rows, 1)
     slope = _softcap_slope(logits, call.head)
-    log_p, log_q = scratch[:, : len(logits)]  # (rows, vocab) each
-    torch.log_softmax(_shape(logits, call.head, temperature), -1, out=log_p)
-    p = torch.exp(log_p, out=logits)
-    logprobs = log_p.gather(1, ids).squeeze(1)  # (rows,)
+    logits = _shape(logits, call.head, temperature)
+    p, log_q = scratch[:, : len(logits)]  # (rows, vocab) each
+    torch.softmax(logits, -1, out=p)
+    # log p = z − z_max + log p_max, and only where it is needed: one exponential per entry is enough.
+    most, log_most = logits.amax(-1), p.amax(-1).log()  # (rows,) each
+    logprobs = logits.gather(1, ids).squeeze(1) - most + log_most
+    entropy = most - log_most - torch.linalg.vecdot(p, logits)
     weight, advantage = inputs.weight[positions], inputs.advantage[positions]
     # As the KL fades routed tokens return to GRPO; reweighted ones never left it.
     fades = route not in (Route.GRPO, Route.REWEIGHT)
     policy_weight = weight * (call.grpo_weight if fades else 1.0)
-    kl_gradient, kl_loss = None, 0.0
+    kl_slope, kl_loss, kl_weight = None, 0.0, call.kl_weight * weight
     if teacher_logits is not None:
         assert call.teacher_head is not None
         torch.log_softmax(_shape(teacher_logits, call.teacher_head, temperature), -1, out=log_q)
@@ -259,14 +271,13 @@ def _logits_to_gradient(
                 advantage, logprobs, log_q.gather(1, ids).squeeze(1), call.kl_weight, config.reweight_clip
             )  # fmt: skip
         else:
+            log_p = logits.sub_(most[:, None]).add_(log_most[:, None])
             q = torch.exp(log_q, out=teacher_logits)
-            value, exact, clipped, kl_gradient = divergence(route, p, log_p, q, log_q, config)
-            kl_weight = call.kl_weight * weight
             if config.entropy_beta:
                 kl_weight = kl_weight * torch.exp(
                     config.entropy_beta * torch.linalg.vecdot(q, log_q)
                 )
-            kl_gradient.mul_(_per_logit(kl_weight[:, None], temperature))
+            value, exact, clipped, kl_slope = divergence(route, p, log_p, q, log_q, config)
             kl_loss = kl_weight * value
             statistics["kl"][positions] = exact
             statistics["kl_clipped"][positions] = clipped.to(exact.dtype)
@@ -281,15 +292,17 @@ def _logits_to_gradient(
         (slope_logprob,) = torch.autograd.grad(losses.sum(), variable)  # (rows,)
     statistics["loss"][positions] = losses.detach() + kl_loss
     statistics["logprobs"][positions] = logprobs
-    statistics["entropy"][positions] = -torch.linalg.vecdot(p, log_p)
+    statistics["entropy"][positions] = entropy
     statistics["ratio_clipped"][positions] = bound.to(logprobs.dtype)
-    # d log p(y) / d logits = onehot(y) − p.
-    lift = _per_logit(slope_logprob[:, None], temperature)
-    p.mul_(-lift).scatter_add_(1, ids, lift)
-    if kl_gradient is not None:
-        p += kl_gradient
+    # d log p(y) / d logits = onehot(y) − p; the KL's is λ (s − p Σ s), see losses.divergence.
+    lift = _per_logit(slope_logprob[:, None], temperature)  # (rows, 1)
+    kl_lift = _per_logit(kl_weight[:, None], temperature)
+    pull = lift if kl_slope is None else lift + kl_lift * kl_slope.sum(-1, keepdim=True)
+    gradient = torch.mul(p, -pull, out=logits).scatter_add_(1, ids, lift)
+    if kl_slope is not None:
+        gradient.addcmul_(kl_slope, kl_lift)
     if slope is not None:
-        p *= slope
+        gradient *= slope
 
 
 def _shape(logits: torch.Tensor, head: Head, temperature: torch.Tensor | None) -> torch.Tensor:
@@ -316,7 +329,10 @@ def _cast(head: Head | None, dtype: torch.dtype) -> Any:
 def _project(states: torch.Tensor, head: Head, out: torch.Tensor) -> None:
     """Raw logits (rows, vocab) of states (rows, hidden) into `out`."""
     if out.dtype == states.dtype:
-        torch.mm(states, head.weight.T, out=out)
+        step = _CPU_SLICE if out.device.type == "cpu" else len(head.weight)
+        for start in range(0, len(head.weight), step):
+            part = slice(start, start + step)
+            torch.mm(states, head.weight[part].T, out=out[:, part])
     else:
         out.copy_(states @ head.weight.T)
     if head.bias is not None:

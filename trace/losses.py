@@ -110,14 +110,14 @@ def divergence(
 
     FKL is KL(q‖p), RKL is KL(p‖q), JSD is β KL(q‖m) + (1 − β) KL(p‖m) with m = βq + (1 − β)p (GKD,
     arXiv 2306.13649, eq. 1). Returns the clipped value that the loss takes, the exact value, whether
-    the clip binds, all (tokens,), and the clipped value's gradient in the student's logits,
-    (tokens, vocab). With D = Σ_v d_v and slope s_v = p_v ∂D/∂p_v that gradient is s − p Σ s.
+    the clip binds, all (tokens,), and the clipped value's slope, (tokens, vocab): with D = Σ_v d_v,
+    s_v = p_v ∂D/∂p_v, from which the gradient in the student's logits is s − p Σ s. Overwrites log_q.
     """
-    log_ratio = log_q - log_p  # (tokens, vocab)
     if route is Route.FKL:
-        terms, slope = q * log_ratio, -q
+        terms = log_q.sub_(log_p).mul_(q)  # (tokens, vocab)
+        slope = -q
     elif route is Route.RKL:
-        terms = -p * log_ratio
+        terms = log_q.sub_(log_p).mul_(p).neg_()
         slope = p + terms
     elif route is Route.JSD:
         beta = config.jsd_beta
@@ -129,19 +129,16 @@ def divergence(
     else:
         raise ValueError(f"route {route!r} has no divergence")
     exact = terms.sum(-1)
-    value, kept = clip_kl(terms, config.kl_clip, config.kl_clip_value)
+    value, kept = clip_kl(terms, exact, config.kl_clip, config.kl_clip_value)
     if kept is None:
-        clipped = torch.zeros_like(exact, dtype=torch.bool)
-    else:
-        slope = slope * kept
-        clipped = ~kept.all(-1)
-    return value, exact, clipped, slope - p * slope.sum(-1, keepdim=True)
+        return value, exact, torch.zeros_like(exact, dtype=torch.bool), slope
+    return value, exact, ~kept.all(-1), slope.mul_(kept)
 
 
 def clip_kl(
-    terms: torch.Tensor, form: KlClip, bound: float
+    terms: torch.Tensor, exact: torch.Tensor, form: KlClip, bound: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sum (tokens, vocab) divergence terms to (tokens,) with the pointwise clip of METHOD.md.
+    """Divergence terms (tokens, vocab), whose sum is `exact`, to (tokens,) with METHOD.md's clip.
 
     entry_above clamps each vocabulary entry's term from above, entry_symmetric on both sides,
     token the per-token sum. Also returns where no clip binds, (tokens, vocab) or (tokens, 1): no
@@ -151,7 +148,6 @@ def clip_kl(
         return terms.clamp(max=bound).sum(-1), terms <= bound
     if form is KlClip.ENTRY_SYMMETRIC:
         return terms.clamp(-bound, bound).sum(-1), terms.abs() <= bound
-    total = terms.sum(-1)
     if form is KlClip.TOKEN:
-        return total.clamp(max=bound), (total <= bound)[:, None]
-    return total, None
+        return exact.clamp(max=bound), (exact <= bound)[:, None]
+    return exact, None
