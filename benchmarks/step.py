@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--error", choices=["rkl", "fkl", "none"], default="rkl")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--micro-batch-tokens", type=int, default=512, help="of ours")
+    parser.add_argument("--micro-batch-tokens", type=int, default=384, help="of ours")
     # On CPU more or fewer hardly change TRL's time; its memory grows with their size.
     parser.add_argument("--trl-micro-batches", type=int, default=8, help="per step")
     options = parser.parse_args()

@@ -323,8 +323,8 @@ def test_concurrency_is_used_and_not_exceeded():
 def test_requests_keep_to_the_pace_per_minute():
     with served(in_order(completion())) as (endpoint, url):
         annotate(url, count=12, requests_per_minute=300)
-    # Five in the first burst, then five a second.
-    assert endpoint.at[-1] - endpoint.at[0] >= 6 / 5
+    # Five in the first burst, then five a second; a busy server may see the first one late.
+    assert endpoint.at[-1] - endpoint.at[0] >= 1
 
 
 async def _rounds(pace: Pace, outcomes: list[bool]) -> None:
