@@ -310,7 +310,7 @@ def test_concurrency_is_used_and_not_exceeded():
         with lock:
             flying += 1
             most = max(most, flying)
-        time.sleep(0.05)
+        time.sleep(0.3)  # long enough for a busy machine to send six
         with lock:
             flying -= 1
         return completion()
