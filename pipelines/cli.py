@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from ..data.store import Dataset, Store
-from ..schemas.configs import Config, PipelineConfig, TrainConfig
+from ..schemas.configs import Config, PipelineConfig, RoutingConfig, TrainConfig
 from ..schemas.errors import InputError, Stopped
 from ..schemas.presets import PRESETS
 from ..schemas.settings import dump_config, load_config
@@ -233,6 +234,26 @@ def show(
 
 
 @app.command()
+def view(
+    ref: Annotated[str, typer.Argument(help="Routed or annotations dataset, or a train run.")],
+    against: Annotated[
+        str | None,
+        typer.Option(help="Annotations dataset of the same rollouts, shown side by side."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
+    store: StoreRoot = "store",
+) -> None:
+    """Look at rollouts, any number of them, in a browser on this machine; Ctrl-C ends."""
+    from .view import HOST, Viewer, open_server
+
+    with open_server(Viewer(Store(store), ref, against), port) as server:
+        address = f"http://{HOST}:{server.server_port}/"
+        console.print(f"{address}  Ctrl-C ends", soft_wrap=True, markup=False)
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+@app.command()
 def lineage(
     ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")], store: StoreRoot = "store"
 ) -> None:
@@ -255,6 +276,61 @@ def alias(
     """Give a dataset a name."""
     opened = Store(store)
     opened.set_alias(name, opened.get(ref))
+
+
+@app.command("import")
+def import_(
+    layout: Annotated[str, typer.Argument(help="processbench or prm800k.")],
+    file: Annotated[str, typer.Argument(help="JSON or JSONL file, or an fsspec URL.")],
+    alias: Annotated[str, typer.Option(help="Prefix of the datasets' names.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many responses.")] = None,
+    hide_verdict: Annotated[
+        bool,
+        typer.Option("--hide-verdict", help="Say of every response that it is wrong."),
+    ] = False,
+    store: StoreRoot = "store",
+) -> None:
+    """Human labels of steps become problems, rollouts, verdicts and annotations."""
+    from .labelled import import_labels
+
+    made = import_labels(layout, file, Store(store), alias, limit, hide_verdict)
+    for name, dataset in made.items():
+        console.print(f"{name}: {dataset.ref}  {dataset.rows} rows", markup=False)
+    left_out = made[f"{alias}-problems"].summary["left_out"]
+    if left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        console.print(f"left out: {reasons}", markup=False)
+
+
+@app.command()
+def compare(
+    datasets: Annotated[list[str], typer.Argument(help="Annotations datasets (alias or id).")],
+    reference: Annotated[
+        str | None, typer.Option(help="The one that others are measured by; default: the first.")
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(min=0, max=1, help="Coverage cap of the capped figures.")
+    ] = RoutingConfig().alpha,
+    resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder; default: compare/… in the store.")
+    ] = None,
+    store: StoreRoot = "store",
+) -> None:
+    """Hold annotations of the same rollouts against one another."""
+    from . import comparison_report
+    from .compare import compare as compare_annotations
+    from .comparison_table import comparison_table
+
+    opened = Store(store)
+    compared = compare_annotations(datasets, opened, reference, alpha)
+    table = comparison_table(compared, resamples, seed)
+    folder = output or comparison_report.default_output(compared, opened)
+    paths = comparison_report.write(compared, table, opened, folder)
+    comparison_report.show(compared, table, console)
+    for path in paths:
+        console.print(path, soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()
@@ -282,6 +358,17 @@ def plan(
 
 
 @app.command()
+def batches(
+    stores: Annotated[list[str] | None, typer.Argument(help="Stores; default: ./store.")] = None,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Ask for their end.")] = False,
+) -> None:
+    """List batches of annotators (annotator.batch) whose answers are still out."""
+    from .batches import batches_table
+
+    console.print(batches_table([Store(root) for root in stores or ["store"]], cancel))
+
+
+@app.command()
 def serve(
     config: Annotated[
         Path | None, typer.Argument(help="Pipeline YAML: default parameters.")
@@ -303,13 +390,14 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Modules in the folder where the command runs: rules of the user's own (routing.rule).
     sys.path.append(str(Path.cwd()))
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    # Details are ours alone: HTTP clients log every header, and a server may echo the key in one.
+    handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name.startswith("trace_opd"))
     logging.basicConfig(
         level=os.environ.get("TRACE_OPD_LOG", "WARNING").upper(),
         format="%(name)s: %(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+        handlers=[handler],
     )
-    for chatty in ("httpx", "httpx2"):  # one line per request at INFO
-        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         app()
     except (InputError, Stopped) as error:

@@ -1,16 +1,12 @@
 """A rollout with all that the stages say of it, joined and ready to be drawn."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..data.store import Dataset
-from ..trace.align import ByteTable
 from .paint import (
     CharPaint,
     Piece,
@@ -21,7 +17,13 @@ from .paint import (
     pieces,
     visible,
 )
+from .rollout_index import build_index
 from .rollout_tables import Tables, routing_rule
+from .row_reader import RowReader
+from .side_by_side import ComparedPiece, compare_marks
+
+if TYPE_CHECKING:
+    from ..trace.align import ByteTable
 
 _COLUMNS = {
     "routed": (
@@ -39,7 +41,7 @@ _COLUMNS = {
     ),
     "problems": ("problem_id", "problem", "answer", "source"),
 }  # fmt: skip
-_TOKEN_COLUMNS = ("token_ids", "route", "span_id")
+_NO_ANNOTATION: dict[str, Any] = {"segments": [], "spans": []}
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,25 @@ class SpanView:
 
 
 @dataclass(frozen=True)
+class SideView:
+    """One of two annotators' word on a rollout: its row of the annotations table, and the response
+    in pieces of agreement. None: the annotator has no row, or left that empty."""
+
+    annotator: str | None
+    status: str | None
+    raw: str | None
+    error: str | None
+    type: str | None
+    spans: list[SpanView]
+    pieces: list[ComparedPiece]
+
+
+@dataclass(frozen=True)
 class RolloutView:
     """What is drawn of one rollout. Texts are made `visible`; None: not known of this rollout.
 
-    exact: whether the paint is exact per token, not an estimate.
+    exact: whether the paint is exact per token, not an estimate. sides: the two annotators where
+    the rollout is compared, else empty; the fields above them are the first annotator's.
     """
 
     id: str
@@ -85,69 +102,59 @@ class RolloutView:
     exact: bool
     spans: list[SpanView]
     pieces: list[Piece]
+    sides: list[SideView]
+
+
+class RolloutReader:
+    """Reads rollouts by their row numbers and paints them. Any thread may call it."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        bytes_of: "tuple[ByteTable, str] | None" = None,
+        against: Dataset | None = None,
+    ) -> None:
+        datasets = tables.by_role | ({"against": against} if against is not None else {})
+        self._readers = {
+            role: RowReader(dataset, _COLUMNS["annotations" if role == "against" else role])
+            for role, dataset in datasets.items()
+        }
+        self._rule = routing_rule(tables)
+        self._bytes_of = bytes_of
+
+    def read(self, rows: Mapping[str, np.ndarray]) -> list[RolloutView]:
+        """Rollouts by their row numbers in the table of each role, −1 where it has none."""
+        found = {role: reader.rows(rows[role]) for role, reader in self._readers.items()}
+        return [
+            _view({role: column[i] for role, column in found.items()}, self._rule, self._bytes_of)
+            for i in range(len(rows["rollouts"]))
+        ]
+
+
+def rollout_data(view: RolloutView) -> dict[str, Any]:
+    """What the page draws of a rollout, as JSON-able data."""
+    row: dict[str, Any] = vars(view) | {"spans": [vars(span) for span in view.spans]}
+    row["sides"] = [vars(side) | {"spans": [vars(s) for s in side.spans]} for side in view.sides]
+    row["problem"] = {name: row.pop(name) for name in ("problem", "answer", "source")}
+    if view.sides:  # they hold the response and the first annotator's word too
+        for name in ("annotator", "status", "raw", "error", "type", "spans", "pieces"):
+            del row[name]
+    return row
 
 
 def load_rollouts(
-    tables: Tables, ids: Sequence[str], bytes_of: tuple[ByteTable, str] | None
+    tables: Tables, ids: Sequence[str], bytes_of: "tuple[ByteTable, str] | None"
 ) -> list[RolloutView]:
-    """The rollouts of some ids, by policy step, then problem, then sample."""
-    rows = {
-        role: _rows(dataset, "rollout_id", ids, _COLUMNS[role])
-        for role, dataset in tables.by_role.items()
-        if role != "problems"
-    }
-    rollouts, rule = rows["rollouts"], routing_rule(tables)
-    problems = _rows(
-        tables.by_role["problems"],
-        "problem_id",
-        {rollout["problem_id"] for rollout in rollouts.values()},
-        _COLUMNS["problems"],
-    )
-    views = [
-        _view(
-            rollouts[rollout_id],
-            rows["verdicts"][rollout_id],
-            # Online steps without a KL are not annotated.
-            rows.get("annotations", {}).get(rollout_id),
-            rows.get("routed", {}).get(rollout_id),
-            problems[rollouts[rollout_id]["problem_id"]],
-            rule,
-            bytes_of,
-        )
-        for rollout_id in ids
-    ]
-    order = {group: index for index, group in enumerate(Counter(view.group for view in views))}
-    return sorted(views, key=lambda view: (view.step, order[view.group], view.sample))
+    """The rollouts of some ids, by policy step, then group, then sample."""
+    return RolloutReader(tables, bytes_of).read(build_index(tables, ids=ids).rows)
 
 
-def _rows(
-    dataset: Dataset, key: str, ids: Iterable[str], columns: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """Rows of some ids by id, read part by part; per-token columns as numpy arrays."""
-    wanted = pa.array(list(ids), pa.string())
-    found: dict[str, dict[str, Any]] = {}
-    for part in range(dataset.parts):
-        table = dataset.read_part(part, columns)
-        table = table.filter(pc.is_in(table[key], value_set=wanted))
-        per_token = [name for name in columns if name in _TOKEN_COLUMNS]
-        rows = table.drop_columns(per_token).to_pylist()
-        for name in per_token:
-            for row, value in zip(rows, table[name], strict=True):
-                row[name] = value.values.to_numpy()
-        found |= {row[key]: row for row in rows}
-    return found
-
-
-def _view(
-    rollout: dict,
-    verdict: dict,
-    annotation: dict | None,
-    routed: dict | None,
-    problem: dict,
-    rule: str,
-    bytes_of: tuple[ByteTable, str] | None,
-) -> RolloutView:
-    annotation = annotation or {"segments": [], "spans": []}
+def _view(row: dict[str, Any], rule: str, bytes_of: "tuple[ByteTable, str] | None") -> RolloutView:
+    """row: the rollout's row of each table by role; None where a table has none."""
+    rollout, verdict, problem = row["rollouts"], row["verdicts"], row["problems"]
+    # Online steps without a KL are not annotated.
+    annotation = row.get("annotations") or _NO_ANNOTATION
+    routed = row.get("routed")
     spans, segments = annotation["spans"], annotation["segments"]
     known = bytes_of is not None and bytes_of[1] == rollout["vocab_fingerprint"]
     table = bytes_of[0] if bytes_of and known else None
@@ -177,23 +184,46 @@ def _view(
         coverage=routed["coverage"] if routed else None,
         dropped=routed["dropped_tokens"] if routed else None,
         exact=known or routed is None or _looks_the_same_everywhere(routed["route"], spans),
-        spans=[
-            SpanView(
-                rank=span["rank"],
-                kind=span["kind"],
-                segments=span["segments"],
-                kept_tokens=int(np.count_nonzero(routed["span_id"] == span["rank"]))
-                if routed and rule == "spans"
-                else None,
-            )
-            for span in spans
-        ],
+        spans=_spans(annotation, routed["span_id"] if routed and rule == "spans" else None),
         pieces=pieces(rollout["response"], segments, painted),
+        sides=_sides(rollout["response"], annotation, row["against"] or _NO_ANNOTATION)
+        if "against" in row
+        else [],
     )
 
 
+def _sides(response: str, first: dict, second: dict) -> list[SideView]:
+    return [
+        SideView(
+            annotator=_visible(annotation.get("annotator_name")),
+            status=annotation.get("status"),
+            raw=_visible(annotation.get("raw_answer")),
+            error=_visible(annotation.get("error")),
+            type=annotation.get("diagnostic_type"),
+            spans=_spans(annotation, None),
+            pieces=drawn,
+        )
+        for annotation, drawn in zip(
+            (first, second), compare_marks(response, first, second), strict=True
+        )
+    ]
+
+
+def _spans(annotation: dict, span_id: np.ndarray | None) -> list[SpanView]:
+    """span_id: of the routed tokens, where the rule routes the annotator's spans."""
+    return [
+        SpanView(
+            rank=span["rank"],
+            kind=span["kind"],
+            segments=span["segments"],
+            kept_tokens=None if span_id is None else int(np.count_nonzero(span_id == span["rank"])),
+        )
+        for span in annotation["spans"]
+    ]
+
+
 def _paint(
-    rollout: dict, annotation: dict, routed: dict | None, rule: str, table: ByteTable | None
+    rollout: dict, annotation: dict, routed: dict | None, rule: str, table: "ByteTable | None"
 ) -> CharPaint:
     length, spans = len(rollout["response"]), annotation["spans"]
     segments = annotation["segments"]

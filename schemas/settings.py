@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .configs import PipelineConfig
+from .configs.endpoint import HOLDS_SECRET
 from .errors import InputError
 from .presets import preset_data
 
@@ -110,6 +111,8 @@ def explain(error: ValidationError, where: str) -> str:
     elif first["type"] == "union_tag_not_found":
         tag = first["ctx"]["discriminator"].strip("'")  # type: ignore[typeddict-item]
         what = f"{field}: names no {tag}; set it in the file or as {field}.{tag}=value"
+    elif first["type"] == HOLDS_SECRET:
+        what = f"{field}: {first['msg']}"
     else:
         what = f"{field}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r:.80})"
     more = f" (and {len(others)} more)" if others else ""
@@ -130,7 +133,8 @@ def _fill_tags(data: dict, model: type[BaseModel]) -> None:
             continue
         if issubclass(kind, BaseModel):
             for tag, tag_field in kind.model_fields.items():
-                if get_origin(tag_field.annotation) is Literal and hasattr(default, tag):
+                literal = get_origin(tag_field.annotation) is Literal
+                if literal and tag_field.is_required() and hasattr(default, tag):
                     child.setdefault(tag, getattr(default, tag))
             _fill_tags(child, kind)
 
