@@ -114,7 +114,7 @@ def run(config: TrainConfig, store: Store) -> Dataset:
     source = online.source if online is not None else None
     if replica is not None:
         assert source is not None
-        source = _Refreshed(source, trainer, replica)
+        source = _Refreshed(source, trainer, replica, PackedModel(replica.model))
     try:
         _train(trainer, target, offline, source)
     finally:
@@ -218,12 +218,13 @@ class _Refreshed:
     source: Online
     trainer: Trainer
     replica: Policy
+    packed: PackedModel  # the replica's, whose parameters are named as the student's
 
     def collect(
         self, step: int, with_teacher: bool, phase: Callable[[str], None]
     ) -> tuple[pa.Table, dict[str, int]]:
         phase("weights")
-        copy_weights(self.trainer.student, PackedModel(self.replica.model))
+        copy_weights(self.trainer.student, self.packed)
         self.replica.info = self.trainer.policy.info
         return self.source.collect(step, with_teacher, phase)
 

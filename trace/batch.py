@@ -1,5 +1,6 @@
 """Routed tables to training sequences, sequences to micro-batches, micro-batches to tensors."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,19 +89,27 @@ def micro_batches(
 ) -> list[list[TrainingSequence]]:
     """Cut sequences into packed rows of at most `max_tokens`, those of one prompt together.
 
-    A sequence that is longer alone has a row of its own. The input's order does not matter.
+    As few rows as that takes, the longest as short as it can be: a step's memory goes with it. A
+    sequence that is longer alone has a row of its own. The input's order does not matter.
     """
-    batches: list[list[TrainingSequence]] = []
+    ordered = sorted(sequences, key=lambda s: (s.group_id, s.prompt_ids, s.rollout_id))
+    fewest = len(_rows(ordered, max_tokens))
+    even = bisect_left(range(max_tokens), True, key=lambda n: len(_rows(ordered, n)) <= fewest)
+    return _rows(ordered, even)
+
+
+def _rows(ordered: list[TrainingSequence], max_tokens: int) -> list[list[TrainingSequence]]:
+    rows: list[list[TrainingSequence]] = []
     tokens = 0
-    for sequence in sorted(sequences, key=lambda s: (s.group_id, s.prompt_ids, s.rollout_id)):
-        shared = bool(batches) and batches[-1][-1].prompt_ids == sequence.prompt_ids
+    for sequence in ordered:
+        shared = bool(rows) and rows[-1][-1].prompt_ids == sequence.prompt_ids
         more = len(sequence.token_ids) + (0 if shared else len(sequence.prompt_ids))
-        if not batches or tokens + more > max_tokens:
-            batches.append([])
+        if not rows or tokens + more > max_tokens:
+            rows.append([])
             tokens, more = 0, len(sequence.prompt_ids) + len(sequence.token_ids)
-        batches[-1].append(sequence)
+        rows[-1].append(sequence)
         tokens += more
-    return batches
+    return rows
 
 
 def shares(sequences: Sequence[TrainingSequence], count: int) -> list[list[TrainingSequence]]:

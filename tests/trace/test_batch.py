@@ -113,6 +113,11 @@ def test_micro_batches_stay_within_the_budget_and_count_a_shared_prompt_once():
     assert len(micro_batches(sequences, 16)) == 1
 
 
+def test_micro_batches_are_as_few_as_can_be_and_of_about_the_same_length():
+    sequences = [sequence_of(i, 4, n) for i, n in enumerate([3, 3, 3, 3])]
+    assert ids(micro_batches(sequences, 14)) == [["r000", "r001"], ["r002", "r003"]]
+
+
 def test_a_sequence_longer_than_the_budget_has_a_batch_of_its_own():
     sequences = [sequence_of(i, 2, n) for i, n in enumerate([50, 1, 1])]
     assert ids(micro_batches(sequences, 10)) == [["r000"], ["r001", "r002"]]
