@@ -136,10 +136,13 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def measure_once(name: str, case: Path, python: str) -> dict[str, float] | None:
-    """Seconds and CPU seconds of one run; None if it is not installed there."""
+def measure_once(name: str, case: Path, python: str, console: Console) -> dict[str, float] | None:
+    """Seconds and CPU seconds of one run; None if it is not installed there or fails."""
     command = [python, annotate_peers.__file__, name, str(case)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        console.print(f"{name} fails: {done.stderr.strip().splitlines()[-1]}", markup=False)
+        return None
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -155,7 +158,7 @@ def measure(
         for round_ in range(ROUNDS):
             for name, python in pythons.items():
                 with console.status(f"latency {latency_s:g} s, round {round_ + 1}: {name}"):
-                    figures = measure_once(name, case, python)
+                    figures = measure_once(name, case, python, console)
                 if figures is not None:
                     samples[name].append(figures)
                     asked += WARM_UP + REQUESTS

@@ -1,7 +1,7 @@
 """Configs from YAML files with `key=value` overrides, and back to YAML."""
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -132,9 +132,8 @@ def _fill_tags(data: dict, model: type[BaseModel]) -> None:
         if not isinstance(child, dict) or not isinstance(kind, type):
             continue
         if issubclass(kind, BaseModel):
-            for tag, tag_field in kind.model_fields.items():
-                literal = get_origin(tag_field.annotation) is Literal
-                if literal and tag_field.is_required() and hasattr(default, tag):
+            for tag in _TAGS:
+                if tag in kind.model_fields and hasattr(default, tag):
                     child.setdefault(tag, getattr(default, tag))
             _fill_tags(child, kind)
 
