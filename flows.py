@@ -25,10 +25,10 @@ from prefect.futures import wait
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from trace_opd.data.store import Dataset, Draft, Store
-from trace_opd.pipelines import report as report_stage
 from trace_opd.pipelines import train as train_stage
 from trace_opd.pipelines.stage import Plan, close_engine
 from trace_opd.pipelines.stages import DEFAULT_ALIAS, TABLE_STAGES, run_pipeline
+from trace_opd.pipelines.viewer import report as report_stage
 from trace_opd.schemas.configs import (
     AnnotateConfig,
     Config,

@@ -17,10 +17,10 @@ from ..schemas.tables import ANNOTATIONS, ROUTED
 from . import train
 from .annotators.spending import dollars
 from .estimate import estimate, estimate_view
-from .paint import Paint, Piece
-from .rollout_tables import find_byte_table, find_tables
-from .rollout_view import RolloutView, load_rollouts
 from .stages import TABLE_STAGES
+from .viewer.paint import Paint, Piece
+from .viewer.rollout_tables import find_byte_table, find_tables
+from .viewer.rollout_view import RolloutView, load_rollouts
 
 # Underlines beside colours: a route must be told apart without seeing colour.
 _STYLES = {

@@ -113,7 +113,8 @@ class EndpointAnnotator:
     async def _annotate(self, work: list[Item]) -> list[dict[str, Any]]:
         rows: list[Any] = [None] * len(work)
         queue = iter(enumerate(work))
-        count = min(self._config.concurrency, len(work))
+        # More than may be in flight: while an answer is written to disk another request goes out.
+        count = min(2 * self._config.concurrency, len(work))
         workers = [asyncio.create_task(self._work(queue, rows)) for _ in range(count)]
         try:
             await asyncio.gather(*map(asyncio.shield, workers))
@@ -154,6 +155,7 @@ class EndpointAnnotator:
 
     def _failed(self, error: Exception) -> Reading:
         said = endpoint.sentence(error, self._key)
+        self._calls += 1
         self._failures += 1
         often = self._failures >= _FEWEST_FAILURES and self._failures * 2 > self._calls
         if endpoint.condemns_all(error) or often:
@@ -176,11 +178,11 @@ class EndpointAnnotator:
         key = question_key(self._config, self._prompt, question)
         record = self._journal.get(key) if self._journal is not None else None
         if record is None:
-            self._calls += 1
             if key not in self._asking:  # equal responses of a group are one question
                 self._asking[key] = asyncio.create_task(self._bought(key, question))
                 self._asking[key].add_done_callback(lambda _: self._asking.pop(key))
             record = await self._asking[key]
+            self._calls += 1
         return read_record(record)
 
     async def _bought(self, key: str, question: Question) -> Record:
@@ -261,6 +263,8 @@ class EndpointAnnotator:
     def _attempt_failed(self, error: Exception, entered: float, reservation: Reservation) -> None:
         if endpoint.may_be_billed(error):
             reservation.settle(None)
+        if endpoint.condemns_all(error):
+            self._pace.close()  # before another one gets the slot
         if not endpoint.may_pass(error):
             return
         asked, patience = endpoint.retry_after_s(error), self._config.patience_s

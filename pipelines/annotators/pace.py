@@ -91,7 +91,7 @@ class Pace:
         finally:
             async with self._changed:
                 self._in_flight -= 1
-                self._changed.notify_all()
+                self._changed.notify()
 
     def succeeded(self, unused_tokens: float = 0.0) -> None:
         self._failing_since = None
@@ -135,6 +135,7 @@ class Pace:
         while True:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._in_flight < self.limit)
+                self._changed.notify()  # the next one looks too: there may be room for several
                 pause = self._resume_at - time.monotonic()
                 if pause <= 0:
                     self._in_flight += 1

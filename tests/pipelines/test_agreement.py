@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_opd.pipelines.agreement import (
+from trace_opd.pipelines.comparison.agreement import (
     COUNTS,
     SHARED,
     Side,
@@ -18,7 +18,7 @@ from trace_opd.pipelines.agreement import (
     intervals,
     shared_counts,
 )
-from trace_opd.pipelines.marks import (
+from trace_opd.pipelines.comparison.marks import (
     TYPES,
     character_units,
     kept_units,

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from trace_opd.data.store import Dataset, Store
-from trace_opd.pipelines import comparison_report
 from trace_opd.pipelines.cli import main
-from trace_opd.pipelines.compare import SCOPES, compare
-from trace_opd.pipelines.comparison_table import comparison_table
+from trace_opd.pipelines.comparison import report as comparison_report
+from trace_opd.pipelines.comparison.compare import SCOPES, compare
+from trace_opd.pipelines.comparison.table import comparison_table
 from trace_opd.schemas.comparisons import COMPARISONS
 from trace_opd.schemas.configs import RoutingConfig
 from trace_opd.schemas.errors import InputError

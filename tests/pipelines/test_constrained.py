@@ -190,7 +190,7 @@ def digits_only() -> PreTrainedTokenizerFast:
 
 
 def test_a_vocabulary_that_lacks_a_character_is_refused_before_anything_is_sampled(policy):
-    with pytest.raises(InputError, match=r"no token for .*another policy or engine annotate, or x"):
+    with pytest.raises(InputError, match=r"no token for .*another policy or engine annotate, or set x"):
         require_writable(digits_only(), SCHEMAS[0], "x=false")
     require_writable(policy.tokenizer, SCHEMAS[0], "x=false")
 

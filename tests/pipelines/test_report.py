@@ -18,9 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trace_opd.data.store import Dataset, Store, content_hash
-from trace_opd.pipelines import report
-from trace_opd.pipelines.page import csp_hash
-from trace_opd.pipelines.paint import (
+from trace_opd.pipelines.show import response_text, show_rollout
+from trace_opd.pipelines.viewer import report
+from trace_opd.pipelines.viewer.page import csp_hash
+from trace_opd.pipelines.viewer.paint import (
     Paint,
     Piece,
     paint_even_tokens,
@@ -30,9 +31,8 @@ from trace_opd.pipelines.paint import (
     pieces,
     visible,
 )
-from trace_opd.pipelines.rollout_tables import choose_groups
-from trace_opd.pipelines.show import response_text, show_rollout
-from trace_opd.pipelines.training_curves import charts
+from trace_opd.pipelines.viewer.rollout_tables import choose_groups
+from trace_opd.pipelines.viewer.training_curves import charts
 from trace_opd.schemas.configs import ReportConfig, RoutingConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import Action, Route, SpanKind

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.store import Dataset
-from ..schemas.configs import RoutingConfig
-from ..schemas.labels import AnnotationStatus, DiagnosticType, SpanKind
-from ..trace.align import ByteTable
-from ..trace.route import route_tokens
-from ..trace.rules import Response
+from ...data.store import Dataset
+from ...schemas.configs import RoutingConfig
+from ...schemas.labels import AnnotationStatus, DiagnosticType, SpanKind
+from ...trace.align import ByteTable
+from ...trace.route import route_tokens
+from ...trace.rules import Response
 
 STATUSES = list(AnnotationStatus)
 TYPES = list(DiagnosticType)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..schemas.labels import AnnotationStatus
+from ...schemas.labels import AnnotationStatus
 from .marks import NO_ERROR, STATUSES, TYPES, UNKNOWN, Marks, Units, row_sums
 
 # Of a rollout's two annotations.

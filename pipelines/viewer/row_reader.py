@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.store import Dataset
+from ...data.store import Dataset
 
 # Lists of one number per token: as numpy arrays they take a tenth of a Python list's time.
 _TOKEN_COLUMNS = ("token_ids", "route", "span_id")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.compute as pc
 
-from ..data.store import Dataset
+from ...data.store import Dataset
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from ..data.store import Store, content_hash
-from ..schemas.labels import AnnotationStatus
+from ...data.store import Store, content_hash
+from ...schemas.labels import AnnotationStatus
+from ..viewer.page import csp_hash
+from ..viewer.paint import visible
+from ..viewer.rollout_tables import find_tables
 from .agreement import FIGURES
 from .compare import SCOPES, Comparison
 from .marks import TYPES
-from .page import csp_hash
-from .paint import visible
-from .rollout_tables import find_tables
 
 Row = dict[str, Any]
 

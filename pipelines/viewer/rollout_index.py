@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.store import Dataset
+from ...data.store import Dataset
 from .facets import (
     Facet,
     agreement_facets,

@@ -5,7 +5,7 @@ import math
 import re
 from typing import Any
 
-from ..data.store import Dataset, Store
+from ...data.store import Dataset, Store
 
 # Title, unit, names of the metrics in metrics.jsonl. Metrics named nowhere get a chart each.
 _CHARTS = (

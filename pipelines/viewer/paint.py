@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..schemas.labels import Route
+from ...schemas.labels import Route
 
 if TYPE_CHECKING:
-    from ..trace.align import ByteTable
+    from ...trace.align import ByteTable
 
 
 class Paint(IntEnum):

@@ -4,8 +4,8 @@ two annotators of the same rollouts side by side. `trace-opd view` shows dataset
 from pathlib import Path
 from typing import Any
 
-from ..data.store import Dataset, Store
-from ..schemas.configs import ReportConfig
+from ...data.store import Dataset, Store
+from ...schemas.configs import ReportConfig
 from .lineage_view import lineage_chain, lineage_entry
 from .overview import overview
 from .page import page_data, paint_names, render_page

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.store import Dataset
+from ...data.store import Dataset
 from .paint import (
     CharPaint,
     Piece,
@@ -23,7 +23,7 @@ from .row_reader import RowReader
 from .side_by_side import ComparedPiece, compare_marks
 
 if TYPE_CHECKING:
-    from ..trace.align import ByteTable
+    from ...trace.align import ByteTable
 
 _COLUMNS = {
     "routed": (

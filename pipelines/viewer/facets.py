@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.store import Dataset
-from ..schemas.labels import AnnotationStatus, Route
+from ...data.store import Dataset
+from ...schemas.labels import AnnotationStatus, Route
 
 _JUDGED = pa.array([AnnotationStatus.OK, AnnotationStatus.EMPTY], pa.string())
 NOT_ANNOTATED = "not annotated"

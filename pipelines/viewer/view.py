@@ -16,9 +16,9 @@ from urllib.parse import parse_qsl, urlsplit
 import numpy as np
 import pyarrow.compute as pc
 
-from ..data.store import Store
-from ..schemas.errors import InputError
-from ..schemas.labels import Route
+from ...data.store import Store
+from ...schemas.errors import InputError
+from ...schemas.labels import Route
 from .page import content_security_policy, page_data, paint_names, render_page
 from .paint import Paint
 from .rollout_index import RolloutIndex, build_index

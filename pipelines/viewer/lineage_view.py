@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from ..data.store import Dataset
+from ...data.store import Dataset
 from .paint import visible
 
 # Stage: path into its config and label of what the lineage shows without unfolding.

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.store import Dataset, Store
-from ..schemas.errors import InputError
-from ..schemas.tables import ANNOTATIONS, ROUTED
+from ...data.store import Dataset, Store
+from ...schemas.errors import InputError
+from ...schemas.tables import ANNOTATIONS, ROUTED
 from .paint import visible
 
 if TYPE_CHECKING:
-    from ..trace.align import ByteTable
+    from ...trace.align import ByteTable
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +110,9 @@ def find_byte_table(dataset: Dataset, tables: Tables) -> "tuple[ByteTable, str] 
     if "routed" not in tables.by_role:
         return None
     # Import torch; a viewer of annotations starts without it.
-    from ..trace.align import byte_table
-    from ..trace.policy import load_tokenizer, vocab_fingerprint
-    from .models import resolve_policy
+    from ...trace.align import byte_table
+    from ...trace.policy import load_tokenizer, vocab_fingerprint
+    from ..models import resolve_policy
 
     configs = [dataset.manifest["config"], _made_by(tables.by_role["rollouts"])]
     paths = [config["policy"]["path"] for config in configs if "policy" in config]

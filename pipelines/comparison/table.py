@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..schemas.comparisons import COMPARISONS
+from ...schemas.comparisons import COMPARISONS
 from .agreement import COUNTS, OWN, SHARED, figures, intervals
 from .compare import SCOPES, Comparison, Pair
 from .marks import TYPES

@@ -13,11 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.store import Dataset, Store
-from ..schemas.errors import InputError
-from ..schemas.tables import ANNOTATIONS
-from ..trace.align import ByteTable, byte_table
-from ..trace.policy import load_tokenizer, vocab_fingerprint
+from ...data.store import Dataset, Store
+from ...schemas.errors import InputError
+from ...schemas.tables import ANNOTATIONS
+from ...trace.align import ByteTable, byte_table
+from ...trace.policy import load_tokenizer, vocab_fingerprint
+from ..models import resolve_policy
+from ..viewer.rollout_tables import find_tables
 from .agreement import COUNTS, Counts, Side, confusion, own_counts, shared_counts
 from .marks import (
     KINDS,
@@ -32,8 +34,6 @@ from .marks import (
     read_marks,
     token_units,
 )
-from .models import resolve_policy
-from .rollout_tables import find_tables
 
 SCOPES = (*(kind.value for kind in KINDS), "all")
 
