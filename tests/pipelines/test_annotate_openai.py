@@ -338,10 +338,13 @@ def test_a_refused_parameter_is_left_out_from_then_on(message, refused, instead)
         return fault(400, message) if refused in body else completion()
 
     with served(script) as (endpoint, url):
-        rows = annotate(url, count=3, concurrency=1)
-    assert [row["status"] for row in rows] == ["ok"] * 3
-    assert [refused in request for request in endpoint.requests[-3:]] == [False, False, False]
-    assert len(endpoint.requests) <= 5
+        rows = annotate(url, count=8, concurrency=1)
+    assert [row["status"] for row in rows] == ["ok"] * 8
+    # Two were under way when it was found out; a schema has two forms that can be refused.
+    asked = [refused in request for request in endpoint.requests]
+    assert asked[0]
+    assert sum(asked) <= 4
+    assert not any(asked[-6:])
     assert instead is None or instead in endpoint.requests[-1]
 
 
@@ -349,14 +352,16 @@ def test_a_server_that_knows_no_schema_is_asked_for_a_json_object():
     def script(number: int, body: dict) -> Reply:
         if body["response_format"]["type"] == "json_schema":
             return fault(400, "This response_format type is unavailable now")
-        return completion("{}") if number == 1 else completion()
+        objects = [r for r in endpoint.requests if r["response_format"]["type"] == "json_object"]
+        return completion("{}") if len(objects) == 1 else completion()
 
     with served(script) as (endpoint, url):
-        rows = annotate(url, count=2, concurrency=1)
-    assert [row["status"] for row in rows] == ["ok", "ok"]  # the first after a corrective turn
-    assert [request["response_format"]["type"] for request in endpoint.requests] == [
-        "json_schema", "json_object", "json_object", "json_object",
-    ]  # fmt: skip
+        rows = annotate(url, count=4, concurrency=1)
+    assert [row["status"] for row in rows] == ["ok"] * 4  # one of them after a corrective turn
+    kinds = [request["response_format"]["type"] for request in endpoint.requests]
+    assert kinds[0] == "json_schema"
+    assert kinds.count("json_schema") <= 2
+    assert kinds.count("json_object") == 5
 
 
 def test_one_refused_row_takes_the_schema_from_no_other():
