@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from llguidance.hf import from_tokenizer
+
 from ...schemas.configs import Precision, SamplingConfig, VllmSampler
 from ...schemas.errors import InputError
 from ...schemas.labels import FinishReason
@@ -71,7 +73,7 @@ class VllmPolicySampler:
         vLLM then reports those after mask and truncation, which no ratio can be formed with.
 
         Raises:
-            InputError: a prompt fills the context.
+            InputError: a prompt fills the context, or vLLM can't constrain this vocabulary.
         """
         prompt_ids = [self._prompt_ids(index, prompt) for index, prompt in enumerate(prompts)]
         cut = sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k > 0
@@ -114,6 +116,13 @@ class VllmPolicySampler:
         """vLLM's constraint per prompt, None where there is none."""
         if schemas is None:
             return [None] * count
+        try:
+            from_tokenizer(self._tokenizer)  # pyright: ignore[reportArgumentType]
+        except ValueError as error:  # vLLM's engine would only log it, and answer nothing
+            raise InputError(
+                f"policy {self.policy.name}: vLLM's constrained decoding can't read the tokenizer "
+                f"({error!s:.80}); take sampler.engine=transformers for it"
+            ) from None
         params = import_module("vllm.sampling_params").StructuredOutputsParams
         return [params(json=with_fixed_whitespace(schema)) for schema in schemas]
 

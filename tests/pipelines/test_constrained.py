@@ -190,7 +190,9 @@ def digits_only() -> PreTrainedTokenizerFast:
 
 
 def test_a_vocabulary_that_lacks_a_character_is_refused_before_anything_is_sampled(policy):
-    with pytest.raises(InputError, match=r"no token for .*another policy or engine annotate, or set x"):
+    with pytest.raises(
+        InputError, match=r"no token for .*another policy or engine annotate, or set x"
+    ):
         require_writable(digits_only(), SCHEMAS[0], "x=false")
     require_writable(policy.tokenizer, SCHEMAS[0], "x=false")
 
@@ -199,19 +201,37 @@ def test_a_vocabulary_that_lacks_a_character_is_refused_before_anything_is_sampl
 
 
 @needs_vllm
-def test_vllm_keeps_to_the_same_schemas_with_the_same_whitespace(policy, prompts):
-    sampler = VllmPolicySampler(ENGINE, resolve_policy("micro"), "float32")
+def test_vllm_keeps_to_the_same_schemas_with_the_same_whitespace():
+    try:
+        path = resolve_policy("smollm2")
+    except InputError as error:
+        pytest.skip(str(error))
+    policy = load_policy(path, "cpu", "float32")
+    prompts = [student_prompt(policy.tokenizer, PromptConfig(), text) for text in ("7+5", "1")]
+    seeds, schemas = SEEDS[:2], SCHEMAS[:2]
+    engine = ENGINE.model_copy(update={"max_model_len": 1024})  # of 8,192, for so small a cache
+    sampler = VllmPolicySampler(engine, path, "float32")
     try:
         for sampling in (GREEDY, WARM):
-            groups = sampler.sample(prompts, sampling, SEEDS, SCHEMAS)
-            assert_follow(groups, SCHEMAS)
+            groups = sampler.sample(prompts, sampling, seeds, schemas)
+            assert_follow(groups, schemas)
             # vLLM reports them after the mask: no ratio can be formed with those.
             assert all(completion.logprobs is None for group in groups for completion in group)
-        own = TransformersPolicySampler(policy, 100_000).sample(prompts, GREEDY, SEEDS, SCHEMAS)
-        greedy = sampler.sample(prompts, GREEDY, SEEDS, SCHEMAS)
+        own = TransformersPolicySampler(policy, 100_000).sample(prompts, GREEDY, seeds, schemas)
+        greedy = sampler.sample(prompts, GREEDY, seeds, schemas)
         assert [[c.text for c in group] for group in greedy] == [
             [c.text for c in group] for group in own
         ]
+    finally:
+        sampler.close()
+
+
+@needs_vllm
+def test_vllm_refuses_a_tokenizer_that_its_constraints_cannot_read(prompts):
+    sampler = VllmPolicySampler(ENGINE, resolve_policy("micro"), "float32")
+    try:
+        with pytest.raises(InputError, match=r"can't read the tokenizer .*sampler.engine"):
+            sampler.sample(prompts, GREEDY, SEEDS, SCHEMAS)
     finally:
         sampler.close()
 
