@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup demo test check bench-clip bench-loss bench-step micro clean
+.PHONY: help peers setup demo test check bench-annotate bench-clip bench-loss bench-step micro clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -32,6 +32,9 @@ check: setup  ## lint, format check and type check
 	@# The root is the package trace_opd: a link gives the type checker that name.
 	@mkdir -p $(VENV)/types && ln -sfn $(CURDIR) $(VENV)/types/trace_opd
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench-annotate: setup peers  ## the annotator client beside distilabel's and curator's
+	$(BIN)/python benchmarks/annotate.py
 
 bench-clip: setup  ## compare the forms of the KL clip on the micro policy
 	$(BIN)/python benchmarks/clip_forms.py

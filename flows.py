@@ -9,10 +9,15 @@ own; a part that is there is not made again. TRACE_OPD_TASK_RUNNER chooses where
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+# Read by Prefect when it is imported: what the stages log (tokens and cost of a part) joins the run's
+# log.
+os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "trace_opd")
 
 from prefect import Flow, flow, get_run_logger, serve, task
 from prefect.artifacts import (
@@ -25,10 +30,10 @@ from prefect.futures import wait
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from trace_opd.data.store import Dataset, Draft, Store
-from trace_opd.pipelines import report as report_stage
 from trace_opd.pipelines import train as train_stage
 from trace_opd.pipelines.stage import Plan, close_engine
 from trace_opd.pipelines.stages import DEFAULT_ALIAS, TABLE_STAGES, run_pipeline
+from trace_opd.pipelines.viewer import report as report_stage
 from trace_opd.schemas.configs import (
     AnnotateConfig,
     Config,
@@ -43,6 +48,8 @@ from trace_opd.schemas.configs import (
 )
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config, override
+
+logging.getLogger("trace_opd").setLevel(logging.INFO)
 
 
 def default_store() -> str:

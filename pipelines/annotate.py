@@ -1,11 +1,14 @@
 """Stage annotate: key spans of correct responses and error spans of wrong ones."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from statistics import median
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..data.store import Dataset, Draft, Store
 from ..schemas.configs import (
@@ -20,12 +23,19 @@ from ..schemas.errors import InputError
 from ..schemas.labels import AnnotationStatus
 from ..schemas.tables import ANNOTATIONS, VERDICTS
 from .annotators import open_annotator
+from .annotators.batch import BatchAnnotator
+from .annotators.batch_jobs import read_jobs
+from .annotators.prices import require_price
 from .annotators.prompting import load_prompt
+from .annotators.rows import Usage
 from .annotators.rule import require_steps
+from .annotators.spending import Spending, count, dollars, open_spending, plus
 from .endpoint import read_key
 from .rollout import policy_identity
 from .samplers import open_sampler
-from .stage import Plan, Stage
+from .stage import Plan, Stage, tell
+
+logger = logging.getLogger(__name__)
 
 
 def _resolve(config: AnnotateConfig, store: Store) -> Plan:
@@ -68,6 +78,12 @@ def annotator_identity(
     identity: dict[str, Any] = dict(load_prompt(annotator.prompt, annotator.answer_schema).sha256)
     if isinstance(annotator, OpenAIAnnotator):
         read_key(annotator.api_key_env, "annotator.api_key_env")
+        require_price(annotator)
+        if in_training and annotator.batch:
+            raise InputError(
+                "online.annotator.batch is true, and a step would wait a day for its answers; set "
+                "it to false"
+            )
         return identity
     if annotator.policy is not None:
         return identity | {"policy": policy_identity(annotator.sampler, annotator.policy)}
@@ -84,27 +100,62 @@ class _Maker:
 
     def __init__(self, plan: Plan, draft: Draft) -> None:
         config: AnnotateConfig = plan.config
-        self._inputs = plan.inputs
-        self._sampler = tokenizer = journal = None
+        self._plan, self._draft = plan, draft
+        self._sampler = tokenizer = None
+        rows = plan.inputs["verdicts"].rows
         if isinstance(config.annotator, SelfAnnotator) and config.annotator.policy is not None:
             self._sampler, tokenizer = open_sampler(
                 config.annotator.sampler, config.annotator.policy
             )
+        self._asks_endpoint = isinstance(config.annotator, OpenAIAnnotator)
+        folders: dict[str, Any] = {}
         if isinstance(config.annotator, OpenAIAnnotator):
-            journal = draft.local_path("journal")
+            folders = _folders(config.annotator, draft)
+            self._spending = open_spending(config.annotator, folders["journal"], rows, tell)
+        else:
+            self._spending = Spending(rows=rows, tell=tell)
+        for part in filter(draft.has_part, range(plan.parts)):
+            self._spending.count(*part_usage(draft.read_part(part)))
         self._annotator = open_annotator(
             config.annotator,
             config.segment,
-            journal=journal,
             sampler=self._sampler,
             tokenizer=tokenizer,
+            spending=self._spending,
+            **folders,
         )
+        self._filled = False
 
     def __call__(self, part: int) -> pa.Table:
-        problems, rollouts, verdicts = (
-            self._inputs[role].read_part(part) for role in ("problems", "rollouts", "verdicts")
+        if isinstance(self._annotator, BatchAnnotator) and not self._filled:
+            # A batch may take a day: all parts' questions go out together.
+            self._annotator.fill(self._missing)
+            self._filled = True
+        table = self._annotator.annotate(*self._tables(part))
+        rows, usage = part_usage(table)
+        if not self._asks_endpoint:  # the one that does counts each row
+            self._spending.count(rows, usage)
+        logger.info(
+            "part %d of %d: %d rows, %s+%s tokens, cost %s; so far %s",
+            part,
+            self._plan.parts,
+            rows,
+            count(usage.prompt_tokens),
+            count(usage.completion_tokens),
+            dollars(usage.cost_usd),
+            "  ".join(f"{name} {value}" for name, value in self._spending.figures().items()),
         )
-        return self._annotator.annotate(problems, rollouts, verdicts)
+        return table
+
+    def _tables(self, part: int) -> tuple[pa.Table, pa.Table, pa.Table]:
+        problems, rollouts, verdicts = (
+            self._plan.inputs[role].read_part(part) for role in ("problems", "rollouts", "verdicts")
+        )
+        return problems, rollouts, verdicts
+
+    def _missing(self) -> Iterator[tuple[pa.Table, pa.Table, pa.Table]]:
+        parts = range(self._plan.parts)
+        return (self._tables(part) for part in parts if not self._draft.has_part(part))
 
     def close(self) -> None:
         self._annotator.close()
@@ -112,13 +163,52 @@ class _Maker:
             self._sampler.close()
 
 
+def _folders(annotator: OpenAIAnnotator, draft: Draft) -> dict[str, Any]:
+    """Where a paid engine keeps what it must not pay for twice.
+
+    Raises:
+        InputError: batches of this dataset are out, and the engine would ask their questions again.
+    """
+    batches = draft.local_path("batches")
+    jobs = read_jobs(batches)
+    if jobs and not annotator.batch:
+        raise InputError(
+            f"{draft.ref}: {len(jobs)} batches of its questions are out; run with "
+            "annotator.batch=true, which waits for their answers, or cancel them "
+            f"(`trace-opd batches {draft.store.root} --cancel`) and run so once for what is there"
+        )
+    journal = draft.local_path("journal")
+    others = journal.parent.parent.glob("*/journal")
+    return {
+        "journal": journal,
+        "elsewhere": [folder for folder in others if folder != journal],
+        "batches": batches,
+    }
+
+
+def part_usage(table: pa.Table) -> tuple[int, Usage]:
+    """A part's rows, and its tokens, US dollars and time; None where a row's are unknown."""
+
+    def total(name: str) -> Any:
+        column = table[name]
+        # One unknown makes the sum unknown, never too low.
+        return None if column.null_count else pc.sum(column).as_py() or 0
+
+    return len(table), Usage(*(total(field.name) for field in fields(Usage)))
+
+
 def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     status: Counter[str] = Counter()
     types: Counter[str] = Counter()
-    totals: dict[str, float | None] = {"prompt_tokens": 0, "completion_tokens": 0, "cost_usd": 0.0}
     latencies: list[float] = []
+    costs: list[float | None] = []
+    parts: list[dict[str, Any]] = []
+    total = Usage()
     marked = judged = 0
     for table in tables:
+        rows, usage = part_usage(table)
+        parts.append({"rows": rows} | _tokens_and_cost(usage))
+        total = plus(total, usage)
         for row in table.drop_columns(["raw_answer", "error"]).to_pylist():
             status[row["status"]] += 1
             if row["status"] == AnnotationStatus.SKIPPED:
@@ -128,17 +218,26 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
             judged += row["segments"][-1]["end"] if row["segments"] else 0
             marked += sum(span["end"] - span["start"] for span in row["spans"])
             latencies.append(row["latency_s"])
-            for name, total in totals.items():
-                # One unknown makes the sum unknown, never too low.
-                known = total is not None and row[name] is not None
-                totals[name] = total + row[name] if known else None  # type: ignore[operator]
-    return {
+            costs.append(row["cost_usd"])
+    known = [cost for cost in costs if cost is not None]
+    summary = {
         "status": dict(status.most_common()),
         "types": dict(types.most_common()),
         "marked_share": round(marked / judged, 4) if judged else 0.0,
-        **totals,
+        **_tokens_and_cost(total),
+        "cost_usd_per_row_median": median(known) if costs and len(known) == len(costs) else None,
         "latency_s_median": round(median(latencies), 4) if latencies else None,
+        "per_part": parts,
     }
+    annotator = plan.config.annotator
+    if isinstance(annotator, OpenAIAnnotator) and annotator.budget_usd is not None:
+        summary["budget_usd"] = annotator.budget_usd
+    return summary
+
+
+def _tokens_and_cost(usage: Usage) -> dict[str, Any]:
+    names = ("prompt_tokens", "completion_tokens", "cost_usd")
+    return {name: getattr(usage, name) for name in names}
 
 
 ANNOTATE_STAGE = Stage("annotate", AnnotateConfig, ANNOTATIONS, _resolve, _Maker, _summarize)

@@ -10,15 +10,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
-from rich.table import Table
-from rich.tree import Tree
 
 from ..data.store import Dataset, Store
 from ..schemas.configs import Config, PipelineConfig, TrainConfig
 from ..schemas.errors import InputError, Stopped
 from ..schemas.presets import PRESETS
 from ..schemas.settings import dump_config, load_config
+from .cli_store import COMMANDS, StoreRoot, console
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,16 +24,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Token-routed self on-policy distillation: annotate, route, train.",
 )
-console = Console()
 
 ConfigPath = Annotated[
-    Path | None,
+    str | None,  # no Path: one that begins with an override would turn http:// into http:/
     typer.Argument(help="YAML config of the stage, or of a pipeline that has a section for it."),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides.")]
-StoreRoot = Annotated[
-    str, typer.Option("--store", envvar="TRACE_OPD_STORE", help="Store: a folder or fsspec URL.")
-]
 Alias = Annotated[str | None, typer.Option(help="Name for the dataset; default: its table's.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check inputs and print the config; run nothing.")
@@ -106,15 +100,15 @@ def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_r
 
 def _load(
     kind: type[Any],
-    path: Path | None,
+    path: str | None,
     overrides: list[str] | None,
     section: str | None,
     preset: str | None = None,
 ) -> Any:
     """The first argument may already be an override: `trace-opd verify rollouts=…`."""
     changes = list(overrides or [])
-    if path is not None and "=" in str(path) and not path.exists():
-        changes.insert(0, str(path))
+    if path is not None and "=" in path and not Path(path).exists():
+        changes.insert(0, path)
         path = None
     return load_config(kind, path, changes, section, preset)
 
@@ -137,6 +131,8 @@ def _register_stages() -> None:
 
 
 _register_stages()
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
 
 
 @app.command()
@@ -191,73 +187,6 @@ def presets() -> None:
 
 
 @app.command()
-def ls(
-    stage: Annotated[str | None, typer.Argument(help="Only this stage.")] = None,
-    store: StoreRoot = "store",
-) -> None:
-    """List the store's datasets."""
-    opened = Store(store)
-    names: dict[str, list[str]] = {}
-    for name, ref in opened.aliases().items():
-        names.setdefault(ref, []).append(name)
-    table = Table(box=None)
-    for column in ("dataset", "alias", "parts", "rows", "finished"):
-        table.add_column(column, no_wrap=True)  # an id is there to be copied
-    table.columns[1].overflow = "fold"
-    for dataset in sorted(opened.datasets(stage), key=lambda d: d.manifest["finished_at"]):
-        table.add_row(
-            dataset.ref,
-            ", ".join(names.get(dataset.ref, [])),
-            str(dataset.parts),
-            str(dataset.rows),
-            dataset.manifest["finished_at"][:16].replace("T", " "),
-        )
-    console.print(table)
-
-
-@app.command()
-def show(
-    ref: Annotated[str, typer.Argument(help="Dataset (alias, id) or rollout id.")],
-    store: StoreRoot = "store",
-) -> None:
-    """Show a dataset's manifest, or a rollout with its tokens coloured by route."""
-    from .show import show_dataset, show_rollout
-
-    opened = Store(store)
-    if not opened.matches(ref):
-        show_rollout(ref, opened, console)
-        return
-    dataset = opened.get(ref)
-    show_dataset(dataset, console)
-    console.print_json(data={k: v for k, v in dataset.manifest.items() if k != "summary"})
-
-
-@app.command()
-def lineage(
-    ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")], store: StoreRoot = "store"
-) -> None:
-    """Show what a dataset was made from."""
-    opened = Store(store)
-    trees: list[Tree] = []
-    for depth, role, dataset in opened.lineage(opened.get(ref)):
-        text = escape(f"{role + ': ' if role else ''}{dataset.ref}  {dataset.rows} rows")
-        node = trees[depth - 1].add(text) if depth else Tree(text)
-        trees[depth:] = [node]
-    console.print(trees[0])
-
-
-@app.command()
-def alias(
-    name: Annotated[str, typer.Argument(help="The name.")],
-    ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")],
-    store: StoreRoot = "store",
-) -> None:
-    """Give a dataset a name."""
-    opened = Store(store)
-    opened.set_alias(name, opened.get(ref))
-
-
-@app.command()
 def plan(
     config: ConfigPath = None,
     overrides: Overrides = None,
@@ -303,13 +232,14 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Modules in the folder where the command runs: rules of the user's own (routing.rule).
     sys.path.append(str(Path.cwd()))
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    # Details are ours alone: HTTP clients log every header, and a server may echo the key in one.
+    handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name.startswith("trace_opd"))
     logging.basicConfig(
         level=os.environ.get("TRACE_OPD_LOG", "WARNING").upper(),
         format="%(name)s: %(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+        handlers=[handler],
     )
-    for chatty in ("httpx", "httpx2"):  # one line per request at INFO
-        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         app()
     except (InputError, Stopped) as error:

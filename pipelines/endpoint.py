@@ -1,7 +1,9 @@
 """What clients of an OpenAI-compatible endpoint share: keys, waits, and what errors mean."""
 
+import json
 import os
 import re
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
@@ -11,8 +13,17 @@ from tenacity import RetryCallState, wait_random_exponential
 from ..schemas.errors import InputError
 
 _MOST_CHARS = 300
+_LEAST_SECRET = 8  # characters; local servers take EMPTY or 1, which answers are full of
 _SCHEMA_REFUSED = re.compile(r"response_format|json_schema|structured output|grammar", re.I)
 _UNSUPPORTED = re.compile(r"unsupported|not support|unknown|unrecogni[sz]ed|not permitted", re.I)
+_NO_MONEY = {"insufficient_quota", "billing_not_active", "billing_hard_limit_reached"}
+# A 429 of OpenAI's for a single request above the tokens per minute: waiting doesn't make it fit.
+_TOO_LARGE = re.compile(r"request too large", re.I)
+# The server was never reached, so nothing can have been billed.
+_UNCONNECTED = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
+_GATEWAY_FAILED = (502, 504, 524)  # of the server behind it nobody knows whether it answered
+_RESET = re.compile(r"(\d+(?:\.\d+)?)(ms|d|h|m|s)")
+_UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 _backoff = wait_random_exponential(multiplier=0.5, max=60)
@@ -22,19 +33,27 @@ class NotACompletion(Exception):
     """The endpoint said 200 and sent something else than a chat completion."""
 
 
+class NoAnswerInTime(Exception):
+    """The whole answer was not there at the deadline, whether or not bytes still came."""
+
+
+FAILURES = (openai.APIError, NotACompletion, NoAnswerInTime)
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether another attempt may succeed: rate limits, server errors, broken connections."""
     if isinstance(error, openai.APIStatusError):
-        if is_quota(error):  # also a 429, but waiting doesn't fill the account
+        # An empty account and a request above the limit are also a 429, but waiting mends neither.
+        if is_quota(error) or _TOO_LARGE.search(error.message):
             return False
         return error.status_code in (408, 409, 429) or error.status_code >= 500
-    return isinstance(error, openai.APIConnectionError | NotACompletion)
+    return isinstance(error, openai.APIConnectionError | NotACompletion | NoAnswerInTime)
 
 
 def is_quota(error: BaseException) -> bool:
-    return isinstance(error, openai.APIStatusError) and "insufficient_quota" in (
-        error.code,
-        error.type,
+    """Whether the account is empty or closed: no rate limit, though some servers say 429."""
+    return isinstance(error, openai.APIStatusError) and (
+        error.status_code == 402 or not _NO_MONEY.isdisjoint((str(error.code), str(error.type)))
     )
 
 
@@ -44,19 +63,31 @@ def condemns_all(error: BaseException) -> bool:
 
 
 def overloaded(error: BaseException) -> bool:
-    """Whether the endpoint asks for fewer requests."""
-    return isinstance(error, openai.APIStatusError) and error.status_code in (429, 503)
+    """Whether the endpoint has more requests than it can serve: it says so, or is too slow."""
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code in (429, 503, 529)
+    return isinstance(error, openai.APITimeoutError | NoAnswerInTime)
 
 
-def refused_parameter(error: openai.APIStatusError) -> str | None:
+def may_be_billed(error: BaseException) -> bool:
+    """Whether an answer may have been made though none, or no whole one, arrived."""
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code in _GATEWAY_FAILED
+    return type(error.__cause__).__name__ not in _UNCONNECTED
+
+
+def refused_parameter(error: openai.APIStatusError, refused: Collection[str] = ()) -> str | None:
     """The optional parameter that the endpoint refuses, if that is what a 4xx says.
 
-    Servers without structured output refuse response_format; some of OpenAI's models refuse
-    max_tokens (they want max_completion_tokens) or another temperature than theirs.
+    Servers without structured output refuse response_format, of which some know json_object; some
+    of OpenAI's models refuse max_tokens (they want max_completion_tokens) or another temperature
+    than theirs.
+
+    refused: what the request was sent without already.
     """
     said = f"{error.param or ''} {error.message}"
     if _SCHEMA_REFUSED.search(said):
-        return "response_format"
+        return "json_object" if "response_format" in refused else "response_format"
     if _UNSUPPORTED.search(said):
         for name in ("max_tokens", "temperature"):
             if error.param == name or f"'{name}'" in said:
@@ -68,13 +99,32 @@ def retry_after_s(error: BaseException) -> float | None:
     """Seconds that the endpoint asks to wait, if it does."""
     if not isinstance(error, openai.APIStatusError):
         return None
-    return seconds_asked(error.response.headers.get("retry-after", ""))
+    headers = error.response.headers
+    milliseconds = number(headers.get("retry-after-ms", ""))
+    if milliseconds is not None:  # Azure's, finer than the other
+        return milliseconds / 1000
+    return seconds_asked(headers.get("retry-after", ""))
+
+
+def refill_s(headers: Mapping[str, str], kind: str, amount: float) -> float:
+    """Seconds until so many requests or tokens (`kind`) are allowed, by OpenAI's x-ratelimit headers.
+
+    The reset is when all of the limit is there again; it comes back evenly until then.
+    """
+    remaining, limit = (
+        number(headers.get(f"x-ratelimit-{name}-{kind}", "")) for name in ("remaining", "limit")
+    )
+    if remaining is None or limit is None or amount <= remaining or limit <= remaining:
+        return 0.0
+    reset = headers.get(f"x-ratelimit-reset-{kind}", "")
+    whole = sum(float(count) * _UNIT_S[unit] for count, unit in _RESET.findall(reset))
+    return whole * min(1.0, (amount - remaining) / (limit - remaining))
 
 
 def seconds_asked(header: str) -> float | None:
     """The value of a Retry-After header: seconds or an HTTP date; None if it is neither."""
-    if re.fullmatch(r"\d+(\.\d+)?", header):
-        return float(header)
+    if (plain := number(header)) is not None:
+        return plain
     try:
         until = parsedate_to_datetime(header)
     except ValueError:
@@ -82,6 +132,26 @@ def seconds_asked(header: str) -> float | None:
     if until.tzinfo is None:  # an HTTP date is in GMT whether or not it says so
         until = until.replace(tzinfo=UTC)
     return max(0.0, (until - datetime.now(UTC)).total_seconds())
+
+
+def number(header: str) -> float | None:
+    """The value of a header that is a plain number, else None."""
+    return float(header) if re.fullmatch(r"\d+(\.\d+)?", header) else None
+
+
+def without_key(content: bytes, key: str | None) -> bytes:
+    """A response with *** where the server echoes the key, as it stands or in JSON's escapes."""
+    if key is None or len(key) < _LEAST_SECRET:
+        return content
+    content = content.replace(key.encode(), b"***")
+    if b"\\" in content:
+        try:
+            spelled = json.dumps(json.loads(content), ensure_ascii=False)
+        except ValueError:
+            return content
+        if key in spelled:
+            return spelled.replace(key, "***").encode()
+    return content
 
 
 def sentence(error: BaseException, key: str | None) -> str:

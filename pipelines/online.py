@@ -16,6 +16,7 @@ from ..trace.ranks import Ranks
 from ..trace.rules import needs_annotations
 from ..trace.shared_online import SharedOnline
 from .annotators import open_annotator
+from .annotators.policy import annotating_policy
 from .annotators.rows import skipped_annotations
 from .rollout import rollouts_table
 from .samplers import open_sampler
@@ -87,9 +88,12 @@ class OnlineTables:
             return _Engines(MathVerifier(online.verify), None, None)
         sampler, tokenizer, own = self._sampler, self._tokenizer, None
         annotator = online.annotator
-        if isinstance(annotator, SelfAnnotator) and annotator.policy is not None:
-            sampler, tokenizer = open_sampler(annotator.sampler, annotator.policy)
-            own = sampler
+        if isinstance(annotator, SelfAnnotator):
+            # Beside the student, unless the student itself annotates.
+            beside = annotating_policy(annotator, self._config.policy)
+            if beside is not None:
+                sampler, tokenizer = open_sampler(annotator.sampler, beside)
+                own = sampler
         return _Engines(
             MathVerifier(online.verify),
             open_annotator(

@@ -15,10 +15,12 @@ from ..schemas.errors import InputError
 from ..schemas.settings import dump_config
 from ..schemas.tables import ANNOTATIONS, ROUTED
 from . import train
-from .paint import Paint, Piece
-from .rollout_tables import find_byte_table, find_tables
-from .rollout_view import RolloutView, load_rollouts
+from .annotators.spending import dollars
+from .estimate import estimate, estimate_view
 from .stages import TABLE_STAGES
+from .viewer.paint import Paint, Piece
+from .viewer.rollout_tables import find_byte_table, find_tables
+from .viewer.rollout_view import RolloutView, load_rollouts
 
 # Underlines beside colours: a route must be told apart without seeing colour.
 _STYLES = {
@@ -52,6 +54,10 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
         return
     state = "finished" if isinstance(target, Dataset) else "to be made"
     console.print(f"# {target.ref}: {state}{parts}", markup=False)
+    if name == "annotate" and not isinstance(target, Dataset):
+        found = estimate(plan, target)
+        if found is not None:
+            console.print(estimate_view(found, plan, target))
 
 
 def show_dataset(dataset: Dataset, console: Console) -> None:
@@ -62,9 +68,27 @@ def show_dataset(dataset: Dataset, console: Console) -> None:
     else:
         table = Table(box=None, show_header=False)
         for key, value in dataset.summary.items():
-            table.add_row(key, escape(str(value)))
+            if key != "per_part":
+                table.add_row(key, _figure(key, value))
         console.print(table)
+    if parts := dataset.summary.get("per_part"):
+        console.print(_parts_table(parts))
     console.print(dataset.glob if dataset.parts else dataset.path(), soft_wrap=True, markup=False)
+
+
+def _figure(key: str, value: Any) -> str:
+    """A figure of a summary; US dollars that nobody knows are unknown, not none."""
+    if "usd" in key:
+        return dollars(value)
+    return escape(str(value))
+
+
+def _parts_table(parts: list[dict[str, Any]]) -> Table:
+    """Rows, tokens and US dollars of each part."""
+    table = Table("part", *parts[0], box=None)
+    for index, part in enumerate(parts):
+        table.add_row(str(index), *(_figure(key, value) for key, value in part.items()))
+    return table
 
 
 def _evaluation_table(summary: dict[str, Any]) -> Table:

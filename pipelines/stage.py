@@ -132,11 +132,21 @@ def close_engine() -> None:
 atexit.register(close_engine)
 
 
+_bars: list[Callable[..., None]] = []
+
+
+def tell(**fields: object) -> None:
+    """Show fields beside the open progress bar, between its steps. Any thread may call it."""
+    if _bars:
+        _bars[-1](0, **fields)
+
+
 @contextmanager
 def progress_bar(name: str, total: int, unit: str = "parts") -> Iterator[Callable[..., None]]:
     """A progress bar on standard error; silent when that is no terminal.
 
-    Yields `advance(count=1, **fields)`; fields are shown beside the bar.
+    Yields `advance(count=1, **fields)`; fields are shown beside the bar, where they stay until others
+    are.
     """
     progress = Progress(
         TextColumn("{task.description}"),
@@ -153,7 +163,13 @@ def progress_bar(name: str, total: int, unit: str = "parts") -> Iterator[Callabl
         task = progress.add_task(name, total=total, note="")
 
         def advance(count: int = 1, **fields: object) -> None:
-            note = "  ".join(f"{key} {value}" for key, value in fields.items())
-            progress.update(task, advance=count, note=note)
+            progress.update(task, advance=count)
+            if fields:
+                note = "  ".join(f"{key} {value}" for key, value in fields.items())
+                progress.update(task, note=note)
 
-        yield advance
+        _bars.append(advance)
+        try:
+            yield advance
+        finally:
+            _bars.remove(advance)

@@ -8,7 +8,7 @@ from ..data.store import Dataset, Store
 from ..schemas import configs
 from ..schemas.configs import Config, NoAnnotator, PipelineConfig
 from ..trace.rules import needs_annotations
-from . import report, train
+from . import train
 from .annotate import ANNOTATE_STAGE
 from .convert import CONVERT_STAGE
 from .evaluate import EVALUATE_STAGE
@@ -16,6 +16,7 @@ from .problems import PROBLEMS_STAGE
 from .rollout import ROLLOUT_STAGE
 from .stage import Stage
 from .verify import VERIFY_STAGE
+from .viewer import report
 
 TABLE_STAGES: dict[str, Stage] = {
     stage.name: stage

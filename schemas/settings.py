@@ -1,12 +1,13 @@
 """Configs from YAML files with `key=value` overrides, and back to YAML."""
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from .configs import PipelineConfig
+from .configs.endpoint import HOLDS_SECRET
 from .errors import InputError
 from .presets import preset_data
 
@@ -110,6 +111,8 @@ def explain(error: ValidationError, where: str) -> str:
     elif first["type"] == "union_tag_not_found":
         tag = first["ctx"]["discriminator"].strip("'")  # type: ignore[typeddict-item]
         what = f"{field}: names no {tag}; set it in the file or as {field}.{tag}=value"
+    elif first["type"] == HOLDS_SECRET:
+        what = f"{field}: {first['msg']}"
     else:
         what = f"{field}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r:.80})"
     more = f" (and {len(others)} more)" if others else ""
@@ -129,8 +132,8 @@ def _fill_tags(data: dict, model: type[BaseModel]) -> None:
         if not isinstance(child, dict) or not isinstance(kind, type):
             continue
         if issubclass(kind, BaseModel):
-            for tag, tag_field in kind.model_fields.items():
-                if get_origin(tag_field.annotation) is Literal and hasattr(default, tag):
+            for tag in _TAGS:
+                if tag in kind.model_fields and hasattr(default, tag):
                     child.setdefault(tag, getattr(default, tag))
             _fill_tags(child, kind)
 

@@ -6,7 +6,11 @@ The baselines whose teacher reads an answer or a solution have a function of the
 `privileged_messages`.
 """
 
+import re
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, cast
+from uuid import uuid4
 
 from transformers import PreTrainedTokenizerBase
 
@@ -66,19 +70,50 @@ def render_chat(
 ) -> list[int]:
     """Token ids of a conversation up to where the assistant's turn begins.
 
+    A message can't leave its turn: where its text spells a control token (`<|im_end|>`), it gets
+    the tokens of the letters, never the control token's id.
+
     Raises:
         InputError: the tokenizer has no chat template.
     """
-    if not tokenizer.chat_template:
+    template = tokenizer.chat_template
+    if not template:
         raise InputError(
             f"tokenizer {tokenizer.name_or_path}: has no chat template; add chat_template.jinja to "
             "the model folder or use a chat model"
         )
+    special, written = _control_tokens(tokenizer, str(template))
+    cut = uuid4().hex  # no text can hold it, and it is gone before anything is encoded
+    safe = [
+        message | {"content": _cut_spelled(message["content"], tokens, cut)}
+        for message in messages
+        for tokens in [written if message["role"] == "user" else special]
+    ]
     options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
-    ids = tokenizer.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, return_dict=False, **options
+    text = tokenizer.apply_chat_template(
+        safe, tokenize=False, add_generation_prompt=True, **options
     )
-    return cast(list[int], ids)
+    ids: list[int] = []
+    for piece in cast(str, text).split(cut):
+        ids += cast(list[int], tokenizer(piece, add_special_tokens=False)["input_ids"])
+    return ids
+
+
+def _cut_spelled(text: str, tokens: Sequence[str], cut: str) -> str:
+    """The text with `cut` behind the first character of every token that it spells."""
+    spelled = "|".join(re.escape(token) for token in tokens if token in text)
+    return re.sub(rf"(?s)(?={spelled})(.)", rf"\g<1>{cut}", text) if spelled else text
+
+
+@lru_cache(maxsize=4)
+def _control_tokens(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> tuple[list[str], list[str]]:
+    """What no message may write: tokens marked special; and what no user's message may write: these
+    and those of the template that are not marked (DeepSeek's `<｜User｜>`, Qwen's `<think>`)."""
+    added = [t for t in tokenizer.added_tokens_decoder.values() if len(t.content.strip()) > 1]
+    special = [token.content for token in added if token.special]
+    return special, special + [t.content for t in added if not t.special and t.content in template]
 
 
 def _messages(config: PromptConfig, user: str) -> Messages:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -37,8 +37,8 @@ class Completion:
     """One sampled response.
 
     token_ids: the sampler's own, the end token included; None if the engine does not tell.
-    logprobs: natural log under the policy at the sampling temperature, before top-p and top-k;
-        None if the engine does not tell, or tells only those after truncation.
+    logprobs: natural log under the policy at the sampling temperature, before top-p, top-k and a
+        schema's mask; None if the engine does not tell, or tells only those after truncation.
     text: the bytes of token_ids without special tokens, as text.
     """
 
@@ -52,14 +52,23 @@ class Completion:
 class Sampler(Protocol):
     """A sampling engine. `len(seeds[i])` responses are sampled for `prompts[i]`.
 
-    The same prompt, parameters and seed give the same response on the same engine.
+    schemas: a JSON schema per prompt that its responses follow (constrained decoding).
+
+    The same prompt, parameters, schema and seed give the same response on the same engine.
+
+    Raises:
+        InputError: the engine, its server or its vocabulary can't keep to the schemas.
     """
 
     @property
     def policy(self) -> PolicyInfo: ...
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seeds: Sequence[Sequence[int]],
+        schemas: Sequence[dict[str, Any]] | None = None,
     ) -> list[list[Completion]]: ...
 
     def close(self) -> None: ...

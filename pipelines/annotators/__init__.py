@@ -1,5 +1,6 @@
 """Annotation engines behind one protocol (trace.protocols.Annotator)."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from ...trace.protocols import Annotator as AnnotatorProtocol
 from ...trace.protocols import Sampler
 from .journal import Journal
 from .prompting import load_prompt
+from .spending import Spending, open_spending
 
 
 def open_annotator(
@@ -22,17 +24,22 @@ def open_annotator(
     segment: SegmentConfig,
     *,
     journal: Path | None = None,
+    elsewhere: Iterable[Path] = (),
+    batches: Path | None = None,
     sampler: Sampler | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    spending: Spending | None = None,
 ) -> AnnotatorProtocol:
     """The engine of a config.
 
-    journal: folder in which a paid engine keeps its answers; None keeps none. sampler and
-    tokenizer: the policy for engine self, which the caller closes; the tokenizer is None where
-    only the sampler's server knows it.
+    journal: folder in which a paid engine keeps its answers; None keeps none. elsewhere: other
+    journals, whose answers serve too. batches: folder in which it remembers its batches. sampler
+    and tokenizer: the policy for engine self, which the caller closes; the tokenizer is None where
+    only the sampler's server knows it. spending: price, budget and totals of a paid engine, which
+    closes it; None: the config's price and budget.
 
     Raises:
-        InputError: a missing key, prompt or schema file.
+        InputError: a missing key, prompt or schema file, a budget without a price.
     """
     if isinstance(config, NoAnnotator):
         from .none import NobodyAnnotator
@@ -44,10 +51,17 @@ def open_annotator(
         return StepsAnnotator(config, segment)
     prompt = load_prompt(config.prompt, config.answer_schema)
     if isinstance(config, OpenAIAnnotator):
+        kept = Journal(journal, elsewhere) if journal is not None else None
+        spending = spending or open_spending(config, journal)
+        if config.batch:
+            from .batch import BatchAnnotator
+
+            if kept is None or batches is None:
+                raise ValueError("engine openai asks in batches only where it has folders")
+            return BatchAnnotator(config, prompt, segment, kept, batches, spending)
         from .openai import EndpointAnnotator
 
-        kept = Journal(journal) if journal is not None else None
-        return EndpointAnnotator(config, prompt, segment, kept)
+        return EndpointAnnotator(config, prompt, segment, kept, spending)
     from .policy import PolicyAnnotator
 
     if sampler is None:

@@ -3,7 +3,7 @@
 `dialogue` yields what to ask next and is sent the answer; it returns what came of it.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 
 from ...schemas.configs import AnnotatorPrompt
@@ -26,7 +26,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer as received. tokens: None if the engine does not tell."""
+    """One answer as received. tokens: None if the engine does not tell.
+
+    cached_tokens: those of the prompt that the provider had in its cache; batched: whether it came
+    by a batch interface, at that one's price.
+    """
 
     text: str
     cut: bool = False
@@ -34,6 +38,8 @@ class Answer:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     latency_s: float = 0.0
+    cached_tokens: int = 0
+    batched: bool = False
 
 
 Dialogue = Generator[Question, Answer, Reading]
@@ -64,16 +70,36 @@ def dialogue(prompt: AnnotationPrompt, item: Item, config: AnnotatorPrompt) -> D
         question = replace(question, messages=[*question.messages, *said])
 
 
-def usage(answers: list[Answer], price: tuple[float | None, float | None] = (None, None)) -> Usage:
-    """Tokens, cost and time of all turns; price: US dollars per million prompt, completion tokens."""
-    prompt = _total([answer.prompt_tokens for answer in answers])
-    completion = _total([answer.completion_tokens for answer in answers])
-    cost = None
-    if not answers:
-        cost = 0.0
-    elif None not in (*price, prompt, completion):
-        cost = (prompt * price[0] + completion * price[1]) / 1e6  # type: ignore[operator]
-    return Usage(prompt, completion, cost, sum(answer.latency_s for answer in answers))
+def replay(
+    prompt: AnnotationPrompt,
+    item: Item,
+    config: AnnotatorPrompt,
+    known: Callable[[Question], Answer | None],
+) -> tuple[list[Answer], Reading | Question]:
+    """Go through a dialogue as far as its answers are known.
+
+    Returns the answers, and what came of them or the question that is still to be asked.
+    """
+    talk = dialogue(prompt, item, config)
+    answers: list[Answer] = []
+    question = next(talk)
+    try:
+        while (answer := known(question)) is not None:
+            answers.append(answer)
+            question = talk.send(answer)
+    except StopIteration as done:
+        return answers, done.value
+    return answers, question
+
+
+def usage(answers: Sequence[Answer], cost_usd: float | None = None) -> Usage:
+    """Tokens and time of all turns, beside what they cost."""
+    return Usage(
+        _total([answer.prompt_tokens for answer in answers]),
+        _total([answer.completion_tokens for answer in answers]),
+        cost_usd,
+        sum(answer.latency_s for answer in answers),
+    )
 
 
 def _total(counts: list[int | None]) -> int | None:

@@ -5,15 +5,16 @@ journal before it counts, so a stage that stops or is killed goes on without pay
 """
 
 import asyncio
-import json
+import itertools
 import logging
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pyarrow as pa
-from pydantic import BaseModel, Field, ValidationError
 from tenacity import (
     AsyncRetrying,
     retry_if_exception,
@@ -25,15 +26,23 @@ from ...schemas.errors import InputError
 from ...schemas.labels import AnnotationStatus
 from ...schemas.tables import ANNOTATIONS
 from .. import endpoint
-from .dialogue import Answer, Question, dialogue, usage
-from .journal import Journal, request_key
-from .pace import Pace
+from .budget import BudgetSpent, Reservation
+from .completion import checked_body, question_key, read_record, request_body
+from .dialogue import Answer, Question, dialogue
+from .journal import GroupCommit, Journal, Record
+from .pace import Closed, Pace
+from .prices import find_price
 from .prompting import AnnotationPrompt
 from .rows import SKIPPED, Identity, Item, Reading, annotation_row, items
+from .spending import Spending
 
 logger = logging.getLogger(__name__)
 
 _FEWEST_FAILURES = 10  # before the share of failed calls means something within a part
+# For each request a pool looks at all of its connections: several small pools take half the time of
+# one with 64 connections.
+_CONNECTIONS_PER_POOL, _MOST_POOLS = 8, 16
+_BYTES_PER_TOKEN = 4  # of English prose; what a prompt really takes is settled with the answer
 
 
 class EndpointAnnotator:
@@ -45,67 +54,91 @@ class EndpointAnnotator:
         prompt: AnnotationPrompt,
         segment: SegmentConfig,
         journal: Journal | None,
+        spending: Spending | None = None,
     ) -> None:
         self._config, self._prompt, self._segment = config, prompt, segment
         self._journal = journal
+        self._commit = GroupCommit(journal) if journal is not None else None
+        self._spending = spending or Spending(find_price(config))
         self._key = endpoint.read_key(config.api_key_env, "annotator.api_key_env")
         self._who = Identity(config.name, config.model, prompt.version)
-        self._refused: set[str] = set()
+        self._refused: frozenset[str] = frozenset()
+        self._asking: dict[str, asyncio.Task[Record]] = {}
         self._calls = self._failures = 0
         self._stop: str | None = None
         # One loop for all parts: client and pace belong to the loop in which they are first used.
         self._runner = asyncio.Runner()
-        self._pace = Pace(config.concurrency, config.requests_per_minute)
-        self._client = openai.AsyncOpenAI(
-            base_url=config.base_url,
-            api_key=self._key or "none",  # without one the client would look for OPENAI_API_KEY
-            timeout=config.timeout_s,
-            max_retries=0,
-        )
+        self._pace = Pace(config.concurrency, config.requests_per_minute, config.tokens_per_minute)
+        pools = min(_MOST_POOLS, math.ceil(config.concurrency / _CONNECTIONS_PER_POOL))
+        self._clients = [self._new_client() for _ in range(pools)]
+        self._turns = itertools.cycle(self._clients)
 
     def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
         """See `Annotator`. Not to be called from a running event loop: it runs its own.
 
         Raises:
-            InputError: more than half of the calls fail, or all of them must. Answers that arrived
-                are in the journal.
+            InputError: more than half of the calls fail, or all of them must; the budget is spent;
+                the endpoint answers nobody for long. Answers that arrived are in the journal.
         """
         self._calls = self._failures = 0
         self._stop = None
+        self._pace.reopen()
         work = items(problems, rollouts, verdicts, self._segment)
         rows = self._runner.run(self._annotate(work))
         if self._stop is None and self._failures * 2 > self._calls:
-            self._stop = next(row["error"] for row in rows if row["error"] is not None)
+            self._end_failing(next(row["error"] for row in rows if row["error"] is not None))
         if self._stop is not None:
             raise InputError(
-                f"annotator {self._config.name} at {self._config.base_url}: {self._failures} of "
-                f"{self._calls} calls failed ({self._stop}); mend that and run again: answers "
+                f"annotator {self._config.name} at {self._config.base_url}: {self._stop}: answers "
                 "that arrived are kept and not paid again"
             )
         return ANNOTATIONS.table(rows)
 
     def close(self) -> None:
-        self._runner.run(self._client.close())
+        for client in self._clients:
+            self._runner.run(client.close())
         self._runner.close()
+        self._spending.close()
         if self._journal is not None:
             self._journal.close()
+
+    def _new_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=self._config.base_url,
+            api_key=self._key or "none",  # without one the client would look for OPENAI_API_KEY
+            timeout=None,  # it is one for each read: an answer that drips would hold for ever
+            max_retries=0,
+        )
 
     async def _annotate(self, work: list[Item]) -> list[dict[str, Any]]:
         rows: list[Any] = [None] * len(work)
         queue = iter(enumerate(work))
-        workers = min(self._config.concurrency, len(work))
-        await asyncio.gather(*(self._work(queue, rows) for _ in range(workers)))
+        # More than may be in flight: while an answer is written to disk another request goes out.
+        count = min(2 * self._config.concurrency, len(work))
+        workers = [asyncio.create_task(self._work(queue, rows)) for _ in range(count)]
+        try:
+            await asyncio.gather(*map(asyncio.shield, workers))
+        except BaseException:  # Ctrl-C is one: requests in flight are paid for and end first
+            self._pace.close()
+            logger.warning("%s: waiting for requests in flight", self._config.name)
+            await asyncio.gather(*workers, return_exceptions=True)
+            raise
         return rows
 
     async def _work(self, queue: Iterator[tuple[int, Item]], rows: list[Any]) -> None:
-        for index, item in queue:
-            if self._stop is not None:  # requests in flight end and are kept, no new ones begin
-                return
-            rows[index] = await self._row(item)
+        try:
+            for index, item in queue:
+                if self._pace.closed:
+                    return
+                rows[index] = await self._row(item)
+        except BudgetSpent as spent:
+            self._end(f"{spent}; raise annotator.budget_usd and run again to go on")
+        except Closed:
+            return
 
     async def _row(self, item: Item) -> dict[str, Any]:
         if item.correct is None:
-            return annotation_row(item, self._who, SKIPPED)
+            return annotation_row(item, self._who, SKIPPED, self._spending.row([]))
         talk = dialogue(self._prompt, item, self._config)
         answers: list[Answer] = []
         try:
@@ -115,136 +148,129 @@ class EndpointAnnotator:
                 question = talk.send(answers[-1])
         except StopIteration as done:
             reading = done.value
-        except (openai.APIError, endpoint.NotACompletion) as error:
+        except endpoint.FAILURES as error:
             reading = self._failed(error)
-        price = (
-            self._config.usd_per_million_prompt_tokens,
-            self._config.usd_per_million_completion_tokens,
-        )
         raw = answers[-1].text if answers else None
-        return annotation_row(item, self._who, reading, usage(answers, price), raw)
+        return annotation_row(item, self._who, reading, self._spending.row(answers), raw)
 
     def _failed(self, error: Exception) -> Reading:
         said = endpoint.sentence(error, self._key)
+        self._calls += 1
         self._failures += 1
         often = self._failures >= _FEWEST_FAILURES and self._failures * 2 > self._calls
         if endpoint.condemns_all(error) or often:
-            self._stop = said
+            self._end_failing(said)
         logger.warning("%s: %s", self._config.name, said)
         return Reading(AnnotationStatus.FAILED, error=said)
 
+    def _end_failing(self, said: str) -> None:
+        self._end(
+            f"{self._failures} of {self._calls} calls failed ({said}); mend that and run again"
+        )
+
+    def _end(self, why: str) -> None:
+        """No new request; those in flight end and are kept. The first reason is the one told."""
+        self._stop = self._stop or why
+        self._pace.close()
+
     async def _answer(self, question: Question) -> Answer:
         """The answer from the journal, else from the endpoint by way of the journal."""
-        key = request_key(
-            self._config.base_url,
-            self._config.model,
-            question.messages,
-            self._prompt.schema if self._config.structured else None,
-            {
-                "temperature": self._config.temperature,
-                "max_new_tokens": question.max_new_tokens,
-            },
-            self._prompt.version,
-        )
+        key = question_key(self._config, self._prompt, question)
         record = self._journal.get(key) if self._journal is not None else None
         if record is None:
+            if key not in self._asking:  # equal responses of a group are one question
+                self._asking[key] = asyncio.create_task(self._bought(key, question))
+                self._asking[key].add_done_callback(lambda _: self._asking.pop(key))
+            record = await self._asking[key]
             self._calls += 1
-            record = await self._ask(question)
-            if self._journal is not None:
-                await asyncio.to_thread(self._journal.append, key, record)
-        return _read_record(record)
+        return read_record(record)
 
-    async def _ask(self, question: Question) -> dict[str, Any]:
-        """One paid answer; parameters that the endpoint refuses are left out from then on."""
+    async def _bought(self, key: str, question: Question) -> Record:
+        record = await self._ask(question)
+        if self._commit is not None:
+            await self._commit.append(key, record)
+        return record
+
+    async def _ask(self, question: Question) -> Record:
+        """One paid answer; without a parameter if only that makes the endpoint take the request."""
+        refused = self._refused
         while True:
-            refused = frozenset(self._refused)
             retrying = AsyncRetrying(
                 retry=retry_if_exception(endpoint.may_pass),
                 wait=endpoint.wait_s,
                 stop=stop_after_attempt(self._config.max_attempts),
+                sleep=self._pace.sleep,
                 reraise=True,
             )
             try:
-                return await retrying(self._send, question, refused)
+                record = await retrying(self._send, question, refused)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                name = endpoint.refused_parameter(error)
+                name = endpoint.refused_parameter(error, refused)
                 if name is None or name in refused:
                     raise
-                if name not in self._refused:
-                    logger.warning(
-                        "%s refuses %s: going on without it", self._config.base_url, name
-                    )
-                self._refused.add(name)
+                refused |= {name}
+                continue
+            if news := refused - self._refused:
+                logger.warning(
+                    "%s refuses %s: going on without it",
+                    self._config.base_url,
+                    " and ".join(sorted(news)),
+                )
+                self._refused |= news
+            return record
 
-    async def _send(self, question: Question, refused: frozenset[str]) -> dict[str, Any]:
-        async with self._pace.slot() as entered:
+    async def _send(self, question: Question, refused: frozenset[str]) -> Record:
+        body = request_body(self._config, self._prompt, question, refused)
+        size = sum(len(message["content"].encode()) for message in question.messages)
+        tokens = size / _BYTES_PER_TOKEN + question.max_new_tokens
+        async with (
+            self._spending.reserve(body) as reservation,
+            self._pace.slot(tokens) as entered,
+        ):
             began = time.monotonic()
             try:
-                response = await self._client.chat.completions.with_raw_response.create(
-                    **self._request(question, refused),
-                    extra_headers={} if self._key else {"Authorization": openai.Omit()},  # type: ignore[arg-type]
-                )
-                body = _checked_body(response.http_response.content)
-            except openai.APIStatusError as error:
-                if endpoint.overloaded(error) and endpoint.may_pass(error):
-                    self._pace.rejected(entered, endpoint.retry_after_s(error))
+                response = await self._exchange(body)
+                record = {
+                    "latency_s": round(time.monotonic() - began, 4),
+                    "body": checked_body(endpoint.without_key(response.content, self._key)),
+                }
+            except endpoint.FAILURES as error:
+                self._attempt_failed(error, entered, reservation)
                 raise
-            self._pace.succeeded()
-            return {"latency_s": round(time.monotonic() - began, 4), "body": body}
+            answer = read_record(record)
+            reservation.settle(self._spending.cost_usd([answer]))
+            used = (answer.prompt_tokens or 0) + (answer.completion_tokens or 0)
+            self._pace.succeeded(tokens - used if used else 0.0)
+            for kind, amount in (("requests", 1.0), ("tokens", tokens)):
+                if wait := endpoint.refill_s(response.headers, kind, amount):
+                    self._pace.hold(wait)
+            return record
 
-    def _request(self, question: Question, refused: frozenset[str]) -> dict[str, Any]:
-        limit = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
-        request: dict[str, Any] = {
-            "model": self._config.model,
-            "messages": question.messages,
-            limit: question.max_new_tokens,
-        }
-        if "temperature" not in refused:
-            request["temperature"] = self._config.temperature
-        if self._config.structured and "response_format" not in refused:
-            schema = {"name": "annotation", "schema": self._prompt.schema, "strict": True}
-            request["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return request
+    async def _exchange(self, body: dict[str, Any]) -> httpx.Response:
+        """The HTTP response to a request, whole. `create` would check each field of the body anew."""
+        limit = self._config.timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                return await next(self._turns).post(
+                    "/chat/completions",
+                    cast_to=httpx.Response,
+                    body=body,
+                    options={} if self._key else {"headers": {"Authorization": openai.Omit()}},
+                )
+        except TimeoutError:
+            raise endpoint.NoAnswerInTime(f"no whole answer within {limit:g} s") from None
 
-
-class _Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class _Message(BaseModel):
-    content: str | None = None
-    refusal: str | None = None
-
-
-class _Choice(BaseModel):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Body(BaseModel):
-    """The part of a chat completion that is read; servers add and leave out the rest."""
-
-    choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage | None = None
-
-
-def _checked_body(content: bytes) -> dict[str, Any]:
-    try:
-        _Body.model_validate_json(content)
-    except ValidationError as error:
-        raise endpoint.NotACompletion(f"{error.errors()[0]['msg']} in {content[:120]!r}") from None
-    return json.loads(content)
-
-
-def _read_record(record: dict[str, Any]) -> Answer:
-    body = _Body.model_validate(record["body"])
-    choice, tokens = body.choices[0], body.usage
-    return Answer(
-        choice.message.refusal or choice.message.content or "",
-        cut=choice.finish_reason == "length",
-        refused=choice.message.refusal is not None,
-        prompt_tokens=tokens.prompt_tokens if tokens else None,
-        completion_tokens=tokens.completion_tokens if tokens else None,
-        latency_s=record["latency_s"],
-    )
+    def _attempt_failed(self, error: Exception, entered: float, reservation: Reservation) -> None:
+        if endpoint.may_be_billed(error):
+            reservation.settle(None)
+        if endpoint.condemns_all(error):
+            self._pace.close()  # before another one gets the slot
+        if not endpoint.may_pass(error):
+            return
+        asked, patience = endpoint.retry_after_s(error), self._config.patience_s
+        self._pace.failed(entered, asked, endpoint.overloaded(error))
+        said = endpoint.sentence(error, self._key)
+        if asked is not None and asked > patience:
+            self._end(f"it asks to wait {asked:.0f} s ({said}); run again then")
+        elif self._pace.failing_s > patience:
+            self._end(f"no answer for {patience:g} s ({said}); see whether it is up and run again")

@@ -1,83 +1,172 @@
-"""How fast to ask an endpoint: request pace, adaptive concurrency, cool-down, circuit breaker."""
+"""How fast to ask an endpoint: requests and tokens per minute, adaptive concurrency, cool-down,
+circuit breaker. Nothing is sent but through here, so closing the pace stops all sending.
+"""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
-from aiolimiter import AsyncLimiter
+from contextlib import asynccontextmanager, suppress
 
 _CUT = 0.75  # of the concurrency, when the endpoint says that it is too much
 _SUCCESSES_PER_STEP = 25  # before one more request may be in flight
 _COOL_DOWN_S, _LONGEST_COOL_DOWN_S = 1.0, 60.0
-_TRIP = 3  # rejected rounds in a row, after which one request at a time probes the endpoint
+_TRIP = 3  # failed rounds in a row, after which one request at a time probes the endpoint
+
+
+class Closed(Exception):
+    """The pace was closed while a request waited: it is not to be sent."""
 
 
 class Pace:
     """Shared by all requests to one endpoint, within one event loop."""
 
-    def __init__(self, concurrency: int, requests_per_minute: float | None) -> None:
+    def __init__(
+        self,
+        concurrency: int,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+    ) -> None:
         self._most = concurrency
         self._limit = concurrency
         self._in_flight = 0
         self._successes = 0
-        self._rejected_rounds = 0
-        self._last_cut = self._resume_at = 0.0
+        self._failed_rounds = 0
+        self._failing_since: float | None = None
+        self._last_round = self._resume_at = 0.0
         self._changed = asyncio.Condition()
-        self._bucket = None
-        if requests_per_minute is not None:
-            # A bucket of one second's requests: a full minute's would go out in one burst.
-            burst = max(1.0, requests_per_minute / 60)
-            self._bucket = AsyncLimiter(burst, burst * 60 / requests_per_minute)
+        self._closed = asyncio.Event()
+        self._requests = _Rate(requests_per_minute) if requests_per_minute is not None else None
+        self._tokens = _Rate(tokens_per_minute) if tokens_per_minute is not None else None
+
+    @property
+    def broken(self) -> bool:
+        """Whether the circuit is broken: nothing but failures, round after round."""
+        return self._failed_rounds >= _TRIP
 
     @property
     def limit(self) -> int:
         """Requests that may be in flight now; one while the circuit is broken."""
-        return 1 if self._rejected_rounds >= _TRIP else self._limit
+        return 1 if self.broken else self._limit
+
+    @property
+    def failing_s(self) -> float:
+        """Seconds since the first failure after the last success."""
+        return 0.0 if self._failing_since is None else time.monotonic() - self._failing_since
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
+    def close(self) -> None:
+        """From now on whoever waits here meets Closed; requests in flight go on."""
+        self._closed.set()
+
+    def reopen(self) -> None:
+        self._closed.clear()
+
+    async def sleep(self, seconds: float) -> None:
+        """Raises Closed, as soon as it is."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._closed.wait(), seconds)
+        if self.closed:
+            raise Closed
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[float]:
-        """Wait for room, the request pace and the end of a cool-down. Yields the time of entry."""
+    async def slot(self, tokens: float = 0.0) -> AsyncIterator[float]:
+        """Wait for room, both rates and the end of a cool-down. Yields the time of entry.
+
+        tokens: the most that the request may take; `succeeded` gives back what it did not.
+
+        Raises:
+            Closed: by then no request is wanted.
+        """
         await self._enter()
         try:
-            if self._bucket is not None:
-                await self._bucket.acquire()
+            for rate, amount in ((self._requests, 1.0), (self._tokens, tokens)):
+                if rate is not None:
+                    await self._take(rate, amount)
+            if self.closed:
+                raise Closed
             yield time.monotonic()
         finally:
             async with self._changed:
                 self._in_flight -= 1
-                self._changed.notify_all()
+                self._changed.notify()
 
-    def succeeded(self) -> None:
-        self._rejected_rounds = 0
+    def succeeded(self, unused_tokens: float = 0.0) -> None:
+        self._failing_since = None
+        self._failed_rounds = 0
         self._successes += 1
         if self._successes >= _SUCCESSES_PER_STEP:
             self._successes = 0
             self._limit = min(self._most, self._limit + 1)
+        if self._tokens is not None:
+            self._tokens.take(-unused_tokens)
 
-    def rejected(self, entered: float, retry_after_s: float | None) -> None:
-        """The endpoint is overloaded: fewer requests, none before the cool-down is over.
+    def failed(
+        self, entered: float, retry_after_s: float | None = None, overloaded: bool = False
+    ) -> None:
+        """A failure that may pass. Its tokens stay taken: endpoints count refused requests too.
 
-        Requests that went out before the last cut are of the same round: they don't cut again.
+        overloaded: the endpoint has too many requests; fewer from now on, none before a cool-down
+        is over. Other failures (a server that is down) cool down once the circuit is broken.
+        Requests that went out before the last failure are of the same round: they don't count again.
         """
         now = time.monotonic()
-        if entered > self._last_cut:
-            self._last_cut = now
+        if self._failing_since is None:
+            self._failing_since = now
+        if entered > self._last_round:
+            self._last_round = now
             self._successes = 0
-            self._rejected_rounds += 1
-            self._limit = max(1, int(self._limit * _CUT))
-        cool_down = retry_after_s
-        if cool_down is None:
-            doubled = _COOL_DOWN_S * 2 ** (self._rejected_rounds - 1)
-            cool_down = min(_LONGEST_COOL_DOWN_S, doubled)
-        self._resume_at = max(self._resume_at, now + cool_down)
+            self._failed_rounds += 1
+            if overloaded:
+                self._limit = max(1, int(self._limit * _CUT))
+        if retry_after_s is not None:
+            self.hold(retry_after_s)
+        elif overloaded or self.broken:
+            doublings = self._failed_rounds - (1 if overloaded else _TRIP)
+            self.hold(min(_LONGEST_COOL_DOWN_S, _COOL_DOWN_S * 2.0**doublings))
+
+    def hold(self, seconds: float) -> None:
+        """Send nothing for so long."""
+        self._resume_at = max(self._resume_at, time.monotonic() + seconds)
 
     async def _enter(self) -> None:
         while True:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._in_flight < self.limit)
+                self._changed.notify()  # the next one looks too: there may be room for several
                 pause = self._resume_at - time.monotonic()
                 if pause <= 0:
                     self._in_flight += 1
                     return
-            await asyncio.sleep(pause)
+            await self.sleep(pause)
+
+    async def _take(self, rate: "_Rate", amount: float) -> None:
+        async with rate.turn:  # first come, first served
+            while (wait := rate.wait_s(amount)) > 0:
+                await self.sleep(wait)
+            rate.take(amount)
+
+
+class _Rate:
+    """So much per minute, even over time: what is not used is saved up for a second at most.
+
+    A full minute's amount would go out in one burst. What is more than a second's worth waits until
+    a second is saved up, and whatever comes after it waits longer.
+    """
+
+    def __init__(self, per_minute: float) -> None:
+        self.turn = asyncio.Lock()
+        self._per_s = per_minute / 60
+        self._saved_s = max(1.0, 1 / self._per_s)
+        self._used_until = 0.0
+
+    def wait_s(self, amount: float) -> float:
+        now = time.monotonic()
+        self._used_until = max(self._used_until, now - self._saved_s)
+        return self._used_until + min(amount / self._per_s, self._saved_s) - now
+
+    def take(self, amount: float) -> None:
+        """A negative amount gives back."""
+        self._used_until += amount / self._per_s

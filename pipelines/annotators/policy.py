@@ -2,16 +2,19 @@
 
 import logging
 import time
+from typing import Any
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ...data.store import content_hash
-from ...schemas.configs import SamplingConfig, SegmentConfig, SelfAnnotator
+from ...schemas.configs import PolicyConfig, SamplingConfig, SegmentConfig, SelfAnnotator
 from ...schemas.labels import FinishReason
 from ...schemas.tables import ANNOTATIONS
 from ...trace.prompt import render_chat
-from ...trace.protocols import Completion, Prompt, Sampler
+from ...trace.protocols import Completion, PolicyInfo, Prompt, Sampler
+from ..samplers.constrained import require_writable
+from .bounds import bounded_schema
 from .dialogue import Answer, Dialogue, Question, dialogue, usage
 from .prompting import AnnotationPrompt, Messages
 from .rows import SKIPPED, Identity, Reading, annotation_row, items
@@ -22,7 +25,9 @@ logger = logging.getLogger(__name__)
 class PolicyAnnotator:
     """Asks a sampler; in training that sampler follows the current weights.
 
-    All rollouts of a part are asked in one batch, then those whose answers need another turn.
+    All rollouts of a part are asked in one batch, then those whose answers need another turn. With
+    `structured` decoding is constrained to answers that are valid and within the limit, so there
+    are no other turns.
     """
 
     def __init__(
@@ -33,8 +38,13 @@ class PolicyAnnotator:
         sampler: Sampler,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
+        """Raises InputError if the policy can't write a structured answer within the limit."""
         self._config, self._prompt, self._segment = config, prompt, segment
         self._sampler, self._tokenizer = sampler, tokenizer
+        if config.structured:
+            longest = self._schema(segment.max_segments)
+            if tokenizer is not None:
+                require_writable(tokenizer, longest, "annotator.structured=false")
 
     def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
         """See `Annotator`."""
@@ -56,14 +66,19 @@ class PolicyAnnotator:
                 turn_seed(self._config.seed, work[index].rollout_id, len(answers[index]))
                 for index in asked
             ]
-            for index, answer in zip(asked, self._ask(list(asked.values()), seeds), strict=True):
+            schemas = None
+            if self._config.structured:
+                schemas = [self._schema(len(work[index].segments)) for index in asked]
+            given = self._ask(list(asked.values()), seeds, schemas)
+            for index, answer in zip(asked, given, strict=True):
                 answers[index].append(answer)
                 try:
                     questions[index] = talks[index].send(answer)
                 except StopIteration as done:
                     readings[index] = done.value
-        policy = self._sampler.policy
-        who = Identity(self._config.name, f"{policy.name}@{policy.revision}", self._prompt.version)
+        who = Identity(
+            self._config.name, annotating_model(self._sampler.policy), self._prompt.version
+        )
         return ANNOTATIONS.table(
             annotation_row(item, who, SKIPPED)
             if index not in readings
@@ -76,7 +91,13 @@ class PolicyAnnotator:
     def close(self) -> None:
         """Nothing to release: the sampler belongs to the caller."""
 
-    def _ask(self, questions: list[Question], seeds: list[int]) -> list[Answer]:
+    def _schema(self, segments: int) -> dict[str, Any]:
+        config = self._config
+        return bounded_schema(self._prompt, segments, config.max_spans, config.max_new_tokens)
+
+    def _ask(
+        self, questions: list[Question], seeds: list[int], schemas: list[dict[str, Any]] | None
+    ) -> list[Answer]:
         """Answers in order. A sampler takes one limit per batch, so there is a batch per limit."""
         out: dict[int, Answer] = {}
         for limit in sorted({question.max_new_tokens for question in questions}):
@@ -84,16 +105,33 @@ class PolicyAnnotator:
             sampling = SamplingConfig(temperature=self._config.temperature, max_new_tokens=limit)
             prompts = [self._render(questions[i].messages) for i in batch]
             began = time.monotonic()
-            groups = self._sampler.sample(prompts, sampling, [[seeds[i]] for i in batch])
+            groups = self._sampler.sample(
+                prompts,
+                sampling,
+                [[seeds[i]] for i in batch],
+                None if schemas is None else [schemas[i] for i in batch],
+            )
             latency_s = time.monotonic() - began
             for i, prompt, (completion,) in zip(batch, prompts, groups, strict=True):
                 out[i] = _answer(prompt, completion, latency_s)
         return [out[i] for i in range(len(questions))]
 
     def _render(self, messages: Messages) -> Prompt:
+        # A structured answer has no place for thinking: say so to templates that would open it.
+        thinking = False if self._config.structured else None
         if self._tokenizer is None:
-            return Prompt(messages)
-        return Prompt(messages, render_chat(self._tokenizer, messages))
+            return Prompt(messages, thinking=thinking)
+        return Prompt(messages, render_chat(self._tokenizer, messages, thinking), thinking)
+
+
+def annotating_policy(config: SelfAnnotator, base: PolicyConfig) -> PolicyConfig | None:
+    """The policy that annotates in training beside the student; None: the student itself."""
+    return config.policy or (base if config.weights == "base" else None)
+
+
+def annotating_model(policy: PolicyInfo) -> str:
+    """Whose weights annotated: name@revision, and +steps once training has moved them."""
+    return f"{policy.name}@{policy.revision}" + (f"+{policy.step}" if policy.step else "")
 
 
 def turn_seed(base: int, rollout_id: str, turn: int) -> int:

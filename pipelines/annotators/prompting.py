@@ -185,12 +185,16 @@ def _parse_schema(text: str, path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is not JSON ({error})") from None
     except SchemaError as error:
         raise InputError(f"{path}: is not a JSON schema ({error.message})") from None
-    properties = schema.get("properties", {}) if isinstance(schema, dict) else {}
-    labels = properties.get("type", {}).get("enum", [])
-    if "spans" not in properties or not labels:
+    try:
+        properties = schema["properties"]
+        labels = properties["type"]["enum"]
+        properties["spans"]["items"]["properties"]["segments"]
+    except (KeyError, TypeError):
+        labels = []
+    if not labels:
         raise InputError(
-            f"{path}: must describe an object with the properties spans and type, the latter with "
-            "an enum; start from the shipped answer.schema.json"
+            f"{path}: must describe an object with the properties spans, an array of objects that "
+            "have segments, and type, which has an enum; start from the shipped answer.schema.json"
         )
     if unknown := [label for label in labels if label not in set(DiagnosticType)]:
         raise InputError(

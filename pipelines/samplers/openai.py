@@ -16,7 +16,6 @@ from openai.types.chat import ChatCompletion
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
-    before_sleep_log,
     retry_if_exception,
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -28,6 +27,7 @@ from ...trace.align import byte_table
 from ...trace.policy import policy_info
 from ...trace.protocols import Completion, PolicyInfo, Prompt
 from .. import endpoint
+from .constrained import with_fixed_whitespace
 
 logger = logging.getLogger(__name__)
 
@@ -54,25 +54,37 @@ class OpenAIPolicySampler:
         self._extended = True  # until the server refuses a request for its extra fields
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seeds: Sequence[Sequence[int]],
+        schemas: Sequence[dict[str, Any]] | None = None,
     ) -> list[list[Completion]]:
         """See `Sampler`. Not to be called from a running event loop: it runs its own.
 
         Raises:
-            InputError: the endpoint cannot be reached, refuses the requests, or stays
-                unavailable for `timeout_s`.
+            InputError: the endpoint cannot be reached, refuses the requests or their schemas, or
+                stays unavailable for `timeout_s`.
         """
         try:
-            return asyncio.run(self._sample(prompts, sampling, seeds))
+            return asyncio.run(self._sample(prompts, sampling, seeds, schemas))
         except (openai.APIError, endpoint.NotACompletion) as error:
-            raise InputError(self._explain(error)) from error
+            said = self._explain(error)
+        raise InputError(said)  # outside: the error below, which may echo the key, doesn't hang on
 
     def close(self) -> None:
         """Nothing stays open between calls: a client lives as long as its event loop."""
 
     async def _sample(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seeds: Sequence[Sequence[int]],
+        schemas: Sequence[dict[str, Any]] | None,
     ) -> list[list[Completion]]:
+        formats = [None] * len(prompts) if schemas is None else map(_response_format, schemas)
+        cut = sampling.temperature != 1 or sampling.top_p < 1 or sampling.top_k > 0
+        plain = schemas is None and not cut
         slots = asyncio.Semaphore(self._config.concurrency)
         async with openai.AsyncOpenAI(
             base_url=self._config.base_url,
@@ -81,27 +93,47 @@ class OpenAIPolicySampler:
             max_retries=0,  # the client's own retries also repeat an exhausted quota
         ) as client:
 
-            async def one(prompt: Prompt, seed: int) -> Completion:
+            async def one(prompt: Prompt, form: dict[str, Any] | None, seed: int) -> Completion:
+                request = self._fields(prompt, sampling, form, seed)
                 async with slots:
-                    reply = await self._request(client, prompt, sampling, seed)
-                return self._completion(reply, sampling)
+                    reply = await self._request(client, request, prompt, sampling)
+                return self._completion(reply, plain)
 
-            async def group(prompt: Prompt, own: Sequence[int]) -> list[Completion]:
-                return await asyncio.gather(*(one(prompt, seed) for seed in own))
+            async def group(
+                prompt: Prompt, form: dict[str, Any] | None, own: Sequence[int]
+            ) -> list[Completion]:
+                return await asyncio.gather(*(one(prompt, form, seed) for seed in own))
 
-            return await asyncio.gather(*map(group, prompts, seeds))
+            return await asyncio.gather(*map(group, prompts, formats, seeds))
+
+    def _fields(
+        self, prompt: Prompt, sampling: SamplingConfig, form: dict[str, Any] | None, seed: int
+    ) -> dict[str, Any]:
+        """A request in OpenAI's own fields."""
+        fields: dict[str, Any] = {
+            "model": self._model,
+            "messages": prompt.messages,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "seed": seed,
+            "extra_headers": {} if self._key else {"Authorization": openai.Omit()},
+        }
+        return fields if form is None else fields | {"response_format": form}
 
     async def _request(
-        self, client: openai.AsyncOpenAI, prompt: Prompt, sampling: SamplingConfig, seed: int
+        self,
+        client: openai.AsyncOpenAI,
+        request: dict[str, Any],
+        prompt: Prompt,
+        sampling: SamplingConfig,
     ) -> ChatCompletion:
         """One response; without the extra fields if the server refuses them and only them."""
         if self._extended:
             try:
-                return await self._send(
-                    client, prompt, sampling, seed, _extra_fields(prompt, sampling)
-                )
+                return await self._send(client, request, _extra_fields(prompt, sampling))
             except (openai.BadRequestError, openai.UnprocessableEntityError):
-                reply = await self._send(client, prompt, sampling, seed, {})
+                reply = await self._send(client, request, {})
             if self._extended:  # else another request in flight found out first
                 logger.warning("%s: gives no token ids (unknown fields)", self._config.base_url)
             self._extended = False
@@ -112,42 +144,40 @@ class OpenAIPolicySampler:
                 f"{self._config.base_url}: does not know top_k; set sampling.top_k=0 or use "
                 "another server"
             )
-        return await self._send(client, prompt, sampling, seed, {})
+        return await self._send(client, request, {})
 
     async def _send(
-        self,
-        client: openai.AsyncOpenAI,
-        prompt: Prompt,
-        sampling: SamplingConfig,
-        seed: int,
-        extra: dict[str, Any],
+        self, client: openai.AsyncOpenAI, request: dict[str, Any], extra: dict[str, Any]
     ) -> ChatCompletion:
         """Repeats what may pass (rate limits, server and connection errors) for `timeout_s`."""
         retrying = AsyncRetrying(
             retry=retry_if_exception(endpoint.may_pass),
             wait=endpoint.wait_s,
             stop=self._give_up,
-            before_sleep=before_sleep_log(logger, logging.WARNING),
+            before_sleep=self._tell,
             reraise=True,
         )
-        request: dict[str, Any] = {
-            "model": self._model,
-            "messages": prompt.messages,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_new_tokens,
-            "seed": seed,
-            "extra_body": extra,
-            "extra_headers": {} if self._key else {"Authorization": openai.Omit()},
-        }
 
         async def attempt() -> ChatCompletion:
-            reply = await client.chat.completions.create(**request)
+            reply = await client.chat.completions.create(**request, extra_body=extra)
             if not reply.choices:
-                raise endpoint.NotACompletion(reply.model_dump_json()[:200])
+                raise endpoint.NotACompletion(reply.model_dump_json())
+            said = " ".join(choice.message.content or "" for choice in reply.choices).encode()
+            if endpoint.without_key(said, self._key) != said:
+                raise InputError(
+                    f"{self._config.base_url}: sends the API key back in a response, which would "
+                    "become data; use another server"
+                )
             return reply
 
         return await retrying(attempt)
+
+    def _tell(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        if error is not None and state.next_action is not None:
+            said = endpoint.sentence(error, self._key)
+            pause_s = state.next_action.sleep
+            logger.warning("%s: %s; again in %.1f s", self._config.base_url, said, pause_s)
 
     def _give_up(self, state: RetryCallState) -> bool:
         """After `timeout_s`; sooner if the server is not there at all, rather than busy."""
@@ -157,7 +187,11 @@ class OpenAIPolicySampler:
             return True
         return (state.seconds_since_start or 0.0) >= self._config.timeout_s
 
-    def _completion(self, reply: ChatCompletion, sampling: SamplingConfig) -> Completion:
+    def _completion(self, reply: ChatCompletion, plain: bool) -> Completion:
+        """plain: neither temperature nor truncation nor a schema stands between the policy and its
+        samples. A server may report log-probabilities before or after these (vLLM's
+        --logprobs-mode): without them both mean the same.
+        """
         choice = reply.choices[0]
         # Fields beyond OpenAI's own are there if the server sent them.
         ids: list[int] | None = getattr(choice, "token_ids", None)
@@ -166,9 +200,6 @@ class OpenAIPolicySampler:
         if ids is not None and self._bytes is not None:
             text = self._bytes.text(ids)
         logprobs = None
-        # A server may report them before or after temperature and truncation (vLLM's
-        # --logprobs-mode): without either they mean the same.
-        plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0
         if plain and ids is not None and choice.logprobs and choice.logprobs.content:
             logprobs = [token.logprob for token in choice.logprobs.content]
         # Whatever else ends a response (a content filter, say) cut it short.
@@ -193,6 +224,11 @@ class OpenAIPolicySampler:
                 return f"{url}: no answer in time {said}; raise sampler.timeout_s"
             case openai.APIConnectionError():
                 return f"{url}: cannot be reached {said}; start the server or fix sampler.base_url"
+            case openai.APIStatusError() if endpoint.refused_parameter(error) == "response_format":
+                return (
+                    f"{url}: doesn't take a JSON schema {said}; use a server with structured "
+                    "outputs, or sample without a schema"
+                )
         return f"{url}: refuses or fails to answer a request for model {self._model} {said}"
 
 
@@ -219,3 +255,9 @@ def _extra_fields(prompt: Prompt, sampling: SamplingConfig) -> dict[str, Any]:
     if prompt.thinking is not None:
         fields["chat_template_kwargs"] = {"enable_thinking": prompt.thinking}
     return fields
+
+
+def _response_format(schema: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's field for constrained decoding, which vLLM and llama.cpp know too."""
+    named = {"name": "answer", "schema": with_fixed_whitespace(schema), "strict": True}
+    return {"type": "json_schema", "json_schema": named}

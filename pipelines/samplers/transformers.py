@@ -7,9 +7,11 @@ sample's randomness does not depend on who shares its batch.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from llguidance import LLMatcher
 from transformers import DynamicCache
 
 from ...schemas.configs import SamplingConfig
@@ -17,18 +19,20 @@ from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
 from ...trace.policy import Policy, end_token_ids
 from ...trace.protocols import Completion, PolicyInfo, Prompt
+from .constrained import Grammars
 
 _COMPACT_BELOW = 0.75
 
 
 @dataclass
 class _Row:
-    """One sample in the making: which prompt and seed it answers."""
+    """One sample in the making: which prompt and seed it answers, and where in its schema it is."""
 
     prompt: int
     sample: int
     token_ids: list[int]
     logprobs: list[float]
+    matcher: LLMatcher | None = None
 
 
 class TransformersPolicySampler:
@@ -39,6 +43,7 @@ class TransformersPolicySampler:
         self._batch_tokens = batch_tokens
         self._bytes = byte_table(policy.tokenizer)
         self._ends = torch.tensor(end_token_ids(policy.model, policy.tokenizer))
+        self._grammars: Grammars | None = None
 
     @property
     def policy(self) -> PolicyInfo:
@@ -49,14 +54,23 @@ class TransformersPolicySampler:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seeds: Sequence[Sequence[int]],
+        schemas: Sequence[dict[str, Any]] | None = None,
     ) -> list[list[Completion]]:
+        """See `Sampler`.
+
+        Raises:
+            InputError: schemas that can't be compiled, or that the vocabulary can't write.
+        """
         done: list[list[Completion | None]] = [[None] * len(row) for row in seeds]
         training = self._policy.model.training
         self._policy.model.eval()
         for batch in self._batches(prompts, sampling, seeds):
             with self._policy.autocast():
-                rows = self._generate(batch, prompts, sampling, seeds)
+                rows = self._generate(batch, prompts, sampling, seeds, schemas)
             for row in rows:
                 done[row.prompt][row.sample] = self._completion(row, prompts)
         self._policy.model.train(training)
@@ -84,9 +98,14 @@ class TransformersPolicySampler:
         prompts: Sequence[Prompt],
         sampling: SamplingConfig,
         seeds: Sequence[Sequence[int]],
+        schemas: Sequence[dict[str, Any]] | None,
     ) -> list[_Row]:
         model, device = self._policy.model, self._policy.device
-        rows = [_Row(p, s, [], []) for p in batch for s in range(len(seeds[p]))]
+        rows = [
+            _Row(p, s, [], [], self._matcher(schemas, p))
+            for p in batch
+            for s in range(len(seeds[p]))
+        ]
         if not rows:
             return []
         draws = torch.from_numpy(
@@ -110,7 +129,11 @@ class TransformersPolicySampler:
         ends = self._ends.to(device)
         finished = torch.zeros(len(rows), dtype=torch.bool)
         for step in range(sampling.max_new_tokens):
-            tokens, logprobs = draw(logits, sampling, draws[active.to(device), step])
+            allowed = None
+            if self._grammars is not None and schemas is not None:
+                matchers = [None if finished[at] else rows[at].matcher for at in active.tolist()]
+                allowed = self._grammars.allowed(matchers, logits.shape[1]).to(device)
+            tokens, logprobs = draw(logits, sampling, draws[active.to(device), step], allowed)
             stopped = torch.isin(tokens, ends).cpu()
             for at, token, logprob in zip(
                 active.tolist(), tokens.tolist(), logprobs.tolist(), strict=True
@@ -118,6 +141,8 @@ class TransformersPolicySampler:
                 if not finished[at]:
                     rows[at].token_ids.append(token)
                     rows[at].logprobs.append(logprob)
+                    if (matcher := rows[at].matcher) is not None:
+                        matcher.consume_token(token)
             finished[active[stopped]] = True
             alive = ~finished[active]
             if not alive.any():
@@ -132,6 +157,13 @@ class TransformersPolicySampler:
                 logits = _last_logits(model, tokens[:, None], mask, cache)
         return rows
 
+    def _matcher(self, schemas: Sequence[dict[str, Any]] | None, prompt: int) -> LLMatcher | None:
+        if schemas is None:
+            return None
+        if self._grammars is None:
+            self._grammars = Grammars(self._policy.tokenizer, self._ends.tolist())
+        return self._grammars.start(schemas[prompt])
+
     def _completion(self, row: _Row, prompts: Sequence[Prompt]) -> Completion:
         stopped = row.token_ids[-1] in self._ends
         return Completion(
@@ -144,22 +176,31 @@ class TransformersPolicySampler:
 
 
 def draw(
-    logits: torch.Tensor, sampling: SamplingConfig, uniform: torch.Tensor
+    logits: torch.Tensor,
+    sampling: SamplingConfig,
+    uniform: torch.Tensor,
+    allowed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sampled ids and their log-probabilities before truncation, both (rows,).
+    """Sampled ids and their log-probabilities before mask and truncation, both (rows,).
 
-    logits: (rows, vocab); uniform: (rows,) in [0, 1). Temperature 0 takes the likeliest token and
-    reports its log-probability at temperature 1.
+    logits: (rows, vocab); uniform: (rows,) in [0, 1); allowed: (rows, vocab) bool, the tokens to
+    draw from, None for all. Temperature 0 takes the likeliest token and reports its log-probability
+    at temperature 1.
     """
     scaled = logits.float() / (sampling.temperature or 1.0)
-    log_p = torch.log_softmax(scaled, dim=-1)
+    log_p = log_q = torch.log_softmax(scaled, dim=-1)
+    if allowed is not None:
+        # Normalised among what is allowed: the policy may give all of it less than float32 can say.
+        log_q = torch.log_softmax(scaled.masked_fill(~allowed, -torch.inf), dim=-1)
     if sampling.temperature == 0:
-        tokens = log_p.argmax(-1)
+        tokens = log_q.argmax(-1)
     else:
-        probs, order = truncated(log_p.exp(), sampling)
+        probs, order = truncated(log_q.exp(), sampling)
         cumulative = probs.cumsum(-1)
-        target = uniform[:, None] * cumulative[:, -1:]
-        at = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.shape[-1] - 1)
+        total = cumulative[:, -1:].contiguous()
+        at = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
+        # A product that rounds up to the total would fall past the last token that may be drawn.
+        at = torch.minimum(at, torch.searchsorted(cumulative, total))
         tokens = (at if order is None else order.gather(-1, at)).squeeze(-1)
     return tokens, log_p.gather(-1, tokens[:, None]).squeeze(-1)
 

@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from llguidance.hf import from_tokenizer
+
 from ...schemas.configs import Precision, SamplingConfig, VllmSampler
 from ...schemas.errors import InputError
 from ...schemas.labels import FinishReason
@@ -16,6 +18,7 @@ from ...trace.align import byte_table
 from ...trace.policy import choose_device, choose_dtype, load_tokenizer, policy_info
 from ...trace.prompt import render_chat
 from ...trace.protocols import Completion, Prompt
+from .constrained import with_fixed_whitespace
 
 # On CPU vLLM would claim `gpu_memory_utilization` of the whole machine's memory.
 _CPU_KV_CACHE_GIB = 4.0
@@ -54,26 +57,39 @@ class VllmPolicySampler:
             seed=config.seed,
             # After temperature, as the protocol wants them; raw ones are before it.
             logprobs_mode="processed_logprobs",
+            # The engine's default lets a schema's whitespace free, without an end.
+            structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
         )
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seeds: Sequence[Sequence[int]],
+        schemas: Sequence[dict[str, Any]] | None = None,
     ) -> list[list[Completion]]:
-        """See `Sampler`. Log-probabilities are None with top-p, top-k or greedy decoding.
+        """See `Sampler`. Log-probabilities are None with schemas, top-p, top-k or greedy decoding.
 
-        vLLM then reports those after truncation, which no ratio can be formed with.
+        vLLM then reports those after mask and truncation, which no ratio can be formed with.
 
         Raises:
-            InputError: a prompt fills the context.
+            InputError: a prompt fills the context, or vLLM can't constrain this vocabulary.
         """
         prompt_ids = [self._prompt_ids(index, prompt) for index, prompt in enumerate(prompts)]
-        plain = sampling.temperature > 0 and sampling.top_p == 1 and sampling.top_k == 0
+        cut = sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k > 0
+        plain = schemas is None and not cut
         # The cache makes a group share its prompt's prefill. It starts empty in each call, or the
         # last bits of the logits would depend on the calls before.
         self._llm.reset_prefix_cache()
-        flat = [(ids, seed) for ids, own in zip(prompt_ids, seeds, strict=True) for seed in own]
+        flat = [
+            (ids, seed, structure)
+            for ids, own, structure in zip(
+                prompt_ids, seeds, self._structures(schemas, len(prompts)), strict=True
+            )
+            for seed in own
+        ]
         outputs = self._llm.generate(
-            [self._vllm.TokensPrompt(prompt_token_ids=ids) for ids, _ in flat],
+            [self._vllm.TokensPrompt(prompt_token_ids=ids) for ids, _, _ in flat],
             [
                 self._vllm.SamplingParams(
                     temperature=sampling.temperature,
@@ -83,8 +99,9 @@ class VllmPolicySampler:
                     seed=seed,
                     logprobs=0 if plain else None,  # 0: the sampled token's alone
                     detokenize=False,
+                    structured_outputs=structure,
                 )
-                for _, seed in flat
+                for _, seed, structure in flat
             ],
             use_tqdm=False,
         )
@@ -94,6 +111,20 @@ class VllmPolicySampler:
     def close(self) -> None:
         """End the engine and free its memory."""
         self._llm.llm_engine.engine_core.shutdown()
+
+    def _structures(self, schemas: Sequence[dict[str, Any]] | None, count: int) -> list[Any]:
+        """vLLM's constraint per prompt, None where there is none."""
+        if schemas is None:
+            return [None] * count
+        try:
+            from_tokenizer(self._tokenizer)  # pyright: ignore[reportArgumentType]
+        except ValueError as error:  # vLLM's engine would only log it, and answer nothing
+            raise InputError(
+                f"policy {self.policy.name}: vLLM's constrained decoding can't read the tokenizer "
+                f"({error!s:.80}); take sampler.engine=transformers for it"
+            ) from None
+        params = import_module("vllm.sampling_params").StructuredOutputsParams
+        return [params(json=with_fixed_whitespace(schema)) for schema in schemas]
 
     def _prompt_ids(self, index: int, prompt: Prompt) -> list[int]:
         ids = prompt.token_ids

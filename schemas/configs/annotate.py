@@ -6,6 +6,7 @@ from pydantic import Field
 
 from ..labels import Action
 from .base import Config, operational
+from .endpoint import EndpointUrl, KeyVariable
 from .rollout import PolicyConfig, Sampler, TransformersSampler
 
 
@@ -76,27 +77,63 @@ class SelfAnnotator(AnnotatorPrompt):
     )
     sampler: Sampler = Field(default=TransformersSampler(), description="Sampling engine.")
     seed: int = Field(default=0, description="Base seed of sampled answers.")
+    structured: bool = Field(
+        default=True,
+        description="Constrained decoding: every answer is valid, has no quotes and comes without "
+        "thinking. false: the policy answers freely, as an endpoint does.",
+    )
+    max_spans: int = Field(default=3, ge=1, description="Most spans of a structured answer.")
+    weights: Literal["current", "base"] = Field(
+        default="current",
+        description="Where training names no annotating policy: its current weights, or a static "
+        "copy of those that it starts from.",
+    )
 
 
 class OpenAIAnnotator(AnnotatorPrompt):
     engine: Literal["openai"] = Field(description="Annotation engine.")
     name: str = Field(default="openai", description="Name recorded with each annotation.")
-    base_url: str = Field(default="https://api.openai.com/v1", description="Endpoint.")
+    base_url: EndpointUrl = Field(default="https://api.openai.com/v1", description="Endpoint.")
     model: str = Field(description="Model name at the endpoint.")
-    api_key_env: str | None = Field(
+    api_key_env: KeyVariable | None = Field(
         default="OPENAI_API_KEY",
         description="Environment variable that holds the key; None: no key.",
     )
     structured: bool = Field(default=True, description="Ask for the JSON schema (response_format).")
-    usd_per_million_prompt_tokens: float | None = Field(
-        default=None, ge=0, description="Price; None: unknown, and cost_usd stays null."
+    prices: str | None = operational(
+        None, "File of prices by host and model, looked into before the shipped prices.yaml."
     )
-    usd_per_million_completion_tokens: float | None = Field(
-        default=None, ge=0, description="Price."
+    usd_per_million_prompt_tokens: float | None = operational(
+        None, "Price, before any file's; 0 for a server without a bill.", ge=0
     )
+    usd_per_million_completion_tokens: float | None = operational(
+        None, "Price. Without one cost_usd is null: unknown.", ge=0
+    )
+    budget_usd: float | None = operational(
+        None,
+        "Most that the dataset may cost, all its runs together; the worst case of each request is "
+        "reserved before it is sent. Needs a known price.",
+        ge=0,
+    )
+    batch: bool = operational(
+        False, "Ask by OpenAI's Batch API: cheaper, and answers within a day instead of at once."
+    )
+    batch_requests: int = operational(
+        50_000,
+        "Most requests of one batch; fewer for an account with few tokens in queue.",
+        ge=1,
+        le=50_000,
+    )
+    batch_poll_s: float = operational(60.0, "Seconds between looks at a batch's state.", gt=0)
     concurrency: int = operational(16, "Most requests in flight.", ge=1)
     requests_per_minute: float | None = operational(None, "Request pace; None: no limit.", gt=0)
+    tokens_per_minute: float | None = operational(
+        None, "Pace of prompt and completion tokens together; None: no limit.", gt=0
+    )
     timeout_s: float = operational(120.0, "Seconds before a request is given up.", gt=0)
+    patience_s: float = operational(
+        900.0, "Seconds without any answer, or asked to wait, before the stage stops.", gt=0
+    )
     max_attempts: int = operational(6, "Attempts per request, the first included.", ge=1)
 
 

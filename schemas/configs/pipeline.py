@@ -45,8 +45,14 @@ class ReportConfig(Config):
     dataset: str = Field(
         default="routed", description="Routed or annotations dataset, or a train run."
     )
+    against: str | None = Field(
+        default=None,
+        description="Annotations dataset of the same rollouts, shown beside `dataset` (which is one "
+        "too then); None: one annotator.",
+    )
     output: str | None = Field(
-        default=None, description="HTML file; None: report.html beside the data."
+        default=None,
+        description="HTML file; None: report.html, or against-<id>.html, beside the data.",
     )
     limit: int = Field(default=2000, ge=1, description="At most this many rollouts on the page.")
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .base import Config, operational
+from .endpoint import EndpointUrl, KeyVariable
 
 
 class Example(Config):
@@ -69,8 +70,8 @@ class TransformersSampler(Config):
 
 class OpenAISampler(Config):
     engine: Literal["openai"] = Field(description="Sampling engine.")
-    base_url: str = Field(description="Endpoint, e.g. http://localhost:8000/v1.")
-    api_key_env: str | None = Field(
+    base_url: EndpointUrl = Field(description="Endpoint, e.g. http://localhost:8000/v1.")
+    api_key_env: KeyVariable | None = Field(
         default=None, description="Environment variable that holds the key; None sends no key."
     )
     concurrency: int = operational(32, "Requests in flight.", ge=1)

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from trace_opd.pipelines.annotators.answers import read_answer
+from trace_opd.pipelines.annotators.bounds import bounded_schema, most_bytes
 from trace_opd.pipelines.annotators.dialogue import RAISED_LIMIT, Answer, dialogue
 from trace_opd.pipelines.annotators.prompting import (
     SHIPPED_PROMPT,
@@ -215,8 +217,9 @@ def test_a_bad_prompt_file_is_named_with_its_fault(tmp_path: Path, change, messa
     [
         ("{", "is not JSON"),
         ('{"type": "objekt"}', "is not a JSON schema"),
-        ('{"type": "object"}', "properties spans and type"),
-        ('{"properties": {"spans": {}, "type": {"enum": ["setup", "oops"]}}}', "'oops'"),
+        ('{"type": "object"}', "properties spans, .* and type"),
+        ('{"properties": {"spans": true, "type": {"enum": ["setup"]}}}', "objects that have seg"),
+        (SHIPPED_SCHEMA.read_text().replace('"setup"', '"oops"'), "'oops'"),
     ],
 )
 def test_a_bad_answer_schema_is_named_with_its_fault(tmp_path: Path, text: str, message: str):
@@ -256,3 +259,114 @@ def test_a_refusal_is_an_abstention():
     with pytest.raises(StopIteration) as done:
         talk.send(Answer("I can't help with that.", refused=True))
     assert done.value.value.status == "abstained"
+
+
+# --- the schema that constrained decoding keeps to ---
+
+
+def follows(text: str, schema: dict) -> bool:
+    return Draft202012Validator(schema).is_valid(json.loads(text))
+
+
+def test_a_bounded_schema_allows_segments_that_exist_and_nothing_marked_where_it_abstains():
+    schema = bounded_schema(PROMPT, segments=9, most_spans=2, max_new_tokens=512)
+    assert follows(answer([8], [0, 3]), schema)
+    assert follows(answer(), schema)
+    assert follows(answer(abstain=True), schema)
+    assert not follows(answer([9]), schema)
+    assert not follows(answer([-1]), schema)
+    assert not follows(answer([0, 1, 2]), schema)  # more than a quarter in one span
+    assert not follows(answer([0], [1], [2]), schema)
+    assert not follows(answer([0], abstain=True), schema)
+    assert not follows(answer([0], quote="There are"), schema)
+    assert not follows(answer([0], type="sloppiness"), schema)
+
+
+def test_a_response_without_segments_can_only_be_left_unmarked():
+    schema = bounded_schema(PROMPT, segments=0, most_spans=3, max_new_tokens=512)
+    assert follows(answer(), schema)
+    assert not follows(answer([0]), schema)
+
+
+def test_a_bounded_schema_keeps_the_order_in_which_the_prompt_shows_the_answer():
+    schema = bounded_schema(PROMPT, segments=4, most_spans=1, max_new_tokens=512)
+    for form in schema["anyOf"]:
+        assert list(form["properties"]) == ["abstain", "spans", "type"]
+    assert list(schema["anyOf"][0]["properties"]["spans"]["items"]["properties"]) == [
+        "segments",
+        "quote",
+    ]
+
+
+def test_the_longest_answer_is_counted_to_the_byte():
+    # Of eight segments a span names two; with the longest type that is the longest answer.
+    schema = bounded_schema(PROMPT, segments=8, most_spans=2, max_new_tokens=512)
+    longest = answer([0, 1], [2, 3], type="algebra_manipulation")
+    assert most_bytes(schema, "answer") == len(longest)
+
+
+def test_under_a_low_limit_spans_get_shorter_and_then_fewer_and_in_the_end_it_is_refused():
+    def size(limit: int) -> tuple[int, int]:
+        schema = bounded_schema(PROMPT, segments=12, most_spans=3, max_new_tokens=limit)
+        assert most_bytes(schema, "answer") < limit
+        spans = schema["anyOf"][0]["properties"]["spans"]
+        return spans["maxItems"], spans["items"]["properties"]["segments"]["maxItems"]
+
+    least = len(answer([10], type="algebra_manipulation")) + 1
+    assert size(512) == (3, 3)
+    assert size(170) == (3, 1)
+    assert size(150) == (2, 3)
+    assert size(least) == (1, 1)
+    with pytest.raises(InputError, match=f"annotator.max_new_tokens={least - 1}.* take {least};"):
+        size(least - 1)
+
+
+def own_schema(tmp_path: Path, required: bool, **reason: object):
+    schema = json.loads(SHIPPED_SCHEMA.read_text())
+    schema["properties"]["reason"] = {"type": "string", **reason}
+    if required:
+        schema["required"].append("reason")
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(schema))
+    return load_prompt(None, str(path))
+
+
+def test_a_property_of_ones_own_is_kept_if_it_is_required_and_has_a_bound(tmp_path: Path):
+    text = answer([0])[:-1] + ', "reason": "adds"}'
+    kept = bounded_schema(own_schema(tmp_path, True, maxLength=10), 4, 3, 512)
+    assert follows(text, kept)
+    left_out = bounded_schema(own_schema(tmp_path, False), 4, 3, 512)
+    assert not follows(text, left_out)
+    assert follows(answer([0]), left_out)
+    with pytest.raises(InputError, match=r"annotator\.answer_schema\.reason: has no bound"):
+        bounded_schema(own_schema(tmp_path, True), 4, 3, 512)
+
+
+@pytest.mark.parametrize(
+    ("schema", "longest"),
+    [
+        ({"type": "integer", "minimum": -10, "maximum": 9}, "-10"),
+        ({"type": ["boolean", "null"]}, "false"),
+        ({"enum": ["a", 'b"']}, '"b\\""'),
+        ({"type": "array", "maxItems": 2, "items": {"const": 7}}, "[7, 7]"),
+        ({"type": "string", "maxLength": 1}, '"\\u001f"'),
+    ],
+)
+def test_most_bytes_is_the_length_of_the_longest_text(schema: dict, longest: str):
+    assert most_bytes(schema, "x") == len(longest)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {},
+        {"type": "number"},
+        {"type": "integer", "minimum": 0},
+        {"type": "array", "items": {"type": "null"}},
+        {"type": "object", "properties": {}},
+        {"$ref": "#/$defs/x"},
+    ],
+)
+def test_a_schema_without_an_end_is_refused(schema: dict):
+    with pytest.raises(InputError, match=r"^x: has no bound"):
+        most_bytes(schema, "x")

@@ -7,19 +7,26 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 from jsonschema import Draft202012Validator
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from trace_opd.data.store import Store
+from trace_opd.pipelines import train
 from trace_opd.pipelines.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.annotators import open_annotator
+from trace_opd.pipelines.annotators.bounds import bounded_schema
 from trace_opd.pipelines.annotators.dialogue import RAISED_LIMIT
-from trace_opd.pipelines.annotators.policy import turn_seed
+from trace_opd.pipelines.annotators.policy import annotating_policy, turn_seed
 from trace_opd.pipelines.annotators.prompting import load_prompt
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers import open_sampler
+from trace_opd.pipelines.stages import CONFIG_TYPES, run_stage
 from trace_opd.schemas.configs import (
     AnnotateConfig,
     OpenAIAnnotator,
@@ -27,12 +34,16 @@ from trace_opd.schemas.configs import (
     SamplingConfig,
     SegmentConfig,
     SelfAnnotator,
+    TrainConfig,
     TransformersSampler,
 )
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import FinishReason
+from trace_opd.schemas.settings import load_config
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS, validate
+from trace_opd.trace.policy import weights_revision
 from trace_opd.trace.protocols import Completion, PolicyInfo, Prompt
+from trace_opd.trace.segment import segment
 
 RESPONSES: list[tuple[str, bool | None]] = [
     ("1+2=4\n\\boxed{4}", False),
@@ -74,10 +85,16 @@ class AnsweringSampler:
 
     def __init__(self) -> None:
         self.batches: list[tuple[list[Prompt], SamplingConfig, list[list[int]]]] = []
+        self.schemas: list[list[dict[str, Any]] | None] = []
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seeds: Sequence[Sequence[int]],
+        schemas: Sequence[dict[str, Any]] | None = None,
     ) -> list[list[Completion]]:
+        self.schemas.append(None if schemas is None else list(schemas))
         self.batches.append((list(prompts), sampling, [list(row) for row in seeds]))
         return [[self._answer(prompt.messages[-1]["content"], sampling)] for prompt in prompts]
 
@@ -95,7 +112,7 @@ class AnsweringSampler:
 
 def test_each_turn_is_one_batch_with_seeds_of_its_own():
     sampler = AnsweringSampler()
-    config = SelfAnnotator(engine="self", max_new_tokens=50, seed=3)
+    config = SelfAnnotator(engine="self", max_new_tokens=50, seed=3, structured=False)
     annotator = open_annotator(config, SegmentConfig(), sampler=sampler)
     rows = validate(annotator.annotate(*tables()), ANNOTATIONS).to_pylist()
     annotator.close()
@@ -108,7 +125,7 @@ def test_each_turn_is_one_batch_with_seeds_of_its_own():
     ]
     assert [row["completion_tokens"] for row in rows] == [4 + 30, 30, 0, 20 + 30]
     assert [row["cost_usd"] for row in rows] == [None, None, 0.0, None]
-    assert {row["annotator_model"] for row in rows} == {"answering@rev"}
+    assert {row["annotator_model"] for row in rows} == {"answering@rev+7"}
     # All three first; then the correction, and apart from it the cut answer under a raised limit.
     assert [(len(b[0]), b[1].max_new_tokens) for b in sampler.batches] == [
         (3, 50),
@@ -117,18 +134,111 @@ def test_each_turn_is_one_batch_with_seeds_of_its_own():
     ]
     assert sampler.batches[0][2] == [[turn_seed(3, rollout, 0)] for rollout in ("r0", "r1", "r3")]
     assert sampler.batches[1][2] == [[turn_seed(3, "r0", 1)]]
+    assert sampler.schemas == [None] * 3
+    assert {prompt.thinking for batch in sampler.batches for prompt in batch[0]} == {None}
 
 
-def test_a_tiny_policy_annotates_itself_the_same_way_each_time():
-    config = SelfAnnotator(engine="self", max_new_tokens=2, temperature=1.0)
+def test_each_rollout_is_asked_under_a_schema_of_its_own_without_thinking():
+    sampler = AnsweringSampler()
+    annotator = open_annotator(SelfAnnotator(engine="self"), SegmentConfig(), sampler=sampler)
+    annotator.annotate(*tables())
+    sizes = [
+        len(segment(response, SegmentConfig()))
+        for response, right in RESPONSES
+        if right in (True, False)
+    ]
+    assert sampler.schemas[0] == [bounded_schema(load_prompt(), size, 3, 512) for size in sizes]
+    assert {prompt.thinking for prompt in sampler.batches[0][0]} == {False}
+
+
+def annotated_by_micro(config: SelfAnnotator, rows: slice = slice(None)) -> list[dict[str, Any]]:
     sampler, tokenizer = open_sampler(TransformersSampler(), PolicyConfig(path="micro"))
     annotator = open_annotator(config, SegmentConfig(), sampler=sampler, tokenizer=tokenizer)
-    once, again = (annotator.annotate(*tables()).to_pylist() for _ in range(2))
+    problems, rollouts, verdicts = tables()
+    chosen = pa.array(range(len(rollouts))[rows])
+    made = annotator.annotate(problems, rollouts.take(chosen), verdicts.take(chosen))
     sampler.close()
+    return made.to_pylist()
+
+
+VALID = {"ok", "empty", "abstained"}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_policy_that_never_saw_json_answers_validly_and_the_same_each_time(temperature: float):
+    config = SelfAnnotator(engine="self", temperature=temperature)
+    once, again = (annotated_by_micro(config) for _ in range(2))
     assert [row["raw_answer"] for row in once] == [row["raw_answer"] for row in again]
-    assert [row["status"] for row in once] == ["invalid", "invalid", "skipped", "invalid"]
+    assert once[2]["status"] == "skipped"
+    answered = [once[i] for i in (0, 1, 3)]
+    assert {row["status"] for row in answered} <= VALID
+    assert all(0 < row["completion_tokens"] <= config.max_new_tokens for row in answered)
+    if temperature:
+        assert len({row["raw_answer"] for row in answered}) > 1
+
+
+def test_a_rollouts_answer_does_not_depend_on_the_others_of_its_part():
+    config = SelfAnnotator(engine="self", temperature=1.5)
+    together = annotated_by_micro(config)
+    for i in range(len(together)):
+        (alone,) = annotated_by_micro(config, slice(i, i + 1))
+        assert alone["raw_answer"] == together[i]["raw_answer"]
+
+
+def test_without_structure_a_policy_that_never_saw_json_answers_nothing_of_use():
+    config = SelfAnnotator(engine="self", max_new_tokens=2, temperature=1.0, structured=False)
+    rows = annotated_by_micro(config)
+    assert [row["status"] for row in rows] == ["invalid", "invalid", "skipped", "invalid"]
     # Three turns: asked, asked with a raised limit or corrected, corrected.
-    assert all(row["prompt_tokens"] > 0 for row in once if row["status"] == "invalid")
+    assert all(row["prompt_tokens"] > 0 for row in rows if row["status"] == "invalid")
+
+
+def test_a_limit_too_low_for_any_answer_is_refused_before_the_first_one():
+    config = SelfAnnotator(engine="self", max_new_tokens=50)
+    with pytest.raises(InputError, match=r"annotator\.max_new_tokens=50: .* raise it"):
+        annotated_by_micro(config)
+
+
+def test_a_policy_whose_vocabulary_cannot_write_json_is_refused(tmp_path: Path):
+    vocab = {char: index for index, char in enumerate("0123456789+=")}
+    digits = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocab, "0")))
+    with pytest.raises(InputError, match=r"no token for .*annotator\.structured=false"):
+        open_annotator(
+            SelfAnnotator(engine="self"),
+            SegmentConfig(),
+            sampler=AnsweringSampler(),
+            tokenizer=digits,
+        )
+
+
+def test_in_training_the_annotating_policy_is_the_student_its_base_or_another():
+    base = PolicyConfig(path="base")
+    other = PolicyConfig(path="other")
+    assert annotating_policy(SelfAnnotator(engine="self"), base) is None
+    assert annotating_policy(SelfAnnotator(engine="self", weights="base"), base) == base
+    assert annotating_policy(SelfAnnotator(engine="self", policy=other), base) == other
+
+
+def test_online_the_current_weights_annotate_and_each_row_tells_which(tmp_path: Path):
+    micro_yaml = Path(__file__).parents[2] / "configs" / "micro.yaml"
+    store = Store(tmp_path)
+    overrides = ["limit=4", "rows_per_part=4"]
+    run_stage(
+        "problems", load_config(CONFIG_TYPES["problems"], micro_yaml, overrides, "problems"), store
+    )
+    overrides = [
+        "offline.steps=0", "online.steps=2", "groups_per_step=2", "online.group_size=2",
+        "online.annotator.engine=self", "optim.lr=0.01", "online.sampling.max_new_tokens=32",
+        "online.annotator.temperature=1", "schedule.hold_steps=2",
+    ]  # fmt: skip
+    config = load_config(TrainConfig, micro_yaml, overrides, "train")
+    run = train.run(config, store)
+    annotations = store.get(run.summary["tables"]["annotations"], ANNOTATIONS)
+    first, second = (annotations.read_part(step).to_pylist() for step in range(2))
+    assert {row["status"] for row in first + second} <= VALID
+    revision = weights_revision(resolve_policy("micro"))
+    assert {row["annotator_model"] for row in first} == {f"micro@{revision}"}
+    assert {row["annotator_model"] for row in second} == {f"micro@{revision}+1"}
 
 
 def test_offline_the_annotating_policy_must_be_named(tmp_path: Path):
@@ -142,12 +252,11 @@ def test_the_stage_runs_with_a_policy_and_its_id_follows_the_weights(tmp_path: P
 
     def config(policy: str) -> AnnotateConfig:
         named = PolicyConfig(path=policy)
-        return AnnotateConfig(
-            annotator=SelfAnnotator(engine="self", policy=named, max_new_tokens=2)
-        )
+        return AnnotateConfig(annotator=SelfAnnotator(engine="self", policy=named))
 
     dataset = ANNOTATE_STAGE.run(config("micro"), store)
-    assert dataset.summary["status"] == {"invalid": 3, "skipped": 1}
+    assert dataset.summary["status"].keys() <= VALID | {"skipped"}
+    assert dataset.summary["status"]["skipped"] == 1
     assert dataset.summary["completion_tokens"] > 0
     copy = shutil.copytree(resolve_policy("micro"), tmp_path / "copy")
     assert ANNOTATE_STAGE.begin(config(str(copy)), store)[1].id == dataset.id

@@ -18,8 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trace_opd.data.store import Dataset, Store, content_hash
-from trace_opd.pipelines import report
-from trace_opd.pipelines.paint import (
+from trace_opd.pipelines.show import response_text, show_rollout
+from trace_opd.pipelines.viewer import report
+from trace_opd.pipelines.viewer.page import csp_hash
+from trace_opd.pipelines.viewer.paint import (
     Paint,
     Piece,
     paint_even_tokens,
@@ -29,8 +31,8 @@ from trace_opd.pipelines.paint import (
     pieces,
     visible,
 )
-from trace_opd.pipelines.rollout_tables import choose_groups
-from trace_opd.pipelines.show import response_text, show_rollout
+from trace_opd.pipelines.viewer.rollout_tables import choose_groups
+from trace_opd.pipelines.viewer.training_curves import charts
 from trace_opd.schemas.configs import ReportConfig, RoutingConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import Action, Route, SpanKind
@@ -389,10 +391,10 @@ def test_page_loads_nothing_and_runs_only_its_own_script(hostile_run):
     assert not re.findall(r"""(?:src|href)=["'](?!#)""", page)
     assert "@import" not in page
     assert "url(" not in page
-    (policy,) = re.findall(r'Content-Security-Policy" content="(.*?)"', page)
+    (policy,) = map(html.unescape, re.findall(r'Content-Security-Policy" content="(.*?)"', page))
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     assert "default-src 'none'" in policy
-    assert f"script-src {report.csp_hash(script)};" in html.unescape(policy)
+    assert f"script-src {csp_hash(script)};" in policy
 
 
 def test_page_paints_exactly_where_the_policy_is_at_hand(tmp_path, tokenizer):
@@ -533,8 +535,7 @@ def test_curves_of_one_kind_stand_together():
         "sampler_drift": 0.01, "sampler_drift_max": 2.0, "sampler_kl": 0.02, "steps_skipped": 1.0,
     }  # fmt: skip
     drawn = {
-        chart["title"]: [series["name"] for series in chart["series"]]
-        for chart in report.charts([row])
+        chart["title"]: [series["name"] for series in chart["series"]] for chart in charts([row])
     }
     assert drawn == {
         "KL on routed tokens": ["kl_jsd"],
@@ -582,22 +583,24 @@ def dump_dom(url: str, profile: Path) -> str:
         "--disable-background-networking",
         "--disable-component-update",
         "--disable-sync",
+        "--window-size=1400,1400",
     ]
     command = [CHROMIUM, *flags, f"--user-data-dir={profile}", "--dump-dom", url]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_browser_draws_the_rollouts_and_runs_no_planted_script(hostile_run, tmp_path):
+def test_browser_draws_the_rollout_and_runs_no_planted_script(hostile_run, tmp_path):
     rows = [{"step": 0, "phase": "offline", "reward": 0.5}, {"step": 1, "phase": "online"}]
     trained = finish_training(hostile_run, rows, {"routed": hostile_run.routed.ref})
     path = report.run(ReportConfig(dataset=trained.ref), hostile_run.store)
-    dom = dump_dom(path.as_uri(), tmp_path)
+    dom = dump_dom(f"{path.as_uri()}#id={content_hash([1, 1])}", tmp_path)
     assert re.findall("<title>(.*?)</title>", dom)[0] == f"{trained.ref} · trace-opd"
-    assert dom.count('<article class="card"') == 2 * len(HOSTILE)
+    assert dom.count('class="row"') == 2 * len(HOSTILE)
     assert dom.count('<article class="chart"') == 1
-    assert '<span class="p-fkl" title="span 0 · key · fkl">' in dom
-    assert "What is 0+1? &lt;b&gt;bold&lt;/b&gt;" in dom
+    assert '<span class="p-rkl" title="span 0 · error · rkl">' in dom
+    assert "What is 1+1? &lt;b&gt;bold&lt;/b&gt;" in dom
+    assert "&lt;img src=x onerror=" in dom
     assert "<img" not in dom
 
 
@@ -605,9 +608,9 @@ def test_browser_draws_the_rollouts_and_runs_no_planted_script(hostile_run, tmp_
 def test_browser_filters_by_the_hash_of_the_address(hostile_run, tmp_path):
     path = report.run(ReportConfig(dataset=hostile_run.routed.ref), hostile_run.store)
     dom = dump_dom(f"{path.as_uri()}#correct=no&q=what+is+3", tmp_path)
-    cards = re.findall(r'<article class="card"[^>]* id="r-(\w+)"', dom)
-    assert cards == [content_hash([3, 1])]
-    assert f"1 of {2 * len(HOSTILE)} rollouts" in dom
+    assert re.findall(r'<p class="id">(\w+)</p>', dom) == [content_hash([3, 1])]
+    assert dom.count('class="row"') == 1
+    assert f"1 of {2 * len(HOSTILE)}</output>" in dom
 
 
 # --- in the terminal -----------------------------------------------------------------------------

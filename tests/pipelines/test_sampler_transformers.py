@@ -273,3 +273,68 @@ def test_bfloat16_logits_are_drawn_from_in_float32():
     _, logprobs = draw(logits, SamplingConfig(), torch.tensor([0.0]))
     assert logprobs.dtype == torch.float32
     assert logprobs.item() == pytest.approx(logits.float().log_softmax(-1)[0, 0].item())
+
+
+# --- drawing among the tokens that a schema allows ---
+
+ALLOWED = torch.tensor([True, False, True, False, True])
+
+
+def drawn_among(allowed: torch.Tensor, logits: torch.Tensor, sampling: SamplingConfig, uniform):
+    rows = len(uniform)
+    return draw(logits.repeat(rows, 1), sampling, torch.tensor(uniform), allowed.repeat(rows, 1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [0.4, 0, 0.2, 0, 0.05]),
+        ({"temperature": 0.5}, [0.16, 0, 0.04, 0, 0.0025]),
+        # Truncation sees the allowed tokens alone: two of the three, and 0.4/0.65 = 0.615.
+        ({"top_k": 2}, [0.4, 0, 0.2, 0, 0]),
+        ({"top_p": 0.6}, [1, 0, 0, 0, 0]),
+        ({"temperature": 0}, [1, 0, 0, 0, 0]),
+    ],
+)
+def test_allowed_tokens_are_drawn_with_their_own_proportions_and_no_others(fields, expected):
+    uniform = np.random.default_rng(0).random(DRAWS, dtype=np.float32).tolist()
+    logits = torch.tensor(PROBS).log()
+    ids, logprobs = drawn_among(ALLOWED, logits, SamplingConfig(**fields), uniform)
+    counts = np.bincount(ids.tolist(), minlength=len(PROBS))
+    shares = np.array(expected) / sum(expected)
+    assert (counts[shares == 0] == 0).all()
+    wanted = DRAWS * shares[shares > 0]
+    assert ((counts[shares > 0] - wanted) ** 2 / wanted).sum() < 18.5
+    # The log-probability is the policy's, of all five tokens.
+    scaled = (logits / (fields.get("temperature") or 1)).log_softmax(-1)
+    assert logprobs.tolist() == pytest.approx(scaled[ids].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"top_k": 3}, {"top_p": 0.9}, {"temperature": 0}])
+def test_allowed_tokens_that_the_policy_all_but_excludes_are_drawn_all_the_same(fields):
+    logits = torch.tensor([500.0, 0.0, 0.0, 0.0, 500.0])
+    allowed = torch.tensor([False, True, False, True, False])
+    uniform = [0.0, 0.49, 0.51, 1 - 2**-24]
+    ids, logprobs = drawn_among(allowed, logits, SamplingConfig(**fields), uniform)
+    assert set(ids.tolist()) <= {1, 3}
+    assert logprobs.tolist() == pytest.approx([-500.69] * 4, abs=0.01)
+
+
+def test_a_draw_that_rounds_up_to_the_total_stays_within_what_may_be_drawn():
+    """The last step below 1 times a sum that rounded: the product can be the sum itself."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(4096, 300, generator=rng) * 4
+    allowed = torch.zeros(4096, 300, dtype=torch.bool)
+    allowed[:, :150] = True
+    ids, _ = draw(logits, SamplingConfig(), torch.full((4096,), 1 - 2**-24), allowed)
+    assert (ids < 150).all()
+
+
+def test_rows_without_a_mask_draw_as_if_there_were_none():
+    logits = torch.randn(32, 50, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(32, generator=torch.Generator().manual_seed(1))
+    everything = torch.ones(32, 50, dtype=torch.bool)
+    for sampling in (SamplingConfig(), SamplingConfig(top_k=5), SamplingConfig(temperature=0)):
+        assert torch.equal(
+            draw(logits, sampling, uniform, everything)[0], draw(logits, sampling, uniform)[0]
+        )

@@ -6,16 +6,18 @@ every token counts as long as any other.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..schemas.labels import Route
-from ..trace.align import ByteTable
+from ...schemas.labels import Route
+
+if TYPE_CHECKING:
+    from ...trace.align import ByteTable
 
 
 class Paint(IntEnum):
@@ -60,7 +62,7 @@ def paint_spans(length: int, spans: Sequence[dict]) -> CharPaint:
 
 
 def paint_tokens(
-    table: ByteTable,
+    table: "ByteTable",
     length: int,
     segments: Sequence[dict],
     spans: Sequence[dict],
@@ -146,18 +148,20 @@ def _kept_ends(
 
 def pieces(text: str, segments: Sequence[dict], painted: CharPaint) -> list[Piece]:
     """Cut a text where its paint, its span or its segment changes; texts are made `visible`."""
+    return [
+        Piece(shown, Paint(paint), span, segment)
+        for shown, paint, span, segment in cut(text, segments, painted)
+    ]
+
+
+def cut(
+    text: str, segments: Sequence[dict], painted: CharPaint
+) -> Iterator[tuple[str, int, int, int | None]]:
+    """(visible text, paint, span, index of the segment that begins here or None), run by run."""
     starts = {segment["start"]: index for index, segment in enumerate(segments)}
     edges = {first for first, _ in _runs(painted.paint, painted.span)} | set(starts)
-    bounds = sorted(edges | {len(text)})
-    return [
-        Piece(
-            visible(text[a:b]),
-            Paint(int(painted.paint[a])),
-            int(painted.span[a]),
-            starts.get(a),
-        )
-        for a, b in pairwise(bounds)
-    ]
+    for a, b in pairwise(sorted(edges | {len(text)})):
+        yield visible(text[a:b]), int(painted.paint[a]), int(painted.span[a]), starts.get(a)
 
 
 # Controls but for newline and tab, and characters that show nothing or turn the reading direction:

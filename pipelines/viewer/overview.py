@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from ..data.store import Dataset
-from ..schemas.labels import Route
+from ...data.store import Dataset
+from ...schemas.labels import Route
 from .rollout_tables import Tables
 
 

@@ -1,4 +1,4 @@
-// Training curves as inline SVG: one crosshair over all of them. Runs after report.js.
+// Training curves as inline SVG: one crosshair over all of them.
 
 const FRONT_CHARTS = 6;
 const BOX = { width: 360, height: 168, left: 38, right: 6, top: 14, bottom: 18 };
@@ -121,4 +121,3 @@ function drawCharts() {
   cursors.forEach((move) => move(null));
 }
 
-if (DATA.charts.length) drawCharts();

@@ -3,14 +3,15 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..data.store import Dataset, Store
-from ..schemas.errors import InputError
-from ..schemas.tables import ANNOTATIONS, ROUTED
-from ..trace.align import ByteTable, byte_table
-from ..trace.policy import load_tokenizer, vocab_fingerprint
-from .models import resolve_policy
+from ...data.store import Dataset, Store
+from ...schemas.errors import InputError
+from ...schemas.tables import ANNOTATIONS, ROUTED
+from .paint import visible
+
+if TYPE_CHECKING:
+    from ...trace.align import ByteTable
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +60,60 @@ def find_tables(dataset: Dataset, store: Store) -> Tables:
     return Tables(ordered)
 
 
-def find_byte_table(dataset: Dataset, tables: Tables) -> tuple[ByteTable, str] | None:
-    """Bytes per token id and the vocabulary's fingerprint, if the policy is on this machine."""
+def find_counterpart(ref: str, tables: Tables, store: Store) -> Dataset:
+    """The annotations dataset that a dataset's annotations are compared with.
+
+    Raises:
+        InputError: one of the two is no annotations dataset, or they annotate other rollouts.
+    """
+    against, lead = store.get(ref, ANNOTATIONS), tables.lead
+    if lead.contract is not ANNOTATIONS:
+        raise InputError(
+            f"dataset {lead.ref} holds {lead.manifest['table']}; annotators are compared on their "
+            f"annotations datasets ({tables.by_role['annotations'].ref})"
+            if "annotations" in tables.by_role
+            else f"dataset {lead.ref} is not annotated; name an annotations dataset"
+        )
+    ours, theirs = (
+        tables.by_role["rollouts"].ref,
+        find_tables(against, store).by_role["rollouts"].ref,
+    )
+    if ours != theirs:
+        raise InputError(
+            f"datasets {lead.ref} and {against.ref} annotate different rollouts ({ours}, {theirs}); "
+            "name annotations of the same ones"
+        )
+    return against
+
+
+def annotator_labels(first: Dataset, second: Dataset) -> tuple[str, str]:
+    """What two annotations datasets are called beside each other: never the same."""
+    names = [_annotator_name(dataset) for dataset in (first, second)]
+    if names[0] == names[1]:
+        names = [
+            f"{name} {dataset.id[:8]}" for name, dataset in zip(names, (first, second), strict=True)
+        ]
+    return names[0], names[1]
+
+
+def _annotator_name(dataset: Dataset) -> str:
+    annotator = dataset.manifest["config"].get("annotator")
+    name = annotator.get("name") if isinstance(annotator, dict) else None
+    return visible(name or dataset.id[:8])
+
+
+def find_byte_table(dataset: Dataset, tables: Tables) -> "tuple[ByteTable, str] | None":
+    """Bytes per token id and the vocabulary's fingerprint, if the policy is on this machine.
+
+    None for what is not routed too: no token has a paint of its own there.
+    """
+    if "routed" not in tables.by_role:
+        return None
+    # Import torch; a viewer of annotations starts without it.
+    from ...trace.align import byte_table
+    from ...trace.policy import load_tokenizer, vocab_fingerprint
+    from ..models import resolve_policy
+
     configs = [dataset.manifest["config"], _made_by(tables.by_role["rollouts"])]
     paths = [config["policy"]["path"] for config in configs if "policy" in config]
     if not paths:

@@ -1,0 +1,49 @@
+"""ProcessBench: responses to mathematical problems with the first wrong step, found by experts.
+
+Layout as on the hub (Qwen/ProcessBench; Zheng et al., arXiv 2412.06559), one file per split gsm8k,
+math, olympiadbench, omnimath: a JSON array or JSON lines of
+
+    {"id": "gsm8k-0", "generator": "Qwen2-7B-Instruct", "problem": "Sue lives …",
+     "steps": ["To find out …", …], "final_answer_correct": false, "label": 1}
+
+label: index of the first wrong step, −1 if all are right. There is no gold answer. A response whose
+final answer is right may have a wrong step.
+"""
+
+from collections.abc import Iterator
+
+from ...schemas.errors import InputError
+from ..labelled import LabelledResponse, json_rows, take
+
+# The benchmark's unit is a paragraph (its section on solution reformatting).
+_SEPARATOR = "\n\n"
+
+
+def labelled_responses(path: str) -> Iterator[LabelledResponse]:
+    """The file's rows in order; every row has a label.
+
+    Raises:
+        InputError: names the file, the row and the field at fault.
+    """
+    for where, row in json_rows(path):
+        steps = take(row, "steps", list, where)
+        if not steps or not all(isinstance(step, str) and step.strip() for step in steps):
+            raise InputError(f"{where}: steps holds something else than texts; leave the row out")
+        label = take(row, "label", int, where)
+        if not -1 <= label < len(steps):
+            raise InputError(
+                f"{where}: label is {label}, and there are steps 0 to {len(steps) - 1}; mend it, "
+                "or leave the row out"
+            )
+        split = take(row, "id", str, where).rpartition("-")[0]
+        yield LabelledResponse(
+            source=f"processbench/{split}" if split else "processbench",
+            problem=take(row, "problem", str, where),
+            answer=None,
+            solution=None,
+            generator=take(row, "generator", str, where),
+            steps=tuple(steps),
+            separator=_SEPARATOR,
+            first_wrong=None if label == -1 else label,
+            correct=take(row, "final_answer_correct", bool, where),
+        )

@@ -1,0 +1,261 @@
+"""Annotation by OpenAI's Batch API: questions go out as files, answers come back within a day.
+
+All answers go through the journal under the keys of the engine that asks one by one, so either
+engine finds what the other has paid for.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from openai.types import Batch
+
+from ...schemas.configs import OpenAIAnnotator, SegmentConfig
+from ...schemas.errors import InputError
+from ...schemas.labels import AnnotationStatus
+from ...schemas.tables import ANNOTATIONS
+from .. import endpoint
+from .batch_jobs import (
+    FINAL,
+    BatchClient,
+    JobFile,
+    RequestFailed,
+    RequestFile,
+    read_jobs,
+    remove_unfinished,
+)
+from .budget import BudgetSpent
+from .completion import question_key, read_record, request_body
+from .dialogue import Answer, Question, replay
+from .journal import Journal
+from .prompting import AnnotationPrompt
+from .rows import SKIPPED, Identity, Item, Reading, annotation_row, items
+from .spending import Spending, exclusive
+
+logger = logging.getLogger(__name__)
+
+_LINES_PER_WRITE = 1000  # of a batch's results, into the journal at once
+
+Tables = tuple[pa.Table, pa.Table, pa.Table]  # problems, rollouts, verdicts of one part
+
+
+class BatchAnnotator:
+    """Asks in rounds: first questions of all rows, then those that answers have given rise to."""
+
+    def __init__(
+        self,
+        config: OpenAIAnnotator,
+        prompt: AnnotationPrompt,
+        segment: SegmentConfig,
+        journal: Journal,
+        folder: Path,
+        spending: Spending,
+    ) -> None:
+        """folder: where jobs are remembered.
+
+        Raises:
+            InputError: a missing key, another process with the same batches.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._config, self._prompt, self._segment = config, prompt, segment
+        self._journal, self._folder, self._spending = journal, folder, spending
+        self._client = BatchClient(
+            config.base_url, config.api_key_env, config.max_attempts, config.timeout_s
+        )
+        self._lock = exclusive(folder / "lock", "asks this dataset's questions in batches")
+        self._who = Identity(config.name, config.model, prompt.version)
+        self._refused: set[str] = set()
+        self._failed: dict[str, str] = {}  # sentence by journal key, for this run
+        remove_unfinished(folder)
+
+    def fill(self, parts: Callable[[], Iterable[Tables]]) -> None:
+        """Ask until no row of these parts has an open question; answers go into the journal.
+
+        parts: read anew in each round, one after the other.
+
+        Raises:
+            InputError: a batch that failed, expired or was cancelled, more than half of a round's
+                requests failing, a spent budget. Answers that arrived are in the journal.
+        """
+        jobs = self._submitted()
+        while jobs or (jobs := self._submit(parts)):
+            self._collect(jobs)
+            jobs = []
+
+    def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
+        """See `Annotator`; asks what `fill` was not told of.
+
+        Raises:
+            InputError: as `fill`.
+        """
+        self.fill(lambda: [(problems, rollouts, verdicts)])
+        work = items(problems, rollouts, verdicts, self._segment)
+        return ANNOTATIONS.table(self._row(item) for item in work)
+
+    def close(self) -> None:
+        self._client.close()
+        self._journal.close()
+        self._spending.close()
+        self._lock.close()
+
+    def _row(self, item: Item) -> dict[str, Any]:
+        if item.correct is None:
+            self._spending.row(())
+            return annotation_row(item, self._who, SKIPPED)
+        answers, came = replay(self._prompt, item, self._config, self._known)
+        if isinstance(came, Question):
+            came = Reading(AnnotationStatus.FAILED, error=self._failed[self._key(came)])
+        raw = answers[-1].text if answers else None
+        return annotation_row(item, self._who, came, self._spending.row(answers), raw)
+
+    def _key(self, question: Question) -> str:
+        return question_key(self._config, self._prompt, question)
+
+    def _known(self, question: Question) -> Answer | None:
+        record = self._journal.get(self._key(question))
+        return None if record is None else read_record(record)
+
+    def _submitted(self) -> list[JobFile]:
+        """Jobs of an earlier process, on their way again from whatever step they had reached."""
+        jobs = read_jobs(self._folder)
+        for file in jobs:
+            self._refused.update(file.job.refused)
+            self._send(file)
+        return jobs
+
+    def _send(self, file: JobFile) -> None:
+        if self._spending.budget is not None:
+            file.reservation = self._spending.budget.hold(file.job.worst_case_usd)
+        self._client.submit(file)
+
+    def _submit(self, parts: Callable[[], Iterable[Tables]]) -> list[JobFile]:
+        """A round's jobs: all open questions that the budget has room for; none if none is open."""
+        jobs: list[JobFile] = []
+        asked: set[str] = set()
+        requests = RequestFile(self._folder, self._config, self._refused)
+
+        def send() -> None:
+            if (file := requests.close()) is not None:
+                jobs.append(file)
+                self._send(file)
+
+        for key, question in self._open_questions(parts()):
+            if key in asked:
+                continue
+            body = request_body(self._config, self._prompt, question, self._refused)
+            worst = self._worst_case_usd(body)
+            if not self._room(requests.worst_case_usd + worst, more_comes=bool(asked)):
+                break
+            if not requests.add(key, body, worst):
+                send()
+                requests = RequestFile(self._folder, self._config, self._refused)
+                requests.add(key, body, worst)
+            asked.add(key)
+        send()
+        return jobs
+
+    def _open_questions(self, parts: Iterable[Tables]) -> Iterator[tuple[str, Question]]:
+        for tables in parts:
+            for item in items(*tables, self._segment):
+                if item.correct is None:
+                    continue
+                _, came = replay(self._prompt, item, self._config, self._known)
+                if isinstance(came, Question) and (key := self._key(came)) not in self._failed:
+                    yield key, came
+
+    def _worst_case_usd(self, body: dict[str, Any]) -> float:
+        price = self._spending.price
+        return 0.0 if price is None else price.worst_case_usd(body, batched=True)
+
+    def _room(self, worst_case_usd: float, more_comes: bool) -> bool:
+        """Whether the budget has room for this round so far.
+
+        Raises:
+            InputError: it has none, and no answer that is still to come can make any.
+        """
+        budget = self._spending.budget
+        if budget is None:
+            return True
+        try:
+            reservation = budget.take(worst_case_usd)
+        except BudgetSpent as error:
+            if more_comes:
+                return False
+            raise InputError(
+                f"annotator {self._config.name}: {error}; raise annotator.budget_usd and run again: "
+                "answers that arrived are kept and not paid again"
+            ) from None
+        if reservation is not None:
+            budget.release(reservation)
+        return reservation is not None
+
+    def _collect(self, jobs: list[JobFile]) -> None:
+        """Wait for all jobs and keep their answers; say what went wrong when all are in."""
+        outcomes: Counter[str] = Counter()
+        faults: list[str] = []
+        waiting = list(jobs)
+        while waiting:
+            for file in list(waiting):
+                batch = self._client.look(file)
+                if batch.status in FINAL:
+                    waiting.remove(file)
+                    came = self._keep(file, batch)
+                    outcomes += came
+                    if batch.status != "completed":
+                        faults.append(self._client.fault(file, batch))
+            self._tell(jobs)
+            if waiting:
+                time.sleep(self._config.batch_poll_s)
+        if not faults and outcomes["failed"] > outcomes["answered"]:
+            said = self._failed[next(reversed(self._failed))]
+            faults.append(f"{outcomes['failed']} requests failed ({said})")
+        if faults:
+            raise InputError(
+                f"annotator {self._config.name} at {self._config.base_url}: {faults[0]}; answers "
+                "that arrived are kept and not paid again: run again for the rest"
+            )
+
+    def _keep(self, file: JobFile, batch: Batch) -> Counter[str]:
+        """A final batch's answers into the journal. Counts what was answered and what failed."""
+        came: Counter[str] = Counter()
+        cost: float | None = 0.0
+        results = self._client.results(file, batch)
+        while lines := list(islice(results, _LINES_PER_WRITE)):
+            kept = [(key, outcome) for key, outcome in lines if not isinstance(outcome, Exception)]
+            # A kill may have come when a part of them was in the journal, and counted as spent.
+            fresh = [(key, record) for key, record in kept if self._journal.get(key) is None]
+            self._journal.append(fresh)
+            usd = self._spending.cost_usd([read_record(record) for _, record in fresh])
+            cost = None if cost is None or usd is None else cost + usd
+            came["answered"] += len(kept)
+            for key, outcome in lines:
+                if isinstance(outcome, Exception):
+                    came["failed"] += self._fails(key, outcome, file.job.refused)
+        if file.reservation is not None and self._spending.budget is not None:
+            file.reservation.settle(cost)
+            self._spending.budget.release(file.reservation)
+        file.update(status="collected", completed=came["answered"])
+        return came
+
+    def _fails(self, key: str, error: Exception, refused: Collection[str]) -> bool:
+        """Whether a request is given up: it is asked again without a parameter that is refused."""
+        if isinstance(error, RequestFailed):
+            name = endpoint.refused_parameter(error, refused)  # type: ignore[arg-type]
+            if name is not None and name not in refused:
+                if name not in self._refused:
+                    logger.warning("%s refuses %s: going without", self._config.base_url, name)
+                self._refused.add(name)
+                return False
+        self._failed[key] = self._client.sentence(error)
+        return True
+
+    def _tell(self, jobs: list[JobFile]) -> None:
+        statuses = Counter(file.job.status for file in jobs)
+        done, total = (sum(getattr(f.job, n) for f in jobs) for n in ("completed", "requests"))
+        said = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+        self._spending.tell(batches=said, answers=f"{done}/{total}")

@@ -1,0 +1,274 @@
+"""Jobs at OpenAI's Batch API (https://platform.openai.com/docs/guides/batch), remembered on disk.
+
+A job is a JSON file, written before each step that costs something: a process that is killed at any
+moment finds what it has submitted, and submits nothing twice.
+"""
+
+import json
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import openai
+from openai.types import Batch
+from pydantic import BaseModel
+from tenacity import Retrying, retry_if_exception, stop_after_attempt
+
+from ...data.store import Store
+from ...schemas.configs import OpenAIAnnotator
+from ...schemas.errors import InputError
+from .. import endpoint
+from .budget import Reservation
+from .completion import checked_body
+
+MOST_BYTES = 200_000_000  # of one file of requests; the API's own limit
+FINAL = ("completed", "failed", "expired", "cancelled")
+_URL = "/v1/chat/completions"
+_T = TypeVar("_T")
+
+
+class RequestFailed(Exception):
+    """One request of a batch has an error in place of an answer."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param = message, param
+
+
+class Job(BaseModel):
+    """One batch.
+
+    refused: parameters that its requests go without. status: the last that is known; collected
+    when its answers are in the journal.
+    """
+
+    base_url: str
+    api_key_env: str | None
+    requests: int
+    worst_case_usd: float
+    refused: list[str]
+    created_at: str
+    input_file_id: str | None = None
+    batch_id: str | None = None
+    status: str = "written"
+    completed: int = 0
+
+
+class JobFile:
+    """A job and its place on disk; the requests lie beside it until they are uploaded."""
+
+    def __init__(self, path: Path, job: Job) -> None:
+        self.path, self.job = path, job
+        self.reservation: Reservation | None = None  # of the budget, while the answers are out
+
+    @property
+    def requests_path(self) -> Path:
+        return self.path.with_suffix(".jsonl")
+
+    def update(self, **changes: Any) -> None:
+        """Change fields; on disk before this returns."""
+        self.job = self.job.model_copy(update=changes)
+        Store(self.path.parent).write_json(self.path.name, self.job.model_dump())
+
+
+class RequestFile:
+    """A file of requests in the making: one per line, none twice."""
+
+    def __init__(self, folder: Path, config: OpenAIAnnotator, refused: Collection[str]) -> None:
+        self._refused = sorted(refused)
+        self._path = folder / f"{uuid.uuid4().hex}.jsonl"
+        self._config = config
+        self._file: IO[bytes] = self._path.open("xb")
+        self._bytes = self.requests = 0
+        self.worst_case_usd = 0.0
+
+    def add(self, key: str, body: dict[str, Any], worst_case_usd: float) -> bool:
+        """Write a request; False if the file is full."""
+        line = {"custom_id": key, "method": "POST", "url": _URL, "body": body}
+        raw = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        full = self.requests >= self._config.batch_requests or self._bytes + len(raw) > MOST_BYTES
+        if full and self.requests:
+            return False
+        self._file.write(raw)
+        self._bytes += len(raw)
+        self.requests += 1
+        self.worst_case_usd += worst_case_usd
+        return True
+
+    def close(self) -> JobFile | None:
+        """The job that is to be submitted, None if there is no request in it."""
+        self._file.close()
+        if not self.requests:
+            self._path.unlink()
+            return None
+        job = Job(
+            base_url=self._config.base_url,
+            api_key_env=self._config.api_key_env,
+            requests=self.requests,
+            worst_case_usd=self.worst_case_usd,
+            refused=self._refused,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        file = JobFile(self._path.with_suffix(".json"), job)
+        file.update()
+        return file
+
+
+def read_jobs(folder: Path) -> list[JobFile]:
+    """The jobs of a folder whose answers are not in the journal yet, oldest first."""
+    files = [
+        JobFile(path, Job.model_validate_json(path.read_text())) for path in folder.glob("*.json")
+    ]
+    waiting = [file for file in files if file.job.status != "collected"]
+    return sorted(waiting, key=lambda file: (file.job.created_at, file.path.name))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove files of requests that a kill has left without a job."""
+    for path in folder.glob("*.jsonl"):
+        if not path.with_suffix(".json").exists():
+            path.unlink()
+
+
+class BatchClient:
+    """The API's calls, each tried again where that can help."""
+
+    def __init__(
+        self, base_url: str, api_key_env: str | None, attempts: int, timeout_s: float
+    ) -> None:
+        self._key = endpoint.read_key(api_key_env, "annotator.api_key_env")
+        self._base_url, self._attempts = base_url, attempts
+        self._client = openai.OpenAI(
+            base_url=base_url,
+            api_key=self._key or "none",  # without one the client would look for OPENAI_API_KEY
+            timeout=timeout_s,
+            max_retries=0,
+        )
+        self._headers: dict[str, Any] = {} if self._key else {"Authorization": openai.Omit()}
+
+    def submit(self, file: JobFile) -> None:
+        """Upload a job's requests and create its batch, from whatever step it has reached."""
+        if file.job.input_file_id is None:
+            uploaded = self._try(lambda: self._uploaded(file.requests_path))
+            file.update(input_file_id=uploaded, status="uploaded")
+        if file.job.batch_id is None:
+            batch = self._try(lambda: self._created(file.job))
+            file.update(batch_id=batch.id, status=batch.status)
+            file.requests_path.unlink(missing_ok=True)
+
+    def look(self, file: JobFile) -> Batch:
+        """The batch's state, which the job remembers."""
+        batch = self._try(
+            lambda: self._client.batches.retrieve(_submitted(file), extra_headers=self._headers)
+        )
+        counts = batch.request_counts
+        file.update(status=batch.status, completed=counts.completed if counts else 0)
+        return batch
+
+    def cancel(self, file: JobFile) -> None:
+        """Ask for the batch's end; answers that are there stay to be collected."""
+        batch = self._try(
+            lambda: self._client.batches.cancel(_submitted(file), extra_headers=self._headers)
+        )
+        file.update(status=batch.status)
+
+    def results(
+        self, file: JobFile, batch: Batch
+    ) -> Iterator[tuple[str, dict[str, Any] | Exception]]:
+        """Key and journal record, or error, of each request that has an outcome.
+
+        Latency is the batch's: nobody tells a single answer's.
+        """
+        ended = batch.completed_at or batch.expired_at or batch.cancelled_at or batch.created_at
+        for file_id in (batch.output_file_id, batch.error_file_id):
+            if file_id is None:
+                continue
+            path = file.path.with_suffix(".results")
+            self._try(lambda file_id=file_id, path=path: self._download(file_id, path))
+            with path.open("rb") as lines:
+                for line in lines:
+                    key, outcome = _outcome(json.loads(line), float(ended - batch.created_at))
+                    if self._key is not None and self._key.encode() in line:
+                        outcome = RequestFailed("the endpoint sends the API key back")
+                    yield key, outcome
+            path.unlink()
+
+    def sentence(self, error: Exception) -> str:
+        """The error in one short line without the key."""
+        return endpoint.sentence(error, self._key)
+
+    def fault(self, file: JobFile, batch: Batch) -> str:
+        """How a batch ended that was not completed."""
+        said = ""
+        if batch.errors is not None and batch.errors.data:
+            said = f" ({self.sentence(RequestFailed(batch.errors.data[0].message or 'no reason'))})"
+        answers = f"{file.job.completed} of {file.job.requests} answers"
+        return f"batch {batch.id} is {batch.status} with {answers}{said}"
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _uploaded(self, path: Path) -> str:
+        with path.open("rb") as requests:
+            uploaded = self._client.files.create(
+                file=(path.name, requests), purpose="batch", extra_headers=self._headers
+            )
+        return uploaded.id
+
+    def _download(self, file_id: str, path: Path) -> None:
+        content = self._client.files.with_streaming_response.content
+        with content(file_id, extra_headers=self._headers) as response:
+            response.stream_to_file(path)
+
+    def _created(self, job: Job) -> Batch:
+        """The batch of the uploaded file: one that an earlier attempt made without hearing of it."""
+        assert job.input_file_id is not None, "uploaded before"
+        for batch in self._client.batches.list(limit=100, extra_headers=self._headers):
+            if batch.input_file_id == job.input_file_id:
+                return batch
+        return self._client.batches.create(
+            input_file_id=job.input_file_id,
+            endpoint=_URL,
+            completion_window="24h",
+            extra_headers=self._headers,
+        )
+
+    def _try(self, call: Callable[[], _T]) -> _T:
+        retrying = Retrying(
+            retry=retry_if_exception(endpoint.may_pass),
+            wait=endpoint.wait_s,
+            stop=stop_after_attempt(self._attempts),
+            reraise=True,
+        )
+        try:
+            return retrying(call)
+        except openai.APIError as error:
+            raise InputError(
+                f"batch interface at {self._base_url}: {self.sentence(error)}; mend "
+                "that and run again: batches that were submitted go on and are found again"
+            ) from None
+
+
+def _submitted(file: JobFile) -> str:
+    if file.job.batch_id is None:
+        raise InputError(
+            f"{file.path}: this batch was not submitted yet; run its annotation again, which does"
+        )
+    return file.job.batch_id
+
+
+def _outcome(line: dict[str, Any], latency_s: float) -> tuple[str, dict[str, Any] | Exception]:
+    key, response = line["custom_id"], line.get("response")
+    if response is None:
+        return key, RequestFailed((line.get("error") or {}).get("message") or "no response")
+    if response["status_code"] != 200:
+        said = (response.get("body") or {}).get("error") or {}
+        message = said.get("message") or f"status {response['status_code']}"
+        return key, RequestFailed(message, said.get("param"))
+    try:
+        body = checked_body(json.dumps(response["body"]).encode())
+    except endpoint.NotACompletion as error:
+        return key, error
+    return key, {"latency_s": latency_s, "body": body, "batched": True}

@@ -1,0 +1,126 @@
+"""The answer's JSON schema made finite: constrained decoding then ends, whatever the model.
+
+A small model that may go on goes on: it repeats digits, spans or words until its token limit. So
+everything has a bound, and the longest answer fits the limit even if each byte takes a token.
+"""
+
+import json
+from typing import Any
+
+from jsonschema import Draft202012Validator
+
+from ...schemas.errors import InputError
+from .prompting import AnnotationPrompt
+
+_MOST_STRING_BYTES_PER_CHAR = 6  # \u001f; UTF-8 takes up to four
+_END_TOKEN = 1
+_NEEDED = ("abstain", "spans", "segments", "type")
+
+
+def bounded_schema(
+    prompt: AnnotationPrompt, segments: int, most_spans: int, max_new_tokens: int
+) -> dict[str, Any]:
+    """The answer schema for a response of so many segments; what it allows is a valid answer.
+
+    Spans name segments that exist, each at most a quarter of them, and carry no quote: a quote
+    checks numbers that were chosen freely, and one from elsewhere would void the answer. An answer
+    that abstains marks nothing.
+
+    Raises:
+        InputError: the limit is below the longest answer with one span of one segment; an answer
+            schema of the user's own with a property that has no bound.
+    """
+    each_span = prompt.schema["properties"]["spans"]["items"]["properties"]["segments"]
+    named = min(max(segments // 4, 1), each_span.get("maxItems", segments))
+    sizes = [(s, n) for s in range(min(most_spans, segments), 0, -1) for n in range(named, 0, -1)]
+    for spans, each in sizes or [(0, 0)]:
+        schema = _answer(prompt.schema, segments, spans, each)
+        needed = most_bytes(schema, "annotator.answer_schema") + _END_TOKEN
+        if needed <= max_new_tokens:
+            return schema
+    raise InputError(
+        f"annotator.max_new_tokens={max_new_tokens}: a structured answer may take {needed}; raise "
+        "it to at least that"
+    )
+
+
+def most_bytes(schema: dict[str, Any], where: str) -> int:
+    """Length of the longest JSON text that a schema allows, written as `json.dumps` writes it.
+
+    where: what the schema describes, for the error.
+
+    Raises:
+        InputError: no bound, or a keyword that this doesn't know.
+    """
+    match schema:
+        case {"enum": values}:
+            return max(len(json.dumps(value)) for value in values)
+        case {"const": value}:
+            return len(json.dumps(value))
+        case {"anyOf": choices}:
+            return max(most_bytes(choice, where) for choice in choices)
+        case {"type": list(kinds)}:
+            return max(most_bytes(schema | {"type": kind}, where) for kind in kinds)
+        case {"type": "object", "properties": properties, "additionalProperties": False}:
+            pairs = [
+                len(json.dumps(name)) + len(": ") + most_bytes(child, f"{where}.{name}")
+                for name, child in properties.items()
+            ]
+            return len("{}") + sum(pairs) + len(", ") * max(len(pairs) - 1, 0)
+        case {"type": "array", "maxItems": 0}:
+            return len("[]")
+        case {"type": "array", "maxItems": count, "items": child}:
+            each = most_bytes(child, f"{where}.items")
+            return len("[]") + count * each + len(", ") * (count - 1)
+        case {"type": "string", "maxLength": length}:
+            return len('""') + _MOST_STRING_BYTES_PER_CHAR * length
+        case {"type": "integer", "minimum": least, "maximum": most}:
+            return max(len(str(least)), len(str(most)))
+        case {"type": "boolean"}:
+            return len("false")
+        case {"type": "null"}:
+            return len("null")
+    raise InputError(
+        f"{where}: has no bound that constrained decoding could keep to; give strings maxLength, "
+        "arrays maxItems, integers minimum and maximum, objects additionalProperties=false, or set "
+        "annotator.structured=false"
+    )
+
+
+def _answer(schema: dict[str, Any], segments: int, spans: int, named: int) -> dict[str, Any]:
+    """The answer's object; properties keep the schema's order, which is the prompt's."""
+    marks = schema["properties"]["spans"]
+    index = {"type": "integer", "minimum": 0, "maximum": segments - 1}
+    chosen: dict[str, Any] = {
+        "segments": {"type": "array", "minItems": 1, "maxItems": named, "items": index}
+    }
+    if Draft202012Validator(marks["items"]["properties"].get("quote", {})).is_valid(None):
+        chosen["quote"] = {"type": "null"}
+    span = _object(marks["items"], chosen)
+    fewest = min(marks.get("minItems", 0), spans)
+    some = {"type": "array", "minItems": fewest, "maxItems": spans, "items": span}
+    if "abstain" not in schema["properties"]:
+        return _object(schema, {"spans": some})
+    none = {"type": "array", "maxItems": 0}
+    return {
+        "anyOf": [
+            _object(schema, {"abstain": {"const": False}, "spans": some}),
+            _object(schema, {"abstain": {"const": True}, "spans": none}),
+        ]
+    }
+
+
+def _object(schema: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """An object of those properties alone that an answer needs or the schema requires."""
+    needed = {*_NEEDED, *schema.get("required", [])}
+    properties = {
+        name: chosen.get(name, child)
+        for name, child in schema["properties"].items()
+        if name in needed
+    }
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }

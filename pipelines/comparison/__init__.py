@@ -1,0 +1,1 @@
+"""Annotations of the same rollouts held against one another: trace-opd compare."""

@@ -1,0 +1,233 @@
+"""What `trace-opd compare` leaves and shows: Parquet, one HTML page, tables in the terminal.
+
+The page holds its style and loads nothing; its content security policy allows no script at all.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table
+
+from ...data.store import Store, content_hash
+from ...schemas.labels import AnnotationStatus
+from ..viewer.page import csp_hash
+from ..viewer.paint import visible
+from ..viewer.rollout_tables import find_tables
+from .agreement import FIGURES
+from .compare import SCOPES, Comparison
+from .marks import TYPES
+
+Row = dict[str, Any]
+
+_HERE = Path(__file__).parent
+_PROBLEMS_SHOWN = 20
+_PROBLEM_CHARS = 240
+# Figure: label and what it says in a few words.
+LABELS = {
+    "kappa": ("κ", "Cohen's kappa over {unit}"),
+    "iou": ("IoU", "marked by both over marked by either"),
+    "capped_kappa": ("κ, capped", "after the α cap: what training sees"),
+    "capped_iou": ("IoU, capped", "after the α cap"),
+    "segment_precision": ("segment precision", "of the other's segments, marked by the reference"),
+    "segment_recall": ("segment recall", "of the reference's segments, marked by the other"),
+    "segment_f1": ("segment F1", "their harmonic mean"),
+    "type_agreement": ("same type", "of rollouts that both give a type"),
+    "wrong_accuracy": ("first error found", "of rollouts in which the reference sees one"),
+    "right_accuracy": ("“no error” said", "of rollouts in which the reference sees none"),
+    "first_error_f1": ("first-error F1", "their harmonic mean, as in ProcessBench"),
+}
+
+
+def default_output(comparison: Comparison, store: Store) -> Path:
+    """A folder beside the data, the same for the same request.
+
+    Raises:
+        InputError: the store is not local.
+    """
+    refs = [dataset.ref for dataset in comparison.datasets.values()]
+    return store.local_root() / "compare" / content_hash([refs, comparison.alpha])
+
+
+def write(comparison: Comparison, table: pa.Table, store: Store, output: Path) -> list[Path]:
+    """Write comparisons.parquet and compare.html into a folder; returns their paths."""
+    output.mkdir(parents=True, exist_ok=True)
+    paths = [output / "comparisons.parquet", output / "compare.html"]
+    pq.write_table(table, paths[0], compression="zstd")
+    paths[1].write_text(page(comparison, table, store), encoding="utf-8")
+    return paths
+
+
+# --- terminal ------------------------------------------------------------------------------------
+
+
+def show(comparison: Comparison, table: pa.Table, console: Console) -> None:
+    """Print each pair's figures with their 95 % intervals, and what each annotator said and cost."""
+    console.print(summary_line(comparison), soft_wrap=True, markup=False, highlight=False)
+    for scopes in pair_rows(comparison, table):
+        whole = scopes["all"]
+        title = f"{whole['other']} against {whole['reference']}"
+        shown = Table(title, *SCOPES, box=None, title_justify="left")
+        for name in ("judged", "both_empty"):
+            shown.add_row(name.replace("_", " "), *(f"{scopes[s][name]:,}" for s in SCOPES))
+        for name in FIGURES:
+            cells = [estimate(scopes[scope], name) for scope in SCOPES]
+            if any(cell != "–" for cell in cells):
+                shown.add_row(LABELS[name][0], *cells)
+        console.print()
+        console.print(shown, highlight=False)
+    console.print()
+    console.print(_annotator_table(comparison, table), highlight=False)
+
+
+def _annotator_table(comparison: Comparison, table: pa.Table) -> Table:
+    facts = annotators(comparison, table)
+    shown = Table("annotator", *facts, box=None)
+    for index, (label, _) in enumerate(next(iter(facts.values()))):
+        shown.add_row(label, *(rows[index][1] for rows in facts.values()))
+    return shown
+
+
+# --- shared by both ------------------------------------------------------------------------------
+
+
+def summary_line(comparison: Comparison) -> str:
+    rows = ", ".join(f"{name} {dataset.rows:,}" for name, dataset in comparison.datasets.items())
+    unit = f"counted in {comparison.unit}"
+    if comparison.unit_reason:
+        unit += f" ({comparison.unit_reason})"
+    problems = len(comparison.problem_ids)
+    return (
+        f"{comparison.common:,} rollouts of {problems:,} problems in common ({rows}); {unit}; "
+        f"α {comparison.alpha:g}"
+    )
+
+
+def pair_rows(comparison: Comparison, table: pa.Table) -> list[dict[str, Row]]:
+    """Of each pair its overall rows by scope."""
+    overall = table.filter(pc.is_null(table["problem_id"])).to_pylist()
+    by_key = {(row["reference"], row["other"], row["kind"]): row for row in overall}
+    return [
+        {scope: by_key[pair.reference, pair.other, scope] for scope in SCOPES}
+        for pair in comparison.pairs
+    ]
+
+
+def estimate(row: Row, name: str) -> str:
+    """A figure with its interval; – where it is undefined."""
+    if row[name] is None:
+        return "–"
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return f"{row[name]:.3f}" + (f" ({low:.3f} – {high:.3f})" if low is not None else "")
+
+
+def annotators(comparison: Comparison, table: pa.Table) -> dict[str, list[tuple[str, str]]]:
+    """What each annotator said and cost over the common rollouts: (label, value) by name."""
+    facts = {}
+    for scopes in pair_rows(comparison, table):
+        for side in ("reference", "other"):
+            facts.setdefault(scopes["all"][side], _facts(scopes["all"], side))
+    return {name: facts[name] for name in comparison.datasets}
+
+
+def _facts(row: Row, side: str) -> list[tuple[str, str]]:
+    own = {name.removeprefix(f"{side}_"): value for name, value in row.items()}
+    tokens = own["prompt_tokens"], own["completion_tokens"]
+    facts = [(status.value, f"{own[status.value]:,}") for status in AnnotationStatus]
+    facts += [
+        ("coverage", _share(own["coverage"])),
+        ("coverage, capped", _share(own["capped_coverage"])),
+        ("cap hits", f"{own['cap_hits']:,}"),
+        ("tokens", "unknown" if None in tokens else f"{sum(tokens):,.0f}"),
+        ("cost", "unknown" if own["cost_usd"] is None else f"${own['cost_usd']:,.4f}"),
+    ]
+    return facts
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+# --- page ----------------------------------------------------------------------------------------
+
+
+def page(comparison: Comparison, table: pa.Table, store: Store) -> str:
+    """The comparison as one HTML page."""
+    style = (_HERE / "compare.css").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("compare.html.j2").render(
+        names=list(comparison.datasets),
+        summary=summary_line(comparison),
+        scopes=SCOPES,
+        figures={
+            name: (label, what.format(unit=comparison.unit))
+            for name, (label, what) in LABELS.items()
+        },
+        pairs=[_pair(comparison, table, store, scopes) for scopes in pair_rows(comparison, table)],
+        annotators=annotators(comparison, table),
+        datasets={name: dataset.ref for name, dataset in comparison.datasets.items()},
+        estimate=estimate,
+        style=Markup(style),
+        style_hash=csp_hash(style),
+    )
+
+
+def _pair(
+    comparison: Comparison, table: pa.Table, store: Store, scopes: dict[str, Row]
+) -> dict[str, Any]:
+    whole = scopes["all"]
+    problems = table.filter(
+        (pc.field("reference") == whole["reference"])
+        & (pc.field("other") == whole["other"])
+        & (pc.field("kind") == "all")
+        & pc.field("problem_id").is_valid()
+    )
+    overlaps = problems.filter(pc.is_valid(problems["iou"]))
+    least = overlaps.sort_by([("iou", "ascending"), ("units", "descending")])
+    worst = least.slice(0, _PROBLEMS_SHOWN).to_pylist()
+    texts = _problem_texts(comparison, store, [row["problem_id"] for row in worst])
+    return {
+        "scopes": scopes,
+        "types": _matrix(whole["confusion"]),
+        "problems": [(row, texts.get(row["problem_id"], "")) for row in worst],
+        "problem_count": len(problems),
+    }
+
+
+def _matrix(cells: list[Row]) -> tuple[list[str], list[tuple[str, list[tuple[int, int]]]]]:
+    """Types that occur, and a row per reference's type of (rollouts, shade 0 to 9 in its row)."""
+    counts = {(cell["reference_type"], cell["other_type"]): cell["rollouts"] for cell in cells}
+    used = [str(label) for label in TYPES if any(label in pair for pair in counts)]
+    rows = []
+    for label in used:
+        values = [counts.get((label, other), 0) for other in used]
+        total = sum(values)
+        rows.append((label, [(n, round(9 * n / total) if total else 0) for n in values]))
+    return used, rows
+
+
+def _problem_texts(comparison: Comparison, store: Store, ids: list[str]) -> dict[str, str]:
+    lead = comparison.datasets[comparison.reference]
+    problems = find_tables(lead, store).by_role["problems"]
+    wanted = pa.array(ids, pa.string())
+    texts: dict[Any, Any] = {}
+    for part in range(problems.parts):
+        rows = problems.read_part(part, ["problem_id", "problem"])
+        rows = rows.filter(pc.is_in(rows["problem_id"], value_set=wanted))
+        texts |= dict(zip(rows["problem_id"].to_pylist(), rows["problem"].to_pylist(), strict=True))
+    return {key: visible(_cut(text)) for key, text in texts.items()}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _PROBLEM_CHARS else text[:_PROBLEM_CHARS].rstrip() + "…"

@@ -1,0 +1,75 @@
+"""What a dataset and its rollouts were made from, as the report's head shows it."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...data.store import Dataset
+from .paint import visible
+
+# Stage: path into its config and label of what the lineage shows without unfolding.
+_FACTS = {
+    "rollout": {"policy.path": "policy", "group_size": "G", "sampling.temperature": "temperature"},
+    "annotate": {
+        "annotator.engine": "engine",
+        "annotator.name": "by",
+        "annotator.model": "model",
+    },
+    "convert": {
+        "routing.rule": "rule",
+        "routing.alpha": "α",
+        "routing.key": "key →",
+        "routing.error": "error →",
+    },
+    "train": {"offline.steps": "offline steps", "online.steps": "online steps", "optim.lr": "lr"},
+}
+
+
+def lineage_chain(*datasets: Dataset | None) -> list[Dataset]:
+    """Everything that some datasets were made from and they themselves, each once, sources first."""
+    chain = [
+        entry
+        for dataset in datasets
+        if dataset is not None
+        for entry in dataset.store.lineage(dataset)
+    ]
+    unique = {entry.ref: entry for _, _, entry in sorted(chain, key=lambda item: -item[0])}
+    return list(unique.values())
+
+
+def lineage_entry(dataset: Dataset) -> dict[str, Any]:
+    manifest = dataset.manifest
+    facts = [
+        (label, _pick(manifest["config"], path))
+        for path, label in _FACTS.get(dataset.stage, {}).items()
+    ]
+    return {
+        "ref": dataset.ref,
+        "stage": dataset.stage,
+        "id": dataset.id,
+        "rows": dataset.rows if dataset.parts else None,
+        "seconds": manifest["seconds"],
+        "finished_at": manifest["finished_at"],
+        "facts": [(label, _short(value)) for label, value in facts if value is not None],
+        "packages": manifest["packages"],
+        "summary": _yaml(manifest["summary"]),
+        "config": _yaml(manifest["config"]),
+    }
+
+
+def _pick(config: Any, path: str) -> Any:
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def _short(value: Any) -> Any:
+    """A policy's folder by its last name; everything else as it is."""
+    return Path(value).name if isinstance(value, str) else value
+
+
+def _yaml(value: Any) -> str:
+    if not value:
+        return ""
+    return visible(yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip())

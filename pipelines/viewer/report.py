@@ -1,0 +1,83 @@
+"""Stage report: one self-contained HTML file that shows a dataset's rollouts, token by token, or
+two annotators of the same rollouts side by side. `trace-opd view` shows datasets of any size."""
+
+from pathlib import Path
+from typing import Any
+
+from ...data.store import Dataset, Store
+from ...schemas.configs import ReportConfig
+from .lineage_view import lineage_chain, lineage_entry
+from .overview import overview
+from .page import page_data, paint_names, render_page
+from .rollout_index import RolloutIndex, build_index
+from .rollout_tables import (
+    Tables,
+    annotator_labels,
+    choose_groups,
+    find_byte_table,
+    find_counterpart,
+    find_tables,
+)
+from .rollout_view import RolloutReader, RolloutView, rollout_data
+from .training_curves import charts, read_metrics
+
+
+def run(config: ReportConfig, store: Store) -> Path:
+    """Write the report of a routed or annotations dataset or of a train run; returns its path.
+
+    Raises:
+        InputError: the dataset is of another kind, the one it is compared with annotates other
+            rollouts, or the store is not local and no output is set.
+    """
+    dataset = store.get(config.dataset)
+    tables = find_tables(dataset, store)
+    against = find_counterpart(config.against, tables, store) if config.against else None
+    output = Path(config.output) if config.output else _default_output(dataset, against, store)
+    index = build_index(tables, against, choose_groups(tables.lead, config.limit))
+    views = RolloutReader(tables, find_byte_table(dataset, tables), against).read(index.rows)
+    html = _render(dataset, tables, against, index, views, read_metrics(dataset, store))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(html, encoding="utf-8")
+    return output
+
+
+def _default_output(dataset: Dataset, against: Dataset | None, store: Store) -> Path:
+    name = f"against-{against.id}.html" if against is not None else "report.html"
+    return store.local_root() / dataset.ref / name
+
+
+def _render(
+    dataset: Dataset,
+    tables: Tables,
+    against: Dataset | None,
+    index: RolloutIndex,
+    views: list[RolloutView],
+    metrics: list[dict[str, Any]],
+) -> str:
+    """The page as HTML. metrics: a train run's steps in order, else []."""
+    labels = annotator_labels(dataset, against) if against is not None else None
+    rollouts = [rollout_data(view) for view in views]
+    data = page_data(index, labels) | {
+        "rows": index.entries(range(len(index))),
+        # Rollouts of a group share their problem: it stands in the page once.
+        "problems": {rollout["problem_id"]: rollout.pop("problem") for rollout in rollouts},
+        "rollouts": rollouts,
+        "steps": [row["step"] for row in metrics],
+        "phases": [row.get("phase", "") for row in metrics],
+        "charts": charts(metrics),
+    }
+    return render_page(
+        data,
+        served=False,
+        dataset=dataset,
+        against=against,
+        labels=labels,
+        lineage=[lineage_entry(entry) for entry in lineage_chain(dataset, tables.lead, against)],
+        # Figures of two annotators: `trace-opd compare`.
+        overview=overview(tables) if against is None else None,
+        shown=len(views),
+        rollouts=tables.lead.rows,
+        routed="routed" in tables.by_role,
+        paints=paint_names({piece.paint for view in views for piece in view.pieces}),
+        inexact=sum(not view.exact for view in views),
+    )

@@ -1,0 +1,247 @@
+"""A rollout with all that the stages say of it, joined and ready to be drawn."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...data.store import Dataset
+from .paint import (
+    CharPaint,
+    Piece,
+    paint_even_tokens,
+    paint_kept_spans,
+    paint_spans,
+    paint_tokens,
+    pieces,
+    visible,
+)
+from .rollout_index import build_index
+from .rollout_tables import Tables, routing_rule
+from .row_reader import RowReader
+from .side_by_side import ComparedPiece, compare_marks
+
+if TYPE_CHECKING:
+    from ...trace.align import ByteTable
+
+_COLUMNS = {
+    "routed": (
+        "rollout_id", "route", "span_id", "advantage", "coverage", "dropped_tokens",
+        "diagnostic_type",
+    ),
+    "annotations": (
+        "rollout_id", "segments", "spans", "diagnostic_type", "status", "annotator_name",
+        "raw_answer", "error",
+    ),
+    "verdicts": ("rollout_id", "reward", "correct", "parsed_answer", "status"),
+    "rollouts": (
+        "rollout_id", "problem_id", "group_id", "sample_index", "token_ids", "response",
+        "finish_reason", "policy_name", "policy_step", "vocab_fingerprint",
+    ),
+    "problems": ("problem_id", "problem", "answer", "source"),
+}  # fmt: skip
+_NO_ANNOTATION: dict[str, Any] = {"segments": [], "spans": []}
+
+
+@dataclass(frozen=True)
+class SpanView:
+    """One marked span; kept_tokens: how many the cap let through, None but under rule spans."""
+
+    rank: int
+    kind: str
+    segments: list[int]
+    kept_tokens: int | None
+
+
+@dataclass(frozen=True)
+class SideView:
+    """One of two annotators' word on a rollout: its row of the annotations table, and the response
+    in pieces of agreement. None: the annotator has no row, or left that empty."""
+
+    annotator: str | None
+    status: str | None
+    raw: str | None
+    error: str | None
+    type: str | None
+    spans: list[SpanView]
+    pieces: list[ComparedPiece]
+
+
+@dataclass(frozen=True)
+class RolloutView:
+    """What is drawn of one rollout. Texts are made `visible`; None: not known of this rollout.
+
+    exact: whether the paint is exact per token, not an estimate. sides: the two annotators where
+    the rollout is compared, else empty; the fields above them are the first annotator's.
+    """
+
+    id: str
+    problem_id: str
+    problem: str
+    answer: str
+    source: str
+    group: str
+    sample: int
+    policy: str
+    step: int
+    tokens: int | None
+    finish: str
+    reward: float | None
+    correct: bool | None
+    parsed: str | None
+    verdict: str
+    annotator: str | None
+    status: str | None
+    raw: str | None
+    error: str | None
+    type: str | None
+    advantage: float | None
+    coverage: float | None
+    dropped: int | None
+    exact: bool
+    spans: list[SpanView]
+    pieces: list[Piece]
+    sides: list[SideView]
+
+
+class RolloutReader:
+    """Reads rollouts by their row numbers and paints them. Any thread may call it."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        bytes_of: "tuple[ByteTable, str] | None" = None,
+        against: Dataset | None = None,
+    ) -> None:
+        datasets = tables.by_role | ({"against": against} if against is not None else {})
+        self._readers = {
+            role: RowReader(dataset, _COLUMNS["annotations" if role == "against" else role])
+            for role, dataset in datasets.items()
+        }
+        self._rule = routing_rule(tables)
+        self._bytes_of = bytes_of
+
+    def read(self, rows: Mapping[str, np.ndarray]) -> list[RolloutView]:
+        """Rollouts by their row numbers in the table of each role, −1 where it has none."""
+        found = {role: reader.rows(rows[role]) for role, reader in self._readers.items()}
+        return [
+            _view({role: column[i] for role, column in found.items()}, self._rule, self._bytes_of)
+            for i in range(len(rows["rollouts"]))
+        ]
+
+
+def rollout_data(view: RolloutView) -> dict[str, Any]:
+    """What the page draws of a rollout, as JSON-able data."""
+    row: dict[str, Any] = vars(view) | {"spans": [vars(span) for span in view.spans]}
+    row["sides"] = [vars(side) | {"spans": [vars(s) for s in side.spans]} for side in view.sides]
+    row["problem"] = {name: row.pop(name) for name in ("problem", "answer", "source")}
+    if view.sides:  # they hold the response and the first annotator's word too
+        for name in ("annotator", "status", "raw", "error", "type", "spans", "pieces"):
+            del row[name]
+    return row
+
+
+def load_rollouts(
+    tables: Tables, ids: Sequence[str], bytes_of: "tuple[ByteTable, str] | None"
+) -> list[RolloutView]:
+    """The rollouts of some ids, by policy step, then group, then sample."""
+    return RolloutReader(tables, bytes_of).read(build_index(tables, ids=ids).rows)
+
+
+def _view(row: dict[str, Any], rule: str, bytes_of: "tuple[ByteTable, str] | None") -> RolloutView:
+    """row: the rollout's row of each table by role; None where a table has none."""
+    rollout, verdict, problem = row["rollouts"], row["verdicts"], row["problems"]
+    # Online steps without a KL are not annotated.
+    annotation = row.get("annotations") or _NO_ANNOTATION
+    routed = row.get("routed")
+    spans, segments = annotation["spans"], annotation["segments"]
+    known = bytes_of is not None and bytes_of[1] == rollout["vocab_fingerprint"]
+    table = bytes_of[0] if bytes_of and known else None
+    painted = _paint(rollout, annotation, routed, rule, table)
+    return RolloutView(
+        id=rollout["rollout_id"],
+        problem_id=rollout["problem_id"],
+        problem=visible(problem["problem"]),
+        answer=visible(problem["answer"]),
+        source=visible(problem["source"]),
+        group=rollout["group_id"],
+        sample=rollout["sample_index"],
+        policy=visible(rollout["policy_name"]),
+        step=rollout["policy_step"],
+        tokens=len(rollout["token_ids"]) or None,
+        finish=rollout["finish_reason"],
+        reward=verdict["reward"],
+        correct=verdict["correct"],
+        parsed=_visible(verdict["parsed_answer"]),
+        verdict=verdict["status"],
+        annotator=_visible(annotation.get("annotator_name")),
+        status=annotation.get("status"),
+        raw=_visible(annotation.get("raw_answer")),
+        error=_visible(annotation.get("error")),
+        type=annotation.get("diagnostic_type"),
+        advantage=routed["advantage"] if routed else None,
+        coverage=routed["coverage"] if routed else None,
+        dropped=routed["dropped_tokens"] if routed else None,
+        exact=known or routed is None or _looks_the_same_everywhere(routed["route"], spans),
+        spans=_spans(annotation, routed["span_id"] if routed and rule == "spans" else None),
+        pieces=pieces(rollout["response"], segments, painted),
+        sides=_sides(rollout["response"], annotation, row["against"] or _NO_ANNOTATION)
+        if "against" in row
+        else [],
+    )
+
+
+def _sides(response: str, first: dict, second: dict) -> list[SideView]:
+    return [
+        SideView(
+            annotator=_visible(annotation.get("annotator_name")),
+            status=annotation.get("status"),
+            raw=_visible(annotation.get("raw_answer")),
+            error=_visible(annotation.get("error")),
+            type=annotation.get("diagnostic_type"),
+            spans=_spans(annotation, None),
+            pieces=drawn,
+        )
+        for annotation, drawn in zip(
+            (first, second), compare_marks(response, first, second), strict=True
+        )
+    ]
+
+
+def _spans(annotation: dict, span_id: np.ndarray | None) -> list[SpanView]:
+    """span_id: of the routed tokens, where the rule routes the annotator's spans."""
+    return [
+        SpanView(
+            rank=span["rank"],
+            kind=span["kind"],
+            segments=span["segments"],
+            kept_tokens=None if span_id is None else int(np.count_nonzero(span_id == span["rank"])),
+        )
+        for span in annotation["spans"]
+    ]
+
+
+def _paint(
+    rollout: dict, annotation: dict, routed: dict | None, rule: str, table: "ByteTable | None"
+) -> CharPaint:
+    length, spans = len(rollout["response"]), annotation["spans"]
+    segments = annotation["segments"]
+    if routed is None:
+        return paint_spans(length, spans)
+    route, span_id = routed["route"], routed["span_id"]
+    if table is not None:
+        token_ids = rollout["token_ids"].tolist()
+        return paint_tokens(table, length, segments, spans, token_ids, route, span_id)
+    if rule == "spans":
+        return paint_kept_spans(length, segments, spans, route, span_id, routed["dropped_tokens"])
+    return paint_even_tokens(length, spans, route, span_id)
+
+
+def _looks_the_same_everywhere(route: np.ndarray, spans: Sequence[dict]) -> bool:
+    """Whether no offset could move the paint: all tokens on one route, no span shining through."""
+    return len(np.unique(route)) <= 1 and (bool(route.any()) or not spans)
+
+
+def _visible(text: str | None) -> str | None:
+    return None if text is None else visible(text)

@@ -1,0 +1,68 @@
+"""Training curves of a run: which of its metrics stand in which chart."""
+
+import json
+import math
+import re
+from typing import Any
+
+from ...data.store import Dataset, Store
+
+# Title, unit, names of the metrics in metrics.jsonl. Metrics named nowhere get a chart each.
+_CHARTS = (
+    ("Reward", "share", "reward|pass_rate"),
+    ("Entropy", "nats / token", "entropy"),
+    ("Response length", "tokens", "response_tokens"),
+    ("KL weight λ", "", "kl_weight"),
+    ("KL on routed tokens", "nats / token", "kl_(fkl|rkl|jsd)"),
+    ("Routed tokens", "share", "coverage(_.+)?"),
+    ("Exposure Σλ²", "", "kl_exposure"),
+    ("Truncated, no signal", "share", "truncated|groups_without_signal"),
+    ("Clipped", "share of tokens", "ratio_clipped|kl_clipped"),
+    # The largest drift of a step's tokens would flatten their mean.
+    ("Sampler drift", "nats / token", "sampler_drift|sampler_kl"),
+    ("Largest sampler drift", "nats", "sampler_drift_max"),
+    ("KL to the base policy", "nats / token", "kl_reference"),
+    ("Gradient norm", "", "grad_norm"),
+    ("Steps skipped", "so far", "steps_skipped"),
+    ("Throughput", "tokens / s", "tokens_per_s(econd)?"),
+    ("Time per step", "s", "seconds.*"),
+)
+
+
+def read_metrics(dataset: Dataset, store: Store) -> list[dict[str, Any]]:
+    """A train run's metrics per step; [] for other datasets. What is not finite becomes None."""
+    path = f"{dataset.ref}/metrics.jsonl"
+    if dataset.stage != "train" or not store.exists(path):
+        return []
+    with store.open(path) as file:
+        rows = [json.loads(line) for line in file.read().decode().splitlines() if line.strip()]
+    return [
+        {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
+
+
+def charts(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Titles, units and series of the training curves; a step without a value holds None."""
+    names = [
+        name
+        for name in dict.fromkeys(name for row in metrics for name in row)
+        if name != "step" and any(isinstance(row.get(name), int | float) for row in metrics)
+    ]
+    left = dict.fromkeys(names)
+    out = []
+    for title, unit, pattern in _CHARTS:
+        members = [name for name in left if re.fullmatch(pattern, name)]
+        for name in members:
+            del left[name]
+        if members:
+            out.append(_chart(title, unit, members, metrics))
+    return out + [_chart(name, "", [name], metrics) for name in left]
+
+
+def _chart(title: str, unit: str, names: list[str], metrics: list[dict]) -> dict[str, Any]:
+    series = [{"name": name, "values": [row.get(name) for row in metrics]} for name in names]
+    return {"title": title, "unit": unit, "series": series}

@@ -1,0 +1,105 @@
+"""Arrow contract of what `trace-opd compare` writes: annotators held against one another."""
+
+import pyarrow as pa
+
+from .labels import AnnotationStatus
+from .tables import NAME_KEY, VERSION_KEY, TableContract
+
+_text, _count, _figure = pa.string(), pa.int64(), pa.float64()
+
+_WHAT = (
+    ("comparison_id", _text, "Both datasets, the problem and the kind."),
+    ("reference", _text, "Name of the annotations taken as the reference."),
+    ("other", _text, "Name of the annotations held against it."),
+    ("reference_dataset", _text, "The reference's stage/id."),
+    ("other_dataset", _text, "The other's stage/id."),
+    ("kind", _text, "Which spans: key, error, or all (rows of both kinds, each by its own)."),
+    ("unit", _text, "What agreement is counted in: tokens or characters."),
+    ("alpha", _figure, "The coverage cap of the capped figures."),
+    ("problems", _count, "Problems summed up: 1 in a problem's own row."),
+)
+_COUNTS = {
+    "rollouts": "Rollouts that all named datasets hold, of this kind.",
+    "judged": "Of them, answered (ok or empty) by both annotators about the same kind of span.",
+    "only_reference": "Answered by the reference alone.",
+    "only_other": "Answered by the other annotator alone.",
+    "neither": "Answered by neither.",
+    "asked_differently": "Searched for key spans by one and for error spans by the other; in all.",
+    "both_empty": "Judged rollouts in which neither marks anything: κ and IoU have nothing there.",
+    "units": "Units of the judged rollouts.",
+    "reference_marked": "Units that the reference marks.",
+    "other_marked": "Units that the other annotator marks.",
+    "both_marked": "Units that both mark.",
+    "reference_kept": "Units that the reference marks and the cap keeps.",
+    "other_kept": "Units that the other annotator marks and the cap keeps.",
+    "both_kept": "Units that both mark and the cap keeps of both.",
+    "same_segments": "Judged rollouts cut into the same segments: segment figures are over these.",
+    "reference_segments": "Segments that the reference marks.",
+    "other_segments": "Segments that the other annotator marks.",
+    "both_segments": "Segments that both mark.",
+    "typed": "Judged rollouts to which both give a diagnostic type.",
+    "same_type": "Of them, those with the same type.",
+    "wrong": "Rollouts in which the reference marks an error, in kind all.",
+    "wrong_hit": "Of them, those whose first error the other annotator found.",
+    "right": "Rollouts of which the reference says that no step is wrong, in kind all.",
+    "right_hit": "Of them, those of which the other annotator says so too.",
+    "unlabelled": "Rollouts of which the reference says neither, in kind all.",
+}
+_FIGURES = {
+    "kappa": "Cohen's κ over units; null where both mark none or all.",
+    "iou": "Units that both mark over units that either marks; null where neither marks any.",
+    "capped_kappa": "κ over what the cap keeps: what training would see.",
+    "capped_iou": "IoU over what the cap keeps.",
+    "segment_precision": "Of the other's marked segments, the share that the reference marks.",
+    "segment_recall": "Of the reference's marked segments, the share that the other marks.",
+    "segment_f1": "Harmonic mean of the two.",
+    "type_agreement": "same_type / typed.",
+    "wrong_accuracy": "wrong_hit / wrong: ProcessBench's accuracy on erroneous responses.",
+    "right_accuracy": "right_hit / right: ProcessBench's accuracy on correct responses.",
+    "first_error_f1": "Harmonic mean of the two: ProcessBench's F1.",
+}
+_OWN_COUNTS = {
+    **{status.value: f"Rollouts with status {status.value}." for status in AnnotationStatus},
+    "cap_hits": "Rollouts whose marks the cap cuts.",
+}
+_OWN_FIGURES = {
+    "coverage": "Share of units marked, over all that this annotator answered.",
+    "capped_coverage": "Share of units that the cap keeps.",
+    "prompt_tokens": "Billed prompt tokens; null if one is unknown.",
+    "completion_tokens": "Billed completion tokens; null if one is unknown.",
+    "cost_usd": "US dollars; null if one price is unknown.",
+}
+_CONFUSION = pa.list_(
+    pa.struct([("reference_type", _text), ("other_type", _text), ("rollouts", _count)])
+)
+
+
+def _field(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable, metadata={"description": description})
+
+
+def _fields() -> list[pa.Field]:
+    fields = [_field(*column) for column in _WHAT]
+    fields.append(_field("problem_id", _text, "The problem; null in the overall row.", True))
+    fields += [_field(name, _count, what) for name, what in _COUNTS.items()]
+    for name, what in _FIGURES.items():
+        fields.append(_field(name, _figure, what, True))
+        for end, edge in (("low", "Lower"), ("high", "Upper")):
+            bound = f"{edge} end of its 95 % interval, in overall rows."
+            fields.append(_field(f"{name}_{end}", _figure, bound, True))
+    for side, who in (("reference", "Reference: "), ("other", "Other: ")):
+        fields += [_field(f"{side}_{name}", _count, who + w) for name, w in _OWN_COUNTS.items()]
+        fields += [
+            _field(f"{side}_{name}", _figure, who + w, True) for name, w in _OWN_FIGURES.items()
+        ]
+    types = "Rollouts by both annotators' types, pairs that occur, in overall rows."
+    return [*fields, _field("confusion", _CONFUSION, types, True)]
+
+
+COMPARISONS = TableContract(
+    "comparisons",
+    1,
+    pa.schema(_fields(), metadata={NAME_KEY: b"comparisons", VERSION_KEY: b"1"}),
+    "comparison_id",
+    {},
+)

@@ -1,0 +1,46 @@
+"""Address and key of an endpoint. Configs stand in manifests, reports and logs: neither may hold a
+secret, and the sentence that says so doesn't repeat it.
+"""
+
+import re
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+# Errors of this type are told without the value at fault (settings.explain).
+HOLDS_SECRET = "holds_secret"
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def _plain_url(url: str) -> str:
+    """Raises PydanticCustomError unless it is scheme, host, port and path alone."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname
+    except ValueError:  # brackets that hold no IPv6 address
+        known = False
+    if not known or "@" in parts.netloc or "?" in url or "#" in url:
+        raise PydanticCustomError(
+            HOLDS_SECRET,
+            "must be http(s)://host:port/path, without user, password or query: it is recorded "
+            "with each dataset; give the key by api_key_env",
+        )
+    return url
+
+
+def _variable_name(name: str) -> str:
+    """Raises PydanticCustomError unless it can be the name of an environment variable."""
+    if not _VARIABLE.fullmatch(name):
+        raise PydanticCustomError(
+            HOLDS_SECRET,
+            "must be the name of an environment variable that holds the key, such as "
+            "OPENAI_API_KEY, not the key: it is recorded with each dataset",
+        )
+    return name
+
+
+EndpointUrl = Annotated[str, AfterValidator(_plain_url)]
+KeyVariable = Annotated[str, AfterValidator(_variable_name)]

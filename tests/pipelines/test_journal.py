@@ -1,0 +1,186 @@
+"""The journal of paid answers: on disk before they count, shared, never torn."""
+
+import asyncio
+import multiprocessing
+import resource
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trace_opd.pipelines.annotators.journal import GroupCommit, Journal, Record, request_key
+from trace_opd.schemas.errors import InputError
+
+
+def test_a_torn_line_is_ignored_and_the_rest_is_kept(tmp_path: Path):
+    first = Journal(tmp_path)
+    first.append([("a", {"n": 1})])
+    first.append([("b", {"n": 2})])
+    first.close()
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-5])
+    second = Journal(tmp_path)
+    assert (second.get("a"), second.get("b")) == ({"n": 1}, None)
+    second.append([("b", {"n": 3})])
+    second.close()
+    assert Journal(tmp_path).get("b") == {"n": 3}
+
+
+def test_a_line_that_is_no_record_is_told_and_skipped(tmp_path: Path, caplog):
+    (tmp_path / "damaged.jsonl").write_text('\0\0\0\n{"key": "a", "record": {"n": 1}}\n')
+    assert Journal(tmp_path).get("a") == {"n": 1}
+    assert "skipped a line at byte 0" in caplog.text
+
+
+def test_records_come_back_as_they_were(tmp_path: Path):
+    record = {
+        "body": {"text": 'é\n"quoted" {"key":"b","record":1} \U0001f600', "n": 0.1, "null": None}
+    }
+    journal = Journal(tmp_path)
+    journal.append([("a", record)])
+    assert journal.get("a") == Journal(tmp_path).get("a") == record
+    assert Journal(tmp_path).get("b") is None
+
+
+SHARED: dict[str, Any] = {
+    "base_url": "http://one/v1",
+    "model": "m",
+    "messages": [{"role": "user", "content": "?"}],
+    "schema": {"type": "object"},
+    "sampling": {"temperature": 0.0, "max_new_tokens": 64},
+    "prompt_version": "v1",
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base_url": "http://two/v1"},
+        {"model": "other"},
+        {"messages": [{"role": "user", "content": "!"}]},
+        {"messages": [{"role": "system", "content": "?"}]},
+        {"schema": {"type": "array"}},
+        {"schema": None},
+        {"sampling": {"temperature": 0.5, "max_new_tokens": 64}},
+        {"sampling": {"temperature": 0.0, "max_new_tokens": 65}},
+        {"prompt_version": "v2"},
+        {"sample_index": 1},
+    ],
+)
+def test_all_that_decides_an_answer_is_in_its_key(change: dict[str, Any]):
+    assert request_key(**SHARED) == request_key(**{k: SHARED[k] for k in reversed(SHARED)})
+    assert request_key(**SHARED) != request_key(**(SHARED | change))
+
+
+def test_what_another_journal_writes_is_found_when_it_is_looked_for(tmp_path: Path):
+    one, other = Journal(tmp_path), Journal(tmp_path)
+    assert other.get("a") is None
+    one.append([("a", {"n": 1})])
+    assert other.get("a") == {"n": 1}
+    one.append([("b", {"n": 2})])
+    other.append([("c", {"n": 3})])
+    assert (other.get("b"), one.get("c")) == ({"n": 2}, {"n": 3})
+
+
+def test_journals_elsewhere_serve_and_stay_as_they_are(tmp_path: Path):
+    theirs = Journal(tmp_path / "theirs")
+    theirs.append([("a", {"n": 1})])
+    theirs.close()
+    before = {path: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    ours = Journal(tmp_path / "ours", [tmp_path / "theirs"])
+    ours.append([("b", {"n": 2})])
+    assert (ours.get("a"), ours.get("b")) == ({"n": 1}, {"n": 2})
+    assert {path: path.read_bytes() for path in (tmp_path / "theirs").iterdir()} == before
+
+
+def write_and_read(folder: Path, name: str, count: int) -> None:
+    journal = Journal(folder)
+    for n in range(count):
+        journal.append([(f"{name}-{n}", {"n": n, "text": name * 500})])
+        journal.get(f"{name}-{n + 1}")  # not there: looks into what the others have written
+
+
+def test_annotators_in_threads_and_processes_share_a_folder_unharmed(tmp_path: Path):
+    fork = multiprocessing.get_context("fork")
+    workers: list[Any] = [
+        fork.Process(target=write_and_read, args=(tmp_path, f"process{n}", 40)) for n in range(3)
+    ]
+    workers += [
+        threading.Thread(target=write_and_read, args=(tmp_path, f"thread{n}", 40)) for n in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    journal = Journal(tmp_path)
+    assert len(journal) == 6 * 40
+    for kind in ("process", "thread"):
+        for number in range(3):
+            for n in range(40):
+                name = f"{kind}{number}"
+                assert journal.get(f"{name}-{n}") == {"n": n, "text": name * 500}
+
+
+def test_one_journal_is_used_by_many_threads(tmp_path: Path):
+    journal = Journal(tmp_path)
+
+    def work(name: str) -> None:
+        for n in range(20):
+            journal.append([(f"{name}-{n}", {"n": n})])
+            assert journal.get(f"{name}-{n}") == {"n": n}
+
+    threads = [threading.Thread(target=work, args=(str(i),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(Journal(tmp_path)) == 80
+
+
+class _Counted(Journal):
+    writes = 0
+
+    def append(self, records: list[tuple[str, Record]]) -> None:  # pyright: ignore
+        self.writes += 1
+        super().append(records)
+
+
+def test_records_that_wait_together_reach_the_disk_together(tmp_path: Path):
+    journal = _Counted(tmp_path)
+
+    async def answer(commit: GroupCommit, n: int) -> None:
+        await commit.append(str(n), {"n": n})
+        # It counts only now, so by now it is there for anyone.
+        assert Journal(tmp_path).get(str(n)) == {"n": n}
+
+    async def all_answers() -> None:
+        commit = GroupCommit(journal)
+        await asyncio.gather(*(answer(commit, n) for n in range(50)))
+        await asyncio.gather(*(answer(commit, n) for n in range(50, 100)))
+
+    asyncio.run(all_answers())
+    assert len(Journal(tmp_path)) == 100
+    assert journal.writes < 20
+
+
+def test_a_full_disk_is_told_to_all_who_wait_and_tears_nothing(tmp_path: Path):
+    journal = Journal(tmp_path)
+    journal.append([("a", {"n": 1})])
+
+    async def two() -> list[BaseException | None]:
+        commit = GroupCommit(journal)
+        waiting = [commit.append(key, {"text": 5000 * "x"}) for key in "bc"]
+        return await asyncio.gather(*waiting, commit.append("d", {}), return_exceptions=True)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        outcomes = asyncio.run(two())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [type(outcome) for outcome in outcomes] == [InputError] * 3
+    assert "make room and run again" in str(outcomes[0])
+    journal.append([("e", {"n": 5})])
+    kept = Journal(tmp_path)
+    assert [kept.get(key) for key in "abcde"] == [{"n": 1}, None, None, None, {"n": 5}]

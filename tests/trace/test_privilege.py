@@ -1,0 +1,380 @@
+"""Whatever annotators write, no model reads it: of an annotation the teacher is told one label.
+
+Every path that ends in a teacher's prompt runs twice, once with a secret in a field that annotators
+fill freely; what the models read must be the same, token for token.
+"""
+
+import ast
+import inspect
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from trace_opd.data.store import Store
+from trace_opd.pipelines import train
+from trace_opd.pipelines.annotators.rule import StepsAnnotator
+from trace_opd.pipelines.convert import CONVERT_STAGE
+from trace_opd.pipelines.micro import (
+    STUDENT_TEMPLATE,
+    TEACHER_TEMPLATE,
+    arithmetic_problems,
+    exact_verdicts,
+)
+from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.stage import close_engine
+from trace_opd.schemas.configs import (
+    ConvertConfig,
+    OfflineConfig,
+    OnlineConfig,
+    PromptConfig,
+    RoutingConfig,
+    RuleAnnotator,
+    SegmentConfig,
+    TrainConfig,
+)
+from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.labels import DiagnosticType
+from trace_opd.schemas.tables import (
+    ANNOTATIONS,
+    PROBLEMS,
+    ROLLOUTS,
+    ROUTED,
+    VERDICTS,
+    validate,
+)
+from trace_opd.trace import prompt
+from trace_opd.trace.align import byte_table
+from trace_opd.trace.batch import training_sequences
+from trace_opd.trace.convert import routed_table
+from trace_opd.trace.online import OnlineSource
+from trace_opd.trace.policy import Policy, load_policy, load_tokenizer
+from trace_opd.trace.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+SECRET = "27182818"  # of the micro policy's vocabulary, so it would be seen
+ROUTING = RoutingConfig(key="fkl", error="rkl")
+PROMPT = PromptConfig(
+    student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE, privileged="{problem} {context}"
+)
+Row = dict[str, Any]
+
+
+def in_spans(**fields: Any) -> Callable[[Row], Row]:
+    return lambda row: {"spans": [span | fields for span in row["spans"]]}
+
+
+# What an annotator, its config or its bill can put into a row, besides indices and the label.
+PLANTS: dict[str, Callable[[Row], Row]] = {
+    "raw answer": lambda _: {"raw_answer": f'{{"quote": "{SECRET}", "type": "{SECRET}"}}'},
+    "error": lambda _: {"error": f"the answer is {SECRET}"},
+    "annotator's name": lambda _: {"annotator_name": SECRET},
+    "annotator's model": lambda _: {"annotator_model": SECRET},
+    "prompt version": lambda _: {"prompt_version": SECRET},
+    "span text": in_spans(text=SECRET),
+    "span offsets": in_spans(start=27182818, end=27182819),
+    "bill": lambda _: {
+        "prompt_tokens": 27182818,
+        "completion_tokens": 27182818,
+        "cost_usd": 27182818.0,
+        "latency_s": 2718.0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Tables:
+    problems: pa.Table
+    rollouts: pa.Table
+    verdicts: pa.Table
+    annotations: pa.Table
+
+    def planted(self, *names: str) -> pa.Table:
+        """The annotations with a secret in some of the fields."""
+        rows = self.annotations.to_pylist()
+        return ANNOTATIONS.table(
+            row | {key: value for name in names for key, value in PLANTS[name](row).items()}
+            for row in rows
+        )
+
+
+@cache
+def tables() -> Tables:
+    """Two problems of one right and one wrong response each, all of them marked."""
+    problems = arithmetic_problems(2, 0)
+    rollouts = sampled(problems)
+    verdicts = exact_verdicts(problems, rollouts)
+    annotator = StepsAnnotator(RuleAnnotator(engine="rule"), SegmentConfig())
+    marked = annotator.annotate(problems, rollouts, verdicts)
+    assert all(row["spans"] for row in marked.to_pylist())
+    return Tables(problems, rollouts, verdicts, marked)
+
+
+def sampled(problems: pa.Table) -> pa.Table:
+    policy = fresh_policy()
+    rows = []
+    for problem in problems.to_pylist():
+        right = problem["solution"]
+        for index, text in enumerate([right, right.replace("\\boxed{", "\\boxed{1")]):
+            ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+            rows.append(
+                {
+                    "rollout_id": f"{problem['problem_id']}-{index}",
+                    "problem_id": problem["problem_id"],
+                    "group_id": problem["problem_id"],
+                    "sample_index": index,
+                    "prompt_token_ids": [1],
+                    "token_ids": ids,
+                    "logprobs": [-0.5] * len(ids),
+                    "response": text,
+                    "finish_reason": "stop",
+                    "policy_name": "rule",
+                    "policy_revision": "r",
+                    "policy_step": 0,
+                    "vocab_fingerprint": policy.info.vocab_fingerprint,
+                    "temperature": 1.0,
+                    "top_p": 1.0,
+                    "top_k": 0,
+                    "max_new_tokens": 96,
+                    "seed": index,
+                    "on_policy": True,
+                }
+            )
+    return ROLLOUTS.table(rows)
+
+
+def fresh_policy() -> Policy:
+    return load_policy(resolve_policy("micro"), "cpu")
+
+
+@contextmanager
+def read_by_models() -> Iterator[list[list[int]]]:
+    """Token ids that any model of the process embeds, in order: student's, teacher's, sampler's."""
+    read: list[list[int]] = []
+
+    def keep(module: torch.nn.Module, args: Any) -> None:
+        if isinstance(module, torch.nn.Embedding):
+            read.append(args[0].flatten().tolist())
+
+    handle = register_module_forward_pre_hook(keep)
+    try:
+        yield read
+    finally:
+        handle.remove()
+
+
+# --- the paths: annotations in, what models read out ---
+
+
+def offline(annotations: pa.Table, folder: Path) -> list[list[int]]:
+    known = tables()
+    policy = fresh_policy()
+    pieces = byte_table(policy.tokenizer)
+    routed = routed_table(
+        known.problems, known.rollouts, known.verdicts, annotations, pieces, ROUTING
+    )
+    config = TrainConfig(prompt=PROMPT, offline=OfflineConfig(steps=2))
+    with read_by_models() as read:
+        assert len(list(Trainer(policy, config).run(lambda _: routed, None))) == 2
+    return read
+
+
+class PlantedAnnotator:
+    """Stands in the online loop for an annotator that says what it likes."""
+
+    def __init__(self, annotations: pa.Table) -> None:
+        self._annotations = annotations
+
+    def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
+        return self._annotations
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class ExactVerifier:
+    def verify(self, problems: pa.Table, rollouts: pa.Table) -> pa.Table:
+        return exact_verdicts(problems, rollouts)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def online(annotations: pa.Table, folder: Path) -> list[list[int]]:
+    known = tables()
+    policy = fresh_policy()
+    source = OnlineSource(
+        problems=lambda step, refill: known.problems,
+        sample=lambda problems, step: known.rollouts,
+        verifier=ExactVerifier(),
+        annotator=PlantedAnnotator(annotations),
+        bytes=byte_table(policy.tokenizer),
+        routing=ROUTING,
+        write=lambda step, made: None,
+    )
+    config = TrainConfig(prompt=PROMPT, online=OnlineConfig(steps=2, group_size=2))
+    with read_by_models() as read:
+        assert len(list(Trainer(policy, config).run(None, source))) == 2
+    return read
+
+
+def stages(annotations: pa.Table, folder: Path) -> list[list[int]]:
+    """Stage convert and stage train, through a store."""
+    known = tables()
+    store = Store(folder)
+    inputs: dict = {}
+    names = ("problems", "rollout", "verify", "annotate")
+    roles = ("problems", "rollouts", "verdicts", "annotations")
+    contracts = (PROBLEMS, ROLLOUTS, VERDICTS, ANNOTATIONS)
+    made = (known.problems, known.rollouts, known.verdicts, annotations)
+    for stage, role, contract, table in zip(names, roles, contracts, made, strict=True):
+        draft = store.begin(stage, {}, inputs, contract)
+        draft.write_part(0, table)
+        store.set_alias(role, draft.finish(1))
+        inputs = {role: store.get(role)}
+    routed = CONVERT_STAGE.run(ConvertConfig(routing=ROUTING), store)
+    close_engine()
+    store.set_alias("routed", routed)
+    assert SECRET not in str(routed.read().to_pylist())
+    config = TrainConfig(
+        prompt=PROMPT, offline=OfflineConfig(steps=1), groups_per_step=2, tracker="none"
+    )
+    with read_by_models() as read:
+        train.run(config, store)
+    return read
+
+
+PATHS = {"offline": offline, "online": online, "stages": stages}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
+    return {
+        name: path(tables().annotations, tmp_path_factory.mktemp(name))
+        for name, path in PATHS.items()
+    }
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+@pytest.mark.parametrize("path", ["offline", "online"])
+def test_no_model_reads_what_an_annotator_writes(path, plant, plain, tmp_path):
+    assert PATHS[path](tables().planted(plant), tmp_path) == plain[path]
+
+
+def test_no_model_reads_what_an_annotator_writes_when_the_stages_run(plain, tmp_path):
+    # The offsets are left as they are: a file with others is no annotations table.
+    names = [name for name in PLANTS if name != "span offsets"]
+    assert stages(tables().planted(*names), tmp_path) == plain["stages"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_comparison_sees_what_the_teacher_is_told(path, plain, tmp_path):
+    """What the tests above rest on: a label does reach the models, and nothing else does."""
+    rows = [
+        row | {"diagnostic_type": DiagnosticType.CASE_ANALYSIS}
+        for row in tables().annotations.to_pylist()
+    ]
+    told = PATHS[path](ANNOTATIONS.table(rows), tmp_path)
+    assert told != plain[path]
+    tokenizer = load_tokenizer(resolve_policy("micro"))
+    assert any("hint: case_analysis" in tokenizer.decode(ids) for ids in told)
+    assert not any(SECRET in tokenizer.decode(ids) for ids in told)
+
+
+# --- what a teacher may be told, by context ---
+
+
+def prompts(context: str, **columns: str) -> list[str]:
+    """Teacher prompts of all rows that have one, with columns of the problems replaced."""
+    known = tables()
+    problems = PROBLEMS.table(row | columns for row in known.problems.to_pylist())
+    tokenizer = load_tokenizer(resolve_policy("micro"))
+    routed = routed_table(
+        problems,
+        known.rollouts,
+        known.verdicts,
+        known.planted(*PLANTS),
+        byte_table(tokenizer),
+        ROUTING.model_copy(update={"teacher_context": context}),
+    )
+    ids = [s.teacher_prompt_ids for s in training_sequences(routed, tokenizer, PROMPT)]
+    return [tokenizer.decode(prompt_ids) for prompt_ids in ids if prompt_ids is not None]
+
+
+@pytest.mark.parametrize(
+    ("context", "told"),
+    [("type", []), ("answer", ["answer"]), ("solution", ["solution"]), ("peer", [])],
+)
+def test_a_teacher_is_told_of_answer_and_solution_what_its_context_names(context, told):
+    for column in ("answer", "solution"):
+        found = prompts(context, **{column: SECRET})
+        assert found
+        assert all((SECRET in text) == (column in told) for text in found), column
+
+
+# --- nothing else can be wired up ---
+
+
+def test_the_teachers_label_is_a_member_of_the_enumeration_by_type_and_by_check():
+    hints = typing.get_type_hints(prompt.teacher_messages)
+    assert list(inspect.signature(prompt.teacher_messages).parameters) == [
+        "config",
+        "problem",
+        "diagnostic_type",
+    ]
+    assert hints["diagnostic_type"] is DiagnosticType
+    with pytest.raises(ValueError, match="is not a valid DiagnosticType"):
+        prompt.teacher_messages(PROMPT, "1+2", typing.cast(DiagnosticType, SECRET))
+    rows = [row | {"diagnostic_type": SECRET} for row in tables().annotations.to_pylist()]
+    with pytest.raises(InputError, match="diagnostic_type is '27182818', not one of"):
+        validate(ANNOTATIONS.table(rows), ANNOTATIONS)
+
+
+def constants(file: Path) -> set[str]:
+    """Every string that stands alone in a file: names of columns are read by such."""
+    return {
+        node.value
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def test_the_trainers_room_names_no_column_that_annotators_fill_freely():
+    others = {*PROBLEMS.schema.names, *ROLLOUTS.schema.names, *VERDICTS.schema.names}
+    own = set(ANNOTATIONS.schema.names) - others
+    of_spans, of_segments = (
+        {field.name for field in ANNOTATIONS.schema.field(name).type.value_type}
+        for name in ("spans", "segments")
+    )
+    free = (own | of_spans) - others - of_segments - {"segments", "spans", "diagnostic_type"}
+    assert {"raw_answer", "error", "annotator_name", "prompt_version", "text"} <= free
+    # A routed row has no place for them either.
+    assert not free & set(ROUTED.schema.names)
+    named = {
+        (file.name, name)
+        for file in (ROOT / "trace").glob("*.py")
+        for name in constants(file) & free
+    }
+    assert not named
+
+
+def test_only_the_batch_asks_for_a_teachers_prompt():
+    """Evaluation, report and samplers build the student's; micro measures what labels do."""
+    builders = {"teacher_messages", "privileged_messages", "teacher_chat"}
+    callers = {
+        str(file.relative_to(ROOT))
+        for room in ("schemas", "data", "trace", "pipelines")
+        for file in (ROOT / room).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if (isinstance(node, ast.Name) and node.id in builders)
+        or (isinstance(node, ast.Attribute) and node.attr in builders)
+    }
+    assert callers == {"trace/prompt.py", "trace/batch.py", "pipelines/micro.py"}
