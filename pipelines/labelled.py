@@ -266,7 +266,7 @@ def _outcomes(part: list[_Row]) -> list[Outcome]:
 def _annotations(
     part: list[_Row], problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table
 ) -> pa.Table:
-    work = items(problems, rollouts, verdicts, SegmentConfig())
+    work = list(items(problems, rollouts, verdicts, SegmentConfig()))
     rows = []
     for row, item in zip(part, work, strict=True):
         # What people marked is an error, whatever the final answer: an item said to be wrong.

@@ -94,7 +94,7 @@ class BatchAnnotator:
             InputError: as `fill`.
         """
         self.fill(lambda: [(problems, rollouts, verdicts)])
-        work = items(problems, rollouts, verdicts, self._segment)
+        work = list(items(problems, rollouts, verdicts, self._segment))
         return ANNOTATIONS.table(self._row(item) for item in work)
 
     def close(self) -> None:

@@ -84,7 +84,7 @@ class EndpointAnnotator:
         self._stop = None
         self._pace.reopen()
         work = items(problems, rollouts, verdicts, self._segment)
-        rows = self._runner.run(self._annotate(work))
+        rows = self._runner.run(self._annotate(work, rollouts.num_rows))
         if self._stop is None and self._failures * 2 > self._calls:
             self._end_failing(next(row["error"] for row in rows if row["error"] is not None))
         if self._stop is not None:
@@ -110,11 +110,11 @@ class EndpointAnnotator:
             max_retries=0,
         )
 
-    async def _annotate(self, work: list[Item]) -> list[dict[str, Any]]:
-        rows: list[Any] = [None] * len(work)
-        queue = iter(enumerate(work))
+    async def _annotate(self, work: Iterator[Item], number: int) -> list[dict[str, Any]]:
+        rows: list[Any] = [None] * number
+        queue = enumerate(work)
         # More than may be in flight: while an answer is written to disk another request goes out.
-        count = min(2 * self._config.concurrency, len(work))
+        count = min(2 * self._config.concurrency, number)
         workers = [asyncio.create_task(self._work(queue, rows)) for _ in range(count)]
         try:
             await asyncio.gather(*map(asyncio.shield, workers))

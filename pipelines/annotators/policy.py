@@ -48,7 +48,7 @@ class PolicyAnnotator:
 
     def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
         """See `Annotator`."""
-        work = items(problems, rollouts, verdicts, self._segment)
+        work = list(items(problems, rollouts, verdicts, self._segment))
         talks: dict[int, Dialogue] = {}
         questions: dict[int, Question] = {}
         answers: dict[int, list[Answer]] = {}

@@ -1,6 +1,6 @@
 """What an annotator works on, and how its marks become rows of the annotations table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,19 +68,21 @@ SKIPPED = Reading(AnnotationStatus.SKIPPED)
 
 def items(
     problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table, config: SegmentConfig
-) -> list[Item]:
+) -> Iterator[Item]:
     """The rollouts of one part, in order; `verdicts` holds the same rollouts in the same order.
 
+    Each is cut into segments when it is asked for: an endpoint is at work on the first meanwhile.
+
     Raises:
-        InputError: tables that do not belong together.
+        InputError: tables that do not belong together, before the first item.
     """
     by_id = {row["problem_id"]: row for row in problems.to_pylist()}
     judged = dict(
         zip(verdicts["rollout_id"].to_pylist(), verdicts["correct"].to_pylist(), strict=True)
     )
     columns = ["rollout_id", "problem_id", "group_id", "response"]
-    out = []
-    for index, row in enumerate(rollouts.select(columns).to_pylist()):
+    rows = rollouts.select(columns).to_pylist()
+    for index, row in enumerate(rows):
         for name, known in (("rollout_id", judged), ("problem_id", by_id)):
             if row[name] not in known:
                 table = "verdicts" if name == "rollout_id" else "problems"
@@ -88,16 +90,13 @@ def items(
                     f"rollouts, row {index}: {name} {row[name]} is not in the {table}; make them "
                     "again from one another"
                 )
-        response = row["response"]
-        out.append(
-            Item(
-                **row,
-                problem=by_id[row["problem_id"]],
-                segments=segment(response, config),
-                correct=judged[row["rollout_id"]],
-            )
+    for row in rows:
+        yield Item(
+            **row,
+            problem=by_id[row["problem_id"]],
+            segments=segment(row["response"], config),
+            correct=judged[row["rollout_id"]],
         )
-    return out
 
 
 def skipped_annotations(
