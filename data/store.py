@@ -25,8 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from ..schemas.contract import TableContract, validate
 from ..schemas.errors import InputError
-from ..schemas.tables import CONTRACTS, TableContract, validate
+from ..schemas.tables import CONTRACTS
 
 MANIFEST = "manifest.json"
 _RECORDED_PACKAGES = (

@@ -27,7 +27,7 @@ from rich.progress import (
 
 from ..data.store import Dataset, Draft, Store
 from ..schemas.configs import Config
-from ..schemas.tables import TableContract
+from ..schemas.contract import TableContract
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import pyarrow as pa
 
+from .contract import NAME_KEY, VERSION_KEY, TableContract
 from .labels import AnnotationStatus
-from .tables import NAME_KEY, VERSION_KEY, TableContract
 
 _text, _count, _figure = pa.string(), pa.int64(), pa.float64()
 

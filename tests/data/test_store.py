@@ -15,8 +15,9 @@ import pytest
 
 from trace_opd.data.store import MANIFEST, Dataset, Draft, Store, content_hash
 from trace_opd.schemas.configs import PolicyConfig, RolloutConfig
+from trace_opd.schemas.contract import VERSION_KEY
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.tables import PROBLEMS, VERDICTS, VERSION_KEY
+from trace_opd.schemas.tables import PROBLEMS, VERDICTS
 
 
 def problems_table(*names: str) -> pa.Table:

@@ -25,9 +25,10 @@ from trace_opd.pipelines.annotators.prompting import SHIPPED_PROMPT, SHIPPED_SCH
 from trace_opd.pipelines.annotators.rows import Reading
 from trace_opd.pipelines.stage import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator, SegmentConfig
+from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import AnnotationStatus, DiagnosticType
-from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS, validate
+from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 
 KEY = "sk-planted-0123456789"
 VALID = '{"abstain": false, "spans": [{"segments": [1], "quote": null}], "type": "setup"}'

@@ -37,10 +37,11 @@ from trace_opd.schemas.configs import (
     TrainConfig,
     TransformersSampler,
 )
+from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import FinishReason
 from trace_opd.schemas.settings import load_config
-from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS, validate
+from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.trace.policy import weights_revision
 from trace_opd.trace.protocols import Completion, PolicyInfo, Prompt
 from trace_opd.trace.segment import segment

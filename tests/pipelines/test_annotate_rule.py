@@ -10,8 +10,9 @@ from trace_opd.pipelines.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.annotators import open_annotator
 from trace_opd.pipelines.annotators.equations import equations
 from trace_opd.schemas.configs import AnnotateConfig, RuleAnnotator, SegmentConfig
+from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS, validate
+from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 
 STEPS_4821_3977 = [
     {"text": step.text, "value": step.value, "type": step.type, "key": step.key}

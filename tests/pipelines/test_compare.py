@@ -17,8 +17,9 @@ from trace_opd.pipelines.comparison.compare import SCOPES, compare
 from trace_opd.pipelines.comparison.table import comparison_table
 from trace_opd.schemas.comparisons import COMPARISONS
 from trace_opd.schemas.configs import RoutingConfig
+from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS, validate
+from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.trace.align import byte_table
 from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import load_tokenizer

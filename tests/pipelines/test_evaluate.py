@@ -20,7 +20,8 @@ from trace_opd.pipelines.evaluate import (
 )
 from trace_opd.pipelines.stage import Plan
 from trace_opd.schemas.configs import EvaluateConfig
-from trace_opd.schemas.tables import EVALUATIONS, PROBLEMS, ROLLOUTS, VERDICTS, validate
+from trace_opd.schemas.contract import validate
+from trace_opd.schemas.tables import EVALUATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 
 # --- pass@k ---
 

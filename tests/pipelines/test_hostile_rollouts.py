@@ -39,8 +39,9 @@ from trace_opd.schemas.configs import (
     ReportConfig,
     RoutingConfig,
 )
+from trace_opd.schemas.contract import validate
 from trace_opd.schemas.labels import DiagnosticType
-from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS, validate
+from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.trace.align import byte_table
 from trace_opd.trace.policy import vocab_fingerprint
 from trace_opd.trace.segment import segment

@@ -6,7 +6,8 @@ import pytest
 
 from trace_opd.pipelines.micro import arithmetic_problems, label_effect
 from trace_opd.pipelines.models import resolve_policy
-from trace_opd.schemas.tables import PROBLEMS, validate
+from trace_opd.schemas.contract import validate
+from trace_opd.schemas.tables import PROBLEMS
 from trace_opd.trace.policy import load_policy
 
 

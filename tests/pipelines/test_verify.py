@@ -8,9 +8,10 @@ import pytest
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.verify import CHOICE_MATCHER, VERIFY_STAGE, MathVerifier, math_matcher
 from trace_opd.schemas.configs import VerifyConfig
+from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import AnswerKind
-from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS, VERDICTS, validate
+from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS, VERDICTS
 
 TIMEOUT_S = 3.0
 

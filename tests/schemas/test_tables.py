@@ -4,19 +4,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from trace_opd.schemas.contract import NAME_KEY, VERSION_KEY, TableContract, description, validate
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.tables import (
     ANNOTATIONS,
     CONTRACTS,
-    NAME_KEY,
     PROBLEMS,
     ROLLOUTS,
     ROUTED,
     VERDICTS,
-    VERSION_KEY,
-    TableContract,
-    description,
-    validate,
 )
 
 _ids = {"problem_id": "p", "group_id": "g"}

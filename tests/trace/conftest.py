@@ -9,8 +9,9 @@ import pytest
 from trace_opd.pipelines.annotators.rows import Identity, Reading, annotation_row, items
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import RoutingConfig, SegmentConfig
+from trace_opd.schemas.contract import validate
 from trace_opd.schemas.labels import AnnotationStatus, DiagnosticType
-from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS, validate
+from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
 from trace_opd.trace.align import ByteTable, byte_table
 from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import load_tokenizer

@@ -41,6 +41,7 @@ from trace_opd.schemas.configs import (
     SegmentConfig,
     TrainConfig,
 )
+from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import DiagnosticType
 from trace_opd.schemas.tables import (
@@ -49,7 +50,6 @@ from trace_opd.schemas.tables import (
     ROLLOUTS,
     ROUTED,
     VERDICTS,
-    validate,
 )
 from trace_opd.trace import prompt
 from trace_opd.trace.align import byte_table

@@ -1,0 +1,173 @@
+"""What a table's contract is, and the one function that checks a table against it.
+
+Every field carries a `description` in its metadata; every schema carries its table's name and
+version. `validate` names the column and the row at fault.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from enum import IntEnum, StrEnum
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .errors import InputError
+
+NAME_KEY = b"trace_opd.table"
+VERSION_KEY = b"trace_opd.version"
+
+
+@dataclasses.dataclass(frozen=True)
+class TableContract:
+    """A table's name, version, Arrow schema and row id, and what holds beyond the types.
+
+    labels: closed string columns; codes: closed lists of integers; nested_labels: closed strings in
+    lists of structs, by (column, field); same_length: lists that are aligned.
+    """
+
+    name: str
+    version: int
+    schema: pa.Schema
+    row_id: str
+    labels: dict[str, type[StrEnum]] = dataclasses.field(default_factory=dict)
+    codes: dict[str, type[IntEnum]] = dataclasses.field(default_factory=dict)
+    nested_labels: dict[tuple[str, str], type[StrEnum]] = dataclasses.field(default_factory=dict)
+    same_length: tuple[tuple[str, ...], ...] = ()
+
+    def empty(self) -> pa.Table:
+        return self.schema.empty_table()
+
+    def table(self, rows: Iterable[dict]) -> pa.Table:
+        """Build a table of this contract from dictionaries, one per row."""
+        return pa.Table.from_pylist(list(rows), schema=self.schema)
+
+
+def described(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
+    """A field that carries its description in its metadata."""
+    return pa.field(name, kind, nullable, metadata={"description": description})
+
+
+def description(field: pa.Field) -> str:
+    """The description that a contract's field carries in its metadata."""
+    return (field.metadata or {}).get(b"description", b"").decode()
+
+
+def make_contract(
+    name: str, version: int, fields: list[pa.Field], row_id: str, **checks: Any
+) -> TableContract:
+    """A contract whose schema carries its name and version; checks: see `TableContract`."""
+    metadata: dict[bytes | str, bytes | str] = {
+        NAME_KEY: name.encode(),
+        VERSION_KEY: str(version).encode(),
+    }
+    return TableContract(name, version, pa.schema(fields, metadata=metadata), row_id, **checks)
+
+
+def validate(table: pa.Table, contract: TableContract, where: str = "table") -> pa.Table:
+    """Check a table against its contract; return it cast to the contract's schema.
+
+    Raises:
+        InputError: names `where`, the column and the first row at fault.
+    """
+    metadata = table.schema.metadata or {}
+    version = metadata.get(VERSION_KEY)
+    if version is not None and int(version) != contract.version:
+        raise InputError(
+            f"{where}: is version {int(version)} of table {contract.name}, this release reads "
+            f"version {contract.version}; make it again with this release"
+        )
+    for field in contract.schema:
+        if field.name not in table.column_names:
+            raise InputError(
+                f"{where}: column {field.name} is missing; table {contract.name} needs it "
+                f"({description(field)})"
+            )
+    if extra := sorted(set(table.column_names) - set(contract.schema.names)):
+        raise InputError(
+            f"{where}: column {extra[0]} is not in table {contract.name}; drop or rename it"
+        )
+    if table.num_columns > len(contract.schema):
+        twice = max(table.column_names, key=table.column_names.count)
+        raise InputError(f"{where}: column {twice} stands there twice; drop one of them")
+    columns = []
+    for field in contract.schema:
+        column = table.column(field.name)
+        try:
+            column = column.cast(field.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            raise InputError(
+                f"{where}: column {field.name} is {column.type}, table {contract.name} needs "
+                f"{field.type} ({error})"
+            ) from None
+        if not field.nullable and column.null_count:
+            raise _fault(where, field.name, pc.is_null(column), "is null; give it a value")
+        columns.append(column)
+    checked = pa.Table.from_arrays(columns, schema=contract.schema)
+    _check_labels(checked, contract, where)
+    _check_lengths(checked, contract, where)
+    _check_unique(checked, contract, where)
+    return checked
+
+
+def _fault(where: str, column: str, bad: Any, what: str) -> InputError:
+    row = pc.index(bad, True).as_py()
+    return InputError(f"{where}, row {row}: {column} {what}")
+
+
+def _check_labels(table: pa.Table, contract: TableContract, where: str) -> None:
+    for name, labels in contract.labels.items():
+        column = table.column(name)
+        known = pc.is_in(column, value_set=pa.array([str(label) for label in labels]))
+        bad = pc.and_(pc.is_valid(column), pc.invert(known))
+        if pc.any(bad).as_py():
+            value = column[pc.index(bad, True).as_py()].as_py()
+            allowed = ", ".join(labels)
+            raise _fault(where, name, bad, f"is {value!r}, not one of {allowed}")
+    for name, codes in contract.codes.items():
+        known = pa.array([int(code) for code in codes], table.schema.field(name).type.value_type)
+        if (row := _first_outside(table.column(name), None, known)) is not None:
+            raise InputError(f"{where}, row {row}: {name} is not in 0 … {int(max(codes))}")
+    for (name, inner), labels in contract.nested_labels.items():
+        known = pa.array([str(label) for label in labels])
+        if (row := _first_outside(table.column(name), inner, known)) is not None:
+            raise InputError(
+                f"{where}, row {row}: {name}.{inner} is not one of {', '.join(labels)}"
+            )
+
+
+def _first_outside(column: pa.ChunkedArray, inner: str | None, known: pa.Array) -> int | None:
+    """The first row with a list entry, or a field of one, that is not among those known."""
+    before = 0
+    for chunk in column.chunks:
+        values = pc.list_flatten(chunk)
+        if inner is not None:
+            values = pc.struct_field(values, inner)
+        inside = pc.is_in(values, value_set=known)
+        if not pc.all(inside, min_count=0).as_py():
+            at = pc.index(inside, False).as_py()
+            return before + pc.list_parent_indices(chunk)[at].as_py()
+        before += len(chunk)
+    return None
+
+
+def _check_lengths(table: pa.Table, contract: TableContract, where: str) -> None:
+    for first, *others in contract.same_length:
+        lengths = pc.list_value_length(table.column(first))
+        for other in others:
+            bad = pc.not_equal(lengths, pc.list_value_length(table.column(other)))
+            if pc.any(bad).as_py():
+                raise _fault(where, other, bad, f"has another length than {first}")
+
+
+def _check_unique(table: pa.Table, contract: TableContract, where: str) -> None:
+    ids = table.column(contract.row_id)
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    seen: set[Any] = set()
+    for row, value in enumerate(ids.to_pylist()):
+        if value in seen:
+            raise InputError(
+                f"{where}, row {row}: {contract.row_id} {value} appears twice; drop the repeated row"
+            )
+        seen.add(value)
