@@ -35,6 +35,7 @@ _RECORDED_PACKAGES = (
     "prefect",
 )  # fmt: skip
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_STAGE = re.compile(r"[a-z-]+")
 
 
 def content_hash(value: Any, length: int = 16) -> str:
@@ -130,7 +131,8 @@ class Draft:
         Raises:
             InputError: the store is not on a local file system.
         """
-        path = self.store.local_root() / self.ref / name
+        self.store.local_root()
+        path = Path(self.store.url(f"{self.ref}/{name}".rstrip("/")))
         path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -242,7 +244,9 @@ class Store:
         ]
 
     def datasets(self, stage: str | None = None) -> Iterator[Dataset]:
-        """All finished datasets, oldest first within a stage."""
+        """All finished datasets, oldest first within a stage; none of a name that is no stage's."""
+        if stage is not None and not _STAGE.fullmatch(stage):
+            return
         for path in sorted(self.fs.glob(f"{self.base}/{stage or '*'}/*/{MANIFEST}")):
             stage_name, dataset_id, _ = str(path).rsplit("/", 3)[-3:]
             if (dataset := self.find(stage_name, dataset_id)) is not None:
@@ -281,8 +285,25 @@ class Store:
 
     # --- files ---
 
-    def url(self, path: str) -> str:
+    def inside(self, path: str) -> str:
+        """The full path of a file below the root.
+
+        Raises:
+            InputError: it leads out of the store, by `..` or by a symbolic link.
+        """
         full = f"{self.base}/{path}"
+        out = ".." in path.split("/")
+        if isinstance(self.fs, LocalFileSystem) and not out:
+            out = not Path(full).resolve().is_relative_to(Path(self.base).resolve())
+        if out:
+            raise InputError(
+                f"store {self.root}: {path} leads out of it; put a copy in its place, or mend the "
+                "manifest that names it"
+            )
+        return full
+
+    def url(self, path: str) -> str:
+        full = self.inside(path)
         return full if isinstance(self.fs, LocalFileSystem) else self.fs.unstrip_protocol(full)
 
     def local_root(self) -> Path:
@@ -306,11 +327,11 @@ class Store:
             )
 
     def exists(self, path: str) -> bool:
-        return self.fs.exists(f"{self.base}/{path}")
+        return self.fs.exists(self.inside(path))
 
     def open(self, path: str):
         try:
-            return self.fs.open(f"{self.base}/{path}", "rb")
+            return self.fs.open(self.inside(path), "rb")
         except FileNotFoundError:
             raise InputError(
                 f"{self.url(path)}: file is gone; remove the dataset's folder and run its stage "
@@ -328,7 +349,7 @@ class Store:
 
     def write(self, path: str, content: bytes) -> None:
         """Write a file whole or not at all: temporary name, fsync, rename."""
-        target = f"{self.base}/{path}"
+        target = self.inside(path)
         temporary = f"{target}.tmp-{os.getpid()}-{time.monotonic_ns()}"
         self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
         if isinstance(self.fs, LocalFileSystem):

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 
 from ..data.store import Dataset, Store
-from ..schemas.configs import Config, PipelineConfig, TrainConfig
+from ..schemas.configs import Config, PipelineConfig, ReportConfig, TrainConfig
 from ..schemas.errors import InputError, Stopped
 from ..schemas.presets import PRESETS
-from ..schemas.settings import dump_config, load_config
-from .cli_store import COMMANDS, StoreRoot, console
+from ..schemas.settings import load_config
+from .cli_store import COMMANDS, StoreRoot
+from .terminal import Terminal, console, print_config, print_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,14 +88,14 @@ def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_r
         _, target = begin(config, store)  # bad input is refused before anything is said
         if not isinstance(target, Dataset):
             processes = int(os.environ.get("WORLD_SIZE", "1"))
-            console.print(memory_line(config, processes), soft_wrap=True, markup=False)
+            console.print(memory_line(config, processes), soft_wrap=True)
     result = run_stage(name, config, store, alias)
     if not first:
         return
     if isinstance(result, Dataset):
         show_dataset(result, console)
     else:
-        console.print(result, soft_wrap=True, markup=False)
+        console.print(result, soft_wrap=True)
 
 
 def _load(
@@ -124,10 +124,28 @@ def _register_stages() -> None:
         ("convert", configs.ConvertConfig, "Spans to routed training sequences."),
         ("train", configs.TrainConfig, "Offline steps, then online steps."),
         ("evaluate", configs.EvaluateConfig, "avg@k, pass@k, maj@k; base against checkpoint."),
-        ("report", configs.ReportConfig, "One self-contained HTML file."),
     ):
         register = _preset_command if name in ("convert", "train") else _stage_command
         register(name, kind, summary)
+    app.command("report", help="One self-contained HTML file.")(_report_command)
+
+
+def _report_command(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file; default: beside the data in the store.")
+    ] = None,
+    store: StoreRoot = "store",
+    dry_run: DryRun = False,
+) -> None:
+    loaded = _load(ReportConfig, config, overrides, "report")
+    if dry_run:
+        print_config(loaded)
+        return
+    from .viewer import report
+
+    console.print(report.run(loaded, Store(store), output), soft_wrap=True)
 
 
 _register_stages()
@@ -148,7 +166,7 @@ def pipeline(
 
     def run(stage: str, stage_config: Config, alias: str) -> str:
         result = run_stage(stage, stage_config, opened, alias)
-        console.print(f"{alias}: {result if isinstance(result, str) else result.ref}", markup=False)
+        console.print(f"{alias}: {result if isinstance(result, str) else result.ref}")
         return result if isinstance(result, str) else result.ref
 
     run_pipeline(loaded, run)
@@ -170,20 +188,18 @@ def config(
     if stage not in kinds:
         raise InputError(f"stage {stage!r}: is none of {', '.join(kinds)}")
     if schema:
-        console.print_json(data=kinds[stage].model_json_schema())
+        print_json(kinds[stage].model_json_schema(), console)
         return
-    print(
-        dump_config(_load(kinds[stage], path, overrides, stage if stage != "pipeline" else None)),
-        end="",
-    )
+    section = stage if stage != "pipeline" else None
+    print_config(_load(kinds[stage], path, overrides, section))
 
 
 @app.command()
 def presets() -> None:
     """List TRACE and the baselines that --preset names, with what each sets."""
     for name, preset in PRESETS.items():
-        console.print(f"{name}: {preset.summary} ({preset.source})", soft_wrap=True, markup=False)
-        console.print(f"    {' '.join(preset.overrides)}", soft_wrap=True, markup=False)
+        console.print(f"{name}: {preset.summary} ({preset.source})", soft_wrap=True)
+        console.print(f"    {' '.join(preset.overrides)}", soft_wrap=True)
 
 
 @app.command()
@@ -232,7 +248,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Modules in the folder where the command runs: rules of the user's own (routing.rule).
     sys.path.append(str(Path.cwd()))
-    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    handler = RichHandler(console=Terminal(stderr=True), show_path=False)
     # Details are ours alone: HTTP clients log every header, and a server may echo the key in one.
     handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name.startswith("trace_opd"))
     logging.basicConfig(
@@ -243,9 +259,7 @@ def main() -> None:
     try:
         app()
     except (InputError, Stopped) as error:
-        Console(stderr=True).print(
-            f"trace-opd: {error}", soft_wrap=True, markup=False, highlight=False
-        )
+        Terminal(stderr=True).print(f"trace-opd: {error}", soft_wrap=True, highlight=False)
         sys.exit(2 if isinstance(error, InputError) else 128 + signal.SIGTERM)
 
 

@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
 from ..data.store import Store
 from ..schemas.configs import RoutingConfig
-
-console = Console()
+from .terminal import console, print_json
 
 StoreRoot = Annotated[
     str, typer.Option("--store", envvar="TRACE_OPD_STORE", help="Store: a folder or fsspec URL.")
@@ -57,7 +54,7 @@ def show(
         return
     dataset = opened.get(ref)
     show_dataset(dataset, console)
-    console.print_json(data={k: v for k, v in dataset.manifest.items() if k != "summary"})
+    print_json({k: v for k, v in dataset.manifest.items() if k != "summary"}, console)
 
 
 def view(
@@ -74,7 +71,7 @@ def view(
 
     with open_server(Viewer(Store(store), ref, against), port) as server:
         address = f"http://{HOST}:{server.server_port}/"
-        console.print(f"{address}  Ctrl-C ends", soft_wrap=True, markup=False)
+        console.print(f"{address}  Ctrl-C ends", soft_wrap=True)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
 
@@ -86,7 +83,7 @@ def lineage(
     opened = Store(store)
     trees: list[Tree] = []
     for depth, role, dataset in opened.lineage(opened.get(ref)):
-        text = escape(f"{role + ': ' if role else ''}{dataset.ref}  {dataset.rows} rows")
+        text = f"{role + ': ' if role else ''}{dataset.ref}  {dataset.rows} rows"
         node = trees[depth - 1].add(text) if depth else Tree(text)
         trees[depth:] = [node]
     console.print(trees[0])
@@ -118,11 +115,11 @@ def import_(
 
     made = import_labels(layout, file, Store(store), alias, limit, hide_verdict)
     for name, dataset in made.items():
-        console.print(f"{name}: {dataset.ref}  {dataset.rows} rows", markup=False)
+        console.print(f"{name}: {dataset.ref}  {dataset.rows} rows")
     left_out = made[f"{alias}-problems"].summary["left_out"]
     if left_out:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        console.print(f"left out: {reasons}", markup=False)
+        console.print(f"left out: {reasons}")
 
 
 def compare(
@@ -152,7 +149,7 @@ def compare(
     paths = report.write(compared, table, opened, folder)
     report.show(compared, table, console)
     for path in paths:
-        console.print(path, soft_wrap=True, markup=False, highlight=False)
+        console.print(path, soft_wrap=True, highlight=False)
 
 
 def batches(

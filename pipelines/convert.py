@@ -26,7 +26,8 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
         _check_annotator(annotations)
     verdicts = annotations.input("verdicts")
     rollouts = verdicts.input("rollouts")
-    tokenizer = load_tokenizer(resolve_policy(config.policy.path))
+    policy = config.policy
+    tokenizer = load_tokenizer(resolve_policy(policy.path), policy.trust_remote_code)
     check_vocabulary(rollouts.read_part(0), vocab_fingerprint(tokenizer), config.policy.path)
     inputs = {
         "annotations": annotations,
@@ -70,7 +71,8 @@ class _Maker:
         config: ConvertConfig = plan.config
         self._inputs = plan.inputs
         self._routing = config.routing
-        self._bytes = byte_table(load_tokenizer(resolve_policy(config.policy.path)))
+        path = resolve_policy(config.policy.path)
+        self._bytes = byte_table(load_tokenizer(path, config.policy.trust_remote_code))
 
     def __call__(self, part: int) -> pa.Table:
         problems, rollouts, verdicts, annotations = (

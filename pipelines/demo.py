@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..data.store import Store
 from ..schemas.configs import PipelineConfig
 from ..schemas.settings import load_config
 from .models import resolve_policy
+from .terminal import Terminal
 
 _ROOT = Path(__file__).parents[1]
 _TABLES = ("problems", "rollouts", "verdicts", "annotations", "routed")
@@ -74,7 +74,7 @@ def summary(model: str, config: PipelineConfig, store: Store, seconds: float) ->
 
 
 def print_summary(result: dict[str, Any], path: Path) -> None:
-    console = Console()
+    console = Terminal()
     table = Table("policy", "pass rate", "95 % interval", title=f"{result['model']}: held-out")
     for role in ("before", "after"):
         low, high = result[role]["ci95"]

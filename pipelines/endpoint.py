@@ -11,6 +11,7 @@ import openai
 from tenacity import RetryCallState, wait_random_exponential
 
 from ..schemas.errors import InputError
+from .visible import visible
 
 _MOST_CHARS = 300
 _LEAST_SECRET = 8  # characters; local servers take EMPTY or 1, which answers are full of
@@ -156,7 +157,7 @@ def without_key(content: bytes, key: str | None) -> bytes:
 
 def sentence(error: BaseException, key: str | None) -> str:
     """The error in one short line. Servers may echo the key: it never goes further than here."""
-    said = " ".join(str(error).split())
+    said = visible(" ".join(str(error).split()))
     if key:
         said = said.replace(key, "***")
     return f"{type(error).__name__}: {said}"[:_MOST_CHARS]

@@ -46,14 +46,16 @@ class ModelShape:
         return self.vocab * self.hidden
 
 
-def model_shape(path: str, lora: LoraConfig | None = None) -> ModelShape:
+def model_shape(
+    path: str, lora: LoraConfig | None = None, trust_remote_code: bool = False
+) -> ModelShape:
     """The shape of the model at a path (folder or hub id) from its config.json.
 
     Raises:
         InputError: no config there, or an architecture without the sizes of a decoder.
     """
     try:
-        config: Any = AutoConfig.from_pretrained(path)
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputError(
@@ -67,7 +69,9 @@ def model_shape(path: str, lora: LoraConfig | None = None) -> ModelShape:
             "MLP (Llama, Qwen and their kin) only"
         )
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
         layers = backbone(model).get_submodule("layers")
         linear = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
         normalises = any(name.endswith("q_norm.weight") for name, _ in layers.named_parameters())

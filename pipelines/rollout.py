@@ -99,7 +99,7 @@ def policy_identity(sampler: SamplerConfig, policy: PolicyConfig) -> list[str]:
         read_key(sampler.api_key_env, "sampler.api_key_env")
         return [sampler.base_url, policy.path]
     path = resolve_policy(policy.path)
-    render_chat(load_tokenizer(path), [{"role": "user", "content": ""}])
+    render_chat(load_tokenizer(path, policy.trust_remote_code), [{"role": "user", "content": ""}])
     return [weights_revision(path)]
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import pyarrow.compute as pc
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -12,12 +11,12 @@ from rich.text import Text
 from ..data.store import Dataset, Store
 from ..schemas.configs import Config
 from ..schemas.errors import InputError
-from ..schemas.settings import dump_config
 from ..schemas.tables import ANNOTATIONS, ROUTED
 from . import train
 from .annotators.spending import dollars
 from .estimate import estimate, estimate_view
 from .stages import TABLE_STAGES
+from .terminal import print_config
 from .viewer.paint import Paint, Piece
 from .viewer.rollout_tables import find_byte_table, find_tables
 from .viewer.rollout_view import RolloutView, load_rollouts
@@ -41,7 +40,7 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
     Raises:
         InputError: whatever the stage would refuse before its work.
     """
-    print(dump_config(config), end="")
+    print_config(config)
     if name == "train":
         _, target = train.begin(config, store)  # type: ignore[arg-type]
         parts = ""
@@ -53,7 +52,7 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
     else:
         return
     state = "finished" if isinstance(target, Dataset) else "to be made"
-    console.print(f"# {target.ref}: {state}{parts}", markup=False)
+    console.print(f"# {target.ref}: {state}{parts}")
     if name == "annotate" and not isinstance(target, Dataset):
         found = estimate(plan, target)
         if found is not None:
@@ -62,7 +61,7 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
 
 def show_dataset(dataset: Dataset, console: Console) -> None:
     """Print a dataset's id, rows and figures, and where its files are."""
-    console.print(f"{dataset.ref}  {dataset.rows} rows", markup=False)
+    console.print(f"{dataset.ref}  {dataset.rows} rows")
     if dataset.stage == "evaluate":
         console.print(_evaluation_table(dataset.summary))
     else:
@@ -73,14 +72,14 @@ def show_dataset(dataset: Dataset, console: Console) -> None:
         console.print(table)
     if parts := dataset.summary.get("per_part"):
         console.print(_parts_table(parts))
-    console.print(dataset.glob if dataset.parts else dataset.path(), soft_wrap=True, markup=False)
+    console.print(dataset.glob if dataset.parts else dataset.path(), soft_wrap=True)
 
 
 def _figure(key: str, value: Any) -> str:
     """A figure of a summary; US dollars that nobody knows are unknown, not none."""
     if "usd" in key:
         return dollars(value)
-    return escape(str(value))
+    return str(value)
 
 
 def _parts_table(parts: list[dict[str, Any]]) -> Table:

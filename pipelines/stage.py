@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,6 +27,7 @@ from rich.progress import (
 from ..data.store import Dataset, Draft, Store
 from ..schemas.configs import Config
 from ..schemas.contract import TableContract
+from .terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -148,16 +148,17 @@ def progress_bar(name: str, total: int, unit: str = "parts") -> Iterator[Callabl
     Yields `advance(count=1, **fields)`; fields are shown beside the bar, where they stay until others
     are.
     """
+    console = Terminal(stderr=True)
     progress = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn(unit, markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-        disable=not Console(stderr=True).is_terminal,
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        disable=not console.is_terminal,
     )
     with progress:
         task = progress.add_task(name, total=total, note="")

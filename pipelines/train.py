@@ -53,7 +53,7 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
     """
     check_tracker(config.tracker)
     path = resolve_policy(config.policy.path)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, config.policy.trust_remote_code)
     student_prompt(tokenizer, config.prompt, "")
     semantic = config.semantic()
     semantic["policy"] = weights_revision(path)
@@ -101,6 +101,7 @@ def run(config: TrainConfig, store: Store) -> Dataset:
         trainable=True,
         lora=config.lora,
         gradient_checkpointing=config.gradient_checkpointing,
+        trust_remote_code=config.policy.trust_remote_code,
     )
     replica = _replica(policy) if ranks.count > 1 and config.online.steps else None
     trainer = Trainer(policy, config, ranks)

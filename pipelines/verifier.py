@@ -18,6 +18,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 
 from ..schemas.labels import VerdictStatus
+from .visible import visible
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ class VerifierPool:
             return None
         status, correct, error = message
         if error:
-            logger.warning("math-verify failed on an answer: %s", error)
+            logger.warning("math-verify failed on an answer: %s", visible(error))
         worker.job = None
         worker.jobs_done += 1
         if status == VerdictStatus.OOM or worker.jobs_done >= self._recycle_every:

@@ -2,7 +2,7 @@
 
 step-00050/  config.json model.safetensors tokenizer.json …   AutoModelForCausalLM, vLLM
              (adapter_config.json adapter_model.safetensors     peft, when adapters are trained)
-             trainer.pt                                         optimiser, teacher, state, RNGs
+             trainer.safetensors                                optimiser, teacher, state, RNGs
 
 Weights are stored whole, so a run may go on under another number of ranks.
 """
@@ -29,9 +29,10 @@ from .lora import (
     transformers_model,
 )
 from .ranks import load_optimizer, load_weights, whole_optimizer, whole_weights
+from .state_file import load_state, save_state
 from .trainer import Trainer, TrainerState
 
-_TRAINER_FILE = "trainer.pt"
+_TRAINER_FILE = "trainer.safetensors"
 _WRAPPER = "model."  # of trace.packing.PackedModel
 
 
@@ -64,8 +65,7 @@ def save_checkpoint(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
 
     def write(temporary: Path) -> None:
         _write_model(trainer, temporary, weights, merge=False)
-        with (temporary / _TRAINER_FILE).open("wb") as file:
-            torch.save(state, file)
+        save_state(state, temporary / _TRAINER_FILE)
 
     _publish(target, write)
     for old in sorted(folder.glob("step-*"))[:-keep]:
@@ -85,10 +85,15 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
         load_adapters(model, checkpoint)
     else:
         dtype = next(trainer.student.parameters()).dtype
-        saved_model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+        saved_model = AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trainer.config.policy.trust_remote_code,
+        )
         weights = {_WRAPPER + name: value for name, value in saved_model.state_dict().items()}
         load_weights(trainer.student, weights)
-    saved = torch.load(checkpoint / _TRAINER_FILE, map_location="cpu", weights_only=True)
+    saved = load_state(checkpoint / _TRAINER_FILE)
     load_optimizer(trainer.student, trainer.optimizer, saved["optimizer"])
     trainer.state = TrainerState(**saved["state"])
     trainer.restore_identity()
@@ -142,7 +147,8 @@ def _restore_rng_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
         torch.cuda.set_rng_state_all(states["cuda"])
-    random.setstate(states["python"])
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
     np.random.set_state(tuple(states["numpy"]))
 
 

@@ -46,6 +46,7 @@ def load_policy(
     trainable: bool = False,
     lora: LoraConfig | None = None,
     gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
 ) -> Policy:
     """Load a policy from a folder or a hub id.
 
@@ -53,17 +54,20 @@ def load_policy(
     would lose most of an update: at a learning rate of 1e-6 it is below their resolution.
     lora: freeze the weights, which then stay in the chosen precision, and train adapters in float32
     (lora.py). gradient_checkpointing: recompute activations in the backward pass.
+    trust_remote_code: run code that comes with the model. Weights are read from safetensors alone.
 
     Raises:
-        InputError: no model there, CUDA asked for where there is none, no peft, or a model that
-            has no layers to put adapters or checkpoints on.
+        InputError: no model there, one that needs code of its own, CUDA asked for where there is
+            none, no peft, or a model that has no layers to put adapters or checkpoints on.
     """
     where = choose_device(device)
     dtype = choose_dtype(precision, where)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, trust_remote_code)
     with _model_errors(path):
         stored = torch.float32 if trainable and lora is None else dtype
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=stored)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=stored, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
     if lora is not None:
         model = add_adapters(model, lora)
     if gradient_checkpointing:
@@ -110,10 +114,10 @@ def _follow_grad_mode(decoder: torch.nn.Module, _: Any) -> None:
             module.training = torch.is_grad_enabled()
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Raises InputError if there is no tokenizer at the path."""
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Raises InputError if there is no tokenizer at the path, or one that needs code of its own."""
     with _model_errors(path):
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 @contextmanager
@@ -122,6 +126,11 @@ def _model_errors(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"policy {path}: needs Python code that comes with it; read that code, then set "
+                "policy.trust_remote_code=true to run it"
+            ) from None
         first_line = str(error).strip().splitlines()[0]
         raise InputError(
             f"policy {path}: cannot be loaded ({first_line:.160}); give a folder with config.json, "

@@ -17,8 +17,8 @@ from rich.table import Table
 from ...data.store import Store, content_hash
 from ...schemas.labels import AnnotationStatus
 from ..viewer.page import csp_hash
-from ..viewer.paint import visible
 from ..viewer.rollout_tables import find_tables
+from ..visible import visible
 from .agreement import FIGURES
 from .compare import SCOPES, Comparison
 from .marks import TYPES
@@ -51,7 +51,8 @@ def default_output(comparison: Comparison, store: Store) -> Path:
         InputError: the store is not local.
     """
     refs = [dataset.ref for dataset in comparison.datasets.values()]
-    return store.local_root() / "compare" / content_hash([refs, comparison.alpha])
+    store.local_root()
+    return Path(store.url(f"compare/{content_hash([refs, comparison.alpha])}"))
 
 
 def write(comparison: Comparison, table: pa.Table, store: Store, output: Path) -> list[Path]:
@@ -68,7 +69,7 @@ def write(comparison: Comparison, table: pa.Table, store: Store, output: Path) -
 
 def show(comparison: Comparison, table: pa.Table, console: Console) -> None:
     """Print each pair's figures with their 95 % intervals, and what each annotator said and cost."""
-    console.print(summary_line(comparison), soft_wrap=True, markup=False, highlight=False)
+    console.print(summary_line(comparison), soft_wrap=True, highlight=False)
     for scopes in pair_rows(comparison, table):
         whole = scopes["all"]
         title = f"{whole['other']} against {whole['reference']}"

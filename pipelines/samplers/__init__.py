@@ -24,8 +24,11 @@ def open_sampler(
     if isinstance(config, VllmSampler):
         from .vllm import VllmPolicySampler
 
-        return VllmPolicySampler(config, path, policy.precision), load_tokenizer(path)
+        sampler = VllmPolicySampler(config, path, policy.precision, policy.trust_remote_code)
+        return sampler, load_tokenizer(path, policy.trust_remote_code)
     from .transformers import TransformersPolicySampler
 
-    loaded = load_policy(path, policy.device, policy.precision)
+    loaded = load_policy(
+        path, policy.device, policy.precision, trust_remote_code=policy.trust_remote_code
+    )
     return TransformersPolicySampler(loaded, config.batch_tokens), loaded.tokenizer

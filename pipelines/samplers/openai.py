@@ -234,8 +234,8 @@ class OpenAIPolicySampler:
 
 def _local_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except OSError:  # not on this machine: only the server knows the model
+        return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):  # not on this machine, or with code of its own
         return None
 
 

@@ -32,7 +32,13 @@ class VllmPolicySampler:
     prompts in the call changes the batches, and with them the last bits of the logits.
     """
 
-    def __init__(self, config: VllmSampler, path: str, precision: Precision = "auto") -> None:
+    def __init__(
+        self,
+        config: VllmSampler,
+        path: str,
+        precision: Precision = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
         """Raises InputError if vLLM is not installed or there is no model at the path."""
         if find_spec("vllm") is None:
             raise InputError(
@@ -42,13 +48,15 @@ class VllmPolicySampler:
         for variable, value in _QUIET.items():
             os.environ.setdefault(variable, value)
         self._vllm: Any = import_module("vllm")
-        self._tokenizer = load_tokenizer(path)
+        self._tokenizer = load_tokenizer(path, trust_remote_code)
         self._bytes = byte_table(self._tokenizer)
         self.policy = policy_info(path, self._tokenizer)
         device = choose_device("auto")
         cache_gib = config.kv_cache_gib or (_CPU_KV_CACHE_GIB if device.type == "cpu" else None)
         self._llm = self._vllm.LLM(
             path,
+            load_format="safetensors",
+            trust_remote_code=trust_remote_code,
             dtype=str(choose_dtype(precision, device)).removeprefix("torch."),
             max_model_len=config.max_model_len,
             gpu_memory_utilization=config.gpu_memory_utilization,

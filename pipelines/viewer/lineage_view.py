@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from ...data.store import Dataset
-from .paint import visible
+from ..visible import visible
 
 # Stage: path into its config and label of what the lineage shows without unfolding.
 _FACTS = {

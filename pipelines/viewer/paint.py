@@ -5,7 +5,6 @@ spans a span that the α cap cut in two is painted up to its share of kept token
 every token counts as long as any other.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ...schemas.labels import Route
+from ..visible import visible
 
 if TYPE_CHECKING:
     from ...trace.align import ByteTable
@@ -162,29 +162,6 @@ def cut(
     edges = {first for first, _ in _runs(painted.paint, painted.span)} | set(starts)
     for a, b in pairwise(sorted(edges | {len(text)})):
         yield visible(text[a:b]), int(painted.paint[a]), int(painted.span[a]), starts.get(a)
-
-
-# Controls but for newline and tab, and characters that show nothing or turn the reading direction:
-# soft hyphen, zero-width and bidirectional marks, separators, interlinear marks, tag characters.
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
-    "\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
-)
-
-
-def visible(text: str) -> str:
-    """The text with control, invisible and direction-changing characters written out.
-
-    C0 controls become their control pictures (␛ for escape), others their code point (⟨U+202E⟩).
-    """
-    return _INVISIBLE.sub(_written_out, text)
-
-
-def _written_out(match: re.Match[str]) -> str:
-    code = ord(match.group())
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
 
 
 def _blank(length: int) -> CharPaint:

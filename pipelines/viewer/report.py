@@ -22,8 +22,11 @@ from .rollout_view import RolloutReader, RolloutView, rollout_data
 from .training_curves import charts, read_metrics
 
 
-def run(config: ReportConfig, store: Store) -> Path:
+def run(config: ReportConfig, store: Store, output: Path | None = None) -> Path:
     """Write the report of a routed or annotations dataset or of a train run; returns its path.
+
+    output: HTML file; None: report.html, or against-<id>.html, beside the data. It is no part of
+    the config: one that comes from elsewhere writes inside the store alone.
 
     Raises:
         InputError: the dataset is of another kind, the one it is compared with annotates other
@@ -32,7 +35,7 @@ def run(config: ReportConfig, store: Store) -> Path:
     dataset = store.get(config.dataset)
     tables = find_tables(dataset, store)
     against = find_counterpart(config.against, tables, store) if config.against else None
-    output = Path(config.output) if config.output else _default_output(dataset, against, store)
+    output = output or _default_output(dataset, against, store)
     index = build_index(tables, against, choose_groups(tables.lead, config.limit))
     views = RolloutReader(tables, find_byte_table(dataset, tables), against).read(index.rows)
     html = _render(dataset, tables, against, index, views, read_metrics(dataset, store))
@@ -43,7 +46,8 @@ def run(config: ReportConfig, store: Store) -> Path:
 
 def _default_output(dataset: Dataset, against: Dataset | None, store: Store) -> Path:
     name = f"against-{against.id}.html" if against is not None else "report.html"
-    return store.local_root() / dataset.ref / name
+    store.local_root()
+    return Path(dataset.path(name))
 
 
 def _render(

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data.store import Dataset
+from ..visible import visible
 from .facets import (
     Facet,
     agreement_facets,
@@ -18,7 +19,6 @@ from .facets import (
     text_facet,
     types_differ,
 )
-from .paint import visible
 from .rollout_tables import Tables
 from .row_reader import row_numbers
 from .span_overlap import disagreement, overlap, read_span_ends

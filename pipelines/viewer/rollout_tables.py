@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...data.store import Dataset, Store
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, ROUTED
-from .paint import visible
+from ..visible import visible
 
 if TYPE_CHECKING:
     from ...trace.align import ByteTable

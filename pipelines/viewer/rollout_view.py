@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...data.store import Dataset
+from ..visible import visible
 from .paint import (
     CharPaint,
     Piece,
@@ -15,7 +16,6 @@ from .paint import (
     paint_spans,
     paint_tokens,
     pieces,
-    visible,
 )
 from .rollout_index import build_index
 from .rollout_tables import Tables, routing_rule

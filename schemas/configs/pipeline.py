@@ -50,10 +50,6 @@ class ReportConfig(Config):
         description="Annotations dataset of the same rollouts, shown beside `dataset` (which is one "
         "too then); None: one annotator.",
     )
-    output: str | None = Field(
-        default=None,
-        description="HTML file; None: report.html, or against-<id>.html, beside the data.",
-    )
     limit: int = Field(default=2000, ge=1, description="At most this many rollouts on the page.")
 
 

@@ -104,6 +104,9 @@ class PolicyConfig(Config):
     )
     device: Device = operational("auto", "auto: CUDA if there is one, else CPU.")
     precision: Precision = operational("auto", "auto: bfloat16 on CUDA, float32 on CPU.")
+    trust_remote_code: bool = operational(
+        False, "Run the Python code that comes with the model, with all of this user's rights."
+    )
 
 
 class RolloutConfig(Config):

@@ -29,10 +29,10 @@ from trace_opd.pipelines.viewer.paint import (
     paint_spans,
     paint_tokens,
     pieces,
-    visible,
 )
 from trace_opd.pipelines.viewer.rollout_tables import choose_groups
 from trace_opd.pipelines.viewer.training_curves import charts
+from trace_opd.pipelines.visible import visible
 from trace_opd.schemas.configs import ReportConfig, RoutingConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import Action, Route, SpanKind
@@ -453,8 +453,8 @@ def test_page_explains_the_paints_and_counts_the_routes_that_it_holds(tmp_path, 
 
 def test_annotations_are_drawn_before_they_are_routed(hostile_run, tmp_path):
     output = tmp_path / "deep" / "page.html"
-    config = ReportConfig(dataset=hostile_run.annotations.ref, output=str(output))
-    assert report.run(config, hostile_run.store) == output
+    config = ReportConfig(dataset=hostile_run.annotations.ref)
+    assert report.run(config, hostile_run.store, output) == output
     page = output.read_text(encoding="utf-8")
     rollout = page_data(page)["rollouts"][0]
     assert {piece[1] for piece in rollout["pieces"]} == {Paint.PLAIN, Paint.MARKED}

@@ -24,11 +24,11 @@ from websockets.sync.client import connect
 
 from trace_opd.data.store import Dataset, Store, content_hash
 from trace_opd.pipelines.viewer import report
-from trace_opd.pipelines.viewer.paint import visible
 from trace_opd.pipelines.viewer.row_reader import RowReader
 from trace_opd.pipelines.viewer.side_by_side import Agreement, compare_marks
 from trace_opd.pipelines.viewer.span_overlap import SpanEnds, disagreement, overlap
 from trace_opd.pipelines.viewer.view import HOST, Viewer, open_server
+from trace_opd.pipelines.visible import visible
 from trace_opd.schemas.configs import ReportConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
@@ -277,7 +277,7 @@ def test_annotators_of_one_name_are_told_apart_by_their_datasets(tmp_path, pair)
         same.write_part(part, pair.a.read_part(part))
     same.header["config"] = pair.a.manifest["config"]
     again = same.finish(pair.a.parts)
-    config = ReportConfig(dataset=pair.a.ref, against=again.ref, output=str(tmp_path / "same.html"))
+    config = ReportConfig(dataset=pair.a.ref, against=again.ref)
     data = page_data(report.run(config, pair.store).read_text(encoding="utf-8"))
     assert data["labels"] == [f"ann {pair.a.id[:8]}", f"ann {again.id[:8]}"]
 
