@@ -97,5 +97,5 @@ class KlClip(StrEnum):
 
     ENTRY_ABOVE = "entry_above"
     ENTRY_SYMMETRIC = "entry_symmetric"
-    TOKEN = "token"
+    TOKEN = "token"  # noqa: S105 - a form of the clip
     NONE = "none"
