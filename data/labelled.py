@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from ..schemas.errors import InputError
+from .json_text import read_json
 
 Value = TypeVar("Value")
 
@@ -95,8 +96,8 @@ def take(row: Any, name: str, kind: type[Value], where: str) -> Value:
 
 def _array(text: str, name: str) -> Iterator[tuple[int, Any]]:
     try:
-        return iter(enumerate(json.loads(text)))
-    except json.JSONDecodeError as error:
+        return iter(enumerate(read_json(text)))
+    except ValueError as error:
         raise InputError(f"{name}: is not JSON ({error}); load it again") from None
 
 
@@ -106,8 +107,8 @@ def _lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield row, json.loads(line)
-        except json.JSONDecodeError as error:
+            yield row, read_json(line)
+        except ValueError as error:
             raise InputError(f"{name}, row {row}: is not JSON ({error}); mend the line") from None
 
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from ..schemas.contract import TableContract, validate
+from ..schemas.contract import TableContract, parquet_errors, validate
 from ..schemas.errors import InputError
 from ..schemas.tables import CONTRACTS
 
@@ -389,8 +389,9 @@ def _read_part(
     columns: Sequence[str] | None,
 ) -> pa.Table:
     name = _part_name(index)
-    with store.open(f"{ref}/{name}") as file:
+    with store.open(f"{ref}/{name}") as file, parquet_errors(f"{ref}/{name}"):
         table = pq.read_table(file, columns=list(columns) if columns else None)
+        table.validate(full=True)  # offsets and texts: a file may say what it likes
     if columns is None and contract is not None:
         return validate(table, contract, f"{ref}/{name}")
     return table

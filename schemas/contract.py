@@ -5,7 +5,8 @@ version. `validate` names the column and the row at fault.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum, StrEnum
 from typing import Any
 
@@ -72,9 +73,9 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
     """
     metadata = table.schema.metadata or {}
     version = metadata.get(VERSION_KEY)
-    if version is not None and int(version) != contract.version:
+    if version is not None and version != str(contract.version).encode():
         raise InputError(
-            f"{where}: is version {int(version)} of table {contract.name}, this release reads "
+            f"{where}: is version {version.decode(errors='replace')} of table {contract.name}, this release reads "
             f"version {contract.version}; make it again with this release"
         )
     for field in contract.schema:
@@ -108,6 +109,18 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
     _check_lengths(checked, contract, where)
     _check_unique(checked, contract, where)
     return checked
+
+
+@contextmanager
+def parquet_errors(where: str) -> Iterator[None]:
+    """Turns what Arrow says of a file that is torn, false or no Parquet into one sentence."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{where}: is no whole Parquet file ({reason:.200}); make it again, or copy it again"
+        ) from None
 
 
 def _fault(where: str, column: str, bad: Any, what: str) -> InputError:

@@ -20,6 +20,7 @@ _PIPELINE_SECTIONS = {
 
 # Keys that tell the members of a union apart.
 _TAGS = ("engine", "kind")
+_MOST_NODES = 20_000
 
 
 def load_config(
@@ -40,9 +41,11 @@ def load_config(
     data: Any = {}
     if path is not None:
         try:
-            data = _unshared(yaml.safe_load(Path(path).read_text())) or {}
+            data = load_yaml(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; give the path of a YAML config") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
         except yaml.YAMLError as error:
             raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
         if not isinstance(data, dict):
@@ -64,21 +67,41 @@ def override(config: C, overrides: list[str] | None) -> C:
     return _validated(type(config), data, overrides or [], "config")
 
 
-def _unshared(value: Any, around: tuple[int, ...] = ()) -> Any:
-    """A copy in which nothing stands at two paths: YAML's aliases load as one object, and an
-    override of one path would change them all.
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text, made of mappings, lists and what JSON can hold besides.
+
+    Nothing in it stands at two paths: YAML's aliases load as one object, and an override of one
+    path would change them all.
 
     Raises:
-        YAMLError: an alias inside its own anchor.
+        YAMLError: no YAML, or YAML that says more than a config can.
     """
-    if not isinstance(value, dict | list):
-        return value
-    if id(value) in around:
-        raise yaml.YAMLError("an alias stands inside its own anchor")
-    around += (id(value),)
-    if isinstance(value, dict):
-        return {key: _unshared(child, around) for key, child in value.items()}
-    return [_unshared(child, around) for child in value]
+    nodes = 0
+
+    def unshared(value: Any, around: tuple[int, ...] = ()) -> Any:
+        nonlocal nodes
+        nodes += 1
+        if nodes > _MOST_NODES:  # aliases of aliases double with every line
+            raise yaml.YAMLError(f"it holds more than {_MOST_NODES:,} values")
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise yaml.YAMLError("it holds a number of more than 64 bits")
+        if isinstance(value, bytes | set):
+            raise yaml.YAMLError(f"it holds a value of the type {type(value).__name__}")
+        if not isinstance(value, dict | list):
+            return value
+        if id(value) in around:
+            raise yaml.YAMLError("an alias stands inside its own anchor")
+        around += (id(value),)
+        if isinstance(value, dict):
+            return {unshared(key): unshared(child, around) for key, child in value.items()}
+        return [unshared(child, around) for child in value]
+
+    try:
+        return unshared(yaml.safe_load(text))
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deep") from None
+    except ValueError as error:  # a date that is none, a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from None
 
 
 def _laid_over(base: Any, top: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +173,7 @@ def _apply(data: dict, override: str) -> None:
             child = node[parent] = {}
         node = child
     try:
-        loaded = _unshared(yaml.safe_load(value))
+        loaded = load_yaml(value)
     except yaml.YAMLError:
         raise InputError(f"override {override!r}: the value is not YAML; quote it") from None
     if leaf in _TAGS and node.get(leaf, loaded) != loaded:

@@ -1,18 +1,18 @@
 """Problems from Parquet and JSONL files: a path, a URL that fsspec knows, or a glob of them."""
 
 import hashlib
-import json
 import posixpath
 from collections.abc import Iterator
 from io import TextIOWrapper
 from typing import Any
 
 import fsspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...schemas.configs import Columns, FilesSource
+from ...schemas.contract import parquet_errors
 from ...schemas.errors import InputError
+from ..json_text import read_json
 from .columns import mapped, problem_row, require
 
 
@@ -68,24 +68,33 @@ def _foreign_rows(file: Any, name: str, columns: Columns) -> Iterator[tuple[int,
 
 
 def _parquet_rows(file: Any, name: str, columns: Columns) -> Iterator[dict[str, Any]]:
-    try:
+    with parquet_errors(name):
         parquet = pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{name}: is not Parquet ({error})") from None
-    require(parquet.schema_arrow.names, columns, name)
-    for batch in parquet.iter_batches(columns=mapped(columns)):
-        yield from batch.to_pylist()
+        names = parquet.schema_arrow.names
+    require(names, columns, name)
+    with parquet_errors(name):
+        for batch in parquet.iter_batches(columns=mapped(columns)):
+            batch.validate(full=True)
+            rows = batch.to_pylist()
+            yield from rows
+
+
+def _lines(file: Any, name: str) -> Iterator[tuple[int, str]]:
+    try:
+        yield from enumerate(TextIOWrapper(file, encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise InputError(f"{name}: is not UTF-8 text; give a Parquet or JSONL file") from None
 
 
 def _jsonl_rows(file: Any, name: str, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
     # Line by line, since Arrow's JSON reader wants one type per column: answers are often a
     # number in one line and text in the next.
-    for row, line in enumerate(TextIOWrapper(file, encoding="utf-8")):
+    for row, line in _lines(file, name):
         if not line.strip():
             continue
         try:
-            foreign = json.loads(line)
-        except json.JSONDecodeError as error:
+            foreign = read_json(line)
+        except ValueError as error:
             raise InputError(f"{name}, row {row}: is not JSON ({error}); mend the line") from None
         if not isinstance(foreign, dict):
             raise InputError(f"{name}, row {row}: is no JSON object; write one object per line")

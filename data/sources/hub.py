@@ -154,10 +154,11 @@ def _preset(source: HubSource) -> tuple[str, Preset]:
 
 @contextmanager
 def _load_errors(preset: Preset) -> Iterator[None]:
-    """A dataset, subset or split that is not there is the user's mistake."""
+    """A dataset, subset or split that is not there is the user's mistake; so is one that is a
+    script, which is a RuntimeError: scripts are not run."""
     try:
         yield
-    except (FileNotFoundError, ConnectionError, ValueError, DatasetsError) as error:
+    except (FileNotFoundError, ConnectionError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"dataset {preset.dataset!r} (subset {preset.subset}, split {preset.split}) does not "

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ...schemas.configs import OpenAIAnnotator
 from ...schemas.errors import InputError
+from ...schemas.settings import load_yaml
 from .dialogue import Answer
 
 SHIPPED_PRICES = Path(__file__).with_name("prices.yaml")
@@ -128,7 +129,7 @@ def load_prices(path: str | Path) -> dict[str, _Host]:
         InputError: the file is not there, or says something else than it must.
     """
     try:
-        read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        read = load_yaml(Path(path).read_text(encoding="utf-8"))
         return _FILE.validate_python(read)
     except (OSError, UnicodeDecodeError) as error:
         said = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"

@@ -10,7 +10,6 @@ of the response, so it can't close them.
 """
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,10 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator, SchemaError
 
+from ...data.json_text import read_json
 from ...schemas.errors import InputError
 from ...schemas.labels import DiagnosticType
+from ...schemas.settings import load_yaml
 from .rows import Item
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -148,7 +149,7 @@ def _parse_prompt(text: str, path: Path) -> tuple[str, dict[str, str]]:
     """Version and sections of a prompt file."""
     match = _FRONT_MATTER.match(text)
     try:
-        header = yaml.safe_load(match.group(1)) if match else None
+        header = load_yaml(match.group(1)) if match else None
     except yaml.YAMLError as error:
         raise InputError(
             f"{path}: front matter is not YAML ({' '.join(str(error).split())})"
@@ -179,26 +180,65 @@ def _parse_prompt(text: str, path: Path) -> tuple[str, dict[str, str]]:
 def _parse_schema(text: str, path: Path) -> dict[str, Any]:
     """An answer schema that can say what an annotation needs: spans and one known type."""
     try:
-        schema = json.loads(text)
+        schema = read_json(text)
         Draft202012Validator.check_schema(schema)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: is not JSON ({error})") from None
+        _check_parts(schema, schema)
     except SchemaError as error:
         raise InputError(f"{path}: is not a JSON schema ({error.message})") from None
+    except RecursionError:
+        raise InputError(f"{path}: is nested too deep; write a flat schema") from None
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error})") from None
     try:
         properties = schema["properties"]
         labels = properties["type"]["enum"]
         properties["spans"]["items"]["properties"]["segments"]
     except (KeyError, TypeError):
         labels = []
-    if not labels:
+    if not labels or not isinstance(labels, list):
         raise InputError(
             f"{path}: must describe an object with the properties spans, an array of objects that "
             "have segments, and type, which has an enum; start from the shipped answer.schema.json"
         )
-    if unknown := [label for label in labels if label not in set(DiagnosticType)]:
+    if unknown := [label for label in labels if label not in list(DiagnosticType)]:
         raise InputError(
             f"{path}: type {unknown[0]!r} is no diagnostic type; use a part of "
             f"{', '.join(DiagnosticType)}"
         )
     return schema
+
+
+def _check_parts(part: Any, whole: Any) -> None:
+    """What the check of a schema's form leaves out: patterns, and references.
+
+    Raises:
+        SchemaError: a pattern that is none, a reference that leads out of the schema or nowhere.
+    """
+    if isinstance(part, dict):
+        for key in ("$dynamicRef", "$dynamicAnchor", "$anchor", "$id"):
+            if key in part and (key != "$id" or part is not whole):
+                raise SchemaError(f"{key} is not supported; refer to parts by #/$defs/name")
+        if isinstance(target := part.get("$ref"), str) and not _is_there(target, whole):
+            raise SchemaError(f"$ref {target!r} names no part of the schema, such as #/$defs/name")
+        named = part.get("patternProperties")
+        for pattern in [part.get("pattern"), *(named if isinstance(named, dict) else ())]:
+            try:
+                re.compile(pattern if isinstance(pattern, str) else "")
+            except re.error as error:
+                raise SchemaError(f"pattern {pattern!r}: {error}") from None
+    children = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    for child in children:
+        if isinstance(child, dict | list):
+            _check_parts(child, whole)
+
+
+def _is_there(pointer: str, whole: Any) -> bool:
+    """Whether `#/a/b` leads to a schema in a schema: no file and no address is looked up."""
+    base, *keys = pointer.split("/")
+    at = whole
+    for key in keys:
+        key = key.replace("~1", "/").replace("~0", "~")
+        if not isinstance(at, dict) or key not in at:
+            return False
+        at = at[key]
+    return base == "#" and isinstance(at, dict | bool)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Config(BaseModel):
     """Base of all configs: unknown keys are errors, instances do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def semantic(self) -> dict[str, Any]:
         """The config as JSON-able data without operational fields: what a dataset id hashes."""

@@ -17,7 +17,9 @@ class Columns(Config):
         default=None, description="Column of the reference solution, if any."
     )
     choices: list[str] | None = Field(
-        default=None, description="Columns of wrong choices; the answer is shuffled among them."
+        default=None,
+        max_length=25,
+        description="Columns of wrong choices; the answer is shuffled among them.",
     )
 
 

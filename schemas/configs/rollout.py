@@ -39,7 +39,10 @@ class PromptConfig(Config):
             ("teacher", self.teacher, {"problem", "diagnostic_type"}),
             ("privileged", self.privileged, {"problem", "context"}),
         ):
-            fields = template_fields(template)
+            try:
+                fields = template_fields(template)
+            except ValueError as error:
+                raise ValueError(f"{name} template: {error}; write {{{{ for a brace") from None
             if "problem" not in fields:
                 raise ValueError(f"{name} template has no {{problem}}")
             if fields - allowed:
@@ -48,10 +51,20 @@ class PromptConfig(Config):
 
 
 def template_fields(template: str) -> set[str]:
-    """Names of the replacement fields in a `str.format` template."""
+    """Names of the replacement fields in a `str.format` template.
+
+    Raises:
+        ValueError: no such template, or a field with a format or a conversion.
+    """
     from string import Formatter
 
-    return {field for _, field, _, _ in Formatter().parse(template) if field is not None}
+    fields = set()
+    for _, field, form, conversion in Formatter().parse(template):
+        if form or conversion:
+            raise ValueError(f"field {field} has a format; write {{{field}}} alone")
+        if field is not None:
+            fields.add(field)
+    return fields
 
 
 class SamplingConfig(Config):

@@ -1,0 +1,169 @@
+"""Coverage-guided fuzzing with atheris: `make fuzz`, or for a while and some targets only
+
+    python -P tests/fuzz/run.py --seconds 120 segments answer
+
+Each target runs in a process of its own, with our modules instrumented. What a target learned stays in runs/fuzz/<target>/corpus; an input that breaks one is written beside it as
+crash-…, and `--input FILE target` runs it again.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import atheris
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "runs" / "fuzz"
+_INSTRUMENTED = ["trace_opd."]
+_LONGEST_INPUT = {"parquet": 20_000}  # bytes; 4,096 for others
+_TIMEOUT_S, _MEMORY_MIB = 20, 6144
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fuzz with atheris.")
+    parser.add_argument("targets", nargs="*", metavar="target", help=", ".join(TARGETS))
+    parser.add_argument("--seconds", type=int, default=120, help="per target; default: 120")
+    parser.add_argument("--input", type=Path, help="run one target on this file alone")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.targets) - set(TARGETS)):
+        parser.error(f"target {unknown[0]} is none of {', '.join(TARGETS)}")
+    if arguments.inside or arguments.input:
+        (name,) = arguments.targets
+        _fuzz(name, arguments.seconds, arguments.input)
+        return
+    failed = [name for name in arguments.targets or TARGETS if not _run(name, arguments.seconds)]
+    if failed:
+        sys.exit(f"broken: {', '.join(failed)}; the inputs are in {FOLDER.relative_to(ROOT)}/")
+
+
+def _run(name: str, seconds: int) -> bool:
+    command = [sys.executable, "-P", __file__, "--inside", "--seconds", str(seconds), name]
+    log = FOLDER / name / "log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file:
+        done = subprocess.run(command, stdout=file, stderr=file, check=False)
+    text = log.read_text(errors="replace")
+    runs = re.findall(r"number_of_executed_units: (\d+)", text)
+    covered = re.findall(r"cov: (\d+) ft: (\d+)", text)
+    features = f", {covered[-1][0]} edges" if covered else ""
+    verdict = "nothing found" if done.returncode == 0 else f"broken, see {log.relative_to(ROOT)}"
+    print(
+        f"{name:14} {int(runs[-1]) if runs else 0:>10,} executions{features}: {verdict}", flush=True
+    )
+    return done.returncode == 0
+
+
+def _fuzz(name: str, seconds: int, only: Path | None) -> None:
+    """In this process, which libFuzzer ends."""
+    with atheris.instrument_imports(include=_INSTRUMENTED):
+        sys.path.insert(0, str(Path(__file__).parent))
+        import targets  # noqa: F401 - so that what it imports is instrumented
+    from seeds import seeds
+
+    folder = FOLDER / name
+    corpus = folder / "corpus"
+    corpus.mkdir(parents=True, exist_ok=True)
+    for index, seed in enumerate(seeds(name)):
+        (corpus / f"seed-{index}").write_bytes(seed)
+    options = [str(only)] if only else [
+        str(corpus), f"-max_total_time={seconds}", "-print_final_stats=1",
+        f"-max_len={_LONGEST_INPUT.get(name, 4096)}",
+    ]  # fmt: skip
+    options += [f"-artifact_prefix={folder}/", f"-timeout={_TIMEOUT_S}"]
+    options += [f"-rss_limit_mb={_MEMORY_MIB}"]
+    atheris.Setup([sys.argv[0], *options], TARGETS[name])
+    atheris.Fuzz()
+
+
+# --- bytes to the arguments of a target, and inputs to begin with ---
+
+
+def _config(data: bytes) -> None:
+    import targets
+
+    which, count, *_ = data[:2] + b"\0\0"
+    lines = data[2:].split(b"\xff")
+    overrides = [line.decode("utf-8", "replace") for line in lines[1 : 1 + count % 4]]
+    targets.config(lines[0], overrides, which)
+
+
+def _prompt(data: bytes) -> None:
+    import targets
+
+    content, cut, schema = data.partition(b"\xff")
+    targets.prompt(content, schema if cut else None)
+
+
+def _prices(data: bytes) -> None:
+    import targets
+
+    targets.prices(data)
+
+
+def _segments(data: bytes) -> None:
+    import targets
+
+    least, most, *_ = data[:2] + b"\0\0"
+    targets.segments(data[2:].decode("utf-8", "replace"), 1 + least % 20, 1 + most)
+
+
+def _alignment(data: bytes) -> None:
+    import targets
+
+    kind = targets.TOKENIZERS[(data[:1] or b"\0")[0] % 3]
+    if data[1:2] < b"\x80":
+        targets.encoding(kind, data[2:].decode("utf-8", "replace"))
+        return
+    size = len(targets.tokenizer_table(kind).pieces) + 8  # ids past the table too
+    pairs = zip(data[2::2], data[3::2], strict=False)
+    targets.alignment(kind, [(a * 256 + b) % size for a, b in pairs], 1 + data[1])
+
+
+def _answer(data: bytes) -> None:
+    import targets
+
+    text, _, response = data.partition(b"\xff")
+    more = (response.decode("utf-8", "replace"),) if response else ()
+    targets.answer(text.decode("utf-8", "replace"), *more)
+
+
+def _parquet(data: bytes) -> None:
+    import targets
+
+    from trace_opd.schemas.tables import CONTRACTS
+
+    names = list(CONTRACTS)
+    targets.parquet(data[1:], CONTRACTS[names[(data[:1] or b"\0")[0] % len(names)]])
+
+
+def _problems_file(data: bytes) -> None:
+    import targets
+
+    targets.problems_file(data[1:], ".parquet" if data[:1] == b"P" else ".jsonl")
+
+
+def _labelled_file(data: bytes) -> None:
+    import targets
+
+    targets.labelled_file(data)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "config": _config,
+    "prompt": _prompt,
+    "prices": _prices,
+    "segments": _segments,
+    "alignment": _alignment,
+    "answer": _answer,
+    "parquet": _parquet,
+    "problems-file": _problems_file,
+    "labelled-file": _labelled_file,
+}
+
+
+if __name__ == "__main__":
+    main()

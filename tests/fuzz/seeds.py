@@ -1,0 +1,124 @@
+"""Inputs to begin with, by target, as run.py's adapters read them: shipped files and valid tables."""
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from targets import SECTIONS
+
+from trace_opd.pipelines.annotators.prices import SHIPPED_PRICES
+from trace_opd.pipelines.annotators.prompting import PROMPTS, SHIPPED_SCHEMA
+from trace_opd.schemas.contract import TableContract
+from trace_opd.schemas.tables import CONTRACTS
+
+ROOT = Path(__file__).parents[2]
+_ANSWER = '{"abstain": false, "spans": [{"segments": [1, 2], "quote": "Two."}], "type": "algebra"}'
+_TEXTS = (
+    "One. Two $a. b$ three!\n\n\\boxed{1. 2}\n```\na. b\n```\n\\begin{align}x\\end{align} 漢。字",
+    "naïve café 😀. e.g. 1. First {a} \\(x. y\\) \\[z\\] $$1.$$ costs $5. 'Q.' \ufffd",
+)
+_PROBLEM = {"problem": "1+1?", "answer": 2, "solution": "\\boxed{2}"}
+_LABELLED = (
+    {"id": "gsm8k-0", "generator": "g", "problem": "p", "steps": ["a", "b"],
+     "final_answer_correct": False, "label": 1},
+    {"question": {"problem": "p", "ground_truth_answer": "1", "ground_truth_solution": "s",
+                  "pre_generated_steps": ["a"], "pre_generated_answer": "1"},
+     "label": {"steps": [{"completions": [{"text": "a", "rating": -1, "flagged": None}],
+                          "human_completion": None, "chosen_completion": 0}],
+               "finish_reason": "found_error"}},
+)  # fmt: skip
+
+
+def seeds(target: str) -> list[bytes]:
+    """Inputs of a target, each as its adapter in run.py takes it."""
+    return _SEEDS[target]()
+
+
+def valid_table(contract: TableContract, rows: int = 2) -> pa.Table:
+    """A table of a contract that holds something in every column."""
+    labels = {name: str(next(iter(kind))) for name, kind in contract.labels.items()}
+    labels |= {f"{a}.{b}": str(next(iter(kind))) for (a, b), kind in contract.nested_labels.items()}
+    made = [
+        {field.name: _value(field.type, field.name, row, labels) for field in contract.schema}
+        for row in range(rows)
+    ]
+    return contract.table(made)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Uncompressed and without dictionaries: the fuzzer's changes reach the values."""
+    sink = BytesIO()
+    pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)
+    return sink.getvalue()
+
+
+def _value(kind: pa.DataType, path: str, row: int, labels: dict[str, str]) -> Any:
+    if pa.types.is_list(kind):
+        return [_value(kind.value_type, path, row, labels)]
+    if pa.types.is_struct(kind):
+        return {f.name: _value(f.type, f"{path}.{f.name}", row, labels) for f in kind}
+    if pa.types.is_string(kind):
+        return labels.get(path, f"{path} {row}")
+    if pa.types.is_boolean(kind):
+        return True
+    return 0 if pa.types.is_integer(kind) else 0.5
+
+
+def _configs() -> list[bytes]:
+    whole = (ROOT / "configs" / "micro.yaml").read_bytes()
+    found = [bytes([which, 0]) + whole for which in (0, 6)]  # a pipeline, and train out of it
+    sections = ["source: {kind: arithmetic}\nlimit: 3", "policy: {path: micro}", "timeout_s: 3",
+                "annotator: {engine: openai, model: m}", "routing: {alpha: 0.5}",
+                "online: {steps: 1}", "k: 2", "limit: 3"]  # fmt: skip
+    assert len(sections) == len(SECTIONS)
+    found += [bytes([1 + i, 1]) + text.encode() + b"\xffseed=3" for i, text in enumerate(sections)]
+    return found
+
+
+def _prompts() -> list[bytes]:
+    shipped = [path.read_bytes() for path in sorted(PROMPTS.glob("*.md"))]
+    return [*shipped, shipped[0] + b"\xff" + SHIPPED_SCHEMA.read_bytes()]
+
+
+def _answers() -> list[bytes]:
+    return [
+        text.encode()
+        for text in (_ANSWER, f"<think>hm</think>\n```json\n{_ANSWER}\n```", _ANSWER + "\xff", "[]",
+                     '{"spans": [], "type": "other", "abstain": true}')
+    ]  # fmt: skip
+
+
+def _parquets() -> list[bytes]:
+    return [
+        bytes([index]) + parquet_bytes(valid_table(contract))
+        for index, contract in enumerate(CONTRACTS.values())
+    ]
+
+
+def _problems_files() -> list[bytes]:
+    lines = "\n".join([json.dumps(_PROBLEM), json.dumps(_PROBLEM | {"answer": "é"})])
+    return [b"J" + lines.encode(), b"P" + parquet_bytes(pa.Table.from_pylist([_PROBLEM]))]
+
+
+_SEEDS = {
+    "config": _configs,
+    "prompt": _prompts,
+    "prices": lambda: [SHIPPED_PRICES.read_bytes()],
+    "segments": lambda: [b"\0\xc8" + text.encode() for text in _TEXTS],
+    "alignment": lambda: [
+        bytes([kind, high]) + text.encode()
+        for kind in range(3)
+        for high in (0, 200)
+        for text in _TEXTS
+    ],
+    "answer": _answers,
+    "parquet": _parquets,
+    "problems-file": _problems_files,
+    "labelled-file": lambda: [
+        *(json.dumps(row).encode() for row in _LABELLED),
+        json.dumps([_LABELLED[0]] * 2).encode(),
+    ],
+}

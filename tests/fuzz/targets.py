@@ -1,0 +1,268 @@
+"""What is fuzzed: each target feeds one input and lets nothing through but what is documented.
+
+Hypothesis (test_fuzz.py) and atheris (run.py) call the same functions. A target returns None; a
+documented refusal is an InputError, which counts as an answer too.
+"""
+
+import atexit
+import json
+import shutil
+import tempfile
+from collections import Counter
+from contextlib import suppress
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from trace_opd.data.labelled import json_rows
+from trace_opd.data.sources import files, prm800k, processbench
+from trace_opd.data.store import Dataset, Store
+from trace_opd.pipelines.annotators.answers import read_answer
+from trace_opd.pipelines.annotators.prices import load_prices
+from trace_opd.pipelines.annotators.prompting import ask, load_prompt
+from trace_opd.pipelines.annotators.rows import Identity, Item, annotation_row
+from trace_opd.pipelines.models import resolve_policy
+from trace_opd.schemas import configs
+from trace_opd.schemas.configs import FilesSource, SegmentConfig
+from trace_opd.schemas.contract import TableContract, validate
+from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.labels import AnnotationStatus
+from trace_opd.schemas.settings import dump_config, load_config
+from trace_opd.schemas.tables import ANNOTATIONS
+from trace_opd.trace.align import ByteTable, byte_table
+from trace_opd.trace.policy import load_tokenizer
+from trace_opd.trace.segment import segment
+
+CONFIGS = (
+    configs.PipelineConfig,
+    configs.ProblemsConfig,
+    configs.RolloutConfig,
+    configs.VerifyConfig,
+    configs.AnnotateConfig,
+    configs.ConvertConfig,
+    configs.TrainConfig,
+    configs.EvaluateConfig,
+    configs.ReportConfig,
+)
+SECTIONS = ("problems", "rollout", "verify", "annotate", "convert", "train", "evaluate", "report")
+TOKENIZERS = ("byte level", "byte fallback", "characters")
+
+
+@cache
+def _folder() -> Path:
+    """A folder for the files that are read, in memory where the machine has such a place."""
+    place = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - mkdtemp names it
+    folder = Path(tempfile.mkdtemp(prefix="trace-opd-fuzz-", dir=place))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _file(name: str, content: bytes) -> str:
+    path = _folder() / name
+    path.write_bytes(content)
+    return str(path)
+
+
+# --- configs and the files that they name ---
+
+
+def config(content: bytes, overrides: list[str], which: int) -> None:
+    """A config is refused, or what is written of it reads as the same config."""
+    kind = CONFIGS[which % len(CONFIGS)]
+    section = SECTIONS[which % len(SECTIONS)] if kind is not configs.PipelineConfig else None
+    path = _file("config.yaml", content)
+    try:
+        loaded = load_config(kind, path, overrides, section)
+    except InputError:
+        return
+    again = load_config(kind, _file("again.yaml", dump_config(loaded).encode()), None)
+    # By their text: a config may hold NaN, which is unequal to itself.
+    assert dump_config(again) == dump_config(loaded)
+    json.dumps(loaded.semantic())
+
+
+def prompt(content: bytes, schema: bytes | None) -> None:
+    """A prompt file and an answer schema are refused, or fill for any rollout."""
+    try:
+        loaded = load_prompt(
+            _file("prompt.md", content), None if schema is None else _file("schema.json", schema)
+        )
+    except InputError:
+        return
+    ask(loaded, _item("One. {{problem}} two.\n"))
+
+
+def prices(content: bytes) -> None:
+    with suppress(InputError):
+        load_prices(_file("prices.yaml", content))
+
+
+# --- text to segments to tokens ---
+
+
+def segments(text: str, min_chars: int = 1, max_segments: int = 200) -> None:
+    """Segments tile the text."""
+    found = segment(text, SegmentConfig(min_chars=min_chars, max_segments=max_segments))
+    assert "".join(text[start:end] for start, end in found) == text
+    assert all(start < end for start, end in found)
+    assert len(found) <= max_segments
+
+
+def alignment(kind: str, ids: list[int], max_segments: int = 200) -> None:
+    """Every token with bytes belongs to one segment of the text that the tokens stand for."""
+    table = tokenizer_table(kind)
+    text = table.text(ids)
+    found = segment(text, SegmentConfig(max_segments=max_segments))
+    assert "".join(text[start:end] for start, end in found) == text
+    sizes = np.array([len(table.pieces[i]) if i < len(table.pieces) else 0 for i in ids], int)
+    owner = table.token_segments(ids, found)
+    assert len(owner) == len(ids)
+    assert ((owner >= 0) == (sizes > 0)).all()
+    assert (owner < max(len(found), 1)).all()
+    held = owner[sizes > 0]
+    assert (np.diff(held) >= 0).all()
+    first, last = (np.asarray(edge) for edge in table.char_ranges(ids))
+    starts, ends = (np.array([pair[side] for pair in found], int) for side in (0, 1))
+    with_bytes = np.flatnonzero(sizes)
+    # Each of them shares a character with its segment, and together they leave none out.
+    assert (
+        np.maximum(first[with_bytes], starts[held]) < np.minimum(last[with_bytes], ends[held])
+    ).all()
+    covered = np.zeros(len(text), dtype=bool)
+    for token in with_bytes:
+        covered[first[token] : last[token]] = True
+    assert covered.all()
+
+
+def encoding(kind: str, text: str) -> None:
+    """The text of a text's tokens is the text, and they align."""
+    tokenizer = _tokenizer(kind)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if kind != "characters":  # of which others than ASCII have no token
+        assert tokenizer_table(kind).text(ids) == text.replace("▁", " ")
+    alignment(kind, ids)
+
+
+@cache
+def tokenizer_table(kind: str) -> ByteTable:
+    return byte_table(_tokenizer(kind))
+
+
+@cache
+def _tokenizer(kind: str) -> PreTrainedTokenizerBase:
+    if kind == "characters":
+        return load_tokenizer(resolve_policy("micro"))
+    if kind == "byte level":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<|end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )
+        samples = ["naïve café. 漢字とかな。 emoji 😀👍🏽 \\frac{1}{2} $x$. So\n\nthen  1.5! "] * 4
+        tokenizer.train_from_iterator(samples, trainer)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz.,:!é漢", "▁a", "in", ".▁"]
+    vocab = {token: i for i, token in enumerate(["<unk>", "</s>", *bytes_, *letters])}
+    merges = [("▁", "a"), ("i", "n"), (".", "▁")]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# --- what annotators answer ---
+
+
+@cache
+def _shipped_prompt():
+    return load_prompt()
+
+
+def _item(response: str, correct: bool = False) -> Item:
+    problem = {"problem": "3 boxes of 4?", "answer": "12", "solution": None}
+    return Item("r", "p", "g", problem, response, segment(response), correct)
+
+
+def answer(text: str, response: str = "One. Two.\nThree. Four.") -> None:
+    """Whatever an annotator says becomes a row of the annotations table."""
+    item = _item(response)
+    reading = read_answer(text, _shipped_prompt(), item)
+    assert (reading.error is not None) == (reading.status is AnnotationStatus.INVALID)
+    named = [index for span in reading.marked for index in span]
+    assert len(set(named)) == len(named)
+    assert set(named) <= set(range(len(item.segments)))
+    row = annotation_row(item, Identity("a", "m"), reading)
+    validate(ANNOTATIONS.table([row]), ANNOTATIONS)
+
+
+# --- tables and files of problems ---
+
+
+def _names(error: InputError, file: str) -> None:
+    assert file in str(error), error
+
+
+def parquet(content: bytes, contract: TableContract) -> None:
+    """A part is refused, or is a table of its contract."""
+    store = Store(_folder() / "store")
+    store.write("stage/id/part-00000.parquet", content)
+    manifest = {"table": contract.name, "parts": [{"rows": 0}], "inputs": {}, "summary": {}}
+    try:
+        table = Dataset(store, "stage", "id", manifest).read_part(0)
+    except InputError as error:
+        _names(error, "part-00000.parquet")
+        return
+    assert table.schema.equals(contract.schema)
+    table.validate(full=True)
+    table.to_pylist()
+
+
+def table(made: pa.Table, contract: TableContract) -> None:
+    """A table that a program made, through a file."""
+    sink = BytesIO()
+    try:
+        pq.write_table(made, sink)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):  # no such type in Parquet
+        return
+    parquet(sink.getvalue(), contract)
+
+
+def problems_file(content: bytes, suffix: str) -> None:
+    """A file of problems is refused, or its rows are problems with text in them."""
+    source = FilesSource(kind="files", path=_file(f"problems{suffix}", content))
+    try:
+        for row in files.rows(source, 0):
+            assert row["problem"]
+            assert row["answer"]
+            pa.array([row["problem"], row["answer"], row["solution"]], pa.string())
+    except InputError as error:
+        _names(error, f"problems{suffix}")
+
+
+def labelled_file(content: bytes) -> None:
+    path = _file("labels.json", content)
+    for read in (
+        json_rows,
+        processbench.labelled_responses,
+        lambda path: prm800k.labelled_responses(path, Counter()),
+    ):
+        with suppress(InputError):
+            for row in read(path):
+                repr(row)

@@ -1,0 +1,194 @@
+"""The fuzz targets under hypothesis: a little of what `make fuzz` does for longer."""
+
+import json
+
+import pyarrow as pa
+import pytest
+import targets
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from seeds import parquet_bytes, seeds, valid_table
+
+from trace_opd.schemas.contract import validate
+from trace_opd.schemas.tables import CONTRACTS
+
+few = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+CONTRACT = st.sampled_from(list(CONTRACTS.values()))
+
+
+def mutated(valid: list[bytes]) -> st.SearchStrategy[bytes]:
+    """A valid file with some bytes changed, cut off, or put in."""
+
+    @st.composite
+    def change(draw: st.DrawFn) -> bytes:
+        data = bytearray(draw(st.sampled_from(valid)))
+        for _ in range(draw(st.integers(0, 4))):
+            at = draw(st.integers(0, max(len(data) - 1, 0)))
+            match draw(st.sampled_from(["set", "cut", "put"])):
+                case "set":
+                    data[at : at + 1] = draw(st.binary(min_size=1, max_size=1))
+                case "cut":
+                    del data[at : at + draw(st.integers(1, 40))]
+                case "put":
+                    data[at:at] = draw(st.binary(max_size=8))
+        return bytes(data)
+
+    return change()
+
+
+YAML_BITS = st.sampled_from(
+    ["a: &x [1, 2]\n", "b: *x\n", "- ", "{", "}", "[", "]", "routing:\n  ", "alpha: ", "kind: files\n",
+     "source: ", "seed: ", "limit: ", "!!binary ", "!!set ", "2001-99-99", "1e999", ".nan", "0x", "9" * 50,
+     "null", "'", '"', "\\", "\x00", "\x1b", "é", "? ", ": ", "|\n  ", "engine: openai\n", "path: ../x\n"]
+)  # fmt: skip
+YAML = st.lists(YAML_BITS | st.text(max_size=6), max_size=12).map("".join)
+
+
+@few
+@given(
+    text=YAML.map(str.encode) | mutated([seed[2:].split(b"\xff")[0] for seed in seeds("config")]),
+    overrides=st.lists(YAML | st.just("source.kind=arithmetic"), max_size=2),
+    which=st.integers(0, len(targets.CONFIGS) - 1),
+)
+def test_a_config_is_refused_or_reads_back_as_itself(text, overrides, which):
+    targets.config(text, overrides, which)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"\xff\xfe", b"[" * 600, b"seed: 2001-99-99", b"seed: " + b"9" * 5000, b"seed: .inf",
+     b"seed: 0x" + b"f" * 4000, b"seed: !!binary /w==", b"source: !!set {a, b}", b"{1: 2}", b"a: *a",
+     b"a: &a [*a]", b"\n".join(b"k%d: &k%d [%s]" % (i, i, b", ".join([b"*k%d" % (i - 1)] * 9 if i else [b"1"])) for i in range(12)),
+     b"prompt: {student: '{problem!r}'}", b"prompt: {student: '{problem:{x}}'}", b"prompt: {student: '{'}"],
+    ids=lambda text: repr(text[:20]),
+)  # fmt: skip
+def test_odd_configs(text):
+    targets.config(text, [], 2)  # rollout: seed and prompt are its own
+    targets.prices(text)
+    targets.prompt(b"---\n" + text + b"\n---\n# system\n", None)
+
+
+@few
+@given(mutated(seeds("prompt")))
+def test_a_prompt_file_is_refused_or_fills(data):
+    content, cut, schema = data.partition(b"\xff")
+    targets.prompt(content, schema if cut else None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"pattern": "("}, {"$ref": "http://localhost:1/x"}, {"$ref": "#/nowhere"}, {"$ref": "#"},
+     {"patternProperties": {"[": {}}}, {"$id": "x", "allOf": [{"$id": "y"}]}, {"not": {}},
+     {"properties": {"type": {"enum": {"algebra": 1}}}}, {"properties": {"type": {"enum": [[]]}}}],
+    ids=str,
+)  # fmt: skip
+def test_odd_answer_schemas(change):
+    shipped = seeds("prompt")[-1].partition(b"\xff")
+    schema = json.loads(shipped[2])
+    targets.prompt(shipped[0], json.dumps(schema | change).encode())
+    nested = schema | {"properties": schema["properties"] | {"note": change}}
+    targets.prompt(shipped[0], json.dumps(nested).encode())
+
+
+@few
+@given(mutated(seeds("prices")))
+def test_a_file_of_prices_is_refused_or_read(data):
+    targets.prices(data)
+
+
+TEXTS = st.lists(
+    st.sampled_from(["$", "$$", "\\[", "\\]", "\\begin{a}", "\\end{a}", "```", "{", "}", ". ", "\n",
+                     "1", "x", "é漢", "。", "😀", "▁", "\u2028", "\x00", "!\" "]) | st.text(max_size=4),
+    max_size=30,
+).map("".join)  # fmt: skip
+
+
+@few
+@given(TEXTS, st.integers(1, 9), st.integers(1, 9))
+def test_segments_tile_any_text(text, min_chars, max_segments):
+    targets.segments(text, min_chars, max_segments)
+
+
+@pytest.mark.parametrize("kind", targets.TOKENIZERS)
+@few
+@given(text=TEXTS, draw=st.data())
+def test_each_token_belongs_to_one_segment(kind, text, draw):
+    targets.encoding(kind, text)
+    size = len(targets.tokenizer_table(kind).pieces) + 8
+    ids = draw.draw(st.lists(st.integers(0, size - 1), max_size=40))
+    targets.alignment(kind, ids, draw.draw(st.integers(1, 200)))
+
+
+@few
+@given(mutated(seeds("answer")), TEXTS)
+def test_any_answer_becomes_a_row(data, response):
+    targets.answer(data.decode("utf-8", "replace"))
+    targets.answer(data.decode("utf-8", "replace"), response or "x")
+
+
+PARQUETS = [seed[1:] for seed in seeds("parquet")]
+
+
+@few
+@given(mutated(PARQUETS), CONTRACT)
+def test_a_part_is_refused_or_holds_to_its_contract(data, contract):
+    targets.parquet(data, contract)
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_a_valid_part_is_read_and_a_torn_one_refused(name):
+    contract = CONTRACTS[name]
+    table = valid_table(contract)
+    assert validate(table, contract).num_rows == 2
+    whole = parquet_bytes(table)
+    targets.parquet(whole, contract)
+    for length in range(0, len(whole), len(whole) // 20):
+        targets.parquet(whole[:length], contract)
+
+
+TYPES = [
+    pa.int8(), pa.uint64(), pa.float16(), pa.string(), pa.large_string(), pa.binary(), pa.bool_(), pa.null(),
+    pa.date32(), pa.timestamp("us"), pa.decimal128(5, 2), pa.list_(pa.int32()), pa.list_(pa.string()),
+    pa.struct([("a", pa.int32())]), pa.list_(pa.struct([("start", pa.int64())])),
+    pa.dictionary(pa.int8(), pa.string()), pa.map_(pa.string(), pa.int32()), pa.string_view(),
+]  # fmt: skip
+
+
+@few
+@given(st.data(), CONTRACT)
+def test_columns_of_any_type_are_refused_or_cast(draw, contract):
+    table = valid_table(contract)
+    at = draw.draw(st.integers(0, table.num_columns - 1))
+    kind = draw.draw(st.sampled_from(TYPES))
+    try:
+        column = table.column(at).cast(kind)
+    except pa.ArrowException:
+        column = pa.nulls(2, kind)
+    changed = table.set_column(at, table.column_names[at], column)
+    targets.table(changed, contract)
+    targets.table(changed.replace_schema_metadata({"trace_opd.version": "x"}), contract)
+    targets.table(changed.rename_columns(["\x1b[31m", *changed.column_names[1:]]), contract)
+
+
+JSON_BITS = st.sampled_from(
+    ['{"problem": ', '"answer": ', '"\\ud800"', "NaN", "1e999", "1" * 5000, "[" * 2000, ", ", "}", "\n",
+     "null", '"a"', "2.0", "\u2028"]
+)  # fmt: skip
+JSON = st.lists(JSON_BITS | st.text(max_size=4), max_size=12).map(
+    lambda bits: "".join(bits).encode()
+)
+
+
+@few
+@given(
+    mutated([seed[1:] for seed in seeds("problems-file")]) | JSON,
+    st.sampled_from([".jsonl", ".parquet"]),
+)
+def test_a_file_of_problems_is_refused_or_holds_problems(data, suffix):
+    targets.problems_file(data, suffix)
+
+
+@few
+@given(mutated(seeds("labelled-file")) | JSON)
+def test_a_file_of_labels_is_refused_or_read(data):
+    targets.labelled_file(data)
