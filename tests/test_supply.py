@@ -1,0 +1,426 @@
+"""Supply and privileges: locked versions, nothing unpickled, no foreign code, names in the store,
+nothing untrusted reaches a terminal as it is."""
+
+import ast
+import hashlib
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from rich.logging import RichHandler
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoModelForCausalLM
+
+from trace_opd.data.sources import rows
+from trace_opd.data.store import Store
+from trace_opd.pipelines.terminal import Terminal, print_json
+from trace_opd.schemas import configs
+from trace_opd.schemas.configs import HubSource
+from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.tables import PROBLEMS
+from trace_opd.trace.policy import load_policy, load_tokenizer
+from trace_opd.trace.state_file import load_state, save_state
+
+ROOT = Path(__file__).parents[1]
+MICRO = ROOT / "data" / "micro"
+ROOMS = ("schemas", "data", "trace", "pipelines")
+OURS = [*(file for room in ROOMS for file in (ROOT / room).rglob("*.py")), *ROOT.glob("*.py")]
+
+# --- versions ------------------------------------------------------------------------------------
+
+
+def pins(text: str) -> dict[str, str]:
+    """Version by name of `name==version` lines."""
+    found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", text, re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in found}
+
+
+def lock(name: str) -> str:
+    return (ROOT / "requirements" / f"{name}.lock").read_text()
+
+
+CONSTRAINTS = pins((ROOT / "constraints.txt").read_text())
+
+
+def test_locks_and_constraints_name_the_same_versions():
+    common = pins(lock("common"))
+    assert len(common) > 100
+    assert common == {name: CONSTRAINTS.get(name) for name in common}
+    assert pins(lock("cpu")) == {"torch": CONSTRAINTS["torch"] + "+cpu"}
+    assert pins(lock("cuda"))["torch"] == CONSTRAINTS["torch"]
+
+
+@pytest.mark.parametrize("name", ["build", "common", "cpu", "cuda"])
+def test_every_locked_package_has_a_hash(name):
+    entries = re.split(r"\n(?=\S)", re.sub(r"^#.*\n", "", lock(name)).strip())
+    assert len(entries) == len(pins(lock(name)))
+    for entry in entries:
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), entry
+
+
+def test_all_that_is_installed_for_this_package_is_locked():
+    locked = pins(lock("common")) | pins(lock("cuda")) | pins(lock("build"))
+    seen: set[str] = set()
+    waiting = [Requirement("trace-opd[pipelines,problems,gguf,dev]")]
+    while waiting:
+        asked = waiting.pop()
+        for text in requires(asked.name) or []:
+            needed = Requirement(text)
+            name = canonicalize_name(needed.name)
+            extras = [{"extra": extra} for extra in (*asked.extras, "")]
+            if needed.marker and not any(needed.marker.evaluate(extra) for extra in extras):
+                continue
+            key = f"{name} {sorted(needed.extras)}"
+            if key in seen:
+                continue
+            seen.add(key)
+            try:
+                requires(needed.name)
+            except PackageNotFoundError:  # of another platform's build
+                continue
+            assert name in locked, f"{name}, which {asked.name} needs: run `make lock`"
+            waiting.append(needed)
+    assert len(seen) > 100
+
+
+# --- code that comes with data ---------------------------------------------------------------------
+
+UNPICKLERS = {
+    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle",
+    "torch.load", "torch.hub", "np.load", "numpy.load", "pd.read_pickle", "pandas.read_pickle",
+    "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec",
+}  # fmt: skip
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """Modules that are imported, and names that are called, with a dot where they have one."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module)} | {f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Call):
+            found.add(ast.unparse(node.func))
+    return found
+
+
+def test_the_scan_sees_what_it_looks_for():
+    text = "import pickle\nfrom torch import load\ndef f():\n  np.load(x)\n  eval('1')"
+    assert names_in(ast.parse(text)) & (UNPICKLERS) == {"pickle", "torch.load", "np.load", "eval"}
+
+
+@pytest.mark.parametrize("file", OURS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_module_unpickles_or_evaluates_what_it_reads(file):
+    assert not names_in(ast.parse(file.read_text())) & UNPICKLERS
+
+
+class Trap:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_is_not_read_as_weights(tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((MICRO / name).read_bytes())
+    sprung = tmp_path / "sprung"
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(sprung)))
+    with pytest.raises(InputError, match="safetensors"):
+        load_policy(str(tmp_path), "cpu")
+    # Nor are honest weights in that form, as far as PyTorch itself would go.
+    model = AutoModelForCausalLM.from_pretrained(MICRO)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="safetensors"):
+        load_policy(str(tmp_path), "cpu")
+    assert not sprung.exists()
+
+
+def test_a_pickle_is_not_read_as_a_checkpoints_state(tmp_path):
+    sprung = tmp_path / "sprung"
+    file = tmp_path / "trainer.safetensors"
+    for content in (
+        pickle.dumps(Trap(sprung)),
+        b"",
+        b"\xff" * 16,
+        b"\x08" + b"\0" * 7 + b'{"a":{}}',
+    ):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match="is no state of a training run"):
+            load_state(file)
+    torch.save({"a": torch.zeros(1)}, file)
+    with pytest.raises(InputError, match="is no state of a training run"):
+        load_state(file)
+    assert not sprung.exists()
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path):
+    shared = torch.randn(3, 2, dtype=torch.bfloat16)
+    state = {
+        "optimizer": {"state": {"w": {"step": torch.tensor(3.0), "m": shared}}, "groups": [1e-6]},
+        "again": shared,
+        "rng": [torch.get_rng_state(), (3, (1, 2**63, 5), None)],
+        "empty": [torch.zeros(0), torch.zeros(0), {}, []],
+    }
+    save_state(state, tmp_path / "s.safetensors")
+    back = load_state(tmp_path / "s.safetensors")
+    assert torch.equal(back["optimizer"]["state"]["w"]["m"], shared)
+    assert back["optimizer"]["state"]["w"]["step"].item() == 3.0
+    assert torch.equal(back["again"], shared)
+    assert torch.equal(back["rng"][0], state["rng"][0])
+    assert back["rng"][1] == [3, [1, 2**63, 5], None]
+    assert back["optimizer"]["groups"] == [1e-6]
+    assert [len(entry) for entry in back["empty"]] == [0, 0, 0, 0]
+
+
+MODEL_CODE = """
+from pathlib import Path
+Path({sprung!r}).touch()
+from transformers import LlamaForCausalLM
+from .own_config import OwnConfig
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def model_with_code(tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """A model folder that brings Python code, and the file that the code makes when it runs."""
+    folder, sprung = tmp_path / "model", tmp_path / "sprung"
+    folder.mkdir()
+    for file in MICRO.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    kind = config["architectures"][0]
+    code = MODEL_CODE.replace("LlamaForCausalLM", kind).format(sprung=str(sprung))
+    (folder / "own_model.py").write_text(code)
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own_config.OwnConfig",
+                                                 "AutoModelForCausalLM": "own_model.OwnModel"}}  # fmt: skip
+    parent = kind.replace("ForCausalLM", "Config")
+    (folder / "own_config.py").write_text(
+        f"from transformers import {parent}\nclass OwnConfig({parent}):\n    model_type = 'own'\n"
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    return folder, sprung
+
+
+def test_a_models_own_code_runs_only_where_the_config_says_so(model_with_code):
+    folder, sprung = model_with_code
+    with pytest.raises(InputError, match=r"policy\.trust_remote_code=true"):
+        load_policy(str(folder), "cpu")
+    assert not sprung.exists()
+    policy = load_policy(str(folder), "cpu", trust_remote_code=True)
+    assert type(policy.model).__name__ == "OwnModel"
+    assert sprung.exists()
+
+
+def test_a_tokenizers_own_code_does_not_run(model_with_code, tmp_path):
+    folder, sprung = model_with_code
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "OwnTokenizer",
+                 "auto_map": {"AutoTokenizer": ["own_model.OwnTokenizer", None]}}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="trust_remote_code"):
+        load_tokenizer(str(folder))
+    assert not sprung.exists()
+
+
+def test_a_dataset_that_is_a_script_is_refused_and_not_run(tmp_path):
+    sprung = tmp_path / "sprung"
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "data.py").write_text(f"open({str(sprung)!r}, 'w')")
+    with pytest.raises(InputError, match="does not load"):
+        list(rows(HubSource(kind="hub", dataset=str(folder)), 0))
+    assert not sprung.exists()
+
+
+def test_a_pickled_dataset_is_refused(tmp_path):
+    sprung = tmp_path / "sprung"
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.pkl").write_bytes(pickle.dumps(Trap(sprung)))
+    with pytest.raises(InputError, match="does not load"):
+        list(rows(HubSource(kind="hub", dataset=str(folder)), 0))
+    assert not sprung.exists()
+
+
+# --- names in the store ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stores(tmp_path) -> tuple[Store, Path]:
+    """A store with one dataset, and a dataset's folder outside it."""
+    for name in ("inside", "outside"):
+        store = Store(tmp_path / name)
+        draft = store.begin("problems", {"n": 1}, {}, PROBLEMS)
+        draft.write_part(0, PROBLEMS.empty())
+        draft.finish(1)
+    (dataset,) = Store(tmp_path / "outside").datasets()
+    return Store(tmp_path / "inside"), Path(dataset.path())
+
+
+@pytest.mark.parametrize(
+    "ref",
+    ["../outside/problems/{id}", "../../etc", "problems/../../outside/problems/{id}", "..", "{path}",
+     "problems/..", "*/{id}", "pro*/{id}", "**/{id}", "[a-z]*/{id}", "./problems/{id}", "", "/", "a/b/c"],
+)  # fmt: skip
+def test_a_name_that_leads_out_of_the_store_names_nothing(stores, ref):
+    store, outside = stores
+    ref = ref.format(id=outside.name, path=outside)
+    with pytest.raises(InputError, match=r"is not in store|leads out of it"):
+        store.get(ref)
+    store.write_json("aliases.json", {"planted": ref})
+    with pytest.raises(InputError, match=r"is not in store|leads out of it"):
+        store.get("planted")
+
+
+def test_a_manifest_that_was_edited_leads_nowhere_else(stores):
+    store, outside = stores
+    (dataset,) = store.datasets()
+    manifest = dataset.manifest | {"inputs": {"x": "../../outside/problems/" + outside.name}}
+    manifest |= {"summary": {"checkpoint": "../../../outside"}}
+    manifest["parts"] = [manifest["parts"][0] | {"name": "../../../outside/part-00000.parquet"}]
+    store.write_json(f"{dataset.ref}/manifest.json", manifest)
+    edited = store.get(dataset.ref)
+    with pytest.raises(InputError, match="is not in store"):
+        edited.input("x")
+    with pytest.raises(InputError, match="is not in store"):
+        store.lineage(edited)
+    with pytest.raises(InputError, match="leads out of it"):
+        edited.path(edited.summary["checkpoint"])
+    # Parts are found by their number, not by the name that the manifest gives them.
+    assert edited.read_part(0).num_rows == 0
+
+
+@pytest.mark.parametrize("link", ["part-00000.parquet", "manifest.json", ""])
+def test_a_link_out_of_the_store_is_neither_read_nor_written(stores, link):
+    store, outside = stores
+    (dataset,) = store.datasets()
+    inside = Path(dataset.path())
+    before = hashlib.sha256((outside / "manifest.json").read_bytes()).digest()
+    if link:
+        (inside / link).unlink()
+        (inside / link).symlink_to(outside / link)
+    else:
+        for file in inside.iterdir():
+            file.unlink()
+        inside.rmdir()
+        inside.symlink_to(outside)
+    with pytest.raises(InputError, match=r"leads out of it|is not in store"):
+        store.get(dataset.ref).read_part(0)
+    with pytest.raises(InputError, match="leads out of it"):
+        store.write_json(f"{dataset.ref}/{link or 'manifest.json'}", {})
+    assert hashlib.sha256((outside / "manifest.json").read_bytes()).digest() == before
+
+
+def test_a_store_behind_a_link_is_a_store(stores, tmp_path):
+    store, _ = stores
+    (tmp_path / "link").symlink_to(store.root)
+    (dataset,) = Store(tmp_path / "link").datasets()
+    assert dataset.read_part(0).num_rows == 0
+
+
+def test_no_config_names_a_file_to_write():
+    """What a stage writes beside the store is named on the command line, or not at all."""
+    kinds = [kind for kind in vars(configs).values() if isinstance(kind, type)]
+    fields = {name for kind in kinds for name in getattr(kind, "model_fields", {})}
+    assert {"path", "prices", "prompt"} <= fields  # what is read
+    assert not {"output", "folder", "file", "log"} & fields
+
+
+# --- the terminal ----------------------------------------------------------------------------------
+
+HOSTILE = (
+    "\x1b[31mred\x1b]0;title\x07\x9b2J\u202eltr\u2066\r\b[red]not red[/red] :smile: \ud800 end"
+)
+
+
+def printed(*things) -> str:
+    """What reaches a terminal with colours."""
+    out = io.StringIO()
+    terminal = Terminal(file=out, force_terminal=True, color_system="truecolor", width=200)
+    for thing in things:
+        terminal.print(thing)
+    return out.getvalue()
+
+
+def test_whatever_is_printed_is_shown_as_it_is():
+    table = Table(HOSTILE, title=HOSTILE)
+    table.add_row(HOSTILE)
+    for thing in (HOSTILE, table, Panel(HOSTILE, title=HOSTILE)):
+        text = re.sub(r"\x1b\[[0-9;]*m", "", printed(thing))  # rich's own styles
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066\ud800]", text)
+        for part in (
+            "␛[31mred",
+            "␛]0;title",
+            "[red]not red[/red] :smile:",
+            "⟨U+202E⟩ltr",
+            "⟨U+D800⟩",
+        ):
+            assert part in text
+    # None of the styles is the text's own.
+    assert "\x1b[31m" not in printed(HOSTILE)
+    assert "\x1b[1;31m" in printed(Text("x", style="bold red"))
+
+
+def test_json_is_printed_as_json():
+    out = io.StringIO()
+    value = {HOSTILE + "\x7f\U000e0041": [HOSTILE, "é漢"]}
+    print_json(value, Terminal(file=out, width=40))
+    text = out.getvalue()
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\u2066\ud800\U000e0041]", text)
+    assert "é漢" in text
+    assert json.loads(text) == value
+
+
+def test_logs_are_printed_as_they_are():
+    out = io.StringIO()
+    logger = logging.getLogger("trace_opd.test_supply")
+    handler = RichHandler(console=Terminal(file=out, width=200), show_path=False)
+    logger.addHandler(handler)
+    try:
+        logger.warning("server said %s", HOSTILE)
+    finally:
+        logger.removeHandler(handler)
+    assert "␛[31mred" in out.getvalue()
+    assert "[red]not red[/red]" in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+
+
+@pytest.mark.parametrize("file", OURS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_console_is_the_terminal(file):
+    """A bare rich console would read markup and let escapes through."""
+    made = {"Console", "rich.print", "console.print_json"} & names_in(ast.parse(file.read_text()))
+    assert not made
+
+
+def test_an_error_of_the_command_line_is_safe(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text('"\\e[31mkey[red]\\u202e": 1\n')
+    done = subprocess.run(
+        [sys.executable, "-m", "trace_opd.pipelines.cli", "verify", str(bad)],
+        capture_output=True, text=True, check=False, env=os.environ | {"FORCE_COLOR": "1"},
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "␛[31mkey[red]⟨U+202E⟩: unknown key" in done.stderr
+    assert "\x1b[31m" not in done.stderr
