@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -424,3 +425,34 @@ def test_an_error_of_the_command_line_is_safe(tmp_path):
     assert done.returncode == 2
     assert "␛[31mkey[red]⟨U+202E⟩: unknown key" in done.stderr
     assert "\x1b[31m" not in done.stderr
+
+
+# --- the audit -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def verdict():
+    spec = spec_from_file_location("audit", ROOT / ".ci" / "audit.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.verdict
+
+
+CLEAN = {"name": "a", "version": "1", "vulns": []}
+SKIPPED = {"name": "b", "skip_reason": "Dependency not found on PyPI"}
+FLAWED = {"name": "c", "version": "2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["3"]}]}
+
+
+def test_an_audit_that_saw_nothing_says_so(verdict):
+    lines, code = verdict({"dependencies": [SKIPPED, SKIPPED]})
+    assert (code, lines[-1][:12]) == (0, "NOT AUDITED:")
+    assert verdict({"dependencies": [CLEAN, SKIPPED]})[0][-1] == "NOT AUDITED: b"
+    assert verdict({"dependencies": [CLEAN]}) == (["audit: 1 of 1 packages looked up, 0 flaws"], 0)
+
+
+def test_an_audit_fails_on_a_flaw(verdict):
+    lines, code = verdict({"dependencies": [FLAWED, SKIPPED]})
+    assert code == 1
+    assert lines[0] == "c 2: PYSEC-1, mended in 3"

@@ -162,7 +162,8 @@ class OpenAIPolicySampler:
             reply = await client.chat.completions.create(**request, extra_body=extra)
             if not reply.choices:
                 raise endpoint.NotACompletion(reply.model_dump_json())
-            said = " ".join(choice.message.content or "" for choice in reply.choices).encode()
+            said = " ".join(choice.message.content or "" for choice in reply.choices)
+            said = said.encode("utf-8", "surrogatepass")
             if endpoint.without_key(said, self._key) != said:
                 raise InputError(
                     f"{self._config.base_url}: sends the API key back in a response, which would "
@@ -196,7 +197,9 @@ class OpenAIPolicySampler:
         # Fields beyond OpenAI's own are there if the server sent them.
         ids: list[int] | None = getattr(choice, "token_ids", None)
         prompt_ids: list[int] | None = getattr(reply, "prompt_token_ids", None)
-        text = choice.message.content or ""
+        # JSON may hold half of a surrogate pair, and no table can: it becomes U+FFFD.
+        text = (choice.message.content or "").encode("utf-16", "surrogatepass")
+        text = text.decode("utf-16", "replace")
         if ids is not None and self._bytes is not None:
             text = self._bytes.text(ids)
         logprobs = None

@@ -2,8 +2,9 @@
 
     python -P tests/fuzz/run.py --seconds 120 segments answer
 
-Each target runs in a process of its own, with our modules instrumented. What a target learned stays in runs/fuzz/<target>/corpus; an input that breaks one is written beside it as
-crash-…, and `--input FILE target` runs it again.
+Each target runs in a process of its own, with our modules instrumented. What a target learned stays
+in runs/fuzz/<target>/corpus; an input that breaks one is written beside it as crash-…, and
+`--input FILE target` runs it again.
 """
 
 import argparse

@@ -263,6 +263,11 @@ def test_a_response_that_did_not_end_by_itself_counts_as_truncated(reason: str) 
         assert sample(config)[0][0].finish_reason == "length"
 
 
+def test_half_of_a_surrogate_pair_becomes_a_replacement_character() -> None:
+    with serving(lambda n, request: completion("a\ud83d\ude00 \ud800b")) as (_, config):
+        assert sample(config)[0][0].text == "a😀 \ufffdb"
+
+
 def test_the_key_is_the_named_variable_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "for-someone-else")
     monkeypatch.setenv("ENDPOINT_KEY", "for-this-one")
