@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 # Read by Prefect when it is imported: what the stages log (tokens and cost of a part) joins the run's
-# log.
+# log, and the embedded server may take its time on a busy machine.
 os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "trace_opd")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 
 from prefect import Flow, flow, get_run_logger, serve, task
 from prefect.artifacts import (
