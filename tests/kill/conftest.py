@@ -17,8 +17,12 @@ TRAIN = [
     "online.group_size=4", "groups_per_step=3", "schedule.hold_steps=2", "schedule.decay_steps=8",
     "teacher.sync_steps=3", "checkpoint_every=1",
 ]  # fmt: skip
-# λ is positive in the steps in which the policy's own weights annotate.
-SELF = ["online.annotator.engine=self", "online.annotator.max_new_tokens=128"]
+# The policy's own weights annotate in the first two online steps; in the others λ is 0.
+ONLINE = [
+    "online.group_size=2", "groups_per_step=2", "schedule.hold_steps=2", "schedule.decay_steps=1",
+    "teacher.sync_steps=2", "checkpoint_every=1", "online.annotator.engine=self",
+    "online.annotator.max_new_tokens=128", "online.sampling.max_new_tokens=48",
+]  # fmt: skip
 STAGES = {
     "problems": ["problems", CONFIG, "limit=72", "rows_per_part=3"],
     "rollout": ["rollout", CONFIG, "group_size=4"],
@@ -30,7 +34,7 @@ STAGES = {
     ],
     "convert": ["convert", CONFIG],
     "train-offline": ["train", CONFIG, *TRAIN, "offline.steps=10", "online.steps=0"],
-    "train-online": ["train", CONFIG, *TRAIN, *SELF, "offline.steps=1", "online.steps=5"],
+    "train-online": ["train", CONFIG, *ONLINE, "offline.steps=1", "online.steps=4"],
     "evaluate": ["evaluate", CONFIG, "trained=train", "k=2", "bootstrap=200"],
     "report": ["report", "dataset=train"],
 }  # fmt: skip
