@@ -403,11 +403,9 @@ def test_a_part_that_is_not_as_written_is_told_or_reads_as_written(store, how):
             # A flipped bit in what the file says about itself may not matter for its rows.
             assert made.read() == tables
         except InputError as error:
-            told += 1
-            if isinstance(error, DamagedFile):
-                assert "verify-store" in str(error)
+            told += isinstance(error, DamagedFile)
         path.write_bytes(whole)
-    assert told
+    assert told > 0
     if how == "cut":
         assert told == len(range(4, len(whole), 97))
 

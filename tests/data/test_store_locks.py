@@ -40,20 +40,26 @@ def in_process(work: Callable[..., Any], *args: Any) -> Any:
     return process
 
 
-def hold(root: Path, name: str, holding: Any, end: Any) -> None:
+def hold(root: Path, name: str, pipe: Any) -> None:
     with locked(root, name):
-        holding.set()
-        end.wait()
+        pipe.send("holding")
+        pipe.recv()
+
+
+def end(pipe: Any) -> None:
+    with suppress(BrokenPipeError, ConnectionResetError):
+        pipe.send("end")
 
 
 @pytest.fixture
 def held(tmp_path):
     """A process that holds the name "x"; it ends when it is killed or told to."""
-    holding, end = FORK.Event(), FORK.Event()
-    process = in_process(hold, tmp_path, "x", holding, end)
-    assert holding.wait(30)
-    yield process, end
-    end.set()
+    ours, theirs = FORK.Pipe()
+    process = in_process(hold, tmp_path, "x", theirs)
+    theirs.close()
+    assert ours.recv() == "holding"
+    yield process, ours
+    end(ours)
     process.join()
 
 
@@ -72,13 +78,13 @@ def test_of_aliases_given_at_once_none_is_lost(tmp_path):
 
 
 def test_a_lock_is_waited_for_and_its_holder_named(tmp_path, held):
-    process, end = held
+    process, pipe = held
     assert holder(tmp_path, "x") == f"process {process.pid}"
     told: list[str] = []
 
     def waits(who: str) -> None:
         told.append(who)
-        end.set()
+        end(pipe)
 
     with locked(tmp_path, "x", waits):
         assert told == [f"process {process.pid}"]
@@ -143,41 +149,47 @@ def test_one_at_a_time_has_the_lock_in_threads_and_processes(tmp_path):
     assert (tmp_path / "n").read_text() == "300"
 
 
-def make_slowly(root: Path, working: Any, go_on: Any) -> None:
+def make_slowly(root: Path, pipe: Any) -> None:
     with begin(root).locked(print) as draft:
         assert isinstance(draft, Draft)
         draft.write_part(0, TABLE)
-        working.set()
-        go_on.wait()
+        pipe.send("working")
+        pipe.recv()
         draft.finish(1)
 
 
-def test_the_second_run_waits_and_finds_what_the_first_made(tmp_path):
-    working, go_on = FORK.Event(), FORK.Event()
-    first = in_process(make_slowly, tmp_path, working, go_on)
-    assert working.wait(30)
+@pytest.fixture
+def first(tmp_path):
+    """A run that has written its only part and finishes the dataset when it is told to."""
+    ours, theirs = FORK.Pipe()
+    process = in_process(make_slowly, tmp_path, theirs)
+    theirs.close()
+    assert ours.recv() == "working"
+    yield process, ours
+    end(ours)
+    process.join()
+
+
+def test_the_second_run_waits_and_finds_what_the_first_made(tmp_path, first):
+    process, pipe = first
     told: list[str] = []
 
     def waits(who: str) -> None:
         told.append(who)
-        go_on.set()
+        end(pipe)
 
     with begin(tmp_path).locked(waits) as found:
         assert isinstance(found, Dataset)
         assert found.read().equals(TABLE)
-    first.join()
-    assert told == [f"{found.ref} is being made by process {first.pid}"]
+    assert told == [f"{found.ref} is being made by process {process.pid}"]
 
 
-def test_the_second_run_goes_on_where_the_first_was_killed(tmp_path):
-    working, go_on = FORK.Event(), FORK.Event()
-    first = in_process(make_slowly, tmp_path, working, go_on)
-    assert working.wait(30)
-    with begin(tmp_path).locked(lambda _: os.kill(first.pid, signal.SIGKILL)) as draft:
+def test_the_second_run_goes_on_where_the_first_was_killed(tmp_path, first):
+    process, _ = first
+    with begin(tmp_path).locked(lambda _: os.kill(process.pid, signal.SIGKILL)) as draft:
         assert isinstance(draft, Draft)
         assert draft.has_part(0)
         draft.finish(1)
-    first.join()
     assert not (tmp_path / ".locks").exists()
 
 

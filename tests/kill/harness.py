@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from trace_opd.data.files import is_temporary
 from trace_opd.data.store import Dataset, Store
@@ -56,12 +57,14 @@ class Run:
 class Launcher:
     """Starts commands from a process that has imported everything (launcher.py)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **environment: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._mark = folder, uuid.uuid4().hex
         self._process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("launcher.py")],
-            env=os.environ | {"OMP_NUM_THREADS": "1", MARK: self._mark, "COLUMNS": "200"},
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", MARK: self._mark, "COLUMNS": "200"}
+            | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -143,8 +146,8 @@ class Launcher:
 
 
 @contextmanager
-def launcher(folder: Path) -> Iterator[Launcher]:
-    opened = Launcher(folder)
+def launcher(folder: Path, **environment: str) -> Iterator[Launcher]:
+    opened = Launcher(folder, **environment)
     try:
         yield opened
     finally:
@@ -281,3 +284,74 @@ def _assert_same_run(ours: Dataset, theirs: Dataset) -> None:
     metrics = [read_metrics(Path(run.path("metrics.jsonl"))) for run in (ours, theirs)]
     told = [[{k: v for k, v in line.items() if "second" not in k} for line in m] for m in metrics]
     assert told[0] == told[1]
+
+
+# --- accidents -----------------------------------------------------------------------------------
+
+
+class Disk:
+    """A file system of its own, in memory; what is needed of it may be missing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self._ballast = folder / "store", folder / "ballast"
+        self._mount = folder
+        self._options("size=256m")
+
+    def _options(self, *options: str) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", self._mount]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+
+    def leave(self, free: int) -> None:
+        """Fill it but for so many bytes."""
+        room = shutil.disk_usage(self._mount).free
+        with self._ballast.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, room - free)
+
+    def make_room(self) -> None:
+        self._ballast.unlink()
+
+    def writable(self, yes: bool) -> None:
+        mode = "rw" if yes else "ro"
+        subprocess.run(["mount", "-o", f"remount,{mode}", self._mount], check=True)
+
+    def close(self) -> None:
+        subprocess.run(["umount", self._mount], check=True)
+
+
+@contextmanager
+def disk(folder: Path) -> Iterator[Disk]:
+    folder.mkdir()
+    opened = Disk(folder)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def assert_refused(run: Run, *words: str) -> None:
+    """One sentence, exit code 2, no traceback."""
+    assert run.wait() == 2, run.err
+    (sentence,) = run.err.splitlines()
+    assert sentence.startswith("trace-opd: ")
+    for word in words:
+        assert word in sentence
+
+
+def together(runs: Launcher, args: list[str], root: Path) -> tuple[Run, Run]:
+    """Start a command twice on one store; the second while the first, which is stopped meanwhile,
+    is at work."""
+    first = runs.start(*args, store=root)
+    while not any(root.glob(f".locks/{args[0]}.*")):
+        assert first.pid in runs.alive(), first.err
+        time.sleep(0.001)
+    os.killpg(first.pid, signal.SIGSTOP)
+    second = runs.start(*args, store=root)
+    deadline = time.monotonic() + 60
+    while "waiting for its end" not in second.err:
+        assert time.monotonic() < deadline, second.err
+        time.sleep(0.01)
+    assert f"is being made by process {first.pid}; waiting" in second.err
+    os.killpg(first.pid, signal.SIGCONT)
+    return first, second

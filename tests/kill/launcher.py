@@ -7,6 +7,10 @@ may be told to kill itself with SIGKILL just before its n-th change of the store
 
 import json
 import os
+
+# As the command line sets them before these packages are imported.
+os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
 import select
 import signal
 import sys
