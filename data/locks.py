@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 _FOLDER = ".locks"  # holds nothing else
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_SWEEP_S = 0.05  # longer than `_remove_unheld` holds a lock that is nobody's
+_SWEEP_S = 0.05  # longer than `remove_unheld` holds a lock that is nobody's
 
 _held: set[int] = set()
 
@@ -58,7 +58,7 @@ def locked(root: Path, name: str, waits: Callable[[str], None] | None = None) ->
             path.unlink()
         _held.discard(descriptor)
         os.close(descriptor)
-        _remove_unheld(path.parent)
+        remove_unheld(root)
 
 
 def holder(root: Path, name: str) -> str | None:
@@ -71,6 +71,20 @@ def holder(root: Path, name: str) -> str | None:
         return None if _try(descriptor) else _named(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_unheld(root: Path) -> None:
+    """Remove the files of locks whose holders were killed, and their folder with the last one."""
+    folder = root / _FOLDER
+    with suppress(OSError):
+        for path in folder.iterdir():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                if _try(descriptor) and _is_at(descriptor, path):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+        folder.rmdir()
 
 
 def _path(root: Path, name: str) -> Path:
@@ -128,19 +142,6 @@ def _named(descriptor: int) -> str:
     if not pid:
         return "another process"
     return f"process {pid}" + (f" on {host}" if host != socket.gethostname() else "")
-
-
-def _remove_unheld(folder: Path) -> None:
-    """Remove files whose holders were killed, and the folder with its last file."""
-    with suppress(OSError):
-        for path in folder.iterdir():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                if _try(descriptor) and _is_at(descriptor, path):
-                    path.unlink()
-            finally:
-                os.close(descriptor)
-        folder.rmdir()
 
 
 def _let_go() -> None:

@@ -26,7 +26,7 @@ from ..schemas.contract import TableContract
 from ..schemas.errors import DamagedFile, InputError
 from .dataset import MANIFEST, Dataset, Draft, content_hash, now
 from .files import sweep_siblings, temporary_name, write_whole
-from .locks import locked
+from .locks import locked, remove_unheld
 
 __all__ = ["MANIFEST", "Dataset", "Draft", "Store", "content_hash"]
 
@@ -187,7 +187,10 @@ class Store:
         """
         if not _ALIAS.fullmatch(name):
             raise InputError(f"alias {name!r}: use letters, digits, dot, dash and underscore")
-        if self.aliases().get(name) == dataset.ref:  # a store that can't be written serves it too
+        if self.aliases().get(name) == dataset.ref:
+            # Nothing to write: a store that can't be written serves it too.
+            if self.is_local:
+                remove_unheld(self.local_root())
             return
         with self.locked(_ALIASES):
             self.write_json(_ALIASES, self.aliases() | {name: dataset.ref})

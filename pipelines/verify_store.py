@@ -142,7 +142,6 @@ def _unfinished(store: Store) -> Iterator[Finding]:
             if store.exists(f"{ref}/{MANIFEST}"):
                 continue
             parts = len(store.fs.glob(f"{store.base}/{ref}/part-*.parquet"))
-            parts -= sum(name.startswith(f"{ref}/part-") for name in temporary)
             who = holder(store.local_root(), ref) if store.is_local else None
             if who is not None:
                 worked_on.add(ref)

@@ -5,6 +5,8 @@ Lines of JSON on standard input ask for a run, those on standard output tell of 
 may be told to kill itself with SIGKILL just before its n-th change of the store's files.
 """
 
+import atexit
+import gc
 import json
 import os
 
@@ -14,6 +16,8 @@ os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS"
 import select
 import signal
 import sys
+import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +73,27 @@ def run(asked: dict[str, Any]) -> None:
     sys.argv = ["trace-opd", *asked["args"]]
     if asked["store"]:
         count_changes(asked["store"], asked["die_at"], Path(asked["output"][0]).with_suffix(".n"))
-    main()
+    code = 1
+    try:
+        main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(bool(error.code))
+    except BaseException:
+        traceback.print_exc()
+    # As an interpreter ends, but for taking all modules apart: that would copy every page.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def serve() -> None:
     buffer = b""
     print(json.dumps({"ready": os.getpid()}), flush=True)
     running = set()
+    gc.collect()
+    gc.freeze()  # or a collection in a child would copy every page
     while True:
         readable, _, _ = select.select([0], [], [], 0.005 if running else None)
         while running:
