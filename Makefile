@@ -24,7 +24,7 @@ demo: setup  ## run the whole method (MODEL=micro or smollm2), results in runs/d
 	$(BIN)/python -m trace_opd.pipelines.demo $(MODEL)
 
 test: setup  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup  ## lint, format check and type check
 	$(BIN)/ruff check .

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 # Read by Prefect when it is imported: what the stages log (tokens and cost of a part) joins the run's
-# log.
+# log, and the embedded server may take its time on a busy machine.
 os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "trace_opd")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 
 from prefect import Flow, flow, get_run_logger, serve, task
 from prefect.artifacts import (
@@ -31,7 +32,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines import train as train_stage
-from trace_opd.pipelines.stage import Plan, close_engine
+from trace_opd.pipelines.stage import Plan, close_engine, held
 from trace_opd.pipelines.stages import DEFAULT_ALIAS, TABLE_STAGES, run_pipeline
 from trace_opd.pipelines.viewer import report as report_stage
 from trace_opd.schemas.configs import (
@@ -46,7 +47,7 @@ from trace_opd.schemas.configs import (
     TrainConfig,
     VerifyConfig,
 )
-from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.errors import DamagedFile, InputError
 from trace_opd.schemas.settings import load_config, override
 
 logging.getLogger("trace_opd").setLevel(logging.INFO)
@@ -79,7 +80,8 @@ def task_runner() -> TaskRunner[Any]:
 
 def _worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
     """Bad input stays bad; anything else may pass."""
-    return not isinstance(state.result(raise_on_failure=False), InputError)
+    result = state.result(raise_on_failure=False)
+    return not isinstance(result, InputError) or isinstance(result, DamagedFile)
 
 
 @task(
@@ -104,22 +106,26 @@ def train_run(config: TrainConfig, root: str) -> str:
 
 def run_table_stage(stage: str, config: Config, root: str, alias: str | None) -> str:
     """One task per part that is not there yet, then the manifest and the artifacts."""
-    store = Store(root)
+    store, log = Store(root), get_run_logger()
     plan, target = TABLE_STAGES[stage].begin(config, store)
-    if isinstance(target, Draft):
-        parts = [part for part in range(plan.parts) if not target.has_part(part)]
-        get_run_logger().info(
-            "%s/%s: %d of %d parts to make", stage, target.id, len(parts), plan.parts
-        )
-        futures = [make_part.submit(stage, plan, target, part) for part in parts]
-        try:
-            wait(futures)
-            for future in futures:
-                future.result()
-        finally:
-            close_engine()
-        target = TABLE_STAGES[stage].finish(plan, target)
+    with held(target, lambda who: log.warning("%s; waiting for its end", who)) as target:
+        if isinstance(target, Draft):
+            target = _make(stage, plan, target)
     return _published(store, target, alias or DEFAULT_ALIAS[stage])
+
+
+def _make(stage: str, plan: Plan, draft: Draft) -> Dataset:
+    """This process holds the dataset; the tasks, wherever they run, make parts for it."""
+    parts = [part for part in range(plan.parts) if not draft.has_part(part)]
+    get_run_logger().info("%s: %d of %d parts to make", draft.ref, len(parts), plan.parts)
+    futures = [make_part.submit(stage, plan, draft, part) for part in parts]
+    try:
+        wait(futures)
+        for future in futures:
+            future.result()
+    finally:
+        close_engine()
+    return TABLE_STAGES[stage].finish(plan, draft)
 
 
 def _published(store: Store, dataset: Dataset, alias: str) -> str:

@@ -43,7 +43,9 @@ def main() -> None:
     resolve_policy(args.model)  # prepared before the clock of the run starts
     started = time.perf_counter()
     command = [sys.executable, "-m", "trace_opd.flows", str(config_path), "--run"]
-    subprocess.run([*command, "--store", str(root.resolve())], env=os.environ | _QUIET, check=True)
+    run = subprocess.run([*command, "--store", str(root.resolve())], env=os.environ | _QUIET)
+    if run.returncode:
+        sys.exit(run.returncode)  # it has said why
     seconds = time.perf_counter() - started
     config = load_config(PipelineConfig, config_path)
     result = summary(args.model, config, Store(root.resolve()), seconds)

@@ -10,7 +10,7 @@ a store's root and a part's number.
 import atexit
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -96,16 +96,31 @@ class Stage:
     def run(self, config: Config, store: Store) -> Dataset:
         """The whole stage in this process, with a progress bar on a terminal."""
         plan, target = self.begin(config, store)
-        if isinstance(target, Dataset):
-            return target
-        try:
-            with progress_bar(self.name, plan.parts) as advance:
-                for part in range(plan.parts):
-                    self.make_part(plan, target, part)
-                    advance()
-        finally:
-            close_engine()
-        return self.finish(plan, target)
+        with held(target) as target:
+            if isinstance(target, Dataset):
+                return target
+            try:
+                with progress_bar(self.name, plan.parts) as advance:
+                    for part in range(plan.parts):
+                        self.make_part(plan, target, part)
+                        advance()
+            finally:
+                close_engine()
+            return self.finish(plan, target)
+
+
+def held(
+    target: Draft | Dataset, waits: Callable[[str], None] | None = None
+) -> AbstractContextManager[Draft | Dataset]:
+    """What `Store.begin` gave: a draft is held while this run works on it (`Draft.locked`)."""
+    if isinstance(target, Dataset):
+        return nullcontext(target)
+    return target.locked(waits or _say_waiting)
+
+
+def _say_waiting(who: str) -> None:
+    line = f"trace-opd: {who}; waiting for its end"
+    Terminal(stderr=True).print(line, soft_wrap=True, highlight=False)
 
 
 _engine_lock = threading.Lock()

@@ -257,7 +257,8 @@ def _logits_to_gradient(
     # log p = z − z_max + log p_max, and only where it is needed: one exponential per entry is enough.
     most, log_most = logits.amax(-1), p.amax(-1).log()  # (rows,) each
     logprobs = logits.gather(1, ids).squeeze(1) - most + log_most
-    entropy = most - log_most - torch.linalg.vecdot(p, logits)
+    # The products into a buffer that is there: vecdot would take a fresh one.
+    entropy = most - log_most - torch.mul(p, logits, out=log_q).sum(-1)
     weight, advantage = inputs.weight[positions], inputs.advantage[positions]
     # As the KL fades routed tokens return to GRPO; reweighted ones never left it.
     fades = route not in (Route.GRPO, Route.REWEIGHT)

@@ -1,11 +1,14 @@
 """The store: identity, parts whole or not at all, aliases, references, lineage, other file systems."""
 
+import hashlib
 import json
 import random
+import resource
 import subprocess
 import sys
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -13,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from trace_opd.data.dataset import CHECKSUM, manifest_checksum
 from trace_opd.data.store import MANIFEST, Dataset, Draft, Store, content_hash
 from trace_opd.schemas.configs import PolicyConfig, RolloutConfig
 from trace_opd.schemas.contract import VERSION_KEY
-from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.errors import DamagedFile, InputError
 from trace_opd.schemas.tables import PROBLEMS, VERDICTS
 
 
@@ -150,7 +154,9 @@ def test_a_part_that_breaks_the_contract_is_not_written(store, tmp_path):
 def test_a_finished_dataset_whose_part_is_gone_says_so(store):
     made = finished(store, {"a": 1}, problems_table("p"), problems_table("q"))
     Path(made.path("part-00001.parquet")).unlink()
-    with pytest.raises(InputError, match=r"part-00001\.parquet: file is gone; remove the dataset"):
+    with pytest.raises(
+        InputError, match=r"part-00001\.parquet: file is gone; .trace-opd verify-store"
+    ):
         made.read()
 
 
@@ -346,3 +352,85 @@ def test_asking_for_a_dataset_writes_nothing(store, tmp_path):
     assert store.aliases() == {}
     assert list(store.datasets()) == []
     assert files(tmp_path) == set()
+
+
+# --- disks that are full, clocks that jump, bytes that rot ---
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_work_goes_on_when_there_is_room(store):
+    draft = begin(store, {"a": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(
+            InputError, match=r"part-00000\.parquet: could not be written .*make room"
+        ):
+            draft.write_part(0, problems_table("p"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files(Path(store.base)) == set()
+    draft.write_part(0, problems_table("p"))
+    assert draft.finish(1).rows == 1
+
+
+def test_a_clock_that_jumps_does_not_make_a_run_long_or_negative(store):
+    # The wall clock said so when the run began; it has been set since, back or forth.
+    for started in ("2099-01-01T00:00:00.000+00:00", "1999-01-01T00:00:00.000+00:00"):
+        draft = begin(store, {"started": started})
+        draft = replace(draft, header=draft.header | {"started_at": started})
+        assert 0 <= draft.finish(0).manifest["seconds"] < 60
+
+
+def damaged(path: Path, at: int, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        del content[at:]
+    else:
+        content[at] ^= 1 << (at % 8)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "bit"])
+def test_a_part_that_is_not_as_written_is_told_or_reads_as_written(store, how):
+    tables = problems_table(*map(str, range(50)))
+    made = finished(store, {"a": 1}, tables)
+    path = Path(made.path("part-00000.parquet"))
+    whole, told = path.read_bytes(), 0
+    for at in range(4, len(whole), 97):
+        damaged(path, at, how)
+        assert store.checksum(f"{made.ref}/{path.name}")[1] != made.manifest["parts"][0]["sha256"]
+        try:
+            # A flipped bit in what the file says about itself may not matter for its rows.
+            assert made.read() == tables
+        except InputError as error:
+            told += isinstance(error, DamagedFile)
+        path.write_bytes(whole)
+    assert told > 0
+    if how == "cut":
+        assert told == len(range(4, len(whole), 97))
+
+
+def test_a_damaged_manifest_is_told_and_hides_no_other_dataset(store, caplog):
+    first = finished(store, {"a": 1}, problems_table("p"))
+    second = finished(store, {"a": 2}, problems_table("q"))
+    Path(first.path(MANIFEST)).write_text('{"stage": "prob')
+    assert [dataset.ref for dataset in store.datasets()] == [second.ref]
+    assert "manifest.json: does not hold what was written" in caplog.text
+    with pytest.raises(DamagedFile, match="remove it and give the command again"):
+        store.begin("problems", {"a": 1}, {}, PROBLEMS)
+
+
+def test_a_manifest_knows_its_own_checksum(store):
+    made = finished(store, {"a": 1}, problems_table("p"))
+    found = store.get(made.ref)
+    assert found.manifest[CHECKSUM] == manifest_checksum(found.manifest)
+    assert found.manifest[CHECKSUM] != manifest_checksum(found.manifest | {"seconds": 99.0})
+
+
+def test_files_beside_the_parts_are_listed_with_their_checksums(tmp_path):
+    draft = begin(Store(tmp_path), {"a": 1})
+    (draft.local_path() / "metrics.jsonl").write_text("{}\n")
+    made = draft.finish(0, files=["metrics.jsonl"])
+    (listed,) = made.listed
+    assert (listed["name"], listed["bytes"]) == ("metrics.jsonl", 3)
+    assert listed["sha256"] == hashlib.sha256(b"{}\n").hexdigest()

@@ -1,0 +1,357 @@
+"""Runs that are killed: start a command, SIGKILL it at any moment, start it again, compare the end."""
+
+import json
+import os
+import queue
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from trace_opd.data.files import is_temporary
+from trace_opd.data.store import Dataset, Store
+from trace_opd.pipelines.tracking import read_metrics
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.yaml")
+MARK = "TRACE_OPD_KILL_TEST"
+_TIMINGS = {"seconds", "latency_s"}
+_END_S = 30  # until a worker whose parent was killed has noticed
+
+
+@dataclass
+class Run:
+    """A run that was started: its process, where it writes, how it ended (negative: by a signal)."""
+
+    pid: int
+    output: list[str]
+    ended: "queue.SimpleQueue[int]"
+    code: int | None = None
+
+    def wait(self, timeout_s: float = 300) -> int:
+        if self.code is None:
+            self.code = self.ended.get(timeout=timeout_s)
+        return self.code
+
+    @property
+    def err(self) -> str:
+        return Path(self.output[1]).read_text()
+
+    @property
+    def changes(self) -> int:
+        """Changes of the store's files so far."""
+        return Path(self.output[0]).with_suffix(".n").stat().st_size
+
+
+class Launcher:
+    """Starts commands from a process that has imported everything (launcher.py)."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._mark = folder, uuid.uuid4().hex
+        self._process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("launcher.py")],
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", MARK: self._mark, "COLUMNS": "200"}
+            | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._started: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._ends: dict[int, queue.SimpleQueue[int]] = {}
+        self._count = 0
+        line = self._lines().readline()
+        assert "ready" in line, "the launcher did not start"
+        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader.start()
+
+    def _lines(self) -> Any:
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    def _listen(self) -> None:
+        for line in self._lines():
+            told = json.loads(line)
+            if "started" in told:
+                self._ends[told["started"]] = queue.SimpleQueue()
+                self._started.put(told["started"])
+            else:
+                self._ends[told["ended"]].put(told["code"])
+
+    def start(self, *args: object, store: Path | None = None, die_at: int = 0) -> Run:
+        """Start `trace-opd ARGS`. store: count changes below it, and die just before the `die_at`-th."""
+        self._count += 1
+        output = [str(self._folder / f"{self._count}.{name}") for name in ("out", "err")]
+        asked = {
+            "args": [*map(str, args)] + (["--store", str(store)] if store else []),
+            "output": output,
+            "store": str(store) if store else None,
+            "die_at": die_at,
+        }
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        pid = self._started.get(timeout=60)
+        return Run(pid, output, self._ends[pid])
+
+    def done(self, *args: object, store: Path | None = None) -> Run:
+        """Run a command to its end, which is good."""
+        run = self.start(*args, store=store)
+        assert run.wait() == 0, run.err
+        return run
+
+    def kill(self, run: Run, workers: bool) -> None:
+        """SIGKILL a run's process group; with its workers, which are in sessions of their own, or
+        leaving it to them to notice."""
+        ours = {run.pid, *self.alive()} if workers else {run.pid}
+        for pid in ours:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL) if pid == run.pid else os.kill(pid, signal.SIGKILL)
+        run.wait()
+
+    def alive(self) -> set[int]:
+        """Processes that came of any run and are there."""
+        found = set()
+        mark = f"{MARK}={self._mark}".encode()
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit() and int(folder.name) != self._process.pid:
+                with suppress(OSError):
+                    if mark in (folder / "environ").read_bytes().split(b"\0"):
+                        found.add(int(folder.name))
+        return found
+
+    def assert_nobody_is_left(self) -> None:
+        deadline = time.monotonic() + _END_S
+        while left := self.alive():
+            assert time.monotonic() < deadline, f"processes {left} outlived their run"
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._reader.join()
+
+
+@contextmanager
+def launcher(folder: Path, **environment: str) -> Iterator[Launcher]:
+    opened = Launcher(folder, **environment)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+@dataclass
+class Toll:
+    """What a stage went through."""
+
+    kills: int = 0
+    starts: int = 0
+    rounds: int = 0
+    seconds: float = 0.0
+
+
+class Killer:
+    """Kills the same command on copies of one store, and brings it to its end."""
+
+    def __init__(self, launcher: Launcher, made: Path, folder: Path, seed: int = 0) -> None:
+        """made: a store with the stage's inputs; folder: for its copies."""
+        self._launcher, self._made, self._folder = launcher, made, folder
+        self._random = random.Random(seed)
+        self.toll = Toll()
+
+    def rounds(self, args: list[str], kills: int, window_s: float) -> Iterator[Path]:
+        """Stores in which the command came to its end, after kills at random moments of up to
+        `window_s` after a start; together at least `kills` of them.
+
+        A round's store is there until the next one begins.
+        """
+        toll, began = self.toll, time.monotonic()
+        while toll.kills < kills:
+            root = self._folder / f"round-{toll.rounds}"
+            shutil.copytree(self._made, root)
+            while True:
+                run = self._launcher.start(*args, store=root)
+                toll.starts += 1
+                # After a round's share of kills it may come to its end.
+                wait_s = self._random.uniform(0, window_s) if toll.kills < kills else 300.0
+                try:
+                    code = run.wait(wait_s)
+                except queue.Empty:
+                    self._launcher.kill(run, workers=self._random.random() < 0.5)
+                    toll.kills += 1
+                    code = run.wait()
+                if code != -signal.SIGKILL:
+                    assert code == 0, run.err
+                    break
+                assert "Traceback" not in run.err, run.err
+            self._launcher.assert_nobody_is_left()
+            toll.rounds += 1
+            toll.seconds = time.monotonic() - began
+            yield root
+            shutil.rmtree(root)
+
+    def changes(self, args: list[str], step: int = 1) -> Iterator[Path]:
+        """Stores in which the command was killed just before its n-th change of a file, for every
+        `step`-th n that there is, and came to its end when it was given again."""
+        toll, began, last = self.toll, time.monotonic(), 1
+        while True:
+            root = self._folder / f"change-{last}"
+            shutil.copytree(self._made, root)
+            run = self._launcher.start(*args, store=root, die_at=last)
+            toll.starts += 1
+            if run.wait() == 0:
+                shutil.rmtree(root)
+                return
+            assert run.code == -signal.SIGKILL, run.err
+            toll.kills += 1
+            self._launcher.done(*args, store=root)
+            self._launcher.assert_nobody_is_left()
+            toll.starts, toll.rounds = toll.starts + 1, toll.rounds + 1
+            toll.seconds = time.monotonic() - began
+            yield root
+            shutil.rmtree(root)
+            last += step
+
+
+# --- what the end must be ------------------------------------------------------------------------
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def assert_no_leftovers(root: Path) -> None:
+    """No file that a killed writer left, no lock, no dataset that is not finished."""
+    left = [name for name in files(root) if is_temporary(Path(name).name) or ".locks" in name]
+    assert left == []
+    for folder in root.glob("*/*"):
+        assert (folder / "manifest.json").exists(), folder
+
+
+def assert_same_datasets(root: Path, undisturbed: Path) -> None:
+    """Every dataset of one store is in the other, its parts byte for byte where they hold no timings,
+    else row for row; and the aliases are the same."""
+    ours, theirs = Store(root), Store(undisturbed)
+    assert ours.aliases() == theirs.aliases()
+    expected = {dataset.ref: dataset for dataset in theirs.datasets()}
+    found = {dataset.ref: dataset for dataset in ours.datasets()}
+    assert found.keys() == expected.keys()
+    for ref, dataset in found.items():
+        assert dataset.manifest["inputs"] == expected[ref].manifest["inputs"]
+        if dataset.stage == "train":
+            _assert_same_run(dataset, expected[ref])
+            continue
+        table = dataset.read()
+        if not _TIMINGS & set(table.column_names):
+            assert dataset.manifest["parts"] == expected[ref].manifest["parts"], ref
+            assert dataset.summary == expected[ref].summary
+        assert untimed(table) == untimed(expected[ref].read()), ref
+        names = {name for name in files(Path(dataset.path())) if name.startswith("part")}
+        assert names == {part["name"] for part in dataset.manifest["parts"]}
+
+
+def untimed(table: pa.Table) -> pa.Table:
+    return table.drop_columns([name for name in table.column_names if name in _TIMINGS])
+
+
+def _assert_same_run(ours: Dataset, theirs: Dataset) -> None:
+    """Weights to the bit, metrics but for their times, checkpoints by name."""
+    names = [
+        {
+            name
+            for name in files(Path(run.path()))
+            if "events.out" not in name and "jsonl" not in name
+        }
+        for run in (ours, theirs)
+    ]
+    assert names[0] == names[1]
+    weights = [Path(run.path("checkpoints/final/model.safetensors")) for run in (ours, theirs)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    metrics = [read_metrics(Path(run.path("metrics.jsonl"))) for run in (ours, theirs)]
+    told = [[{k: v for k, v in line.items() if "second" not in k} for line in m] for m in metrics]
+    assert told[0] == told[1]
+
+
+# --- accidents -----------------------------------------------------------------------------------
+
+
+class Disk:
+    """A file system of its own, in memory; what is needed of it may be missing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self._ballast = folder / "store", folder / "ballast"
+        self._mount = folder
+        self._options("size=256m")
+
+    def _options(self, *options: str) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", self._mount]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+
+    def leave(self, free: int) -> None:
+        """Fill it but for so many bytes."""
+        room = shutil.disk_usage(self._mount).free
+        with self._ballast.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, room - free)
+
+    def make_room(self) -> None:
+        self._ballast.unlink()
+
+    def writable(self, yes: bool) -> None:
+        mode = "rw" if yes else "ro"
+        subprocess.run(["mount", "-o", f"remount,{mode}", self._mount], check=True)
+
+    def close(self) -> None:
+        subprocess.run(["umount", self._mount], check=True)
+
+
+@contextmanager
+def disk(folder: Path) -> Iterator[Disk]:
+    folder.mkdir()
+    opened = Disk(folder)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def assert_refused(run: Run, *words: str) -> None:
+    """One sentence, exit code 2, no traceback."""
+    assert run.wait() == 2, run.err
+    (sentence,) = run.err.splitlines()
+    assert sentence.startswith("trace-opd: ")
+    for word in words:
+        assert word in sentence
+
+
+def together(runs: Launcher, args: list[str], root: Path) -> tuple[Run, Run]:
+    """Start a command twice on one store; the second while the first, which is stopped meanwhile,
+    is at work."""
+    first = runs.start(*args, store=root)
+    while not any(root.glob(f".locks/{args[0]}.*")):
+        assert first.pid in runs.alive(), first.err
+        time.sleep(0.001)
+    os.killpg(first.pid, signal.SIGSTOP)
+    second = runs.start(*args, store=root)
+    deadline = time.monotonic() + 60
+    while "waiting for its end" not in second.err:
+        assert time.monotonic() < deadline, second.err
+        time.sleep(0.01)
+    assert f"is being made by process {first.pid}; waiting" in second.err
+    os.killpg(first.pid, signal.SIGCONT)
+    return first, second

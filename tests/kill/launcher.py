@@ -1,0 +1,118 @@
+"""A process that has imported everything and forks runs of the command line: a start takes
+milliseconds instead of seconds, so that they can be killed by the dozen.
+
+Lines of JSON on standard input ask for a run, those on standard output tell of starts and ends. A run
+may be told to kill itself with SIGKILL just before its n-th change of the store's files.
+"""
+
+import atexit
+import gc
+import json
+import os
+
+# As the command line sets them before these packages are imported.
+os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+import select
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+import openai  # noqa: F401
+import pyarrow.dataset  # noqa: F401
+import tensorboard  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+from transformers.models.llama import modeling_llama  # noqa: F401
+
+from trace_opd.pipelines import plan, show, stages, verify_store  # noqa: F401
+from trace_opd.pipelines.cli import main
+from trace_opd.pipelines.viewer import report  # noqa: F401
+
+_CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate")
+_WRITES = os.O_WRONLY | os.O_RDWR
+
+
+def count_changes(root: str, last: int, told: Path) -> None:
+    """Count changes of files below a folder, and die just before the `last` one, if it comes.
+
+    told: gets a byte per change.
+    """
+    log = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    done = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal done
+        if event == "open":
+            path, _, flags = args
+            if not (isinstance(flags, int) and flags & _WRITES):
+                return
+        elif event in _CHANGES:
+            path = args[0]
+        else:
+            return
+        if not isinstance(path, str | os.PathLike) or not str(path).startswith(root):
+            return
+        done += 1
+        if done == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.write(log, b".")
+
+    sys.addaudithook(hook)
+
+
+def run(asked: dict[str, Any]) -> None:
+    """The command line in this fresh process, until it exits."""
+    os.setsid()
+    for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
+        path = os.devnull if descriptor == 0 else asked["output"][descriptor - 1]
+        os.dup2(os.open(path, flags | (os.O_CREAT if descriptor else 0)), descriptor)
+    sys.argv = ["trace-opd", *asked["args"]]
+    if asked["store"]:
+        count_changes(asked["store"], asked["die_at"], Path(asked["output"][0]).with_suffix(".n"))
+    code = 1
+    try:
+        main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(bool(error.code))
+    except BaseException:
+        traceback.print_exc()
+    # As an interpreter ends, but for taking all modules apart: that would copy every page.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def serve() -> None:
+    buffer = b""
+    print(json.dumps({"ready": os.getpid()}), flush=True)
+    running = set()
+    gc.collect()
+    gc.freeze()  # or a collection in a child would copy every page
+    while True:
+        readable, _, _ = select.select([0], [], [], 0.005 if running else None)
+        while running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            running.discard(pid)
+            print(json.dumps({"ended": pid, "code": os.waitstatus_to_exitcode(status)}), flush=True)
+        if not readable:
+            continue
+        if not (more := os.read(0, 1 << 16)):
+            return
+        *lines, buffer = (buffer + more).split(b"\n")
+        for line in lines:
+            if not (pid := os.fork()):
+                run(json.loads(line))
+            running.add(pid)
+            print(json.dumps({"started": pid}), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,119 @@
+"""Every stage, killed at 20 random moments and before each change of a file, ends as if undisturbed.
+
+    make test-kill
+
+Minutes; the short form is tests/pipelines/test_kill_short.py. Prints kills, starts and seconds.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from trace_opd.tests.kill.conftest import CONCURRENCY, STAGES, Undisturbed
+from trace_opd.tests.kill.harness import (
+    Killer,
+    Launcher,
+    Toll,
+    assert_no_leftovers,
+    assert_same_datasets,
+    files,
+)
+from trace_opd.tests.pipelines.conftest import PaidServer
+
+KILLS = int(os.environ.get("KILLS", "20"))
+
+
+@pytest.fixture
+def told(capsys):
+    """Prints a stage's toll whatever pytest does with output."""
+
+    def tell(name: str, how: str, toll: Toll) -> None:
+        with capsys.disabled():
+            print(
+                f"\n{name:16} {how:22} {toll.kills:4} kills {toll.starts:4} starts "
+                f"{toll.rounds:4} ends {toll.seconds:7.1f} s"
+            )
+
+    return tell
+
+
+def assert_undisturbed(root: Path, stage: Undisturbed) -> None:
+    assert_no_leftovers(root)
+    assert_same_datasets(root, stage.after)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in STAGES if name not in ("annotate-openai", "report")]
+)
+def test_killed_at_random_moments(name: str, runs: Launcher, undisturbed, tmp_path, told):
+    stage = undisturbed[name]
+    killer = Killer(runs, stage.before, tmp_path)
+    for root in killer.rounds(stage.args, KILLS, 0.7 * stage.seconds):
+        assert_undisturbed(root, stage)
+    assert killer.toll.kills >= KILLS
+    told(name, "at random moments", killer.toll)
+
+
+@pytest.mark.parametrize(("name", "step"), [("problems", 3), ("convert", 3), ("train-online", 6)])
+def test_killed_before_each_change_of_a_file(
+    name: str, step: int, runs: Launcher, undisturbed, tmp_path, told
+):
+    stage = undisturbed[name]
+    killer = Killer(runs, stage.before, tmp_path)
+    for root in killer.changes(stage.args, step):
+        assert_undisturbed(root, stage)
+    assert killer.toll.kills >= KILLS
+    told(name, f"before every {step}. change", killer.toll)
+
+
+def test_a_paid_annotation_killed_asks_again_only_for_what_was_in_flight(
+    slow_paid_server: PaidServer, runs: Launcher, undisturbed, tmp_path, told
+):
+    stage = undisturbed["annotate-openai"]
+    args = [*stage.args, f"annotator.base_url={slow_paid_server.url}"]
+    after = Path(shutil.copytree(stage.before, tmp_path / "after"))
+    runs.done(*args, store=after)
+    questions = Counter(map(json.dumps, slow_paid_server.answered))
+    assert max(questions.values()) == 1
+    killer, kills = Killer(runs, stage.before, tmp_path), 0
+    slow_paid_server.answered.clear()
+    for root in killer.rounds(args, KILLS, 2.0):
+        assert_no_leftovers(root)
+        assert_same_datasets(root, after)
+        answered = Counter(map(json.dumps, slow_paid_server.answered))
+        assert answered.keys() == questions.keys()
+        lines = [
+            line
+            for path in root.glob("annotate/*/journal/*.jsonl")
+            for line in path.read_bytes().splitlines(keepends=True)
+        ]
+        keys = Counter(
+            re.findall(rb'^{"key": ?"([^"]+)"', line)[0] for line in lines if line[-1:] == b"\n"
+        )
+        # What was on the disk was not asked again; what was paid twice was in flight at a kill.
+        assert max(keys.values()) == 1
+        assert len(keys) == len(questions)
+        assert answered.total() - len(questions) <= (killer.toll.kills - kills) * CONCURRENCY
+        kills = killer.toll.kills
+        slow_paid_server.answered.clear()
+    told("annotate-openai", "at random moments", killer.toll)
+
+
+def test_a_report_killed_is_there_whole_or_not_at_all(runs: Launcher, undisturbed, tmp_path, told):
+    stage = undisturbed["report"]
+    (page,) = stage.after.glob("train/*/report.html")
+    name, killer = page.relative_to(stage.after), Killer(runs, stage.before, tmp_path)
+    for root in killer.rounds(stage.args, KILLS, 0.7 * stage.seconds):
+        assert files(root) == files(stage.after)
+        assert same_page(root / name) == same_page(page)
+    told("report", "at random moments", killer.toll)
+
+
+def same_page(path: Path) -> str:
+    """A report without its store's path."""
+    return path.read_text().replace(str(path.parents[2]), "STORE")

@@ -1,0 +1,153 @@
+"""Killed anywhere, nothing is lost: the short form of tests/kill, which `make test-kill` runs."""
+
+import json
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from trace_opd.data.store import Store
+from trace_opd.tests.kill.harness import (
+    CONFIG,
+    Killer,
+    Launcher,
+    assert_no_leftovers,
+    assert_refused,
+    assert_same_datasets,
+    disk,
+    launcher,
+    together,
+)
+from trace_opd.tests.pipelines.conftest import PaidServer, completion
+
+CONCURRENCY = 4
+STAGES = {
+    "problems": ["problems", CONFIG, "limit=6", "rows_per_part=2"],
+    "rollout": ["rollout", CONFIG, "group_size=2"],
+    "verify": ["verify", CONFIG],
+    "annotate": ["annotate", CONFIG],
+    "convert": ["convert", CONFIG],
+    "train": [
+        "train", CONFIG, "offline.steps=2", "online.steps=2", "online.group_size=2",
+        "groups_per_step=2", "schedule.hold_steps=2", "schedule.decay_steps=1", "checkpoint_every=1",
+    ],
+    "evaluate": ["evaluate", CONFIG, "trained=train", "k=1", "bootstrap=100"],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    before: dict[str, Path]
+    after: Path
+    seconds: dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Iterator[Launcher]:
+    with launcher(tmp_path_factory.mktemp("output")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs, tmp_path_factory) -> Undisturbed:
+    """A store with every stage's dataset, what it was before each, and how long each took."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    root, before, seconds = folder / "store", {}, {}
+    root.mkdir()
+    for name, args in STAGES.items():
+        before[name] = Path(shutil.copytree(root, folder / name))
+        began = time.monotonic()
+        runs.done(*args, store=root)
+        seconds[name] = time.monotonic() - began
+    return Undisturbed(before, root, seconds)
+
+
+def test_every_stage_killed_twice_ends_as_an_undisturbed_one(runs, undisturbed, tmp_path):
+    root = tmp_path / "made"
+    root.mkdir()
+    for number, (name, args) in enumerate(STAGES.items()):
+        killer = Killer(runs, root, tmp_path / name, seed=number)
+        for ended in killer.rounds(args, 2, 0.8 * undisturbed.seconds[name]):
+            assert_no_leftovers(ended)
+            shutil.copytree(ended, root, dirs_exist_ok=True)
+        assert killer.toll.kills >= 2
+    assert_same_datasets(root, undisturbed.after)
+
+
+def test_killed_just_before_a_change_of_a_file_a_stage_goes_on(runs, undisturbed, tmp_path):
+    killer = Killer(runs, undisturbed.before["convert"], tmp_path)
+    for root in killer.changes(STAGES["convert"], step=4):
+        assert_no_leftovers(root)
+        assert_same_datasets(root, undisturbed.before["train"])
+    assert killer.toll.kills >= 5
+
+
+def test_of_two_runs_at_once_one_works_and_the_other_waits(runs, undisturbed, tmp_path):
+    root = Path(shutil.copytree(undisturbed.before["verify"], tmp_path / "store"))
+    first, second = together(runs, STAGES["verify"], root)
+    assert (first.wait(), second.wait()) == (0, 0)
+    assert_no_leftovers(root)
+    assert_same_datasets(root, undisturbed.before["annotate"])
+
+
+def test_an_annotation_killed_asks_again_only_for_what_was_in_flight(
+    paid_server: PaidServer, runs, undisturbed, tmp_path
+):
+    def answer(body):
+        time.sleep(0.02)  # so that a kill finds requests in flight
+        return completion(body)
+
+    paid_server.answer = answer
+    args = [
+        "annotate", "annotator.engine=openai", "annotator.model=m", "annotator.api_key_env=null",
+        f"annotator.concurrency={CONCURRENCY}", f"annotator.base_url={paid_server.url}",
+    ]  # fmt: skip
+    killer, kills = Killer(runs, undisturbed.before["annotate"], tmp_path), 0
+    for root in killer.rounds(args, 3, 0.6):
+        assert_no_leftovers(root)
+        (made,) = Store(root).datasets("annotate")
+        assert made.rows == Store(root).get("rollouts").rows
+        answered = Counter(map(json.dumps, paid_server.answered))
+        keys = journalled(Path(made.path("journal")))
+        assert max(keys.values()) == 1  # what was on the disk was not asked again
+        assert len(keys) == len(answered)
+        assert answered.total() - len(answered) <= (killer.toll.kills - kills) * CONCURRENCY
+        kills = killer.toll.kills
+        paid_server.answered.clear()
+
+
+def journalled(folder: Path) -> Counter[bytes]:
+    """Whole records in a journal's files, by key."""
+    whole = [
+        line
+        for path in folder.glob("*.jsonl")
+        for line in path.read_bytes().splitlines(keepends=True)
+        if line.endswith(b"\n")
+    ]
+    return Counter(re.findall(rb'^{"key": ?"([^"]+)"', line)[0] for line in whole)
+
+
+def test_a_full_disk_ends_in_a_sentence_and_the_stage_goes_on(runs, undisturbed, tmp_path):
+    with disk(tmp_path / "disk") as full:
+        shutil.copytree(undisturbed.before["convert"], full.root)
+        full.leave(8192)
+        run = runs.start(*STAGES["convert"], store=full.root)
+        assert_refused(run, "could not be written", "make room", str(full.root))
+        full.make_room()
+        runs.done(*STAGES["convert"], store=full.root)
+        assert_no_leftovers(full.root)
+        assert_same_datasets(full.root, undisturbed.before["train"])
+
+
+def test_a_store_that_cannot_be_written_serves_what_is_finished(runs, undisturbed, tmp_path):
+    with disk(tmp_path / "disk") as frozen:
+        shutil.copytree(undisturbed.before["train"], frozen.root)
+        frozen.writable(False)
+        runs.done(*STAGES["convert"], store=frozen.root)
+        changed = [*STAGES["convert"], "routing.alpha=0.5"]
+        assert_refused(runs.start(*changed, store=frozen.root), "no folder that can be written")
