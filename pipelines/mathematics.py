@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 from antlr4 import PredictionMode
 from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, _Latex2Sympy, normalize_latex
+from latex2sympy2_extended.logic import And
 from latex2sympy2_extended.sets import FiniteSet
 from math_verify import grader, verify
 from math_verify.parser import get_last_eq
@@ -33,10 +34,16 @@ _NORMALIZATION = NormalizationConfig(
 _INTEGER = re.compile(r"[0-9]{1,300}")
 _DECIMAL = re.compile(r"[0-9]{1,150}\.[0-9]{1,150}")
 _FRACTION = re.compile(r"(-?)\\frac\{([0-9]{1,150})\}\{([0-9]{1,150})\}")
+# Not e, which has a rule of its own, nor d of a differential, nor the inverse of a function.
+_POWER = re.compile(
+    r"(?<![A-Za-z\\])(?P<symbol>[a-cf-zA-CF-Z]|\\pi(?![A-Za-z]))\^"
+    r"(?=(?:\{[^{}]*\}|[0-9]+|[a-z])(?!\s*(?:\(|\\left|_)))"
+)
 # Their values take quadrature or a summation term by term.
 _UNFINISHED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
 # Relative: exact values carry 15 digits, decimals are given to a few.
 _EXACT, _ROUNDED, _APPROXIMATE = 1e-9, 1e-3, 0.05
+_PLACES = 2e-6  # absolute
 # Below this a value that comes from a sum is taken for zero: cancellation leaves no digit right.
 _ZERO = sympy.Float("1e-100")
 
@@ -68,11 +75,22 @@ class _Reader(_Latex2Sympy):
         return value
 
 
+    def parse_number(self, text: str) -> sympy.Number:
+        """Its own lets sympy evaluate the text as Python, which takes a thousand times longer."""
+        text = text.replace(",", "")
+        if _INTEGER.fullmatch(text):
+            return sympy.Integer(int(text))
+        return sympy.Float(text) if _DECIMAL.fullmatch(text) else super().parse_number(text)
+
+
 class _FirstStage(_Reader):
-    """Predicts without full context: what it parses is what the second stage would, only faster."""
+    """Predicts without full context: what it parses is what the second stage would, only faster.
+
+    Without it the grammar cannot tell a power from a symbol with an index above; braces do.
+    """
 
     def create_parser(self, latex_str: str) -> Any:
-        parser = super().create_parser(latex_str)
+        parser = super().create_parser(_POWER.sub(r"{\g<symbol>}^", latex_str))
         parser._interp.predictionMode = PredictionMode.SLL
         return parser
 
@@ -140,7 +158,7 @@ def equal(gold: Any, answer: Any) -> bool:
 
 def _sides_agree(answer: Any) -> bool:
     """Whether the numbers in a chain `a = b = c` are one: math-verify looks at the last alone."""
-    relations = answer._unsorted_args if hasattr(answer, "_unsorted_args") else [answer]
+    relations = answer._unsorted_args if isinstance(answer, And) else [answer]
     sides = [
         side
         for relation in relations
@@ -175,7 +193,6 @@ def _swapped(gold: Any, answer: Any) -> bool:
 # --- numbers before algebra ----------------------------------------------------------------------
 
 
-@lru_cache(maxsize=256)
 def _apart(gold: Any, answer: Any, tolerance: float | None = None) -> bool:
     """Whether evaluation proves two expressions different; False where it proves nothing.
 
@@ -183,7 +200,21 @@ def _apart(gold: Any, answer: Any, tolerance: float | None = None) -> bool:
     """
     if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
         return False
-    # 9 % is kept unevaluated, and is accepted for 9 and for 0.09.
+    # A percentage is kept unevaluated, and is accepted for its number and for a hundredth of it.
+    return all(
+        _values_differ(one, other, tolerance)
+        for one in _percentage_or_value(gold)
+        for other in _percentage_or_value(answer)
+    )
+
+
+def _percentage_or_value(expression: sympy.Expr) -> list[sympy.Expr]:
+    number = grader.get_pct_val(expression)
+    return [expression] if number is None else [number, number / 100]
+
+
+@lru_cache(maxsize=256)  # both of math-verify's comparisons ask
+def _values_differ(gold: sympy.Expr, answer: sympy.Expr, tolerance: float | None) -> bool:
     if any(one.has(sympy.UnevaluatedExpr, *_UNFINISHED) for one in (gold, answer)):
         return False
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
@@ -196,15 +227,30 @@ def _apart(gold: Any, answer: Any, tolerance: float | None = None) -> bool:
     size, difference = abs(first), abs(first - second)
     if max(size, abs(second)) < _ZERO:
         return False
-    if tolerance is None:
-        rounded = any(one.has(sympy.Float) for one in (gold, answer))
-        tolerance = _ROUNDED if rounded else _EXACT
-    return bool(difference > tolerance * size)
+    if tolerance is not None:
+        return bool(difference > tolerance * size)
+    if not any(one.has(sympy.Float) for one in (gold, answer)):
+        return bool(difference > _EXACT * size)
+    # Decimals count to their sixth place; that says little of a small number.
+    places = _ROUNDED * size if symbols else max(_PLACES, _EXACT * size)
+    return bool(difference > min(places, _ROUNDED * size))
 
 
 def _only_if_close(compare: Any) -> Any:
     def guarded(gold: Any, answer: Any, *limits: int) -> bool:
         return not _apart(gold, answer) and compare(gold, answer, *limits)
+
+    return guarded
+
+
+def _expanded_first(compare: Any) -> Any:
+    """Most equal pairs need no `simplify`."""
+
+    def guarded(gold: Any, answer: Any) -> bool:
+        if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
+            if sympy.expand(gold - answer) == 0:
+                return True
+        return compare(gold, answer)
 
     return guarded
 
@@ -223,5 +269,5 @@ def _only_if_solvable(compare: Any) -> Any:
 # math-verify compares sets, tuples, intervals, matrices and relations element by element with these.
 # 10^{-20} is no 10^{-30} and not 0, although both are cut to zero there.
 grader.sympy_numeric_eq = _only_if_close(grader.sympy_numeric_eq)
-grader.sympy_symbolic_eq = _only_if_close(grader.sympy_symbolic_eq)
+grader.sympy_symbolic_eq = _only_if_close(_expanded_first(grader.sympy_symbolic_eq))
 grader.sympy_solve_and_compare = _only_if_solvable(grader.sympy_solve_and_compare)

@@ -1,0 +1,364 @@
+"""Verifications a second on one core: ours in its worker processes, and math-verify in the open.
+
+    make bench-verify
+
+Ordinary: pairs of gold and answer, each once, as `ordinary_pairs` makes them; repeated: the same
+pairs asked again. Ours is what the stage calls: comparisons of plain numbers and words at once, all
+else in one worker process; `per_second_workers_only` sends everything to the worker. math-verify is
+`parse` of both sides and `verify` with its own timeouts, in one process. All run pinned to one core
+(Linux), parent and worker together, in turns; the median of the rounds counts. Start-up of a worker
+or of sympy is not counted, its replacement after a kill is.
+
+Hostile: every row of tests/pipelines/hostile_answers.jsonl. math-verify's process is killed after
+KILL_S of one row, since its alarm cannot stop an integer's power, and has MEMORY_MIB of its own.
+wrong: answers called right that are not; peak_mib: most memory mapped by the process that compares.
+
+Prints tables and writes benchmarks/results/verify.json.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trace_opd.pipelines.answers import exact_match
+from trace_opd.pipelines.verifier import Job, VerifierPool
+
+ROOT = Path(__file__).parents[1]
+ROUNDS, GOLDS, ANSWERS = 5, 300, 4
+TIMEOUT_S, MEMORY_MIB, KILL_S, MAX_CHARS = 1.0, 2048, 12.0, 50_000
+# Of a hundred golds, as in collections of competition and school problems.
+MIX = {
+    "integer": 38, "fraction": 11, "decimal": 8, "radical": 9, "expression": 10, "tuple": 6,
+    "set": 4, "interval": 4, "percentage": 3, "unit": 4, "text": 3,
+}  # fmt: skip
+
+
+# --- what is verified ----------------------------------------------------------------------------
+
+
+def ordinary_pairs() -> list[Job]:
+    """GOLDS golds with ANSWERS answers each, about half of them right; no pair twice."""
+    draw = random.Random(20)
+    kinds = draw.choices(list(MIX), weights=list(MIX.values()), k=GOLDS)
+    pairs: dict[Job, None] = {}
+    for number, kind in enumerate(kinds):
+        gold, answers = _KINDS[kind](draw, number)
+        pairs |= dict.fromkeys(Job(gold, answer) for answer in draw.sample(answers, ANSWERS))
+    jobs = list(pairs)
+    draw.shuffle(jobs)
+    return jobs
+
+
+def _integer(draw: random.Random, number: int) -> tuple[str, list[str]]:
+    n = draw.choice([draw.randint(-20, 120), draw.randint(100, 5000)]) + number
+    spelled = [f"{n:,}", f"{n}.0", f"x = {n}", f"{n}", f"{n}"]
+    return str(n), [*spelled, f"{n + 1}", f"{-n - 1}", f"{2 * n + 7}", rf"\frac{{{n}}}{{3}}", "n+1"]
+
+
+def _fraction(draw: random.Random, number: int) -> tuple[str, list[str]]:
+    a, b = number + draw.randint(1, 40), draw.choice([7, 9, 11, 13, 16, 17, 23])
+    gold = rf"\frac{{{a}}}{{{b}}}"
+    right = [rf"\dfrac{{{a}}}{{{b}}}", f"{a}/{b}", rf"\frac{{{3 * a}}}{{{3 * b}}}", f"{a / b:.6f}"]
+    return gold, [*right, rf"\frac{{{b}}}{{{a}}}", f"{a + 1}/{b}", f"{a / b:.2f}", f"-{a}/{b}"]
+
+
+def _decimal(draw: random.Random, number: int) -> tuple[str, list[str]]:
+    x = number + draw.randint(1, 99) / 100
+    top = round(x * 100)
+    right = [f"{x:.2f}", f"{x:.3f}", rf"\frac{{{top}}}{{100}}", rf"\approx {x:.2f}"[8:]]
+    return f"{x:.2f}", [*right, f"{x + 0.01:.2f}", f"{x * 10:.1f}", f"{number}", rf"{number}\pi"]
+
+
+def _radical(draw: random.Random, number: int) -> tuple[str, list[str]]:
+    a, b = number + 2, draw.choice([2, 3, 5, 6, 7])
+    right = [
+        rf"{a}\sqrt{{{b}}}", rf"\sqrt{{{a * a * b}}}", rf"{a} \cdot {b}^{{1/2}}",
+        rf"\frac{{{a * b}}}{{\sqrt{{{b}}}}}",
+    ]  # fmt: skip
+    wrong = [rf"{b}\sqrt{{{a}}}", rf"{a}+\sqrt{{{b}}}", rf"\sqrt{{{a * b}}}", f"{a * b**0.5:.2f}"]
+    return rf"{a}\sqrt{{{b}}}", right + wrong
+
+
+def _expression(draw: random.Random, number: int) -> tuple[str, list[str]]:
+    a, b = number + 1, draw.randint(2, 9)
+    right = [rf"(x+{a})(x+{b})", rf"x^2+{a + b}x+{a * b}", rf"x(x+{a + b})+{a * b}"]
+    wrong = [rf"(x-{a})(x+{b})", rf"x^2+{a}x+{b}", rf"{a}x+{b}", rf"\frac{{x+{a}}}{{x+{b}}}"]
+    return rf"x^2+{a + b}x+{a * b}", right + wrong
+
+
+def _tuple(draw: random.Random, number: int) -> tuple[str, list[str]]:
+    a, b = number, draw.randint(2, 9)
+    right = [f"({a}, {-b})", rf"\left({a},-{b}\right)", f"({a},-{2 * b}/2)"]
+    return f"({a},{-b})", [*right, f"({-b},{a})", f"({a},{b})", f"{a}", f"({a},{-b},0)"]
+
+
+def _set(draw: random.Random, number: int) -> tuple[str, list[str]]:
+    a, b = number, number + draw.randint(2, 9)
+    right = [rf"\{{{b},{a}\}}", f"{a}, {b}", f"x={a}, x={b}", rf"{a} \text{{ and }} {b}"]
+    return rf"\{{{a},{b}\}}", [*right, f"{a}", f"{a},{b + 1}", rf"\{{{a},{b},0\}}"]
+
+
+def _interval(draw: random.Random, number: int) -> tuple[str, list[str]]:
+    a, b = number, number + draw.randint(2, 9)
+    right = [f"[{a},{b})", rf"\left[{a}, {b}\right)", rf"[\frac{{{2 * a}}}{{2}},{b})"]
+    return f"[{a},{b})", [*right, f"({a},{b}]", f"[{a},{b}]", rf"[{a},\infty)", f"{a}"]
+
+
+def _percentage(draw: random.Random, number: int) -> tuple[str, list[str]]:
+    right = [rf"{number}\%", f"{number}", rf"{number}.0\%", f"{number} percent"]
+    return rf"{number}\%", [*right, rf"{number + 1}\%", f"{number + 2}", rf"0.{number}\%"]
+
+
+def _unit(draw: random.Random, number: int) -> tuple[str, list[str]]:
+    right = [rf"{number}\text{{ cm}}", f"{number} cm", f"{number}", rf"{number}\ \mathrm{{cm}}"]
+    return rf"{number}\text{{ cm}}", [*right, rf"{number + 1}\text{{ cm}}", rf"{number}\text{{ m}}"]
+
+
+def _text(draw: random.Random, number: int) -> tuple[str, list[str]]:
+    words = ["Tuesday", "parallel", "isosceles", "ellipse", "increasing", "Monday", "hyperbola"]
+    gold = words[number % len(words)]
+    return rf"\text{{{gold}}}", [gold, rf"\text{{{gold.lower()}}}", *words[:5], f"{number}"]
+
+
+_KINDS: dict[str, Callable[[random.Random, int], tuple[str, list[str]]]] = {
+    "integer": _integer, "fraction": _fraction, "decimal": _decimal, "radical": _radical,
+    "expression": _expression, "tuple": _tuple, "set": _set, "interval": _interval,
+    "percentage": _percentage, "unit": _unit, "text": _text,
+}  # fmt: skip
+
+
+def hostile_rows() -> list[tuple[Job, bool]]:
+    """Gold and answer, and whether the answer may be called right."""
+    lines = (ROOT / "tests" / "pipelines" / "hostile_answers.jsonl").read_text().splitlines()
+    return [
+        (Job(row["gold"], "".join(text * times for text, times in row["answer"])), "right" in row)
+        for row in map(json.loads, lines)
+    ]
+
+
+# --- how it is verified --------------------------------------------------------------------------
+
+
+def ours(pool: VerifierPool, jobs: list[Job]) -> list[bool | None]:
+    """As pipelines/verify.py does: no worker for what plain numbers and words decide."""
+    known = {job: exact_match(job.gold, job.answer) for job in jobs}
+    asked = [job for job in jobs if known[job] is None]
+    known |= {
+        job: outcome.correct for job, outcome in zip(asked, pool.judge(asked), strict=True)
+    }
+    return [known[job] for job in jobs]
+
+
+def naive(job: Job) -> bool:
+    from math_verify import parse, verify
+
+    return verify(parse(f"\\boxed{{{job.gold}}}"), parse(f"\\boxed{{{job.answer}}}"))
+
+
+def rates(jobs: list[Job]) -> dict[str, list[float]]:
+    """Seconds of each round, by what was timed."""
+    taken: dict[str, list[float]] = {
+        name: [] for name in ("ours", "workers only", "ours again", "math_verify", "naive again")
+    }
+    warm_up = [Job(f"{job.gold}+1", job.answer) for job in jobs[:50]]
+    for job in warm_up:
+        naive(job)
+    for _ in range(ROUNDS):
+        pool = VerifierPool(1, 10.0, MEMORY_MIB, recycle_every=10**9)
+        pool.judge(warm_up)
+        taken["ours"].append(_seconds(lambda: ours(pool, jobs)))
+        taken["ours again"].append(_seconds(lambda: ours(pool, jobs)))
+        pool.close()
+        pool = VerifierPool(1, 10.0, MEMORY_MIB, recycle_every=10**9)
+        pool.judge(warm_up)
+        taken["workers only"].append(_seconds(lambda: pool.judge(jobs)))
+        pool.close()
+        taken["math_verify"].append(_seconds(lambda: [naive(job) for job in jobs]))
+        taken["naive again"].append(_seconds(lambda: [naive(job) for job in jobs]))
+    return taken
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+# --- hostile answers -----------------------------------------------------------------------------
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """The most MiB that any child process had mapped (Linux), in a list of one."""
+    most, ended = [0], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.02):
+            for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+                try:
+                    status = Path(f"/proc/{pid}/status").read_text()
+                except OSError:
+                    continue
+                peak = status.partition("VmPeak:")[2].split()
+                most[0] = max(most[0], int(peak[0]) // 1024 if peak else 0)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        thread.join()
+
+
+def hostile_ours(rows: list[tuple[Job, bool]]) -> dict[str, Any]:
+    pool = VerifierPool(1, TIMEOUT_S, MEMORY_MIB)
+    pool.judge([Job("x", "y")])
+    short = [(job, right) for job, right in rows if len(job.answer) <= MAX_CHARS]
+    with watched() as most:
+        began = time.perf_counter()
+        outcomes = pool.judge([job for job, _ in short])
+        seconds = time.perf_counter() - began
+        slowest = max(outcome.seconds for outcome in outcomes)
+    pool.close()
+    wrong = sum(
+        outcome.correct is True and not right
+        for outcome, (_, right) in zip(outcomes, short, strict=True)
+    )
+    return {
+        "case": "hostile",
+        "implementation": "ours",
+        "per_second": len(rows) / seconds,
+        "seconds": seconds,
+        "jobs": len(rows),
+        "peak_mib": most[0],
+        "slowest_seconds": slowest,
+        "killed": sum(outcome.status == "timeout" for outcome in outcomes),
+        "wrong": wrong,
+    }
+
+
+def serve_naive(pipe: Connection) -> None:
+    logging.disable(logging.CRITICAL)
+    resource.setrlimit(resource.RLIMIT_AS, (2 * MEMORY_MIB * 2**20,) * 2)
+    naive(Job("1", "2"))
+    pipe.send(None)
+    while True:
+        job = pipe.recv()
+        try:
+            pipe.send(naive(job))
+        except BaseException as error:  # its timeout is none of Exception
+            pipe.send(type(error).__name__)
+
+
+def hostile_naive(rows: list[tuple[Job, bool]], console: Console) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    pipe, process, waited, killed, died, wrong, slowest = None, None, 0.0, 0, 0, 0, 0.0
+    with watched() as most, console.status("math-verify on hostile answers") as status:
+        for index, (job, right) in enumerate(rows):
+            status.update(f"math-verify on hostile answers: {index} of {len(rows)}")
+            if process is None:
+                pipe, theirs = context.Pipe()
+                process = context.Process(target=serve_naive, args=(theirs,), daemon=True)
+                process.start()
+                theirs.close()
+                pipe.recv()
+            began = time.perf_counter()
+            pipe.send(job)
+            try:
+                answered = pipe.poll(KILL_S)
+                verdict = pipe.recv() if answered else None
+            except (EOFError, OSError):
+                answered, verdict = False, "died"
+                died += 1
+            seconds = time.perf_counter() - began
+            waited, slowest = waited + seconds, max(slowest, seconds)
+            wrong += verdict is True and not right
+            if not answered:
+                killed += verdict is None
+                process.kill()
+                process.join()
+                process = None
+    if process is not None:
+        process.kill()
+        process.join()
+    return {
+        "case": "hostile",
+        "implementation": "math_verify",
+        "per_second": len(rows) / waited,
+        "seconds": waited,
+        "jobs": len(rows),
+        "peak_mib": most[0],
+        "slowest_seconds": slowest,
+        "killed": killed,
+        "died": died,
+        "wrong": wrong,
+    }
+
+
+def main() -> None:
+    logging.disable(logging.CRITICAL)
+    console = Console()
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    jobs = ordinary_pairs()
+    if affinity:
+        os.sched_setaffinity(0, {min(affinity)})
+    with console.status("ordinary answers"):
+        taken = {name: statistics.median(times) for name, times in rates(jobs).items()}
+    rows: list[dict[str, Any]] = []
+    for case, implementation, name in [
+        ("ordinary", "ours", "ours"),
+        ("ordinary", "math_verify", "math_verify"),
+        ("repeated", "ours", "ours again"),
+        ("repeated", "math_verify", "naive again"),
+    ]:
+        rows.append(
+            {
+                "case": case,
+                "implementation": implementation,
+                "per_second": len(jobs) / taken[name],
+                "seconds": taken[name],
+                "jobs": len(jobs),
+            }
+        )
+    rows[0]["per_second_workers_only"] = len(jobs) / taken["workers only"]
+    rows[0]["decided_without_worker"] = sum(
+        exact_match(job.gold, job.answer) is not None for job in jobs
+    )
+    hostile = hostile_rows()
+    with console.status("hostile answers"):
+        rows.append(hostile_ours(hostile))
+    if "--ordinary" not in sys.argv:
+        rows.append(hostile_naive(hostile, console))
+    table = Table(title=f"{len(jobs):,} ordinary and {len(hostile)} hostile answers, one core")
+    for column in ("", "", "a second", "slowest s", "peak MiB", "killed", "wrong"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = (row.get(key, "") for key in ("peak_mib", "killed", "wrong"))
+        slowest = f"{row['slowest_seconds']:.1f}" if "slowest_seconds" in row else ""
+        table.add_row(
+            row["case"], row["implementation"], f"{row['per_second']:,.1f}", slowest, *map(str, cells)
+        )
+    console.print(table)
+    console.print(f"Ours, all in the worker: {rows[0]['per_second_workers_only']:,.1f} a second.")
+    target = ROOT / "benchmarks" / "results" / "verify.json"
+    target.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
