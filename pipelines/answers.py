@@ -100,7 +100,7 @@ def exact_match(gold: str, answer: str) -> bool | None:
         other = plain_number(answer)
         return None if other is None else _same_number(number, other, "." in gold + answer)
     words = _words(gold)
-    return words == _words(answer) if words else None
+    return words == _words(answer, sure=True) if words else None
 
 
 def _same_number(gold: Fraction, answer: Fraction, decimal: bool) -> bool | None:
@@ -109,15 +109,18 @@ def _same_number(gold: Fraction, answer: Fraction, decimal: bool) -> bool | None
     return None if decimal and abs(gold - answer) <= _SURELY_APART else False
 
 
-def _words(text: str) -> list[str] | None:
-    """Words, or a list of them in any order, in lower case; None for what may be variables."""
+def _words(text: str, sure: bool = False) -> list[str] | None:
+    """Words, or a list of them in any order, in lower case.
+
+    None for what is none, or, unless one is sure that it is not, may be a product of variables.
+    """
     plain = _plain_text(text)
     marked = text.lstrip("$ ").startswith("\\") and plain != text.strip(" $")
     named = sorted(_LIST.split(plain.casefold()))
     if not all(_WORDS.fullmatch(one) for one in named):
         return None
     letters = [word for one in named for word in re.split(r"[ '-]", one)]
-    sure = any(len(word) > (1 if marked else 3) or word in _SHORT_WORDS for word in letters)
+    sure = sure or any(len(word) > (1 if marked else 3) or word in _SHORT_WORDS for word in letters)
     return named if sure else None
 
 

@@ -1,6 +1,7 @@
 """math-verify's reading and comparison of two answers, made fast and freed of wrong equalities.
 
-Not a second grader: what math-verify calls different stays different. Two things are added. Its
+Not a second grader: but for percentages, what math-verify calls different stays different. Two
+things are added. Its
 grammar is parsed in two stages, as ANTLR advises, which gives the same trees up to thirty times
 faster. And before algebra says "equal", numbers must agree: both sides are evaluated, at a point if
 they have variables, which also decides most unequal pairs without `simplify`.
@@ -145,6 +146,12 @@ def equal(gold: Any, answer: Any) -> bool:
     """
     if not _sides_agree(answer) or _swapped(gold, answer):
         return False
+    if (share := grader.get_pct_val(answer)) is not None:
+        # A percentage is right for its number and for a hundredth of it.
+        number = grader.get_pct_val(gold, gold)
+        return equal(number, share) or (number is gold and equal(gold, share / 100))
+    if (share := grader.get_pct_val(gold)) is not None:
+        return equal(share, answer) or equal(share / 100, answer)
     # The order matters: gold `1<x<2` accepts `(1,2)`, the reverse is refused. Its timeouts are off:
     # they are made of SIGALRM, which works in main threads only and cancels an outer alarm.
     try:
@@ -200,17 +207,7 @@ def _apart(gold: Any, answer: Any, tolerance: float | None = None) -> bool:
     """
     if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
         return False
-    # A percentage is kept unevaluated, and is accepted for its number and for a hundredth of it.
-    return all(
-        _values_differ(one, other, tolerance)
-        for one in _percentage_or_value(gold)
-        for other in _percentage_or_value(answer)
-    )
-
-
-def _percentage_or_value(expression: sympy.Expr) -> list[sympy.Expr]:
-    number = grader.get_pct_val(expression)
-    return [expression] if number is None else [number, number / 100]
+    return _values_differ(gold, answer, tolerance)
 
 
 @lru_cache(maxsize=256)  # both of math-verify's comparisons ask

@@ -71,7 +71,7 @@ _OPERATOR = re.compile(
 _ARITHMETIC = re.compile(
     r"(?:[0-9.\s+*/()-]|\\(?:cdot|times|div|left|right|[ ,;:!])|\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\})+$"
 )
-_BINARY = re.compile(r"[0-9)}]\s*(?:[+*-]|\\(?:cdot|times|div)|/.*/)")
+_BINARY = re.compile(r"[0-9)}]\s*(?:[+*(-]|\\(?:cdot|times|div|left)|/.*/)")
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -101,7 +101,7 @@ def prepare(text: str) -> str | None:
     if not text.isascii():
         text = text.translate(_TO_LATEX)
     text = _REPEATING.sub(_as_fraction, text)
-    value = _split_unit(text)[0]
+    value = _split_unit(text)[0].removeprefix("+")
     if _GROUPED.fullmatch(value):
         return _SEPARATOR.sub("", value)
     return _SCIENTIFIC.sub(r"\1 \\cdot 10^{\2}", value) if _SCIENTIFIC.fullmatch(value) else value
