@@ -65,7 +65,6 @@ class _Reader(_Latex2Sympy):
                 return self.mul_flat(first, rest)
         return super().convert_postfix_list(arr, i)
 
-
     def convert_relation(self, rel: Any) -> Any:
         value = super().convert_relation(rel)
         if not rel.expr() and rel.APPROX() and rel.relation(1).expr():
@@ -75,8 +74,7 @@ class _Reader(_Latex2Sympy):
                 raise ValueError("two numbers, said to be about the same")
         return value
 
-
-    def parse_number(self, text: str) -> sympy.Number:
+    def parse_number(self, text: str) -> Any:
         """Its own lets sympy evaluate the text as Python, which takes a thousand times longer."""
         text = text.replace(",", "")
         if _INTEGER.fullmatch(text):
@@ -165,7 +163,7 @@ def equal(gold: Any, answer: Any) -> bool:
 
 def _sides_agree(answer: Any) -> bool:
     """Whether the numbers in a chain `a = b = c` are one: math-verify looks at the last alone."""
-    relations = answer._unsorted_args if isinstance(answer, And) else [answer]
+    relations = _in_order(answer) if isinstance(answer, And) else [answer]
     sides = [
         side
         for relation in relations
@@ -176,17 +174,22 @@ def _sides_agree(answer: Any) -> bool:
     return not any(_apart(sides[-1], side) for side in sides[:-1])
 
 
+def _in_order(several: Any) -> list[Any]:
+    """The members as written: sympy sorts them."""
+    return several._unsorted_args
+
+
 def _swapped(gold: Any, answer: Any) -> bool:
     """Whether values for `x=1, y=2` come in another order: math-verify sorts them."""
     if not isinstance(gold, FiniteSet) or len(gold.args) < 2:
         return False
-    given = gold._unsorted_args
+    given = _in_order(gold)
     if not all(isinstance(one, sympy.Eq) for one in given) or len({one.lhs for one in given}) < 2:
         return False
     if isinstance(answer, sympy.Tuple):
         values = answer.args
     elif isinstance(answer, FiniteSet):
-        values = answer._unsorted_args
+        values = _in_order(answer)
     else:
         return False
     if len(values) != len(given) or any(isinstance(value, sympy.Eq) for value in values):
@@ -215,7 +218,9 @@ def _values_differ(gold: sympy.Expr, answer: sympy.Expr, tolerance: float | None
     if any(one.has(sympy.UnevaluatedExpr, *_UNFINISHED) for one in (gold, answer)):
         return False
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
-    points = {symbol: sympy.Rational(355, 113 - 7 * i) for i, symbol in enumerate(symbols[:8])}
+    points: dict[Any, Any] = {
+        symbol: sympy.Rational(355, 113 - 7 * i) for i, symbol in enumerate(symbols[:8])
+    }
     if len(symbols) > len(points):
         return False
     first, second = (one.evalf(15, subs=points or None) for one in (gold, answer))
@@ -244,10 +249,8 @@ def _expanded_first(compare: Any) -> Any:
     """Most equal pairs need no `simplify`."""
 
     def guarded(gold: Any, answer: Any) -> bool:
-        if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
-            if sympy.expand(gold - answer) == 0:
-                return True
-        return compare(gold, answer)
+        both = isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)
+        return (both and sympy.expand(gold - answer) == 0) or compare(gold, answer)
 
     return guarded
 

@@ -44,7 +44,9 @@ _BARE_UNIT = re.compile(
 )
 _VALUE_END = re.compile(r"[0-9})\]%.]$")
 # What a unit may stand behind when it is not marked as text: a number, not a product of variables.
-_NUMERIC = re.compile(r"(?:[-+0-9.,/(){}^ ]|\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right|[ ,;:!]))+$")
+_NUMERIC = re.compile(
+    r"(?:[-+0-9.,/(){}^ ]|\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right|[ ,;:!]))+$"
+)
 _NO_UNIT = {"or", "and", "not", "no", "isn't", "is", "to", "but", "maybe", "rather", "wrong", "if"}
 
 _UNITS = {

@@ -166,7 +166,11 @@ class VerifierPool:
         """Give waiting jobs to workers, idle ones first; start workers while there are jobs."""
         for depth in range(_AHEAD):
             for worker in self._workers:
-                if pending and len(worker.jobs) == depth and self._has_room(worker, jobs[pending[0]]):
+                if (
+                    pending
+                    and len(worker.jobs) == depth
+                    and self._has_room(worker, jobs[pending[0]])
+                ):
                     self._send(worker, pending.popleft(), jobs)
         starting = sum(not worker.ready for worker in self._workers)
         while len(self._workers) < self._limit and starting < len(pending):

@@ -129,7 +129,7 @@ def test_a_hostile_answer_costs_its_deadline_and_its_worker(pool: VerifierPool, 
     warm(pool)
     before = worker_pids()
     start = time.monotonic()
-    hostile, ordinary = pool.judge([job, Job("2x", "x+x")])
+    hostile, ordinary = pool.judge([job, Job("2x", "x+x" + " " * next(NUMBERS))])
     assert hostile.status in (VerdictStatus.TIMEOUT, VerdictStatus.OOM)
     assert hostile.correct is None
     assert (ordinary.status, ordinary.correct) == (VerdictStatus.OK, True)

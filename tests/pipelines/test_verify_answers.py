@@ -18,8 +18,7 @@ from trace_opd.pipelines.verify_worker import judge
 from trace_opd.schemas.labels import VerdictStatus
 
 ROWS = [
-    json.loads(line)
-    for line in Path(__file__).with_name("answers.jsonl").read_text().splitlines()
+    json.loads(line) for line in Path(__file__).with_name("answers.jsonl").read_text().splitlines()
 ]
 
 
@@ -27,9 +26,7 @@ def test_a_table_of_answers_is_judged_as_a_reward_should():
     pool = VerifierPool(workers=2, timeout_s=60, memory_mib=2048)
     said = [exact_match(row["gold"], row["answer"]) for row in ROWS]
     asked = [Job(row["gold"], row["answer"]) for row, known in zip(ROWS, said, strict=True)]
-    outcomes = pool.judge(
-        [job for job, known in zip(asked, said, strict=True) if known is None]
-    )
+    outcomes = pool.judge([job for job, known in zip(asked, said, strict=True) if known is None])
     pool.close()
     judged = iter(outcome.correct for outcome in outcomes)
     verdicts = [next(judged) if known is None else known for known in said]
@@ -45,9 +42,7 @@ def test_a_table_of_answers_is_judged_as_a_reward_should():
 
 SIGN = st.sampled_from(["", "-", "+"])
 NATURAL = st.one_of(st.integers(0, 30), st.integers(0, 10**12))
-DECIMAL = st.builds(
-    "{}.{}".format, NATURAL, st.text(alphabet="0123456789", min_size=1, max_size=8)
-)
+DECIMAL = st.builds("{}.{}".format, NATURAL, st.text(alphabet="0123456789", min_size=1, max_size=8))
 PLAIN = st.one_of(
     NATURAL.map(str),
     DECIMAL,

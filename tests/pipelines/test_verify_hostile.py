@@ -15,9 +15,9 @@ import pytest
 
 from trace_opd.pipelines.verify import MathVerifier
 from trace_opd.schemas.configs import VerifyConfig
+from trace_opd.schemas.contract import validate
 from trace_opd.schemas.labels import AnswerKind, VerdictStatus
 from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS, VERDICTS
-from trace_opd.schemas.contract import validate
 
 ROWS = [
     json.loads(line)
