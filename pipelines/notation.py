@@ -61,8 +61,8 @@ _UNIT_OF = {name: unit for unit, names in _UNITS.items() for name in [unit, *nam
 _SHORT_WORDS = {"per", "sq", "of", "cu", "the", "a", "an", "ways", "men", "boys", "pm", "am"}
 
 _BASE = re.compile(r"[0-9A-Fa-f]+\s*_\s*(?:\{\s*([0-9]{1,2})\s*\}|([0-9]))")
-# math-verify drops what a number is subscribed with, as in Python's 5_000.
-_SUBSCRIBED = re.compile(r"(?<![A-Za-z0-9_])[0-9]+\s*_\s*\{?[0-9]")
+# math-verify drops what a number has as its subscript, as in Python's 5_000.
+_SUBSCRIPTED = re.compile(r"(?<![A-Za-z0-9_])[0-9]+\s*_\s*\{?[0-9]")
 _CLOCK = re.compile(r"([0-9]{1,2}):([0-9]{2})$")
 _DOTS = re.compile(r"\\[lcd]?dots|\.\.\.|…")
 _EQUALS = re.compile(r"\\.|[{}]|(?<![<>!:])=", re.DOTALL)
@@ -98,7 +98,7 @@ def prepare(text: str) -> str | None:
     text = _unwrapped(text)
     if "\\boxed" in text or "\\fbox" in text:
         return None
-    if _SUBSCRIBED.search(text) and not _BASE.fullmatch(text):
+    if _SUBSCRIPTED.search(text) and not _BASE.fullmatch(text):
         return None
     if not text.isascii():
         text = text.translate(_TO_LATEX)
