@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ def hostile_ours(rows: list[tuple[Job, bool]]) -> dict[str, Any]:
 
 def serve_naive(pipe: Connection) -> None:
     logging.disable(logging.CRITICAL)
-    resource.setrlimit(resource.RLIMIT_AS, (2 * MEMORY_MIB * 2**20,) * 2)
+    limit = 2 * MEMORY_MIB * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     naive(Job("1", "2"))
     pipe.send(None)
     while True:
@@ -166,37 +168,39 @@ def serve_naive(pipe: Connection) -> None:
             pipe.send(type(error).__name__)
 
 
-def hostile_naive(rows: list[tuple[Job, bool]], console: Console) -> dict[str, Any]:
+def start_naive() -> tuple[Connection, SpawnProcess]:
     context = multiprocessing.get_context("spawn")
-    pipe, process, waited, killed, died, wrong, slowest = None, None, 0.0, 0, 0, 0, 0.0
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=serve_naive, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    pipe.recv()
+    return pipe, process
+
+
+def hostile_naive(rows: list[tuple[Job, bool]], console: Console) -> dict[str, Any]:
+    waited, killed, died, wrong, slowest = 0.0, 0, 0, 0, 0.0
+    pipe, process = start_naive()
     with watched() as most, console.status("math-verify on hostile answers") as status:
         for index, (job, right) in enumerate(rows):
             status.update(f"math-verify on hostile answers: {index} of {len(rows)}")
-            if process is None:
-                pipe, theirs = context.Pipe()
-                process = context.Process(target=serve_naive, args=(theirs,), daemon=True)
-                process.start()
-                theirs.close()
-                pipe.recv()
             began = time.perf_counter()
             pipe.send(job)
             try:
-                answered = pipe.poll(KILL_S)
-                verdict = pipe.recv() if answered else None
+                verdict = pipe.recv() if pipe.poll(KILL_S) else "late"
             except (EOFError, OSError):
-                answered, verdict = False, "died"
-                died += 1
+                verdict = "died"
             seconds = time.perf_counter() - began
             waited, slowest = waited + seconds, max(slowest, seconds)
             wrong += verdict is True and not right
-            if not answered:
-                killed += verdict is None
+            killed += verdict == "late"
+            died += verdict == "died"
+            if verdict in ("late", "died"):
                 process.kill()
                 process.join()
-                process = None
-    if process is not None:
-        process.kill()
-        process.join()
+                pipe, process = start_naive()
+    process.kill()
+    process.join()
     return {
         "case": "hostile",
         "implementation": "math_verify",
