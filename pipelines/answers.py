@@ -6,19 +6,23 @@ no answer: a policy must commit to one. Everything here is linear in the respons
 """
 
 import re
+from fractions import Fraction
 
 from ..data.boxed import last_boxed
 from ..schemas.labels import AnswerKind
+from .notation import plain_number
 
 _STATEMENT = re.compile(r"\banswer\b(?:\s+is\b|\*{0,2}\s*[:=])|####", re.IGNORECASE)
 _FORMULA = re.compile(r"\$+([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
-_INTEGER = re.compile(r"[+-]?\d{1,18}")
-_PLAIN = re.compile(
-    r"[+-]?(?:\d{1,18}(?:\.\d{1,18})?(?:/[1-9]\d{0,17})?|\\[dt]?frac\{\d+\}\{[1-9]\d*\})"
-)
+# Two values apart by more than this differ in their sixth decimal, where math-verify looks.
+_SURELY_APART = Fraction(2, 10**6)
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
+
+_LIST = re.compile(r"\s*(?:,|;|&|\band\b)\s*")
+# Short words that are no products of variables; others of up to three letters may be: xyz = zyx.
+_SHORT_WORDS = {"yes", "no", "odd", "all", "any"}
 
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 # A letter, perhaps in brackets, perhaps with the choice's text after it; never two letters.
@@ -74,37 +78,50 @@ def gold_parses(answer: str, kind: AnswerKind) -> bool:
     if kind == AnswerKind.CHOICE:
         return letter_of(answer) is not None
     answer = answer.strip()
-    if _PLAIN.fullmatch(answer) or _words(answer):
+    if plain_number(answer) is not None or _words(answer):
         return True
     # Importing sympy takes about half a second: only callers with such golds pay for it.
-    from .verify_worker import parse_answer
+    from .mathematics import read
 
-    return bool(parse_answer(answer))
+    return read(answer) is not None
 
 
 def exact_match(gold: str, answer: str) -> bool | None:
-    """Compare as strings where strings decide; None where it takes computer algebra.
+    """Compare without computer algebra where that decides; None where it does not.
 
-    They decide for two plain integers, for equal plain numbers or fractions, and for a gold made
+    It decides for two plain numbers, but for decimals that agree in six places, and for a gold made
     of words: math-verify reads a word as the product of its letters, so that anagrams are equal.
     Other equal strings are left to the worker: whether the gold parses at all must not depend on
     the response, or only right ones would be scored.
     """
     gold, answer = gold.strip(), answer.strip()
-    if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer):
-        return int(gold) == int(answer)
-    if gold == answer and _PLAIN.fullmatch(gold):
-        return True
+    number = plain_number(gold)
+    if number is not None:
+        other = plain_number(answer)
+        return None if other is None else _same_number(number, other, "." in gold + answer)
     words = _words(gold)
-    return words == _words(answer) if words else None
+    return words == _words(answer, sure=True) if words else None
 
 
-def _words(text: str) -> str | None:
-    """Words in lower case if the text is nothing else, and not a product of variables."""
-    text = _plain_text(text)
-    longest = max((len(word) for word in re.split(r"[ '-]", text)), default=0)
-    # Up to three letters may be variables: xyz = zyx.
-    return text.casefold() if longest > 3 and _WORDS.fullmatch(text) else None
+def _same_number(gold: Fraction, answer: Fraction, decimal: bool) -> bool | None:
+    if gold == answer:
+        return True
+    return None if decimal and abs(gold - answer) <= _SURELY_APART else False
+
+
+def _words(text: str, sure: bool = False) -> list[str] | None:
+    """Words, or a list of them in any order, in lower case.
+
+    None for what is none, or, unless one is sure that it is not, may be a product of variables.
+    """
+    plain = _plain_text(text)
+    marked = text.lstrip("$ ").startswith("\\") and plain != text.strip(" $")
+    named = sorted(_LIST.split(plain.casefold()))
+    if not all(_WORDS.fullmatch(one) for one in named):
+        return None
+    letters = [word for one in named for word in re.split(r"[ '-]", one)]
+    sure = sure or any(len(word) > (1 if marked else 3) or word in _SHORT_WORDS for word in letters)
+    return named if sure else None
 
 
 def _stated(response: str) -> str | None:

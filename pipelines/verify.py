@@ -27,8 +27,11 @@ _ROLLOUT_COLUMNS = ["rollout_id", "problem_id", "group_id", "response", "finish_
 
 
 def math_matcher() -> str:
-    """Name and version of what compares mathematics, as recorded in the verdicts."""
-    return f"math-verify {version('math-verify')}"
+    """Name and version of what compares mathematics, as recorded in the verdicts.
+
+    The second number rises when notation.py, mathematics.py or answers.py say otherwise than before.
+    """
+    return f"math-verify {version('math-verify')}, guarded 1"
 
 
 class MathVerifier:
@@ -41,7 +44,7 @@ class MathVerifier:
     and rewarding it would teach to answer early and ramble on. The answer found is recorded.
 
     The verdicts' seconds are time in a worker: 0 where strings decide, or where an equal pair was
-    judged in the same table.
+    judged before.
     """
 
     def __init__(self, config: VerifyConfig) -> None:

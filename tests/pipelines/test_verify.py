@@ -75,7 +75,7 @@ def test_each_outcome_has_its_reward():
             rollout("silent", "p", "I give up."),
             rollout("garbled", "p", r"the answer is }{"),
             rollout("cut", "p", r"\boxed{\sqrt2} but wait", "length"),
-            rollout("hostile", "p", r"\boxed{9^{9^{9}}}"),
+            rollout("hostile", "p", r"\boxed{\binom{1000000000}{500000000}}"),
             rollout("letter", "c", "Answer: (C)"),
             rollout("other letter", "c", r"\boxed{A}"),
             rollout("no letter", "c", "All of them."),
@@ -98,7 +98,7 @@ def test_each_outcome_has_its_reward():
         "unknowable choice": ("gold_unparsed", None, None),
     }
     by_name = {row["rollout_id"]: row for row in rows}
-    assert by_name["right"]["verifier"] == math_matcher() == "math-verify 0.9.0"
+    assert by_name["right"]["verifier"] == math_matcher() == "math-verify 0.9.0, guarded 1"
     assert by_name["letter"]["verifier"] == CHOICE_MATCHER
     assert by_name["cut"]["parsed_answer"] == r"\sqrt2"
     assert by_name["hostile"]["seconds"] >= TIMEOUT_S
@@ -159,7 +159,7 @@ def two_part_rollouts(store: Store) -> Dataset:
         {"problems": problems},
         [
             ROLLOUTS.table(
-                [rollout("r0", "p0", r"\boxed{0.5}"), rollout("r1", "p0", r"\boxed{2}")]
+                [rollout("r0", "p0", r"\boxed{2^{-1}}"), rollout("r1", "p0", r"\boxed{2}")]
             ),
             ROLLOUTS.table(
                 [

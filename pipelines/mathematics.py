@@ -1,0 +1,273 @@
+"""math-verify's reading and comparison of two answers, made fast and freed of wrong equalities.
+
+Not a second grader: but for percentages, what math-verify calls different stays different. Two
+things are added. Its
+grammar is parsed in two stages, as ANTLR advises, which gives the same trees up to thirty times
+faster. And before algebra says "equal", numbers must agree: both sides are evaluated, at a point if
+they have variables, which also decides most unequal pairs without `simplify`.
+
+Import only in a verification worker, or for gold answers: comparing can take any time and memory.
+"""
+
+import logging
+import re
+from functools import lru_cache
+from typing import Any
+
+import sympy
+from antlr4 import PredictionMode
+from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, _Latex2Sympy, normalize_latex
+from latex2sympy2_extended.logic import And
+from latex2sympy2_extended.sets import FiniteSet
+from math_verify import grader, verify
+from math_verify.parser import get_last_eq
+from sympy.core.relational import Relational
+
+from .notation import prepare
+
+# It warns once that its timeouts are off.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+# Boxes are unwrapped and units split off by `prepare`; math-verify takes `2d` for two days.
+_NORMALIZATION = NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
+)
+_INTEGER = re.compile(r"[0-9]{1,300}")
+_DECIMAL = re.compile(r"[0-9]{1,150}\.[0-9]{1,150}")
+_FRACTION = re.compile(r"(-?)\\frac\{([0-9]{1,150})\}\{([0-9]{1,150})\}")
+# Not e, which has a rule of its own, nor d of a differential, nor the inverse of a function.
+_POWER = re.compile(
+    r"(?<![A-Za-z\\])(?P<symbol>[a-cf-zA-CF-Z]|\\pi(?![A-Za-z]))\^"
+    r"(?=(?:\{[^{}]*\}|[0-9]+|[a-z])(?!\s*(?:\(|\\left|_)))"
+)
+# Their values take quadrature or a summation term by term.
+_UNFINISHED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
+# Relative: exact values carry 15 digits, decimals are given to a few.
+_EXACT, _ROUNDED, _APPROXIMATE = 1e-9, 1e-3, 0.05
+_PLACES = 2e-6  # absolute
+# Below this a value that comes from a sum is taken for zero: cancellation leaves no digit right.
+_ZERO = sympy.Float("1e-100")
+
+
+class _Reader(_Latex2Sympy):
+    """latex2sympy's converter, without its sum of `2(3)` and `2 3`, which it reads as 2 + 3."""
+
+    def convert_postfix_list(self, arr: list[Any], i: int = 0) -> Any:
+        if i + 1 < len(arr) and _is_integer(arr[i]):
+            following = arr[i + 1].start.text
+            if following[0].isdigit():
+                raise ValueError("two numbers side by side")
+            if not following.endswith("frac"):
+                first = super().convert_postfix_list([arr[i]])
+                rest = self.convert_postfix_list(arr, i + 1)
+                if getattr(rest, "is_Matrix", False):
+                    return self.mat_mul_flat(first, rest)
+                return self.mul_flat(first, rest)
+        return super().convert_postfix_list(arr, i)
+
+    def convert_relation(self, rel: Any) -> Any:
+        value = super().convert_relation(rel)
+        if not rel.expr() and rel.APPROX() and rel.relation(1).expr():
+            # One of the two is taken; both must name the same number.
+            other = self.convert_expr(rel.relation(1).expr())
+            if _apart(value, other, tolerance=_APPROXIMATE):
+                raise ValueError("two numbers, said to be about the same")
+        return value
+
+    def parse_number(self, text: str) -> Any:
+        """Its own lets sympy evaluate the text as Python, which takes a thousand times longer."""
+        text = text.replace(",", "")
+        if _INTEGER.fullmatch(text):
+            return sympy.Integer(int(text))
+        return sympy.Float(text) if _DECIMAL.fullmatch(text) else super().parse_number(text)
+
+
+class _FirstStage(_Reader):
+    """Predicts without full context: what it parses is what the second stage would, only faster.
+
+    Without it the grammar cannot tell a power from a symbol with an index above; braces do.
+    """
+
+    def create_parser(self, latex_str: str) -> Any:
+        parser = super().create_parser(_POWER.sub(r"{\g<symbol>}^", latex_str))
+        parser._interp.predictionMode = PredictionMode.SLL
+        return parser
+
+
+def _is_integer(node: Any) -> bool:
+    """A node of the parse tree that is a number without a point, perhaps in brackets."""
+    if node.stop.tokenIndex - node.start.tokenIndex > 3:
+        return False
+    return node.getText().strip("(){}-").isdigit()
+
+
+@lru_cache(maxsize=512)  # the answers of a group share their gold
+def read(text: str) -> Any:
+    """The sympy object that an answer writes down, unevaluated; None if it cannot be read whole.
+
+    Raises:
+        MemoryError: reading took too much.
+    """
+    prepared = prepare(text)
+    if prepared is None:
+        return None
+    latex = normalize_latex(prepared, _NORMALIZATION)
+    if _INTEGER.fullmatch(latex):
+        return sympy.Integer(int(latex))
+    if _DECIMAL.fullmatch(latex):
+        return sympy.Float(latex)
+    if match := _FRACTION.fullmatch(latex):
+        return sympy.Rational(int(match[1] + match[2]), int(match[3]))
+    value = _parse(latex)
+    if value is None and (last := get_last_eq(latex)) != latex:
+        value = _parse(last)
+    return value
+
+
+def _parse(latex: str) -> Any:
+    is_real = not grader.should_treat_as_complex(latex)
+    for reader in (_FirstStage, _Reader):
+        try:
+            return reader(is_real=is_real).parse(latex)
+        except MemoryError:
+            raise
+        except Exception:  # what it raises on text that is no formula has many types
+            continue
+    return None
+
+
+def equal(gold: Any, answer: Any) -> bool:
+    """Whether an answer that was read equals the gold, in this order.
+
+    Raises:
+        Exception: whatever sympy raises on odd expressions.
+    """
+    if not _sides_agree(answer) or _swapped(gold, answer):
+        return False
+    if (share := grader.get_pct_val(answer)) is not None:
+        # A percentage is right for its number and for a hundredth of it.
+        number = grader.get_pct_val(gold, gold)
+        return equal(number, share) or (number is gold and equal(gold, share / 100))
+    if (share := grader.get_pct_val(gold)) is not None:
+        return equal(share, answer) or equal(share / 100, answer)
+    # The order matters: gold `1<x<2` accepts `(1,2)`, the reverse is refused. Its timeouts are off:
+    # they are made of SIGALRM, which works in main threads only and cancels an outer alarm.
+    try:
+        return verify(gold, answer, timeout_seconds=0, raise_on_error=True)
+    except ValueError as error:
+        # Chains of inequalities or systems of equations of different length.
+        if str(error).startswith("zip()"):
+            return False
+        raise
+
+
+def _sides_agree(answer: Any) -> bool:
+    """Whether the numbers in a chain `a = b = c` are one: math-verify looks at the last alone."""
+    relations = _in_order(answer) if isinstance(answer, And) else [answer]
+    sides = [
+        side
+        for relation in relations
+        if isinstance(relation, sympy.Eq)
+        for side in (relation.lhs, relation.rhs)
+        if isinstance(side, sympy.Expr) and side.is_number
+    ]
+    return not any(_apart(sides[-1], side) for side in sides[:-1])
+
+
+def _in_order(several: Any) -> list[Any]:
+    """The members as written: sympy sorts them."""
+    return several._unsorted_args
+
+
+def _swapped(gold: Any, answer: Any) -> bool:
+    """Whether values for `x=1, y=2` come in another order: math-verify sorts them."""
+    if not isinstance(gold, FiniteSet) or len(gold.args) < 2:
+        return False
+    given = _in_order(gold)
+    if not all(isinstance(one, sympy.Eq) for one in given) or len({one.lhs for one in given}) < 2:
+        return False
+    if isinstance(answer, sympy.Tuple):
+        values = answer.args
+    elif isinstance(answer, FiniteSet):
+        values = _in_order(answer)
+    else:
+        return False
+    if len(values) != len(given) or any(isinstance(value, sympy.Eq) for value in values):
+        return False
+    return not all(
+        grader.sympy_expr_eq(one.rhs, value, 6, 15)
+        for one, value in zip(given, values, strict=True)
+    )
+
+
+# --- numbers before algebra ----------------------------------------------------------------------
+
+
+def _apart(gold: Any, answer: Any, tolerance: float | None = None) -> bool:
+    """Whether evaluation proves two expressions different; False where it proves nothing.
+
+    tolerance: relative to the gold; by default what their digits allow.
+    """
+    if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
+        return False
+    return _values_differ(gold, answer, tolerance)
+
+
+@lru_cache(maxsize=256)  # both of math-verify's comparisons ask
+def _values_differ(gold: sympy.Expr, answer: sympy.Expr, tolerance: float | None) -> bool:
+    if any(one.has(sympy.UnevaluatedExpr, *_UNFINISHED) for one in (gold, answer)):
+        return False
+    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    points: dict[Any, Any] = {
+        symbol: sympy.Rational(355, 113 - 7 * i) for i, symbol in enumerate(symbols[:8])
+    }
+    if len(symbols) > len(points):
+        return False
+    first, second = (one.evalf(15, subs=points or None) for one in (gold, answer))
+    if not (first.is_Number and second.is_Number and first.is_finite and second.is_finite):
+        return False
+    size, difference = abs(first), abs(first - second)
+    if max(size, abs(second)) < _ZERO:
+        return False
+    if tolerance is not None:
+        return bool(difference > tolerance * size)
+    if not any(one.has(sympy.Float) for one in (gold, answer)):
+        return bool(difference > _EXACT * size)
+    # Decimals count to their sixth place; that says little of a small number.
+    places = _ROUNDED * size if symbols else max(_PLACES, _EXACT * size)
+    return bool(difference > min(places, _ROUNDED * size))
+
+
+def _only_if_close(compare: Any) -> Any:
+    def guarded(gold: Any, answer: Any, *limits: int) -> bool:
+        return not _apart(gold, answer) and compare(gold, answer, *limits)
+
+    return guarded
+
+
+def _expanded_first(compare: Any) -> Any:
+    """Most equal pairs need no `simplify`."""
+
+    def guarded(gold: Any, answer: Any) -> bool:
+        both = isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)
+        return (both and sympy.expand(gold - answer) == 0) or compare(gold, answer)
+
+    return guarded
+
+
+def _only_if_solvable(compare: Any) -> Any:
+    """`x^2+1=0` and `1=2` have the same real solutions: none."""
+
+    def guarded(gold: Relational, answer: Relational, *limits: int) -> bool:
+        if isinstance(gold, sympy.Eq) and not sympy.solve(gold, gold.free_symbols):
+            return False
+        return compare(gold, answer, *limits)
+
+    return guarded
+
+
+# math-verify compares sets, tuples, intervals, matrices and relations element by element with these.
+# 10^{-20} is no 10^{-30} and not 0, although both are cut to zero there.
+grader.sympy_numeric_eq = _only_if_close(grader.sympy_numeric_eq)
+grader.sympy_symbolic_eq = _only_if_close(_expanded_first(grader.sympy_symbolic_eq))
+grader.sympy_solve_and_compare = _only_if_solvable(grader.sympy_solve_and_compare)
