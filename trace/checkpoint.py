@@ -175,10 +175,14 @@ def _publish(target: Path, write: Callable[[Path], None]) -> None:
         # Power may fail as well: the name must not be on the disk before what it stands for.
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        # torch.save hides the file system's error behind one of its own.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError | SafetensorError):
+            raise
         raise InputError(
-            f"{target}: could not be written ({error}); make room there and give the same command "
+            f"{target}: could not be written ({cause}); make room there and give the same command "
             "again, it goes on from the newest checkpoint"
         ) from None
     if target.exists():

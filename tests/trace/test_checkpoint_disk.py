@@ -1,0 +1,73 @@
+"""Checkpoints on a disk that fills up, and after kills between two changes of files."""
+
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from trace_opd.pipelines.models import resolve_policy
+from trace_opd.schemas.configs import OfflineConfig, TrainConfig
+from trace_opd.schemas.errors import InputError
+from trace_opd.trace.checkpoint import latest_checkpoint, prune_checkpoints, save_checkpoint
+from trace_opd.trace.policy import load_policy
+from trace_opd.trace.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    policy = load_policy(resolve_policy("micro"), "cpu", "float32", trainable=True)
+    return Trainer(policy, TrainConfig(offline=OfflineConfig(steps=2)))
+
+
+@contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """No file may grow beyond this, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("full_at", ["model.safetensors", "trainer.pt"])
+def test_whatever_file_has_no_room_it_is_one_sentence_and_nothing_is_left(
+    trainer, tmp_path, full_at
+):
+    whole = save_checkpoint(trainer, tmp_path / "whole")
+    size = (whole / full_at).stat().st_size
+    if full_at == "trainer.pt":
+        assert (whole / "model.safetensors").stat().st_size < size - 4096
+    with (
+        files_end_at(size - 4096),
+        pytest.raises(InputError, match=r"step-00000: could not be written .*make room"),
+    ):
+        save_checkpoint(trainer, tmp_path / "full")
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_pruning_keeps_the_newest_by_number(tmp_path):
+    for step in (2, 99_999, 100_000):
+        (tmp_path / f"step-{step:05d}").mkdir()
+    newest = latest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.name == "step-100000"
+    prune_checkpoints(tmp_path, 2)
+    assert names(tmp_path) == ["step-100000", "step-99999"]
+
+
+def test_what_a_kill_left_of_a_pruned_checkpoint_is_no_checkpoint(trainer, tmp_path):
+    whole = save_checkpoint(trainer, tmp_path)
+    shutil.copytree(whole, tmp_path / ".tmp-step-00009")
+    assert latest_checkpoint(tmp_path) == whole
+    trainer.state.step = 1
+    save_checkpoint(trainer, tmp_path)
+    trainer.state.step = 0
+    assert names(tmp_path) == ["step-00000", "step-00001"]
