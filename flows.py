@@ -5,15 +5,30 @@
 
 Prefect orchestrates, the store's manifests decide what is done: one task per part, retried on its
 own; a part that is there is not made again. TRACE_OPD_TASK_RUNNER chooses where parts run
-(threads, processes, ray, dask), TRACE_OPD_WORKERS how many at once.
+(threads, processes, ray, dask), TRACE_OPD_WORKERS how many at once (docs/scaling.md).
 """
 
 import argparse
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from trace_opd.schemas.errors import InputError
+
+if __name__ == "__main__":
+    # Under the module's own name: what is sent to other processes is looked up there by name.
+    try:
+        from trace_opd import flows
+
+        flows.main()
+    except InputError as error:
+        print(f"trace-opd: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit()
 
 # Read by Prefect when it is imported: what the stages log (tokens and cost of a part) joins the run's
 # log.
@@ -26,7 +41,9 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.futures import wait
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from trace_opd.data.store import Dataset, Draft, Store
@@ -46,7 +63,6 @@ from trace_opd.schemas.configs import (
     TrainConfig,
     VerifyConfig,
 )
-from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config, override
 
 logging.getLogger("trace_opd").setLevel(logging.INFO)
@@ -59,22 +75,39 @@ def default_store() -> str:
 
 
 def task_runner() -> TaskRunner[Any]:
-    """Where parts run, by $TRACE_OPD_TASK_RUNNER."""
+    """Where parts run, by $TRACE_OPD_TASK_RUNNER, and how many at once, by $TRACE_OPD_WORKERS.
+
+    Ray and Dask run them on the cluster at $RAY_ADDRESS or $DASK_SCHEDULER_ADDRESS, as many at once
+    as that has room for; without an address on a cluster of so many workers on this machine, which
+    lasts as long as the flow run.
+
+    Raises:
+        InputError: no such runner, a number that is none, a package that is not installed.
+    """
     kind = os.environ.get("TRACE_OPD_TASK_RUNNER", "threads")
-    workers = int(os.environ.get("TRACE_OPD_WORKERS", "2"))
+    count = os.environ.get("TRACE_OPD_WORKERS", "2")
+    if not count.isdecimal() or (workers := int(count)) < 1:
+        raise InputError(f"TRACE_OPD_WORKERS={count}: is no number of workers; use 1 or more")
     if kind == "threads":
         return ThreadPoolTaskRunner(max_workers=workers)
     if kind == "processes":
         return ProcessPoolTaskRunner(max_workers=workers)
-    if kind == "ray":
-        from prefect_ray import RayTaskRunner  # pyright: ignore[reportMissingImports]
+    if kind not in ("ray", "dask"):
+        raise InputError(f"TRACE_OPD_TASK_RUNNER={kind}: use threads, processes, ray or dask")
+    try:
+        if kind == "ray":
+            from prefect_ray import RayTaskRunner
 
-        return RayTaskRunner()
-    if kind == "dask":
-        from prefect_dask import DaskTaskRunner  # pyright: ignore[reportMissingImports]
-
-        return DaskTaskRunner()
-    raise InputError(f"TRACE_OPD_TASK_RUNNER={kind}: use threads, processes, ray or dask")
+            address = os.environ.get("RAY_ADDRESS")
+            return RayTaskRunner(address, init_kwargs={} if address else {"num_cpus": workers})
+        from prefect_dask import DaskTaskRunner
+    except ImportError:
+        raise InputError(
+            f"TRACE_OPD_TASK_RUNNER={kind}: is not installed; pip install 'trace-opd[{kind}]'"
+        ) from None
+    if address := os.environ.get("DASK_SCHEDULER_ADDRESS"):
+        return DaskTaskRunner(address=address)
+    return DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1})
 
 
 def _worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
@@ -102,6 +135,16 @@ def train_run(config: TrainConfig, root: str) -> str:
     return train_stage.run(config, Store(root)).ref
 
 
+@contextmanager
+def _server_for_workers() -> Iterator[None]:
+    """Tasks submitted here report to this run's server: each worker process would start its own
+    beside a temporary one."""
+    with get_client(sync_client=True) as client:
+        url = str(client.api_url)
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield
+
+
 def run_table_stage(stage: str, config: Config, root: str, alias: str | None) -> str:
     """One task per part that is not there yet, then the manifest and the artifacts."""
     store = Store(root)
@@ -111,7 +154,8 @@ def run_table_stage(stage: str, config: Config, root: str, alias: str | None) ->
         get_run_logger().info(
             "%s/%s: %d of %d parts to make", stage, target.id, len(parts), plan.parts
         )
-        futures = [make_part.submit(stage, plan, target, part) for part in parts]
+        with _server_for_workers():
+            futures = [make_part.submit(stage, plan, target, part) for part in parts]
         try:
             wait(futures)
             for future in futures:
@@ -251,20 +295,13 @@ def deployments(config: str | None, store: str) -> list[Any]:
 
 
 def main() -> None:
-    """Serve all deployments in this process, or run a pipeline once on the embedded server."""
+    """Serve all deployments in this process, or run a pipeline once."""
     parser = argparse.ArgumentParser(prog="trace-opd serve", description=main.__doc__)
     parser.add_argument("config", nargs="?", help="pipeline YAML with default parameters")
     parser.add_argument("--store", default=default_store(), help="store root")
     parser.add_argument("--run", action="store_true", help="run the pipeline once, then stop")
     args = parser.parse_args()
-    try:
-        if args.run:
-            pipeline(load_config(PipelineConfig, args.config), store=args.store)
-        else:
-            serve(*deployments(args.config, args.store))
-    except InputError as error:
-        sys.exit(f"trace-opd: {error}")
-
-
-if __name__ == "__main__":
-    main()
+    if args.run:
+        pipeline(load_config(PipelineConfig, args.config), store=args.store)
+    else:
+        serve(*deployments(args.config, args.store))
