@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.errors import DamagedFile, InputError
 
 if __name__ == "__main__":
     # Under the module's own name: what is sent to other processes is looked up there by name.
@@ -48,7 +48,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines import train as train_stage
-from trace_opd.pipelines.stage import Plan, close_engine
+from trace_opd.pipelines.stage import Plan, close_engine, close_idle_engine, held
 from trace_opd.pipelines.stages import DEFAULT_ALIAS, TABLE_STAGES, run_pipeline
 from trace_opd.pipelines.viewer import report as report_stage
 from trace_opd.schemas.configs import (
@@ -56,6 +56,7 @@ from trace_opd.schemas.configs import (
     Config,
     ConvertConfig,
     EvaluateConfig,
+    OpenAIAnnotator,
     PipelineConfig,
     ProblemsConfig,
     ReportConfig,
@@ -66,6 +67,8 @@ from trace_opd.schemas.configs import (
 from trace_opd.schemas.settings import load_config, override
 
 logging.getLogger("trace_opd").setLevel(logging.INFO)
+
+_IDLE_S = 60.0
 
 
 def default_store() -> str:
@@ -112,7 +115,8 @@ def task_runner() -> TaskRunner[Any]:
 
 def _worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
     """Bad input stays bad; anything else may pass."""
-    return not isinstance(state.result(raise_on_failure=False), InputError)
+    result = state.result(raise_on_failure=False)
+    return not isinstance(result, InputError) or isinstance(result, DamagedFile)
 
 
 @task(
@@ -125,14 +129,22 @@ def _worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
 )
 def make_part(stage: str, plan: Plan, draft: Draft, part: int) -> int:
     """Make one part unless it is there."""
-    TABLE_STAGES[stage].make_part(plan, draft, part)
-    return part
+    try:
+        return TABLE_STAGES[stage].make_part(plan, draft, part)
+    finally:
+        close_idle_engine(_IDLE_S)  # a cluster's worker lives on after the stage
 
 
 @task(name="train", retry_condition_fn=_worth_retrying, retries=1, cache_policy=NO_CACHE)
 def train_run(config: TrainConfig, root: str) -> str:
     """The whole training; a retry goes on from its last checkpoint."""
     return train_stage.run(config, Store(root)).ref
+
+
+def _asks_endpoint(config: Config) -> bool:
+    """Such an annotator runs in the flow's process, whatever the task runner: its journal, its budget,
+    its batches and its pace are one process's, which asks for many answers at once."""
+    return isinstance(config, AnnotateConfig) and isinstance(config.annotator, OpenAIAnnotator)
 
 
 @contextmanager
@@ -147,23 +159,31 @@ def _server_for_workers() -> Iterator[None]:
 
 def run_table_stage(stage: str, config: Config, root: str, alias: str | None) -> str:
     """One task per part that is not there yet, then the manifest and the artifacts."""
-    store = Store(root)
+    store, log = Store(root), get_run_logger()
     plan, target = TABLE_STAGES[stage].begin(config, store)
-    if isinstance(target, Draft):
-        parts = [part for part in range(plan.parts) if not target.has_part(part)]
-        get_run_logger().info(
-            "%s/%s: %d of %d parts to make", stage, target.id, len(parts), plan.parts
-        )
-        with _server_for_workers():
-            futures = [make_part.submit(stage, plan, target, part) for part in parts]
-        try:
+    with held(target, lambda who: log.warning("%s; waiting for its end", who)) as target:
+        if isinstance(target, Draft):
+            target = _make(stage, plan, target)
+    return _published(store, target, alias or DEFAULT_ALIAS[stage])
+
+
+def _make(stage: str, plan: Plan, draft: Draft) -> Dataset:
+    """This process holds the dataset; the tasks, wherever they run, make parts for it."""
+    parts = [part for part in range(plan.parts) if not draft.has_part(part)]
+    get_run_logger().info("%s: %d of %d parts to make", draft.ref, len(parts), plan.parts)
+    try:
+        if _asks_endpoint(plan.config):
+            for part in parts:
+                make_part(stage, plan, draft, part)
+        else:
+            with _server_for_workers():
+                futures = [make_part.submit(stage, plan, draft, part) for part in parts]
             wait(futures)
             for future in futures:
                 future.result()
-        finally:
-            close_engine()
-        target = TABLE_STAGES[stage].finish(plan, target)
-    return _published(store, target, alias or DEFAULT_ALIAS[stage])
+    finally:
+        close_engine()
+    return TABLE_STAGES[stage].finish(plan, draft)
 
 
 def _published(store: Store, dataset: Dataset, alias: str) -> str:

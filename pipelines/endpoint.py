@@ -103,7 +103,7 @@ def retry_after_s(error: BaseException) -> float | None:
     milliseconds = number(headers.get("retry-after-ms", ""))
     if milliseconds is not None:  # Azure's, finer than the other
         return milliseconds / 1000
-    return seconds_asked(headers.get("retry-after", ""))
+    return seconds_asked(headers.get("retry-after", ""), headers.get("date", ""))
 
 
 def refill_s(headers: Mapping[str, str], kind: str, amount: float) -> float:
@@ -121,17 +121,26 @@ def refill_s(headers: Mapping[str, str], kind: str, amount: float) -> float:
     return whole * min(1.0, (amount - remaining) / (limit - remaining))
 
 
-def seconds_asked(header: str) -> float | None:
-    """The value of a Retry-After header: seconds or an HTTP date; None if it is neither."""
+def seconds_asked(header: str, sent: str = "") -> float | None:
+    """The value of a Retry-After header: seconds or an HTTP date; None if it is neither.
+
+    sent: the response's Date. A date is the server's: our own clock may be another one, or jump.
+    """
     if (plain := number(header)) is not None:
         return plain
+    if (until := _http_date(header)) is None:
+        return None
+    now = _http_date(sent) or datetime.now(UTC)
+    return max(0.0, (until - now).total_seconds())
+
+
+def _http_date(header: str) -> datetime | None:
     try:
-        until = parsedate_to_datetime(header)
+        date = parsedate_to_datetime(header)
     except ValueError:
         return None
-    if until.tzinfo is None:  # an HTTP date is in GMT whether or not it says so
-        until = until.replace(tzinfo=UTC)
-    return max(0.0, (until - datetime.now(UTC)).total_seconds())
+    # An HTTP date is in GMT whether or not it says so.
+    return date if date.tzinfo is not None else date.replace(tzinfo=UTC)
 
 
 def number(header: str) -> float | None:

@@ -13,7 +13,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import filterfalse, islice
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..schemas.labels import AnnotationStatus, AnswerKind, FinishReason, Verdict
 from ..schemas.tables import ANNOTATIONS, CONTRACTS, PROBLEMS, ROLLOUTS, VERDICTS
 from .annotators.rows import SKIPPED, Identity, Item, Reading, annotation_row, items
 from .answers import exact_match
+from .stage import held
 from .verifier import Job, Outcome, VerifierPool
 from .verify import math_matcher
 
@@ -97,15 +98,14 @@ def import_labels(
         inputs: Mapping[str, Dataset],
         **options: Any,
     ) -> Dataset:
-        semantic = {"import": read} | options
         told = {"import": read | {"file": PurePosixPath(path).name}} | options
-        target = store.begin(stage, semantic, inputs, CONTRACTS[table], told)
-        if not isinstance(target, Dataset):
-            for index in range(len(parts)):
-                if not target.has_part(index):
-                    target.write_part(index, part_table(index))
-            target = target.finish(len(parts), summary)
-        return target
+        target = store.begin(stage, {"import": read} | options, inputs, CONTRACTS[table], told)
+        with held(target) as target:
+            if isinstance(target, Dataset):
+                return target
+            for index in filterfalse(target.has_part, range(len(parts))):
+                target.write_part(index, part_table(index))
+            return target.finish(len(parts), summary)
 
     problems = make(
         "problems",

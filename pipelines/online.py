@@ -148,7 +148,9 @@ class OnlineTables:
         )
         tables = tables | {"annotations": pa.concat_tables([annotated, skipped])}
         for role, draft in self._drafts.items():
-            draft.write_part(step - self._first, tables[role])
+            # Finished where the same run was made before and its own folder is gone.
+            if isinstance(draft, Draft):
+                draft.write_part(step - self._first, tables[role])
 
     def finish(self) -> dict[str, str]:
         """Make the drafts datasets; their refs by table."""

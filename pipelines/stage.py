@@ -10,7 +10,7 @@ a store's root and a part's number.
 import atexit
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -83,8 +83,10 @@ class Stage:
         Any thread or process may call it. A process holds one open engine, used by one part at a
         time: engines batch inside, and two of them would share the same cores.
         """
+        global _parts_begun
         if not draft.has_part(part):
             with _engine_lock:
+                _parts_begun += 1
                 draft.write_part(part, _open_engine(self, plan, draft)(part))
         return part
 
@@ -96,20 +98,36 @@ class Stage:
     def run(self, config: Config, store: Store) -> Dataset:
         """The whole stage in this process, with a progress bar on a terminal."""
         plan, target = self.begin(config, store)
-        if isinstance(target, Dataset):
-            return target
-        try:
-            with progress_bar(self.name, plan.parts) as advance:
-                for part in range(plan.parts):
-                    self.make_part(plan, target, part)
-                    advance()
-        finally:
-            close_engine()
-        return self.finish(plan, target)
+        with held(target) as target:
+            if isinstance(target, Dataset):
+                return target
+            try:
+                with progress_bar(self.name, plan.parts) as advance:
+                    for part in range(plan.parts):
+                        self.make_part(plan, target, part)
+                        advance()
+            finally:
+                close_engine()
+            return self.finish(plan, target)
+
+
+def held(
+    target: Draft | Dataset, waits: Callable[[str], None] | None = None
+) -> AbstractContextManager[Draft | Dataset]:
+    """What `Store.begin` gave: a draft is held while this run works on it (`Draft.locked`)."""
+    if isinstance(target, Dataset):
+        return nullcontext(target)
+    return target.locked(waits or _say_waiting)
+
+
+def _say_waiting(who: str) -> None:
+    line = f"trace-opd: {who}; waiting for its end"
+    Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 _engine_lock = threading.Lock()
 _engine: tuple[str, PartMaker] | None = None
+_parts_begun = 0
 
 
 def _open_engine(stage: Stage, plan: Plan, draft: Draft) -> PartMaker:
@@ -127,6 +145,20 @@ def close_engine() -> None:
     if _engine is not None:
         _engine[1].close()
         _engine = None
+
+
+def close_idle_engine(after_s: float) -> None:
+    """Close this process's engine once no part has begun for so many seconds."""
+    begun = _parts_begun
+
+    def close() -> None:
+        with _engine_lock:
+            if _parts_begun == begun:
+                close_engine()
+
+    timer = threading.Timer(after_s, close)
+    timer.daemon = True
+    timer.start()
 
 
 atexit.register(close_engine)

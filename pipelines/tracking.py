@@ -9,9 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from ..data.files import write_whole, writing
 from ..schemas.errors import InputError
 
 TrackerKind = Literal["tensorboard", "trackio", "wandb", "none"]
+METRICS = "metrics.jsonl"
 _PROJECT = "trace-opd"
 
 
@@ -43,17 +45,16 @@ class Tracker:
         Raises InputError if the board's package is not installed.
         """
         check_tracker(kind)
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS
         kept = [line for line in read_metrics(self._path) if line["step"] < first_step]
         # Replaced whole: a kill here must not lose the steps before the checkpoint.
-        rewritten = folder / "metrics.jsonl.tmp"
-        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        rewritten.replace(self._path)
-        self._board = _open_board(kind, folder, first_step, ref, config or {})
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        with writing(folder):
+            self._board = _open_board(kind, folder, first_step, ref, config or {})
 
     def log(self, metrics: dict[str, Any]) -> None:
         """One step: a JSON line, written out before this returns, and the board's numbers."""
-        with self._path.open("a") as file:
+        with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         if self._board is not None:
             numbers: dict[str, float] = {
@@ -61,11 +62,13 @@ class Tracker:
                 for name, value in metrics.items()
                 if name != "step" and isinstance(value, int | float)
             }
-            self._board.log(metrics["step"], numbers)
+            with writing(self._path.parent):
+                self._board.log(metrics["step"], numbers)
 
     def close(self) -> None:
         if self._board is not None:
-            self._board.close()
+            with writing(self._path.parent):
+                self._board.close()
 
 
 def check_tracker(kind: TrackerKind) -> None:

