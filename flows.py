@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from trace_opd.schemas.errors import DamagedFile, InputError
 if __name__ == "__main__":
     # Under the module's own name: what is sent to other processes is looked up there by name.
     try:
-        from trace_opd import flows
-
-        flows.main()
+        import_module("trace_opd.flows").main()
     except InputError as error:
         print(f"trace-opd: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit()
 
+# Modules in the folder where a run is started: rules of the user's own (routing.rule).
+sys.path.append(str(Path.cwd()))
 # Read by Prefect when it is imported: what the stages log (tokens and cost of a part) joins the run's
 # log.
 os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "trace_opd")
@@ -42,10 +43,12 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
+from prefect.deployments.runner import EntrypointType
 from prefect.futures import wait
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
+from trace_opd.data.remote import require_reachable
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines import train as train_stage
 from trace_opd.pipelines.stage import Plan, close_engine, close_idle_engine, held
@@ -300,18 +303,21 @@ def deployments(config: str | None, store: str) -> list[Any]:
 
     config: a pipeline's YAML whose sections become the stages' default parameters.
     """
-    out = []
+    defaults: dict[str, Any] = {name: {} for name in (*STAGE_FLOWS, "pipeline")}
     if config is not None:
         loaded = load_config(PipelineConfig, config)
-        for name, stage_flow in STAGE_FLOWS.items():
-            parameters = {"config": getattr(loaded, name).model_dump(mode="json"), "store": store}
-            out.append(stage_flow.to_deployment("default", parameters=parameters))
-        parameters = {"config": loaded.model_dump(mode="json"), "store": store}
-        out.append(pipeline.to_deployment("default", parameters=parameters))
-    else:
-        every = [*STAGE_FLOWS.values(), pipeline]
-        out = [one.to_deployment("default", parameters={"store": store}) for one in every]
-    return out
+        defaults = {
+            name: {"config": getattr(loaded, name).model_dump(mode="json")} for name in STAGE_FLOWS
+        }
+        defaults["pipeline"] = {"config": loaded.model_dump(mode="json")}
+    return [
+        one.to_deployment(
+            "default",
+            parameters=defaults[one.name] | {"store": store},
+            entrypoint_type=EntrypointType.MODULE_PATH,  # a file's would give the module another name
+        )
+        for one in (*STAGE_FLOWS.values(), pipeline)
+    ]
 
 
 def main() -> None:
@@ -321,6 +327,7 @@ def main() -> None:
     parser.add_argument("--store", default=default_store(), help="store root")
     parser.add_argument("--run", action="store_true", help="run the pipeline once, then stop")
     args = parser.parse_args()
+    require_reachable(args.store)
     if args.run:
         pipeline(load_config(PipelineConfig, args.config), store=args.store)
     else:
