@@ -46,7 +46,8 @@ def require_reachable(root: str) -> None:
         return
     bucket = base.lstrip("/").split("/")[0]
     try:
-        found = fs.exists(bucket)
+        # A file first: of a bucket s3fs says that it is not there, whatever the reason.
+        found = fs.exists(f"{base}/aliases.json") or fs.exists(bucket)
     except Exception as error:  # each file system has exceptions of its own
         said = " ".join(str(error).split())
         raise InputError(
