@@ -89,10 +89,9 @@ class Store:
             DamagedFile: its manifest does not hold what was written.
         """
         path = f"{stage}/{dataset_id}/{MANIFEST}"
-        if not self.exists(path):
+        content = self._content(path)
+        if content is None:
             return None
-        with self.open(path) as file:
-            content = file.read()
         try:
             return Dataset(self, stage, dataset_id, json.loads(content))
         except ValueError:
@@ -126,6 +125,8 @@ class Store:
         """All datasets that an alias, an id, a prefix of an id, or `stage/id` may mean."""
         target = self.aliases().get(ref, ref)
         stage, _, dataset_id = target.rpartition("/")
+        if stage and (exact := self.find(stage, dataset_id)) is not None:
+            return [exact]  # without a look at all others: on S3 that is requests for each
         return [
             dataset
             for dataset in self.datasets(stage or None)
@@ -165,10 +166,9 @@ class Store:
     # --- aliases ---
 
     def aliases(self) -> dict[str, str]:
-        if not self.exists(_ALIASES):
+        content = self._content(_ALIASES)
+        if content is None:
             return {}
-        with self.open(_ALIASES) as file:
-            content = file.read()
         try:
             return json.loads(content)
         except ValueError:
@@ -241,6 +241,13 @@ class Store:
 
     def exists(self, path: str) -> bool:
         return self.fs.exists(f"{self.base}/{path}")
+
+    def _content(self, path: str) -> bytes | None:
+        """A small file's bytes by one request; None if it is not there."""
+        try:
+            return self.fs.cat_file(f"{self.base}/{path}")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def open(self, path: str):
         try:
