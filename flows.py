@@ -5,16 +5,32 @@
 
 Prefect orchestrates, the store's manifests decide what is done: one task per part, retried on its
 own; a part that is there is not made again. TRACE_OPD_TASK_RUNNER chooses where parts run
-(threads, processes, ray, dask), TRACE_OPD_WORKERS how many at once.
+(threads, processes, ray, dask), TRACE_OPD_WORKERS how many at once (docs/scaling.md).
 """
 
 import argparse
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from trace_opd.schemas.errors import DamagedFile, InputError
+
+if __name__ == "__main__":
+    # Under the module's own name: what is sent to other processes is looked up there by name.
+    try:
+        import_module("trace_opd.flows").main()
+    except InputError as error:
+        print(f"trace-opd: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit()
+
+# Modules in the folder where a run is started: rules of the user's own (routing.rule).
+sys.path.append(str(Path.cwd()))
 # Read by Prefect when it is imported: what the stages log (tokens and cost of a part) joins the run's
 # log, and the embedded server may take its time on a busy machine.
 os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "trace_opd")
@@ -27,12 +43,16 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.deployments.runner import EntrypointType
 from prefect.futures import wait
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
+from trace_opd.data.remote import require_reachable
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines import train as train_stage
-from trace_opd.pipelines.stage import Plan, close_engine, held
+from trace_opd.pipelines.stage import Plan, close_engine, close_idle_engine, held
 from trace_opd.pipelines.stages import DEFAULT_ALIAS, TABLE_STAGES, run_pipeline
 from trace_opd.pipelines.viewer import report as report_stage
 from trace_opd.schemas.configs import (
@@ -40,6 +60,7 @@ from trace_opd.schemas.configs import (
     Config,
     ConvertConfig,
     EvaluateConfig,
+    OpenAIAnnotator,
     PipelineConfig,
     ProblemsConfig,
     ReportConfig,
@@ -47,10 +68,11 @@ from trace_opd.schemas.configs import (
     TrainConfig,
     VerifyConfig,
 )
-from trace_opd.schemas.errors import DamagedFile, InputError
 from trace_opd.schemas.settings import load_config, override
 
 logging.getLogger("trace_opd").setLevel(logging.INFO)
+
+_IDLE_S = 60.0
 
 
 def default_store() -> str:
@@ -60,22 +82,39 @@ def default_store() -> str:
 
 
 def task_runner() -> TaskRunner[Any]:
-    """Where parts run, by $TRACE_OPD_TASK_RUNNER."""
+    """Where parts run, by $TRACE_OPD_TASK_RUNNER, and how many at once, by $TRACE_OPD_WORKERS.
+
+    Ray and Dask run them on the cluster at $RAY_ADDRESS or $DASK_SCHEDULER_ADDRESS, as many at once
+    as that has room for; without an address on a cluster of so many workers on this machine, which
+    lasts as long as the flow run.
+
+    Raises:
+        InputError: no such runner, a number that is none, a package that is not installed.
+    """
     kind = os.environ.get("TRACE_OPD_TASK_RUNNER", "threads")
-    workers = int(os.environ.get("TRACE_OPD_WORKERS", "2"))
+    count = os.environ.get("TRACE_OPD_WORKERS", "2")
+    if not count.isdecimal() or (workers := int(count)) < 1:
+        raise InputError(f"TRACE_OPD_WORKERS={count}: is no number of workers; use 1 or more")
     if kind == "threads":
         return ThreadPoolTaskRunner(max_workers=workers)
     if kind == "processes":
         return ProcessPoolTaskRunner(max_workers=workers)
-    if kind == "ray":
-        from prefect_ray import RayTaskRunner  # pyright: ignore[reportMissingImports]
+    if kind not in ("ray", "dask"):
+        raise InputError(f"TRACE_OPD_TASK_RUNNER={kind}: use threads, processes, ray or dask")
+    try:
+        if kind == "ray":
+            from prefect_ray import RayTaskRunner
 
-        return RayTaskRunner()
-    if kind == "dask":
-        from prefect_dask import DaskTaskRunner  # pyright: ignore[reportMissingImports]
-
-        return DaskTaskRunner()
-    raise InputError(f"TRACE_OPD_TASK_RUNNER={kind}: use threads, processes, ray or dask")
+            address = os.environ.get("RAY_ADDRESS")
+            return RayTaskRunner(address, init_kwargs={} if address else {"num_cpus": workers})
+        from prefect_dask import DaskTaskRunner
+    except ImportError:
+        raise InputError(
+            f"TRACE_OPD_TASK_RUNNER={kind}: is not installed; pip install 'trace-opd[{kind}]'"
+        ) from None
+    if address := os.environ.get("DASK_SCHEDULER_ADDRESS"):
+        return DaskTaskRunner(address=address)
+    return DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1})
 
 
 def _worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
@@ -94,14 +133,32 @@ def _worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
 )
 def make_part(stage: str, plan: Plan, draft: Draft, part: int) -> int:
     """Make one part unless it is there."""
-    TABLE_STAGES[stage].make_part(plan, draft, part)
-    return part
+    try:
+        return TABLE_STAGES[stage].make_part(plan, draft, part)
+    finally:
+        close_idle_engine(_IDLE_S)  # a cluster's worker lives on after the stage
 
 
 @task(name="train", retry_condition_fn=_worth_retrying, retries=1, cache_policy=NO_CACHE)
 def train_run(config: TrainConfig, root: str) -> str:
     """The whole training; a retry goes on from its last checkpoint."""
     return train_stage.run(config, Store(root)).ref
+
+
+def _asks_endpoint(config: Config) -> bool:
+    """Such an annotator runs in the flow's process, whatever the task runner: its journal, its budget,
+    its batches and its pace are one process's, which asks for many answers at once."""
+    return isinstance(config, AnnotateConfig) and isinstance(config.annotator, OpenAIAnnotator)
+
+
+@contextmanager
+def _server_for_workers() -> Iterator[None]:
+    """Tasks submitted here report to this run's server: each worker process would start its own
+    beside a temporary one."""
+    with get_client(sync_client=True) as client:
+        url = str(client.api_url)
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield
 
 
 def run_table_stage(stage: str, config: Config, root: str, alias: str | None) -> str:
@@ -118,11 +175,16 @@ def _make(stage: str, plan: Plan, draft: Draft) -> Dataset:
     """This process holds the dataset; the tasks, wherever they run, make parts for it."""
     parts = [part for part in range(plan.parts) if not draft.has_part(part)]
     get_run_logger().info("%s: %d of %d parts to make", draft.ref, len(parts), plan.parts)
-    futures = [make_part.submit(stage, plan, draft, part) for part in parts]
     try:
-        wait(futures)
-        for future in futures:
-            future.result()
+        if _asks_endpoint(plan.config):
+            for part in parts:
+                make_part(stage, plan, draft, part)
+        else:
+            with _server_for_workers():
+                futures = [make_part.submit(stage, plan, draft, part) for part in parts]
+            wait(futures)
+            for future in futures:
+                future.result()
     finally:
         close_engine()
     return TABLE_STAGES[stage].finish(plan, draft)
@@ -242,35 +304,32 @@ def deployments(config: str | None, store: str) -> list[Any]:
 
     config: a pipeline's YAML whose sections become the stages' default parameters.
     """
-    out = []
+    defaults: dict[str, Any] = {name: {} for name in (*STAGE_FLOWS, "pipeline")}
     if config is not None:
         loaded = load_config(PipelineConfig, config)
-        for name, stage_flow in STAGE_FLOWS.items():
-            parameters = {"config": getattr(loaded, name).model_dump(mode="json"), "store": store}
-            out.append(stage_flow.to_deployment("default", parameters=parameters))
-        parameters = {"config": loaded.model_dump(mode="json"), "store": store}
-        out.append(pipeline.to_deployment("default", parameters=parameters))
-    else:
-        every = [*STAGE_FLOWS.values(), pipeline]
-        out = [one.to_deployment("default", parameters={"store": store}) for one in every]
-    return out
+        defaults = {
+            name: {"config": getattr(loaded, name).model_dump(mode="json")} for name in STAGE_FLOWS
+        }
+        defaults["pipeline"] = {"config": loaded.model_dump(mode="json")}
+    return [
+        one.to_deployment(
+            "default",
+            parameters=defaults[one.name] | {"store": store},
+            entrypoint_type=EntrypointType.MODULE_PATH,  # a file's would give the module another name
+        )
+        for one in (*STAGE_FLOWS.values(), pipeline)
+    ]
 
 
 def main() -> None:
-    """Serve all deployments in this process, or run a pipeline once on the embedded server."""
+    """Serve all deployments in this process, or run a pipeline once."""
     parser = argparse.ArgumentParser(prog="trace-opd serve", description=main.__doc__)
     parser.add_argument("config", nargs="?", help="pipeline YAML with default parameters")
     parser.add_argument("--store", default=default_store(), help="store root")
     parser.add_argument("--run", action="store_true", help="run the pipeline once, then stop")
     args = parser.parse_args()
-    try:
-        if args.run:
-            pipeline(load_config(PipelineConfig, args.config), store=args.store)
-        else:
-            serve(*deployments(args.config, args.store))
-    except InputError as error:
-        sys.exit(f"trace-opd: {error}")
-
-
-if __name__ == "__main__":
-    main()
+    require_reachable(args.store)
+    if args.run:
+        pipeline(load_config(PipelineConfig, args.config), store=args.store)
+    else:
+        serve(*deployments(args.config, args.store))

@@ -18,6 +18,7 @@ from ..schemas.contract import TableContract, validate
 from ..schemas.errors import DamagedFile
 from ..schemas.tables import CONTRACTS
 from .files import sweep, writing
+from .remote import download, upload
 
 if TYPE_CHECKING:
     from .store import Store
@@ -79,6 +80,20 @@ class Dataset:
     def path(self, name: str = "") -> str:
         """Path or URL of a file of the dataset, of its folder without a name."""
         return self.store.url(f"{self.ref}/{name}".rstrip("/"))
+
+    def local_path(self, name: str) -> Path:
+        """A folder of the dataset's files on this machine, fetched if the store is not local.
+
+        Raises:
+            InputError: the store is not local, and there is no folder to fetch it to.
+        """
+        path = self.store.local_root() / self.ref / name
+        if not self.store.is_local and not path.exists():
+            inside = f"{name}/"
+            names = [f["name"] for f in self.listed if f["name"].startswith(inside)]
+            source = f"{self.store.base}/{self.ref}/{name}"
+            download(self.store.fs, source, [n.removeprefix(inside) for n in names], path)
+        return path
 
     @property
     def glob(self) -> str:
@@ -175,8 +190,11 @@ class Draft:
         What killed writers left in the dataset's folder is removed before: whoever finishes holds
         the dataset.
 
-        files: names, within the folder, of what belongs to the dataset besides its parts.
+        files: names, within `local_path()`, of what belongs to the dataset besides its parts; they are
+        copied into a store that is not local.
         """
+        if files and not self.store.is_local:
+            upload(self.store.fs, self.local_path(), files, f"{self.store.base}/{self.ref}")
         listed = []
         for index in range(parts):
             name = part_name(index)

@@ -19,14 +19,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ..schemas.contract import TableContract
 from ..schemas.errors import DamagedFile, InputError
 from .dataset import MANIFEST, Dataset, Draft, content_hash, now
-from .files import sweep_siblings, temporary_name, write_whole
+from .files import sweep_siblings, write_whole
 from .locks import locked, remove_unheld
+from .remote import local_side, open_file_system, put_whole
 
 __all__ = ["MANIFEST", "Dataset", "Draft", "Store", "content_hash"]
 
@@ -41,7 +41,7 @@ class Store:
     """Datasets under one root. Safe to open many times; holds no state of its own."""
 
     def __init__(self, root: str | Path) -> None:
-        self.fs, base = fsspec.core.url_to_fs(str(root))
+        self.fs, base = open_file_system(str(root))
         self.base = base.rstrip("/")
         self.root = str(root)
 
@@ -90,10 +90,9 @@ class Store:
             DamagedFile: its manifest does not hold what was written.
         """
         path = f"{stage}/{dataset_id}/{MANIFEST}"
-        if not self.exists(path):
+        content = self._content(path)
+        if content is None:
             return None
-        with self.open(path) as file:
-            content = file.read()
         try:
             return Dataset(self, stage, dataset_id, json.loads(content))
         except ValueError:
@@ -127,6 +126,8 @@ class Store:
         """All datasets that an alias, an id, a prefix of an id, or `stage/id` may mean."""
         target = self.aliases().get(ref, ref)
         stage, _, dataset_id = target.rpartition("/")
+        if stage and (exact := self.find(stage, dataset_id)) is not None:
+            return [exact]  # without a look at all others: on S3 that is requests for each
         return [
             dataset
             for dataset in self.datasets(stage or None)
@@ -171,10 +172,9 @@ class Store:
     # --- aliases ---
 
     def aliases(self) -> dict[str, str]:
-        if not self.exists(_ALIASES):
+        content = self._content(_ALIASES)
+        if content is None:
             return {}
-        with self.open(_ALIASES) as file:
-            content = file.read()
         try:
             return json.loads(content)
         except ValueError:
@@ -212,8 +212,10 @@ class Store:
     def locked(
         self, name: str, waits: Callable[[str], None] | None = None
     ) -> AbstractContextManager[None]:
-        """One process at a time has the name (`locks.locked`); no lock on a store that is not local."""
-        return locked(self.local_root(), name, waits) if self.is_local else nullcontext()
+        """One process at a time has the name (`locks.locked`); where the store is not local, of those
+        that share $TRACE_OPD_LOCAL, and without that there is no lock."""
+        root = Path(self.base) if self.is_local else local_side(self.fs, self.base)
+        return nullcontext() if root is None else locked(root, name, waits)
 
     def inside(self, path: str) -> str:
         """The full path of a file below the root.
@@ -237,12 +239,19 @@ class Store:
         return full if self.is_local else self.fs.unstrip_protocol(full)
 
     def local_root(self) -> Path:
-        if not self.is_local:
+        """The folder for files that are no table (journals, checkpoints, reports): the store's own,
+        or if it is not local one below $TRACE_OPD_LOCAL.
+
+        Raises:
+            InputError: it is not local, and $TRACE_OPD_LOCAL is not set.
+        """
+        root = Path(self.base) if self.is_local else local_side(self.fs, self.base)
+        if root is None:
             raise InputError(
-                f"store {self.root}: this stage writes files beside its tables and needs a local "
-                "folder; pass --store with a path"
+                f"store {self.root}: files beside its tables (journals, checkpoints, reports) need "
+                "a local folder; set TRACE_OPD_LOCAL to one that outlives this run"
             )
-        return Path(self.base)
+        return root
 
     def _require_writable(self) -> None:
         """Says before work begins what its first part would run into; writes nothing."""
@@ -258,6 +267,13 @@ class Store:
 
     def exists(self, path: str) -> bool:
         return self.fs.exists(self.inside(path))
+
+    def _content(self, path: str) -> bytes | None:
+        """A small file's bytes by one request; None if it is not there."""
+        try:
+            return self.fs.cat_file(self.inside(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def open(self, path: str):
         try:
@@ -287,11 +303,7 @@ class Store:
         if self.is_local:
             write_whole(Path(target), content)
             return
-        temporary = temporary_name(target)
-        self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        with self.fs.open(temporary, "wb") as file:
-            file.write(content)
-        self.fs.mv(temporary, target)
+        put_whole(self.fs, target, content)
 
     def write_json(self, path: str, value: Any) -> None:
         self.write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -49,6 +49,8 @@ def _resolve(config: AnnotateConfig, store: Store) -> Plan:
     semantic = config.semantic()
     del semantic["verdicts"]  # the dataset's id stands for it
     semantic["annotator"] |= annotator_identity(config.annotator, inputs["problems"])
+    if isinstance(config.annotator, OpenAIAnnotator):
+        store.local_root()  # for its journal
     return Plan(config, inputs, semantic, verdicts.parts)
 
 

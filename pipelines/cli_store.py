@@ -8,12 +8,25 @@ import typer
 from rich.table import Table
 from rich.tree import Tree
 
+from ..data.remote import require_reachable
 from ..data.store import Store
 from ..schemas.configs import RoutingConfig
 from .terminal import console, print_json
 
+
+def _reachable(root: str) -> str:
+    require_reachable(root)
+    return root
+
+
 StoreRoot = Annotated[
-    str, typer.Option("--store", envvar="TRACE_OPD_STORE", help="Store: a folder or fsspec URL.")
+    str,
+    typer.Option(
+        "--store",
+        envvar="TRACE_OPD_STORE",
+        help="Store: a folder or fsspec URL.",
+        callback=_reachable,
+    ),
 ]
 
 

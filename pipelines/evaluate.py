@@ -42,7 +42,7 @@ def _resolve(config: EvaluateConfig, store: Store) -> Plan:
                 "transformers or vllm"
             )
         inputs["trained"] = checkpoint_of(store, config.trained)
-    policies = len(_policies(config, inputs))
+    policies = 2 if "trained" in inputs else 1
     return Plan(config, inputs, semantic, policies * problems.parts)
 
 
@@ -57,7 +57,7 @@ def checkpoint_of(store: Store, ref: str) -> Dataset:
 def _policies(config: EvaluateConfig, inputs: dict[str, Dataset]) -> list[tuple[str, PolicyConfig]]:
     policies = [(BASE, config.policy)]
     if (trained := inputs.get("trained")) is not None:
-        path = trained.path(trained.summary["checkpoint"])
+        path = str(trained.local_path(trained.summary["checkpoint"]))
         policies.append((TRAINED, config.policy.model_copy(update={"path": path})))
     return policies
 

@@ -131,7 +131,7 @@ def _parse(latex: str) -> Any:
             return reader(is_real=is_real).parse(latex)
         except MemoryError:
             raise
-        except Exception:  # what it raises on text that is no formula has many types
+        except Exception:  # noqa: S112 - what it raises on text that is no formula has many types
             continue
     return None
 

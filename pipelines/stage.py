@@ -83,8 +83,10 @@ class Stage:
         Any thread or process may call it. A process holds one open engine, used by one part at a
         time: engines batch inside, and two of them would share the same cores.
         """
+        global _parts_begun
         if not draft.has_part(part):
             with _engine_lock:
+                _parts_begun += 1
                 draft.write_part(part, _open_engine(self, plan, draft)(part))
         return part
 
@@ -125,6 +127,7 @@ def _say_waiting(who: str) -> None:
 
 _engine_lock = threading.Lock()
 _engine: tuple[str, PartMaker] | None = None
+_parts_begun = 0
 
 
 def _open_engine(stage: Stage, plan: Plan, draft: Draft) -> PartMaker:
@@ -142,6 +145,20 @@ def close_engine() -> None:
     if _engine is not None:
         _engine[1].close()
         _engine = None
+
+
+def close_idle_engine(after_s: float) -> None:
+    """Close this process's engine once no part has begun for so many seconds."""
+    begun = _parts_begun
+
+    def close() -> None:
+        with _engine_lock:
+            if _parts_begun == begun:
+                close_engine()
+
+    timer = threading.Timer(after_s, close)
+    timer.daemon = True
+    timer.start()
 
 
 atexit.register(close_engine)

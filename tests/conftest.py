@@ -1,6 +1,18 @@
-"""What all tests share: no network, quiet libraries, threads that sleep while they wait."""
+"""What all tests share: no network, quiet libraries, threads that sleep while they wait; servers."""
 
+import contextlib
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Workers share the cores: with all threads each they would wait for one another.
@@ -13,3 +25,82 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+def _stop(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def stop() -> Callable[[subprocess.Popen], None]:
+    """Ends a process and its children."""
+    return _stop
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """A Prefect server of our own on a free port: the environment that finds it."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    variables = os.environ | {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_RUNNER_POLL_FREQUENCY": "1",  # seconds; the default is 10
+        "OMP_NUM_THREADS": "1",
+    }
+    prefect = Path(sys.executable).parent / "prefect"
+    command = [prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (home / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            command, env=variables, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            assert server.poll() is None, (home / "server.log").read_text()
+            assert time.monotonic() < deadline, "the server did not come up"
+            with contextlib.suppress(URLError, ConnectionError), urlopen(f"{url}/health"):
+                break
+            time.sleep(0.2)
+        with temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: home}):
+            yield variables
+    finally:
+        _stop(server)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[dict[str, str]]:
+    """An S3-compatible server on loopback with a bucket `bucket`: the environment that finds it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.get_host_and_port()[1]}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            import fsspec
+
+            fsspec.filesystem("s3").mkdir("bucket")
+            yield variables
+    finally:
+        server.stop()

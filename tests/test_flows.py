@@ -1,11 +1,7 @@
 """Flows against a real Prefect server: called here, served, and started by its command line."""
 
-import contextlib
 import contextvars
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,8 +9,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 import yaml
@@ -25,7 +19,6 @@ from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
 )
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from trace_opd import flows
 from trace_opd.data.store import Dataset, Store
@@ -49,52 +42,6 @@ SMALL = [
     "evaluate.bootstrap=100",
 ]
 CONFIG: PipelineConfig = load_config(PipelineConfig, ROOT / "configs" / "micro.yaml", SMALL)
-
-
-def stop(process: subprocess.Popen) -> None:
-    """End a process and its children."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> Iterator[dict[str, str]]:
-    """A Prefect server of our own on a free port: the environment that finds it."""
-    home = tmp_path_factory.mktemp("prefect")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api"
-    variables = os.environ | {
-        "PREFECT_HOME": str(home),
-        "PREFECT_API_URL": url,
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "PREFECT_RUNNER_POLL_FREQUENCY": "1",  # seconds; the default is 10
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [BIN / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (home / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            command, env=variables, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            assert server.poll() is None, (home / "server.log").read_text()
-            assert time.monotonic() < deadline, "the server did not come up"
-            with contextlib.suppress(URLError, ConnectionError), urlopen(f"{url}/health"):
-                break
-            time.sleep(0.2)
-        with temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: home}):
-            yield variables
-    finally:
-        stop(server)
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +159,8 @@ def test_every_deployment_of_the_work_pool_is_a_flow_with_valid_parameters():
     project = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     names = set()
     for deployment in project["deployments"]:
-        file, _, name = deployment["entrypoint"].partition(":")
-        assert (ROOT / file).samefile(flows.__file__)
+        module, _, name = deployment["entrypoint"].rpartition(".")
+        assert module == flows.__name__
         assert deployment["work_pool"]["name"] == "trace-opd"
         getattr(flows, name).validate_parameters(deployment["parameters"])
         names.add(name)
@@ -232,7 +179,7 @@ def prefect(environment: dict[str, str], *args: str) -> subprocess.CompletedProc
 
 
 @pytest.fixture(scope="module")
-def served(environment, made, tmp_path_factory) -> Iterator[Path]:
+def served(environment, made, stop, tmp_path_factory) -> Iterator[Path]:
     """`trace-opd serve` on a copy of the store, in a process of its own: the store's root."""
     folder = tmp_path_factory.mktemp("served")
     root = shutil.copytree(made, folder / "store")

@@ -336,7 +336,7 @@ def test_a_store_lives_on_any_fsspec_file_system():
 
 
 def test_files_beside_tables_need_a_local_store(tmp_path):
-    with pytest.raises(InputError, match="needs a local folder; pass --store with a path"):
+    with pytest.raises(InputError, match="need a local folder; set TRACE_OPD_LOCAL"):
         begin(Store(f"memory://{uuid.uuid4().hex}"), {"a": 1}).local_path("checkpoints")
     assert begin(Store(tmp_path), {"a": 1}).local_path("checkpoints").is_dir()
 
