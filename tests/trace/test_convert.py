@@ -57,6 +57,7 @@ def test_without_a_teacher_every_response_is_plain_grpo(example, context):
         assert row["route"] == [0] * 9
         assert row["span_id"] == [-1] * 9
         assert (row["diagnostic_type"], row["teacher_context"]) == (None, None)
+        assert (row["coverage"], row["dropped_tokens"]) == (0.0, 3)
 
 
 @pytest.mark.parametrize("context", ["answer", "solution"])

@@ -1,0 +1,51 @@
+"""Lists of different lengths as one flat array and where each row begins in it.
+
+What is done to every token of a part is then done by a few array operations.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """values: the entries of all rows behind one another; offsets: (rows + 1,) int64."""
+
+    values: Any
+    offsets: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def owners(self) -> np.ndarray:
+        """(values,) int64: the row of each entry."""
+        return np.repeat(np.arange(len(self.offsets) - 1), self.lengths)
+
+
+def ragged(column: pa.ChunkedArray | pa.Array) -> Ragged:
+    """An Arrow list column; its values are an Arrow array. Copies nothing of a single chunk."""
+    lists: Any = one_chunk(column)
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return Ragged(lists.values.slice(offsets[0], offsets[-1] - offsets[0]), offsets - offsets[0])
+
+
+def one_chunk(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """The column as one array."""
+    if isinstance(column, pa.Array):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def lists_of(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
+    """Flat values as an Arrow list column, without a copy of them."""
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+
+
+def row_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """(rows,) int64: the sum of each row's entries."""
+    totals = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
+    return totals[offsets[1:]] - totals[offsets[:-1]]
