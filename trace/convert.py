@@ -14,7 +14,7 @@ from ..schemas.tables import ROUTED
 from .advantage import scored_rollouts, truncated
 from .align import ByteTable
 from .context import TeacherContexts, teacher_contexts
-from .ragged import lists_of, one_chunk, row_sums
+from .ragged import lists_of, one_chunk, row_counts
 from .responses import aligned
 from .route import Routing, route_responses
 
@@ -140,7 +140,7 @@ def _labels(
     span_id = _joined((one.span_id for one in routings), np.int16)
     coverage = _joined((one.coverage for one in routings), np.float32)
     dropped = _joined((one.dropped_tokens for one in routings), np.int32)
-    routed = row_sums(route != int(Route.GRPO), offsets) > 0
+    routed = row_counts(route != int(Route.GRPO), offsets) > 0
     return {
         "route": lists_of(route, offsets),
         "span_id": lists_of(span_id, offsets),

@@ -45,7 +45,6 @@ def lists_of(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
 
 
-def row_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """(rows,) int64: the sum of each row's entries."""
-    totals = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
-    return totals[offsets[1:]] - totals[offsets[:-1]]
+def row_counts(mask: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """(rows,) int64: how many entries of each row are true."""
+    return np.diff(np.searchsorted(np.flatnonzero(mask), offsets))

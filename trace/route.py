@@ -8,7 +8,7 @@ import numpy as np
 from ..schemas.configs import RoutingConfig
 from ..schemas.errors import InputError
 from ..schemas.labels import Route, SpanKind
-from .ragged import row_sums
+from .ragged import row_counts
 from .responses import Responses
 from .rules import Response, load_rule, within_cap
 
@@ -93,6 +93,6 @@ def _routing(
     return Routing(
         route=np.where(inside, np.repeat(actions, lengths), int(Route.GRPO)).astype(np.uint8),
         span_id=span_id,
-        coverage=row_sums(inside, offsets) / np.maximum(lengths, 1),
-        dropped_tokens=row_sums(marked & ~inside, offsets),
+        coverage=row_counts(inside, offsets) / np.maximum(lengths, 1),
+        dropped_tokens=row_counts(marked & ~inside, offsets),
     )
