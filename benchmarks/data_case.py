@@ -9,6 +9,7 @@ of 8. One rollout in 100 has no reward. The store itself writes the tables.
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ import pyarrow.compute as pc
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.annotators.rows import Identity, Item, Reading, annotation_row
 from trace_opd.pipelines.models import resolve_policy
-from trace_opd.schemas.contract import TableContract
 from trace_opd.schemas.labels import AnnotationStatus, DiagnosticType
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.trace.align import ByteTable, byte_table
@@ -41,10 +41,9 @@ class Pool:
     annotations: pa.Table
 
 
-def make_store(root: str, rows: int, seed: int = 0) -> Dataset:
+def make_store(root: str, rows: int, pool: Pool) -> Dataset:
     """Problems, rollouts, verdicts and annotations of that many rollouts; gives the annotations."""
-    rng = np.random.default_rng(seed)
-    pool = make_pool(rng)
+    rng = np.random.default_rng(rows)
     store = Store(root)
     drafts: dict[str, Draft] = {}
     for stage, contract in (
@@ -53,7 +52,7 @@ def make_store(root: str, rows: int, seed: int = 0) -> Dataset:
     ):  # fmt: skip
         # Each stage has those before it as inputs, by their tables' names.
         inputs = {draft.contract.name: draft for draft in drafts.values()}
-        draft = store.begin(stage, {"rows": rows, "seed": seed}, inputs, contract)
+        draft = store.begin(stage, {"rows": rows}, inputs, contract)
         if isinstance(draft, Dataset):
             raise SystemExit(f"{root}: holds this case already; name an empty folder")
         drafts[stage] = draft
@@ -65,7 +64,10 @@ def make_store(root: str, rows: int, seed: int = 0) -> Dataset:
     return [draft.finish(parts) for draft in drafts.values()][-1]
 
 
-def make_pool(rng: np.random.Generator) -> Pool:
+@cache
+def make_pool() -> Pool:
+    """Always the same."""
+    rng = np.random.default_rng(0)
     tokenizer = load_tokenizer(resolve_policy(POLICY))
     pieces = byte_table(tokenizer)
     who = Identity("made", "made")
@@ -89,9 +91,7 @@ def make_pool(rng: np.random.Generator) -> Pool:
             | {"status": "ok", "verifier": "made", "seconds": 0.001}
         )
         annotations.append(annotation_row(item, who, _reading(item, rng)))
-    return Pool(
-        ROLLOUTS.table(rollouts), VERDICTS.table(verdicts), ANNOTATIONS.table(annotations)
-    )
+    return Pool(ROLLOUTS.table(rollouts), VERDICTS.table(verdicts), ANNOTATIONS.table(annotations))
 
 
 def _vocabulary(pieces: ByteTable) -> tuple[np.ndarray, np.ndarray]:

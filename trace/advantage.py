@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from ..schemas.configs import RoutingConfig
 from ..schemas.labels import FinishReason
-from .ragged import one_chunk
+from .ragged import one_chunk, to_numpy
 
 
 @dataclass(frozen=True)
@@ -33,25 +33,25 @@ def scored_rollouts(rollouts: pa.Table, verdicts: pa.Table, config: RoutingConfi
     advantages are formed, and so do off-policy ones (without the sampler's ids). Under overlong
     `mask` truncated ones leave it after.
     """
-    lengths = _numpy(pc.fill_null(pc.list_value_length(rollouts["token_ids"]), 0))
-    on_policy = _numpy(pc.fill_null(rollouts["on_policy"], False))
-    rows = np.flatnonzero(_numpy(pc.is_valid(verdicts["reward"])) & on_policy & (lengths > 0))
-    rewards = _numpy(verdicts["reward"])[rows].astype(np.float64)
+    lengths = to_numpy(pc.list_value_length(rollouts["token_ids"]))
+    scored = to_numpy(pc.is_valid(verdicts["reward"])) & to_numpy(rollouts["on_policy"])
+    rows = np.flatnonzero(scored & (lengths > 0))
+    rewards = to_numpy(verdicts["reward"])[rows].astype(np.float64)
     if config.overlong == "soft":
-        limits = _numpy(rollouts["max_new_tokens"])[rows]
+        limits = to_numpy(rollouts["max_new_tokens"])[rows]
         rewards += overlong_penalty(lengths[rows], limits, config.overlong_buffer)
-    groups = _numpy(_groups(rollouts).indices)[rows]
+    groups = to_numpy(_groups(rollouts).indices)[rows]
     advantages = group_advantages(rewards, groups, config.advantage_eps, config.advantage)
-    scored = Scored(rows, rewards, advantages)
     if config.overlong != "mask":
-        return scored
+        return Scored(rows, rewards, advantages)
     kept = ~truncated(rollouts)[rows]
     return Scored(rows[kept], rewards[kept], advantages[kept])
 
 
 def truncated(rollouts: pa.Table) -> np.ndarray:
     """(rows,) bool: whether a response hit the token limit."""
-    return _numpy(pc.fill_null(pc.equal(rollouts["finish_reason"], FinishReason.LENGTH), False))
+    at_limit = pa.array([str(FinishReason.LENGTH)])
+    return to_numpy(pc.is_in(rollouts["finish_reason"], value_set=at_limit))
 
 
 def groups_without_signal(
@@ -61,7 +61,7 @@ def groups_without_signal(
     scored = scored_rollouts(rollouts, verdicts, config)
     groups = _groups(rollouts)
     silent = np.ones(len(groups.dictionary), dtype=bool)
-    silent[_numpy(groups.indices)[scored.rows[scored.advantages != 0]]] = False
+    silent[to_numpy(groups.indices)[scored.rows[scored.advantages != 0]]] = False
     return groups.dictionary.filter(pa.array(silent)).to_pylist()
 
 
@@ -105,7 +105,3 @@ def group_advantages(
 def _groups(rollouts: pa.Table) -> Any:
     """The group ids as a dictionary in order of appearance, and each row's index into it."""
     return one_chunk(rollouts["group_id"].dictionary_encode())
-
-
-def _numpy(column: Any) -> np.ndarray:
-    return one_chunk(column).to_numpy(zero_copy_only=False)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,16 +34,17 @@ class ByteTable:
         return np.array([len(piece) for piece in self.pieces], dtype=np.int64)
 
     @cached_property
-    def _lookup(self) -> pa.Array:
+    def _lookup(self) -> Any:
         """The pieces, and what ids past them stand for."""
         return pa.array([*self.pieces, b""], pa.large_binary())
 
-    def spelled(self, token_ids: np.ndarray) -> tuple[np.ndarray, pa.Buffer]:
-        """The bytes of many tokens, joined, and where each begins in them: (tokens + 1,) int64."""
+    def spelled(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The bytes of many tokens behind one another, (bytes,) uint8, and where each token begins
+        in them, (tokens + 1,) int64."""
         taken = self._lookup.take(pa.array(np.minimum(token_ids, len(self.pieces))))
         _, offsets, joined = taken.buffers()
-        assert offsets is not None and taken.offset == 0
-        return np.frombuffer(offsets, np.int64, len(taken) + 1), joined or pa.py_buffer(b"")
+        starts = np.frombuffer(offsets, np.int64, len(taken) + 1)
+        return np.frombuffer(joined or b"", np.uint8, int(starts[-1])), starts
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of some ids; each byte that is no valid UTF-8 becomes one U+FFFD."""

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..schemas.configs import RoutingConfig
-from .ragged import one_chunk
+from .ragged import one_chunk, to_numpy
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,15 @@ class TeacherContexts:
     there is no teacher. labels: of DiagnosticType, or null; texts: null where the label is all."""
 
     exists: np.ndarray
-    labels: pa.Array
-    texts: pa.Array
+    labels: Any
+    texts: Any
 
 
 def teacher_contexts(
     rollouts: pa.Table,
     problems: pa.Table,
     correct: np.ndarray,
-    labels: pa.Array,
+    labels: Any,
     config: RoutingConfig,
 ) -> TeacherContexts:
     """The context of each response.
@@ -63,7 +63,6 @@ def peers(rollouts: pa.Table, correct: np.ndarray) -> np.ndarray:
     return np.where(first[group] == rows, second[group], first[group])
 
 
-def _filled(texts: pa.Array) -> np.ndarray:
+def _filled(texts: Any) -> np.ndarray:
     """(texts,) bool: neither null nor empty."""
-    lengths: Any = pc.fill_null(pc.binary_length(texts), 0)
-    return lengths.to_numpy() > 0
+    return to_numpy(pc.binary_length(texts)) > 0

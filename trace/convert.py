@@ -14,7 +14,7 @@ from ..schemas.tables import ROUTED
 from .advantage import scored_rollouts, truncated
 from .align import ByteTable
 from .context import TeacherContexts, teacher_contexts
-from .ragged import lists_of, one_chunk, row_counts
+from .ragged import lists_of, one_chunk, row_counts, to_numpy
 from .responses import aligned
 from .route import Routing, route_responses
 
@@ -57,7 +57,7 @@ def routed_table(
         annotations = _rows(annotations, ("segments", "spans", "diagnostic_type"), scored.rows)
         labels = one_chunk(annotations["diagnostic_type"])
     problems = _problems_of(rollouts, problems)
-    correct = one_chunk(verdicts["correct"].fill_null(False)).to_numpy(zero_copy_only=False)
+    correct = to_numpy(pc.is_in(verdicts["correct"], value_set=pa.array([True])))
     contexts = teacher_contexts(rollouts, problems, correct, labels, config)
     offsets = _token_offsets(rollouts)
     taught = contexts.exists & with_teacher
@@ -97,7 +97,7 @@ def _same_rollouts(rollouts: pa.Table, other: pa.Table, name: str) -> None:
 def _rows(table: pa.Table, columns: tuple[str, ...], rows: np.ndarray) -> pa.Table:
     """Some rows of some columns; copies nothing if they are all."""
     picked = table.select(list(columns))
-    return picked if len(rows) == len(table) else picked.take(pa.array(rows))
+    return picked if len(rows) == len(table) else picked.take(pa.array(rows, pa.int64()))
 
 
 def _problems_of(rollouts: pa.Table, problems: pa.Table) -> pa.Table:
@@ -118,8 +118,8 @@ def _problems_of(rollouts: pa.Table, problems: pa.Table) -> pa.Table:
 
 
 def _token_offsets(rollouts: pa.Table) -> np.ndarray:
-    lengths: Any = one_chunk(pc.list_value_length(rollouts["token_ids"]))
-    return np.concatenate(([0], np.cumsum(lengths.to_numpy(), dtype=np.int64)))
+    lengths = to_numpy(pc.list_value_length(rollouts["token_ids"]))
+    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
 
 
 def _blocks(offsets: np.ndarray) -> Iterator[slice]:

@@ -7,7 +7,6 @@ with invalid UTF-8 go through it row by row.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,7 @@ import pyarrow.compute as pc
 from ..schemas.errors import InputError
 from ..schemas.labels import SpanKind
 from .align import ByteTable
-from .ragged import Ragged, one_chunk, ragged
+from .ragged import Ragged, binaries_of, one_chunk, ragged, to_numpy
 from .rules import Marked, Response
 
 
@@ -59,15 +58,18 @@ class Responses:
         for row in rows.tolist():
             here = slice(*self.token_ids.offsets[row : row + 2].tolist())
             segment = self.token_segment[here].astype(np.int64)
-            first, last = self.spans.offsets[row : row + 2]
-            yield here, Response(
-                rollout_id=rollout_ids[row],
-                token_ids=token_ids[here].astype(np.int64),
-                logprobs=logprobs[here].astype(np.float32),
-                token_segment=np.where(segment >= 0, segment - self.segment_offsets[row], -1),
-                spans=spans[first:last],
-                kind=SpanKind.KEY if self.correct[row] else SpanKind.ERROR,
-                alpha=self.alpha,
+            first, end = self.spans.offsets[row : row + 2]
+            yield (
+                here,
+                Response(
+                    rollout_id=rollout_ids[row],
+                    token_ids=token_ids[here].astype(np.int64),
+                    logprobs=logprobs[here].astype(np.float32),
+                    token_segment=np.where(segment >= 0, segment - self.segment_offsets[row], -1),
+                    spans=spans[first:end],
+                    kind=SpanKind.KEY if self.correct[row] else SpanKind.ERROR,
+                    alpha=self.alpha,
+                ),
             )
 
 
@@ -99,12 +101,12 @@ def aligned(
 class _Spelled:
     """The bytes that tokens stand for.
 
-    joined: of all tokens; token_starts: (tokens + 1,), where each token begins in them; row_starts:
+    joined: (bytes,) uint8, of all tokens; token_starts: (tokens + 1,), where each token begins in them; row_starts:
     (rows + 1,), where each row does; invalid: rows whose bytes are no valid UTF-8.
     """
 
     token_ids: Ragged
-    joined: pa.Buffer
+    joined: np.ndarray
     token_starts: np.ndarray
     row_starts: np.ndarray
     invalid: list[int]
@@ -116,12 +118,10 @@ class _Spelled:
 
 def _spelled(rollouts: pa.Table, table: ByteTable) -> _Spelled:
     token_ids = ragged(rollouts["token_ids"])
-    token_starts, joined = table.spelled(token_ids.values.to_numpy())
+    joined, token_starts = table.spelled(token_ids.values.to_numpy())
     row_starts = token_starts[token_ids.offsets]
-    texts, binary = one_chunk(rollouts["response"]), pa.large_binary()
-    rows: Any = pa.Array.from_buffers(binary, len(texts), [None, pa.py_buffer(row_starts), joined])
-    same: Any = pc.equal(rows, texts.cast(binary))
-    invalid = np.flatnonzero(~same.to_numpy(zero_copy_only=False)).tolist()
+    texts, rows = one_chunk(rollouts["response"]), binaries_of(joined, row_starts)
+    invalid = np.flatnonzero(~to_numpy(pc.equal(rows, texts.cast(rows.type)))).tolist()
     spelled = _Spelled(token_ids, joined, token_starts, row_starts, invalid)
     # U+FFFD stands in the text for each byte that is no UTF-8.
     for row in invalid:
@@ -140,8 +140,8 @@ def _segment_bounds(
     segments = ragged(annotations["segments"])
     starts, ends = (pc.struct_field(segments.values, name).to_numpy() for name in ("start", "end"))
     _check_tiling(rollouts, segments, starts, ends)
-    joined = np.frombuffer(text.joined, np.uint8)
-    characters = np.append(np.flatnonzero((joined & 0xC0) != 0x80), len(joined))  # first bytes
+    first_bytes = np.flatnonzero((text.joined & 0xC0) != 0x80)
+    characters = np.append(first_bytes, len(text.joined))
     row_characters = np.searchsorted(characters, text.row_starts[:-1])
     rows = segments.owners()
     # What follows a row's last character is another row's, which may begin with a stray byte.
@@ -157,13 +157,13 @@ def _check_tiling(
     rollouts: pa.Table, segments: Ragged, starts: np.ndarray, ends: np.ndarray
 ) -> None:
     """Raises InputError unless the segments of each row that has any tile its text."""
-    characters: Any = pc.utf8_length(one_chunk(rollouts["response"]))
+    lengths = to_numpy(pc.utf8_length(rollouts["response"]))  # in characters
     filled = np.flatnonzero(segments.lengths)
     first, last = segments.offsets[filled], segments.offsets[filled + 1] - 1
     before = np.concatenate(([0], ends[:-1]))
     before[first] = 0
     torn = (starts != before) | (ends < starts)
-    torn[last] |= ends[last] != characters.to_numpy()[filled]
+    torn[last] |= ends[last] != lengths[filled]
     if torn.any():
         row = int(segments.owners()[np.argmax(torn)])
         raise InputError(

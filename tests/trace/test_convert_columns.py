@@ -4,9 +4,10 @@ The slow twin works on one dictionary per row, as METHOD.md reads.
 """
 
 import math
-from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,6 @@ from transformers import PreTrainedTokenizerFast
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import RoutingConfig
 from trace_opd.schemas.contract import validate
-from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import Action, DiagnosticType, Route
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
 from trace_opd.trace import convert
@@ -110,15 +110,16 @@ def _context(row: dict, rows: list[dict], config: RoutingConfig) -> str | None:
 def _span_ids(
     rollout_id: str, segment: list[int], spans: list, marked: list[bool], config: RoutingConfig
 ) -> list[int]:
+    rule = config.rule.removeprefix(OWN)
     room = math.floor(config.alpha * len(segment) + 1e-9)
     span_id = [-1] * len(segment)
-    if config.rule in ("random", "inverted"):
-        free = [at for at, inside in enumerate(marked) if config.rule == "random" or not inside]
+    if rule in ("random", "inverted"):
+        free = [at for at, inside in enumerate(marked) if rule == "random" or not inside]
         draw = np.random.default_rng(list(rollout_id.encode()))
         for at in draw.choice(np.array(free, int), min(room, len(free)), replace=False).tolist():
             span_id[at] = 0
         return span_id
-    if config.rule == "all":
+    if rule == "all":
         return [0] * len(segment)
     kept, full = 0, False
     for rank, index in ((rank, index) for rank, span in enumerate(spans) for index in span):
@@ -163,6 +164,8 @@ def table_of(kind: str) -> ByteTable:
 
 
 KINDS = ["byte level", "byte fallback", "characters"]
+# By this name a rule is taken as one of the user's own: it is shown one response at a time.
+OWN = "trace_opd.trace.rules:"
 
 
 @st.composite
@@ -228,7 +231,7 @@ def rows(draw: st.DrawFn, table: ByteTable, index: int) -> tuple[dict, dict, dic
     edges = sorted({0, len(response), *cuts}) if response else []
     if draw(st.integers(0, 4)) == 0:
         edges = []
-    segments = [{"start": a, "end": b} for a, b in zip(edges, edges[1:], strict=False)]
+    segments = [{"start": a, "end": b} for a, b in pairwise(edges)]
     inside = st.lists(st.integers(0, max(len(segments) - 1, 0)), min_size=1, max_size=3)
     spans = [
         {"segments": one, "kind": "key", "rank": rank, "start": 0, "end": 0, "text": ""}
@@ -244,7 +247,7 @@ def rows(draw: st.DrawFn, table: ByteTable, index: int) -> tuple[dict, dict, dic
 
 configs = st.builds(
     RoutingConfig,
-    rule=st.sampled_from(["spans", "spans", "spans", "all", "random", "inverted"]),
+    rule=st.sampled_from(["spans", "spans", "all", "random", "inverted", f"{OWN}spans"]),
     alpha=st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 1.0]),
     key=st.sampled_from(list(Action)),
     error=st.sampled_from(list(Action)),
@@ -256,13 +259,35 @@ configs = st.builds(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(data=st.data(), config=configs, annotated=st.integers(0, 4), with_teacher=st.integers(0, 4))
+@given(
+    data=st.data(),
+    config=configs,
+    with_annotations=st.sampled_from([True, True, True, False]),
+    with_teacher=st.sampled_from([True, True, True, False]),
+    block_tokens=st.sampled_from([1, 20, 1 << 18]),
+)
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_a_part_is_routed_as_row_by_row(kind, data, config, annotated, with_teacher):
+def test_a_part_is_routed_as_row_by_row(
+    kind, data, config, with_annotations, with_teacher, block_tokens
+):
     table = table_of(kind)
-    tables = list(data.draw(parts(table)).values())
-    if not annotated:
-        tables[-1] = None
-    expected = ROUTED.table(row_by_row(*tables, table, config, with_teacher > 0))
-    made = routed_table(*tables, table, config, with_teacher > 0)
+    *tables, annotations = data.draw(parts(table)).values()
+    tables.append(annotations if with_annotations else None)
+    expected = ROUTED.table(row_by_row(*tables, table, config, with_teacher))
+    with patch.object(convert, "_BLOCK_TOKENS", block_tokens):
+        made = routed_table(*tables, table, config, with_teacher)
     assert validate(made, ROUTED).equals(expected)
+
+
+@given(data=st.data(), config=configs)
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+def test_tables_of_several_chunks_and_slices_of_others_give_the_same(data, config):
+    table = table_of("byte level")
+    tables = [*data.draw(parts(table)).values()]
+    chunked = [
+        pa.concat_tables([one.slice(0, 2), pa.concat_tables([one, one]).slice(2, len(one) - 2)])
+        if len(one) > 2
+        else one
+        for one in tables
+    ]
+    assert routed_table(*chunked, table, config).equals(routed_table(*tables, table, config))
