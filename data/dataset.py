@@ -157,9 +157,9 @@ class Draft:
     def has_part(self, index: int) -> bool:
         return self.store.exists(f"{self.ref}/{part_name(index)}")
 
-    def read_part(self, index: int) -> pa.Table:
+    def read_part(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """A part that is written already."""
-        return _read_part(self.store, self.ref, index, self.contract, None)
+        return _read_part(self.store, self.ref, index, self.contract, columns)
 
     def write_part(self, index: int, table: pa.Table) -> None:
         """Write a part whole or not at all; it is checked against the contract first."""

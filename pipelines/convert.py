@@ -28,7 +28,8 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
     rollouts = verdicts.input("rollouts")
     policy = config.policy
     tokenizer = load_tokenizer(resolve_policy(policy.path), policy.trust_remote_code)
-    check_vocabulary(rollouts.read_part(0), vocab_fingerprint(tokenizer), config.policy.path)
+    makers = rollouts.read_part(0, ["policy_name", "vocab_fingerprint"])
+    check_vocabulary(makers, vocab_fingerprint(tokenizer), policy.path)
     inputs = {
         "annotations": annotations,
         "verdicts": verdicts,
@@ -86,23 +87,32 @@ class _Maker:
 
 
 def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
-    rows = tokens = 0
+    rows = signal = 0
     routed = np.zeros(len(Route), dtype=np.int64)
-    coverage, signal = [], 0
+    coverage = [np.empty(0, dtype=np.float32)]
     for table in tables:
         rows += len(table)
-        routes = pc.list_flatten(table["route"]).to_numpy()
-        tokens += len(routes)
-        routed += np.bincount(routes, minlength=len(Route))
-        coverage += table["coverage"].to_pylist()
+        routes = pc.value_counts(pc.list_flatten(table["route"]))
+        routed[routes.field("values").to_numpy()] += routes.field("counts").to_numpy()
+        coverage.append(table["coverage"].to_numpy())
         signal += int(np.count_nonzero(table["advantage"].to_numpy()))
     return {
         "sequences": rows,
-        "tokens": tokens,
+        "tokens": int(routed.sum()),
         "tokens_per_route": {r.name.lower(): int(routed[r]) for r in Route},
-        "mean_coverage": round(float(np.mean(coverage)), 4) if coverage else 0.0,
+        "mean_coverage": round(float(np.mean(np.concatenate(coverage), dtype=np.float64)), 4)
+        if rows
+        else 0.0,
         "sequences_with_advantage": signal,
     }
 
 
-CONVERT_STAGE = Stage("convert", ConvertConfig, ROUTED, _resolve, _Maker, _summarize)
+CONVERT_STAGE = Stage(
+    "convert",
+    ConvertConfig,
+    ROUTED,
+    _resolve,
+    _Maker,
+    _summarize,
+    ("route", "coverage", "advantage"),
+)

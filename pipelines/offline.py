@@ -13,36 +13,45 @@ from ..schemas.configs import TrainConfig
 class OfflineReader:
     """Groups of a routed dataset by step: parts in shuffled order, groups shuffled within a part.
 
-    Stateless in the step, so a resumed run reads what an undisturbed one would.
+    Stateless in the step, so a resumed run reads what an undisturbed one would. Only how many groups
+    each part has is read before the first step.
     """
 
     def __init__(self, routed: Dataset, config: TrainConfig) -> None:
         self._routed = routed
         self._per_step = config.groups_per_step
         self._seed = config.seed
-        self._groups = [
-            list(dict.fromkeys(routed.read_part(part, ["group_id"])["group_id"].to_pylist()))
-            for part in range(routed.parts)
-        ]
+        # (parts,) groups of each part
+        self._groups = np.array(
+            [
+                pc.count_distinct(routed.read_part(part, ["group_id"])["group_id"]).as_py()
+                for part in range(routed.parts)
+            ]
+        )
+        self._order = lru_cache(maxsize=2)(self._shuffled)
         self._part = lru_cache(maxsize=2)(routed.read_part)
 
     def __call__(self, step: int) -> pa.Table:
-        size = sum(map(len, self._groups))
+        size = int(self._groups.sum())
         wanted = range(step * self._per_step, (step + 1) * self._per_step)
-        by_part: dict[int, list[str]] = {}
+        by_part: dict[int, list[int]] = {}
         for position in wanted:
-            part, group = self._order(position // size)[position % size]
-            by_part.setdefault(part, []).append(group)
+            parts, groups = self._order(position // size)
+            part = int(parts[position % size])
+            by_part.setdefault(part, []).append(int(groups[position % size]))
         return pa.concat_tables(
-            table.filter(pc.is_in(table["group_id"], pa.array(groups)))
-            for part, groups in by_part.items()
-            if (table := self._part(part)) is not None
+            _groups_of(self._part(part), groups) for part, groups in by_part.items()
         )
 
-    def _order(self, epoch: int) -> list[tuple[int, str]]:
+    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Part of each group in the epoch's order, and its number within the part."""
         rng = np.random.default_rng([self._seed, epoch])
-        order = []
-        for part in rng.permutation(len(self._groups)).tolist():
-            groups = self._groups[part]
-            order += [(part, groups[i]) for i in rng.permutation(len(groups)).tolist()]
-        return order
+        parts = rng.permutation(len(self._groups))
+        groups = [rng.permutation(self._groups[part]) for part in parts.tolist()]
+        return np.repeat(parts, self._groups[parts]), np.concatenate(groups)
+
+
+def _groups_of(table: pa.Table, groups: list[int]) -> pa.Table:
+    """The rows of some groups, numbered in the order in which they appear."""
+    ids = table["group_id"]
+    return table.filter(pc.is_in(ids, ids.unique().take(pa.array(groups))))

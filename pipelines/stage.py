@@ -60,6 +60,7 @@ class Stage:
     resolve: finds and checks inputs (raises InputError before any work).
     open: builds the engine for a plan; `draft` tells where it may keep a journal.
     summarize: figures for the manifest, from the plan and the finished parts.
+    summarized: the columns that it reads of them; None: all.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Stage:
     resolve: Callable[[Any, Store], Plan]
     open: Callable[[Plan, Draft], PartMaker]
     summarize: Callable[[Plan, Iterator[pa.Table]], dict[str, Any]]
+    summarized: tuple[str, ...] | None = None
 
     def begin(self, config: Config, store: Store) -> tuple[Plan, Draft | Dataset]:
         """Check the request and open its dataset, finished or as a draft."""
@@ -92,7 +94,7 @@ class Stage:
 
     def finish(self, plan: Plan, draft: Draft) -> Dataset:
         """Sum up the parts and write the manifest."""
-        tables = (draft.read_part(part) for part in range(plan.parts))
+        tables = (draft.read_part(part, self.summarized) for part in range(plan.parts))
         return draft.finish(plan.parts, plan.figures | self.summarize(plan, tables))
 
     def run(self, config: Config, store: Store) -> Dataset:

@@ -3,15 +3,17 @@
 No text is re-encoded: a table holds the byte string of every id, a response's text is those bytes
 joined, and a cumulative sum gives each token's byte range. Works for byte-level vocabularies
 (GPT-2, Qwen, SmolLM), SentencePiece with byte fallback (Llama 2, Gemma) and plain character or
-word vocabularies.
+word vocabularies. One response at a time here; responses.py aligns those of a whole part.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ..schemas.errors import InputError
@@ -31,6 +33,19 @@ class ByteTable:
         """Byte length per id: (vocab,) int64."""
         return np.array([len(piece) for piece in self.pieces], dtype=np.int64)
 
+    @cached_property
+    def _lookup(self) -> Any:
+        """The pieces, and what ids past them stand for."""
+        return pa.array([*self.pieces, b""], pa.large_binary())
+
+    def spelled(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The bytes of many tokens behind one another, (bytes,) uint8, and where each token begins
+        in them, (tokens + 1,) int64."""
+        taken = self._lookup.take(pa.array(np.minimum(token_ids, len(self.pieces))))
+        _, offsets, joined = taken.buffers()
+        starts = np.frombuffer(offsets, np.int64, len(taken) + 1)
+        return np.frombuffer(joined or b"", np.uint8, int(starts[-1])), starts
+
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of some ids; each byte that is no valid UTF-8 becomes one U+FFFD."""
         return self._escaped(token_ids).translate(_ESCAPED_BYTES)
@@ -41,7 +56,7 @@ class ByteTable:
         Tokens that share a character (a multi-byte one cut between them) overlap in it.
         """
         starts, ends = self.byte_ranges(token_ids)
-        edges = self._char_edges(token_ids)
+        edges = self.char_edges(token_ids)
         first = np.searchsorted(edges, starts, side="right") - 1
         last = np.searchsorted(edges, ends, side="left")
         return first, np.where(ends > starts, last, first)
@@ -64,7 +79,7 @@ class ByteTable:
         segments: (start, end) in characters, tiling the text.
         """
         starts, ends = self.byte_ranges(token_ids)
-        edges = self._char_edges(token_ids)
+        edges = self.char_edges(token_ids)
         bounds = edges[np.array([end for _, end in segments], dtype=np.int64)]
         middle = starts + (ends - starts - 1) // 2
         index = np.searchsorted(bounds, middle, side="right")
@@ -74,7 +89,7 @@ class ByteTable:
         known = (self.pieces[i] for i in token_ids if i < len(self.pieces))
         return b"".join(known).decode("utf-8", "surrogateescape")
 
-    def _char_edges(self, token_ids: Sequence[int]) -> np.ndarray:
+    def char_edges(self, token_ids: Sequence[int]) -> np.ndarray:
         """Byte offset of every character's start, and of the text's end: (chars + 1,) int64."""
         escaped = self._escaped(token_ids)
         points = np.frombuffer(escaped.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)

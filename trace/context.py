@@ -4,59 +4,65 @@ TRACE's teacher is told the type label and nothing else. The other contexts are 
 there the teacher reads an answer, a reference solution or another response.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from ..schemas.configs import RoutingConfig
-from .advantage import Scored
+from .ragged import one_chunk, to_numpy
 
 
 @dataclass(frozen=True)
-class TeacherContext:
-    """label: one of DiagnosticType, or None; text: None where the label is all that is told."""
+class TeacherContexts:
+    """Of each response. exists: (responses,) bool, whether there is anything to tell: without it
+    there is no teacher. labels: of DiagnosticType, or null; texts: null where the label is all."""
 
-    label: str | None
-    text: str | None
+    exists: np.ndarray
+    labels: Any
+    texts: Any
 
 
 def teacher_contexts(
-    scored: Sequence[Scored],
-    problems: dict[str, dict[str, Any]],
-    labels: Sequence[str | None],
+    rollouts: pa.Table,
+    problems: pa.Table,
+    correct: np.ndarray,
+    labels: Any,
     config: RoutingConfig,
-) -> list[TeacherContext | None]:
-    """Each response's context, None where it does not exist: without it there is no teacher.
+) -> TeacherContexts:
+    """The context of each response.
 
-    problems: rows of the problems table by id; labels: diagnostic types of the responses.
+    rollouts, problems: a response and its problem per row; correct: (responses,) bool;
+    labels: diagnostic types of the responses.
     """
     if config.teacher_context == "type":
-        return [TeacherContext(label, None) if label else None for label in labels]
+        return TeacherContexts(_filled(labels), labels, pa.nulls(len(labels), pa.string()))
     if config.teacher_context == "peer":
-        texts = peers(scored)
+        peer = peers(rollouts, correct)
+        texts = one_chunk(rollouts["response"]).take(pa.array(peer, mask=peer < 0))
     else:
-        texts = [problems[s.rollout["problem_id"]][config.teacher_context] for s in scored]
-    return [
-        TeacherContext(label, text) if text else None
-        for label, text in zip(labels, texts, strict=True)
-    ]
+        texts = one_chunk(problems[config.teacher_context])
+    return TeacherContexts(_filled(texts), labels, texts)
 
 
-def peers(scored: Sequence[Scored]) -> list[str | None]:
-    """For each response the first other correct one of its group, by sample index (SDPO, arXiv
-    2601.20802); None where there is no other."""
-    correct: dict[str, list[Scored]] = {}
-    for one in sorted(scored, key=lambda one: one.rollout["sample_index"]):
-        if one.correct:
-            correct.setdefault(one.rollout["group_id"], []).append(one)
-    return [
-        next(
-            (
-                other.rollout["response"]
-                for other in correct.get(one.rollout["group_id"], [])
-                if other is not one
-            ),
-            None,
-        )
-        for one in scored
-    ]
+def peers(rollouts: pa.Table, correct: np.ndarray) -> np.ndarray:
+    """For each response the row of the first other correct one of its group, by sample index (SDPO,
+    arXiv 2601.20802); −1 where there is no other. (responses,) int64."""
+    groups: Any = one_chunk(rollouts["group_id"].dictionary_encode())
+    group = groups.indices.to_numpy()
+    rows = np.arange(len(group))
+    by_index = np.lexsort((rollouts["sample_index"].to_numpy(), group))
+    in_order = by_index[correct[by_index]]
+    starts = np.flatnonzero(np.diff(group[in_order], prepend=-1))
+    first, second = (np.full(len(groups.dictionary), -1) for _ in range(2))
+    first[group[in_order[starts]]] = in_order[starts]
+    after = starts[np.diff(starts, append=len(in_order)) > 1] + 1
+    second[group[in_order[after]]] = in_order[after]
+    return np.where(first[group] == rows, second[group], first[group])
+
+
+def _filled(texts: Any) -> np.ndarray:
+    """(texts,) bool: neither null nor empty."""
+    return to_numpy(pc.binary_length(texts)) > 0

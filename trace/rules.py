@@ -65,6 +65,18 @@ class Response:
         return np.random.default_rng(list(self.rollout_id.encode()))
 
 
+@dataclass(frozen=True)
+class Marked:
+    """The segments that spans name, row by row, in the annotator's order within a row.
+
+    segment: (marked,) index; rank: (marked,) of the span that names it; row: (marked,).
+    """
+
+    segment: np.ndarray
+    rank: np.ndarray
+    row: np.ndarray
+
+
 # Returns (tokens,) integers: the rank of the span that a token is routed for, −1: not routed.
 Rule = Callable[[Response], np.ndarray]
 
@@ -72,20 +84,41 @@ Rule = Callable[[Response], np.ndarray]
 def spans(response: Response) -> np.ndarray:
     """The annotator's spans (METHOD.md, step 4): whole segments in its order until the next one
     would exceed the cap; a first segment that alone exceeds it is cut to it."""
-    span_id = _nowhere(response)
-    kept = 0
-    full = False
-    for rank, span in enumerate(response.spans):
-        for segment in span:
-            (positions,) = np.nonzero((response.token_segment == segment) & (span_id < 0))
-            left = response.room - kept
-            if len(positions) > left or full:
-                full = True
-                if kept > 0:
-                    continue
-                positions = positions[:left]
-            span_id[positions] = rank
-            kept += len(positions)
+    named = [(segment, rank) for rank, span in enumerate(response.spans) for segment in span]
+    segment, rank = np.array(named, dtype=np.int64).reshape(-1, 2).T
+    count = max(response.token_segment.max(initial=-1), segment.max(initial=-1)) + 1
+    marked = Marked(segment, rank, np.zeros_like(rank))
+    return within_cap(response.token_segment, int(count), marked, np.array([response.room]))
+
+
+def within_cap(
+    token_segment: np.ndarray, segments: int, marked: Marked, room: np.ndarray
+) -> np.ndarray:
+    """Rule spans of many responses, flat: (tokens,) int16.
+
+    token_segment: (tokens,) index into the segments of all rows, −1 for none; segments: how many
+    there are; marked: indices into them; room: (rows,) tokens that each row's cap lets through.
+    """
+    tokens = np.bincount(token_segment + 1, minlength=segments + 1)[1:]
+    first = np.sort(np.unique(marked.segment, return_index=True)[1])  # named again, it adds nothing
+    segment, rank, row = marked.segment[first], marked.rank[first], marked.row[first]
+    room = room[row]
+    total = np.cumsum(tokens[segment])
+    before = total - tokens[segment]
+    used = total - before[np.searchsorted(row, row)]  # of the row, this segment included
+    # What does not fit has only larger sums behind it.
+    whole, cut = used <= room, (used > room) & (used == tokens[segment])
+    rank_of = np.full(segments + 1, -1, dtype=np.int16)  # the last is that of no segment
+    rank_of[segment[whole | cut]] = rank[whole | cut]
+    span_id = rank_of[token_segment]
+    if cut.any():
+        room_of = np.full(segments + 1, -1)
+        room_of[segment[cut]] = room[cut]
+        at = np.flatnonzero(room_of[token_segment] >= 0)
+        at = at[np.argsort(token_segment[at], kind="stable")]
+        own = token_segment[at]
+        place = np.arange(len(at)) - np.searchsorted(own, own)  # within its segment
+        span_id[at[place >= room_of[own]]] = -1
     return span_id
 
 

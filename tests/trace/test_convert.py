@@ -1,12 +1,15 @@
 """Routed tables of worked examples: who is routed, what the teacher is told, what stays out."""
 
 import re
+import sys
+from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 
 from trace_opd.schemas.configs import PromptConfig, RoutingConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.labels import DiagnosticType, Route
+from trace_opd.schemas.labels import DiagnosticType, Route, SpanKind
 from trace_opd.trace.prompt import teacher_chat
 
 # Three segments; the end token is the ninth.
@@ -57,6 +60,7 @@ def test_without_a_teacher_every_response_is_plain_grpo(example, context):
         assert row["route"] == [0] * 9
         assert row["span_id"] == [-1] * 9
         assert (row["diagnostic_type"], row["teacher_context"]) == (None, None)
+        assert (row["coverage"], row["dropped_tokens"]) == (0.0, 3)
 
 
 @pytest.mark.parametrize("context", ["answer", "solution"])
@@ -183,13 +187,65 @@ def test_tables_of_other_rollouts_are_refused(example):
         broken.routed(routing())
 
 
+def replaced(made, name: str, column: str, values: list):
+    """The tables with other values in one column."""
+    table = getattr(made, name)
+    at = table.schema.get_field_index(column)
+    field = table.schema.field(at)
+    return replace(made, **{name: table.set_column(at, field, pa.array(values, field.type))})
+
+
 def test_a_response_that_its_tokens_do_not_spell_is_refused(example):
-    made, other = example(RIGHT), example(RIGHT | {"text": "ab\ncd\neg"})
-    texts = other.rollouts["response"]
-    at = made.rollouts.column_names.index("response")
-    broken = type(made)(
-        made.problems, made.rollouts.set_column(at, "response", texts), made.verdicts,
-        made.annotations, made.bytes,
-    )  # fmt: skip
-    with pytest.raises(InputError, match="rollout r0: token_ids do not spell the response"):
-        broken.routed(routing())
+    made = example(RIGHT, RIGHT, WRONG, WRONG)
+    texts = ["ab\ncd\nef", "ab\ncd\nef", "AB\nCD\nEG", "AB"]
+    with pytest.raises(InputError, match="rollout r2: token_ids do not spell the response under"):
+        replaced(made, "rollouts", "response", texts).routed(routing())
+
+
+def test_a_response_that_is_left_out_may_have_any_text(example):
+    made = example(RIGHT, {"text": "x", "correct": None}, WRONG)
+    broken = replaced(made, "rollouts", "response", ["ab\ncd\nef", "other", "AB\nCD\nEF"])
+    assert broken.routed(routing()) == made.routed(routing())
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        [(0, 3), (3, 6), (6, 9)],  # past the end
+        [(0, 3), (3, 6)],  # short of it
+        [(0, 3), (4, 6), (6, 8)],  # a hole
+        [(1, 3), (3, 6), (6, 8)],  # a late start
+        [(0, 6), (6, 3), (3, 8)],  # backwards
+    ],
+)
+def test_segments_that_do_not_tile_their_response_are_refused(example, bounds):
+    made = example(RIGHT | KEY, WRONG | ERROR, RIGHT)
+    tiles = [{"start": a, "end": b} for a, b in [(0, 3), (3, 6), (6, 8)]]
+    torn = [tiles, [{"start": a, "end": b} for a, b in bounds], tiles]
+    with pytest.raises(InputError, match=r"rollout r1: the annotation's segments do not tile"):
+        replaced(made, "annotations", "segments", torn).routed(routing())
+
+
+def test_a_rollout_of_a_problem_that_is_not_there_is_refused(example):
+    made = example(RIGHT, RIGHT | {"group": "h"})
+    with pytest.raises(InputError, match=r"rollout r1: problem p-h is not in the problems table"):
+        replace(made, problems=made.problems.slice(0, 1)).routed(routing())
+
+
+def test_a_rule_of_ones_own_is_shown_each_response_that_has_a_teacher(
+    example, tmp_path, monkeypatch
+):
+    (tmp_path / "seeing.py").write_text(
+        "seen = []\n\n\ndef rule(response):\n"
+        "    seen.append(response)\n    return response.token_segment\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = example(WRONG, RIGHT | KEY, WRONG | ERROR).routed(routing(rule="seeing:rule"))
+    first, second = sys.modules.pop("seeing").seen
+    assert (first.rollout_id, second.rollout_id) == ("r1", "r2")
+    assert (first.kind, second.kind) == (SpanKind.KEY, SpanKind.ERROR)
+    assert (first.spans, second.spans) == ([[1]], [[0]])
+    assert second.token_ids.tolist() == rows[2]["token_ids"]
+    assert second.logprobs.tolist() == [-0.5] * 9
+    assert second.token_segment.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, -1]
+    assert [row["span_id"] for row in rows] == [[-1] * 9, *[[0, 0, 0, 1, 1, 1, 2, 2, -1]] * 2]

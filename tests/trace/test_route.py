@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from trace_opd.schemas.configs import RoutingConfig
 from trace_opd.schemas.labels import Action, Route, SpanKind
-from trace_opd.trace.route import Routing, route_tokens, unrouted
+from trace_opd.trace.route import Routing, route_tokens
 from trace_opd.trace.rules import Response
 
 # Twelve tokens in four segments of three; a quarter of them is one segment.
@@ -127,13 +127,6 @@ def test_the_papers_corners():
     assert route([[0]], SpanKind.ERROR, **strong).route[0] == Route.GRPO
     assert route([[0]], SpanKind.KEY, **weak).route[0] == Route.GRPO
     assert route([[0]], SpanKind.ERROR, **weak).route[0] == Route.RKL
-
-
-def test_an_unrouted_response_is_plain_grpo_and_its_marks_are_counted_as_dropped():
-    routing = unrouted(response([[1]]))
-    assert (routing.route == Route.GRPO).all()
-    assert (routing.span_id == -1).all()
-    assert (routing.coverage, routing.dropped_tokens) == (0.0, 3)
 
 
 def test_tokens_without_bytes_are_never_routed():

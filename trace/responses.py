@@ -1,0 +1,200 @@
+"""All responses of a part at once, flat: texts checked, tokens in segments, what is marked.
+
+The tokens of all rows lie behind one another, and so do their segments; offsets find a row. What
+`ByteTable` does to one response is done here to all of them by a few array operations; only texts
+with invalid UTF-8 go through it row by row.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..schemas.errors import InputError
+from ..schemas.labels import SpanKind
+from .align import ByteTable
+from .ragged import Ragged, binaries_of, one_chunk, ragged, to_numpy
+from .rules import Marked, Response
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What rules may see of the responses of some rows.
+
+    rollouts: their rows; token_ids: flat; segment_offsets: (rows + 1,), where a row's segments
+    begin among all; token_segment: (tokens,) int32, −1 for none; spans: lists of segment indices
+    within the row, flat; correct: (rows,) bool; alpha: `routing.alpha`.
+    """
+
+    rollouts: pa.Table
+    token_ids: Ragged
+    segment_offsets: np.ndarray
+    token_segment: np.ndarray
+    spans: Ragged
+    correct: np.ndarray
+    alpha: float
+
+    def marked(self) -> Marked:
+        """The segments that the spans name, row by row in the annotator's order."""
+        named = ragged(self.spans.values)
+        rows, spans = self.spans.owners(), named.owners()
+        ranks = np.arange(len(rows)) - self.spans.offsets[rows]
+        index, row = named.values.to_numpy(), rows[spans]
+        there = (index >= 0) & (index < np.diff(self.segment_offsets)[row])
+        return Marked(
+            segment=(self.segment_offsets[row] + index)[there],
+            rank=ranks[spans][there],
+            row=row[there],
+        )
+
+    def one_by_one(self, rows: np.ndarray) -> Iterator[tuple[slice, Response]]:
+        """The responses of those rows, and where their tokens lie."""
+        token_ids = self.token_ids.values.to_numpy()
+        logprobs = ragged(self.rollouts["logprobs"]).values.to_numpy()
+        spans = self.spans.values.to_pylist()
+        rollout_ids = self.rollouts["rollout_id"].to_pylist()
+        for row in rows.tolist():
+            here = slice(*self.token_ids.offsets[row : row + 2].tolist())
+            segment = self.token_segment[here].astype(np.int64)
+            first, end = self.spans.offsets[row : row + 2]
+            yield (
+                here,
+                Response(
+                    rollout_id=rollout_ids[row],
+                    token_ids=token_ids[here].astype(np.int64),
+                    logprobs=logprobs[here].astype(np.float32),
+                    token_segment=np.where(segment >= 0, segment - self.segment_offsets[row], -1),
+                    spans=spans[first:end],
+                    kind=SpanKind.KEY if self.correct[row] else SpanKind.ERROR,
+                    alpha=self.alpha,
+                ),
+            )
+
+
+def aligned(
+    rollouts: pa.Table,
+    annotations: pa.Table | None,
+    correct: np.ndarray,
+    table: ByteTable,
+    alpha: float,
+) -> Responses:
+    """Responses and their annotations, row for row, with each token in its segment.
+
+    Raises:
+        InputError: a text that its tokens do not spell, or segments that do not tile it.
+    """
+    text = _spelled(rollouts, table)
+    if annotations is None:
+        offsets = np.zeros(len(rollouts) + 1, dtype=np.int64)
+        spans = Ragged(pa.array([], pa.list_(pa.int32())), offsets)
+        segment = np.full(len(text.token_ids.values), -1, dtype=np.int32)
+    else:
+        bounds = _segment_bounds(rollouts, annotations, text, table)
+        offsets, segment = bounds.offsets, _token_segments(text, bounds)
+        spans = _spans(annotations, bounds)
+    return Responses(rollouts, text.token_ids, offsets, segment, spans, correct, alpha)
+
+
+@dataclass(frozen=True)
+class _Spelled:
+    """The bytes that tokens stand for.
+
+    joined: (bytes,) uint8, of all tokens; token_starts: (tokens + 1,), where each token begins in them; row_starts:
+    (rows + 1,), where each row does; invalid: rows whose bytes are no valid UTF-8.
+    """
+
+    token_ids: Ragged
+    joined: np.ndarray
+    token_starts: np.ndarray
+    row_starts: np.ndarray
+    invalid: list[int]
+
+    def row(self, row: int) -> list[int]:
+        first, end = self.token_ids.offsets[row : row + 2].tolist()
+        return self.token_ids.values.slice(first, end - first).to_pylist()
+
+
+def _spelled(rollouts: pa.Table, table: ByteTable) -> _Spelled:
+    token_ids = ragged(rollouts["token_ids"])
+    joined, token_starts = table.spelled(token_ids.values.to_numpy())
+    row_starts = token_starts[token_ids.offsets]
+    texts, rows = one_chunk(rollouts["response"]), binaries_of(joined, row_starts)
+    invalid = np.flatnonzero(~to_numpy(pc.equal(rows, texts.cast(rows.type)))).tolist()
+    spelled = _Spelled(token_ids, joined, token_starts, row_starts, invalid)
+    # U+FFFD stands in the text for each byte that is no UTF-8.
+    for row in invalid:
+        if table.text(spelled.row(row)) != texts[row].as_py():
+            raise InputError(
+                f"rollout {rollouts['rollout_id'][row]}: token_ids do not spell the response under "
+                "this tokenizer; convert with the policy that sampled it"
+            )
+    return spelled
+
+
+def _segment_bounds(
+    rollouts: pa.Table, annotations: pa.Table, text: _Spelled, table: ByteTable
+) -> Ragged:
+    """One past the last byte of each segment, counted over all rows' bytes."""
+    segments = ragged(annotations["segments"])
+    starts, ends = (pc.struct_field(segments.values, name).to_numpy() for name in ("start", "end"))
+    _check_tiling(rollouts, segments, starts, ends)
+    first_bytes = np.flatnonzero((text.joined & 0xC0) != 0x80)
+    characters = np.append(first_bytes, len(text.joined))
+    row_characters = np.searchsorted(characters, text.row_starts[:-1])
+    rows = segments.owners()
+    # What follows a row's last character is another row's, which may begin with a stray byte.
+    at = np.minimum(row_characters[rows] + ends, len(characters) - 1)
+    bounds = np.minimum(characters[at], text.row_starts[rows + 1])
+    for row in text.invalid:
+        here = slice(*segments.offsets[row : row + 2])
+        bounds[here] = text.row_starts[row] + table.char_edges(text.row(row))[ends[here]]
+    return Ragged(bounds, segments.offsets)
+
+
+def _check_tiling(
+    rollouts: pa.Table, segments: Ragged, starts: np.ndarray, ends: np.ndarray
+) -> None:
+    """Raises InputError unless the segments of each row that has any tile its text."""
+    lengths = to_numpy(pc.utf8_length(rollouts["response"]))  # in characters
+    filled = np.flatnonzero(segments.lengths)
+    first, last = segments.offsets[filled], segments.offsets[filled + 1] - 1
+    before = np.concatenate(([0], ends[:-1]))
+    before[first] = 0
+    torn = (starts != before) | (ends < starts)
+    torn[last] |= ends[last] != lengths[filled]
+    if torn.any():
+        row = int(segments.owners()[np.argmax(torn)])
+        raise InputError(
+            f"rollout {rollouts['rollout_id'][row]}: the annotation's segments do not tile the "
+            "response; annotate it again"
+        )
+
+
+def _token_segments(text: _Spelled, bounds: Ragged) -> np.ndarray:
+    """Segment of each token among those of all rows, (tokens,) int32; −1 without bytes or segments.
+
+    The rule is `ByteTable.token_segments`'s. Middle bytes never go down from token to token (one
+    without bytes has the byte before it), so each segment ends at one place among them.
+    """
+    lengths = np.diff(text.token_starts)
+    middle = text.token_starts[:-1] + (lengths - 1) // 2
+    ends = np.searchsorted(middle, bounds.values)
+    index = np.append(np.arange(len(ends), dtype=np.int32), np.int32(-1))
+    segment = np.repeat(index, np.diff(ends, prepend=0, append=len(middle)))
+    segment[lengths == 0] = -1
+    if not bounds.lengths.all():
+        segment[np.repeat(bounds.lengths == 0, text.token_ids.lengths)] = -1
+    return segment
+
+
+def _spans(annotations: pa.Table, segments: Ragged) -> Ragged:
+    """Segment indices of each span; a row without segments has no spans."""
+    spans = ragged(annotations["spans"])
+    named = pc.struct_field(spans.values, "segments")
+    kept = np.where(segments.lengths > 0, spans.lengths, 0)
+    if (kept == spans.lengths).all():
+        return Ragged(named, spans.offsets)
+    mask = pa.array(np.repeat(kept > 0, spans.lengths))
+    return Ragged(named.filter(mask), np.concatenate(([0], np.cumsum(kept))))
