@@ -133,14 +133,12 @@ def hostile_ours(rows: list[tuple[Job, bool]]) -> dict[str, Any]:
     short = [(job, right) for job, right in rows if len(job.answer) <= MAX_CHARS]
     with watched() as most:
         began = time.perf_counter()
-        outcomes = pool.judge([job for job, _ in short])
+        known = {job: exact_match(job.gold, job.answer) for job, _ in short}
+        asked = [job for job in known if known[job] is None]
+        outcomes = pool.judge(asked)
         seconds = time.perf_counter() - began
-        slowest = max(outcome.seconds for outcome in outcomes)
     pool.close()
-    wrong = sum(
-        outcome.correct is True and not right
-        for outcome, (_, right) in zip(outcomes, short, strict=True)
-    )
+    known |= {job: outcome.correct for job, outcome in zip(asked, outcomes, strict=True)}
     return {
         "case": "hostile",
         "implementation": "ours",
@@ -148,9 +146,9 @@ def hostile_ours(rows: list[tuple[Job, bool]]) -> dict[str, Any]:
         "seconds": seconds,
         "jobs": len(rows),
         "peak_mib": most[0],
-        "slowest_seconds": slowest,
+        "slowest_seconds": max(outcome.seconds for outcome in outcomes),
         "killed": sum(outcome.status == "timeout" for outcome in outcomes),
-        "wrong": wrong,
+        "wrong": sum(known[job] is True and not right for job, right in short),
     }
 
 
