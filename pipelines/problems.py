@@ -8,9 +8,9 @@ import logging
 import math
 import random
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
@@ -18,11 +18,14 @@ import pyarrow.compute as pc
 
 from ..data import sources
 from ..data.store import Dataset, Draft, Store, content_hash
-from ..schemas.configs import ProblemsConfig
+from ..schemas.configs import ProblemsConfig, VerifyConfig
 from ..schemas.errors import InputError
+from ..schemas.labels import AnswerKind, VerdictStatus
 from ..schemas.tables import PROBLEMS
 from .answers import gold_parses
 from .stage import Plan, Stage, progress_bar
+from .verifier import Job, VerifierPool
+from .verify import math_matcher
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ def resolve(config: ProblemsConfig, store: Store) -> Plan:
         )
     semantic = config.semantic() | {"source": sources.identity(config.source)}
     if config.drop_unparsable:
-        semantic["math-verify"] = version("math-verify")
+        semantic["math-verify"] = math_matcher()
     found = store.begin("problems", semantic, {}, PROBLEMS)
     if isinstance(found, Dataset):
         return Plan(config, {}, semantic, found.parts)
@@ -102,7 +105,10 @@ def _collect(config_json: str, content: str) -> Collection:
     seen: set[str] = set()
     duplicates = unparsable = barren = 0
     rows, total = _ordered(config)
-    with progress_bar("problems: reading", total, "problems") as advance:
+    with (
+        progress_bar("problems: reading", total, "problems") as advance,
+        closing(_Golds()) as golds,
+    ):
         for index, row in rows:
             if barren == _BARREN_ROWS and sources.is_endless(config.source):
                 raise InputError(
@@ -116,7 +122,7 @@ def _collect(config_json: str, content: str) -> Collection:
                 duplicates += 1
                 continue
             seen.add(problem_id)
-            if not gold_parses(row["answer"], row["answer_kind"]):
+            if not golds.parses(row["answer"], row["answer_kind"]):
                 if not config.drop_unparsable:
                     raise InputError(
                         f"{row['source']}, row {place}: gold answer {row['answer']!r} does not "
@@ -139,6 +145,24 @@ def _collect(config_json: str, content: str) -> Collection:
     if config.limit is not None and len(kept) < config.limit:
         logger.warning("problems: limit is %d, the source has %d", config.limit, len(kept))
     return Collection(PROBLEMS.table(kept), duplicates, unparsable)
+
+
+class _Golds:
+    """Reads gold answers; a worker process reads those that strings do not decide."""
+
+    def __init__(self) -> None:
+        limits = VerifyConfig()
+        self._pool = VerifierPool(1, limits.timeout_s, limits.memory_mib, limits.recycle_every)
+
+    def parses(self, answer: str, kind: AnswerKind) -> bool:
+        decided = gold_parses(answer, kind)
+        if decided is not None:
+            return decided
+        (outcome,) = self._pool.judge([Job(answer, answer)])
+        return outcome.status is VerdictStatus.OK
+
+    def close(self) -> None:
+        self._pool.close()
 
 
 def _ordered(config: ProblemsConfig) -> tuple[Iterable[tuple[int, dict[str, Any]]], int]:

@@ -159,16 +159,15 @@ def test_strings_decide_only_where_they_can(gold: str, answer: str, expected: bo
     ("answer", "kind", "parses"),
     [
         ("12", AnswerKind.MATH, True),
-        (r"\sqrt{2}", AnswerKind.MATH, True),
-        ("9^{9^{9}}", AnswerKind.MATH, True),
+        (r"\sqrt{2}", AnswerKind.MATH, None),
+        ("9^{9^{9}}", AnswerKind.MATH, None),
         ("Tuesday", AnswerKind.MATH, True),
-        ("", AnswerKind.MATH, False),
-        ("}{", AnswerKind.MATH, False),
+        ("}{", AnswerKind.MATH, None),
         ("C", AnswerKind.CHOICE, True),
         ("(b)", AnswerKind.CHOICE, True),
         ("12", AnswerKind.CHOICE, False),
         ("Z", AnswerKind.CHOICE, False),
     ],
 )
-def test_gold_answers_are_checked_by_kind(answer: str, kind: AnswerKind, parses: bool):
+def test_gold_answers_are_checked_by_kind(answer: str, kind: AnswerKind, parses: bool | None):
     assert gold_parses(answer, kind) is parses
