@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup demo test check bench-annotate bench-clip bench-loss bench-step micro clean
+.PHONY: help peers setup demo test check bench-annotate bench-clip bench-loss bench-step bench-verify micro clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -44,6 +44,9 @@ bench-loss: setup peers  ## time and memory of the loss, beside TRL's and Liger'
 
 bench-step: setup peers  ## time and memory of an optimiser step, beside TRL's GRPOTrainer
 	$(BIN)/python benchmarks/step.py
+
+bench-verify: setup  ## verifications a second, ordinary and hostile, beside math-verify
+	$(BIN)/python benchmarks/verify.py
 
 peers:
 	@# Without them the benchmarks measure the rest and say what is missing.
