@@ -8,6 +8,7 @@ import logging
 import resource
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -97,4 +98,5 @@ def serve(connection: Connection, memory_mib: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    with suppress(BrokenPipeError, ConnectionResetError):  # the parent was killed: nobody listens
+        serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
