@@ -7,6 +7,7 @@ so it imports neither the parent's main module nor torch.
 import resource
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from ..schemas.labels import VerdictStatus
@@ -71,4 +72,5 @@ def serve(connection: Connection, memory_mib: int, orphan_s: float) -> None:
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3]))
+    with suppress(BrokenPipeError, ConnectionResetError):  # the parent was killed: nobody listens
+        serve(Connection(int(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3]))

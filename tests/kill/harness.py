@@ -94,6 +94,8 @@ class Launcher:
         """Start `trace-opd ARGS`. store: count changes below it, and die just before the `die_at`-th."""
         self._count += 1
         output = [str(self._folder / f"{self._count}.{name}") for name in ("out", "err")]
+        for path in output:
+            Path(path).touch()
         asked = {
             "args": [*map(str, args)] + (["--store", str(store)] if store else []),
             "output": output,
@@ -115,10 +117,11 @@ class Launcher:
     def kill(self, run: Run, workers: bool) -> None:
         """SIGKILL a run's process group; with its workers, which are in sessions of their own, or
         leaving it to them to notice."""
-        ours = {run.pid, *self.alive()} if workers else {run.pid}
-        for pid in ours:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        for pid in {run.pid, *(self.alive() if workers else ())}:
             with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL) if pid == run.pid else os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
         run.wait()
 
     def alive(self) -> set[int]:
@@ -192,8 +195,8 @@ class Killer:
                     code = run.wait(wait_s)
                 except queue.Empty:
                     self._launcher.kill(run, workers=self._random.random() < 0.5)
-                    toll.kills += 1
                     code = run.wait()
+                    toll.kills += code == -signal.SIGKILL
                 if code != -signal.SIGKILL:
                     assert code == 0, run.err
                     break
@@ -347,11 +350,13 @@ def together(runs: Launcher, args: list[str], root: Path) -> tuple[Run, Run]:
         assert first.pid in runs.alive(), first.err
         time.sleep(0.001)
     os.killpg(first.pid, signal.SIGSTOP)
-    second = runs.start(*args, store=root)
-    deadline = time.monotonic() + 60
-    while "waiting for its end" not in second.err:
-        assert time.monotonic() < deadline, second.err
-        time.sleep(0.01)
-    assert f"is being made by process {first.pid}; waiting" in second.err
-    os.killpg(first.pid, signal.SIGCONT)
+    try:
+        second = runs.start(*args, store=root)
+        deadline = time.monotonic() + 60
+        while "waiting for its end" not in second.err:
+            assert time.monotonic() < deadline, second.err
+            time.sleep(0.01)
+        assert f"is being made by process {first.pid}; waiting" in second.err
+    finally:
+        os.killpg(first.pid, signal.SIGCONT)
     return first, second
