@@ -14,7 +14,7 @@ from ..schemas.tables import ROUTED
 from .advantage import scored_rollouts, truncated
 from .align import ByteTable
 from .context import TeacherContexts, teacher_contexts
-from .ragged import lists_of, one_chunk, row_counts, to_numpy
+from .ragged import lists_of, one_chunk, to_numpy
 from .responses import aligned
 from .route import Routing, route_responses
 
@@ -95,9 +95,16 @@ def _same_rollouts(rollouts: pa.Table, other: pa.Table, name: str) -> None:
 
 
 def _rows(table: pa.Table, columns: tuple[str, ...], rows: np.ndarray) -> pa.Table:
-    """Some rows of some columns; copies nothing if they are all."""
+    """Some rows, ascending, of some columns; copies nothing if they are all."""
     picked = table.select(list(columns))
-    return picked if len(rows) == len(table) else picked.take(pa.array(rows, pa.int64()))
+    if len(rows) == len(table):
+        return picked
+    breaks = np.flatnonzero(np.diff(rows) > 1) + 1
+    if len(breaks) * 8 >= len(rows):
+        return picked.take(pa.array(rows, pa.int64()))
+    # Long runs are copied as they are, several times faster than row by row.
+    runs = zip(rows[np.append(0, breaks)], rows[np.append(breaks, len(rows)) - 1], strict=True)
+    return pa.concat_tables(picked.slice(a, b - a + 1) for a, b in runs).combine_chunks()
 
 
 def _problems_of(rollouts: pa.Table, problems: pa.Table) -> pa.Table:
@@ -140,7 +147,7 @@ def _labels(
     span_id = _joined((one.span_id for one in routings), np.int16)
     coverage = _joined((one.coverage for one in routings), np.float32)
     dropped = _joined((one.dropped_tokens for one in routings), np.int32)
-    routed = row_counts(route != int(Route.GRPO), offsets) > 0
+    routed = np.bitwise_or.reduceat(route, offsets[:-1]) != int(Route.GRPO)
     return {
         "route": lists_of(route, offsets),
         "span_id": lists_of(span_id, offsets),

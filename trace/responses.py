@@ -24,13 +24,15 @@ class Responses:
     """What rules may see of the responses of some rows.
 
     rollouts: their rows; token_ids: flat; segment_offsets: (rows + 1,), where a row's segments
-    begin among all; token_segment: (tokens,) int32, −1 for none; spans: lists of segment indices
-    within the row, flat; correct: (rows,) bool; alpha: `routing.alpha`.
+    begin among all; segment_tokens: (segments,), tokens of each; token_segment: (tokens,) int32, −1
+    for none; spans: lists of segment indices within the row, flat; correct: (rows,) bool;
+    alpha: `routing.alpha`.
     """
 
     rollouts: pa.Table
     token_ids: Ragged
     segment_offsets: np.ndarray
+    segment_tokens: np.ndarray
     token_segment: np.ndarray
     spans: Ragged
     correct: np.ndarray
@@ -89,12 +91,12 @@ def aligned(
     if annotations is None:
         offsets = np.zeros(len(rollouts) + 1, dtype=np.int64)
         spans = Ragged(pa.array([], pa.list_(pa.int32())), offsets)
-        segment = np.full(len(text.token_ids.values), -1, dtype=np.int32)
+        segment, tokens = np.full(len(text.token_ids.values), -1, dtype=np.int32), offsets[:0]
     else:
         bounds = _segment_bounds(rollouts, annotations, text, table)
-        offsets, segment = bounds.offsets, _token_segments(text, bounds)
-        spans = _spans(annotations, bounds)
-    return Responses(rollouts, text.token_ids, offsets, segment, spans, correct, alpha)
+        offsets, spans = bounds.offsets, _spans(annotations, bounds)
+        segment, tokens = _token_segments(text, bounds)
+    return Responses(rollouts, text.token_ids, offsets, tokens, segment, spans, correct, alpha)
 
 
 @dataclass(frozen=True)
@@ -140,13 +142,15 @@ def _segment_bounds(
     segments = ragged(annotations["segments"])
     starts, ends = (pc.struct_field(segments.values, name).to_numpy() for name in ("start", "end"))
     _check_tiling(rollouts, segments, starts, ends)
-    first_bytes = np.flatnonzero((text.joined & 0xC0) != 0x80)
-    characters = np.append(first_bytes, len(text.joined))
-    row_characters = np.searchsorted(characters, text.row_starts[:-1])
+    # A character is as many bytes further on as continuation bytes stand before it.
+    continuing = np.flatnonzero((text.joined & 0xC0) == 0x80)
+    characters_before = continuing - np.arange(len(continuing))
+    row_characters = text.row_starts - np.searchsorted(continuing, text.row_starts)
     rows = segments.owners()
+    at = row_characters[rows] + ends
+    bounds = at + np.searchsorted(characters_before, at, side="right")
     # What follows a row's last character is another row's, which may begin with a stray byte.
-    at = np.minimum(row_characters[rows] + ends, len(characters) - 1)
-    bounds = np.minimum(characters[at], text.row_starts[rows + 1])
+    bounds = np.minimum(bounds, text.row_starts[rows + 1])
     for row in text.invalid:
         here = slice(*segments.offsets[row : row + 2])
         bounds[here] = text.row_starts[row] + table.char_edges(text.row(row))[ends[here]]
@@ -172,21 +176,29 @@ def _check_tiling(
         )
 
 
-def _token_segments(text: _Spelled, bounds: Ragged) -> np.ndarray:
-    """Segment of each token among those of all rows, (tokens,) int32; −1 without bytes or segments.
+def _token_segments(text: _Spelled, bounds: Ragged) -> tuple[np.ndarray, np.ndarray]:
+    """Segment of each token among those of all rows, (tokens,) int32, −1 without bytes or segments;
+    and how many tokens each segment has, (segments,) int64.
 
-    The rule is `ByteTable.token_segments`'s. Middle bytes never go down from token to token (one
-    without bytes has the byte before it), so each segment ends at one place among them.
+    The rule is `ByteTable.token_segments`'s.
     """
-    lengths = np.diff(text.token_starts)
-    middle = text.token_starts[:-1] + (lengths - 1) // 2
-    ends = np.searchsorted(middle, bounds.values)
-    index = np.append(np.arange(len(ends), dtype=np.int32), np.int32(-1))
-    segment = np.repeat(index, np.diff(ends, prepend=0, append=len(middle)))
-    segment[lengths == 0] = -1
+    starts, ends = text.token_starts[:-1], text.token_starts[1:]
+    # The first token that begins at a bound or after it; the one before may lie across the bound.
+    after = np.searchsorted(starts, bounds.values)
+    across = after - 1
+    later = starts[across] + (ends[across] - starts[across] - 1) // 2 >= bounds.values
+    after -= later & (after > 0)
+    counts = np.diff(after, prepend=0, append=len(starts))
+    index = np.append(np.arange(len(after), dtype=np.int32), np.int32(-1))
+    segment = np.repeat(index, counts)
+    outside = starts == ends
     if not bounds.lengths.all():
-        segment[np.repeat(bounds.lengths == 0, text.token_ids.lengths)] = -1
-    return segment
+        outside |= np.repeat(bounds.lengths == 0, text.token_ids.lengths)
+    at = np.flatnonzero(outside)
+    taken = segment[at]
+    tokens = counts[:-1] - np.bincount(taken[taken >= 0], minlength=len(after))
+    segment[at] = -1
+    return segment, tokens
 
 
 def _spans(annotations: pa.Table, segments: Ragged) -> Ragged:

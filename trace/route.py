@@ -52,18 +52,18 @@ def route_responses(responses: Responses, taught: np.ndarray, config: RoutingCon
         InputError: a rule of the user's own that gives no span id per token.
     """
     offsets, lengths = responses.token_ids.offsets, responses.token_ids.lengths
-    segments, segment = int(responses.segment_offsets[-1]), responses.token_segment
+    tokens, segment = responses.segment_tokens, responses.token_segment
     marked = responses.marked()
     if config.rule == "spans":
         room = np.floor(config.alpha * lengths + 1e-9).astype(np.int64)
-        span_id = within_cap(segment, segments, marked, room)
+        span_id = within_cap(segment, tokens, marked, room)
         if not taught.all():
             span_id[np.repeat(~taught, lengths)] = -1
     else:
         span_id = np.full(len(segment), -1, dtype=np.int16)
         for here, response in responses.one_by_one(np.flatnonzero(taught)):
             span_id[here] = _chosen(response, config.rule)
-    named = np.zeros(segments + 1, dtype=bool)  # the last stands for no segment
+    named = np.zeros(len(tokens) + 1, dtype=bool)  # the last stands for no segment
     named[marked.segment] = True
     return _routing(span_id, named[segment], _actions(responses.correct, config), offsets)
 
@@ -91,7 +91,7 @@ def _routing(
     inside = span_id >= 0
     lengths = np.diff(offsets)
     return Routing(
-        route=np.where(inside, np.repeat(actions, lengths), int(Route.GRPO)).astype(np.uint8),
+        route=np.where(inside, np.repeat(actions, lengths), np.uint8(Route.GRPO)),
         span_id=span_id,
         coverage=row_counts(inside, offsets) / np.maximum(lengths, 1),
         dropped_tokens=row_counts(marked & ~inside, offsets),

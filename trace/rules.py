@@ -88,18 +88,18 @@ def spans(response: Response) -> np.ndarray:
     segment, rank = np.array(named, dtype=np.int64).reshape(-1, 2).T
     count = max(response.token_segment.max(initial=-1), segment.max(initial=-1)) + 1
     marked = Marked(segment, rank, np.zeros_like(rank))
-    return within_cap(response.token_segment, int(count), marked, np.array([response.room]))
+    tokens = np.bincount(response.token_segment + 1, minlength=int(count) + 1)[1:]
+    return within_cap(response.token_segment, tokens, marked, np.array([response.room]))
 
 
 def within_cap(
-    token_segment: np.ndarray, segments: int, marked: Marked, room: np.ndarray
+    token_segment: np.ndarray, tokens: np.ndarray, marked: Marked, room: np.ndarray
 ) -> np.ndarray:
     """Rule spans of many responses, flat: (tokens,) int16.
 
-    token_segment: (tokens,) index into the segments of all rows, −1 for none; segments: how many
-    there are; marked: indices into them; room: (rows,) tokens that each row's cap lets through.
+    token_segment: (tokens,) index into the segments of all rows, −1 for none; tokens: (segments,)
+    how many each has; marked: indices into them; room: (rows,) tokens that a row's cap lets through.
     """
-    tokens = np.bincount(token_segment + 1, minlength=segments + 1)[1:]
     first = np.sort(np.unique(marked.segment, return_index=True)[1])  # named again, it adds nothing
     segment, rank, row = marked.segment[first], marked.rank[first], marked.row[first]
     room = room[row]
@@ -108,11 +108,11 @@ def within_cap(
     used = total - before[np.searchsorted(row, row)]  # of the row, this segment included
     # What does not fit has only larger sums behind it.
     whole, cut = used <= room, (used > room) & (used == tokens[segment])
-    rank_of = np.full(segments + 1, -1, dtype=np.int16)  # the last is that of no segment
+    rank_of = np.full(len(tokens) + 1, -1, dtype=np.int16)  # the last is that of no segment
     rank_of[segment[whole | cut]] = rank[whole | cut]
     span_id = rank_of[token_segment]
     if cut.any():
-        room_of = np.full(segments + 1, -1)
+        room_of = np.full(len(tokens) + 1, -1)
         room_of[segment[cut]] = room[cut]
         at = np.flatnonzero(room_of[token_segment] >= 0)
         at = at[np.argsort(token_segment[at], kind="stable")]
