@@ -137,7 +137,14 @@ class OnlineTables:
         elsewhere = config.weights_folder if isinstance(config, OpenAISampler) else None
         folder = Path(elsewhere) / run.id if elsewhere else run.local_path("weights")
         alone = self._ranks.count == 1 and not ahead
-        self._follower = open_follower(config, self._config.policy, self._tokenizer, folder, alone)
+        self._follower = open_follower(
+            config,
+            self._config.policy,
+            self._config.online.sampling,
+            self._tokenizer,
+            folder,
+            alone,
+        )
         return self._follower
 
     def _open_beside(self) -> tuple[Any, Any] | None:

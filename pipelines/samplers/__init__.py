@@ -5,7 +5,14 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from ...schemas.configs import OpenAISampler, PolicyConfig, Sampler, VllmSampler
+from ...schemas.configs import (
+    OpenAISampler,
+    PolicyConfig,
+    Sampler,
+    SamplingConfig,
+    VllmSampler,
+)
+from ...schemas.errors import InputError
 from ...trace.policy import Policy, load_policy, load_tokenizer
 from ...trace.protocols import Sampler as SamplerProtocol
 from ..models import resolve_policy
@@ -54,6 +61,7 @@ def open_sampler(
 def open_follower(
     config: OpenAISampler | VllmSampler,
     policy: PolicyConfig,
+    sampling: SamplingConfig,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     alone: bool,
@@ -65,12 +73,19 @@ def open_follower(
     process and its GPU.
 
     Raises:
-        InputError: a missing package or key, a server that can't be reached or can't follow.
+        InputError: a missing package or key, a server that can't be reached or can't follow,
+            sampling parameters under which vLLM gives no log-probabilities for a ratio.
     """
+    if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k > 0:
+        raise InputError(
+            "online.sampling: vLLM gives log-probabilities after top_p, top_k and greedy choice, "
+            "which no ratio can be formed with; set top_p=1, top_k=0 and a temperature above 0, or "
+            "train.sampler.engine=transformers"
+        )
     if isinstance(config, OpenAISampler):
         from .vllm_servers import VllmServersSampler
 
-        return VllmServersSampler(config, tokenizer, folder)
+        return VllmServersSampler(config, tokenizer, folder, sampling.temperature)
     from .vllm import VllmPolicySampler
 
     in_process = alone and config.tensor_parallel_size == 1

@@ -58,9 +58,13 @@ class OpenAIPolicySampler:
         model: str,
         tokenizer: PreTrainedTokenizerBase | None = None,
         admit: Callable[[str], None] | None = None,
+        logprobs_at_temperature: bool = False,
     ) -> None:
-        """tokenizer: the model's; None: looked for under its name. admit: see `Pool`."""
+        """tokenizer: the model's; None: looked for under its name. admit: see `Pool`.
+        logprobs_at_temperature: the server is known to report them so.
+        """
         self._config, self._model, self._admit = config, model, admit
+        self._at_temperature = logprobs_at_temperature
         self._where = ", ".join(config.servers)
         self._key = endpoint.read_key(config.api_key_env, "sampler.api_key_env")
         tokenizer = tokenizer or _local_tokenizer(model)
@@ -103,8 +107,8 @@ class OpenAIPolicySampler:
         schemas: Sequence[dict[str, Any]] | None,
     ) -> list[list[Completion]]:
         formats = [None] * len(prompts) if schemas is None else map(_response_format, schemas)
-        cut = sampling.temperature != 1 or sampling.top_p < 1 or sampling.top_k > 0
-        plain = schemas is None and not cut
+        heated = sampling.temperature == 1 or (self._at_temperature and sampling.temperature > 0)
+        plain = schemas is None and heated and sampling.top_p == 1 and not sampling.top_k
         slots = asyncio.Semaphore(self._config.concurrency)
         async with AsyncExitStack() as stack:
             call = _Call(Pool(self._config.servers, self._admit), {})

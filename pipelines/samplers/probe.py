@@ -21,6 +21,10 @@ _MOST_TOKENS = 256  # of each probe
 _LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 # A change is judged once its norm is this many times the rounding's; until then changes add up.
 _CLEAR = 4.0
+_GO_ON = (
+    "restart it and run the same command, which goes on from the last checkpoint, or take "
+    "sampler.engine=transformers"
+)
 
 
 class Probe:
@@ -66,10 +70,18 @@ class Probe:
         said = np.concatenate([np.asarray(row, dtype=np.float64) for row in scores])
         gap = float(np.abs(said - self._now).mean())
         if not gap <= self._limit:  # NaN too
-            raise InputError(
+            differs = (
                 f"{engine}: its log-probabilities differ from the trainer's by {gap:.2g} nats in "
-                f"the mean, above {self._limit:g}; let it serve policy.path in the trainer's "
-                "precision (policy.precision; vllm serve --dtype)"
+                f"the mean, above {self._limit:g}"
+            )
+            if engine in self._before:
+                raise InputError(
+                    f"{differs}, though they agreed before: it has taken over only a part of the "
+                    f"new weights; {_GO_ON}"
+                )
+            raise InputError(
+                f"{differs}; let it serve policy.path in the trainer's precision "
+                "(policy.precision; vllm serve --dtype)"
             )
         if engine not in self._before:
             self._before[engine] = self._now, said
@@ -85,8 +97,7 @@ class Probe:
             if share < 0.5:
                 raise InputError(
                     f"{engine}: still has old weights: it went along with {share:.0%} of the "
-                    "trainer's change since the last hand-over that could be judged; restart it "
-                    "and run the same command, which goes on from the last checkpoint"
+                    f"trainer's change since the last hand-over that could be judged; {_GO_ON}"
                 )
             self._before[engine] = self._now, said
         return gap

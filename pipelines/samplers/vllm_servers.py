@@ -39,12 +39,17 @@ class VllmServersSampler:
     """
 
     def __init__(
-        self, config: OpenAISampler, tokenizer: PreTrainedTokenizerBase, folder: Path
+        self,
+        config: OpenAISampler,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        temperature: float,
     ) -> None:
         """folder: for the weights alone; emptied now and removed by `close`.
 
         Raises:
-            InputError: a server can't be reached, or offers no update of its weights.
+            InputError: a server can't be reached, offers no update of its weights, or no
+                log-probabilities at the temperature.
         """
         self._config, self._folder = config, folder.resolve()
         shutil.rmtree(self._folder, ignore_errors=True)  # a run that was killed left its weights
@@ -58,7 +63,12 @@ class VllmServersSampler:
                     "start all servers with the same --served-model-name"
                 )
         self._model = names[0]
-        self._sampler = OpenAIPolicySampler(config, self._model, tokenizer, self._admit)
+        heated = temperature != 1
+        for server in config.servers if heated else ():
+            self._check_logprobs(server)
+        self._sampler = OpenAIPolicySampler(
+            config, self._model, tokenizer, self._admit, logprobs_at_temperature=heated
+        )
         # Unlike any version that another run left at a server.
         self._run = uuid4().hex
         self._version = ""
@@ -142,6 +152,15 @@ class VllmServersSampler:
         else:
             return cast(Any, models)["data"][0]["id"]
         raise InputError(f"{server}: can't be used ({said}); {_HOW}, or fix sampler.base_url")
+
+    def _check_logprobs(self, server: str) -> None:
+        told = self._clients[server].get("/server_info?config_format=json", cast_to=object)
+        mode = cast(Any, told)["vllm_config"]["model_config"]["logprobs_mode"]
+        if mode != "processed_logprobs":
+            raise InputError(
+                f"{server}: reports log-probabilities at temperature 1 ({mode}); start it with "
+                "--logprobs-mode processed_logprobs, or set online.sampling.temperature=1"
+            )
 
     def _is_there(self, server: str) -> bool:
         try:

@@ -7,22 +7,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ...trace.lora import has_adapters, merged_weights, transformers_model
+from ...trace.lora import has_adapters, merged_weights
 from ...trace.policy import Policy
 
 
 def policy_weights(policy: Policy) -> dict[str, torch.Tensor]:
     """Whole weights by name: the live tensors, or with adapters those merged on the CPU.
 
-    Tied ones come once, under the name that the model's own files have.
+    Tied ones come under each of their names: on CPU vLLM's output head is a copy of the embedding
+    in another layout, made anew only when the head's own name is loaded.
     """
     model = policy.model
     weights = model.state_dict()
     if has_adapters(model):
         (settings,) = model.peft_config.values()
         weights = merged_weights(weights, settings)
-    tied = transformers_model(model).all_tied_weights_keys
-    return {name: tensor for name, tensor in weights.items() if name not in tied}
+    return weights
 
 
 def write_weights(policy: Policy, folder: Path) -> None:
@@ -32,8 +32,8 @@ def write_weights(policy: Policy, folder: Path) -> None:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".weights-", dir=folder.parent))
-    weights = {
-        name: tensor.detach().to("cpu", policy.compute_dtype).contiguous()
+    weights = {  # copies: safetensors refuses tensors that share memory, as tied ones do
+        name: tensor.detach().to("cpu", policy.compute_dtype, copy=True).contiguous()
         for name, tensor in policy_weights(policy).items()
     }
     save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
