@@ -135,7 +135,7 @@ class OnlineTables:
                 "sampler.engine=openai (vLLM servers), or max_staleness=0"
             )
         elsewhere = config.weights_folder if isinstance(config, OpenAISampler) else None
-        folder = Path(elsewhere) / run.id if elsewhere else run.local_path("weights")
+        folder = Path(elsewhere) / run.id if elsewhere else run.local_path() / "weights"
         alone = self._ranks.count == 1 and not ahead
         self._follower = open_follower(
             config,
