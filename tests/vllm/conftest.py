@@ -25,7 +25,8 @@ from trace_opd.pipelines.stages import CONFIG_TYPES, run_stage
 from trace_opd.schemas.settings import load_config
 
 MODEL = os.environ.get("VLLM_TEST_MODEL", "smollm2")
-CONFIG = Path(__file__).parents[2] / "configs" / f"{MODEL}.yaml"
+ROOT = Path(__file__).parents[2]  # where bundled models are made
+CONFIG = ROOT / "configs" / f"{MODEL}.yaml"
 STEPS, GROUPS, GROUP_SIZE = 5, 2, 4
 # Weights move whatever the rewards are: the teacher, who reads the answer, is followed everywhere.
 TRAIN = [
@@ -152,14 +153,14 @@ class Lab:
         command = [sys.executable, "-P", "-m", "trace_opd.pipelines.cli", "train", str(CONFIG)]
         command += ["--store", str(self.root), *TRAIN, *overrides]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.root
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
         )
         self._started.append(process)
         return process
 
     def ended(self, process: subprocess.Popen, code: int = 0) -> str:
         """What a process that ends with the code has said, in one line."""
-        said, _ = process.communicate(timeout=590)
+        said, _ = process.communicate(timeout=1800)
         assert process.returncode == code, said[-3000:]
         return " ".join(said.split())
 
