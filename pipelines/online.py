@@ -1,25 +1,31 @@
 """What online training needs around the trainer: engines, and tables kept in the store."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from ..data.store import Dataset, Draft, Store, content_hash
-from ..schemas.configs import SelfAnnotator, TrainConfig
+from ..schemas.configs import OpenAISampler, SelfAnnotator, TrainConfig, TransformersSampler
+from ..schemas.errors import InputError
 from ..schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
+from ..trace.ahead import Ahead, Following
 from ..trace.align import byte_table
 from ..trace.online import OnlineSource
 from ..trace.policy import Policy
 from ..trace.ranks import Ranks
 from ..trace.rules import needs_annotations
+from ..trace.schedule import kl_weight
 from ..trace.shared_online import SharedOnline
+from ..trace.trainer import Online
 from .annotators import open_annotator
 from .annotators.policy import annotating_policy
 from .annotators.rows import skipped_annotations
 from .rollout import rollouts_table
-from .samplers import open_sampler
+from .samplers import Follower, open_follower, open_sampler
+from .samplers.probe import Probe
 from .samplers.transformers import TransformersPolicySampler
 from .verify import MathVerifier
 
@@ -31,6 +37,7 @@ _ONLINE_TABLES = (
     ("annotations", "annotate", ANNOTATIONS, ("verdicts", "rollouts", "problems")),
     ("routed", "convert", ROUTED, ("annotations", "verdicts", "rollouts", "problems")),
 )
+_PROBES = 4  # problems whose tokens prove that an engine follows
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,19 @@ class OnlineTables:
         self._config = config
         self._first = config.offline.steps
         self._problems = inputs["problems"].read()
-        self._sampler = TransformersPolicySampler(policy, config.sampler.batch_tokens)
         self._tokenizer = policy.tokenizer
-        self._engines = None
+        self._engines: _Engines | None = None
+        self._follower: Follower | None = None
+        self._ahead: Ahead | None = None
+        beside = self._open_beside() if self._ranks.first else None
+        # Of servers the first rank alone asks.
+        served = isinstance(config.sampler, OpenAISampler)
+        if self._ranks.first or not served:
+            self._sampler = self._open_sampler(policy, run)
         source = None
         if self._ranks.first:
             self._drafts = _online_drafts(store, run, inputs["problems"])
-            self._engines = self._open_engines(run)
+            self._engines = self._open_engines(run, beside)
             source = OnlineSource(
                 problems=self._step_problems,
                 sample=self._sample,
@@ -77,33 +90,89 @@ class OnlineTables:
                 write=self._write,
                 refill_rounds=online.refill_rounds,
             )
-        if self._ranks.count > 1:
-            source = SharedOnline(source, self._sample, self._ranks)
-        assert source is not None, "one rank is the first"
-        self.source = source
+        self.source = self._shared(source, served, policy)
 
-    def _open_engines(self, run: Draft) -> _Engines:
+    def _shared(self, source: OnlineSource | None, served: bool, policy: Policy) -> Online:
+        """The source as the trainer calls it: the sampler follows the weights, ranks share.
+
+        Servers follow the first rank's; engines of the ranks' own follow on each.
+        """
+        own: Online | None = source
+        if served and source is not None:
+            own = self._following(source, policy)
+        if self._ranks.count > 1:
+            own = SharedOnline(own, None if served else self._sample, self._ranks)
+        assert own is not None, "one rank is the first"
+        return own if served else self._following(own, policy)
+
+    def _following(self, source: Online, policy: Policy) -> Online:
+        follower = self._follower
+        if follower is None:
+            return source
+        texts = [str(text) for text in self._problems["problem"].slice(0, _PROBES).to_pylist()]
+        probe = Probe(policy.tokenizer, self._config.prompt, texts)
+
+        def follow() -> None:
+            probe.ask(policy)
+            follower.follow(policy, probe)
+
+        if not self._config.online.max_staleness:
+            return Following(source, follow, follower.rest)
+        schedule = self._config.schedule
+        last = self._config.offline.steps + self._config.online.steps
+        self._ahead = Ahead(source, follow, lambda step: kl_weight(step, schedule) > 0, last)
+        return self._ahead
+
+    def _open_sampler(self, policy: Policy, run: Draft) -> Any:
+        """The engine of the rollouts; kept as the follower too where it has weights of its own."""
+        config = self._config.sampler
+        if isinstance(config, TransformersSampler):
+            return TransformersPolicySampler(policy, config.batch_tokens)
+        ahead = self._config.online.max_staleness > 0
+        if ahead and self._ranks.count > 1 and not isinstance(config, OpenAISampler):
+            raise InputError(
+                "online.max_staleness: is 1 under several ranks, which sample together; take "
+                "sampler.engine=openai (vLLM servers), or max_staleness=0"
+            )
+        elsewhere = config.weights_folder if isinstance(config, OpenAISampler) else None
+        folder = Path(elsewhere) / run.id if elsewhere else run.local_path() / "weights"
+        alone = self._ranks.count == 1 and not ahead
+        self._follower = open_follower(
+            config,
+            self._config.policy,
+            self._config.online.sampling,
+            self._tokenizer,
+            folder,
+            alone,
+        )
+        return self._follower
+
+    def _open_beside(self) -> tuple[Any, Any] | None:
+        """Sampler and tokenizer of the policy that annotates beside the student, if one does.
+
+        Before the student's: of vLLM's engines the one in this process has to be the last.
+        """
+        online = self._config.online
+        if not needs_annotations(online.routing) or not isinstance(online.annotator, SelfAnnotator):
+            return None
+        beside = annotating_policy(online.annotator, self._config.policy)
+        return None if beside is None else open_sampler(online.annotator.sampler, beside)
+
+    def _open_engines(self, run: Draft, beside: tuple[Any, Any] | None) -> _Engines:
         online = self._config.online
         if not needs_annotations(online.routing):
             return _Engines(MathVerifier(online.verify), None, None)
-        sampler, tokenizer, own = self._sampler, self._tokenizer, None
-        annotator = online.annotator
-        if isinstance(annotator, SelfAnnotator):
-            # Beside the student, unless the student itself annotates.
-            beside = annotating_policy(annotator, self._config.policy)
-            if beside is not None:
-                sampler, tokenizer = open_sampler(annotator.sampler, beside)
-                own = sampler
+        sampler, tokenizer = beside or (self._sampler, self._tokenizer)
         return _Engines(
             MathVerifier(online.verify),
             open_annotator(
-                annotator,
+                online.annotator,
                 online.segment,
                 journal=run.local_path("journal"),
                 sampler=sampler,
                 tokenizer=tokenizer,
             ),
-            own,
+            None if beside is None else sampler,
         )
 
     def _step_problems(self, step: int, refill: int) -> pa.Table:
@@ -162,10 +231,13 @@ class OnlineTables:
         }
 
     def close(self) -> None:
-        if self._engines is None:
-            return
-        self._engines.verifier.close()
-        for engine in (self._engines.annotator, self._engines.annotator_sampler):
+        if self._ahead is not None:
+            self._ahead.close()
+        engines: list[Any] = [self._follower]
+        if self._engines is not None:
+            engines += [self._engines.verifier, self._engines.annotator]
+            engines += [self._engines.annotator_sampler]
+        for engine in engines:
             if engine is not None:
                 engine.close()
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from rich.table import Table
 
-from ..schemas.configs import TrainConfig
+from ..schemas.configs import TrainConfig, TransformersSampler
 from ..schemas.errors import InputError
 from ..trace.fused import BUFFER_BYTES
 from .model_shape import ModelShape, model_shape
@@ -139,7 +139,9 @@ def predict_memory(where: Setting) -> Memory:
     # PyTorch's AdamW works on all weights at once on CUDA, on one after another on the CPU.
     temporary = trained if where.device == "cuda" else 8 * shape.head
     update = {"gradients": trained, "AdamW temporaries": temporary}
-    return Memory(held, training, update, _sampling(where) if config.online.steps else {})
+    # What vLLM's engine holds is its own setting (gpu_memory_utilization), or on another machine.
+    sampling = config.online.steps and isinstance(config.sampler, TransformersSampler)
+    return Memory(held, training, update, _sampling(where) if sampling else {})
 
 
 def _in_flight(where: Setting) -> dict[str, int]:
@@ -175,7 +177,7 @@ def _sampling(where: Setting) -> dict[str, int]:
     config, shape, low = where.config, where.shape, where.bfloat16
     limit = where.prompt_tokens + config.online.sampling.max_new_tokens
     rows = -(-config.groups_per_step * config.online.group_size // where.gpus)
-    rows = min(rows, max(1, config.sampler.batch_tokens // limit))
+    rows = min(rows, _rows_at_once(config, limit))
     # Keys come out of float32 rotary embeddings; values of the projection, in its precision.
     entry = shape.keys * ((6 if low else 8) if where.weight_bytes == 4 else 4)
     parts = {
@@ -188,6 +190,13 @@ def _sampling(where: Setting) -> dict[str, int]:
     if low and config.lora is None:
         parts["bfloat16 weights"] = 2 * (shape.linear + shape.head)
     return parts
+
+
+def _rows_at_once(config: TrainConfig, limit: int) -> int:
+    """Responses that the sampler works on together; limit: tokens of a prompt and a response."""
+    if isinstance(config.sampler, TransformersSampler):
+        return max(1, config.sampler.batch_tokens // limit)
+    return config.groups_per_step * config.online.group_size
 
 
 def predict_seconds(where: Setting, flops: float, bandwidth: float) -> dict[str, float]:
@@ -213,7 +222,7 @@ def predict_seconds(where: Setting, flops: float, bandwidth: float) -> dict[str,
     if config.online.steps:
         responses = config.groups_per_step * config.online.group_size / where.gpus
         limit = where.prompt_tokens + config.online.sampling.max_new_tokens
-        rows = min(responses, max(1, config.sampler.batch_tokens // limit))
+        rows = min(responses, _rows_at_once(config, limit))
         weights = (2 if where.bfloat16 else 4) * (shape.linear + shape.head)
         one = max(weights / bandwidth, rows * (forward + 2 * shape.head) / flops)
         seconds["sampling"] = responses / rows * where.response_tokens * one

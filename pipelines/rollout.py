@@ -97,7 +97,7 @@ def policy_identity(sampler: SamplerConfig, policy: PolicyConfig) -> list[str]:
     """
     if isinstance(sampler, OpenAISampler):
         read_key(sampler.api_key_env, "sampler.api_key_env")
-        return [sampler.base_url, policy.path]
+        return [*sampler.servers, policy.path]
     path = resolve_policy(policy.path)
     render_chat(load_tokenizer(path, policy.trust_remote_code), [{"role": "user", "content": ""}])
     return [weights_revision(path)]

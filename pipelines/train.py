@@ -63,6 +63,8 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
     student_prompt(tokenizer, config.prompt, "")
     semantic = config.semantic()
     semantic["policy"] = weights_revision(path)
+    # Where an engine runs and what it is given to run with: a run may go on at other servers.
+    semantic["sampler"] = {"engine": config.sampler.engine}
     inputs = {}
     if config.offline.steps:
         inputs["routed"] = routed = store.get(config.offline.routed, ROUTED)
@@ -251,7 +253,7 @@ class _Refreshed:
 
     def collect(
         self, step: int, with_teacher: bool, phase: Callable[[str], None]
-    ) -> tuple[pa.Table, dict[str, int]]:
+    ) -> tuple[pa.Table, dict[str, float]]:
         phase("weights")
         copy_weights(self.trainer.student, self.packed)
         self.replica.info = self.trainer.policy.info

@@ -63,7 +63,7 @@ class OnlineSource:
 
     def collect(
         self, step: int, with_teacher: bool, phase: Callable[[str], None]
-    ) -> tuple[pa.Table, dict[str, int]]:
+    ) -> tuple[pa.Table, dict[str, float]]:
         """The routed table of one step, and counts for its metrics.
 
         Without a teacher (λ is 0) nothing is annotated and the table is plain GRPO's. All that was
@@ -95,7 +95,10 @@ class OnlineSource:
             "routed": routed,
         }
         self.write(step, tables if annotations is None else tables | {"annotations": annotations})
-        return routed, {"groups_replaced": pc.count_distinct(replaced.rollouts["group_id"]).as_py()}
+        return routed, {
+            "groups_replaced": pc.count_distinct(replaced.rollouts["group_id"]).as_py(),
+            "staleness": step - pc.min(judged.rollouts["policy_step"]).as_py(),
+        }
 
     def _dynamic_sample(
         self, step: int, phase: Callable[[str], None]

@@ -1,4 +1,6 @@
-"""Online steps under several ranks: all of them sample, the first does everything else."""
+"""Online steps under several ranks: all of them sample, the first does everything else; or servers
+sample, and the first does all.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,19 +9,21 @@ import pyarrow as pa
 
 from .online import OnlineSource
 from .ranks import Ranks
+from .trainer import Online
 
 
 class SharedOnline:
     """An online source whose sampling is spread over the ranks.
 
     source: the first rank's, None on the others; its own `sample` is replaced. sample: (problems,
-    step) -> rollouts by this rank's copy of the current weights.
+    step) -> rollouts by this rank's copy of the current weights; None: the source samples as it is,
+    and need not be an OnlineSource.
     """
 
     def __init__(
         self,
-        source: OnlineSource | None,
-        sample: Callable[[pa.Table, int], pa.Table],
+        source: OnlineSource | Online | None,
+        sample: Callable[[pa.Table, int], pa.Table] | None,
         ranks: Ranks,
     ) -> None:
         self._source = source
@@ -28,11 +32,15 @@ class SharedOnline:
 
     def collect(
         self, step: int, with_teacher: bool, phase: Callable[[str], None]
-    ) -> tuple[pa.Table, dict[str, int]]:
+    ) -> tuple[pa.Table, dict[str, float]]:
         """The step's routed table and counts (`OnlineSource.collect`), the same on every rank."""
         if self._source is None:
             return self._follow()
-        made = self._source.spread(self._lead).collect(step, with_teacher, phase)
+        source = self._source
+        if self._sample is not None:
+            assert isinstance(source, OnlineSource), "only that one can sample in another way"
+            source = source.spread(self._lead)
+        made = source.collect(step, with_teacher, phase)
         self._ranks.broadcast((None, made))
         return made
 
@@ -53,5 +61,6 @@ class SharedOnline:
         index, count = self._ranks.index, self._ranks.count
         begin, end = (len(problems) * edge // count for edge in (index, index + 1))
         share = problems.slice(begin, end - begin)
+        assert self._sample is not None
         rollouts = self._sample(share, step) if len(share) else None
         return pa.concat_tables(part for part in self._ranks.gather(rollouts) if part is not None)

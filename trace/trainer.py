@@ -56,7 +56,7 @@ class Online(Protocol):
 
     def collect(
         self, step: int, with_teacher: bool, phase: Callable[[str], None]
-    ) -> tuple[Any, dict[str, int]]: ...
+    ) -> tuple[Any, dict[str, float]]: ...
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Trainer:
             # Ranks have to stop at the same place: together only between steps.
             clock = _PhaseClock(stopping if self.ranks.count == 1 else lambda: False)
             kl = kl_weight(step, self.config.schedule)
-            counts: dict[str, int] = {}
+            counts: dict[str, float] = {}
             if step < self.config.offline.steps:
                 assert offline is not None, "offline steps need routed tables"
                 clock("read")

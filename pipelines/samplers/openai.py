@@ -8,7 +8,9 @@ a reasoning parser, which would take the thinking out.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import openai
@@ -28,29 +30,51 @@ from ...trace.policy import policy_info
 from ...trace.protocols import Completion, PolicyInfo, Prompt
 from .. import endpoint
 from .constrained import with_fixed_whitespace
+from .pool import Pool, server_failed
 
 logger = logging.getLogger(__name__)
 
 _UNREACHABLE_ATTEMPTS = 5
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What the requests of one call share: a client lives as long as its event loop."""
+
+    pool: Pool
+    clients: dict[str, openai.AsyncOpenAI]
+
+
 class OpenAIPolicySampler:
-    """Samples a model by the name under which an endpoint serves it.
+    """Samples a model by the name under which an endpoint, or each of several, serves it.
 
     The policy's fingerprints are the model's if the name is a folder, or a hub id in the local
     cache. Otherwise the endpoint stands for the weights and the vocabulary is unknown.
     """
 
-    def __init__(self, config: OpenAISampler, model: str) -> None:
-        self._config, self._model = config, model
+    def __init__(
+        self,
+        config: OpenAISampler,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        admit: Callable[[str], None] | None = None,
+        logprobs_at_temperature: bool = False,
+    ) -> None:
+        """tokenizer: the model's; None: looked for under its name. admit: see `Pool`.
+        logprobs_at_temperature: the server is known to report them so.
+        """
+        self._config, self._model, self._admit = config, model, admit
+        self._at_temperature = logprobs_at_temperature
+        self._where = ", ".join(config.servers)
         self._key = endpoint.read_key(config.api_key_env, "sampler.api_key_env")
-        tokenizer = _local_tokenizer(model)
+        tokenizer = tokenizer or _local_tokenizer(model)
         if tokenizer is None:
             self._bytes = None
-            self.policy = PolicyInfo(model, config.base_url)
+            self.policy = PolicyInfo(model, self._where)
         else:
             self._bytes = byte_table(tokenizer)
             self.policy = policy_info(model, tokenizer)
+        self.servers_up: frozenset[str] = frozenset()  # at the end of the last call
         self._extended = True  # until the server refuses a request for its extra fields
 
     def sample(
@@ -83,20 +107,18 @@ class OpenAIPolicySampler:
         schemas: Sequence[dict[str, Any]] | None,
     ) -> list[list[Completion]]:
         formats = [None] * len(prompts) if schemas is None else map(_response_format, schemas)
-        cut = sampling.temperature != 1 or sampling.top_p < 1 or sampling.top_k > 0
-        plain = schemas is None and not cut
+        heated = sampling.temperature == 1 or (self._at_temperature and sampling.temperature > 0)
+        plain = schemas is None and heated and sampling.top_p == 1 and not sampling.top_k
         slots = asyncio.Semaphore(self._config.concurrency)
-        async with openai.AsyncOpenAI(
-            base_url=self._config.base_url,
-            api_key=self._key or "none",  # without one the client would look for OPENAI_API_KEY
-            timeout=self._config.timeout_s,
-            max_retries=0,  # the client's own retries also repeat an exhausted quota
-        ) as client:
+        async with AsyncExitStack() as stack:
+            call = _Call(Pool(self._config.servers, self._admit), {})
+            for server in self._config.servers:
+                call.clients[server] = await stack.enter_async_context(self._client(server))
 
             async def one(prompt: Prompt, form: dict[str, Any] | None, seed: int) -> Completion:
                 request = self._fields(prompt, sampling, form, seed)
                 async with slots:
-                    reply = await self._request(client, request, prompt, sampling)
+                    reply = await self._request(call, request, prompt, sampling)
                 return self._completion(reply, plain)
 
             async def group(
@@ -104,7 +126,17 @@ class OpenAIPolicySampler:
             ) -> list[Completion]:
                 return await asyncio.gather(*(one(prompt, form, seed) for seed in own))
 
-            return await asyncio.gather(*map(group, prompts, formats, seeds))
+            completions = await asyncio.gather(*map(group, prompts, formats, seeds))
+            self.servers_up = call.pool.up
+            return completions
+
+    def _client(self, server: str) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=server,
+            api_key=self._key or "none",  # without one the client would look for OPENAI_API_KEY
+            timeout=self._config.timeout_s,
+            max_retries=0,  # the client's own retries also repeat an exhausted quota
+        )
 
     def _fields(
         self, prompt: Prompt, sampling: SamplingConfig, form: dict[str, Any] | None, seed: int
@@ -123,7 +155,7 @@ class OpenAIPolicySampler:
 
     async def _request(
         self,
-        client: openai.AsyncOpenAI,
+        call: _Call,
         request: dict[str, Any],
         prompt: Prompt,
         sampling: SamplingConfig,
@@ -131,42 +163,58 @@ class OpenAIPolicySampler:
         """One response; without the extra fields if the server refuses them and only them."""
         if self._extended:
             try:
-                return await self._send(client, request, _extra_fields(prompt, sampling))
+                return await self._send(call, request, _extra_fields(prompt, sampling))
             except (openai.BadRequestError, openai.UnprocessableEntityError):
-                reply = await self._send(client, request, {})
+                reply = await self._send(call, request, {})
             if self._extended:  # else another request in flight found out first
-                logger.warning("%s: gives no token ids (unknown fields)", self._config.base_url)
+                logger.warning("%s: gives no token ids (unknown fields)", self._where)
             self._extended = False
             if not sampling.top_k:
                 return reply
         if sampling.top_k:
             raise InputError(
-                f"{self._config.base_url}: does not know top_k; set sampling.top_k=0 or use "
-                "another server"
+                f"{self._where}: does not know top_k; set sampling.top_k=0 or use another server"
             )
-        return await self._send(client, request, {})
+        return await self._send(call, request, {})
 
     async def _send(
-        self, client: openai.AsyncOpenAI, request: dict[str, Any], extra: dict[str, Any]
+        self, call: _Call, request: dict[str, Any], extra: dict[str, Any]
     ) -> ChatCompletion:
-        """Repeats what may pass (rate limits, server and connection errors) for `timeout_s`."""
+        """Repeats what may pass (rate limits, server and connection errors) for `timeout_s`; what a
+        server failed to answer goes to another at once.
+        """
+
+        def elsewhere(state: RetryCallState) -> bool:
+            return bool(call.pool.up) and server_failed(_error(state))
+
+        def give_up(state: RetryCallState) -> bool:
+            """After `timeout_s`; sooner if no server is there at all, rather than busy."""
+            if elsewhere(state):
+                return False
+            absent = isinstance(_error(state), openai.APIConnectionError)
+            if absent and state.attempt_number >= _UNREACHABLE_ATTEMPTS:
+                return True
+            return (state.seconds_since_start or 0.0) >= self._config.timeout_s
+
         retrying = AsyncRetrying(
             retry=retry_if_exception(endpoint.may_pass),
-            wait=endpoint.wait_s,
-            stop=self._give_up,
+            wait=lambda state: 0.0 if elsewhere(state) else endpoint.wait_s(state),
+            stop=give_up,
             before_sleep=self._tell,
             reraise=True,
         )
 
         async def attempt() -> ChatCompletion:
-            reply = await client.chat.completions.create(**request, extra_body=extra)
+            async with call.pool.server() as server:
+                completions = call.clients[server].chat.completions
+                reply = await completions.create(**request, extra_body=extra)
             if not reply.choices:
                 raise endpoint.NotACompletion(reply.model_dump_json())
             said = " ".join(choice.message.content or "" for choice in reply.choices)
             said = said.encode("utf-8", "surrogatepass")
             if endpoint.without_key(said, self._key) != said:
                 raise InputError(
-                    f"{self._config.base_url}: sends the API key back in a response, which would "
+                    f"{self._where}: sends the API key back in a response, which would "
                     "become data; use another server"
                 )
             return reply
@@ -174,19 +222,11 @@ class OpenAIPolicySampler:
         return await retrying(attempt)
 
     def _tell(self, state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
+        error = _error(state)
         if error is not None and state.next_action is not None:
             said = endpoint.sentence(error, self._key)
             pause_s = state.next_action.sleep
-            logger.warning("%s: %s; again in %.1f s", self._config.base_url, said, pause_s)
-
-    def _give_up(self, state: RetryCallState) -> bool:
-        """After `timeout_s`; sooner if the server is not there at all, rather than busy."""
-        error = state.outcome.exception() if state.outcome else None
-        absent = isinstance(error, openai.APIConnectionError)
-        if absent and state.attempt_number >= _UNREACHABLE_ATTEMPTS:
-            return True
-        return (state.seconds_since_start or 0.0) >= self._config.timeout_s
+            logger.warning("%s: %s; again in %.1f s", self._where, said, pause_s)
 
     def _completion(self, reply: ChatCompletion, plain: bool) -> Completion:
         """plain: neither temperature nor truncation nor a schema stands between the policy and its
@@ -210,7 +250,7 @@ class OpenAIPolicySampler:
         return Completion(text, reason, ids, logprobs, prompt_ids)
 
     def _explain(self, error: Exception) -> str:
-        url, key = self._config.base_url, self._config.api_key_env
+        url, key = self._where, self._config.api_key_env
         said = f"({endpoint.sentence(error, self._key)})"
         match error:
             case openai.AuthenticationError() | openai.PermissionDeniedError():
@@ -233,6 +273,10 @@ class OpenAIPolicySampler:
                     "outputs, or sample without a schema"
                 )
         return f"{url}: refuses or fails to answer a request for model {self._model} {said}"
+
+
+def _error(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome else None
 
 
 def _local_tokenizer(model: str) -> PreTrainedTokenizerBase | None:

@@ -1,28 +1,39 @@
 """Sampling with vLLM's offline engine: one call for all prompts of a part.
 
-vLLM runs its engine in a child process that belongs to the sampler and ends with `close`.
+vLLM runs its engine in a child process that belongs to the sampler and ends with `close`, or in
+this process, where the trainer's weights can be handed over without a file.
 """
 
+import logging
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from llguidance.hf import from_tokenizer
 
 from ...schemas.configs import Precision, SamplingConfig, VllmSampler
 from ...schemas.errors import InputError
 from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
-from ...trace.policy import choose_device, choose_dtype, load_tokenizer, policy_info
+from ...trace.policy import Policy, choose_device, choose_dtype, load_tokenizer, policy_info
 from ...trace.prompt import render_chat
 from ...trace.protocols import Completion, Prompt
 from .constrained import with_fixed_whitespace
+from .probe import Probe
+from .weights import bytes_of, memory_folder, policy_weights, write_weights
 
 # On CPU vLLM would claim `gpu_memory_utilization` of the whole machine's memory.
 _CPU_KV_CACHE_GIB = 4.0
 _QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+_TORCHRUN = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
 
 
 class VllmPolicySampler:
@@ -38,8 +49,15 @@ class VllmPolicySampler:
         path: str,
         precision: Precision = "auto",
         trust_remote_code: bool = False,
+        *,
+        in_process: bool = False,
+        sleeps: bool = False,
     ) -> None:
-        """Raises InputError if vLLM is not installed or there is no model at the path."""
+        """in_process: no child process; one such engine at a time. sleeps: `rest` frees the GPU.
+
+        Raises:
+            InputError: vLLM is not installed, or there is no model at the path.
+        """
         if find_spec("vllm") is None:
             raise InputError(
                 "sampler vllm: vLLM is not installed; `pip install vllm` on a machine with GPUs, "
@@ -53,21 +71,28 @@ class VllmPolicySampler:
         self.policy = policy_info(path, self._tokenizer)
         device = choose_device("auto")
         cache_gib = config.kv_cache_gib or (_CPU_KV_CACHE_GIB if device.type == "cpu" else None)
-        self._llm = self._vllm.LLM(
-            path,
-            load_format="safetensors",
-            trust_remote_code=trust_remote_code,
-            dtype=str(choose_dtype(precision, device)).removeprefix("torch."),
-            max_model_len=config.max_model_len,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            kv_cache_memory_bytes=None if cache_gib is None else int(cache_gib * 2**30),
-            tensor_parallel_size=config.tensor_parallel_size,
-            seed=config.seed,
-            # After temperature, as the protocol wants them; raw ones are before it.
-            logprobs_mode="processed_logprobs",
-            # The engine's default lets a schema's whitespace free, without an end.
-            structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
-        )
+        self._in_process = in_process
+        self._sleeps, self._sleeping = sleeps and device.type == "cuda", False
+        # On CPU the engine replaces this by a function that does nothing.
+        self._set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+        with _environment(in_process, device.type == "cuda"):
+            self._llm = self._vllm.LLM(
+                path,
+                load_format="safetensors",
+                trust_remote_code=trust_remote_code,
+                dtype=str(choose_dtype(precision, device)).removeprefix("torch."),
+                max_model_len=config.max_model_len,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                kv_cache_memory_bytes=None if cache_gib is None else int(cache_gib * 2**30),
+                tensor_parallel_size=config.tensor_parallel_size,
+                seed=config.seed,
+                enable_sleep_mode=self._sleeps,
+                # After temperature, as the protocol wants them; raw ones are before it.
+                logprobs_mode="processed_logprobs",
+                # The engine's default lets a schema's whitespace free, without an end.
+                structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
+            )
+        self._set_num_threads(threads)
 
     def sample(
         self,
@@ -116,9 +141,60 @@ class VllmPolicySampler:
         completions = iter([self._completion(output) for output in outputs])
         return [[next(completions) for _ in own] for own in seeds]
 
+    def follow(self, policy: Policy, probe: Probe) -> None:
+        """Take over a policy's weights and identity, and prove it. See `Follower`."""
+        if self._sleeping:
+            torch.cuda.empty_cache()
+            self._llm.wake_up(tags=["weights"])
+        self._load(policy)
+        if self._sleeping:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._sleeping = False
+        self._llm.reset_prefix_cache()
+        probe.check("vLLM's engine", self._score(probe.token_ids))
+        self.policy = policy.info
+
+    def rest(self) -> None:
+        """Let go of weights and cache until the next `follow`, where the engine may sleep."""
+        if self._sleeps and not self._sleeping:
+            self._llm.sleep(level=2)
+            self._sleeping = True
+
     def close(self) -> None:
         """End the engine and free its memory."""
         self._llm.llm_engine.engine_core.shutdown()
+        if self._in_process:
+            del self._llm
+            import_module("vllm.distributed").cleanup_dist_env_and_memory()
+        torch.set_num_threads = self._set_num_threads
+
+    def _load(self, policy: Policy) -> None:
+        """Not the model's own load_weights: on CPU the engine computes with copies of the weights
+        in another layout, which only its reload makes again.
+        """
+        if self._in_process:
+            weights = list(policy_weights(policy).items())
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            return
+        room = memory_folder(bytes_of(policy))
+        try:
+            write_weights(policy, room / "weights")
+            path = str(room / "weights")
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        finally:
+            shutil.rmtree(room)
+
+    def _score(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        """The log-probability of each token but the first, given those before it."""
+        outputs = self._llm.generate(
+            [self._vllm.TokensPrompt(prompt_token_ids=ids) for ids in rows],
+            self._vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
+            use_tqdm=False,
+        )
+        return [
+            [step[i].logprob for step, i in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+            for output, ids in zip(outputs, rows, strict=True)
+        ]
 
     def _structures(self, schemas: Sequence[dict[str, Any]] | None, count: int) -> list[Any]:
         """vLLM's constraint per prompt, None where there is none."""
@@ -157,3 +233,38 @@ class VllmPolicySampler:
         reason = FinishReason.STOP if sample.finish_reason == "stop" else FinishReason.LENGTH
         prompt_ids = list(output.prompt_token_ids)
         return Completion(self._bytes.text(ids), reason, ids, logprobs, prompt_ids)
+
+
+@contextmanager
+def _environment(in_process: bool, on_gpu: bool) -> Iterator[None]:
+    """What vLLM reads of the environment while it starts an engine."""
+    during: dict[str, str | None] = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1"}
+    # An engine's process is none of torchrun's, but it works on the GPU of the rank it belongs to.
+    if on_gpu and (rank := os.environ.get("LOCAL_RANK")) is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        during["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(rank)] if visible else rank
+    for variable in os.environ:
+        if variable.startswith("TORCHELASTIC_") or variable in _TORCHRUN:
+            during[variable] = None
+    before = {variable: os.environ.get(variable) for variable in during}
+    _set_variables(during)
+    try:
+        yield
+    finally:
+        _set_variables(before)
+
+
+def _set_variables(values: dict[str, str | None]) -> None:
+    for variable, value in values.items():
+        if value is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = value
+
+
+def _without_rotary(record: logging.LogRecord) -> bool:
+    """Rotary embeddings have no weights; vLLM warns that it loaded none at each reload."""
+    return "RotaryEmbedding" not in record.getMessage()
+
+
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter(_without_rotary)

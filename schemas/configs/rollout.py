@@ -83,12 +83,25 @@ class TransformersSampler(Config):
 
 class OpenAISampler(Config):
     engine: Literal["openai"] = Field(description="Sampling engine.")
-    base_url: EndpointUrl = Field(description="Endpoint, e.g. http://localhost:8000/v1.")
+    base_url: EndpointUrl | Annotated[list[EndpointUrl], Field(min_length=1)] = Field(
+        description="Endpoint, e.g. http://localhost:8000/v1, or a list of them that serve the same "
+        "model: requests go to the least busy, and to another when one fails."
+    )
     api_key_env: KeyVariable | None = Field(
         default=None, description="Environment variable that holds the key; None sends no key."
     )
     concurrency: int = operational(32, "Requests in flight.", ge=1)
     timeout_s: float = operational(600.0, "Seconds before a request is given up.", gt=0)
+    weights_folder: str | None = operational(
+        None,
+        "In training: folder that trainer and vLLM servers both see, under the same path, through "
+        "which new weights pass; None: one in the run's own folder.",
+    )
+
+    @property
+    def servers(self) -> list[str]:
+        """Each endpoint's address."""
+        return self.base_url if isinstance(self.base_url, list) else [self.base_url]
 
 
 class VllmSampler(Config):

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from ..labels import KlClip
 from .annotate import Annotator, RoutingConfig, SegmentConfig, SelfAnnotator, VerifyConfig
 from .base import Config, operational
-from .rollout import PolicyConfig, PromptConfig, SamplingConfig, TransformersSampler
+from .rollout import PolicyConfig, PromptConfig, Sampler, SamplingConfig, TransformersSampler
 
 
 class ScheduleConfig(Config):
@@ -126,6 +126,13 @@ class OnlineConfig(Config):
         description="Dynamic sampling: times that groups without signal are replaced by groups of "
         "other problems before the step goes on with what it has.",
     )
+    max_staleness: int = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="1: the next step's rollouts are made while a step trains, by the weights as of "
+        "its beginning, one step behind; needs train.sampler vllm or openai.",
+    )
     sampling: SamplingConfig = Field(default=SamplingConfig(), description="Sampling parameters.")
     verify: VerifyConfig = Field(default=VerifyConfig(), description="Verification.")
     annotator: Annotator = Field(
@@ -163,8 +170,10 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = operational(
         False, "Recompute activations in the backward pass instead of keeping them."
     )
-    sampler: TransformersSampler = Field(
-        default=TransformersSampler(), description="Engine of online rollouts (the live weights)."
+    sampler: Sampler = Field(
+        default=TransformersSampler(),
+        description="Engine of online rollouts: transformers samples with the trainer's own weights; "
+        "vllm and openai (vLLM servers) get a copy of them before each step.",
     )
     checkpoint_every: int = operational(50, "Steps between checkpoints.", ge=1)
     checkpoints_kept: int = operational(2, "Newest checkpoints that stay on disk.", ge=1)
@@ -176,4 +185,9 @@ class TrainConfig(Config):
     def _some_steps(self) -> "TrainConfig":
         if self.offline.steps + self.online.steps == 0:
             raise ValueError("offline.steps and online.steps are both 0; give one of them steps")
+        if self.online.max_staleness and isinstance(self.sampler, TransformersSampler):
+            raise ValueError(
+                "online.max_staleness is 1 but sampler.engine=transformers samples with the weights "
+                "that train; take engine vllm or openai, or max_staleness=0"
+            )
         return self

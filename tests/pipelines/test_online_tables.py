@@ -10,6 +10,7 @@ from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.online import OnlineTables
 from trace_opd.pipelines.stages import CONFIG_TYPES, run_stage
 from trace_opd.schemas.configs import TrainConfig
+from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config
 from trace_opd.trace.policy import load_policy
 
@@ -108,3 +109,31 @@ def test_a_routing_that_looks_at_no_annotation_opens_no_annotator(root, monkeypa
     online.close()
     annotations: Dataset = store.get(online.finish()["annotations"])
     assert set(annotations.read()["status"].to_pylist()) == {"skipped"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["sampler={engine: vllm}", "online.sampling.top_k=5"], "set top_p=1, top_k=0"),
+        (["sampler={engine: openai, base_url: 'http://127.0.0.1:9/v1'}"], "can't be used"),
+    ],
+)
+def test_a_sampler_that_cannot_serve_training_is_refused_before_the_first_step(
+    root, overrides, said
+):
+    with pytest.raises(InputError, match=said):
+        tables_of(root, config_of("seed=5", *overrides))
+
+
+def test_one_step_ahead_needs_a_sampler_with_weights_of_its_own():
+    with pytest.raises(InputError, match="samples with the weights that train"):
+        config_of("online.max_staleness=1")
+
+
+def test_where_an_engine_runs_is_not_what_is_made(root):
+    refs = set()
+    for url in ("http://one:1/v1", "[http://two:2/v1, http://three:3/v1]"):
+        sampler = f"sampler={{engine: openai, base_url: {url}, timeout_s: 9}}"
+        _, draft = train.begin(config_of("seed=6", sampler), Store(root))
+        refs.add(draft.ref)
+    assert len(refs) == 1

@@ -9,6 +9,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import openai
 import pytest
 
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
@@ -297,3 +298,70 @@ def test_a_refused_key_is_not_echoed(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         sample(config.model_copy(update={"api_key_env": "ENDPOINT_KEY"}))
     assert "s3cret" not in str(raised.value)
+
+
+def several(*configs: OpenAISampler) -> OpenAISampler:
+    return configs[0].model_copy(update={"base_url": [config.base_url for config in configs]})
+
+
+def echo(n: int, request: dict) -> Reply:
+    return completion(f"seed {request['seed']}")
+
+
+SEEDS = [[10 * i + k for k in range(3)] for i in range(4)]
+ECHOED = [[f"seed {seed}" for seed in row] for row in SEEDS]
+
+
+def test_several_servers_share_the_requests() -> None:
+    def slow(n: int, request: dict) -> Reply:
+        time.sleep(0.02)
+        return echo(n, request)
+
+    with serving(slow) as (one, first), serving(slow) as (other, second):
+        rows = sample(several(first, second), seeds=SEEDS)
+    assert [[row.text for row in group] for group in rows] == ECHOED
+    assert len(one.requests) + len(other.requests) == 12
+    assert min(len(one.requests), len(other.requests)) > 2
+
+
+@pytest.mark.parametrize("how", ["refuses", "breaks"])
+def test_what_a_server_fails_to_answer_is_asked_of_another_with_the_same_seed(how: str) -> None:
+    def broken(n: int, request: dict) -> Reply:
+        return echo(n, request) if n < 2 else failure(500)
+
+    with serving(echo) as (good, first), serving(broken) as (bad, second):
+        config = several(first, second)
+        if how == "breaks":
+            rows = sample(config, seeds=SEEDS)
+    if how == "refuses":  # nothing listens at the second any more
+        with serving(echo) as (good, third):
+            rows = sample(several(second, third), seeds=SEEDS)
+        assert len(good.requests) == 12
+    else:
+        assert len(good.requests) == 10
+        assert {r["seed"] for r in bad.requests} | {r["seed"] for r in good.requests} == {
+            seed for row in SEEDS for seed in row
+        }
+    assert [[row.text for row in group] for group in rows] == ECHOED
+
+
+def test_only_servers_that_are_admitted_are_asked_and_one_that_failed_is_asked_for_anew() -> None:
+    asked: list[str] = []
+
+    def dies_once(n: int, request: dict) -> Reply:
+        return failure(500) if n == 1 else echo(n, request)
+
+    with serving(dies_once) as (_, up), serving(echo) as (never, down):
+        config = several(up, down)
+
+        def admit(server: str) -> None:
+            asked.append(server)
+            if server == down.base_url:
+                raise openai.APIConnectionError(request=None)  # type: ignore[arg-type]
+
+        sampler = OpenAIPolicySampler(config, "m", admit=admit)
+        rows = sampler.sample([PROMPT] * 4, PLAIN, SEEDS)
+    assert [[row.text for row in group] for group in rows] == ECHOED
+    assert not never.requests
+    assert asked.count(str(up.base_url)) == 2
+    assert sampler.servers_up == {up.base_url}

@@ -1,0 +1,198 @@
+"""Generated tokens per second: our samplers, and what they stand on alone.
+
+    make bench-rollout
+
+One model, the same prompts, a group per prompt, temperature 1, log-probabilities of the sampled
+tokens; float32 on CPU, bfloat16 on CUDA. `transformers` is our sampler over transformers, beside
+transformers' own continuous batching; `vllm` ours over an engine in a process of its own, beside
+`vllm_bare`, which is `vllm.LLM.generate` on the same engine with token ids in and out, in turns;
+`vllm_in_process` the engine that shares the trainer's process; `vllm_server` our client of a `vllm
+serve`. Each implementation has a process of its own; they take turns, so that a drift of the machine
+meets all. Seconds are the median of the repetitions after a warm-up with the same prompts.
+
+The share of a training step that goes into sampling is worked out with one optimiser step (GRPO) on
+rollouts of the same prompts, in a process of its own too. What is not installed is left out.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from loss import processor
+from rich.console import Console
+from rich.table import Table
+from rollout_works import (
+    Asked,
+    Work,
+    continuous_batching,
+    serving,
+    training,
+    transformers_ours,
+    vllm_engine,
+)
+from step_case import MODELS, Case, make_case
+
+from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
+from trace_opd.schemas.configs import OpenAISampler, RoutingConfig
+
+ROOT = Path(__file__).parents[1]
+IMPLEMENTATIONS = (
+    "transformers",
+    "transformers_continuous_batching",
+    "vllm",  # measures vllm_bare too
+    "vllm_in_process",
+    "vllm_server",
+    "training",
+)
+
+
+def process_of(name: str, case: Case, pipe: Connection) -> None:
+    """Say which works there are, then do one of them as often as asked."""
+
+    def serve(works: dict[str, Work]) -> None:
+        pipe.send(list(works))
+        while True:
+            which, turn = pipe.recv()
+            if which is None:
+                return
+            began = time.perf_counter()
+            tokens = works[which](turn)
+            if case.device == "cuda":
+                torch.cuda.synchronize()
+            pipe.send((tokens, time.perf_counter() - began))
+
+    match name:
+        case "transformers":
+            serve(transformers_ours(case))
+        case "transformers_continuous_batching":
+            serve(continuous_batching(case))
+        case "vllm" | "vllm_in_process":
+            serve(vllm_engine(case, name == "vllm_in_process"))
+        case "vllm_server":
+            with serving(case) as url:
+                config = OpenAISampler(engine="openai", base_url=url, concurrency=256)
+                serve({name: Asked(case).by(OpenAIPolicySampler(config, case.path))})
+        case "training":
+            serve(training(case))
+
+
+def measure(
+    names: list[str], case: Case, repetitions: int, console: Console
+) -> dict[str, list[tuple[int, float]]]:
+    """(tokens, seconds) of each repetition by work."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    processes = []
+    for name in names:
+        mine, theirs = context.Pipe()
+        processes.append(context.Process(target=process_of, args=(name, case, theirs)))
+        processes[-1].start()
+        theirs.close()
+        with console.status(f"{name}: starting"):
+            pipes |= dict.fromkeys(mine.recv(), mine)
+    samples: dict[str, list[tuple[int, float]]] = {work: [] for work in pipes}
+    for turn in range(repetitions + 1):
+        for work, pipe in pipes.items():
+            with console.status(f"{work}: {turn or 'warm-up'}"):
+                pipe.send((work, turn))
+                if turn:
+                    samples[work].append(pipe.recv())
+                else:
+                    pipe.recv()
+    for pipe in set(pipes.values()):
+        pipe.send((None, 0))
+    for process in processes:
+        process.join()
+    return samples
+
+
+def rows_of(
+    samples: dict[str, list[tuple[int, float]]], case: Case, model: str
+) -> list[dict[str, Any]]:
+    """rollout.json: one row per implementation.
+
+    overhead_vs_bare: of the seconds per token, beside vllm_bare's; share_of_step: sampling's part of
+    sampling and one optimiser step.
+    """
+
+    def per_token(work: str) -> float:
+        return statistics.median(seconds / tokens for tokens, seconds in samples[work])
+
+    rows = []
+    for work in samples:
+        if work == "training":
+            continue
+        row = {
+            "implementation": work,
+            "prompts": len(case.problems),
+            "group_size": case.group_size,
+            "tokens": round(statistics.mean(tokens for tokens, _ in samples[work])),
+            "tokens_per_second": round(1 / per_token(work), 2),
+            "overhead_vs_bare": None,
+            "share_of_step": None,
+            "model": model,
+            "device": case.device,
+        }
+        if "vllm_bare" in samples and work.startswith("vllm"):
+            row["overhead_vs_bare"] = round(per_token(work) / per_token("vllm_bare") - 1, 4)
+        if "training" in samples:
+            step = per_token("training")
+            row["share_of_step"] = round(per_token(work) / (per_token(work) + step), 3)
+        rows.append(row)
+    return rows
+
+
+def table_of(rows: list[dict[str, Any]], title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("", no_wrap=True)
+    for column in ("tokens", "tokens/s", "over bare vLLM", "share of a step"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        over, share = row["overhead_vs_bare"], row["share_of_step"]
+        table.add_row(
+            row["implementation"],
+            f"{row['tokens']:,}",
+            f"{row['tokens_per_second']:.1f}",
+            "–" if over is None else f"{over:+.1%}",
+            "–" if share is None else f"{share:.0%}",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Generated tokens per second.")
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="subset")
+    parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--repetitions", type=int, default=5)
+    options = parser.parse_args()
+    names = options.implementations.split(",")
+    if unknown := set(names) - set(IMPLEMENTATIONS):
+        parser.error(f"no such implementation: {', '.join(sorted(unknown))}")
+    console = Console()
+    if find_spec("vllm") is None and any(name.startswith("vllm") for name in names):
+        names = [name for name in names if not name.startswith("vllm")]
+        console.print("Left out: vllm; it is not installed.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = (options.groups, options.group_size, options.max_new_tokens)
+    with console.status("sampling the batch"):
+        case = make_case(options.model, device, *sizes, RoutingConfig())
+    samples = measure(names, case, options.repetitions, console)
+    rows = rows_of(samples, case, options.model)
+    console.print(table_of(rows, f"{processor(device)}; {options.model}"))
+    target = ROOT / "benchmarks" / "results" / "rollout.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

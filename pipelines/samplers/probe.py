@@ -1,0 +1,103 @@
+"""Proof that an engine samples with the trainer's weights: what both say of a few fixed tokens.
+
+One optimiser step may move log-probabilities by less than two engines differ in rounding, so
+being near the new weights proves little. The probe also asks how much of the trainer's own change
+the engine went along with: all of it if it has the new weights, nothing if it kept the old ones.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ...schemas.configs import PromptConfig
+from ...schemas.errors import InputError
+from ...trace.policy import Policy
+from ...trace.prompt import student_prompt
+
+_MOST_TOKENS = 256  # of each probe
+# Mean |difference| between engine and trainer, nats. Measured with SmolLM2-135M: 1e-5 in float32.
+_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+# A change is judged once its norm is this many times the rounding's; until then changes add up.
+_CLEAR = 4.0
+_GO_ON = (
+    "restart it and run the same command, which goes on from the last checkpoint, or take "
+    "sampler.engine=transformers"
+)
+
+
+class Probe:
+    """What the trainer's weights say of the fixed tokens, and what each engine said before.
+
+    token_ids: the probes; the first token of each is given, the others are scored.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, problems: Sequence[str]
+    ) -> None:
+        """problems: texts; each probe is one's prompt and the text again."""
+        self.token_ids: list[list[int]] = []
+        for problem in problems:
+            ids = student_prompt(tokenizer, prompt, problem).token_ids
+            assert ids is not None, "a tokenizer is given"
+            again = tokenizer.encode(problem, add_special_tokens=False)
+            self.token_ids.append((ids + again)[-_MOST_TOKENS:])
+        self._now = np.empty(0)
+        self._limit = 0.0
+        self._before: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    @torch.no_grad()
+    def ask(self, policy: Policy) -> None:
+        """Let the trainer score the probes with its current weights."""
+        scores = []
+        for ids in self.token_ids:
+            row = torch.tensor([ids], device=policy.device)
+            with policy.autocast():
+                logits = policy.model(input_ids=row).logits[0, :-1]  # (scored tokens, vocab)
+            logprobs = logits.float().log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
+            scores.append(logprobs.cpu().numpy())
+        self._now = np.concatenate(scores).astype(np.float64)
+        self._limit = _LIMIT[policy.compute_dtype]
+
+    def check(self, engine: str, scores: Sequence[Sequence[float]]) -> float:
+        """Compare an engine's log-probabilities of the probes, after a hand-over, with the
+        trainer's; returns the mean |difference|, nats.
+
+        Raises:
+            InputError: they disagree, or the engine did not follow the trainer's change.
+        """
+        said = np.concatenate([np.asarray(row, dtype=np.float64) for row in scores])
+        gap = float(np.abs(said - self._now).mean())
+        if not gap <= self._limit:  # NaN too
+            differs = (
+                f"{engine}: its log-probabilities differ from the trainer's by {gap:.2g} nats in "
+                f"the mean, above {self._limit:g}"
+            )
+            if engine in self._before:
+                raise InputError(
+                    f"{differs}, though they agreed before: it has taken over only a part of the "
+                    f"new weights; {_GO_ON}"
+                )
+            raise InputError(
+                f"{differs}; let it serve policy.path in the trainer's precision "
+                "(policy.precision; vllm serve --dtype)"
+            )
+        if engine not in self._before:
+            self._before[engine] = self._now, said
+            return gap
+        now_before, said_before = self._before[engine]
+        moved, followed = self._now - now_before, said - said_before
+        rounding = float(np.linalg.norm(said_before - now_before))
+        # An engine that was wrong at first must not pass for one that rounds badly.
+        rounding = min(rounding, self._limit * len(said) ** 0.5)
+        size = float(np.linalg.norm(moved))
+        if size > _CLEAR * rounding:
+            share = float(followed @ moved) / size**2
+            if share < 0.5:
+                raise InputError(
+                    f"{engine}: still has old weights: it went along with {share:.0%} of the "
+                    f"trainer's change since the last hand-over that could be judged; {_GO_ON}"
+                )
+            self._before[engine] = self._now, said
+        return gap

@@ -1,0 +1,200 @@
+"""Real vLLM: engines in this environment, servers as processes, training by the command line.
+
+Run by `make test-vllm`. The model is SmolLM2-135M; VLLM_TEST_MODEL=micro takes the bundled one.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trace_opd.data.store import Dataset, Store
+from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.stages import CONFIG_TYPES, run_stage
+from trace_opd.schemas.settings import load_config
+
+MODEL = os.environ.get("VLLM_TEST_MODEL", "smollm2")
+ROOT = Path(__file__).parents[2]  # where bundled models are made
+CONFIG = ROOT / "configs" / f"{MODEL}.yaml"
+STEPS, GROUPS, GROUP_SIZE = 5, 2, 4
+# Weights move whatever the rewards are: the teacher, who reads the answer, is followed everywhere.
+TRAIN = [
+    "offline.steps=0", f"online.steps={STEPS}", f"groups_per_step={GROUPS}",
+    f"online.group_size={GROUP_SIZE}", "checkpoint_every=1",
+    "online.sampling={temperature: 1.0, max_new_tokens: 32}",
+    "online.routing={rule: all, key: fkl, error: fkl, teacher_context: answer}",
+    "schedule={w0: 0.5, decay_steps: null}", "optim.lr=1.0e-5", "policy.precision=float32",
+]  # fmt: skip
+_START_S = 500
+# vLLM compiles nothing then: it starts in a third of the time and computes the same.
+QUICK = {
+    "VLLM_CPU_CI_ENV": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    skip = pytest.mark.skip(reason="vLLM is not installed (make test-vllm)")
+    for item in items:
+        if here in item.path.parents and find_spec("vllm") is None:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick() -> None:
+    os.environ.update(QUICK)
+
+
+class Served:
+    """A `vllm serve` of the model on this machine; may be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self._log = folder / f"server-{self.port}.log"
+        self._process: subprocess.Popen | None = None
+
+    def start(self, *, updates: bool = True) -> "Served":
+        """updates: with the endpoints that change weights."""
+        arguments: dict[str, Any] = {
+            "--model": resolve_policy(MODEL),
+            "--served-model-name": "policy",
+            "--host": "127.0.0.1",
+            "--port": self.port,
+            "--dtype": "float32",
+            "--max-model-len": 1024,
+            "--kv-cache-memory-bytes": 2**28,
+            "--logprobs-mode": "processed_logprobs",
+        }
+        # The `vllm` command itself does not start from the vllm-cpu distribution.
+        command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+        command += [str(part) for pair in arguments.items() for part in pair]
+        with self._log.open("w") as out:
+            self._process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"VLLM_SERVER_DEV_MODE": str(int(updates))},
+                start_new_session=True,
+            )
+        return self
+
+    def wait(self) -> "Served":
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline:
+            assert self._process is not None
+            assert self._process.poll() is None, self._log.read_text()[-3000:]
+            try:
+                with urllib.request.urlopen(f"{self.url[:-3]}/health", timeout=5):
+                    return self
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+        raise AssertionError(self._log.read_text()[-3000:])
+
+    def running(self) -> bool:
+        """Whether it is working on requests."""
+        with urllib.request.urlopen(f"{self.url[:-3]}/metrics", timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        return any(
+            line.startswith("vllm:num_requests_running{") and float(line.split()[-1]) > 0
+            for line in lines
+        )
+
+    def kill(self) -> None:
+        """At once, its engine's process with it."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Served]]:
+    """Two of them."""
+    folder = tmp_path_factory.mktemp("servers")
+    both = [Served(folder).start() for _ in range(2)]
+    try:
+        for server in both:
+            server.wait()
+        yield both
+    finally:
+        for server in both:
+            server.kill()
+
+
+class Lab:
+    """A store with problems, and runs of `trace-opd train` in it."""
+
+    model, steps, rollouts = MODEL, STEPS, STEPS * GROUPS * GROUP_SIZE
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.store = root, Store(root)
+        self._started: list[subprocess.Popen] = []
+        config = load_config(CONFIG_TYPES["problems"], CONFIG, ["limit=12"], "problems")
+        run_stage("problems", config, self.store)
+
+    def train(self, *overrides: str) -> subprocess.Popen:
+        command = [sys.executable, "-P", "-m", "trace_opd.pipelines.cli", "train", str(CONFIG)]
+        command += ["--store", str(self.root), *TRAIN, *overrides]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        )
+        self._started.append(process)
+        return process
+
+    def ended(self, process: subprocess.Popen, code: int = 0) -> str:
+        """What a process that ends with the code has said, in one line."""
+        said, _ = process.communicate(timeout=1800)
+        assert process.returncode == code, said[-3000:]
+        return " ".join(said.split())
+
+    def newest(self) -> Path:
+        """The folder of the run that was begun last."""
+        return max(self.root.glob("train/*/"), key=lambda path: path.stat().st_ctime)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The newest run's, a line per step."""
+        file = self.newest() / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    def table(self, role: str) -> Dataset:
+        """One that the newest run's online steps made."""
+        manifest = json.loads((self.newest() / "manifest.json").read_text())
+        return self.store.get(manifest["summary"]["tables"][role])
+
+    def wait_for_the_middle(self, run: subprocess.Popen, server: Served) -> None:
+        """Until the run is in its third step and the server is sampling for it."""
+        before = set(self.root.glob("train/*/metrics.jsonl"))
+        while run.poll() is None:
+            new = set(self.root.glob("train/*/metrics.jsonl")) - before
+            if any(len(file.read_text().splitlines()) >= 2 for file in new) and server.running():
+                return
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    made = Lab(tmp_path_factory.mktemp("store"))
+    yield made
+    made.close()

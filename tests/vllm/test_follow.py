@@ -1,0 +1,180 @@
+"""Engines that sample for a trainer: five online steps each, and what must not happen silently."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.samplers.probe import Probe
+from trace_opd.pipelines.samplers.vllm import VllmPolicySampler
+from trace_opd.pipelines.samplers.vllm_servers import VllmServersSampler
+from trace_opd.schemas.configs import OpenAISampler, PromptConfig, SamplingConfig, VllmSampler
+from trace_opd.schemas.errors import InputError
+from trace_opd.trace.policy import Policy, load_policy
+from trace_opd.trace.prompt import student_prompt
+
+ENGINE = "sampler={engine: vllm, kv_cache_gib: 0.25, max_model_len: 1024}"
+SPANS = ["online.routing={key: fkl, error: rkl}"]
+MODEL = os.environ.get("VLLM_TEST_MODEL", "smollm2")
+# Nats, float32. Measured: 6e-5 at most on SmolLM2-135M.
+TOLERANCE = 5e-4
+PLAIN = SamplingConfig(max_new_tokens=16)
+PROBLEMS = ["4821+3977", "12+99"]
+
+pytestmark = pytest.mark.slow
+
+
+def policy() -> Policy:
+    return load_policy(resolve_policy(MODEL), "cpu", "float32")
+
+
+@torch.no_grad()
+def perturb(policy: Policy, scale: float, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
+
+
+@torch.no_grad()
+def largest_difference(policy: Policy, rollouts: pa.Table) -> float:
+    """Largest |stored log-probability − transformers' own| over the tokens of some rollouts."""
+    worst = 0.0
+    for row in rollouts.to_pylist():
+        ids = torch.tensor([row["prompt_token_ids"] + row["token_ids"]])
+        start = len(row["prompt_token_ids"])
+        logits = policy.model(ids).logits[0, start - 1 : -1] / row["temperature"]
+        own = logits.log_softmax(-1).gather(1, ids[0, start:, None])[:, 0]
+        worst = max(worst, (own - torch.tensor(row["logprobs"])).abs().max().item())
+    return worst
+
+
+def check_run(lab: Any, staleness: list[int]) -> None:
+    """Five steps, all rollouts there, the first step's log-probabilities transformers' own, and the
+    trainer's at every step where the sampler had the step's weights."""
+    metrics = lab.metrics()
+    assert [line["step"] for line in metrics] == list(range(lab.steps))
+    assert [line["staleness"] for line in metrics] == staleness
+    rollouts = lab.table("rollouts")
+    assert rollouts.rows == lab.rollouts
+    steps = [rollouts.read_part(step) for step in range(lab.steps)]
+    behind = [
+        step - set(table["policy_step"].to_pylist()).pop() for step, table in enumerate(steps)
+    ]
+    assert behind == staleness
+    assert largest_difference(policy(), steps[0]) < TOLERANCE
+    for line, late in zip(metrics, staleness, strict=True):
+        # What one step behind means shows here; the engine's rounding does not.
+        assert (line["sampler_drift_max"] > TOLERANCE) == bool(late), line
+
+
+def test_five_steps_in_process(lab: Any) -> None:
+    lab.ended(lab.train(ENGINE, "seed=1"))
+    check_run(lab, [0] * lab.steps)
+
+
+def test_the_same_engine_annotates_in_the_same_step(lab: Any) -> None:
+    if lab.model == "micro":
+        pytest.skip("its vocabulary can't write JSON")
+    annotator = "online.annotator={engine: self, max_new_tokens: 100, max_spans: 1}"
+    lab.ended(lab.train(ENGINE, "seed=2", "online.steps=1", *SPANS, annotator))
+    annotations = lab.table("annotations").read()
+    assert len(annotations) == lab.rollouts // lab.steps
+    assert set(annotations["status"].to_pylist()) <= {"ok", "abstain"}
+
+
+def test_one_step_ahead_with_an_engine_in_a_process_of_its_own(lab: Any) -> None:
+    lab.ended(lab.train(ENGINE, "seed=3", "online.max_staleness=1"))
+    check_run(lab, [0] + [1] * (lab.steps - 1))
+
+
+def test_five_steps_with_servers_of_which_one_is_killed_in_the_middle(
+    lab: Any, servers: list[Any]
+) -> None:
+    urls = ", ".join(server.url for server in servers)
+    run = lab.train(f"sampler={{engine: openai, base_url: [{urls}], timeout_s: 300}}", "seed=4")
+    lab.wait_for_the_middle(run, servers[0])
+    servers[0].kill()
+    assert "left out" in lab.ended(run)
+    check_run(lab, [0] * lab.steps)
+    servers[0].start().wait()
+
+
+def test_a_run_whose_last_server_died_goes_on_when_it_is_back(lab: Any, servers: list[Any]) -> None:
+    sampler = f"sampler={{engine: openai, base_url: '{servers[0].url}', timeout_s: 300}}"
+    run = lab.train(sampler, "seed=5")
+    lab.wait_for_the_middle(run, servers[0])
+    servers[0].kill()
+    assert "cannot be reached" in lab.ended(run, code=2)
+    servers[0].start().wait()
+    lab.ended(lab.train(sampler, "seed=5"))
+    check_run(lab, [0] * lab.steps)
+
+
+@pytest.fixture
+def probe() -> Probe:
+    return Probe(policy().tokenizer, PromptConfig(), PROBLEMS)
+
+
+def follow(sampler: VllmPolicySampler | VllmServersSampler, policy: Policy, probe: Probe) -> None:
+    probe.ask(policy)
+    sampler.follow(policy, probe)
+
+
+def test_a_hand_over_that_is_withheld_stops_the_run(probe: Probe) -> None:
+    student = policy()
+    config = VllmSampler(engine="vllm", kv_cache_gib=0.25, max_model_len=1024)
+    sampler = VllmPolicySampler(config, resolve_policy(MODEL), "float32", in_process=True)
+    follow(sampler, student, probe)
+    perturb(student, 1e-5)
+    follow(sampler, student, probe)
+    sampler._load = lambda policy: None
+    perturb(student, 1e-5, seed=1)
+    with pytest.raises(InputError, match=r"still has old weights: it went along with -?0%"):
+        follow(sampler, student, probe)
+    sampler.close()
+
+
+def test_a_server_that_restarts_unseen_gets_the_weights_before_it_is_used(
+    servers: list[Any], probe: Probe, tmp_path: Path
+) -> None:
+    student = policy()
+    config = OpenAISampler(engine="openai", base_url=[server.url for server in servers])
+    sampler = VllmServersSampler(config, student.tokenizer, tmp_path / "weights", 1.0)
+    prompts = [student_prompt(student.tokenizer, PromptConfig(), text) for text in PROBLEMS]
+    seeds = [[10 * i + j for j in range(4)] for i in range(len(PROBLEMS))]
+    perturb(student, 1e-3)
+    follow(sampler, student, probe)
+    before = sampler.sample(prompts, PLAIN, seeds)
+    servers[1].kill()
+    servers[1].start().wait()
+    after = sampler.sample(prompts, PLAIN, seeds)
+    assert [[row.token_ids for row in group] for group in after] == [
+        [row.token_ids for row in group] for group in before
+    ]
+    scores = sampler._score(servers[1].url, probe.token_ids)
+    assert np.abs(np.concatenate(scores) - probe._now).max() < TOLERANCE
+    sampler.close()
+    assert not (tmp_path / "weights").exists()
+
+
+def test_servers_that_cannot_follow_are_refused_at_once(
+    servers: list[Any], probe: Probe, tmp_path: Path
+) -> None:
+    tokenizer = policy().tokenizer
+    config = OpenAISampler(engine="openai", base_url=servers[0].url)
+    sampler = VllmServersSampler(config, tokenizer, tmp_path / "weights", 1.0)
+    student = policy()
+    probe.ask(student)
+    servers[0].kill()
+    with pytest.raises(InputError, match="no server can be reached"):
+        sampler.follow(student, probe)
+    with pytest.raises(InputError, match="can't be used"):
+        VllmServersSampler(config, tokenizer, tmp_path / "weights", 1.0)
+    servers[0].start(updates=False).wait()
+    with pytest.raises(InputError, match=r"offers no update .* VLLM_SERVER_DEV_MODE=1"):
+        VllmServersSampler(config, tokenizer, tmp_path / "weights", 1.0)
