@@ -93,4 +93,11 @@ def open_follower(
 
     in_process = alone and config.tensor_parallel_size == 1
     path = resolve_policy(policy.path)
-    return VllmPolicySampler(config, path, policy.precision, in_process=in_process, sleeps=alone)
+    return VllmPolicySampler(
+        config,
+        path,
+        policy.precision,
+        policy.trust_remote_code,
+        in_process=in_process,
+        sleeps=alone,
+    )

@@ -49,6 +49,6 @@ def bytes_of(policy: Policy) -> int:
 
 def memory_folder(needed: int) -> Path:
     """A new folder in shared memory, or on disk where that has no room. needed: bytes."""
-    shared = Path("/dev/shm")
+    shared = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a folder of its own there
     roomy = shared.is_dir() and shutil.disk_usage(shared).free > 2 * needed
     return Path(tempfile.mkdtemp(prefix="trace-opd-", dir=shared if roomy else None))
