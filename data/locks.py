@@ -116,9 +116,9 @@ def _acquire(path: Path, waits: Callable[[str], None] | None) -> int:
 
 def _open(path: Path) -> int:
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The folder may be removed with its last lock, between the two.
-        with suppress(FileNotFoundError):
+        # The folder may be removed with its last lock, between the two and within the first.
+        with suppress(FileNotFoundError, FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
             return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
 

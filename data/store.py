@@ -10,6 +10,7 @@ finds the finished dataset, and a stage killed at any moment goes on from its fi
 """
 
 import hashlib
+import glob
 import json
 import logging
 import os
@@ -141,7 +142,7 @@ class Store:
         """
         if stage is not None and not _STAGE.fullmatch(stage):
             return
-        for path in sorted(self.fs.glob(f"{self.base}/{stage or '*'}/*/{MANIFEST}")):
+        for path in sorted(self.fs.glob(f"{glob.escape(self.base)}/{stage or '*'}/*/{MANIFEST}")):
             stage_name, dataset_id, _ = str(path).rsplit("/", 3)[-3:]
             try:
                 dataset = self.find(stage_name, dataset_id)
