@@ -9,8 +9,8 @@ A dataset id is a hash of the stage, its semantic config and its inputs' ids, so
 finds the finished dataset, and a stage killed at any moment goes on from its finished parts.
 """
 
-import hashlib
 import glob
+import hashlib
 import json
 import logging
 import os
