@@ -127,7 +127,8 @@ class Store:
         """All datasets that an alias, an id, a prefix of an id, or `stage/id` may mean."""
         target = self.aliases().get(ref, ref)
         stage, _, dataset_id = target.rpartition("/")
-        if stage and (exact := self.find(stage, dataset_id)) is not None:
+        named = _STAGE.fullmatch(stage) and dataset_id
+        if named and (exact := self.find(stage, dataset_id)) is not None:
             return [exact]  # without a look at all others: on S3 that is requests for each
         return [
             dataset
