@@ -167,6 +167,7 @@ def main() -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     # Threads beside the one core would only take turns on it.
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    import trace_opd  # noqa: F401, I001 - it says how Arrow's memory is kept, before that is loaded
     import pyarrow as pa
 
     pa.set_cpu_count(1)

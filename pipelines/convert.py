@@ -92,8 +92,8 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
     coverage = [np.empty(0, dtype=np.float32)]
     for table in tables:
         rows += len(table)
-        routes = pc.value_counts(pc.list_flatten(table["route"]))
-        routed[routes.field("values").to_numpy()] += routes.field("counts").to_numpy()
+        routes = pc.list_flatten(table["route"]).to_numpy()
+        routed += [np.count_nonzero(routes == int(route)) for route in Route]
         coverage.append(table["coverage"].to_numpy())
         signal += int(np.count_nonzero(table["advantage"].to_numpy()))
     return {

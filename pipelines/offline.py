@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from ..data.store import Dataset
 from ..schemas.configs import TrainConfig
+from ..trace.ragged import rows_of
 
 
 class OfflineReader:
@@ -54,4 +55,4 @@ class OfflineReader:
 def _groups_of(table: pa.Table, groups: list[int]) -> pa.Table:
     """The rows of some groups, numbered in the order in which they appear."""
     ids = table["group_id"]
-    return table.filter(pc.is_in(ids, ids.unique().take(pa.array(groups))))
+    return rows_of(table, np.flatnonzero(pc.is_in(ids, ids.unique().take(pa.array(groups)))))

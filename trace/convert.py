@@ -14,7 +14,7 @@ from ..schemas.tables import ROUTED
 from .advantage import scored_rollouts, truncated
 from .align import ByteTable
 from .context import TeacherContexts, teacher_contexts
-from .ragged import lists_of, one_chunk, to_numpy
+from .ragged import lists_of, one_chunk, rows_of, to_numpy
 from .responses import aligned
 from .route import Routing, route_responses
 
@@ -22,7 +22,8 @@ _COPIED = (
     "rollout_id", "problem_id", "group_id", "prompt_token_ids", "token_ids", "logprobs",
     "temperature", "policy_name", "policy_revision", "policy_step", "vocab_fingerprint",
 )  # fmt: skip
-_READ = (*_COPIED, "response", "sample_index", "finish_reason")
+_READ = [*_COPIED, "response", "sample_index", "finish_reason"]
+_MARKS = ["segments", "spans", "diagnostic_type"]
 # Tokens whose bytes are in memory at once; few enough for a core's cache.
 _BLOCK_TOKENS = 1 << 18
 
@@ -50,11 +51,11 @@ def routed_table(
     if annotations is not None:
         _same_rollouts(rollouts, annotations, "annotations")
     scored = scored_rollouts(rollouts, verdicts, config)
-    rollouts = _rows(rollouts, _READ, scored.rows)
-    verdicts = _rows(verdicts, ("correct",), scored.rows)
+    rollouts = rows_of(rollouts.select(_READ), scored.rows)
+    verdicts = rows_of(verdicts.select(["correct"]), scored.rows)
     labels = pa.nulls(len(rollouts), pa.string())
     if annotations is not None:
-        annotations = _rows(annotations, ("segments", "spans", "diagnostic_type"), scored.rows)
+        annotations = rows_of(annotations.select(_MARKS), scored.rows)
         labels = one_chunk(annotations["diagnostic_type"])
     problems = _problems_of(rollouts, problems)
     correct = to_numpy(pc.is_in(verdicts["correct"], value_set=pa.array([True])))
@@ -92,19 +93,6 @@ def _same_rollouts(rollouts: pa.Table, other: pa.Table, name: str) -> None:
         raise InputError(
             f"{name}: rollout_id does not match the rollouts row for row; run that stage again"
         )
-
-
-def _rows(table: pa.Table, columns: tuple[str, ...], rows: np.ndarray) -> pa.Table:
-    """Some rows, ascending, of some columns; copies nothing if they are all."""
-    picked = table.select(list(columns))
-    if len(rows) == len(table):
-        return picked
-    breaks = np.flatnonzero(np.diff(rows) > 1) + 1
-    if len(breaks) * 8 >= len(rows):
-        return picked.take(pa.array(rows, pa.int64()))
-    # Long runs are copied as they are, several times faster than row by row.
-    runs = zip(rows[np.append(0, breaks)], rows[np.append(breaks, len(rows)) - 1], strict=True)
-    return pa.concat_tables(picked.slice(a, b - a + 1) for a, b in runs).combine_chunks()
 
 
 def _problems_of(rollouts: pa.Table, problems: pa.Table) -> pa.Table:

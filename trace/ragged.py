@@ -58,6 +58,18 @@ def binaries_of(joined: np.ndarray, offsets: np.ndarray) -> Any:
     return pa.Array.from_buffers(kind, rows, [None, *map(pa.py_buffer, buffers)])
 
 
+def rows_of(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """Some rows, ascending; copies nothing if they are all. Runs are copied as they are, several times
+    faster than row by row."""
+    if len(rows) == len(table):
+        return table
+    breaks = np.flatnonzero(np.diff(rows) > 1) + 1
+    if len(breaks) * 2 >= len(rows):
+        return table.take(pa.array(rows, pa.int64()))
+    runs = zip(rows[np.append(0, breaks)], rows[np.append(breaks, len(rows)) - 1], strict=True)
+    return pa.concat_tables(table.slice(a, b - a + 1) for a, b in runs).combine_chunks()
+
+
 def row_counts(mask: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """(rows,) int64: how many entries of each row are true."""
     return np.diff(np.searchsorted(np.flatnonzero(mask), offsets))
