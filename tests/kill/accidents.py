@@ -17,15 +17,9 @@ import pytest
 
 from trace_opd.data.store import Store
 from trace_opd.tests.kill.conftest import STAGES
-from trace_opd.tests.kill.harness import (
-    Launcher,
-    assert_no_leftovers,
-    assert_refused,
-    assert_same_datasets,
-    disk,
-    launcher,
-    together,
-)
+from trace_opd.tests.kill.disk import disk
+from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets
+from trace_opd.tests.kill.harness import Launcher, assert_refused, launcher, together
 
 TABLES = [name for name in STAGES if name not in ("annotate-openai", "report")]
 

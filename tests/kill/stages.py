@@ -15,14 +15,8 @@ from pathlib import Path
 import pytest
 
 from trace_opd.tests.kill.conftest import CONCURRENCY, STAGES, Undisturbed
-from trace_opd.tests.kill.harness import (
-    Killer,
-    Launcher,
-    Toll,
-    assert_no_leftovers,
-    assert_same_datasets,
-    files,
-)
+from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets, files
+from trace_opd.tests.kill.harness import Killer, Launcher, Toll
 from trace_opd.tests.pipelines.conftest import PaidServer
 
 KILLS = int(os.environ.get("KILLS", "20"))

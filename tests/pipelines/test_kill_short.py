@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 
 from trace_opd.data.store import Store
+from trace_opd.tests.kill.disk import disk
+from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets
 from trace_opd.tests.kill.harness import (
     CONFIG,
     Killer,
     Launcher,
-    assert_no_leftovers,
     assert_refused,
-    assert_same_datasets,
-    disk,
     launcher,
     together,
 )

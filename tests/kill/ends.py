@@ -1,0 +1,67 @@
+"""What a disturbed run must come to: the undisturbed one's datasets, and nothing besides."""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from trace_opd.data.files import is_temporary
+from trace_opd.data.store import Dataset, Store
+from trace_opd.pipelines.tracking import read_metrics
+
+_TIMINGS = {"seconds", "latency_s"}
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def assert_no_leftovers(root: Path) -> None:
+    """No file that a killed writer left, no lock, no dataset that is not finished."""
+    left = [name for name in files(root) if is_temporary(Path(name).name) or ".locks" in name]
+    assert left == []
+    for folder in root.glob("*/*"):
+        assert (folder / "manifest.json").exists(), folder
+
+
+def assert_same_datasets(root: Path, undisturbed: Path) -> None:
+    """Every dataset of one store is in the other, its parts byte for byte where they hold no timings,
+    else row for row; and the aliases are the same."""
+    ours, theirs = Store(root), Store(undisturbed)
+    assert ours.aliases() == theirs.aliases()
+    expected = {dataset.ref: dataset for dataset in theirs.datasets()}
+    found = {dataset.ref: dataset for dataset in ours.datasets()}
+    assert found.keys() == expected.keys()
+    for ref, dataset in found.items():
+        assert dataset.manifest["inputs"] == expected[ref].manifest["inputs"]
+        if dataset.stage == "train":
+            _assert_same_run(dataset, expected[ref])
+            continue
+        table = dataset.read()
+        if not _TIMINGS & set(table.column_names):
+            assert dataset.manifest["parts"] == expected[ref].manifest["parts"], ref
+            assert dataset.summary == expected[ref].summary
+        assert untimed(table) == untimed(expected[ref].read()), ref
+        names = {name for name in files(Path(dataset.path())) if name.startswith("part")}
+        assert names == {part["name"] for part in dataset.manifest["parts"]}
+
+
+def untimed(table: pa.Table) -> pa.Table:
+    return table.drop_columns([name for name in table.column_names if name in _TIMINGS])
+
+
+def _assert_same_run(ours: Dataset, theirs: Dataset) -> None:
+    """Weights to the bit, metrics but for their times, checkpoints by name."""
+    names = [
+        {
+            name
+            for name in files(Path(run.path()))
+            if "events.out" not in name and "jsonl" not in name
+        }
+        for run in (ours, theirs)
+    ]
+    assert names[0] == names[1]
+    weights = [Path(run.path("checkpoints/final/model.safetensors")) for run in (ours, theirs)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    metrics = [read_metrics(Path(run.path("metrics.jsonl"))) for run in (ours, theirs)]
+    told = [[{k: v for k, v in line.items() if "second" not in k} for line in m] for m in metrics]
+    assert told[0] == told[1]
