@@ -37,7 +37,7 @@ _ONLINE_TABLES = (
     ("annotations", "annotate", ANNOTATIONS, ("verdicts", "rollouts", "problems")),
     ("routed", "convert", ROUTED, ("annotations", "verdicts", "rollouts", "problems")),
 )
-_PROBES = 4  # problems whose tokens prove that an engine follows
+_PROBES = 2  # problems whose tokens prove that an engine follows
 
 
 @dataclass(frozen=True)

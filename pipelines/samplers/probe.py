@@ -16,7 +16,7 @@ from ...schemas.errors import InputError
 from ...trace.policy import Policy
 from ...trace.prompt import student_prompt
 
-_MOST_TOKENS = 256  # of each probe
+_MOST_TOKENS = 128  # of each probe
 # Mean |difference| between engine and trainer, nats. Measured with SmolLM2-135M: 1e-5 in float32.
 _LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 # A change is judged once its norm is this many times the rounding's; until then changes add up.
