@@ -398,9 +398,11 @@ def test_logs_are_printed_as_they_are():
     logger = logging.getLogger("trace_opd.test_supply")
     handler = RichHandler(console=Terminal(file=out, width=200), show_path=False)
     logger.addHandler(handler)
+    logger.propagate = False  # pytest's workers can't send half a surrogate pair
     try:
         logger.warning("server said %s", HOSTILE)
     finally:
+        logger.propagate = True
         logger.removeHandler(handler)
     assert "␛[31mred" in out.getvalue()
     assert "[red]not red[/red]" in out.getvalue()
