@@ -44,10 +44,10 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.deployments.runner import EntrypointType
 from prefect.futures import wait
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
+from prefect.types.entrypoint import EntrypointType
 
 from trace_opd.data.remote import require_reachable
 from trace_opd.data.store import Dataset, Draft, Store
@@ -107,7 +107,7 @@ def task_runner() -> TaskRunner[Any]:
 
             address = os.environ.get("RAY_ADDRESS")
             return RayTaskRunner(address, init_kwargs={} if address else {"num_cpus": workers})
-        from prefect_dask import DaskTaskRunner
+        from prefect_dask.task_runners import DaskTaskRunner
     except ImportError:
         raise InputError(
             f"TRACE_OPD_TASK_RUNNER={kind}: is not installed; pip install 'trace-opd[{kind}]'"
