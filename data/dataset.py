@@ -177,8 +177,8 @@ class Draft:
         Raises:
             InputError: the store is not on a local file system, or can't be written.
         """
-        self.store.local_root()
-        path = Path(self.store.url(f"{self.ref}/{name}".rstrip("/")))
+        self.store.inside(f"{self.ref}/{name}")
+        path = self.store.local_root() / self.ref / name
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         return path
