@@ -255,6 +255,15 @@ class Store:
             )
         return root
 
+    def beside(self, path: str) -> Path:
+        """Where a file that is no table lies, or a folder of such: below `local_root`.
+
+        Raises:
+            InputError: there is no local root, or the path leads out of the store.
+        """
+        self.inside(path)
+        return self.local_root() / path
+
     def _require_writable(self) -> None:
         """Says before work begins what its first part would run into; writes nothing."""
         if not self.is_local:

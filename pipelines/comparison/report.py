@@ -51,8 +51,7 @@ def default_output(comparison: Comparison, store: Store) -> Path:
         InputError: the store is not local.
     """
     refs = [dataset.ref for dataset in comparison.datasets.values()]
-    store.local_root()
-    return Path(store.url(f"compare/{content_hash([refs, comparison.alpha])}"))
+    return store.beside(f"compare/{content_hash([refs, comparison.alpha])}")
 
 
 def write(comparison: Comparison, table: pa.Table, store: Store, output: Path) -> list[Path]:
