@@ -37,10 +37,8 @@ def test_tokens_fall_into_the_segments_that_the_byte_table_says(table, data):
         st.integers(0, len(table.pieces)).map(lambda one: [one]),
         st.sampled_from([whole[:2], whole[2:5], whole[5:]]),
     )
-    rows = [
-        sum(row, [])
-        for row in data.draw(st.lists(st.lists(ids, max_size=8), min_size=1, max_size=4))
-    ]
+    drawn = data.draw(st.lists(st.lists(ids, max_size=8), min_size=1, max_size=4))
+    rows = [[token for some in row for token in some] for row in drawn]
     texts = [table.text(row) for row in rows]
     segments = [cuts_of(text, data) for text in texts]
     rollouts = pa.table(
