@@ -85,12 +85,15 @@ class Dataset:
         """A folder of the dataset's files on this machine, fetched if the store is not local.
 
         Raises:
-            InputError: the store is not local, and there is no folder to fetch it to.
+            InputError: the store is not local and there is no folder to fetch it to, or a name leads
+                out of it.
         """
         path = self.store.beside(f"{self.ref}/{name}")
         if not self.store.is_local and not path.exists():
             inside = f"{name}/"
             names = [f["name"] for f in self.listed if f["name"].startswith(inside)]
+            for listed in names:  # a manifest may come from elsewhere
+                self.store.inside(f"{self.ref}/{listed}")
             source = f"{self.store.base}/{self.ref}/{name}"
             download(self.store.fs, source, [n.removeprefix(inside) for n in names], path)
         return path

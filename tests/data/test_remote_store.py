@@ -98,6 +98,20 @@ def test_files_of_a_dataset_are_copied_into_the_store_and_fetched_from_it(
     assert [path.name for path in fetched.parent.iterdir()] == ["final"]
 
 
+def test_a_manifest_fetches_nothing_to_a_place_outside(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACE_OPD_LOCAL", str(tmp_path / "one"))
+    draft = Store(root).begin("train", {"a": 1}, {}, None)
+    assert isinstance(draft, Draft)
+    (draft.local_path("final") / "weights").write_bytes(b"w")
+    made = draft.finish(0, {}, ["final/weights"])
+    Store(root).write(f"{made.ref}/stolen", b"s")
+    made.manifest["files"][0]["name"] = "final/../stolen"
+    monkeypatch.setenv("TRACE_OPD_LOCAL", str(tmp_path / "two"))
+    with pytest.raises(InputError, match=r"final/\.\./stolen leads out of it"):
+        made.local_path("final")
+    assert not (tmp_path / "two").exists()
+
+
 def test_stores_do_not_share_a_local_folder(s3_server, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACE_OPD_LOCAL", str(tmp_path))
     roots = ["s3://bucket/a", "s3://bucket/a/b", "s3://other/a", "memory://bucket/a"]
