@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-kill test-cluster test-vllm check audit fuzz bench-annotate bench-clip bench-loss bench-rollout bench-step bench-verify micro clean
+.PHONY: help peers setup setup-locked lock demo test test-kill test-cluster test-vllm check audit fuzz bench-annotate bench-clip bench-data bench-loss bench-rollout bench-step bench-verify micro clean
 
 help:  ## list the commands
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
 
 setup: $(VENV)/.installed  ## make the virtual environment and install everything pinned
 
@@ -83,6 +83,9 @@ bench-annotate: setup peers  ## the annotator client beside distilabel's and cur
 
 bench-clip: setup  ## compare the forms of the KL clip on the micro policy
 	$(BIN)/python benchmarks/clip_forms.py
+
+bench-data: setup  ## convert and the trainer's reader at up to a million rollouts
+	$(BIN)/python benchmarks/data.py
 
 bench-loss: setup peers  ## time and memory of the loss, beside TRL's and Liger's
 	$(BIN)/python benchmarks/loss.py
