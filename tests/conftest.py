@@ -20,6 +20,9 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 import trace_opd  # noqa: F401 - first: it sets how OpenMP's threads wait, before torch is loaded
 
+# A shell's background job starts with interrupts ignored, and so would what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

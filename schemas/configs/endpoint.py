@@ -42,5 +42,15 @@ def _variable_name(name: str) -> str:
     return name
 
 
+def _plain_urls(urls: str | list[str]) -> str | list[str]:
+    if not urls:
+        raise PydanticCustomError("no_server", "must name at least one server")
+    for url in [urls] if isinstance(urls, str) else urls:
+        _plain_url(url)
+    return urls
+
+
 EndpointUrl = Annotated[str, AfterValidator(_plain_url)]
+# Checked in one place: pydantic would tell of each type in the union that does not fit.
+EndpointUrls = Annotated[str | list[str], AfterValidator(_plain_urls)]
 KeyVariable = Annotated[str, AfterValidator(_variable_name)]

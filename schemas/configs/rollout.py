@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .base import Config, operational
-from .endpoint import EndpointUrl, KeyVariable
+from .endpoint import EndpointUrls, KeyVariable
 
 
 class Example(Config):
@@ -83,7 +83,7 @@ class TransformersSampler(Config):
 
 class OpenAISampler(Config):
     engine: Literal["openai"] = Field(description="Sampling engine.")
-    base_url: EndpointUrl | Annotated[list[EndpointUrl], Field(min_length=1)] = Field(
+    base_url: EndpointUrls = Field(
         description="Endpoint, e.g. http://localhost:8000/v1, or a list of them that serve the same "
         "model: requests go to the least busy, and to another when one fails."
     )

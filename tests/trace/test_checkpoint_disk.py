@@ -33,13 +33,13 @@ def files_end_at(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("full_at", ["model.safetensors", "trainer.pt"])
+@pytest.mark.parametrize("full_at", ["model.safetensors", "trainer.safetensors"])
 def test_whatever_file_has_no_room_it_is_one_sentence_and_nothing_is_left(
     trainer, tmp_path, full_at
 ):
     whole = save_checkpoint(trainer, tmp_path / "whole")
     size = (whole / full_at).stat().st_size
-    if full_at == "trainer.pt":
+    if full_at == "trainer.safetensors":
         assert (whole / "model.safetensors").stat().st_size < size - 4096
     with (
         files_end_at(size - 4096),

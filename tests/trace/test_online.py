@@ -117,7 +117,7 @@ def test_without_refill_a_step_takes_its_groups_as_they_come():
     run = run_where(0)
     table, counts = run.collect()
     assert trained(table) == [0, 1]
-    assert counts == {"groups_replaced": 0}
+    assert counts == {"groups_replaced": 0, "staleness": 0}
     assert run.asked == [0]
 
 
@@ -125,13 +125,13 @@ def test_a_group_without_signal_is_replaced_by_another_problems():
     run = run_where(0, 2, refill_rounds=1)
     table, counts = run.collect()
     assert trained(table) == [0, 2]
-    assert counts == {"groups_replaced": 1}
+    assert counts == {"groups_replaced": 1, "staleness": 0}
 
 
 def test_refilling_stops_when_every_group_has_signal():
     run = run_where(0, 1, refill_rounds=2)
     table, counts = run.collect()
-    assert (trained(table), counts) == ([0, 1], {"groups_replaced": 0})
+    assert (trained(table), counts) == ([0, 1], {"groups_replaced": 0, "staleness": 0})
     assert run.phases.count("sample") == 1
 
 
@@ -139,19 +139,19 @@ def test_replacements_without_signal_are_replaced_in_the_next_round():
     run = run_where(3, 4, refill_rounds=2)
     table, counts = run.collect()
     assert trained(table) == [3, 4]
-    assert counts == {"groups_replaced": 3}
+    assert counts == {"groups_replaced": 3, "staleness": 0}
 
 
 def test_after_the_last_round_the_step_goes_on_with_what_it_has():
     table, counts = run_where(3, refill_rounds=1).collect()
     assert trained(table) == [2, 3]
-    assert counts == {"groups_replaced": 2}
+    assert counts == {"groups_replaced": 2, "staleness": 0}
 
 
 def test_a_group_stays_where_no_problem_is_left_to_replace_it():
     table, counts = run_where(pool=POOL.slice(0, 3), refill_rounds=5).collect()
     assert trained(table) == [1, 2]
-    assert counts == {"groups_replaced": 1}
+    assert counts == {"groups_replaced": 1, "staleness": 0}
 
 
 def test_all_that_was_sampled_is_written_row_for_row_and_what_trains_comes_first():
@@ -172,7 +172,7 @@ def test_all_that_was_sampled_is_written_row_for_row_and_what_trains_comes_first
 def test_without_a_teacher_nothing_is_annotated_and_groups_are_still_replaced():
     run = run_where(0, 2, refill_rounds=1)
     table, counts = run.collect(with_teacher=False)
-    assert (trained(table), counts) == ([0, 2], {"groups_replaced": 1})
+    assert (trained(table), counts) == ([0, 2], {"groups_replaced": 1, "staleness": 0})
     assert not run.annotated
     assert "annotations" not in run.written[0]
     assert not any(map(any, table["route"].to_pylist()))
