@@ -258,8 +258,8 @@ def _read_part(
 
 
 def _encoding(schema: pa.Schema) -> dict[str, Any]:
-    """How Parquet writes a part. Dictionaries and statistics are for flat columns: those of every
-    token would be as large as the tokens, and take a third of the time."""
+    """How Parquet writes a part. Dictionaries and statistics are for flat columns: those of
+    tokens and log-probabilities take long to make and save nothing."""
     flat = [field.name for field in schema if not pa.types.is_nested(field.type)]
     floats = [
         f"{field.name}.list.element"
