@@ -255,6 +255,15 @@ class Store:
             )
         return root
 
+    def local_path(self, path: str) -> Path:
+        """Where a file that is no table lies, below `local_root()`.
+
+        Raises:
+            InputError: as `local_root` and `inside` say.
+        """
+        self.inside(path)
+        return self.local_root() / path
+
     def _require_writable(self) -> None:
         """Says before work begins what its first part would run into; writes nothing."""
         if not self.is_local:
