@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test check audit fuzz bench-annotate bench-clip bench-loss bench-step bench-verify micro clean
+.PHONY: help peers setup setup-locked lock demo test test-kill check audit fuzz bench-annotate bench-clip bench-loss bench-step bench-verify micro clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -38,6 +38,9 @@ demo: setup  ## run the whole method (MODEL=micro or smollm2), results in runs/d
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-kill: setup  ## kill every stage at 20 random moments, fill its disk, rot its files
+	$(BIN)/python -m pytest tests/kill/stages.py tests/kill/accidents.py
 
 check: setup  ## lint, format check and type check
 	$(BIN)/ruff check .

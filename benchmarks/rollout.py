@@ -74,7 +74,8 @@ def process_of(name: str, case: Case, pipe: Connection) -> None:
         case "transformers_continuous_batching":
             serve(continuous_batching(case))
         case "vllm" | "vllm_in_process":
-            serve(vllm_engine(case, name == "vllm_in_process"))
+            with vllm_engine(case, name == "vllm_in_process") as works:
+                serve(works)
         case "vllm_server":
             with serving(case) as url:
                 config = OpenAISampler(engine="openai", base_url=url, concurrency=256)

@@ -98,7 +98,8 @@ def continuous_batching(case: Case) -> dict[str, Work]:
     return {"transformers_continuous_batching": work}
 
 
-def vllm_engine(case: Case, in_process: bool) -> dict[str, Work]:
+@contextmanager
+def vllm_engine(case: Case, in_process: bool) -> Iterator[dict[str, Work]]:
     import vllm
 
     from trace_opd.pipelines.samplers.vllm import VllmPolicySampler
@@ -125,9 +126,11 @@ def vllm_engine(case: Case, in_process: bool) -> dict[str, Work]:
         outputs = sampler._llm.generate([ids for ids, _ in requests], params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-    if in_process:
-        return {"vllm_in_process": asked.by(sampler)}
-    return {"vllm_bare": bare, "vllm": asked.by(sampler)}
+    ours = asked.by(sampler)
+    try:
+        yield {"vllm_in_process": ours} if in_process else {"vllm_bare": bare, "vllm": ours}
+    finally:
+        sampler.close()
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class Dataset:
             InputError: the store is not local and there is no folder to fetch it to, or a name leads
                 out of it.
         """
-        path = self.store.local_path(f"{self.ref}/{name}")
+        path = self.store.beside(f"{self.ref}/{name}")
         if not self.store.is_local and not path.exists():
             inside = f"{name}/"
             names = [f["name"] for f in self.listed if f["name"].startswith(inside)]
@@ -180,7 +180,7 @@ class Draft:
         Raises:
             InputError: the store is not on a local file system, or can't be written.
         """
-        path = self.store.local_path(f"{self.ref}/{name}")
+        path = self.store.beside(f"{self.ref}/{name}".rstrip("/"))
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         return path

@@ -255,11 +255,11 @@ class Store:
             )
         return root
 
-    def local_path(self, path: str) -> Path:
-        """Where a file that is no table lies, below `local_root()`.
+    def beside(self, path: str) -> Path:
+        """Where a file that is no table lies, or a folder of such: below `local_root`.
 
         Raises:
-            InputError: as `local_root` and `inside` say.
+            InputError: there is no local root, or the path leads out of the store.
         """
         self.inside(path)
         return self.local_root() / path

@@ -48,10 +48,10 @@ def default_output(comparison: Comparison, store: Store) -> Path:
     """A folder beside the data, the same for the same request.
 
     Raises:
-        InputError: the store is not local, and $TRACE_OPD_LOCAL is not set.
+        InputError: the store is not local.
     """
     refs = [dataset.ref for dataset in comparison.datasets.values()]
-    return store.local_path(f"compare/{content_hash([refs, comparison.alpha])}")
+    return store.beside(f"compare/{content_hash([refs, comparison.alpha])}")
 
 
 def write(comparison: Comparison, table: pa.Table, store: Store, output: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -260,6 +260,7 @@ def assert_aligned(table: ByteTable, ids: list[int], segments: list[tuple[int, i
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @given(text=TEXTS, draw=st.data())
+@settings(deadline=None)
 def test_encoded_text_is_tiled_by_its_tokens(kind, text, draw):
     # SentencePiece's own sign for a space: encoding a text that has it loses which of them it was.
     text = text.replace("▁", "_")
@@ -270,6 +271,7 @@ def test_encoded_text_is_tiled_by_its_tokens(kind, text, draw):
 
 
 @given(pieces=st.lists(st.binary(max_size=5), max_size=12), draw=st.data())
+@settings(deadline=None)
 def test_any_bytes_at_all_are_tiled_by_their_tokens(pieces, draw):
     table = ByteTable(tuple(pieces))
     ids = list(range(len(pieces)))
@@ -277,6 +279,7 @@ def test_any_bytes_at_all_are_tiled_by_their_tokens(pieces, draw):
 
 
 @given(pieces=st.lists(st.binary(min_size=1, max_size=6), min_size=1, max_size=8), draw=st.data())
+@settings(deadline=None)
 def test_the_vectorised_segments_equal_a_count_of_bytes(pieces, draw):
     """The slow twin: label every byte with its segment, then take each token's middle byte."""
     table = ByteTable(tuple(pieces))

@@ -201,7 +201,7 @@ def parts(draw: st.DrawFn, table: ByteTable) -> dict[str, pa.Table]:
         }
         for index in range(3)
     )  # fmt: skip
-    made = [draw(rows(table, index)) for index in range(draw(st.integers(0, 7)))]
+    made = [draw(rows(table, index)) for index in range(draw(st.sampled_from([0, 2, 4, 6])))]
     tables = zip((ROLLOUTS, VERDICTS, ANNOTATIONS), zip(*made, strict=True), strict=False)
     named = {contract.name: contract.table(group) for contract, group in tables}
     empty = {c.name: c.empty() for c in (ROLLOUTS, VERDICTS, ANNOTATIONS)}
@@ -220,16 +220,16 @@ def rows(draw: st.DrawFn, table: ByteTable, index: int) -> tuple[dict, dict, dic
         "response": response, "finish_reason": draw(st.sampled_from(["stop", "length"])),
         "policy_name": "p", "policy_revision": "r", "policy_step": 0, "vocab_fingerprint": "v",
         "temperature": 0.7, "top_p": 1.0, "top_k": 0, "max_new_tokens": draw(st.integers(1, 30)),
-        "seed": index, "on_policy": draw(st.integers(0, 5)) > 0,
+        "seed": index, "on_policy": draw(st.integers(0, 9)) > 0,
     }  # fmt: skip
-    reward = draw(st.sampled_from([None, 0.0, 1.0, 1.0, 0.1]))
+    reward = draw(st.sampled_from([None, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.1]))
     verdict = ids | {
         "reward": reward, "correct": None if reward is None else reward == 1, "status": "ok",
         "verifier": "v", "seconds": 0.0,
     }  # fmt: skip
     cuts = draw(st.lists(st.integers(0, len(response)), max_size=5)) if response else []
     edges = sorted({0, len(response), *cuts}) if response else []
-    if draw(st.integers(0, 4)) == 0:
+    if draw(st.integers(0, 9)) == 0:
         edges = []
     segments = [{"start": a, "end": b} for a, b in pairwise(edges)]
     inside = st.lists(st.integers(0, max(len(segments) - 1, 0)), min_size=1, max_size=3)
@@ -239,7 +239,7 @@ def rows(draw: st.DrawFn, table: ByteTable, index: int) -> tuple[dict, dict, dic
     ]
     annotation = ids | {
         "correct": verdict["correct"], "segments": segments, "spans": spans, "status": "ok",
-        "diagnostic_type": draw(st.sampled_from([None, *list(DiagnosticType)[:2]])),
+        "diagnostic_type": draw(st.sampled_from([None, *[*DiagnosticType][:2] * 3])),
         "annotator_name": "a", "annotator_model": "m", "prompt_version": "", "latency_s": 0.0,
     }  # fmt: skip
     return rollout, verdict, annotation
@@ -262,8 +262,8 @@ configs = st.builds(
 @given(
     data=st.data(),
     config=configs,
-    with_annotations=st.sampled_from([True, True, True, False]),
-    with_teacher=st.sampled_from([True, True, True, False]),
+    with_annotations=st.sampled_from([True] * 7 + [False]),
+    with_teacher=st.sampled_from([True] * 7 + [False]),
     block_tokens=st.sampled_from([1, 20, 1 << 18]),
 )
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

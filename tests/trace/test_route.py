@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_opd.schemas.configs import RoutingConfig
@@ -145,6 +145,7 @@ def test_an_empty_response_and_no_spans_are_fine():
     st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=3), max_size=4),
     st.floats(0, 1),
 )
+@settings(deadline=None)
 def test_the_cap_holds_and_marked_tokens_are_kept_or_dropped(segments, spans, alpha):
     routing = route(spans, segments=np.array(segments, dtype=int), alpha=alpha)
     kept = (routing.span_id >= 0).sum()

@@ -5,7 +5,7 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_opd.schemas.configs import RoutingConfig
@@ -74,6 +74,7 @@ def test_a_rollouts_draw_is_the_same_in_every_run_and_its_own(rule):
     st.floats(0, 1),
     st.sampled_from(["spans", "random", "inverted"]),
 )
+@settings(deadline=None)
 def test_no_capped_rule_exceeds_alpha(segments, spans, alpha, rule):
     given_response = response("r", alpha, spans, np.array(segments, dtype=int))
     span_id = RULES[rule](given_response)
@@ -85,6 +86,28 @@ def test_no_capped_rule_exceeds_alpha(segments, spans, alpha, rule):
         outside = ~given_response.marked
         assert count == min(given_response.room, outside.sum())
         assert outside[span_id >= 0].all()
+
+
+@given(
+    st.lists(st.integers(-1, 3), max_size=16),
+    st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=3), max_size=4),
+    st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 1.0]),
+)
+@settings(deadline=None, max_examples=300)
+def test_spans_are_kept_segment_by_segment_until_the_cap(segments, spans, alpha):
+    """The slow twin goes through the named segments one by one."""
+    given_response = response("r", alpha, spans, np.array(segments, dtype=int))
+    expected, kept, full = [-1] * len(segments), 0, False
+    for rank, segment in ((rank, segment) for rank, span in enumerate(spans) for segment in span):
+        at = [i for i, own in enumerate(segments) if own == segment and expected[i] < 0]
+        left = given_response.room - kept
+        full = full or len(at) > left
+        if full and kept:
+            break
+        for i in at[:left]:
+            expected[i] = rank
+        kept += len(at[:left])
+    assert RULES["spans"](given_response).tolist() == expected
 
 
 # --- rules of the user's own ---
