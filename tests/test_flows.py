@@ -19,6 +19,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
 )
+from prefect.client.schemas.sorting import ArtifactSort
 
 from trace_opd import flows
 from trace_opd.data.store import Dataset, Store
@@ -76,10 +77,11 @@ def tasks_of(state: Any) -> list[Any]:
 
 def artifact(key: str) -> Any:
     with get_client(sync_client=True) as client:
-        (found,) = client.read_artifacts(
-            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
-        )
-    return found
+        # The newest: other tests on this server may have made the same dataset.
+        return client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])),
+            sort=ArtifactSort.CREATED_DESC,
+        )[0]
 
 
 def test_flows_make_what_the_command_line_makes(made, tmp_path):
