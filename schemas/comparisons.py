@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from .contract import NAME_KEY, VERSION_KEY, TableContract
+from .contract import described, make_contract
 from .labels import AnnotationStatus
 
 _text, _count, _figure = pa.string(), pa.int64(), pa.float64()
@@ -74,32 +74,22 @@ _CONFUSION = pa.list_(
 )
 
 
-def _field(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
-    return pa.field(name, kind, nullable, metadata={"description": description})
-
-
 def _fields() -> list[pa.Field]:
-    fields = [_field(*column) for column in _WHAT]
-    fields.append(_field("problem_id", _text, "The problem; null in the overall row.", True))
-    fields += [_field(name, _count, what) for name, what in _COUNTS.items()]
+    fields = [described(*column) for column in _WHAT]
+    fields.append(described("problem_id", _text, "The problem; null in the overall row.", True))
+    fields += [described(name, _count, what) for name, what in _COUNTS.items()]
     for name, what in _FIGURES.items():
-        fields.append(_field(name, _figure, what, True))
+        fields.append(described(name, _figure, what, True))
         for end, edge in (("low", "Lower"), ("high", "Upper")):
             bound = f"{edge} end of its 95 % interval, in overall rows."
-            fields.append(_field(f"{name}_{end}", _figure, bound, True))
+            fields.append(described(f"{name}_{end}", _figure, bound, True))
     for side, who in (("reference", "Reference: "), ("other", "Other: ")):
-        fields += [_field(f"{side}_{name}", _count, who + w) for name, w in _OWN_COUNTS.items()]
+        fields += [described(f"{side}_{name}", _count, who + w) for name, w in _OWN_COUNTS.items()]
         fields += [
-            _field(f"{side}_{name}", _figure, who + w, True) for name, w in _OWN_FIGURES.items()
+            described(f"{side}_{name}", _figure, who + w, True) for name, w in _OWN_FIGURES.items()
         ]
     types = "Rollouts by both annotators' types, pairs that occur, in overall rows."
-    return [*fields, _field("confusion", _CONFUSION, types, True)]
+    return [*fields, described("confusion", _CONFUSION, types, True)]
 
 
-COMPARISONS = TableContract(
-    "comparisons",
-    1,
-    pa.schema(_fields(), metadata={NAME_KEY: b"comparisons", VERSION_KEY: b"1"}),
-    "comparison_id",
-    {},
-)
+COMPARISONS = make_contract("comparisons", 1, _fields(), "comparison_id")

@@ -9,14 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
 from ...data.store import Store, content_hash
 from ...schemas.labels import AnnotationStatus
-from ..viewer.page import csp_hash
+from ..viewer.page import csp_hash, page_template
 from ..viewer.rollout_tables import find_tables
 from ..visible import visible
 from .agreement import FIGURES
@@ -159,14 +158,7 @@ def _share(value: float | None) -> str:
 def page(comparison: Comparison, table: pa.Table, store: Store) -> str:
     """The comparison as one HTML page."""
     style = (_HERE / "compare.css").read_text(encoding="utf-8")
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("compare.html.j2").render(
+    return page_template(_HERE / "compare.html.j2").render(
         names=list(comparison.datasets),
         summary=summary_line(comparison),
         scopes=SCOPES,

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from .paint import Paint
@@ -26,19 +26,24 @@ STYLE, SCRIPT = (
 )
 
 
-def render_page(data: dict[str, Any], served: bool, **context: Any) -> str:
-    """The page as HTML.
-
-    data: what the page's script reads, see `page_data`; context: what the markup shows besides.
-    """
+def page_template(file: Path) -> Template:
+    """A page's markup; whatever is put into it is escaped, and what is missing is an error."""
     environment = Environment(
-        loader=FileSystemLoader(_HERE),
+        loader=FileSystemLoader(file.parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(
+    return environment.get_template(file.name)
+
+
+def render_page(data: dict[str, Any], served: bool, **context: Any) -> str:
+    """The page as HTML.
+
+    data: what the page's script reads, see `page_data`; context: what the markup shows besides.
+    """
+    return page_template(_HERE / "page.html.j2").render(
         data=data,
         served=served,
         style=Markup(STYLE),  # noqa: S704 - our own file

@@ -6,7 +6,7 @@ import pytest
 
 from trace_opd.data.store import Store, content_hash
 from trace_opd.pipelines.problems import PROBLEMS_STAGE
-from trace_opd.schemas.configs import ProblemsConfig
+from trace_opd.schemas.configs import ProblemsConfig, VerifyConfig
 from trace_opd.schemas.errors import InputError
 
 WORDS = {"kind": "word-problems", "steps": 2}
@@ -138,3 +138,15 @@ def test_a_stage_goes_on_from_its_finished_parts(store):
 def test_champ_keeps_what_parses(store):
     dataset = make(store, {"kind": "champ"}, limit=60, drop_unparsable=True)
     assert dataset.rows == dataset.summary["with_solution"] == 60
+
+
+def test_a_gold_answer_that_never_ends_is_dropped_at_the_deadline(
+    store, problems_file, monkeypatch
+):
+    limits = VerifyConfig(timeout_s=1.0)
+    monkeypatch.setattr("trace_opd.pipelines.problems.VerifyConfig", lambda: limits)
+    endless = {"problem": "how many?", "answer": r"\binom{1000000000}{500000000}"}
+    source = problems_file([endless, {"problem": "2+2", "answer": r"\sqrt{16}"}])
+    dataset = make(store, source, drop_unparsable=True, limit=10)
+    assert dataset.summary["unparsable"] == 1
+    assert dataset.read()["answer"].to_pylist() == [r"\sqrt{16}"]
