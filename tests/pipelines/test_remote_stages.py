@@ -4,6 +4,8 @@ import os
 import sys
 import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -31,6 +33,15 @@ CONFIG: PipelineConfig = load_config(
     ],
 )
 STAGES = ("problems", "rollout", "verify", "annotate", "convert", "train", "evaluate")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def working_folder(tmp_path_factory) -> Iterator[None]:
+    """A remote store's URL is no path: nothing may appear where the command runs."""
+    folder = tmp_path_factory.mktemp("work")
+    with chdir(folder):
+        yield
+    assert not list(folder.iterdir())
 
 
 def run_all(root: str) -> Store:
