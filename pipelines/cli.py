@@ -11,7 +11,7 @@ import typer
 from rich.logging import RichHandler
 
 from ..data.store import Dataset, Store
-from ..schemas.configs import Config, PipelineConfig, ReportConfig, TrainConfig
+from ..schemas.configs import Config, PipelineConfig, ReportConfig, StudyConfig, TrainConfig
 from ..schemas.errors import InputError, Stopped
 from ..schemas.presets import PRESETS
 from ..schemas.settings import load_config
@@ -173,6 +173,28 @@ def pipeline(
 
 
 @app.command()
+def study(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    store: StoreRoot = "store",
+    output: Annotated[Path, typer.Option(help="Folder of the studies' files.")] = Path("studies"),
+    page: Annotated[Path | None, typer.Option(help="Page; default: STUDY.md there.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train every arm of a study over its seeds; tables, plots and a page of what came out."""
+    loaded = _load(StudyConfig, config, overrides, None)
+    if dry_run:
+        print_config(loaded)
+        return
+    from .study.study import run_study
+
+    folder = output / loaded.name
+    written = page or folder / "STUDY.md"
+    run_study(loaded, Store(store), folder, written)
+    console.print(f"{written}, results in {folder}", soft_wrap=True)
+
+
+@app.command()
 def config(
     stage: Annotated[str, typer.Argument(help="Stage, or pipeline.")],
     path: ConfigPath = None,
@@ -184,13 +206,13 @@ def config(
     """Print a stage's whole config as YAML, defaults included, or its JSON schema."""
     from .stages import CONFIG_TYPES
 
-    kinds = CONFIG_TYPES | {"pipeline": PipelineConfig}
+    kinds = CONFIG_TYPES | {"pipeline": PipelineConfig, "study": StudyConfig}
     if stage not in kinds:
         raise InputError(f"stage {stage!r}: is none of {', '.join(kinds)}")
     if schema:
         print_json(kinds[stage].model_json_schema(), console)
         return
-    section = stage if stage != "pipeline" else None
+    section = stage if stage in CONFIG_TYPES else None
     print_config(_load(kinds[stage], path, overrides, section))
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,15 @@ def batch(
     return ids, labels
 
 
-def pretrain(output: Path, steps: int, batch_size: int, lr: float, seed: int) -> None:
+def pretrain(
+    output: Path,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    snapshots: Sequence[int] = (),
+) -> None:
+    """Train from scratch into `output`; snapshots: steps after which a copy goes to step-<n> in it."""
     torch.manual_seed(seed)
     rng = random.Random(f"micro/{seed}")
     tokenizer = build_tokenizer()
@@ -181,9 +190,15 @@ def pretrain(output: Path, steps: int, batch_size: int, lr: float, seed: int) ->
         optimizer.step()
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step} loss {loss.item():.4f} {time.perf_counter() - started:.0f} s")
-            # bfloat16: half the size on disk; loading it as float32 is exact.
-            copy.deepcopy(model).bfloat16().save_pretrained(output)
-            tokenizer.save_pretrained(output)
+            _save(model, tokenizer, output)
+        if step + 1 in snapshots:
+            _save(model, tokenizer, output / f"step-{step + 1}")
+
+
+def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    # bfloat16: half the size on disk; loading it as float32 is exact.
+    copy.deepcopy(model).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any]:
@@ -285,6 +300,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
+        "--snapshots", type=int, nargs="*", default=[], help="steps after which a copy is kept"
+    )
+    parser.add_argument(
         "--measure", action="store_true", help="measure the model in --output instead of training"
     )
     args = parser.parse_args()
@@ -293,7 +311,7 @@ def main() -> None:
         figures = label_effect(policy, arithmetic_problems(64, args.seed), args.seed)
         print(json.dumps(figures, indent=2))
     else:
-        pretrain(args.output, args.steps, args.batch_size, args.lr, args.seed)
+        pretrain(args.output, args.steps, args.batch_size, args.lr, args.seed, args.snapshots)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What online training needs around the trainer: engines, and tables kept in the store."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,13 @@ import numpy as np
 import pyarrow as pa
 
 from ..data.store import Dataset, Draft, Store, content_hash
-from ..schemas.configs import OpenAISampler, SelfAnnotator, TrainConfig, TransformersSampler
+from ..schemas.configs import (
+    OpenAISampler,
+    SamplingConfig,
+    SelfAnnotator,
+    TrainConfig,
+    TransformersSampler,
+)
 from ..schemas.errors import InputError
 from ..schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
 from ..trace.ahead import Ahead, Following
@@ -27,6 +34,7 @@ from .rollout import rollouts_table
 from .samplers import Follower, open_follower, open_sampler
 from .samplers.probe import Probe
 from .samplers.transformers import TransformersPolicySampler
+from .validation import Validation
 from .verify import MathVerifier
 
 # Online tables: role, stage, contract, and the roles that the dataset names as its inputs.
@@ -70,6 +78,7 @@ class OnlineTables:
         self._tokenizer = policy.tokenizer
         self._engines: _Engines | None = None
         self._follower: Follower | None = None
+        self._follow: Callable[[], None] | None = None
         self._ahead: Ahead | None = None
         beside = self._open_beside() if self._ranks.first else None
         # Of servers the first rank alone asks.
@@ -115,6 +124,8 @@ class OnlineTables:
         def follow() -> None:
             probe.ask(policy)
             follower.follow(policy, probe)
+
+        self._follow = follow
 
         if not self._config.online.max_staleness:
             return Following(source, follow, follower.rest)
@@ -193,6 +204,23 @@ class OnlineTables:
             shuffled = np.random.default_rng([self._config.seed, 2, step]).permutation(others)
             chosen = shuffled[(refill - 1) * count : refill * count]
         return self._problems.take(chosen)
+
+    def validation(self, splits: dict[str, pa.Table], run: Path) -> Validation:
+        """Looks at held-out problems through the engines of the online steps; one rank's work."""
+        assert self._engines is not None, "validation runs on one rank"
+        verifier = self._engines.verifier
+        return Validation(self._config, splits, self._sample_held_out, verifier, run)
+
+    def _sample_held_out(
+        self, problems: pa.Table, sampling: SamplingConfig, k: int, seed: int
+    ) -> pa.Table:
+        if self._follow is not None:
+            self._follow()
+        prompt = self._config.prompt
+        made = rollouts_table(problems, self._sampler, self._tokenizer, prompt, sampling, k, seed)
+        if self._follower is not None:
+            self._follower.rest()
+        return made
 
     def _sample(self, problems: pa.Table, step: int) -> pa.Table:
         online = self._config.online

@@ -47,6 +47,7 @@ from .offline import OfflineReader
 from .online import OnlineTables
 from .stage import held, progress_bar
 from .tracking import METRICS, Tracker, check_tracker, read_metrics
+from .validation import FOLDER, Validation
 
 FINAL = "checkpoints/final"
 
@@ -83,6 +84,16 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
             semantic["online"]["rule"] = content_hash(source)
     else:
         del semantic["online"]
+    if config.validation is None:
+        del semantic["validation"]
+    else:
+        if not config.validation.problems:
+            raise InputError(
+                "validation.problems: is empty; name a dataset, e.g. {test: problems/<id>}"
+            )
+        for split, ref in config.validation.problems.items():
+            inputs[f"validation_{split}"] = store.get(ref, PROBLEMS)
+        semantic["validation"]["problems"] = sorted(config.validation.problems)
     store.local_root()
     return inputs, store.begin("train", semantic, inputs, None, config.model_dump(mode="json"))
 
@@ -143,11 +154,20 @@ def _run(
     if config.online.steps:
         online = OnlineTables(config, store, target, inputs, replica or policy, ranks)
     source = online.source if online is not None else None
+    validation = None
+    if config.validation is not None:
+        if ranks.count > 1:
+            raise InputError(
+                "validation: runs on one rank; take it out under torchrun and evaluate checkpoints"
+            )
+        assert online is not None, "the config says so"
+        splits = {name: inputs[f"validation_{name}"].read() for name in config.validation.problems}
+        validation = online.validation(splits, target.local_path())
     if replica is not None:
         assert source is not None
         source = _Refreshed(source, trainer, replica, PackedModel(replica.model))
     try:
-        _train(trainer, target, offline, source)
+        _train(trainer, target, offline, source, validation)
     finally:
         if online is not None:
             online.close()
@@ -162,7 +182,11 @@ def _run(
 
 
 def _train(
-    trainer: Trainer, target: Draft, offline: OfflineReader | None, online: Online | None
+    trainer: Trainer,
+    target: Draft,
+    offline: OfflineReader | None,
+    online: Online | None,
+    validation: Validation | None = None,
 ) -> None:
     """All remaining steps: metrics as they come, checkpoints now and then, one when told to stop."""
     config = trainer.config
@@ -180,7 +204,12 @@ def _train(
     ):
         advance(trainer.state.step)
         try:
+            if validation is not None and trainer.state.step == 0:
+                validation.look(0)
             for metrics in trainer.run(offline, online, stopping):
+                done = trainer.state.step
+                if validation is not None and validation.due(done, trainer.total_steps):
+                    metrics |= validation.look(done)
                 log(metrics)
                 reward, kl = metrics.get("reward", 0), metrics["kl_weight"]
                 advance(1, reward=f"{reward:.2f}", kl=f"{kl:.2f}")
@@ -276,9 +305,10 @@ def _check_routed(config: TrainConfig, routed: Dataset, vocabulary: str) -> None
 
 
 def _lasting_files(run: Draft) -> list[str]:
-    """What belongs to a finished run: the model and the metrics, no checkpoint on the way."""
+    """What belongs to a finished run: the model, metrics and validation, no checkpoint on the way."""
     folder = run.local_path()
     found = [path for path in folder.joinpath(FINAL).rglob("*") if path.is_file()]
+    found += (folder / FOLDER).glob("*.parquet")
     return [str(path.relative_to(folder)) for path in [folder / METRICS, *sorted(found)]]
 
 

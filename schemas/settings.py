@@ -67,6 +67,16 @@ def override(config: C, overrides: list[str] | None) -> C:
     return _validated(type(config), data, overrides or [], "config")
 
 
+def overlaid(config: C, data: dict[str, Any], overrides: list[str]) -> C:
+    """A config with nested data laid over it, then `a.b=value` overrides.
+
+    Raises:
+        InputError: malformed override, unknown key or bad value.
+    """
+    base = config.model_dump(mode="json")
+    return _validated(type(config), _laid_over(base, data), overrides, "config")
+
+
 def load_yaml(text: str) -> Any:
     """The value of a YAML text, made of mappings, lists and what JSON can hold besides.
 

@@ -270,4 +270,28 @@ EVALUATIONS = make_contract(
     "evaluation_id",
 )
 
+VALIDATIONS = make_contract(
+    "validations",
+    1,
+    [
+        described("validation_id", _string, "Hash of step, split, decoding and problem."),
+        described("step", _int32, "Optimiser steps done."),
+        described("split", _string, "Name of the split in train.validation.problems."),
+        described("decoding", _string, "sampled (online.sampling) or greedy."),
+        _PROBLEM_ID,
+        described("k", _int32, "Scored answers to this problem."),
+        described("correct", _int32, "How many of them are right."),
+        described("tokens", _int32, "Response tokens, all answers together."),
+        described(
+            "entropy",
+            _float32,
+            "Mean negative log-probability of the sampled tokens, nats: an estimate of the policy's "
+            "entropy under sampling; null for greedy, whose tokens are no samples.",
+            True,
+        ),
+        described("truncated", _int32, "Answers that hit the token limit."),
+    ],
+    "validation_id",
+)
+
 CONTRACTS = {c.name: c for c in (PROBLEMS, ROLLOUTS, VERDICTS, ANNOTATIONS, ROUTED, EVALUATIONS)}

@@ -7,7 +7,9 @@
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 
 from ...schemas.configs import RuleAnnotator, SegmentConfig
@@ -25,7 +27,7 @@ class StepsAnnotator:
 
     def __init__(self, config: RuleAnnotator, segment: SegmentConfig) -> None:
         self._segment = segment
-        self._read = _RULES[config.match]
+        self._config = config
         self._who = Identity(config.name, f"steps-{config.match}")
 
     def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
@@ -42,6 +44,12 @@ class StepsAnnotator:
             usage = Usage(latency_s=time.monotonic() - began)
             rows.append(annotation_row(item, self._who, reading, usage))
         return ANNOTATIONS.table(rows)
+
+    def _read(self, item: Item) -> Reading:
+        reading = _RULES[self._config.match](item)
+        if not (self._config.wrong_spans or self._config.wrong_types):
+            return reading
+        return mistaken(reading, item, self._config.wrong_spans, self._config.wrong_types)
 
     def close(self) -> None:
         """Nothing to release."""
@@ -100,6 +108,28 @@ def by_value(item: Item) -> Reading:
     visible = [i for i in range(len(item.segments)) if item.text(i).strip()]
     final = [i for i in visible if _FINAL.search(item.text(i))]
     return _reading([(i, DiagnosticType.FINAL_ANSWER) for i in (final or visible)[-1:]])
+
+
+def mistaken(reading: Reading, item: Item, wrong_spans: float, wrong_types: float) -> Reading:
+    """What an annotator that errs at these rates says instead, the same whenever it is asked.
+
+    A wrong mark goes to another segment, a wrong type is that of another of the problem's steps.
+    """
+    if reading.type is None:
+        return reading
+    rng = np.random.default_rng(list(item.rollout_id.encode()))
+    right = {segment for span in reading.marked for segment in span}
+    others = [i for i in range(len(item.segments)) if item.text(i).strip() and i not in right]
+    marked = []
+    for span in reading.marked:
+        moves = others and rng.random() < wrong_spans
+        marked.append([others.pop(int(rng.integers(len(others))))] if moves else span)
+    kind = reading.type
+    known = {DiagnosticType(step["type"]) for step in item.problem["steps"]}
+    other_kinds = sorted(known - {kind})
+    if other_kinds and rng.random() < wrong_types:
+        kind = other_kinds[int(rng.integers(len(other_kinds)))]
+    return replace(reading, marked=marked, type=kind)
 
 
 _RULES: dict[str, Callable[[Item], Reading]] = {"line": by_line, "value": by_value}

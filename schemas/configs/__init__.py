@@ -40,6 +40,7 @@ from .rollout import (
     VllmSampler,
     template_fields,
 )
+from .study import ArmConfig, StudyConfig, TuningConfig
 from .train import (
     LoraConfig,
     LossConfig,
@@ -49,6 +50,7 @@ from .train import (
     ScheduleConfig,
     TeacherConfig,
     TrainConfig,
+    ValidationConfig,
 )
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "Annotator",
     "AnnotatorPrompt",
     "ArithmeticSource",
+    "ArmConfig",
     "ChampSource",
     "Columns",
     "Config",
@@ -89,9 +92,12 @@ __all__ = [
     "SegmentConfig",
     "SelfAnnotator",
     "Source",
+    "StudyConfig",
     "TeacherConfig",
     "TrainConfig",
     "TransformersSampler",
+    "TuningConfig",
+    "ValidationConfig",
     "VerifyConfig",
     "VllmSampler",
     "WordProblemsSource",

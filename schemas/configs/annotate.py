@@ -51,6 +51,16 @@ class RuleAnnotator(Config):
         description="line: a segment is right if it equals the known step's text; value: by the "
         "equations that it states.",
     )
+    wrong_spans: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of marks put on another segment of the response instead: how much an "
+        "annotator's mistakes cost.",
+    )
+    wrong_types: float = Field(
+        default=0.0, ge=0, le=1, description="Share of type labels replaced by another one."
+    )
 
 
 class AnnotatorPrompt(Config):

@@ -142,6 +142,20 @@ class OnlineConfig(Config):
     routing: RoutingConfig = Field(default=RoutingConfig(), description="Routing.")
 
 
+class ValidationConfig(Config):
+    """Held-out problems that the policy answers on its way: before the first step, every few steps,
+    and after the last. They change nothing of the training."""
+
+    problems: dict[str, str] = Field(
+        default={},
+        description="Problems dataset (alias, id or stage/id) of each split; a study fills them in.",
+    )
+    every: int = Field(default=10, ge=1, description="Steps between looks.")
+    k: int = Field(default=4, ge=1, description="Samples per problem, by online.sampling.")
+    greedy: bool = Field(default=True, description="One answer by the likeliest tokens besides.")
+    seed: int = Field(default=0, description="Seed of the samples: the same at each look.")
+
+
 class TrainConfig(Config):
     """Stage train: offline steps over routed tables, then online steps on fresh rollouts."""
 
@@ -152,6 +166,9 @@ class TrainConfig(Config):
     prompt: PromptConfig = Field(default=PromptConfig(), description="Prompt templates.")
     offline: OfflineConfig = Field(default=OfflineConfig(), description="Offline phase.")
     online: OnlineConfig = Field(default=OnlineConfig(), description="Online phase.")
+    validation: ValidationConfig | None = Field(
+        default=None, description="Held-out problems on the way; null: none."
+    )
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="λ over all steps.")
     teacher: TeacherConfig = Field(default=TeacherConfig(), description="The teacher's weights.")
     loss: LossConfig = Field(default=LossConfig(), description="Objective.")
@@ -185,6 +202,11 @@ class TrainConfig(Config):
     def _some_steps(self) -> "TrainConfig":
         if self.offline.steps + self.online.steps == 0:
             raise ValueError("offline.steps and online.steps are both 0; give one of them steps")
+        if self.validation is not None and (self.online.max_staleness or not self.online.steps):
+            raise ValueError(
+                "validation asks the sampler of the online steps between them; it needs "
+                "online.steps above 0 and online.max_staleness=0"
+            )
         if self.online.max_staleness and isinstance(self.sampler, TransformersSampler):
             raise ValueError(
                 "online.max_staleness is 1 but sampler.engine=transformers samples with the weights "

@@ -1,0 +1,163 @@
+"""The runs of a study: which there are, what each one trains, and their rows.
+
+Each run is a train dataset of the store, so a study that was stopped goes on from what is there, two
+studies share the runs that they have in common, and every figure can be traced to a run's folder.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import polars as pl
+
+from ...data.store import Dataset, Store
+from ...schemas.configs import StudyConfig, TrainConfig
+from ...schemas.presets import preset_data
+from ...schemas.settings import overlaid, override
+from ..stage import progress_bar
+from ..stages import run_stage
+from ..tracking import METRICS, read_metrics
+from ..validation import SAMPLED, read_validation
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of an ablation's table and the training that it names."""
+
+    ablation: str
+    name: str
+    train: TrainConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm with a seed; choice: overrides that tuning gave it."""
+
+    arm: Arm
+    seed: int
+    choice: tuple[str, ...] = ()
+
+    @property
+    def train(self) -> TrainConfig:
+        return override(self.arm.train, [*self.choice, f"seed={self.seed}"])
+
+
+def arms(config: StudyConfig, problems: str, splits: dict[str, str]) -> list[Arm]:
+    """All arms; problems, splits: refs of the datasets that all of them share.
+
+    Raises:
+        InputError: an unknown preset, a bad override.
+    """
+    validation = {"problems": splits}
+    found = []
+    for ablation, rows in config.ablations.items():
+        for name, arm in rows.items():
+            laid = preset_data(arm.preset, TrainConfig) if arm.preset else {}
+            train = overlaid(config.train, laid, arm.set)
+            shared = overlaid(
+                train, {"online": {"problems": problems}, "validation": validation}, []
+            )
+            found.append(Arm(ablation, name, shared))
+    return found
+
+
+def distinct(runs: Sequence[Run]) -> list[Run]:
+    """One of each training: arms of different tables may be the same."""
+    return list({run.train.model_dump_json(): run for run in runs}.values())
+
+
+def train_all(runs: Sequence[Run], store: Store, workers: int, label: str) -> list[Dataset]:
+    """Every run's dataset, in order; those that are missing are trained, `workers` at a time."""
+    todo = distinct(runs)
+    refs: dict[str, str] = {}
+    threads = max((os.cpu_count() or 1) // workers, 1)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_set_threads, initargs=(threads,)
+    )
+    with pool, progress_bar(label, len(todo), "runs") as advance:
+        futures = {pool.submit(_train, run.train, store.root): run for run in todo}
+        try:
+            for future in as_completed(futures):
+                run = futures[future]
+                refs[run.train.model_dump_json()] = future.result()
+                advance(1, last=f"{run.arm.name} seed {run.seed}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [store.get(refs[run.train.model_dump_json()]) for run in runs]
+
+
+def _set_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def _train(config: TrainConfig, root: str) -> str:
+    return run_stage("train", config, Store(root)).ref
+
+
+def tuned(
+    config: StudyConfig, rows: Sequence[Arm], store: Store
+) -> dict[tuple[str, str], tuple[str, ...]]:
+    """The choice of each arm with the best mean over looks of the sampled pass rate, by ablation
+    and name; the earlier of equals."""
+    tuning = config.tuning
+    if tuning is None:
+        return {}
+    tries = [Run(arm, tuning.seed, tuple(c)) for arm in rows for c in tuning.choices]
+    made = train_all(tries, store, config.workers, "tuning")
+    best: dict[tuple[str, str], tuple[float, tuple[str, ...]]] = {}
+    for run, dataset in zip(tries, made, strict=True):
+        looks = pl.DataFrame(read_validation(dataset)).filter(
+            (pl.col("split") == tuning.split) & (pl.col("decoding") == SAMPLED)
+        )
+        rate = float(looks["correct"].sum() / max(looks["k"].sum(), 1))
+        key = (run.arm.ablation, run.arm.name)
+        if key not in best or rate > best[key][0]:
+            best[key] = (rate, run.choice)
+    return {key: choice for key, (_, choice) in best.items()}
+
+
+def rows_of(run: Run, dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """A run's looks, a row per problem, with what it was and its Σ λ² at that step."""
+    exposure = {
+        line["step"] + 1: line["kl_exposure"] for line in read_metrics(dataset.local_path(METRICS))
+    }
+    known = {
+        "ablation": run.arm.ablation,
+        "method": run.arm.name,
+        "seed": run.seed,
+        "choice": " ".join(run.choice),
+        "run": dataset.ref,
+    }
+    for row in read_validation(dataset).to_pylist():
+        yield known | row | {"kl_exposure": exposure.get(row["step"], 0.0)}
+
+
+def results(answers: pl.DataFrame) -> pl.DataFrame:
+    """A row per run, look, split and decoding, from the rows per problem."""
+    keys = ["ablation", "method", "seed", "choice", "run", "step", "split", "decoding"]
+    weighted = pl.col("entropy") * pl.col("tokens")
+    return (
+        answers.group_by(keys, maintain_order=True)
+        .agg(
+            pass_rate=pl.col("correct").sum() / pl.col("k").sum(),
+            entropy=weighted.sum() / pl.col("tokens").filter(pl.col("entropy").is_not_null()).sum(),
+            length=pl.col("tokens").sum() / pl.col("k").sum(),
+            truncated=pl.col("truncated").sum(),
+            problems=pl.len(),
+            kl_exposure=pl.col("kl_exposure").first(),
+        )
+        .with_columns(pl.col("entropy").fill_nan(None))
+        .sort(keys)
+    )
+
+
+def datasets(config: StudyConfig, store: Store) -> tuple[str, dict[str, str]]:
+    """Refs of the training problems and of each split."""
+    problems = run_stage("problems", config.problems, store).ref
+    return problems, {n: run_stage("problems", c, store).ref for n, c in config.splits.items()}

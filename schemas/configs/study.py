@@ -1,0 +1,61 @@
+"""A study: methods and ablations over seeds, by the train stage."""
+
+from pydantic import Field, model_validator
+
+from .base import Config, operational
+from .problems import ProblemsConfig
+from .train import TrainConfig
+
+
+class ArmConfig(Config):
+    """One row of a table: what it changes of the study's `train`."""
+
+    preset: str | None = Field(
+        default=None, description="TRACE or a baseline by name (`trace-opd presets`)."
+    )
+    set: list[str] = Field(default=[], description="key=value overrides of `train`, laid over.")
+
+
+class TuningConfig(Config):
+    """The same budget for every arm: each choice is run once, the best is kept."""
+
+    choices: list[list[str]] = Field(
+        min_length=1, description="Sets of key=value overrides to choose from."
+    )
+    split: str = Field(description="Split whose sampled pass rate, averaged over looks, decides.")
+    seed: int = Field(default=1000, description="Seed of the tuning runs; none of `seeds`.")
+
+
+class StudyConfig(Config):
+    """Every arm of every ablation, over seeds; tables, plots and a page from what they leave."""
+
+    name: str = Field(description="Folder of the results and prefix of aliases.")
+    problems: ProblemsConfig = Field(description="Training problems.")
+    splits: dict[str, ProblemsConfig] = Field(
+        min_length=1, description="Held-out problems by name; the first is the page's main one."
+    )
+    train: TrainConfig = Field(description="What all arms share; validation tells when to look.")
+    seeds: list[int] = Field(min_length=1, description="A run per arm and seed.")
+    tuning: TuningConfig | None = Field(
+        default=None, description="Tune each arm first; null: as configured."
+    )
+    ablations: dict[str, dict[str, ArmConfig]] = Field(
+        min_length=1, description="Arms by name, by ablation."
+    )
+    threshold: float = Field(
+        default=0.8, gt=0, lt=1, description="Pass rate whose first step is reported."
+    )
+    bootstrap: int = Field(default=2_000, ge=100, description="Resamples of seeds and problems.")
+    workers: int = operational(
+        2, "Runs at once, each in a process with a share of the cores.", ge=1
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "StudyConfig":
+        if self.train.validation is None:
+            raise ValueError("train.validation is null, but a study is made of its looks; set it")
+        if self.tuning is not None and self.tuning.split not in self.splits:
+            raise ValueError(f"tuning.split {self.tuning.split!r} is none of {list(self.splits)}")
+        if self.tuning is not None and self.tuning.seed in self.seeds:
+            raise ValueError("tuning.seed is one of seeds; what tunes must not be measured again")
+        return self
