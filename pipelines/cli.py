@@ -14,7 +14,7 @@ from ..data.store import Dataset, Store
 from ..schemas.configs import Config, PipelineConfig, ReportConfig, StudyConfig, TrainConfig
 from ..schemas.errors import InputError, Stopped
 from ..schemas.presets import PRESETS
-from ..schemas.settings import load_config
+from ..schemas.settings import load_config, override
 from .cli_store import COMMANDS, StoreRoot
 from .terminal import Terminal, console, print_config, print_json
 
@@ -179,10 +179,12 @@ def study(
     store: StoreRoot = "store",
     output: Annotated[Path, typer.Option(help="Folder of the studies' files.")] = Path("studies"),
     page: Annotated[Path | None, typer.Option(help="Page; default: STUDY.md there.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Apply the config's `quick`.")] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Train every arm of a study over its seeds; tables, plots and a page of what came out."""
-    loaded = _load(StudyConfig, config, overrides, None)
+    loaded = _load(StudyConfig, config, None, None)
+    loaded = override(loaded, [*(loaded.quick if quick else []), *(overrides or [])])
     if dry_run:
         print_config(loaded)
         return

@@ -23,7 +23,7 @@ from math_verify import grader, verify
 from math_verify.parser import get_last_eq
 from sympy.core.relational import Relational
 
-from .notation import prepare
+from .notation import plain_number, prepare
 
 # It warns once that its timeouts are off.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -119,9 +119,15 @@ def read(text: str) -> Any:
     if match := _FRACTION.fullmatch(latex):
         return sympy.Rational(int(match[1] + match[2]), int(match[3]))
     value = _parse(latex)
-    if value is None and (last := get_last_eq(latex)) != latex:
+    if value is None and (last := get_last_eq(latex)) != latex and not _contradicts(latex):
         value = _parse(last)
     return value
+
+
+def _contradicts(chain: str) -> bool:
+    """Whether a chain `a = b = c` too long to be read whole names two plain numbers that differ."""
+    numbers = {plain_number(side.strip()) for side in chain.split("=")} - {None}
+    return len(numbers) > 1
 
 
 def _parse(latex: str) -> Any:

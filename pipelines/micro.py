@@ -169,8 +169,12 @@ def pretrain(
     lr: float,
     seed: int,
     snapshots: Sequence[int] = (),
+    stop_after: int | None = None,
 ) -> None:
-    """Train from scratch into `output`; snapshots: steps after which a copy goes to step-<n> in it."""
+    """Train from scratch into `output`; snapshots: steps after which a copy goes to step-<n> in it.
+
+    stop_after: end there, the learning rate on its way to the end of all `steps`.
+    """
     torch.manual_seed(seed)
     rng = random.Random(f"micro/{seed}")
     tokenizer = build_tokenizer()
@@ -193,6 +197,8 @@ def pretrain(
             _save(model, tokenizer, output)
         if step + 1 in snapshots:
             _save(model, tokenizer, output / f"step-{step + 1}")
+        if step + 1 == stop_after:
+            return
 
 
 def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -302,6 +308,7 @@ def main() -> None:
     parser.add_argument(
         "--snapshots", type=int, nargs="*", default=[], help="steps after which a copy is kept"
     )
+    parser.add_argument("--stop-after", type=int, help="steps after which to end early")
     parser.add_argument(
         "--measure", action="store_true", help="measure the model in --output instead of training"
     )
@@ -311,7 +318,15 @@ def main() -> None:
         figures = label_effect(policy, arithmetic_problems(64, args.seed), args.seed)
         print(json.dumps(figures, indent=2))
     else:
-        pretrain(args.output, args.steps, args.batch_size, args.lr, args.seed, args.snapshots)
+        pretrain(
+            args.output,
+            args.steps,
+            args.batch_size,
+            args.lr,
+            args.seed,
+            args.snapshots,
+            args.stop_after,
+        )
 
 
 if __name__ == "__main__":

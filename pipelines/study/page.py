@@ -64,7 +64,8 @@ def _table(
         final = bootstrap(sampled.final, config.bootstrap)
         difference = "–"
         if reference is not None and method != _REFERENCE:
-            their = curves(reference, main, SAMPLED)
+            seeds = own["seed"].unique().to_list()
+            their = curves(reference.filter(pl.col("seed").is_in(seeds)), main, SAMPLED)
             if their.final.shape == sampled.final.shape:
                 difference = _points(bootstrap(sampled.final - their.final, config.bootstrap))
         greedy = "–"

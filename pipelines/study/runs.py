@@ -12,6 +12,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 
 from ...data.store import Dataset, Store
 from ...schemas.configs import StudyConfig, TrainConfig
@@ -30,6 +31,7 @@ class Arm:
     ablation: str
     name: str
     train: TrainConfig
+    like: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def arms(config: StudyConfig, problems: str, splits: dict[str, str]) -> list[Arm
             shared = overlaid(
                 train, {"online": {"problems": problems}, "validation": validation}, []
             )
-            found.append(Arm(ablation, name, shared))
+            found.append(Arm(ablation, name, shared, arm.like))
     return found
 
 
@@ -100,26 +102,43 @@ def _train(config: TrainConfig, root: str) -> str:
     return run_stage("train", config, Store(root)).ref
 
 
-def tuned(
-    config: StudyConfig, rows: Sequence[Arm], store: Store
-) -> dict[tuple[str, str], tuple[str, ...]]:
-    """The choice of each arm with the best mean over looks of the sampled pass rate, by ablation
-    and name; the earlier of equals."""
+def tuned(config: StudyConfig, rows: Sequence[Arm], store: Store) -> dict[str, tuple[str, ...]]:
+    """By name of the first ablation's arms, the choice with the best sampled pass rate, mean over
+    looks; the earlier of equals."""
     tuning = config.tuning
     if tuning is None:
         return {}
-    tries = [Run(arm, tuning.seed, tuple(c)) for arm in rows for c in tuning.choices]
+    first = [arm for arm in rows if arm.ablation == rows[0].ablation]
+    tries = [Run(arm, tuning.seed, tuple(c)) for arm in first for c in tuning.choices]
     made = train_all(tries, store, config.workers, "tuning")
-    best: dict[tuple[str, str], tuple[float, tuple[str, ...]]] = {}
+    best: dict[str, tuple[float, tuple[str, ...]]] = {}
     for run, dataset in zip(tries, made, strict=True):
-        looks = pl.DataFrame(read_validation(dataset)).filter(
+        looks = _frame(read_validation(dataset)).filter(
             (pl.col("split") == tuning.split) & (pl.col("decoding") == SAMPLED)
         )
         rate = float(looks["correct"].sum() / max(looks["k"].sum(), 1))
-        key = (run.arm.ablation, run.arm.name)
-        if key not in best or rate > best[key][0]:
-            best[key] = (rate, run.choice)
-    return {key: choice for key, (_, choice) in best.items()}
+        if run.arm.name not in best or rate > best[run.arm.name][0]:
+            best[run.arm.name] = (rate, run.choice)
+    return {name: choice for name, (_, choice) in best.items()}
+
+
+def study_runs(
+    config: StudyConfig, rows: Sequence[Arm], choices: dict[str, tuple[str, ...]]
+) -> list[Run]:
+    """Every arm with its seeds and its choice."""
+    main = rows[0].ablation
+    runs = []
+    for arm in rows:
+        seeds = config.seeds if arm.ablation == main else config.seeds[: config.ablation_seeds]
+        name = arm.name if arm.ablation == main else arm.like
+        runs += [Run(arm, seed, choices.get(name or "", ())) for seed in seeds]
+    return runs
+
+
+def _frame(table: pa.Table) -> pl.DataFrame:
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
 
 
 def rows_of(run: Run, dataset: Dataset) -> Iterator[dict[str, Any]]:

@@ -9,24 +9,13 @@ from ...data.store import Store
 from ...schemas.configs import StudyConfig
 from ...schemas.settings import dump_config
 from .page import page, plot
-from .runs import Arm, Run, arms, datasets, results, rows_of, train_all, tuned
-
-
-def planned(config: StudyConfig, rows: list[Arm]) -> dict[str, int]:
-    """How many trainings a study takes, before what its store has already."""
-    tries = len(rows) * len(config.tuning.choices) if config.tuning else 0
-    return {"tuning": tries, "study": len(rows) * len(config.seeds)}
+from .runs import arms, datasets, results, rows_of, study_runs, train_all, tuned
 
 
 def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) -> pl.DataFrame:
     """Everything, going on from what the store has; the results table."""
     rows = arms(config, *datasets(config, store))
-    choices = tuned(config, rows, store)
-    runs = [
-        Run(arm, seed, choices.get((arm.ablation, arm.name), ()))
-        for arm in rows
-        for seed in config.seeds
-    ]
+    runs = study_runs(config, rows, tuned(config, rows, store))
     made = train_all(runs, store, config.workers, "study")
     answers = pl.DataFrame(
         [row for run, dataset in zip(runs, made, strict=True) for row in rows_of(run, dataset)],

@@ -14,10 +14,15 @@ class ArmConfig(Config):
         default=None, description="TRACE or a baseline by name (`trace-opd presets`)."
     )
     set: list[str] = Field(default=[], description="key=value overrides of `train`, laid over.")
+    like: str | None = Field(
+        default=None,
+        description="Arm of the first ablation whose tuned choice this one takes; its own choice "
+        "would compare tuning with tuning.",
+    )
 
 
 class TuningConfig(Config):
-    """The same budget for every arm: each choice is run once, the best is kept."""
+    """The same budget for each arm of the first ablation: every choice runs once, the best is kept."""
 
     choices: list[list[str]] = Field(
         min_length=1, description="Sets of key=value overrides to choose from."
@@ -39,8 +44,12 @@ class StudyConfig(Config):
     tuning: TuningConfig | None = Field(
         default=None, description="Tune each arm first; null: as configured."
     )
+    ablation_seeds: int | None = Field(
+        default=None, ge=1, description="So many of the seeds after the first ablation; null: all."
+    )
+    quick: list[str] = Field(default=[], description="key=value overrides that --quick applies.")
     ablations: dict[str, dict[str, ArmConfig]] = Field(
-        min_length=1, description="Arms by name, by ablation."
+        min_length=1, description="Arms by name, by ablation; the first is the page's main table."
     )
     threshold: float = Field(
         default=0.8, gt=0, lt=1, description="Pass rate whose first step is reported."
@@ -58,4 +67,11 @@ class StudyConfig(Config):
             raise ValueError(f"tuning.split {self.tuning.split!r} is none of {list(self.splits)}")
         if self.tuning is not None and self.tuning.seed in self.seeds:
             raise ValueError("tuning.seed is one of seeds; what tunes must not be measured again")
+        first = next(iter(self.ablations.values()))
+        for ablation, rows in self.ablations.items():
+            for name, arm in rows.items():
+                if arm.like is not None and arm.like not in first:
+                    raise ValueError(
+                        f"ablations.{ablation}.{name}.like {arm.like!r} is none of {list(first)}"
+                    )
         return self

@@ -240,3 +240,28 @@ def test_problems_without_steps_stop_the_stage_before_it_begins(tmp_path: Path):
     with pytest.raises(InputError, match="steps is empty"):
         ANNOTATE_STAGE.begin(AnnotateConfig(annotator=RuleAnnotator(engine="rule")), store)
     assert not (tmp_path / "annotate").exists()
+
+
+RIGHT = "1+7+0=8 c0\n2+7+0=9 c0\n8+9+0=17 c1\n4+3+1=8 c0\n\\boxed{8798}"
+
+
+def annotate_many(**mistakes: float) -> list[dict]:
+    config = RuleAnnotator.model_validate({"engine": "rule"} | mistakes)
+    annotator = open_annotator(config, SegmentConfig())
+    return annotator.annotate(*tables(STEPS_4821_3977, [(RIGHT, True)] * 200)).to_pylist()
+
+
+def test_an_annotator_that_errs_moves_so_many_of_its_marks_and_is_the_same_when_asked_again():
+    rows = annotate_many(wrong_spans=0.25)
+    wrong = [row for row in rows if row["spans"][0]["segments"] != [2]]
+    assert 30 < len(wrong) < 70
+    assert {row["spans"][0]["segments"][0] for row in wrong} == {0, 1, 3, 4}
+    assert {row["diagnostic_type"] for row in rows} == {"case_analysis"}
+    spans = [row["spans"] for row in rows]
+    assert [row["spans"] for row in annotate_many(wrong_spans=0.25)] == spans
+
+
+def test_an_annotator_that_errs_takes_the_type_of_another_step():
+    rows = annotate_many(wrong_types=1.0)
+    assert {row["diagnostic_type"] for row in rows} == {"arithmetic", "final_answer"}
+    assert {tuple(row["spans"][0]["segments"]) for row in rows} == {(2,)}

@@ -1,0 +1,141 @@
+"""A small study from end to end: its files, its page, and that the two agree."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+from trace_opd.pipelines.cli import app
+from trace_opd.pipelines.study.figures import bootstrap, curves
+from trace_opd.schemas.configs import StudyConfig
+from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.settings import load_config, override
+
+CONFIG = Path(__file__).parents[2] / "configs" / "study-micro.yaml"
+SMALL = [
+    "name=small",
+    "problems.limit=8",
+    "splits={test: {source: {kind: arithmetic}, limit: 6, seed: 1},"
+    " shorter: {source: {kind: arithmetic, min_digits: 2, max_digits: 2}, limit: 4, seed: 1}}",
+    "seeds=[0, 1]",
+    "tuning={split: shorter, choices: [[optim.lr=1.0e-4], [optim.lr=1.0e-3]]}",
+    "train.policy.path=micro",
+    "train.online.steps=2",
+    "train.online.group_size=4",
+    "train.groups_per_step=2",
+    "train.validation.every=2",
+    "train.validation.k=2",
+    "ablations={methods: {grpo: {preset: grpo}, trace-fkl: {preset: trace-fkl}},"
+    " alpha: {all: {preset: all-token-fkl, like: trace-fkl}}}",
+    "bootstrap=100",
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    arguments = [
+        "study",
+        str(CONFIG),
+        *SMALL,
+        "--store",
+        f"{folder}/store",
+        "--output",
+        str(folder),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_a_study_has_a_row_per_run_look_split_and_decoding(made):
+    table = pl.read_parquet(made / "small" / "results.parquet")
+    # Three arms by two seeds; looks before the first step and after the last.
+    assert len(table) == 3 * 2 * 2 * 2 * 2
+    assert table["step"].unique().sort().to_list() == [0, 2]
+    assert set(table["decoding"]) == {"sampled", "greedy"}
+    assert table["pass_rate"].is_between(0, 1).all()
+    assert table.filter(pl.col("decoding") == "greedy")["entropy"].null_count() == len(table) // 2
+    exposed = table.filter(pl.col("step") == 2).group_by("method").agg(pl.col("kl_exposure").max())
+    assert dict(exposed.iter_rows()) == {"grpo": 0.0, "trace-fkl": 0.5, "all": 0.5}
+
+
+def test_the_page_says_what_the_files_say(made):
+    page = (made / "small" / "STUDY.md").read_text()
+    table = pl.read_parquet(made / "small" / "results.parquet")
+    last = table.filter((pl.col("step") == 2) & (pl.col("decoding") == "sampled"))
+    for method in ("grpo", "trace-fkl", "all"):
+        (row,) = re.findall(rf"^\| {method} \| (.+)$", page, re.M)[:1]
+        rates = last.filter(pl.col("method") == method)
+        test = rates.filter(pl.col("split") == "test")["pass_rate"].mean()
+        shorter = rates.filter(pl.col("split") == "shorter")["pass_rate"].mean()
+        assert row.startswith(f"{100 * test:.1f} % (")
+        assert row.endswith(f"{100 * shorter:.1f} % |")
+    for picture in re.findall(r"\]\((.+\.svg)\)", page):
+        assert (made / "small" / picture).read_text().startswith("<?xml")
+
+
+def test_an_arm_of_an_ablation_takes_the_choice_of_the_arm_that_it_is_like(made):
+    table = pl.read_parquet(made / "small" / "results.parquet")
+    choice = dict(table.select("method", "choice").unique().iter_rows())
+    assert choice["all"] == choice["trace-fkl"]
+    assert choice["grpo"] in ("optim.lr=1.0e-4", "optim.lr=1.0e-3")
+
+
+def test_a_study_goes_on_from_the_runs_that_its_store_has(made):
+    before = {path: path.stat().st_mtime_ns for path in made.glob("store/train/*/manifest.json")}
+    page = (made / "small" / "STUDY.md").read_bytes()
+    arguments = ["study", str(CONFIG), *SMALL, "--store", f"{made}/store", "--output", str(made)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    after = {path: path.stat().st_mtime_ns for path in made.glob("store/train/*/manifest.json")}
+    assert after == before
+    assert (made / "small" / "STUDY.md").read_bytes() == page
+
+
+def test_curves_and_their_summaries_by_hand():
+    rows = [
+        {"seed": seed, "step": step, "split": "test", "decoding": "sampled", "problem_id": problem,
+         "k": 2, "correct": correct}
+        for seed, step, problem, correct in [
+            (0, 0, "a", 0), (0, 0, "b", 0), (0, 4, "a", 2), (0, 4, "b", 0),
+            (1, 0, "a", 0), (1, 0, "b", 2), (1, 4, "a", 2), (1, 4, "b", 2),
+        ]
+    ]  # fmt: skip
+    drawn = curves(pl.DataFrame(rows), "test", "sampled")
+    np.testing.assert_allclose(drawn.mean, [0.25, 0.75])
+    np.testing.assert_allclose(drawn.final, [[1, 0], [1, 1]])
+    np.testing.assert_allclose(drawn.area, [[0.5, 0], [0.5, 1]])
+    assert drawn.first_step(0.7) == 4
+    assert drawn.first_step(0.8) is None
+    estimate = bootstrap(drawn.final, 500)
+    assert estimate.value == 0.75
+    assert estimate.low < 0.75 < estimate.high == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("tuning.split=nowhere", "is none of"),
+        ("tuning.seed=0", "one of seeds"),
+        ("train.validation=null", "set it"),
+        ("ablations.clip={a: {like: nobody}}", "nobody"),
+    ],
+)
+def test_a_study_that_does_not_hold_together_is_refused(change, message):
+    config = load_config(StudyConfig, CONFIG)
+    with pytest.raises(InputError, match=message):
+        override(config, [change])
+
+
+def test_the_shipped_study_names_presets_and_fields_that_exist():
+    from trace_opd.pipelines.study.runs import arms, study_runs
+
+    config = load_config(StudyConfig, CONFIG)
+    for size in (config, override(config, config.quick)):
+        rows = arms(size, "problems", dict.fromkeys(size.splits, "problems"))
+        runs = study_runs(size, rows, {})
+        main = [run for run in runs if run.arm.ablation == "methods"]
+        assert len(main) == len(config.ablations["methods"]) * len(size.seeds)
