@@ -47,6 +47,11 @@ class Curves:
         return int(self.steps[reached[0]]) if len(reached) else None
 
 
+def pass_rate(answers: pl.DataFrame) -> float:
+    """Share of all scored answers that are right; 0 if there is none."""
+    return sum(answers["correct"].to_list()) / max(sum(answers["k"].to_list()), 1)
+
+
 def curves(answers: pl.DataFrame, split: str, decoding: str) -> Curves:
     """Of one method's rows. Problems that nobody could score at some look are left out."""
     rows = answers.filter((pl.col("split") == split) & (pl.col("decoding") == decoding))

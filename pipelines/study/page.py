@@ -8,7 +8,7 @@ import polars as pl
 from ...schemas.configs import StudyConfig
 from ..bootstrap import Estimate
 from ..validation import GREEDY, SAMPLED
-from .figures import bootstrap, curves
+from .figures import bootstrap, curves, pass_rate
 
 _REFERENCE = "grpo"  # differences are to this arm of the same table, or of the first one
 
@@ -30,7 +30,7 @@ def _introduction(config: StudyConfig, answers: pl.DataFrame, files: str) -> Ite
     starts = []
     for split in config.splits:
         rows = base.filter(pl.col("split") == split)
-        starts.append(f"{split} {_percent(rows['correct'].sum() / max(rows['k'].sum(), 1))}")
+        starts.append(f"{split} {_percent(pass_rate(rows))}")
     steps, runs = answers["step"].max(), answers["run"].n_unique()
     yield (
         f"Written by `trace-opd study` from [{files}/answers.parquet]({files}/answers.parquet) (a row "

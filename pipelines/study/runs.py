@@ -15,13 +15,14 @@ import polars as pl
 import pyarrow as pa
 
 from ...data.store import Dataset, Store
-from ...schemas.configs import StudyConfig, TrainConfig
+from ...schemas.configs import Config, StudyConfig, TrainConfig
 from ...schemas.presets import preset_data
 from ...schemas.settings import overlaid, override
 from ..stage import progress_bar
 from ..stages import run_stage
 from ..tracking import METRICS, read_metrics
 from ..validation import SAMPLED, read_validation
+from .figures import pass_rate
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _set_threads(count: int) -> None:
 
 
 def _train(config: TrainConfig, root: str) -> str:
-    return run_stage("train", config, Store(root)).ref
+    return _made("train", config, Store(root))
 
 
 def tuned(config: StudyConfig, rows: Sequence[Arm], store: Store) -> dict[str, tuple[str, ...]]:
@@ -116,7 +117,7 @@ def tuned(config: StudyConfig, rows: Sequence[Arm], store: Store) -> dict[str, t
         looks = _frame(read_validation(dataset)).filter(
             (pl.col("split") == tuning.split) & (pl.col("decoding") == SAMPLED)
         )
-        rate = float(looks["correct"].sum() / max(looks["k"].sum(), 1))
+        rate = pass_rate(looks)
         if run.arm.name not in best or rate > best[run.arm.name][0]:
             best[run.arm.name] = (rate, run.choice)
     return {name: choice for name, (_, choice) in best.items()}
@@ -178,5 +179,11 @@ def results(answers: pl.DataFrame) -> pl.DataFrame:
 
 def datasets(config: StudyConfig, store: Store) -> tuple[str, dict[str, str]]:
     """Refs of the training problems and of each split."""
-    problems = run_stage("problems", config.problems, store).ref
-    return problems, {n: run_stage("problems", c, store).ref for n, c in config.splits.items()}
+    problems = _made("problems", config.problems, store)
+    return problems, {name: _made("problems", c, store) for name, c in config.splits.items()}
+
+
+def _made(stage: str, config: Config, store: Store) -> str:
+    made = run_stage(stage, config, store)
+    assert isinstance(made, Dataset), "only a report is a file"
+    return made.ref
