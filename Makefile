@@ -108,10 +108,10 @@ models/micro-bases/step-300: | setup
 	$(BIN)/python -m trace_opd.pipelines.micro --output models/micro-bases --snapshots 250 300 --stop-after 300
 
 study: setup models/micro-bases/step-300  ## the method against its baselines and ablations, docs/STUDY.md
-	$(BIN)/trace-opd study configs/study-micro.yaml --store runs/study --page docs/STUDY.md
+	$(BIN)/trace-opd study studies/micro.yaml --store runs/study --page docs/STUDY.md
 
 study-quick: setup models/micro-bases/step-300  ## a smaller study, studies/micro-quick/STUDY.md
-	$(BIN)/trace-opd study configs/study-micro.yaml --quick --store runs/study
+	$(BIN)/trace-opd study studies/micro.yaml --quick --store runs/study
 
 micro: setup  ## train the bundled micro policy again
 	$(BIN)/python -m trace_opd.pipelines.micro
