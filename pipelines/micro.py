@@ -17,11 +17,8 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -31,24 +28,11 @@ from ..data.sources.arithmetic import answer_text, operands, rows, step_text
 from ..data.store import content_hash
 from ..schemas.configs import (
     ArithmeticSource,
-    PromptConfig,
-    RoutingConfig,
-    RuleAnnotator,
-    SamplingConfig,
-    SegmentConfig,
 )
-from ..schemas.labels import Action, DiagnosticType, Route, VerdictStatus
+from ..schemas.labels import DiagnosticType, VerdictStatus
 from ..schemas.tables import PROBLEMS, VERDICTS
-from ..trace.align import byte_table
-from ..trace.batch import TrainingSequence, training_sequences
-from ..trace.convert import routed_table
-from ..trace.packing import response_logits
-from ..trace.policy import Policy, load_policy
-from ..trace.prompt import render_chat, teacher_messages
-from .annotators.rule import StepsAnnotator
+from ..trace.policy import load_policy
 from .models import MICRO
-from .rollout import rollouts_table
-from .samplers.transformers import TransformersPolicySampler
 
 STUDENT_TEMPLATE = "{problem}"
 TEACHER_TEMPLATE = "{problem}\nhint: {diagnostic_type}"
@@ -207,57 +191,6 @@ def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
     tokenizer.save_pretrained(folder)
 
 
-def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any]:
-    """The pass rate at temperature 1 (8 samples a problem), and how much the label matters.
-
-    problems: arithmetic ones. Spans are the rule annotator's, without a coverage cap. Per kind of
-    span (key, error) the means over its tokens, in nats, of
-    `right_label` and `wrong_label`: KL(teacher ‖ student) with the rollout's label, and with another
-    that has a meaning here; `right_to_wrong`: KL between these two teachers; `uninformative`: KL
-    between teachers with two labels that have none.
-    """
-    prompt = PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE)
-    sampler = TransformersPolicySampler(policy, batch_tokens=65_536)
-    sampling = SamplingConfig(max_new_tokens=128)
-    rollouts = rollouts_table(problems, sampler, policy.tokenizer, prompt, sampling, 8, seed)
-    verdicts = exact_verdicts(problems, rollouts)
-    annotator = StepsAnnotator(RuleAnnotator(engine="rule"), SegmentConfig())
-    annotations = annotator.annotate(problems, rollouts, verdicts)
-    routing = RoutingConfig(alpha=1.0, key=Action.FKL, error=Action.RKL)
-    pieces = byte_table(policy.tokenizer)
-    routed = routed_table(problems, rollouts, verdicts, annotations, pieces, routing)
-    routed = routed.filter(pc.is_valid(routed["diagnostic_type"]))
-    right = [DiagnosticType(label) for label in routed["diagnostic_type"].to_pylist()]
-    informative = list(NOISE)
-    wrong = [informative[informative.index(label) - 1] for label in right]
-
-    sequences = training_sequences(routed, policy.tokenizer, prompt, with_teacher=False)
-
-    def teacher(labels: list[DiagnosticType]) -> torch.Tensor:
-        told = zip(routed.to_pylist(), labels, strict=True)
-        messages = [teacher_messages(prompt, row["problem"], label) for row, label in told]
-        prompts = [render_chat(policy.tokenizer, message) for message in messages]
-        return _log_probs(policy, sequences, prompts)
-
-    student = _log_probs(policy, sequences, [s.prompt_ids for s in sequences])
-    with_right, with_wrong = teacher(right), teacher(wrong)
-    neutral, other_neutral = (teacher([label] * len(right)) for label in UNINFORMATIVE)
-    divergences = {
-        "right_label": _kl(with_right, student),
-        "wrong_label": _kl(with_wrong, student),
-        "right_to_wrong": _kl(with_right, with_wrong),
-        "uninformative": _kl(neutral, other_neutral),
-    }
-    route = np.concatenate([s.route[s.routed_positions] for s in sequences])
-    pass_rate = pc.mean(verdicts["reward"]).as_py()
-    figures: dict[str, Any] = {"rollouts": len(rollouts), "pass_rate": pass_rate}
-    for kind, chosen in (("key", route == Route.FKL), ("error", route == Route.RKL)):
-        figures[kind] = {"tokens": int(chosen.sum())} | {
-            name: float(values[chosen].mean()) for name, values in divergences.items()
-        }
-    return figures
-
-
 def exact_verdicts(problems: pa.Table, rollouts: pa.Table) -> pa.Table:
     """Verdicts by the last line, character for character: all that this policy's answers need."""
     gold = {row["problem_id"]: row["answer"] for row in problems.to_pylist()}
@@ -279,25 +212,6 @@ def arithmetic_problems(count: int, seed: int) -> pa.Table:
     )
 
 
-@torch.no_grad()
-def _log_probs(
-    policy: Policy, sequences: list[TrainingSequence], prompts: list[list[int]]
-) -> torch.Tensor:
-    """Log-probabilities (routed tokens, vocab) behind the given prompts."""
-    logits = []
-    for at in range(0, len(sequences), 16):
-        chunk = sequences[at : at + 16]
-        keep = [s.routed_positions for s in chunk]
-        responses = [s.token_ids[: s.routed_end] for s in chunk]
-        logits.append(response_logits(policy.model, prompts[at : at + 16], responses, keep))
-    return torch.log_softmax(torch.cat(logits).float(), dim=-1)
-
-
-def _kl(log_q: torch.Tensor, log_p: torch.Tensor) -> np.ndarray:
-    """KL(q ‖ p) per token, nats: (tokens,)."""
-    return (log_q.exp() * (log_q - log_p)).sum(-1).cpu().numpy()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train or measure the micro policy.")
     parser.add_argument("--output", type=Path, default=MICRO)
@@ -314,6 +228,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.measure:
+        from .study.mechanism import label_effect
+
         policy = load_policy(str(args.output))
         figures = label_effect(policy, arithmetic_problems(64, args.seed), args.seed)
         print(json.dumps(figures, indent=2))

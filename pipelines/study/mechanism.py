@@ -34,7 +34,7 @@ from ...schemas.configs import (
 from ...schemas.labels import Action, DiagnosticType, KlClip, Route
 from ...schemas.settings import override
 from ...trace.align import byte_table
-from ...trace.batch import TrainingSequence, training_sequences
+from ...trace.batch import training_sequences
 from ...trace.convert import routed_table
 from ...trace.packing import response_logits
 from ...trace.policy import Policy, load_policy
@@ -45,6 +45,7 @@ from ..micro import (
     NOISE,
     STUDENT_TEMPLATE,
     TEACHER_TEMPLATE,
+    UNINFORMATIVE,
     arithmetic_problems,
     exact_verdicts,
 )
@@ -59,87 +60,128 @@ OBJECTIVES = {"grpo": ["schedule.w0=0"]} | {
 }
 
 
-def routed_rollouts(policy: Policy, problems: int, seed: int) -> pa.Table:
-    """Right responses' key spans routed to FKL, α = 25 %; the rest is GRPO's."""
-    asked = arithmetic_problems(problems, seed)
+def routed_rollouts(
+    policy: Policy, problems: pa.Table, routing: RoutingConfig, max_new_tokens: int, seed: int
+) -> pa.Table:
+    """Eight samples a problem, annotated by rule and routed."""
     sampler = TransformersPolicySampler(policy, batch_tokens=65_536)
-    sampling = SamplingConfig(max_new_tokens=96)
-    rollouts = rollouts_table(asked, sampler, policy.tokenizer, PROMPT, sampling, 8, seed)
-    verdicts = exact_verdicts(asked, rollouts)
+    sampling = SamplingConfig(max_new_tokens=max_new_tokens)
+    rollouts = rollouts_table(problems, sampler, policy.tokenizer, PROMPT, sampling, 8, seed)
+    verdicts = exact_verdicts(problems, rollouts)
     annotator = StepsAnnotator(RuleAnnotator(engine="rule"), SegmentConfig())
-    annotations = annotator.annotate(asked, rollouts, verdicts)
-    routing = RoutingConfig(key=Action.FKL, error=Action.NONE)
+    annotations = annotator.annotate(problems, rollouts, verdicts)
     pieces = byte_table(policy.tokenizer)
-    return routed_table(asked, rollouts, verdicts, annotations, pieces, routing)
+    return routed_table(problems, rollouts, verdicts, annotations, pieces, routing)
 
 
-@torch.no_grad()
-def key_logprobs(
-    policy: Policy, sequences: list[TrainingSequence], prompts: list[list[int]]
-) -> torch.Tensor:
-    """Log-probabilities (key tokens, vocab) behind the given prompts."""
-    logits = []
-    for at in range(0, len(sequences), 16):
-        chunk = sequences[at : at + 16]
-        keep = [s.routed_positions for s in chunk]
-        responses = [s.token_ids[: s.routed_end] for s in chunk]
-        logits.append(response_logits(policy.model, prompts[at : at + 16], responses, keep))
-    return torch.log_softmax(torch.cat(logits).float(), dim=-1)
+class Teachers:
+    """What a policy holds of the routed tokens of labelled rows, told a type or none."""
+
+    def __init__(self, policy: Policy, routed: pa.Table) -> None:
+        self._policy = policy
+        self._problems = routed["problem"].to_pylist()
+        self.sequences = training_sequences(routed, policy.tokenizer, PROMPT, with_teacher=False)
+        self.right_types = [DiagnosticType(x) for x in routed["diagnostic_type"].to_pylist()]
+        kinds = list(NOISE)
+        self.wrong_types = [kinds[kinds.index(kind) - 1] for kind in self.right_types]
+
+    def logprobs(self, types: list[DiagnosticType]) -> torch.Tensor:
+        """(routed tokens, vocab) of the teacher that is told these types, one per row."""
+        told = zip(self._problems, types, strict=True)
+        messages = [teacher_messages(PROMPT, problem, kind) for problem, kind in told]
+        prompts = [render_chat(self._policy.tokenizer, one) for one in messages]
+        return self._behind(self._policy, prompts)
+
+    def student(self, policy: Policy) -> torch.Tensor:
+        """(routed tokens, vocab) of a policy that is told nothing."""
+        return self._behind(policy, [s.prompt_ids for s in self.sequences])
+
+    @torch.no_grad()
+    def _behind(self, policy: Policy, prompts: list[list[int]]) -> torch.Tensor:
+        logits = []
+        for at in range(0, len(self.sequences), 16):
+            chunk = self.sequences[at : at + 16]
+            keep = [s.routed_positions for s in chunk]
+            responses = [s.token_ids[: s.routed_end] for s in chunk]
+            logits.append(response_logits(policy.model, prompts[at : at + 16], responses, keep))
+        return torch.log_softmax(torch.cat(logits).float(), dim=-1)
+
+
+def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any]:
+    """The pass rate at temperature 1 (8 samples a problem), and how much the label matters.
+
+    problems: arithmetic ones. Spans are the rule annotator's, without a coverage cap. Per kind of
+    span (key, error) the means over its tokens, in nats, of
+    `right_label` and `wrong_label`: KL(teacher ‖ student) with the rollout's label, and with another
+    that has a meaning here; `right_to_wrong`: KL between these two teachers; `uninformative`: KL
+    between teachers with two labels that have none.
+    """
+    routing = RoutingConfig(alpha=1.0, key=Action.FKL, error=Action.RKL)
+    everything = routed_rollouts(policy, problems, routing, 128, seed)
+    routed = everything.filter(pc.is_valid(everything["diagnostic_type"]))
+    teachers = Teachers(policy, routed)
+    right, wrong = teachers.right_types, teachers.wrong_types
+    with_right, with_wrong = teachers.logprobs(right), teachers.logprobs(wrong)
+    neutral, other_neutral = (teachers.logprobs([label] * len(right)) for label in UNINFORMATIVE)
+    student = teachers.student(policy)
+    divergences = {
+        "right_label": _kl(with_right, student),
+        "wrong_label": _kl(with_wrong, student),
+        "right_to_wrong": _kl(with_right, with_wrong),
+        "uninformative": _kl(neutral, other_neutral),
+    }
+    route = np.concatenate([s.route[s.routed_positions] for s in teachers.sequences])
+    figures: dict[str, Any] = {
+        "rollouts": len(everything),
+        "pass_rate": pc.mean(everything["reward"]).as_py(),
+    }
+    for kind, chosen in (("key", route == Route.FKL), ("error", route == Route.RKL)):
+        figures[kind] = {"tokens": int(chosen.sum())} | {
+            name: float(values[chosen].mean()) for name, values in divergences.items()
+        }
+    return figures
 
 
 def one_step(path: str, lr: float, problems: int, seed: int) -> list[dict[str, Any]]:
     """A row per objective."""
     base = load_policy(path, "cpu")
-    routed = routed_rollouts(base, problems, seed)
-    labelled = routed.filter(pc.is_valid(routed["diagnostic_type"]))
-    key = labelled.filter(pa.array([Route.FKL in route for route in labelled["route"].to_pylist()]))
-    sequences = training_sequences(key, base.tokenizer, PROMPT, with_teacher=False)
-    right = [DiagnosticType(label) for label in key["diagnostic_type"].to_pylist()]
-    kinds = list(NOISE)
-    wrong = [kinds[kinds.index(label) - 1] for label in right]
-
-    def teacher(labels: list[DiagnosticType]) -> torch.Tensor:
-        told = zip(key["problem"].to_pylist(), labels, strict=True)
-        messages = [teacher_messages(PROMPT, problem, label) for problem, label in told]
-        return key_logprobs(base, sequences, [render_chat(base.tokenizer, m) for m in messages])
-
-    with_right, with_wrong = teacher(right), teacher(wrong)
-    prompts = [s.prompt_ids for s in sequences]
-    before = key_logprobs(base, sequences, prompts)
-    sampled = torch.from_numpy(np.concatenate([s.token_ids[s.routed_positions] for s in sequences]))
-
-    def of_sampled(log_p: torch.Tensor) -> torch.Tensor:
-        return log_p.gather(-1, sampled[:, None]).squeeze(-1)  # (key tokens,)
-
-    supported = of_sampled(with_right) > of_sampled(before)
+    routing = RoutingConfig(key=Action.FKL, error=Action.NONE)
+    routed = routed_rollouts(base, arithmetic_problems(problems, seed), routing, 96, seed)
+    has_key = pa.array([Route.FKL in route for route in routed["route"].to_pylist()])
+    teachers = Teachers(base, routed.filter(has_key))
+    with_right = teachers.logprobs(teachers.right_types)
+    with_wrong = teachers.logprobs(teachers.wrong_types)
+    before = teachers.student(base)
+    ids = np.concatenate([s.token_ids[s.routed_positions] for s in teachers.sequences])
+    sampled = torch.from_numpy(ids)[:, None]  # (key tokens, 1)
+    supported = (with_right.gather(-1, sampled) > before.gather(-1, sampled)).squeeze(-1)
     rows = []
     for name, changes in OBJECTIVES.items():
         policy = load_policy(path, "cpu", trainable=True)
         shared = TrainConfig.model_validate({"online": {"steps": 1}, "optim": {"lr": lr}})
         config = override(shared.model_copy(update={"prompt": PROMPT}), changes)
-        trainer = Trainer(policy, config)
         with_teacher = config.schedule.w0 > 0
-        trainer.train_step(training_sequences(routed, policy.tokenizer, PROMPT, with_teacher))
-        after = key_logprobs(policy, sequences, prompts)
-        gain = of_sampled(after) - of_sampled(before)
+        sequences = training_sequences(routed, policy.tokenizer, PROMPT, with_teacher)
+        Trainer(policy, config).train_step(sequences)
+        after = teachers.student(policy)
+        gain = (after - before).gather(-1, sampled).squeeze(-1)  # (key tokens,)
         rows.append(
             {
                 "objective": name,
                 "seed": seed,
-                "key_tokens": len(sampled),
+                "key_tokens": len(ids),
                 "supported_tokens": int(supported.sum()),
                 "lift": float(gain[supported].mean()),
-                "to_right": _nearer(with_right, before, after),
-                "to_wrong": _nearer(with_wrong, before, after),
+                "to_right": float((_kl(with_right, after) - _kl(with_right, before)).mean()),
+                "to_wrong": float((_kl(with_wrong, after) - _kl(with_wrong, before)).mean()),
             }
         )
     return rows
 
 
-def _nearer(teacher: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> float:
-    """Change of KL(teacher ‖ student), nats per token."""
-    q = teacher.exp()
-    return float((q * (before - after)).sum(-1).mean())
+def _kl(log_q: torch.Tensor, log_p: torch.Tensor) -> np.ndarray:
+    """KL(q ‖ p) per token, nats: (tokens,)."""
+    return (log_q.exp() * (log_q - log_p)).sum(-1).cpu().numpy()
 
 
 def main() -> None:

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from trace_opd.pipelines.micro import arithmetic_problems, label_effect
+from trace_opd.pipelines.micro import arithmetic_problems
 from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.study.mechanism import label_effect
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.tables import PROBLEMS
 from trace_opd.trace.policy import load_policy
