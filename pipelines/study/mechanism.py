@@ -79,7 +79,7 @@ class Teachers:
 
     def __init__(self, policy: Policy, routed: pa.Table) -> None:
         self._policy = policy
-        self._problems = routed["problem"].to_pylist()
+        self._problems = [str(problem) for problem in routed["problem"].to_pylist()]
         self.sequences = training_sequences(routed, policy.tokenizer, PROMPT, with_teacher=False)
         self.right_types = [DiagnosticType(x) for x in routed["diagnostic_type"].to_pylist()]
         kinds = list(NOISE)
@@ -147,7 +147,7 @@ def one_step(path: str, lr: float, problems: int, seed: int) -> list[dict[str, A
     base = load_policy(path, "cpu")
     routing = RoutingConfig(key=Action.FKL, error=Action.NONE)
     routed = routed_rollouts(base, arithmetic_problems(problems, seed), routing, 96, seed)
-    has_key = pa.array([Route.FKL in route for route in routed["route"].to_pylist()])
+    has_key = pa.array([Route.FKL in row["route"] for row in routed.to_pylist()])
     teachers = Teachers(base, routed.filter(has_key))
     with_right = teachers.logprobs(teachers.right_types)
     with_wrong = teachers.logprobs(teachers.wrong_types)
