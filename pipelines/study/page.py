@@ -26,7 +26,12 @@ def page(config: StudyConfig, answers: pl.DataFrame, results: pl.DataFrame, file
 
 def _introduction(config: StudyConfig, answers: pl.DataFrame, files: str) -> Iterator[str]:
     main = next(iter(config.splits))
-    base = answers.filter((pl.col("step") == 0) & (pl.col("decoding") == SAMPLED))
+    # The arms of later tables may start from other bases.
+    base = answers.filter(
+        (pl.col("step") == 0)
+        & (pl.col("decoding") == SAMPLED)
+        & (pl.col("ablation") == next(iter(config.ablations)))
+    )
     starts = []
     for split in config.splits:
         rows = base.filter(pl.col("split") == split)
@@ -40,7 +45,7 @@ def _introduction(config: StudyConfig, answers: pl.DataFrame, files: str) -> Ite
     )
     yield ""
     yield (
-        f"Sampled pass rate before training, mean over the arms' bases: {', '.join(starts)}. In the "
+        f"Sampled pass rate before training, in the first table: {', '.join(starts)}. In the "
         f"tables: pass rate on {main} after the last step with its 95 % interval (bootstrap over "
         f"seeds and problems), its difference to {_REFERENCE} (paired), greedy pass rate, area under "
         f"the curve (mean height), first look at {_percent(config.threshold)} or more, entropy "
@@ -81,7 +86,7 @@ def _table(
             difference,
             greedy,
             _percent(sampled.area.mean()),
-            str(sampled.first_step(config.threshold) or "–"),
+            "–" if (first := sampled.first_step(config.threshold)) is None else str(first),
             f"{here['entropy'].mean():.3f}",
             f"{here['length'].mean():.1f}",
             f"{here['kl_exposure'].mean():.2f}",

@@ -15,9 +15,10 @@ import polars as pl
 import pyarrow as pa
 
 from ...data.store import Dataset, Store
-from ...schemas.configs import Config, StudyConfig, TrainConfig
+from ...schemas.configs import StudyConfig, TrainConfig
 from ...schemas.presets import preset_data
 from ...schemas.settings import overlaid, override
+from .. import train
 from ..stage import progress_bar
 from ..stages import run_stage
 from ..tracking import METRICS, read_metrics
@@ -59,10 +60,8 @@ def arms(config: StudyConfig, problems: str, splits: dict[str, str]) -> list[Arm
     for ablation, rows in config.ablations.items():
         for name, arm in rows.items():
             laid = preset_data(arm.preset, TrainConfig) if arm.preset else {}
-            train = overlaid(config.train, laid, arm.set)
-            shared = overlaid(
-                train, {"online": {"problems": problems}, "validation": validation}, []
-            )
+            own = overlaid(config.train, laid, arm.set)
+            shared = overlaid(own, {"online": {"problems": problems}, "validation": validation}, [])
             found.append(Arm(ablation, name, shared, arm.like))
     return found
 
@@ -100,7 +99,8 @@ def _set_threads(count: int) -> None:
 
 
 def _train(config: TrainConfig, root: str) -> str:
-    return _made("train", config, Store(root))
+    # No alias: `train` stays the name of the user's own last run.
+    return train.run(config, Store(root)).ref
 
 
 def tuned(config: StudyConfig, rows: Sequence[Arm], store: Store) -> dict[str, tuple[str, ...]]:
@@ -179,11 +179,9 @@ def results(answers: pl.DataFrame) -> pl.DataFrame:
 
 def datasets(config: StudyConfig, store: Store) -> tuple[str, dict[str, str]]:
     """Refs of the training problems and of each split."""
-    problems = _made("problems", config.problems, store)
-    return problems, {name: _made("problems", c, store) for name, c in config.splits.items()}
-
-
-def _made(stage: str, config: Config, store: Store) -> str:
-    made = run_stage(stage, config, store)
-    assert isinstance(made, Dataset), "only a report is a file"
-    return made.ref
+    refs = {}
+    for role, source in {"problems": config.problems, **config.splits}.items():
+        made = run_stage("problems", source, store, f"{config.name}-{role}")
+        assert isinstance(made, Dataset), "only a report is a file"
+        refs[role] = made.ref
+    return refs.pop("problems"), refs

@@ -34,7 +34,7 @@ class TuningConfig(Config):
 class StudyConfig(Config):
     """Every arm of every ablation, over seeds; tables, plots and a page from what they leave."""
 
-    name: str = Field(description="Folder of the results and prefix of aliases.")
+    name: str = Field(description="Folder of the results, and prefix of the problems' aliases.")
     problems: ProblemsConfig = Field(description="Training problems.")
     splits: dict[str, ProblemsConfig] = Field(
         min_length=1, description="Held-out problems by name; the first is the page's main one."
@@ -61,6 +61,8 @@ class StudyConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "StudyConfig":
+        if "problems" in self.splits:
+            raise ValueError("splits.problems is the training problems' name; give it another")
         if self.train.validation is None:
             raise ValueError("train.validation is null, but a study is made of its looks; set it")
         if self.tuning is not None and self.tuning.split not in self.splits:

@@ -1,5 +1,6 @@
 """A small study from end to end: its files, its page, and that the two agree."""
 
+import json
 import re
 from pathlib import Path
 
@@ -95,6 +96,11 @@ def test_a_study_goes_on_from_the_runs_that_its_store_has(made):
     assert (made / "small" / "STUDY.md").read_bytes() == page
 
 
+def test_a_study_leaves_the_names_of_the_users_own_datasets_alone(made):
+    names = json.loads((made / "store" / "aliases.json").read_text())
+    assert set(names) == {"small-problems", "small-test", "small-shorter"}
+
+
 def test_curves_and_their_summaries_by_hand():
     rows = [
         {"seed": seed, "step": step, "split": "test", "decoding": "sampled", "problem_id": problem,
@@ -120,6 +126,7 @@ def test_curves_and_their_summaries_by_hand():
     [
         ("tuning.split=nowhere", "is none of"),
         ("tuning.seed=0", "one of seeds"),
+        ("splits.problems={source: {kind: arithmetic}}", "give it another"),
         ("train.validation=null", "set it"),
         ("ablations.clip={a: {like: nobody}}", "nobody"),
     ],
