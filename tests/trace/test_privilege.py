@@ -367,7 +367,7 @@ def test_the_trainers_room_names_no_column_that_annotators_fill_freely():
 
 
 def test_only_the_batch_asks_for_a_teachers_prompt():
-    """Evaluation, report and samplers build the student's; micro measures what labels do."""
+    """Evaluation, report and samplers build the student's; the study measures what labels do."""
     builders = {"teacher_messages", "privileged_messages", "teacher_chat"}
     callers = {
         str(file.relative_to(ROOT))
@@ -377,4 +377,4 @@ def test_only_the_batch_asks_for_a_teachers_prompt():
         if (isinstance(node, ast.Name) and node.id in builders)
         or (isinstance(node, ast.Attribute) and node.attr in builders)
     }
-    assert callers == {"trace/prompt.py", "trace/batch.py", "pipelines/micro.py"}
+    assert callers == {"trace/prompt.py", "trace/batch.py", "pipelines/study/mechanism.py"}
