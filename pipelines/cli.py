@@ -185,11 +185,12 @@ def study(
     """Train every arm of a study over its seeds; tables, plots and a page of what came out."""
     loaded = _load(StudyConfig, config, None, None)
     loaded = override(loaded, [*(loaded.quick if quick else []), *(overrides or [])])
+    from .study.study import planned, run_study
+
     if dry_run:
         print_config(loaded)
+        console.print(f"# {planned(loaded)}")
         return
-    from .study.study import run_study
-
     folder = output / loaded.name
     written = page or folder / "STUDY.md"
     run_study(loaded, Store(store), folder, written)

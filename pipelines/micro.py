@@ -1,11 +1,10 @@
 """Train the bundled `micro` policy from scratch: python -m trace_opd.pipelines.micro
 
 A Qwen3-architecture model of about 1 M parameters with a character tokenizer learns multi-digit
-addition, step by step, from noisy demonstrations: a carry is dropped, a sum is off by one, the
-answer is copied wrongly, each at its own rate. At temperature 1 it repeats that noise, so its pass
-rate leaves room for reinforcement learning. Half of the demonstrations carry a hint (the teacher's
-prompt with a diagnostic type); the noise of that type is then left out. So the label really
-changes what the teacher predicts (`--measure` prints by how much), and tells no answer.
+addition, step by step, from noisy demonstrations (demonstrations.py). At temperature 1 it repeats that
+noise, so its pass rate leaves room for reinforcement learning; the noise of a hinted type is left out,
+so the label really changes what the teacher predicts (`--measure` prints by how much), and tells no
+answer.
 """
 
 import argparse
@@ -24,33 +23,24 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ..data.sources.arithmetic import answer_text, operands, rows, step_text
+from ..data.sources.arithmetic import answer_text, rows
 from ..data.store import content_hash
 from ..schemas.configs import (
     ArithmeticSource,
 )
-from ..schemas.labels import DiagnosticType, VerdictStatus
+from ..schemas.labels import VerdictStatus
 from ..schemas.tables import PROBLEMS, VERDICTS
 from ..trace.policy import load_policy
+from .annotators.prompting import load_prompt
+from .demonstrations import Mixture, sample_chat, sample_marking
 from .models import MICRO
 
-STUDENT_TEMPLATE = "{problem}"
-TEACHER_TEMPLATE = "{problem}\nhint: {diagnostic_type}"
-# Rates at which a demonstration goes wrong, by the label of the line that goes wrong.
-NOISE = {
-    DiagnosticType.CASE_ANALYSIS: 0.20,
-    DiagnosticType.ARITHMETIC: 0.12,
-    DiagnosticType.FINAL_ANSWER: 0.08,
-}
-# Labels that no demonstration's noise goes by: hints that change nothing.
-UNINFORMATIVE = (DiagnosticType.COUNTING, DiagnosticType.SETUP)
 SPECIALS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-MAX_DIGITS = 5
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -89,57 +79,29 @@ def build_model(vocab_size: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def demonstration(rng: random.Random, hint: DiagnosticType | None, problem: tuple[int, int]) -> str:
-    """A response to `left+right` with noise; every line follows from the lines as written."""
-    left, right = (str(number) for number in problem)
-    width = max(len(left), len(right))
-    left, right = left.zfill(width), right.zfill(width)
-    rates = {kind: 0.0 if kind is hint else rate for kind, rate in NOISE.items()}
-    lines, digits, carry = [], [], 0
-    for a, b in zip(map(int, reversed(left)), map(int, reversed(right)), strict=True):
-        total, carry_out = a + b + carry, (a + b + carry) // 10
-        if carry_out and rng.random() < rates[DiagnosticType.CASE_ANALYSIS]:
-            carry_out = 0
-        elif not carry_out and rng.random() < rates[DiagnosticType.ARITHMETIC]:
-            total += 1 if total == 0 or (total < 9 and rng.random() < 0.5) else -1
-        lines.append(step_text(a, b, carry, total, carry_out))
-        digits.append(total % 10)
-        carry = carry_out
-    if carry:
-        digits.append(carry)
-    if rng.random() < rates[DiagnosticType.FINAL_ANSWER]:
-        at = rng.randrange(len(digits))
-        digits[at] = (digits[at] + rng.choice((1, -1))) % 10
-    return "\n".join([*lines, answer_text("".join(map(str, reversed(digits))))])
-
-
-def sample_chat(rng: random.Random, min_digits: int = 2) -> tuple[str, str]:
-    """User turn and noisy response of one demonstration; half of them are hinted."""
-    left, right = operands(rng, min_digits, MAX_DIGITS)
-    problem = f"{left}+{right}"
-    if rng.random() < 0.5:
-        return STUDENT_TEMPLATE.format(problem=problem), demonstration(rng, None, (left, right))
-    # Mostly the labels that mean something here; the rest so that none is unheard of.
-    informative = rng.random() < 0.8
-    hint = rng.choice(list(NOISE) if informative else list(DiagnosticType))
-    user = TEACHER_TEMPLATE.format(problem=problem, diagnostic_type=hint)
-    return user, demonstration(rng, hint, (left, right))
-
-
 def batch(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast, size: int
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, size: int, mixture: Mixture
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and labels, both (size, length) int64; prompt and padding are −100 in labels."""
+    """Input ids and labels, both (rows, length) int64; prompt and padding are −100 in labels.
+
+    Markings are longer, so a batch of them has half the rows.
+    """
     prompts, responses = [], []
-    for _ in range(size):
-        user, response = sample_chat(rng)
-        prompts.append(f"<|user|>{user}<|assistant|>")
-        responses.append(f"{response}<|end|>")
+    if mixture.prompt is not None and rng.random() < mixture.marking:
+        for _ in range(size // 2):
+            system, user, answer = sample_marking(rng, mixture.prompt, mixture.subtraction)
+            prompts.append(f"<|system|>{system}<|user|>{user}<|assistant|>")
+            responses.append(f"{answer}<|end|>")
+    else:
+        for _ in range(size):
+            user, response = sample_chat(rng, subtraction=mixture.subtraction)
+            prompts.append(f"<|user|>{user}<|assistant|>")
+            responses.append(f"{response}<|end|>")
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     response_ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
     length = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
-    ids = torch.zeros(size, length, dtype=torch.long)
-    labels = torch.full((size, length), -100)
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    labels = torch.full((len(prompts), length), -100)
     for row, (p, r) in enumerate(zip(prompt_ids, response_ids, strict=True)):
         ids[row, : len(p) + len(r)] = torch.tensor(p + r)
         labels[row, len(p) : len(p) + len(r)] = torch.tensor(r)
@@ -152,13 +114,10 @@ def pretrain(
     batch_size: int,
     lr: float,
     seed: int,
-    snapshots: Sequence[int] = (),
-    stop_after: int | None = None,
+    snapshots: Sequence[int],
+    mixture: Mixture,
 ) -> None:
-    """Train from scratch into `output`; snapshots: steps after which a copy goes to step-<n> in it.
-
-    stop_after: end there, the learning rate on its way to the end of all `steps`.
-    """
+    """Train from scratch into `output`; snapshots: steps after which a copy goes to step-<n> in it."""
     torch.manual_seed(seed)
     rng = random.Random(f"micro/{seed}")
     tokenizer = build_tokenizer()
@@ -169,7 +128,7 @@ def pretrain(
         warmup, cosine = min(1.0, (step + 1) / 100), 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * warmup * (0.02 + 0.98 * cosine)
-        ids, labels = batch(rng, tokenizer, batch_size)
+        ids, labels = batch(rng, tokenizer, batch_size, mixture)
         logits = model(input_ids=ids).logits  # (rows, length, vocab)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
@@ -181,8 +140,6 @@ def pretrain(
             _save(model, tokenizer, output)
         if step + 1 in snapshots:
             _save(model, tokenizer, output / f"step-{step + 1}")
-        if step + 1 == stop_after:
-            return
 
 
 def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -222,7 +179,14 @@ def main() -> None:
     parser.add_argument(
         "--snapshots", type=int, nargs="*", default=[], help="steps after which a copy is kept"
     )
-    parser.add_argument("--stop-after", type=int, help="steps after which to end early")
+    parser.add_argument(
+        "--subtraction", type=float, default=0.0, help="share of the problems that subtract"
+    )
+    parser.add_argument(
+        "--marking", type=float, default=0.0, help="share of the batches that mark responses"
+    )
+    parser.add_argument("--prompt", help="annotation prompt of the markings")
+    parser.add_argument("--answer-schema", help="its answer schema")
     parser.add_argument(
         "--measure", action="store_true", help="measure the model in --output instead of training"
     )
@@ -234,6 +198,8 @@ def main() -> None:
         figures = label_effect(policy, arithmetic_problems(64, args.seed), args.seed)
         print(json.dumps(figures, indent=2))
     else:
+        prompt = load_prompt(args.prompt, args.answer_schema) if args.marking else None
+        mixture = Mixture(args.subtraction, args.marking, prompt)
         pretrain(
             args.output,
             args.steps,
@@ -241,7 +207,7 @@ def main() -> None:
             args.lr,
             args.seed,
             args.snapshots,
-            args.stop_after,
+            mixture,
         )
 
 

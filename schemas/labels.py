@@ -62,6 +62,17 @@ class AnswerKind(StrEnum):
     CHOICE = "choice"
 
 
+class Operation(StrEnum):
+    """What a built-in arithmetic problem asks for."""
+
+    ADD = "add"
+    SUBTRACT = "subtract"
+
+    @property
+    def sign(self) -> str:
+        return "+" if self is Operation.ADD else "-"
+
+
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"

@@ -1,21 +1,22 @@
-"""Multi-digit addition with known intermediate steps: the built-in generator.
+"""Multi-digit addition and subtraction with known intermediate steps: the built-in generator.
 
-A right response to `4821+3977` writes one line per digit, least significant first, and boxes the
-sum:
+A right response writes one line per digit, least significant first, with what it carries or borrows,
+and boxes the result; to `4821+3977` and to `4821-3977`:
 
-    1+7+0=8 c0
-    2+7+0=9 c0
-    8+9+0=17 c1
-    4+3+1=8 c0
-    \\boxed{8798}
+    1+7+0=8 c0          11-7-0=4 b1
+    2+7+0=9 c0          12-7-1=4 b1
+    8+9+0=17 c1         18-9-1=8 b1
+    4+3+1=8 c0          4-3-1=0 b0
+    \\boxed{8798}       \\boxed{844}
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ...schemas.configs import ArithmeticSource
-from ...schemas.labels import AnswerKind, DiagnosticType
+from ...schemas.labels import AnswerKind, DiagnosticType, Operation
 
 
 @dataclass(frozen=True)
@@ -28,62 +29,111 @@ class Step:
     key: bool
 
 
-def addition_steps(left: int, right: int) -> list[Step]:
-    """The lines of a right response to `left+right`, the boxed sum last.
+@dataclass(frozen=True)
+class Column:
+    """One digit's column: what is on its line, and what the next one takes over.
 
-    Lines that carry are the key steps: their label is case_analysis, that of the others
+    result: sum with its carry, or the difference's digit.
+    """
+
+    a: int
+    b: int
+    taken: int
+    result: int
+    passed: int
+    operation: Operation
+
+    @property
+    def text(self) -> str:
+        if self.operation is Operation.ADD:
+            return f"{self.a}+{self.b}+{self.taken}={self.result} c{self.passed}"
+        return f"{self.a}-{self.b}-{self.taken}={self.result} b{self.passed}"
+
+    @property
+    def digit(self) -> int:
+        return self.result % 10
+
+
+def column(a: int, b: int, taken: int, operation: Operation) -> Column:
+    """The right line for digits a and b with a carry or a borrow of `taken`, 0 or 1."""
+    if operation is Operation.ADD:
+        total = a + b + taken
+        return Column(a, b, taken, total, total // 10, operation)
+    borrowed = int(a - b - taken < 0)
+    a += 10 * borrowed
+    return Column(a, b, taken, a - b - taken, borrowed, operation)
+
+
+def steps(left: int, right: int, operation: Operation = Operation.ADD) -> list[Step]:
+    """The lines of a right response, the boxed result last; to subtract, left >= right.
+
+    Lines that carry or borrow are the key steps: their label is case_analysis, that of the others
     arithmetic.
     """
-    steps, carry = [], 0
+    lines, taken = [], 0
+    for a, b in digit_pairs(left, right):
+        line = column(a, b, taken, operation)
+        key = line.passed == 1
+        kind = DiagnosticType.CASE_ANALYSIS if key else DiagnosticType.ARITHMETIC
+        lines.append(Step(line.text, str(line.result), kind, key))
+        taken = line.passed
+    answer = str(left + right if operation is Operation.ADD else left - right)
+    lines.append(Step(answer_text(answer), answer, DiagnosticType.FINAL_ANSWER, False))
+    return lines
+
+
+def digit_pairs(left: int, right: int) -> Iterator[tuple[int, int]]:
+    """Digits of both numbers by column, least significant first."""
     width = max(len(str(left)), len(str(right)))
-    for a, b in zip(_digits(left, width), _digits(right, width), strict=True):
-        total = a + b + carry
-        kind = DiagnosticType.CASE_ANALYSIS if total >= 10 else DiagnosticType.ARITHMETIC
-        steps.append(Step(step_text(a, b, carry, total), str(total), kind, total >= 10))
-        carry = total // 10
-    answer = str(left + right)
-    steps.append(Step(answer_text(answer), answer, DiagnosticType.FINAL_ANSWER, False))
-    return steps
-
-
-def step_text(a: int, b: int, carry: int, total: int, carry_out: int | None = None) -> str:
-    return f"{a}+{b}+{carry}={total} c{total // 10 if carry_out is None else carry_out}"
+    columns = zip(reversed(str(left).zfill(width)), reversed(str(right).zfill(width)), strict=True)
+    return ((int(a), int(b)) for a, b in columns)
 
 
 def answer_text(answer: str) -> str:
     return f"\\boxed{{{answer}}}"
 
 
-def operands(rng: random.Random, min_digits: int, max_digits: int) -> tuple[int, int]:
-    """Two addends of the same number of digits, drawn evenly from the range of lengths."""
+def operands(
+    rng: random.Random, min_digits: int, max_digits: int, operation: Operation = Operation.ADD
+) -> tuple[int, int]:
+    """Two numbers of the same number of digits, drawn evenly from the range of lengths; to
+    subtract, the larger one first."""
     width = rng.randint(min_digits, max_digits)
     low, high = 10 ** (width - 1), 10**width - 1
-    return rng.randint(low, high), rng.randint(low, high)
-
-
-def _digits(number: int, width: int) -> list[int]:
-    return [int(digit) for digit in reversed(str(number).zfill(width))]
+    left, right = rng.randint(low, high), rng.randint(low, high)
+    if operation is Operation.SUBTRACT and left < right:
+        return right, left
+    return left, right
 
 
 def rows(source: ArithmeticSource, seed: int) -> Iterator[dict]:
     """Distinct problems until there are no more; the same seed gives the same stream."""
-    rng = random.Random(f"arithmetic/{source.min_digits}/{source.max_digits}/{seed}")
+    operation = source.operation
+    name = "" if operation is Operation.ADD else f"{operation}/"
+    rng = random.Random(f"arithmetic/{name}{source.min_digits}/{source.max_digits}/{seed}")
     seen: set[tuple[int, int]] = set()
-    widths = range(source.min_digits, source.max_digits + 1)
-    distinct = sum((9 * 10 ** (width - 1)) ** 2 for width in widths)
+    counts = [9 * 10 ** (width - 1) for width in range(source.min_digits, source.max_digits + 1)]
+    ordered = operation is Operation.SUBTRACT
+    distinct = sum(n * (n + 1) // 2 if ordered else n * n for n in counts)
     while len(seen) < distinct:
-        left, right = operands(rng, source.min_digits, source.max_digits)
+        left, right = operands(rng, source.min_digits, source.max_digits, operation)
         if (left, right) in seen:
             continue
         seen.add((left, right))
-        steps = addition_steps(left, right)
-        yield {
-            "problem": f"{left}+{right}",
-            "answer": str(left + right),
-            "answer_kind": AnswerKind.MATH,
-            "solution": "\n".join(step.text for step in steps),
-            "steps": [
-                {"text": s.text, "value": s.value, "type": s.type, "key": s.key} for s in steps
-            ],
-            "source": f"arithmetic/{source.min_digits}-{source.max_digits}",
+        yield problem_row(left, right, operation) | {
+            "source": f"arithmetic/{name}{source.min_digits}-{source.max_digits}"
         }
+
+
+def problem_row(left: int, right: int, operation: Operation) -> dict[str, Any]:
+    """A problem and what is known of it, without its source."""
+    written = steps(left, right, operation)
+    return {
+        "problem": f"{left}{operation.sign}{right}",
+        "answer": written[-1].value,
+        "answer_kind": AnswerKind.MATH,
+        "solution": "\n".join(step.text for step in written),
+        "steps": [
+            {"text": s.text, "value": s.value, "type": s.type, "key": s.key} for s in written
+        ],
+    }

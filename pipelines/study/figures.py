@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from ...schemas.configs import StudyConfig
 from ..bootstrap import Estimate
 
 RATE = pl.col("correct") / pl.col("k")
@@ -45,6 +46,17 @@ class Curves:
         """First look at which the mean over seeds reaches the threshold."""
         reached = np.flatnonzero(self.mean >= threshold)
         return int(self.steps[reached[0]]) if len(reached) else None
+
+
+def of_arm(table: pl.DataFrame, ablation: str, method: str) -> pl.DataFrame:
+    """Rows of one arm."""
+    return table.filter((pl.col("ablation") == ablation) & (pl.col("method") == method))
+
+
+def foreign_splits(config: StudyConfig) -> list[str]:
+    """Splits but the main one and the one that tunes."""
+    tuning = None if config.tuning is None else config.tuning.split
+    return [split for split in list(config.splits)[1:] if split != tuning]
 
 
 def pass_rate(answers: pl.DataFrame) -> float:

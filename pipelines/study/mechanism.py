@@ -1,7 +1,8 @@
-"""One optimiser step, looked at closely: python -m trace_opd.pipelines.study.mechanism
+"""One optimiser step, looked at closely: what a label at key tokens does to the student.
 
-On the same rollouts of an arithmetic policy, one step each by GRPO and by TRACE-FKL with each form of
-the KL clip. Per objective, in nats, means over key tokens of right responses:
+On the rollouts that a run of the study made for its first step, one step each by GRPO and by TRACE-FKL
+with each form of the KL clip, from the run's own base and settings. Per objective, in nats, means over
+key tokens of right responses:
 
 - lift: how much the log-probability of the sampled token rose, over teacher-supported tokens alone,
   those that the teacher with the type label holds likelier than the student (the paper reports +0.145
@@ -11,18 +12,15 @@ the KL clip. Per objective, in nats, means over key tokens of right responses:
   label makes surer, comes nearer to the right one and not to the wrong one.
 """
 
-import argparse
-import json
-from pathlib import Path
-from statistics import mean, stdev
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from rich.table import Table
 
+from ...data.store import Dataset
 from ...schemas.configs import (
     PromptConfig,
     RoutingConfig,
@@ -31,6 +29,7 @@ from ...schemas.configs import (
     SegmentConfig,
     TrainConfig,
 )
+from ...schemas.errors import InputError
 from ...schemas.labels import Action, DiagnosticType, KlClip, Route
 from ...schemas.settings import override
 from ...trace.align import byte_table
@@ -41,18 +40,11 @@ from ...trace.policy import Policy, load_policy
 from ...trace.prompt import render_chat, teacher_messages
 from ...trace.trainer import Trainer
 from ..annotators.rule import StepsAnnotator
-from ..micro import (
-    NOISE,
-    STUDENT_TEMPLATE,
-    TEACHER_TEMPLATE,
-    UNINFORMATIVE,
-    arithmetic_problems,
-    exact_verdicts,
-)
+from ..demonstrations import NOISE, STUDENT_TEMPLATE, TEACHER_TEMPLATE, UNINFORMATIVE
+from ..micro import exact_verdicts
 from ..models import resolve_policy
 from ..rollout import rollouts_table
 from ..samplers.transformers import TransformersPolicySampler
-from ..terminal import console
 
 PROMPT = PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE)
 OBJECTIVES = {"grpo": ["schedule.w0=0"]} | {
@@ -75,20 +67,28 @@ def routed_rollouts(
 
 
 class Teachers:
-    """What a policy holds of the routed tokens of labelled rows, told a type or none."""
+    """What a policy holds of the routed tokens of labelled rows, told a type or none.
 
-    def __init__(self, policy: Policy, routed: pa.Table) -> None:
-        self._policy = policy
+    right_types, wrong_types: one per row; a wrong one is another of `kinds`, the next in turn.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        routed: pa.Table,
+        prompt: PromptConfig,
+        kinds: Sequence[DiagnosticType],
+    ) -> None:
+        self._policy, self._prompt = policy, prompt
         self._problems = [str(problem) for problem in routed["problem"].to_pylist()]
-        self.sequences = training_sequences(routed, policy.tokenizer, PROMPT, with_teacher=False)
+        self.sequences = training_sequences(routed, policy.tokenizer, prompt, with_teacher=False)
         self.right_types = [DiagnosticType(x) for x in routed["diagnostic_type"].to_pylist()]
-        kinds = list(NOISE)
         self.wrong_types = [kinds[kinds.index(kind) - 1] for kind in self.right_types]
 
     def logprobs(self, types: list[DiagnosticType]) -> torch.Tensor:
         """(routed tokens, vocab) of the teacher that is told these types, one per row."""
         told = zip(self._problems, types, strict=True)
-        messages = [teacher_messages(PROMPT, problem, kind) for problem, kind in told]
+        messages = [teacher_messages(self._prompt, problem, kind) for problem, kind in told]
         prompts = [render_chat(self._policy.tokenizer, one) for one in messages]
         return self._behind(self._policy, prompts)
 
@@ -119,7 +119,7 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
     routing = RoutingConfig(alpha=1.0, key=Action.FKL, error=Action.RKL)
     everything = routed_rollouts(policy, problems, routing, 128, seed)
     routed = everything.filter(pc.is_valid(everything["diagnostic_type"]))
-    teachers = Teachers(policy, routed)
+    teachers = Teachers(policy, routed, PROMPT, list(NOISE))
     right, wrong = teachers.right_types, teachers.wrong_types
     with_right, with_wrong = teachers.logprobs(right), teachers.logprobs(wrong)
     neutral, other_neutral = (teachers.logprobs([label] * len(right)) for label in UNINFORMATIVE)
@@ -142,33 +142,53 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
     return figures
 
 
-def one_step(path: str, lr: float, problems: int, seed: int) -> list[dict[str, Any]]:
-    """A row per objective."""
-    base = load_policy(path, "cpu")
-    routing = RoutingConfig(key=Action.FKL, error=Action.NONE)
-    routed = routed_rollouts(base, arithmetic_problems(problems, seed), routing, 96, seed)
-    has_key = pa.array([Route.FKL in row["route"] for row in routed.to_pylist()])
-    teachers = Teachers(base, routed.filter(has_key))
+def first_step(run: Dataset) -> pa.Table:
+    """The routed rows of a train dataset's first online step.
+
+    Raises:
+        InputError: a run without online steps.
+    """
+    tables = run.summary["tables"]
+    if "routed" not in tables:
+        raise InputError(f"{run.ref}: has no online steps to look at; mechanism needs an arm with")
+    return run.store.get(tables["routed"]).read_part(0)
+
+
+def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:
+    """A row per objective; config: the run that made these rows.
+
+    Raises:
+        InputError: no right response has a key token.
+    """
+    path = resolve_policy(config.policy.path)
+    base = _load(config, path, trainable=False)
+    key = [Route.FKL in row["route"] for row in routed.to_pylist()]
+    if not any(key):
+        raise InputError("no rollout of the first step has a token on the FKL route; take more")
+    labelled = routed.filter(pa.array(key))
+    kinds = sorted(set(labelled["diagnostic_type"].to_pylist()))
+    # With one type in use a wrong label is any other.
+    others = [DiagnosticType(kind) for kind in kinds] if len(kinds) > 1 else list(DiagnosticType)
+    teachers = Teachers(base, labelled, config.prompt, others)
     with_right = teachers.logprobs(teachers.right_types)
     with_wrong = teachers.logprobs(teachers.wrong_types)
     before = teachers.student(base)
     ids = np.concatenate([s.token_ids[s.routed_positions] for s in teachers.sequences])
-    sampled = torch.from_numpy(ids)[:, None]  # (key tokens, 1)
+    sampled = torch.from_numpy(ids).to(before.device)[:, None]  # (key tokens, 1)
     supported = (with_right.gather(-1, sampled) > before.gather(-1, sampled)).squeeze(-1)
     rows = []
     for name, changes in OBJECTIVES.items():
-        policy = load_policy(path, "cpu", trainable=True)
-        shared = TrainConfig.model_validate({"online": {"steps": 1}, "optim": {"lr": lr}})
-        config = override(shared.model_copy(update={"prompt": PROMPT}), changes)
-        with_teacher = config.schedule.w0 > 0
-        sequences = training_sequences(routed, policy.tokenizer, PROMPT, with_teacher)
-        Trainer(policy, config).train_step(sequences)
+        policy = _load(config, path, trainable=True)
+        own = override(config, changes)
+        with_teacher = own.schedule.w0 > 0
+        sequences = training_sequences(routed, policy.tokenizer, own.prompt, with_teacher)
+        Trainer(policy, own).train_step(sequences)
         after = teachers.student(policy)
         gain = (after - before).gather(-1, sampled).squeeze(-1)  # (key tokens,)
         rows.append(
             {
                 "objective": name,
-                "seed": seed,
+                "seed": config.seed,
                 "key_tokens": len(ids),
                 "supported_tokens": int(supported.sum()),
                 "lift": float(gain[supported].mean()),
@@ -179,35 +199,17 @@ def one_step(path: str, lr: float, problems: int, seed: int) -> list[dict[str, A
     return rows
 
 
+def _load(config: TrainConfig, path: str, trainable: bool) -> Policy:
+    return load_policy(
+        path,
+        config.policy.device,
+        config.policy.precision,
+        trainable=trainable,
+        lora=config.lora if trainable else None,
+        trust_remote_code=config.policy.trust_remote_code,
+    )
+
+
 def _kl(log_q: torch.Tensor, log_p: torch.Tensor) -> np.ndarray:
     """KL(q ‖ p) per token, nats: (tokens,)."""
     return (log_q.exp() * (log_q - log_p)).sum(-1).cpu().numpy()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="One optimiser step, looked at closely.")
-    parser.add_argument("--policy", default="micro")
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--problems", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("studies/micro/mechanism.json"))
-    args = parser.parse_args()
-    path = resolve_policy(args.policy)
-    rows = [r for seed in range(args.seeds) for r in one_step(path, args.lr, args.problems, seed)]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"policy": args.policy, "lr": args.lr, "problems": args.problems}
-    args.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
-    table = Table("objective", "lift", "to the right teacher", "to a wrong one")
-    for name in OBJECTIVES:
-        own = [row for row in rows if row["objective"] == name]
-        cells = []
-        for column in ("lift", "to_right", "to_wrong"):
-            values = [row[column] for row in own]
-            spread = stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{mean(values):+.4f} ± {spread:.4f}")
-        table.add_row(name, *cells)
-    console.print(table)
-
-
-if __name__ == "__main__":
-    main()

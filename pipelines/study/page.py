@@ -1,26 +1,41 @@
-"""A study's page in Markdown: every figure on it comes from the two Parquet files beside it."""
+"""A study's page in Markdown: every figure on it comes from the Parquet files beside it."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import polars as pl
 
-from ...schemas.configs import StudyConfig
+from ...schemas.configs import ReportedConfig, StudyConfig
 from ..bootstrap import Estimate
 from ..validation import GREEDY, SAMPLED
-from .figures import bootstrap, curves, pass_rate
+from .figures import bootstrap, curves, foreign_splits, pass_rate
+from .figures import of_arm as _of
 
 _REFERENCE = "grpo"  # differences are to this arm of the same table, or of the first one
 
 
-def page(config: StudyConfig, answers: pl.DataFrame, results: pl.DataFrame, files: str) -> str:
+def page(
+    config: StudyConfig,
+    answers: pl.DataFrame,
+    results: pl.DataFrame,
+    mechanism: pl.DataFrame | None,
+    files: str,
+) -> str:
     """The whole page; files: folder of the study's files, as the page links to it."""
     lines = [f"# Study: {config.name}", "", *_introduction(config, answers, files)]
+    if config.about:
+        lines += ["", config.about.strip()]
     for ablation in config.ablations:
         lines += ["", f"## {ablation}", "", *_table(config, answers, results, ablation)]
         lines += ["", f"![{ablation}: pass rate over steps]({files}/{ablation}.svg)"]
+    if config.exposure is not None:
+        lines += ["", "## exposure", "", *_exposure(config, answers, config.exposure)]
+        lines += ["", f"![Σλ² against what other splits lost]({files}/exposure.svg)"]
+    if mechanism is not None:
+        lines += ["", "## mechanism", "", *_mechanism(mechanism, files)]
     if config.tuning is not None:
         lines += ["", "## What tuning chose", "", *_choices(results)]
+    if config.reported is not None:
+        lines += ["", "## What the paper reports", "", *_reported(config.reported)]
     return "\n".join(lines) + "\n"
 
 
@@ -47,7 +62,8 @@ def _introduction(config: StudyConfig, answers: pl.DataFrame, files: str) -> Ite
     yield (
         f"Sampled pass rate before training, in the first table: {', '.join(starts)}. In the "
         f"tables: pass rate on {main} after the last step with its 95 % interval (bootstrap over "
-        f"seeds and problems), its difference to {_REFERENCE} (paired), greedy pass rate, area under "
+        f"seeds and problems), its difference to {_REFERENCE} or to the arm that is named (paired, "
+        f"percentage points), greedy pass rate, area under "
         f"the curve (mean height), first look at {_percent(config.threshold)} or more, entropy "
         "(nats per sampled token), response tokens, Σλ², and the sampled pass rate on the other "
         "splits. A difference whose interval holds 0 is none."
@@ -62,17 +78,11 @@ def _table(
     names += ["Σλ²", *others]
     yield "| " + " | ".join(names) + " |"
     yield "|" + "---|" * len(names)
-    reference = _reference(config, answers, ablation)
-    for method in config.ablations[ablation]:
+    for method, arm in config.ablations[ablation].items():
         own = _of(answers, ablation, method)
         sampled = curves(own, main, SAMPLED)
         final = bootstrap(sampled.final, config.bootstrap)
-        difference = "–"
-        if reference is not None and method != _REFERENCE:
-            seeds = own["seed"].unique().to_list()
-            their = curves(reference.filter(pl.col("seed").is_in(seeds)), main, SAMPLED)
-            if their.final.shape == sampled.final.shape:
-                difference = _points(bootstrap(sampled.final - their.final, config.bootstrap))
+        difference = _difference(config, answers, ablation, method, arm.against)
         greedy = "–"
         if config.train.validation is not None and config.train.validation.greedy:
             greedy = _percent(curves(own, main, GREEDY).final.mean())
@@ -95,11 +105,73 @@ def _table(
         yield "| " + " | ".join(cells) + " |"
 
 
-def _reference(config: StudyConfig, answers: pl.DataFrame, ablation: str) -> pl.DataFrame | None:
-    for table in (ablation, next(iter(config.ablations))):
-        if _REFERENCE in config.ablations[table]:
-            return _of(answers, table, _REFERENCE)
-    return None
+def _difference(
+    config: StudyConfig, answers: pl.DataFrame, ablation: str, method: str, against: str | None
+) -> str:
+    """Of final pass rates, to another arm with the same seeds; a dash where there is none."""
+    main, first = next(iter(config.splits)), next(iter(config.ablations))
+    table = ablation if against or _REFERENCE in config.ablations[ablation] else first
+    other = against or _REFERENCE
+    if other not in config.ablations[table] or (table, other) == (ablation, method):
+        return "–"
+    own = _of(answers, ablation, method)
+    theirs = _of(answers, table, other).filter(pl.col("seed").is_in(own["seed"].unique().to_list()))
+    finals = [curves(rows, main, SAMPLED).final for rows in (own, theirs)]
+    if finals[0].shape != finals[1].shape:
+        return "–"
+    points = _points(bootstrap(finals[0] - finals[1], config.bootstrap))
+    return f"{points} to {against}" if against else points
+
+
+def _exposure(config: StudyConfig, answers: pl.DataFrame, ablation: str) -> Iterator[str]:
+    """Change of the pass rate on splits that neither train nor tune, from before to after."""
+    others = foreign_splits(config)
+    yield (
+        "How far the sampled pass rate moved on the splits that training never asks, from before the "
+        "first step to after the last, in percentage points."
+    )
+    yield ""
+    yield "| arm | Σλ² | " + " | ".join(others) + " |"
+    yield "|" + "---|" * (len(others) + 2)
+    for method in config.ablations[ablation]:
+        own = _of(answers, ablation, method)
+        cells = [method, f"{own['kl_exposure'].max():.2f}"]
+        for split in others:
+            rates = curves(own, split, SAMPLED).rates
+            cells.append(_points(bootstrap(rates[:, -1] - rates[:, 0], config.bootstrap)))
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _mechanism(rows: pl.DataFrame, files: str) -> Iterator[str]:
+    seeds, tokens = rows["seed"].n_unique(), rows.group_by("seed").first()
+    yield (
+        f"One optimiser step from the base on a run's own first rollouts, {seeds} seeds: "
+        f"{tokens['key_tokens'].mean():.0f} key tokens a seed, of which the teacher with the label "
+        f"supports {tokens['supported_tokens'].mean():.0f}. Lift: rise of the log-probability of "
+        "those supported tokens; to right, to wrong: change of KL(teacher ‖ student) for the teacher "
+        "with the right type and with another; nats, mean ± standard deviation over seeds "
+        f"([{files}/mechanism.parquet]({files}/mechanism.parquet))."
+    )
+    yield ""
+    yield "| one step of | lift | to right | to wrong |"
+    yield "|---|---|---|---|"
+    for (objective,), own in rows.group_by("objective", maintain_order=True):
+        cells = [str(objective)]
+        for column in ("lift", "to_right", "to_wrong"):
+            spread = own[column].std() if seeds > 1 else 0.0
+            cells.append(f"{own[column].mean():+.4f} ± {spread:.4f}")
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _reported(reported: ReportedConfig) -> Iterator[str]:
+    columns = list(dict.fromkeys(c for row in reported.rows.values() for c in row))
+    yield f"{reported.source}. Another model, other problems: beside, not instead."
+    yield ""
+    yield "| | " + " | ".join(columns) + " |"
+    yield "|" + "---|" * (len(columns) + 1)
+    for name, row in reported.rows.items():
+        cells = [f"{row[column]:.2f}" if column in row else "–" for column in columns]
+        yield f"| {name} | " + " | ".join(cells) + " |"
 
 
 def _choices(results: pl.DataFrame) -> Iterator[str]:
@@ -107,10 +179,6 @@ def _choices(results: pl.DataFrame) -> Iterator[str]:
     yield "|---|---|---|"
     for row in results.unique(["ablation", "method"], maintain_order=True).iter_rows(named=True):
         yield f"| {row['ablation']} | {row['method']} | `{row['choice']}` |"
-
-
-def _of(table: pl.DataFrame, ablation: str, method: str) -> pl.DataFrame:
-    return table.filter((pl.col("ablation") == ablation) & (pl.col("method") == method))
 
 
 def _percent(value: object) -> str:
@@ -124,28 +192,3 @@ def _interval(estimate: Estimate) -> str:
 def _points(estimate: Estimate) -> str:
     value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def plot(config: StudyConfig, answers: pl.DataFrame, ablation: str, path: Path) -> None:
-    """Sampled pass rate over steps on the main split, a line per arm, mean over seeds."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot
-
-    mpl.rcParams["svg.hashsalt"] = config.name  # the same figures, the same bytes
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for index, method in enumerate(config.ablations[ablation]):
-        drawn = curves(_of(answers, ablation, method), next(iter(config.splits)), SAMPLED)
-        by_seed = drawn.rates.mean(axis=2)  # (seeds, looks)
-        style = "-" if index < 10 else "--"
-        (line,) = axes.plot(drawn.steps, drawn.mean, style, label=method)
-        axes.fill_between(
-            drawn.steps, by_seed.min(0), by_seed.max(0), color=line.get_color(), alpha=0.1
-        )
-    axes.set_xlabel("optimiser steps")
-    axes.set_ylabel(f"sampled pass rate, {next(iter(config.splits))}")
-    axes.legend(fontsize=7, loc="lower right")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)

@@ -40,7 +40,7 @@ from .rollout import (
     VllmSampler,
     template_fields,
 )
-from .study import ArmConfig, StudyConfig, TuningConfig
+from .study import ArmConfig, ReportedConfig, StudyConfig, TuningConfig
 from .train import (
     LoraConfig,
     LossConfig,
@@ -83,6 +83,7 @@ __all__ = [
     "ProblemsConfig",
     "PromptConfig",
     "ReportConfig",
+    "ReportedConfig",
     "RolloutConfig",
     "RoutingConfig",
     "RuleAnnotator",

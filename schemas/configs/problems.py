@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..labels import AnswerKind
+from ..labels import AnswerKind, Operation
 from .base import Config
 
 
@@ -74,8 +74,9 @@ class ChampSource(Config):
 
 class ArithmeticSource(Config):
     kind: Literal["arithmetic"] = Field(description="Kind of source.")
-    min_digits: int = Field(default=3, ge=1, le=9, description="Fewest digits per addend.")
-    max_digits: int = Field(default=5, ge=1, le=9, description="Most digits per addend.")
+    operation: Operation = Field(default=Operation.ADD, description="What is asked for.")
+    min_digits: int = Field(default=3, ge=1, le=9, description="Fewest digits per number.")
+    max_digits: int = Field(default=5, ge=1, le=9, description="Most digits per number.")
 
     @model_validator(mode="after")
     def _ordered(self) -> "ArithmeticSource":

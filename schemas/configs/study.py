@@ -19,6 +19,11 @@ class ArmConfig(Config):
         description="Arm of the first ablation whose tuned choice this one takes; its own choice "
         "would compare tuning with tuning.",
     )
+    against: str | None = Field(
+        default=None,
+        description="Arm of the same ablation that its difference is taken to; null: grpo there, or "
+        "in the first ablation.",
+    )
 
 
 class TuningConfig(Config):
@@ -29,6 +34,13 @@ class TuningConfig(Config):
     )
     split: str = Field(description="Split whose sampled pass rate, averaged over looks, decides.")
     seed: int = Field(default=1000, description="Seed of the tuning runs; none of `seeds`.")
+
+
+class ReportedConfig(Config):
+    """What a paper says of the same question, to stand beside what came out here."""
+
+    source: str = Field(description="Where the figures stand.")
+    rows: dict[str, dict[str, float]] = Field(description="Figures by column, by row.")
 
 
 class StudyConfig(Config):
@@ -51,6 +63,20 @@ class StudyConfig(Config):
     ablations: dict[str, dict[str, ArmConfig]] = Field(
         min_length=1, description="Arms by name, by ablation; the first is the page's main table."
     )
+    mechanism: str | None = Field(
+        default=None, description="Arm of the first ablation whose first step is looked at closely."
+    )
+    exposure: str | None = Field(
+        default=None,
+        description="Ablation whose Σλ² is set against what the other splits lost.",
+    )
+    reported: ReportedConfig | None = Field(
+        default=None, description="A paper's figures, at the page's end."
+    )
+    about: str = Field(
+        default="",
+        description="Markdown at the page's head: how the task was chosen, what is left out.",
+    )
     threshold: float = Field(
         default=0.8, gt=0, lt=1, description="Pass rate whose first step is reported."
     )
@@ -70,10 +96,18 @@ class StudyConfig(Config):
         if self.tuning is not None and self.tuning.seed in self.seeds:
             raise ValueError("tuning.seed is one of seeds; what tunes must not be measured again")
         first = next(iter(self.ablations.values()))
+        if self.mechanism is not None and self.mechanism not in first:
+            raise ValueError(f"mechanism {self.mechanism!r} is none of {list(first)}")
+        if self.exposure is not None and self.exposure not in self.ablations:
+            raise ValueError(f"exposure {self.exposure!r} is none of {list(self.ablations)}")
         for ablation, rows in self.ablations.items():
             for name, arm in rows.items():
                 if arm.like is not None and arm.like not in first:
                     raise ValueError(
                         f"ablations.{ablation}.{name}.like {arm.like!r} is none of {list(first)}"
+                    )
+                if arm.against is not None and arm.against not in rows:
+                    raise ValueError(
+                        f"ablations.{ablation}.{name}.against {arm.against!r} is none of {list(rows)}"
                     )
         return self

@@ -11,9 +11,11 @@ import pytest
 from datasets import config as datasets_config
 
 from trace_opd.data import sources
+from trace_opd.data.sources.arithmetic import steps
 from trace_opd.data.sources.champ import gold_answer
 from trace_opd.data.sources.columns import multiple_choice
 from trace_opd.data.sources.hub import after_hashes, boxed_or_empty
+from trace_opd.pipelines.annotators.equations import equations
 from trace_opd.schemas.configs import (
     ArithmeticSource,
     ChampSource,
@@ -24,7 +26,7 @@ from trace_opd.schemas.configs import (
     WordProblemsSource,
 )
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.labels import AnswerKind, DiagnosticType
+from trace_opd.schemas.labels import AnswerKind, DiagnosticType, Operation
 
 ROW_KEYS = {"problem", "answer", "answer_kind", "solution", "steps", "source"}
 
@@ -382,6 +384,32 @@ def test_word_problem_steps_are_right_and_lead_to_the_answer(steps):
         assert len({step["value"] for step in row["steps"]}) == steps
 
 
+@pytest.mark.parametrize("operation", list(Operation))
+def test_arithmetic_has_a_line_per_digit_that_holds_and_the_key_ones_carry_or_borrow(operation):
+    source = ArithmeticSource(kind="arithmetic", operation=operation, min_digits=2, max_digits=4)
+    for row in read(source, seed=3, limit=200):
+        left, right = map(int, row["problem"].split(operation.sign))
+        result = left + right if operation is Operation.ADD else left - right
+        assert row["answer"] == str(result)
+        assert result >= 0
+        *lines, last = row["solution"].split("\n")
+        assert last == f"\\boxed{{{result}}}"
+        assert len(lines) == len(str(left))
+        digits = ""
+        for line, step in zip(lines, row["steps"], strict=False):
+            (equation,) = equations(line.split(" ")[0])
+            assert equation.holds
+            assert str(equation.result) == step["value"]
+            assert step["key"] == line.endswith("1")
+            digits = step["value"][-1] + digits
+        assert int(digits) == result % 10 ** len(lines)
+
+
+def test_a_subtraction_by_hand():
+    text = [step.text for step in steps(4821, 3977, Operation.SUBTRACT)]
+    assert text == ["11-7-0=4 b1", "12-7-1=4 b1", "18-9-1=8 b1", "4-3-1=0 b0", "\\boxed{844}"]
+
+
 def test_word_problems_vary_and_follow_the_seed():
     source = WordProblemsSource(kind="word-problems", steps=3)
     rows = read(source, seed=4, limit=300)
@@ -405,9 +433,10 @@ def test_identities_of_generators_tell_their_settings_apart():
         for source in (
             ArithmeticSource(kind="arithmetic"),
             ArithmeticSource(kind="arithmetic", max_digits=4),
+            ArithmeticSource(kind="arithmetic", operation=Operation.SUBTRACT),
             WordProblemsSource(kind="word-problems"),
             GymSource(kind="reasoning-gym", task="chain_sum"),
             ChampSource(kind="champ"),
         )
     ]
-    assert len({json.dumps(identity, sort_keys=True) for identity in identities}) == 5
+    assert len({json.dumps(identity, sort_keys=True) for identity in identities}) == 6

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trace_opd.data.sources.arithmetic import addition_steps
+from trace_opd.data.sources.arithmetic import steps
 from trace_opd.data.store import Store
 from trace_opd.pipelines.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.annotators import open_annotator
@@ -16,7 +16,7 @@ from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 
 STEPS_4821_3977 = [
     {"text": step.text, "value": step.value, "type": step.type, "key": step.key}
-    for step in addition_steps(4821, 3977)
+    for step in steps(4821, 3977)
 ]
 CLIPS = [  # 48 clips in April, half as many in May: how many altogether?
     {"text": "48/2=24", "value": "24", "type": "setup", "key": True},

@@ -20,9 +20,10 @@ SMALL = [
     "name=small",
     "problems.limit=8",
     "splits={test: {source: {kind: arithmetic}, limit: 6, seed: 1},"
-    " shorter: {source: {kind: arithmetic, min_digits: 2, max_digits: 2}, limit: 4, seed: 1}}",
+    " tuning: {source: {kind: arithmetic}, limit: 4, seed: 2},"
+    " other: {source: {kind: arithmetic, operation: subtract}, limit: 4, seed: 1}}",
     "seeds=[0, 1]",
-    "tuning={split: shorter, choices: [[optim.lr=1.0e-4], [optim.lr=1.0e-3]]}",
+    "tuning={split: tuning, choices: [[optim.lr=1.0e-4], [optim.lr=1.0e-3]]}",
     "train.policy.path=micro",
     "train.online.steps=2",
     "train.online.group_size=4",
@@ -30,7 +31,9 @@ SMALL = [
     "train.validation.every=2",
     "train.validation.k=2",
     "ablations={methods: {grpo: {preset: grpo}, trace-fkl: {preset: trace-fkl}},"
-    " alpha: {all: {preset: all-token-fkl, like: trace-fkl}}}",
+    " alpha: {all: {preset: all-token-fkl, like: trace-fkl, against: half},"
+    " half: {preset: trace-fkl, like: trace-fkl, set: [online.routing.alpha=0.5]}}}",
+    "exposure=alpha",
     "bootstrap=100",
 ]
 
@@ -54,14 +57,16 @@ def made(tmp_path_factory) -> Path:
 
 def test_a_study_has_a_row_per_run_look_split_and_decoding(made):
     table = pl.read_parquet(made / "small" / "results.parquet")
-    # Three arms by two seeds; looks before the first step and after the last.
-    assert len(table) == 3 * 2 * 2 * 2 * 2
+    # Four arms by two seeds; looks before the first step and after the last.
+    assert len(table) == 4 * 2 * 2 * 3 * 2
     assert table["step"].unique().sort().to_list() == [0, 2]
     assert set(table["decoding"]) == {"sampled", "greedy"}
     assert table["pass_rate"].is_between(0, 1).all()
     assert table.filter(pl.col("decoding") == "greedy")["entropy"].null_count() == len(table) // 2
     exposed = table.filter(pl.col("step") == 2).group_by("method").agg(pl.col("kl_exposure").max())
-    assert dict(exposed.iter_rows()) == {"grpo": 0.0, "trace-fkl": 0.5, "all": 0.5}
+    assert dict(exposed.iter_rows()) == {"grpo": 0.0} | dict.fromkeys(
+        ("trace-fkl", "all", "half"), 0.5
+    )
 
 
 def test_the_page_says_what_the_files_say(made):
@@ -72,11 +77,34 @@ def test_the_page_says_what_the_files_say(made):
         (row,) = re.findall(rf"^\| {method} \| (.+)$", page, re.M)[:1]
         rates = last.filter(pl.col("method") == method)
         test = rates.filter(pl.col("split") == "test")["pass_rate"].mean()
-        shorter = rates.filter(pl.col("split") == "shorter")["pass_rate"].mean()
+        other = rates.filter(pl.col("split") == "other")["pass_rate"].mean()
         assert row.startswith(f"{100 * test:.1f} % (")
-        assert row.endswith(f"{100 * shorter:.1f} % |")
+        assert row.endswith(f"{100 * other:.1f} % |")
     for picture in re.findall(r"\]\((.+\.svg)\)", page):
         assert (made / "small" / picture).read_text().startswith("<?xml")
+
+
+def test_the_page_names_what_an_arm_is_compared_with(made):
+    page = (made / "small" / "STUDY.md").read_text()
+    assert re.search(r"^\| all \| .+ to half \| ", page, re.M)
+    assert re.search(r"^\| grpo \| [^|]+ \| – \| ", page, re.M)
+
+
+def test_the_page_sets_exposure_against_what_other_splits_lost(made):
+    page = (made / "small" / "STUDY.md").read_text()
+    section = page.split("## exposure")[1].split("##")[0]
+    answers = pl.read_parquet(made / "small" / "answers.parquet").filter(
+        (pl.col("method") == "half") & (pl.col("decoding") == "sampled")
+    )
+    assert re.search(rf"^\| half \| {answers['kl_exposure'].max():.2f} \| [+-]", section, re.M)
+
+
+def test_the_page_shows_one_step_as_its_file_has_it(made):
+    page = (made / "small" / "STUDY.md").read_text()
+    table = pl.read_parquet(made / "small" / "mechanism.parquet")
+    assert table["seed"].unique().sort().to_list() == [0, 1]
+    for (objective,), own in table.group_by("objective"):
+        assert f"| {objective} | {own['lift'].mean():+.4f} ± " in page
 
 
 def test_an_arm_of_an_ablation_takes_the_choice_of_the_arm_that_it_is_like(made):
@@ -98,7 +126,7 @@ def test_a_study_goes_on_from_the_runs_that_its_store_has(made):
 
 def test_a_study_leaves_the_names_of_the_users_own_datasets_alone(made):
     names = json.loads((made / "store" / "aliases.json").read_text())
-    assert set(names) == {"small-problems", "small-test", "small-shorter"}
+    assert set(names) == {"small-problems", "small-test", "small-tuning", "small-other"}
 
 
 def test_curves_and_their_summaries_by_hand():
