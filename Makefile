@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-kill test-cluster test-vllm check audit fuzz bench-annotate bench-clip bench-data bench-loss bench-rollout bench-step bench-verify micro study study-quick clean
+.PHONY: help peers setup setup-locked lock demo test test-kill test-cluster test-vllm check audit fuzz bench-annotate bench-clip bench-data bench-loss bench-rollout bench-step bench-verify bases micro study study-quick clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -103,15 +103,16 @@ peers:
 	@# Without them the benchmarks measure the rest and say what is missing.
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
 
-# The beginning of a pre-training run, the bundled policy's, for bases that are weaker.
-models/micro-bases/step-300: | setup
-	$(BIN)/python -m trace_opd.pipelines.micro --output models/micro-bases --snapshots 250 300 --stop-after 300
-
-study: setup models/micro-bases/step-300  ## the method against its baselines and ablations, docs/STUDY.md
+study: setup  ## the method against its baselines and ablations, docs/STUDY.md
 	$(BIN)/trace-opd study studies/micro.yaml --store runs/study --page docs/STUDY.md
 
-study-quick: setup models/micro-bases/step-300  ## a smaller study, studies/micro-quick/STUDY.md
+study-quick: setup  ## a smaller study, studies/micro-quick/STUDY.md
 	$(BIN)/trace-opd study studies/micro.yaml --quick --store runs/study
+
+bases: setup  ## pre-train the study's bundled bases again, in models/micro-bases
+	$(BIN)/python -m trace_opd.pipelines.micro --output models/micro-bases \
+		--subtraction 0.3 --marking 0.15 --snapshots 500 550 800 \
+		--prompt studies/micro-annotate.md --answer-schema studies/micro-answer.schema.json
 
 micro: setup  ## train the bundled micro policy again
 	$(BIN)/python -m trace_opd.pipelines.micro

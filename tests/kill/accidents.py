@@ -91,7 +91,7 @@ def test_a_store_that_cannot_be_written_serves_what_is_finished(
         shutil.copytree(stage.after, frozen.root, dirs_exist_ok=True)
         frozen.writable(False)
         if name == "report":
-            runs.done(*stage.args, f"output={tmp_path}/page.html", store=frozen.root)
+            runs.done(*stage.args, "--output", tmp_path / "page.html", store=frozen.root)
             return
         runs.done(*stage.args, store=frozen.root)
         newest = max(Store(stage.after).datasets(), key=lambda d: d.manifest["finished_at"])

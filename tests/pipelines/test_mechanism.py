@@ -11,8 +11,13 @@ from trace_opd.schemas.labels import Action
 from trace_opd.schemas.settings import override
 from trace_opd.trace.policy import load_policy
 
-CONFIG = override(
-    TrainConfig(prompt=PROMPT), ["policy.path=micro", "online.steps=1", "optim.lr=1e-4"]
+CONFIG = TrainConfig.model_validate(
+    {
+        "policy": {"path": "micro"},
+        "prompt": PROMPT,
+        "online": {"steps": 1},
+        "optim": {"lr": 1e-4},
+    }
 )
 
 
