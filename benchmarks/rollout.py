@@ -7,8 +7,10 @@ tokens; float32 on CPU, bfloat16 on CUDA. `transformers` is our sampler over tra
 transformers' own continuous batching; `vllm` ours over an engine in a process of its own, beside
 `vllm_bare`, which is `vllm.LLM.generate` on the same engine with token ids in and out, in turns;
 `vllm_in_process` the engine that shares the trainer's process; `vllm_server` our client of a `vllm
-serve`. Each implementation has a process of its own; they take turns, so that a drift of the machine
-meets all. Seconds are the median of the repetitions after a warm-up with the same prompts.
+serve`. Each implementation has a process of its own. The two over transformers take turns, and ours
+and the bare engine do, so that a drift of the machine meets both; the rest run one after another, for
+a small machine's memory. Seconds are the median of the repetitions after a warm-up with the same
+prompts.
 
 The share of a training step that goes into sampling is worked out with one optimiser step (GRPO) on
 rollouts of the same prompts, in a process of its own too. What is not installed is left out.
@@ -43,14 +45,15 @@ from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
 from trace_opd.schemas.configs import OpenAISampler, RoutingConfig
 
 ROOT = Path(__file__).parents[1]
-IMPLEMENTATIONS = (
-    "transformers",
-    "transformers_continuous_batching",
-    "vllm",  # measures vllm_bare too
-    "vllm_in_process",
-    "vllm_server",
-    "training",
+# Those of a line are measured together, in turns.
+TOGETHER = (
+    ("transformers", "transformers_continuous_batching"),
+    ("vllm",),  # measures vllm_bare too
+    ("vllm_in_process",),
+    ("vllm_server",),
+    ("training",),
 )
+IMPLEMENTATIONS = [name for names in TOGETHER for name in names]
 
 
 def process_of(name: str, case: Case, pipe: Connection) -> None:
@@ -187,7 +190,10 @@ def main() -> None:
     sizes = (options.groups, options.group_size, options.max_new_tokens)
     with console.status("sampling the batch"):
         case = make_case(options.model, device, *sizes, RoutingConfig())
-    samples = measure(names, case, options.repetitions, console)
+    samples: dict[str, list[tuple[int, float]]] = {}
+    for together in TOGETHER:
+        chosen = [name for name in together if name in names]
+        samples |= measure(chosen, case, options.repetitions, console)
     rows = rows_of(samples, case, options.model)
     console.print(table_of(rows, f"{processor(device)}; {options.model}"))
     target = ROOT / "benchmarks" / "results" / "rollout.json"

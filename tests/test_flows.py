@@ -130,6 +130,32 @@ def test_after_a_failed_part_only_the_missing_one_is_made(own, tmp_path):
     assert Store(own).get(mended.result()).rows == Store(own).get("rollouts").rows
 
 
+def test_a_flow_waits_for_another_run_of_its_dataset_and_takes_what_that_made(own):
+    config, stage = config_of("convert", "routing.alpha=0.6"), flows.TABLE_STAGES["convert"]
+    plan, draft = stage.begin(config, Store(own))
+    states: list[Any] = []
+
+    def second() -> None:
+        states.append(flows.convert(config, store=str(own), return_state=True))
+
+    with draft.locked(lambda who: pytest.fail(f"nobody else is at work, but {who}")):
+        waiter = threading.Thread(target=contextvars.copy_context().run, args=[second])
+        waiter.start()
+        deadline = time.monotonic() + 60
+        with get_client(sync_client=True) as client:
+            while not any("waiting for its end" in log.message for log in client.read_logs()):
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        for part in range(plan.parts):
+            stage.make_part(plan, draft, part)
+        made = stage.finish(plan, draft)
+        assert waiter.is_alive()
+    waiter.join()
+    assert states[0].is_completed()
+    assert tasks_of(states[0]) == []
+    assert Store(own).get("routed").ref == made.ref
+
+
 def test_a_part_that_fails_for_now_is_retried_on_its_own(own):
     part = Path(Store(own).get("annotations").path("part-00001.parquet"))
     content = part.read_bytes()

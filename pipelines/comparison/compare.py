@@ -1,6 +1,6 @@
 """Annotations of the same rollouts held against one another: joined, and counted part by part.
 
-Figures are in agreement.py, what the command writes and prints in comparison_report.py.
+Figures are in agreement.py, what the command writes and prints in report.py.
 """
 
 from collections.abc import Iterator, Sequence

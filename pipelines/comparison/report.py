@@ -3,6 +3,7 @@
 The page holds its style and loads nothing; its content security policy allows no script at all.
 """
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
+from ...data.files import write_whole
 from ...data.store import Store, content_hash
 from ...schemas.labels import AnnotationStatus
 from ..viewer.page import csp_hash, page_template
@@ -57,8 +59,10 @@ def write(comparison: Comparison, table: pa.Table, store: Store, output: Path) -
     """Write comparisons.parquet and compare.html into a folder; returns their paths."""
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / "comparisons.parquet", output / "compare.html"]
-    pq.write_table(table, paths[0], compression="zstd")
-    paths[1].write_text(page(comparison, table, store), encoding="utf-8")
+    columns = io.BytesIO()
+    pq.write_table(table, columns, compression="zstd")
+    write_whole(paths[0], columns.getvalue())
+    write_whole(paths[1], page(comparison, table, store).encode())
     return paths
 
 

@@ -47,10 +47,10 @@ def _introduction(config: StudyConfig, answers: pl.DataFrame, files: str) -> Ite
         & (pl.col("decoding") == SAMPLED)
         & (pl.col("ablation") == next(iter(config.ablations)))
     )
-    starts = []
-    for split in config.splits:
-        rows = base.filter(pl.col("split") == split)
-        starts.append(f"{split} {_percent(pass_rate(rows))}")
+    starts = [
+        f"{split} {_percent(pass_rate(base.filter(pl.col('split') == split)))}"
+        for split in config.splits
+    ]
     steps, runs = answers["step"].max(), answers["run"].n_unique()
     yield (
         f"Written by `trace-opd study` from [{files}/answers.parquet]({files}/answers.parquet) (a row "
@@ -61,10 +61,10 @@ def _introduction(config: StudyConfig, answers: pl.DataFrame, files: str) -> Ite
     yield ""
     yield (
         f"Sampled pass rate before training, in the first table: {', '.join(starts)}. In the "
-        f"tables: pass rate on {main} after the last step with its 95 % interval (bootstrap over "
+        f"tables: pass rate on {main} before, and after the last step with its 95 % interval (bootstrap over "
         f"seeds and problems), its difference to {_REFERENCE} or to the arm that is named (paired, "
-        f"percentage points), greedy pass rate, area under "
-        f"the curve (mean height), first look at {_percent(config.threshold)} or more, entropy "
+        f"percentage points), greedy pass rate before and after, area under the "
+        f"curve (mean height), first look at {_percent(config.threshold)} or more, entropy "
         "(nats per sampled token), response tokens, Σλ², and the sampled pass rate on the other "
         "splits. A difference whose interval holds 0 is none."
     )
@@ -74,8 +74,8 @@ def _table(
     config: StudyConfig, answers: pl.DataFrame, results: pl.DataFrame, ablation: str
 ) -> Iterator[str]:
     main, *others = config.splits
-    names = ["arm", "pass rate", f"− {_REFERENCE}", "greedy", "area", "steps", "entropy", "tokens"]
-    names += ["Σλ²", *others]
+    names = ["arm", "before", "pass rate", f"− {_REFERENCE}", "greedy", "area", "steps", "entropy"]
+    names += ["tokens", "Σλ²", *others]
     yield "| " + " | ".join(names) + " |"
     yield "|" + "---|" * len(names)
     for method, arm in config.ablations[ablation].items():
@@ -85,21 +85,23 @@ def _table(
         difference = _difference(config, answers, ablation, method, arm.against)
         greedy = "–"
         if config.train.validation is not None and config.train.validation.greedy:
-            greedy = _percent(curves(own, main, GREEDY).final.mean())
+            answered = curves(own, main, GREEDY).rates.mean(axis=(0, 2))  # (looks,)
+            greedy = f"{_percent(answered[0])} to {_percent(answered[-1])}"
         last = _of(results, ablation, method).filter(
             (pl.col("step") == pl.col("step").max()) & (pl.col("decoding") == SAMPLED)
         )
         here = last.filter(pl.col("split") == main)
         cells = [
             method,
+            _percent(sampled.mean[0]),
             _interval(final),
             difference,
             greedy,
             _percent(sampled.area.mean()),
             "–" if (first := sampled.first_step(config.threshold)) is None else str(first),
-            f"{here['entropy'].mean():.3f}",
-            f"{here['length'].mean():.1f}",
-            f"{here['kl_exposure'].mean():.2f}",
+            _number(here["entropy"].mean(), 3),
+            _number(here["length"].mean(), 1),
+            _number(here["kl_exposure"].mean(), 2),
             *(_percent(last.filter(pl.col("split") == o)["pass_rate"].mean()) for o in others),
         ]
         yield "| " + " | ".join(cells) + " |"
@@ -183,6 +185,10 @@ def _choices(results: pl.DataFrame) -> Iterator[str]:
 
 def _percent(value: object) -> str:
     return f"{value:.1%}".replace("%", " %") if isinstance(value, float) else "–"
+
+
+def _number(value: object, places: int) -> str:
+    return f"{value:.{places}f}" if isinstance(value, float) else "–"
 
 
 def _interval(estimate: Estimate) -> str:

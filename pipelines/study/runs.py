@@ -6,7 +6,8 @@ studies share the runs that they have in common, and every figure can be traced 
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
@@ -71,24 +72,30 @@ def distinct(runs: Sequence[Run]) -> list[Run]:
     return list({run.train.model_dump_json(): run for run in runs}.values())
 
 
-def train_all(runs: Sequence[Run], store: Store, workers: int, label: str) -> list[Dataset]:
-    """Every run's dataset, in order; those that are missing are trained, `workers` at a time."""
-    todo = distinct(runs)
-    refs: dict[str, str] = {}
+@contextmanager
+def open_pool(workers: int) -> Iterator[Executor]:
+    """Processes that train, each with its share of the cores; what waits is dropped on an error."""
     threads = max((os.cpu_count() or 1) // workers, 1)
-    pool = ProcessPoolExecutor(
+    with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_set_threads, initargs=(threads,)
-    )
-    with pool, progress_bar(label, len(todo), "runs") as advance:
-        futures = {pool.submit(_train, run.train, store.root): run for run in todo}
+    ) as pool:
         try:
-            for future in as_completed(futures):
-                run = futures[future]
-                refs[run.train.model_dump_json()] = future.result()
-                advance(1, last=f"{run.arm.name} seed {run.seed}")
+            yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def train_all(runs: Sequence[Run], store: Store, pool: Executor, label: str) -> list[Dataset]:
+    """Every run's dataset, in order; those that are missing are trained."""
+    todo = distinct(runs)
+    refs: dict[str, str] = {}
+    with progress_bar(label, len(todo), "runs") as advance:
+        futures = {pool.submit(_train, run.train, store.root): run for run in todo}
+        for future in as_completed(futures):
+            run = futures[future]
+            refs[run.train.model_dump_json()] = future.result()
+            advance(1, last=f"{run.arm.name} seed {run.seed}")
     return [store.get(refs[run.train.model_dump_json()]) for run in runs]
 
 
@@ -103,7 +110,9 @@ def _train(config: TrainConfig, root: str) -> str:
     return train.run(config, Store(root)).ref
 
 
-def tuned(config: StudyConfig, rows: Sequence[Arm], store: Store) -> dict[str, tuple[str, ...]]:
+def tuned(
+    config: StudyConfig, rows: Sequence[Arm], store: Store, pool: Executor
+) -> dict[str, tuple[str, ...]]:
     """By name of the first ablation's arms, the choice with the best sampled pass rate, mean over
     looks; the earlier of equals."""
     tuning = config.tuning
@@ -111,7 +120,7 @@ def tuned(config: StudyConfig, rows: Sequence[Arm], store: Store) -> dict[str, t
         return {}
     first = [arm for arm in rows if arm.ablation == rows[0].ablation]
     tries = [Run(arm, tuning.seed, tuple(c)) for arm in first for c in tuning.choices]
-    made = train_all(tries, store, config.workers, "tuning")
+    made = train_all(tries, store, pool, "tuning")
     best: dict[str, tuple[float, tuple[str, ...]]] = {}
     for run, dataset in zip(tries, made, strict=True):
         looks = _frame(read_validation(dataset)).filter(

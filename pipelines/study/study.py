@@ -13,14 +13,26 @@ from ...schemas.settings import dump_config
 from .mechanism import first_step, one_step
 from .page import page
 from .plots import plot_curves, plot_exposure
-from .runs import Run, arms, datasets, distinct, results, rows_of, study_runs, train_all, tuned
+from .runs import (
+    Run,
+    arms,
+    datasets,
+    distinct,
+    open_pool,
+    results,
+    rows_of,
+    study_runs,
+    train_all,
+    tuned,
+)
 
 
 def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) -> pl.DataFrame:
     """Everything, going on from what the store has; the results table."""
     rows = arms(config, *datasets(config, store))
-    runs = study_runs(config, rows, tuned(config, rows, store))
-    made = train_all(runs, store, config.workers, "study")
+    with open_pool(config.workers) as pool:
+        runs = study_runs(config, rows, tuned(config, rows, store, pool))
+        made = train_all(runs, store, pool, "study")
     answers = pl.DataFrame(
         [row for run, dataset in zip(runs, made, strict=True) for row in rows_of(run, dataset)],
         infer_schema_length=None,

@@ -147,7 +147,7 @@ class Lab:
         self.root, self.store = root, Store(root)
         self._started: list[subprocess.Popen] = []
         config = load_config(CONFIG_TYPES["problems"], CONFIG, ["limit=12"], "problems")
-        run_stage("problems", config, self.store)
+        self.problems = run_stage("problems", config, self.store).ref
 
     def train(self, *overrides: str) -> subprocess.Popen:
         command = [sys.executable, "-P", "-m", "trace_opd.pipelines.cli", "train", str(CONFIG)]
@@ -173,10 +173,13 @@ class Lab:
         file = self.newest() / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()]
 
+    def run(self) -> Dataset:
+        """The newest, which has ended."""
+        return self.store.get(f"train/{self.newest().name}")
+
     def table(self, role: str) -> Dataset:
         """One that the newest run's online steps made."""
-        manifest = json.loads((self.newest() / "manifest.json").read_text())
-        return self.store.get(manifest["summary"]["tables"][role])
+        return self.store.get(self.run().summary["tables"][role])
 
     def wait_for_the_middle(self, run: subprocess.Popen, server: Served) -> None:
         """Until the run is in its third step and the server is sampling for it."""

@@ -13,6 +13,7 @@ from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.probe import Probe
 from trace_opd.pipelines.samplers.vllm import VllmPolicySampler
 from trace_opd.pipelines.samplers.vllm_servers import VllmServersSampler
+from trace_opd.pipelines.validation import read_validation
 from trace_opd.schemas.configs import OpenAISampler, PromptConfig, SamplingConfig, VllmSampler
 from trace_opd.schemas.errors import InputError
 from trace_opd.trace.policy import Policy, load_policy
@@ -75,6 +76,23 @@ def check_run(lab: Any, staleness: list[int]) -> None:
 def test_five_steps_in_process(lab: Any) -> None:
     lab.ended(lab.train(ENGINE, "seed=1"))
     check_run(lab, [0] * lab.steps)
+
+
+def test_the_engine_answers_held_out_problems_by_the_current_weights(lab: Any) -> None:
+    looks = f"validation={{problems: {{test: {lab.problems}}}, every: 1, k: 2}}"
+    lab.ended(lab.train(ENGINE, "seed=6", "online.steps=1", "optim.lr=1.0e-3", looks))
+    rows = read_validation(lab.run()).to_pylist()
+    assert {(row["step"], row["decoding"]) for row in rows} == {
+        (step, decoding) for step in (0, 1) for decoding in ("sampled", "greedy")
+    }
+    before, after = (
+        [row["entropy"] for row in rows if (row["step"], row["decoding"]) == (step, "sampled")]
+        for step in (0, 1)
+    )
+    assert None not in before
+    assert before != after
+    # Its greedy answers are verified, but their tokens are nobody's samples.
+    assert {row["tokens"] for row in rows if row["decoding"] == "greedy"} == {None}
 
 
 def test_the_same_engine_annotates_in_the_same_step(lab: Any) -> None:
