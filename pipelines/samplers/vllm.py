@@ -87,6 +87,9 @@ class VllmPolicySampler:
                 tensor_parallel_size=config.tensor_parallel_size,
                 seed=config.seed,
                 enable_sleep_mode=self._sleeps,
+                # A seeded request whose prompt is cut into chunks ends the engine on CPU: there
+                # torch's generators have no offset to set back.
+                enable_chunked_prefill=False if device.type == "cpu" else None,
                 # After temperature, as the protocol wants them; raw ones are before it.
                 logprobs_mode="processed_logprobs",
                 # The engine's default lets a schema's whitespace free, without an end.

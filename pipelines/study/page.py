@@ -33,7 +33,7 @@ def page(
     if mechanism is not None:
         lines += ["", "## mechanism", "", *_mechanism(mechanism, files)]
     if config.tuning is not None:
-        lines += ["", "## What tuning chose", "", *_choices(results)]
+        lines += ["", "## What tuning chose", "", *_choices(config, results)]
     if config.reported is not None:
         lines += ["", "## What the paper reports", "", *_reported(config.reported)]
     return "\n".join(lines) + "\n"
@@ -176,11 +176,16 @@ def _reported(reported: ReportedConfig) -> Iterator[str]:
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
-def _choices(results: pl.DataFrame) -> Iterator[str]:
-    yield "| ablation | arm | choice |"
-    yield "|---|---|---|"
-    for row in results.unique(["ablation", "method"], maintain_order=True).iter_rows(named=True):
-        yield f"| {row['ablation']} | {row['method']} | `{row['choice']}` |"
+def _choices(config: StudyConfig, results: pl.DataFrame) -> Iterator[str]:
+    first, *later = config.ablations
+    yield "| arm | choice |"
+    yield "|---|---|"
+    own = results.filter(pl.col("ablation") == first).unique("method", maintain_order=True)
+    for row in own.iter_rows(named=True):
+        yield f"| {row['method']} | `{row['choice']}` |"
+    if later:
+        yield ""
+        yield f"Arms of later tables take the choice of the arm of {first} that they are like."
 
 
 def _percent(value: object) -> str:

@@ -75,6 +75,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAISampler]:
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += [str(part) for pair in arguments.items() for part in pair]
+    command.append("--no-enable-chunked-prefill")
     with log.open("w") as out:
         process = subprocess.Popen(
             command,
@@ -129,6 +130,19 @@ def test_the_same_seeds_give_the_same_responses(
 ) -> None:
     assert engine.sample(prompts, PLAIN, SEEDS) == rows
     assert len({row.text for row in rows[0]}) > 1
+
+
+@needs_vllm
+def test_more_prompts_than_one_of_the_engines_batches_holds(
+    engine: VllmPolicySampler, reference: Policy
+) -> None:
+    """Cut into chunks, one of them would end an engine on CPU."""
+    turns = [[{"role": "user", "content": f"{number:0200}+1"}] for number in range(50)]
+    prompts = [Prompt(messages, render_chat(reference.tokenizer, messages)) for messages in turns]
+    assert sum(len(prompt.token_ids or []) for prompt in prompts) > 2 * 4096
+    short = PLAIN.model_copy(update={"max_new_tokens": 2})
+    sampled = flat(engine.sample(prompts, short, [[seed] for seed in range(50)]))
+    assert all(len(row.token_ids or []) for row in sampled)
 
 
 @needs_vllm

