@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..data.files import write_whole, writing
@@ -43,7 +44,10 @@ class Validation:
         """splits: problems by name; run: the run's folder."""
         assert config.validation is not None
         self._config = config.validation
-        self._splits, self._sample, self._verifier = splits, sample, verifier
+        self._sample, self._verifier = sample, verifier
+        # All splits are asked together: few large batches are faster than many small ones.
+        self._problems = _distinct(pa.concat_tables(splits.values()))
+        self._splits = {split: pc.unique(table["problem_id"]) for split, table in splits.items()}
         self._folder = run / FOLDER
         sampling = config.online.sampling
         self._decodings = {SAMPLED: (sampling, self._config.k)}
@@ -58,11 +62,14 @@ class Validation:
     def look(self, step: int) -> dict[str, float]:
         """Ask all problems; the pass rates by `validation_<split>_<decoding>`."""
         tables, figures = [], {}
-        for split, problems in self._splits.items():
-            for decoding, (sampling, k) in self._decodings.items():
-                rollouts = self._sample(problems, sampling, k, self._config.seed)
-                verdicts = self._verifier.verify(problems, rollouts)
-                rows = validation_rows(step, split, decoding, rollouts, verdicts)
+        for decoding, (sampling, k) in self._decodings.items():
+            rollouts = self._sample(self._problems, sampling, k, self._config.seed)
+            verdicts = self._verifier.verify(self._problems, rollouts)
+            for split, ids in self._splits.items():
+                own = pc.is_in(rollouts["problem_id"], value_set=ids)
+                rows = validation_rows(
+                    step, split, decoding, rollouts.filter(own), verdicts.filter(own)
+                )
                 tables.append(VALIDATIONS.table(rows))
                 asked = sum(row["k"] for row in rows)
                 right = sum(row["correct"] for row in rows)
@@ -73,6 +80,13 @@ class Validation:
         pq.write_table(pa.concat_tables(tables), buffer)
         write_whole(self._folder / f"step-{step:06}.parquet", buffer.getvalue())
         return figures
+
+
+def _distinct(problems: pa.Table) -> pa.Table:
+    """The first row of each problem: splits may share some."""
+    ids = problems["problem_id"].to_pylist()
+    first = {problem_id: row for row, problem_id in reversed(list(enumerate(ids)))}
+    return problems.take(sorted(first.values()))
 
 
 def validation_rows(

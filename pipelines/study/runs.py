@@ -5,11 +5,12 @@ studies share the runs that they have in common, and every figure can be traced 
 """
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import polars as pl
@@ -77,7 +78,7 @@ def open_pool(workers: int) -> Iterator[Executor]:
     """Processes that train, each with its share of the cores; what waits is dropped on an error."""
     threads = max((os.cpu_count() or 1) // workers, 1)
     with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_set_threads, initargs=(threads,)
+        workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(threads,)
     ) as pool:
         try:
             yield pool
@@ -87,11 +88,16 @@ def open_pool(workers: int) -> Iterator[Executor]:
 
 
 def train_all(runs: Sequence[Run], store: Store, pool: Executor, label: str) -> list[Dataset]:
-    """Every run's dataset, in order; those that are missing are trained."""
-    todo = distinct(runs)
+    """Every run's dataset, in order; those that the store lacks are trained."""
     refs: dict[str, str] = {}
-    with progress_bar(label, len(todo), "runs") as advance:
-        futures = {pool.submit(_train, run.train, store.root): run for run in todo}
+    futures: dict[Future[str], Run] = {}
+    for run in distinct(runs):
+        _, target = train.begin(run.train, store)
+        if isinstance(target, Dataset):
+            refs[run.train.model_dump_json()] = target.ref
+        else:
+            futures[pool.submit(_train, run.train, store.root)] = run
+    with progress_bar(label, len(futures), "runs") as advance:
         for future in as_completed(futures):
             run = futures[future]
             refs[run.train.model_dump_json()] = future.result()
@@ -99,10 +105,19 @@ def train_all(runs: Sequence[Run], store: Store, pool: Executor, label: str) -> 
     return [store.get(refs[run.train.model_dump_json()]) for run in runs]
 
 
-def _set_threads(count: int) -> None:
+def _begin(threads: int) -> None:
     import torch
 
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Where the study was killed, nobody waits for this process's run any more."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _train(config: TrainConfig, root: str) -> str:

@@ -2,10 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -23,6 +26,7 @@ SMALL = [
     " tuning: {source: {kind: arithmetic}, limit: 4, seed: 2},"
     " other: {source: {kind: arithmetic, operation: subtract}, limit: 4, seed: 1}}",
     "seeds=[0, 1]",
+    "ablation_seeds=1",
     "tuning={split: tuning, choices: [[optim.lr=1.0e-4], [optim.lr=1.0e-3]]}",
     "train.policy.path=micro",
     "train.online.steps=2",
@@ -35,6 +39,7 @@ SMALL = [
     " half: {preset: trace-fkl, like: trace-fkl, set: [online.routing.alpha=0.5]}}}",
     "exposure=alpha",
     "bootstrap=100",
+    "workers=1",
 ]
 
 
@@ -127,6 +132,22 @@ def test_a_study_goes_on_from_the_runs_that_its_store_has(made):
 def test_a_study_leaves_the_names_of_the_users_own_datasets_alone(made):
     names = json.loads((made / "store" / "aliases.json").read_text())
     assert set(names) == {"small-problems", "small-test", "small-tuning", "small-other"}
+
+
+def test_processes_that_train_end_with_a_study_that_was_killed():
+    program = (
+        "import os, time\n"
+        "from trace_opd.pipelines.study.runs import open_pool\n"
+        "with open_pool(1) as pool:\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600).result()\n"
+    )
+    study = subprocess.Popen([sys.executable, "-Pc", program], stdout=subprocess.PIPE, text=True)
+    assert study.stdout is not None
+    worker = psutil.Process(int(study.stdout.readline()))
+    study.kill()
+    study.wait()
+    worker.wait(timeout=60)
 
 
 def test_curves_and_their_summaries_by_hand():
