@@ -166,7 +166,7 @@ def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:
     if not any(key):
         raise InputError("no rollout of the first step has a token on the FKL route; take more")
     labelled = routed.filter(pa.array(key))
-    kinds = sorted(set(labelled["diagnostic_type"].to_pylist()))
+    kinds = sorted({str(kind) for kind in labelled["diagnostic_type"].to_pylist()})
     # With one type in use a wrong label is any other.
     others = [DiagnosticType(kind) for kind in kinds] if len(kinds) > 1 else list(DiagnosticType)
     teachers = Teachers(base, labelled, config.prompt, others)
