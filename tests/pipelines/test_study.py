@@ -62,8 +62,8 @@ def made(tmp_path_factory) -> Path:
 
 def test_a_study_has_a_row_per_run_look_split_and_decoding(made):
     table = pl.read_parquet(made / "small" / "results.parquet")
-    # Four arms by two seeds; looks before the first step and after the last.
-    assert len(table) == 4 * 2 * 2 * 3 * 2
+    # Two arms by two seeds, two of the ablation by one; looks before the first step and after the last.
+    assert len(table) == (2 * 2 + 2) * 2 * 3 * 2
     assert table["step"].unique().sort().to_list() == [0, 2]
     assert set(table["decoding"]) == {"sampled", "greedy"}
     assert table["pass_rate"].is_between(0, 1).all()
