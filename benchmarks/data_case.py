@@ -23,6 +23,7 @@ from trace_opd.schemas.labels import AnnotationStatus, DiagnosticType
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.trace.align import ByteTable, byte_table
 from trace_opd.trace.policy import load_tokenizer, vocab_fingerprint
+from trace_opd.trace.ragged import lists_of
 from trace_opd.trace.segment import segment
 
 POLICY = "smollm2"
@@ -144,12 +145,12 @@ def make_part(pool: Pool, rows: int, rng: np.random.Generator) -> tuple[pa.Table
         for index in problem_ids.to_pylist()
     )  # fmt: skip
     logprobs = -rng.standard_exponential(rows * TOKENS, dtype=np.float32) / 3
-    offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * TOKENS)
+    offsets = np.arange(rows + 1) * TOKENS
     rollouts = _with(
         pool.rollouts.take(order),
         **ids,
         sample_index=pa.array((np.arange(rows) % GROUP).astype(np.int32)),
-        logprobs=pa.ListArray.from_arrays(offsets, pa.array(logprobs)),
+        logprobs=lists_of(logprobs, offsets),
     )
     verdicts = _with(pool.verdicts.take(order), **ids)
     silent = pa.array(rng.random(rows) < UNSCORED)

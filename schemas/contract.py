@@ -49,6 +49,11 @@ def described(name: str, kind: pa.DataType, description: str, nullable: bool = F
     return pa.field(name, kind, nullable, metadata={"description": description})
 
 
+def list_of(kind: pa.DataType) -> pa.ListType:
+    """Lists whose entries are never null: Parquet then stores no level for them."""
+    return pa.list_(pa.field("element", kind, nullable=False))
+
+
 def description(field: pa.Field) -> str:
     """The description that a contract's field carries in its metadata."""
     return (field.metadata or {}).get(b"description", b"").decode()
@@ -103,6 +108,8 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
             ) from None
         if not field.nullable and column.null_count:
             raise _fault(where, field.name, pc.is_null(column), "is null; give it a value")
+        if pa.types.is_list(field.type) and not field.type.value_field.nullable:
+            _check_entries(column, field.name, where)
         columns.append(column)
     checked = pa.Table.from_arrays(columns, schema=contract.schema)
     _check_labels(checked, contract, where)
@@ -126,6 +133,22 @@ def parquet_errors(where: str) -> Iterator[None]:
 def _fault(where: str, column: str, bad: Any, what: str) -> InputError:
     row = pc.index(bad, True).as_py()
     return InputError(f"{where}, row {row}: {column} {what}")
+
+
+def _check_entries(column: pa.ChunkedArray, name: str, where: str) -> None:
+    """Arrow's cast lets null entries through."""
+    before = 0
+    for chunk in column.chunks:
+        entries = pc.list_flatten(chunk)
+        if entries.null_count:
+            row = (
+                before
+                + pc.list_parent_indices(chunk)[pc.index(entries.is_null(), True).as_py()].as_py()
+            )
+            raise InputError(
+                f"{where}, row {row}: {name} has an entry that is null; give it a value"
+            )
+        before += len(chunk)
 
 
 def _check_labels(table: pa.Table, contract: TableContract, where: str) -> None:

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from .contract import described, make_contract
+from .contract import described, list_of, make_contract
 from .labels import (
     AnnotationStatus,
     AnswerKind,
@@ -33,12 +33,12 @@ _POLICY = [
 ]
 _TOKENS = [
     described(
-        "prompt_token_ids", pa.list_(_int32), "The prompt's token ids as the sampler saw them."
+        "prompt_token_ids", list_of(_int32), "The prompt's token ids as the sampler saw them."
     ),
-    described("token_ids", pa.list_(_int32), "The sampler's own response ids, never re-encoded."),
+    described("token_ids", list_of(_int32), "The sampler's own response ids, never re-encoded."),
     described(
         "logprobs",
-        pa.list_(_float32),
+        list_of(_float32),
         "Natural-log probability of each response token under the sampling policy at the sampling "
         "temperature, before top-p and top-k.",
     ),
@@ -215,13 +215,13 @@ ROUTED = make_contract(
         described("truncated", _bool, "Whether the response hit the token limit."),
         described(
             "route",
-            pa.list_(pa.uint8()),
+            list_of(pa.uint8()),
             "Route of each response token: grpo 0, fkl 1, rkl 2, jsd 3, reweight 4. A token belongs "
             "to the segment that holds most of its bytes, ties to the earlier one.",
         ),
         described(
             "span_id",
-            pa.list_(pa.int16()),
+            list_of(pa.int16()),
             "Rank of the span that a token is routed for, −1 for none; rules all, random and "
             "inverted have a single span 0, which is not the annotator's.",
         ),

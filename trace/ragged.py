@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ..schemas.contract import list_of
+
 
 @dataclass(frozen=True)
 class Ragged:
@@ -48,7 +50,8 @@ def to_numpy(column: Any) -> np.ndarray:
 def lists_of(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
     """Flat values as an Arrow list column, without a copy of them."""
     flat: Any = pa.array(values)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat)
+    kind: Any = list_of(flat.type)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, type=kind)
 
 
 def binaries_of(joined: np.ndarray, offsets: np.ndarray) -> Any:

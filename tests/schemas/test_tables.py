@@ -266,6 +266,25 @@ def test_lists_of_unequal_length_are_named_with_their_row(contract, column):
         validate(table, contract, "t")
 
 
+@pytest.mark.parametrize(
+    ("contract", "column"),
+    [
+        (c, name)
+        for c in (ROLLOUTS, ROUTED)
+        for name in ("prompt_token_ids", "token_ids", "logprobs")
+    ]
+    + [(ROUTED, "route"), (ROUTED, "span_id")],
+)
+def test_an_entry_that_is_null_is_named_with_its_row(contract, column):
+    values = ROWS[contract.name][column]
+    table = table_of(contract, {}, {})
+    entries = table.schema.field(column).type.value_type
+    chunks = [[values], [[*values[:-1], None]]]
+    table = with_column(table, column, pa.chunked_array(chunks, pa.list_(entries)))
+    with pytest.raises(InputError, match=f"^t, row 1: {column} has an entry that is null"):
+        validate(table, contract, "t")
+
+
 @every_contract
 def test_a_duplicate_id_is_named_with_its_row(contract):
     table = table_of(contract, {}, {contract.row_id: "same"}, {}, {contract.row_id: "same"})
