@@ -15,6 +15,10 @@ class Stopped(Exception):
     """
 
 
+class EngineEnded(InputError):
+    """A sampler's engine ended while it was asked: killed, out of memory, or told to stop with the run."""
+
+
 class DamagedFile(InputError):
     """A file of the store does not hold what was written.
 

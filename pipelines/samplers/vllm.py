@@ -7,17 +7,19 @@ this process, where the trainer's weights can be handed over without a file.
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from threading import Thread
 from typing import Any
 
 import torch
 from llguidance.hf import from_tokenizer
 
 from ...schemas.configs import Precision, SamplingConfig, VllmSampler
-from ...schemas.errors import InputError
+from ...schemas.errors import EngineEnded, InputError
 from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
 from ...trace.policy import Policy, choose_device, choose_dtype, load_tokenizer, policy_info
@@ -29,6 +31,7 @@ from .weights import bytes_of, memory_folder, policy_weights, write_weights
 
 # On CPU vLLM would claim `gpu_memory_utilization` of the whole machine's memory.
 _CPU_KV_CACHE_GIB = 4.0
+_LOOK_S = 1.0  # between looks at whether the engine's process lives
 _QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
 _TORCHRUN = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
@@ -96,6 +99,8 @@ class VllmPolicySampler:
                 structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
             )
         self._set_num_threads(threads)
+        core = self._llm.llm_engine.engine_core
+        self._processes = [] if in_process else list(core.resources.engine_manager.processes)
 
     def sample(
         self,
@@ -110,13 +115,14 @@ class VllmPolicySampler:
 
         Raises:
             InputError: a prompt fills the context, or vLLM can't constrain this vocabulary.
+            EngineEnded: the engine's process did.
         """
         prompt_ids = [self._prompt_ids(index, prompt) for index, prompt in enumerate(prompts)]
         cut = sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k > 0
         plain = schemas is None and not cut
         # The cache makes a group share its prompt's prefill. It starts empty in each call, or the
         # last bits of the logits would depend on the calls before.
-        self._llm.reset_prefix_cache()
+        self._ask(self._llm.reset_prefix_cache)
         flat = [
             (ids, seed, structure)
             for ids, own, structure in zip(
@@ -124,7 +130,8 @@ class VllmPolicySampler:
             )
             for seed in own
         ]
-        outputs = self._llm.generate(
+        outputs = self._ask(
+            self._llm.generate,
             [self._vllm.TokensPrompt(prompt_token_ids=ids) for ids, _, _ in flat],
             [
                 self._vllm.SamplingParams(
@@ -148,19 +155,19 @@ class VllmPolicySampler:
         """Take over a policy's weights and identity, and prove it. See `Follower`."""
         if self._sleeping:
             torch.cuda.empty_cache()
-            self._llm.wake_up(tags=["weights"])
+            self._ask(self._llm.wake_up, tags=["weights"])
         self._load(policy)
         if self._sleeping:
-            self._llm.wake_up(tags=["kv_cache"])
+            self._ask(self._llm.wake_up, tags=["kv_cache"])
             self._sleeping = False
-        self._llm.reset_prefix_cache()
+        self._ask(self._llm.reset_prefix_cache)
         probe.check("vLLM's engine", self._score(probe.token_ids))
         self.policy = policy.info
 
     def rest(self) -> None:
         """Let go of weights and cache until the next `follow`, where the engine may sleep."""
         if self._sleeps and not self._sleeping:
-            self._llm.sleep(level=2)
+            self._ask(self._llm.sleep, level=2)
             self._sleeping = True
 
     def close(self) -> None:
@@ -171,25 +178,59 @@ class VllmPolicySampler:
             import_module("vllm.distributed").cleanup_dist_env_and_memory()
         torch.set_num_threads = self._set_num_threads
 
+    def _ask(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the engine answers. Of an engine that has ended vLLM waits for the answer for ever: this
+        looks whether its process lives.
+
+        Raises:
+            EngineEnded: it does not.
+        """
+        if self._in_process:
+            return call(*args, **kwargs)
+        answer: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                answer.set_result(call(*args, **kwargs))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        Thread(target=work, daemon=True).start()
+        while not wait([answer], timeout=_LOOK_S).done:
+            self._require_alive()
+        if answer.exception() is not None:
+            self._require_alive()
+        return answer.result()
+
+    def _require_alive(self) -> None:
+        if not all(process.is_alive() for process in self._processes):
+            raise EngineEnded(
+                "sampler vllm: the engine's process has ended; give the same command again, it goes "
+                "on from what is finished"
+            )
+
     def _load(self, policy: Policy) -> None:
         """Not the model's own load_weights: on CPU the engine computes with copies of the weights
         in another layout, which only its reload makes again.
         """
         if self._in_process:
             weights = list(policy_weights(policy).items())
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self._ask(
+                self._llm.collective_rpc, "reload_weights", kwargs={"weights_iterator": weights}
+            )
             return
         room = memory_folder(bytes_of(policy))
         try:
             write_weights(policy, room / "weights")
             path = str(room / "weights")
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+            self._ask(self._llm.collective_rpc, "reload_weights", kwargs={"weights_path": path})
         finally:
             shutil.rmtree(room)
 
     def _score(self, rows: Sequence[list[int]]) -> list[list[float]]:
         """The log-probability of each token but the first, given those before it."""
-        outputs = self._llm.generate(
+        outputs = self._ask(
+            self._llm.generate,
             [self._vllm.TokensPrompt(prompt_token_ids=ids) for ids in rows],
             self._vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
             use_tqdm=False,

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ import torch
 
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
+from trace_opd.pipelines.samplers.probe import Probe
 from trace_opd.pipelines.samplers.vllm import VllmPolicySampler
-from trace_opd.schemas.configs import OpenAISampler, SamplingConfig, VllmSampler
-from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.configs import OpenAISampler, PromptConfig, SamplingConfig, VllmSampler
+from trace_opd.schemas.errors import EngineEnded, InputError
 from trace_opd.trace.policy import Policy, end_token_ids, load_policy
 from trace_opd.trace.prompt import render_chat
 from trace_opd.trace.protocols import Completion, Prompt
@@ -260,6 +262,28 @@ def test_the_server_names_what_it_serves(server: OpenAISampler, prompts: list[Pr
     sampler = OpenAIPolicySampler(server, "another-model")
     with pytest.raises(InputError, match=r"another-model.*set policy\.path to a model"):
         sampler.sample(prompts[:1], PLAIN, [[0]])
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_an_engine_that_is_killed_at_work_is_not_waited_for(
+    reference: Policy, prompts: list[Prompt]
+) -> None:
+    sampler = VllmPolicySampler(ENGINE, resolve_policy("micro"), "float32")
+    (process,) = sampler._processes
+    Timer(0.5, process.kill).start()
+
+    def sample_on() -> None:
+        while True:
+            sampler.sample(prompts, PLAIN, SEEDS)
+
+    with pytest.raises(EngineEnded, match="has ended; give the same command again"):
+        sample_on()
+    probe = Probe(reference.tokenizer, PromptConfig(), PROBLEMS[:2])
+    probe.ask(reference)
+    with pytest.raises(EngineEnded):
+        sampler.follow(reference, probe)
+    sampler.close()
 
 
 @needs_vllm

@@ -182,13 +182,19 @@ class Lab:
         """One that the newest run's online steps made."""
         return self.store.get(self.run().summary["tables"][role])
 
-    def wait_for_the_middle(self, run: subprocess.Popen, server: Served) -> None:
-        """Until the run is in its third step and the server is sampling for it."""
+    def wait_for_steps(self, run: subprocess.Popen, steps: int) -> None:
+        """Until a run that has just been begun has done so many."""
         before = set(self.root.glob("train/*/metrics.jsonl"))
         while run.poll() is None:
             new = set(self.root.glob("train/*/metrics.jsonl")) - before
-            if any(len(file.read_text().splitlines()) >= 2 for file in new) and server.running():
+            if any(len(file.read_text().splitlines()) >= steps for file in new):
                 return
+            time.sleep(0.02)
+
+    def wait_for_the_middle(self, run: subprocess.Popen, server: Served) -> None:
+        """Until the run is in its third step and the server is sampling for it."""
+        self.wait_for_steps(run, 2)
+        while run.poll() is None and not server.running():
             time.sleep(0.02)
 
     def close(self) -> None:

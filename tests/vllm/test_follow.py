@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -108,6 +109,18 @@ def test_the_same_engine_annotates_in_the_same_step(lab: Any) -> None:
 def test_one_step_ahead_with_an_engine_in_a_process_of_its_own(lab: Any) -> None:
     lab.ended(lab.train(ENGINE, "seed=3", "online.max_staleness=1"))
     check_run(lab, [0] + [1] * (lab.steps - 1))
+
+
+def test_a_run_told_to_stop_with_its_engine_keeps_its_steps_and_goes_on(lab: Any) -> None:
+    """As Slurm, or Ctrl-C's kin for a group of processes, tells all of them at once."""
+    arguments = (ENGINE, "seed=6", "online.max_staleness=1", "checkpoint_every=1000")
+    run = lab.train(*arguments)
+    lab.wait_for_steps(run, 2)
+    for process in (*psutil.Process(run.pid).children(recursive=True), run):
+        process.terminate()
+    assert "goes on from there" in lab.ended(run, code=143)
+    lab.ended(lab.train(*arguments))
+    assert [line["step"] for line in lab.metrics()] == list(range(lab.steps))
 
 
 def test_five_steps_with_servers_of_which_one_is_killed_in_the_middle(
