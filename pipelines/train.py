@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from ..data.store import Dataset, Draft, Store, content_hash
 from ..schemas.configs import TrainConfig
-from ..schemas.errors import InputError, Stopped
+from ..schemas.errors import EngineEnded, InputError, Stopped
 from ..schemas.tables import PROBLEMS, ROUTED
 from ..trace.checkpoint import (
     latest_checkpoint,
@@ -47,7 +47,7 @@ from .offline import OfflineReader
 from .online import OnlineTables
 from .stage import held, progress_bar
 from .tracking import METRICS, Tracker, check_tracker, read_metrics
-from .validation import FOLDER, Validation
+from .validation import FOLDER, LOOKS, Validation
 
 FINAL = "checkpoints/final"
 
@@ -205,7 +205,8 @@ def _train(
         advance(trainer.state.step)
         try:
             if validation is not None and trainer.state.step == 0:
-                validation.look(0)
+                base = trainer.policy.info.revision
+                validation.look_at_base(base, target.store.local_root() / LOOKS)
             for metrics in trainer.run(offline, online, stopping):
                 done = trainer.state.step
                 if validation is not None and validation.due(done, trainer.total_steps):
@@ -216,9 +217,14 @@ def _train(
                 last = trainer.state.step == trainer.total_steps
                 if last or trainer.state.step % config.checkpoint_every == 0:
                     saved = save()
-        except Stopped:
+        except (Stopped, EngineEnded) as ended:
+            engine = isinstance(ended, EngineEnded)
+            if engine and trainer.ranks.count > 1:
+                raise  # it is one rank's, and a checkpoint takes all of them
             if saved != trainer.state.step:
                 save()
+            if engine and not stopping():  # a signal to all processes of a run ends its engine too
+                raise
             raise Stopped(
                 f"stopped after {trainer.state.step} of {trainer.total_steps} steps; the same "
                 "command goes on from there"

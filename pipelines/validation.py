@@ -3,11 +3,14 @@
 Each look is a file of the run, `validation/step-000020.parquet`, a row per problem, split and
 decoding (schemas.tables.VALIDATIONS): small enough to keep, enough to draw curves with intervals over
 problems afterwards. A resumed run makes the looks after its checkpoint again, with the same answers.
+Before the first step runs of one base would all see the same: the first of them looks, and the others take
+its file from the store's `.looks`.
 """
 
 import io
 from collections import defaultdict
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.files import write_whole, writing
+from ..data.files import sweep_siblings, write_whole, writing
 from ..data.store import Dataset, content_hash
 from ..schemas.configs import SamplingConfig, TrainConfig
 from ..schemas.labels import FinishReason
@@ -24,6 +27,7 @@ from ..schemas.tables import VALIDATIONS
 from ..trace.protocols import Verifier
 
 FOLDER = "validation"
+LOOKS = ".looks"
 SAMPLED, GREEDY = "sampled", "greedy"
 
 # (problems, sampling, answers per problem, seed) -> rollouts by the current weights
@@ -49,6 +53,11 @@ class Validation:
         self._problems = _distinct(pa.concat_tables(splits.values()))
         self._splits = {split: pc.unique(table["problem_id"]) for split, table in splits.items()}
         self._folder = run / FOLDER
+        same = config.model_dump(include={"policy", "prompt", "sampler"}, mode="json")
+        online = config.online.model_dump(include={"sampling", "verify"}, mode="json")
+        look = self._config.model_dump(include={"k", "greedy", "seed"})
+        asked = {split: ids.to_pylist() for split, ids in self._splits.items()}
+        self._identity = [same, online, look, asked, version("trace-opd")]
         sampling = config.online.sampling
         self._decodings = {SAMPLED: (sampling, self._config.k)}
         if self._config.greedy:
@@ -58,6 +67,18 @@ class Validation:
     def due(self, step: int, last: int) -> bool:
         """Whether to look after so many steps of `last`."""
         return step % self._config.every == 0 or step == last
+
+    def look_at_base(self, revision: str, looks: Path) -> None:
+        """The look before the first step; revision: of the base's weights, looks: the shared files."""
+        shared = looks / f"{content_hash([revision, *self._identity])}.parquet"
+        if shared.exists():
+            self._keep(0, shared.read_bytes())
+            return
+        self.look(0)
+        with writing(looks):
+            looks.mkdir(exist_ok=True)
+        write_whole(shared, (self._folder / _file(0)).read_bytes())
+        sweep_siblings(shared)
 
     def look(self, step: int) -> dict[str, float]:
         """Ask all problems; the pass rates by `validation_<split>_<decoding>`."""
@@ -74,12 +95,19 @@ class Validation:
                 asked = sum(row["k"] for row in rows)
                 right = sum(row["correct"] for row in rows)
                 figures[f"validation_{split}_{decoding}"] = right / max(asked, 1)
-        with writing(self._folder):
-            self._folder.mkdir(exist_ok=True)
         buffer = io.BytesIO()
         pq.write_table(pa.concat_tables(tables), buffer)
-        write_whole(self._folder / f"step-{step:06}.parquet", buffer.getvalue())
+        self._keep(step, buffer.getvalue())
         return figures
+
+    def _keep(self, step: int, table: bytes) -> None:
+        with writing(self._folder):
+            self._folder.mkdir(exist_ok=True)
+        write_whole(self._folder / _file(step), table)
+
+
+def _file(step: int) -> str:
+    return f"step-{step:06}.parquet"
 
 
 def _distinct(problems: pa.Table) -> pa.Table:

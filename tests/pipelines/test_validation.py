@@ -8,7 +8,7 @@ import pytest
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.stages import run_stage
 from trace_opd.pipelines.tracking import read_metrics
-from trace_opd.pipelines.validation import read_validation
+from trace_opd.pipelines.validation import Validation, read_validation
 from trace_opd.schemas.configs import ProblemsConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config
@@ -97,3 +97,27 @@ def test_a_validation_without_problems_is_refused(store, overrides, message):
 def test_a_validation_without_a_sampler_is_refused(store):
     with pytest.raises(InputError, match="validation asks the sampler"):
         config_of(store, "offline.steps=2", "online.steps=0", "validation.every=1")
+
+
+def test_runs_of_one_base_share_the_look_before_the_first_step(looked, store, monkeypatch):
+    """Another learning rate, the same base: its first look is the first run's file."""
+    steps = []
+    look = Validation.look
+
+    def counted(self: Validation, step: int) -> dict[str, float]:
+        steps.append(step)
+        return look(self, step)
+
+    monkeypatch.setattr(Validation, "look", counted)
+    (problems,) = looked.manifest["config"]["validation"]["problems"].values()
+    same = [f"validation.problems={{test: {problems}}}", "validation.every=2"]
+    again = trained(store, *same, "validation.k=3", "optim.lr=1.0e-3")
+    assert steps == [2, 3]
+    first, second = (
+        Path(run.path("validation/step-000000.parquet")).read_bytes() for run in (looked, again)
+    )
+    assert first == second
+    # Asked otherwise, it is another look.
+    trained(store, *same, "validation.k=2", "optim.lr=1.0e-3")
+    assert steps == [2, 3, 0, 2, 3]
+    assert len(list(Path(store.base, ".looks").iterdir())) == 2
