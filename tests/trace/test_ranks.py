@@ -29,7 +29,8 @@ from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import load_policy
 
 PROMPT = PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE)
-# Trains to a step, leaves a checkpoint there, and goes on from the newest one if there is one.
+# Trains run after run, each to a step; leaves a checkpoint there, and goes on from the newest one if
+# there is one.
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -41,24 +42,38 @@ from trace_opd.trace.policy import load_policy
 from trace_opd.trace.ranks import join_ranks
 from trace_opd.trace.trainer import Trainer
 
-table, config, policy, folder, until = sys.argv[1:]
+table, policy, runs = sys.argv[1:]
 torch.set_num_threads(1)
 ranks = join_ranks("cpu")
-config = TrainConfig.model_validate_json(config)
-trainer = Trainer(load_policy(policy, "cpu", trainable=True, lora=config.lora), config, ranks)
-if (checkpoint := latest_checkpoint(Path(folder))) is not None:
-    restore(trainer, checkpoint)
 routed = pq.read_table(table)
-steps = trainer.run(lambda step: routed, None)
-for metrics in steps:
-    if ranks.first:
-        with open(folder + "/metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\\n")
-    if trainer.state.step == int(until):
-        break
-save_checkpoint(trainer, Path(folder))
-save_model(trainer, Path(folder) / "final")
+for folder, config, until in json.loads(runs):
+    folder, config = Path(folder), TrainConfig.model_validate(config)
+    trainer = Trainer(load_policy(policy, "cpu", trainable=True, lora=config.lora), config, ranks)
+    if (checkpoint := latest_checkpoint(folder)) is not None:
+        restore(trainer, checkpoint)
+    for metrics in trainer.run(lambda step: routed, None):
+        if ranks.first:
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(metrics) + "\\n")
+        if trainer.state.step == until:
+            break
+    save_checkpoint(trainer, folder)
+    save_model(trainer, folder / "final")
 """
+SETTINGS = {
+    "prompt": PROMPT.model_dump(),
+    "offline": {"steps": 3},
+    "optim": {"lr": 1e-4},
+    "schedule": {"hold_steps": 1, "decay_steps": 2},
+    "micro_batch_tokens": 400,
+}
+CASES = {
+    "plain": {},
+    "trace": {"teacher": {"sync_steps": 2}},
+    "reference": {"loss": {"reference_kl": 0.1, "aggregation": "token"}},
+    "ema": {"teacher": {"sync": "ema"}},
+    "lora": {"lora": {"rank": 4}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,27 +94,41 @@ def routed(tmp_path_factory) -> Path:
     return path
 
 
-def train(ranks: int, routed: Path, folder: Path, until: int = 3, **config) -> list[dict]:
-    """Metrics so far of a run in `folder`, taken up to the step `until` by so many ranks."""
-    folder.mkdir(exist_ok=True)
-    settings = {
-        "prompt": PROMPT.model_dump(),
-        "offline": {"steps": 3},
-        "optim": {"lr": 1e-4},
-        "schedule": {"hold_steps": 1, "decay_steps": 2},
-        "micro_batch_tokens": 400,
-    } | config
+def train(ranks: int, routed: Path, *runs: tuple[Path, dict, int]) -> None:
+    """Runs by so many ranks, one after another in the same processes: folder, config, last step."""
+    for folder, _, _ in runs:
+        folder.mkdir(exist_ok=True)
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    program = folder / "program.py"
+    program = routed.parent / "program.py"
     program.write_text(PROGRAM)
+    told = json.dumps([(str(folder), SETTINGS | config, until) for folder, config, until in runs])
     subprocess.run(
-        [*launcher, program, routed, json.dumps(settings), resolve_policy("micro"), folder, str(until)],
+        [*launcher, program, routed, resolve_policy("micro"), told],
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=180,
-    )  # fmt: skip
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def one(routed, tmp_path_factory) -> Path:
+    """Every case to its end by one rank, a folder each."""
+    root = tmp_path_factory.mktemp("one")
+    train(1, routed, *((root / name, config, 3) for name, config in CASES.items()))
+    return root
+
+
+@pytest.fixture(scope="module")
+def two(routed, tmp_path_factory) -> Path:
+    """The same by two; `plain` to its first step only."""
+    root = tmp_path_factory.mktemp("two")
+    train(2, routed, *((root / n, config, 1 if n == "plain" else 3) for n, config in CASES.items()))
+    return root
+
+
+def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -109,30 +138,18 @@ def largest_difference(left: Path, right: Path) -> float:
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
 
 
-CASES = {
-    "trace": {"teacher": {"sync_steps": 2}},
-    "reference": {"loss": {"reference_kl": 0.1, "aggregation": "token"}},
-    "ema": {"teacher": {"sync": "ema"}},
-    "lora": {"lora": {"rank": 4}},
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_give_the_metrics_and_weights_of_one(case, routed, tmp_path):
-    one = train(1, routed, tmp_path / "one", **CASES[case])
-    two = train(2, routed, tmp_path / "two", **CASES[case])
-    for alone, together in zip(one, two, strict=True):
+@pytest.mark.parametrize("case", [name for name in CASES if name != "plain"])
+def test_two_ranks_give_the_metrics_and_weights_of_one(case, one, two):
+    for alone, together in zip(metrics(one / case), metrics(two / case), strict=True):
         for name, value in alone.items():
             if isinstance(value, float) and "second" not in name:
                 assert together[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
-    assert largest_difference(tmp_path / "one", tmp_path / "two") < 2e-6
+    assert largest_difference(one / case, two / case) < 2e-6
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_under_another_number_of_ranks(routed, tmp_path):
-    train(1, routed, tmp_path / "one")
-    train(2, routed, tmp_path / "changed", until=1)
-    metrics = train(1, routed, tmp_path / "changed")
-    assert [line["step"] for line in metrics] == [0, 1, 2]
-    assert largest_difference(tmp_path / "one", tmp_path / "changed") < 2e-6
+def test_a_run_goes_on_under_another_number_of_ranks(routed, one, two):
+    train(1, routed, (two / "plain", CASES["plain"], 3))
+    assert [line["step"] for line in metrics(two / "plain")] == [0, 1, 2]
+    assert largest_difference(one / "plain", two / "plain") < 2e-6
