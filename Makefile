@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-kill test-cluster test-vllm check audit fuzz bench-annotate bench-clip bench-data bench-loss bench-rollout bench-step bench-verify bases micro study study-quick clean
+.PHONY: help peers setup setup-locked lock demo test test-kill test-cluster test-vllm check audit fuzz bench-annotate bench-clip bench-data bench-loss bench-overlap bench-rollout bench-step bench-verify bases micro study study-quick clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -92,6 +92,9 @@ bench-loss: setup peers  ## time and memory of the loss, beside TRL's and Liger'
 
 bench-rollout: $(VLLM_VENV)/.installed  ## generated tokens per second of each sampler
 	$(VLLM_VENV)/bin/python benchmarks/rollout.py
+
+bench-overlap: $(VLLM_VENV)/.installed  ## online steps with sampling beside training, and without
+	$(VLLM_VENV)/bin/python benchmarks/overlap.py
 
 bench-step: setup peers  ## time and memory of an optimiser step, beside TRL's GRPOTrainer
 	$(BIN)/python benchmarks/step.py

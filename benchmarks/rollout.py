@@ -10,7 +10,8 @@ transformers' own continuous batching; `vllm` ours over an engine in a process o
 serve`. Each implementation has a process of its own. The two over transformers take turns, and ours
 and the bare engine do, so that a drift of the machine meets both; the rest run one after another, for
 a small machine's memory. Seconds are the median of the repetitions after a warm-up with the same
-prompts.
+prompts; every call to vLLM's engine begins with an empty prefix cache, as it must when the weights have
+changed.
 
 The share of a training step that goes into sampling is worked out with one optimiser step (GRPO) on
 rollouts of the same prompts, in a process of its own too. What is not installed is left out.
@@ -190,15 +191,16 @@ def main() -> None:
     sizes = (options.groups, options.group_size, options.max_new_tokens)
     with console.status("sampling the batch"):
         case = make_case(options.model, device, *sizes, RoutingConfig())
+    target = ROOT / "benchmarks" / "results" / "rollout.json"
+    target.parent.mkdir(exist_ok=True)
+    rows: list[dict[str, Any]] = []
     samples: dict[str, list[tuple[int, float]]] = {}
     for together in TOGETHER:
         chosen = [name for name in together if name in names]
         samples |= measure(chosen, case, options.repetitions, console)
-    rows = rows_of(samples, case, options.model)
+        rows = rows_of(samples, case, options.model)
+        target.write_text(json.dumps(rows, indent=2) + "\n")  # what follows may fail
     console.print(table_of(rows, f"{processor(device)}; {options.model}"))
-    target = ROOT / "benchmarks" / "results" / "rollout.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

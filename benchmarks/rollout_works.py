@@ -123,6 +123,7 @@ def vllm_engine(case: Case, in_process: bool) -> Iterator[dict[str, Work]]:
             )
             for _, seed in requests
         ]
+        sampler._llm.reset_prefix_cache()
         outputs = sampler._llm.generate([ids for ids, _ in requests], params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
