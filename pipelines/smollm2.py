@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from ..data.locks import locked
 from ..schemas.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -26,13 +27,23 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def prepare(folder: Path) -> Path:
     """The model's folder, made on first use (about half a minute, 270 MB).
 
-    The folder appears whole or not at all, also when several processes ask for it at once.
+    The folder appears whole or not at all; of several processes that ask for it at once one makes it.
     Raises InputError if a package that the conversion needs is missing.
     """
-    if (folder / "config.json").exists():
-        return folder
-    source = _package_folder()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not _made(folder):
+        source = _package_folder()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent, folder.name):
+            if not _made(folder):
+                _make(source, folder)
+    return folder
+
+
+def _made(folder: Path) -> bool:
+    return (folder / "config.json").exists()
+
+
+def _make(source: Path, folder: Path) -> None:
     logger.info("converting SmolLM2-135M-Instruct into %s, once", folder)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -40,12 +51,11 @@ def prepare(folder: Path) -> Path:
         draft.chmod(0o755)  # mkdtemp makes it private to the user
         try:
             draft.rename(folder)
-        except OSError:  # not empty: another process was first
-            if not (folder / "config.json").exists():
+        except OSError:  # not empty: where there are no locks another process may have been first
+            if not _made(folder):
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return folder
 
 
 def _package_folder() -> Path:
