@@ -29,7 +29,7 @@ def page(
         lines += ["", f"![{ablation}: pass rate over steps]({files}/{ablation}.svg)"]
     if config.exposure is not None:
         lines += ["", "## exposure", "", *_exposure(config, answers, config.exposure)]
-        lines += ["", f"![Σλ² against what other splits lost]({files}/exposure.svg)"]
+        lines += ["", f"![Σλ² against how far other splits moved]({files}/exposure.svg)"]
     if mechanism is not None:
         lines += ["", "## mechanism", "", *_mechanism(mechanism, files)]
     if config.tuning is not None:
@@ -66,7 +66,8 @@ def _introduction(config: StudyConfig, answers: pl.DataFrame, files: str) -> Ite
         f"percentage points), greedy pass rate before and after, area under the "
         f"curve (mean height), first look at {_percent(config.threshold)} or more, entropy "
         "(nats per sampled token), response tokens, Σλ², and the sampled pass rate on the other "
-        "splits. A difference whose interval holds 0 is none."
+        "splits. A difference whose interval holds 0 is not resolved; of two seeds even an interval without it "
+        "says little."
     )
 
 
@@ -114,8 +115,11 @@ def _difference(
     main, first = next(iter(config.splits)), next(iter(config.ablations))
     table = ablation if against or _REFERENCE in config.ablations[ablation] else first
     other = against or _REFERENCE
+    reference_here = method in {arm.against for arm in config.ablations[ablation].values()}
     if other not in config.ablations[table] or (table, other) == (ablation, method):
         return "–"
+    if reference_here and not against:
+        return "–"  # another base's, which this table's arms are compared with
     own = _of(answers, ablation, method)
     theirs = _of(answers, table, other).filter(pl.col("seed").is_in(own["seed"].unique().to_list()))
     finals = [curves(rows, main, SAMPLED).final for rows in (own, theirs)]
