@@ -76,17 +76,18 @@ def row_of(staleness: int, steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title)
-    for column in ("max_staleness", *MEASURED):
-        table.add_column(column, justify="right")
+    table.add_column("max_staleness")
     for row in rows:
-        table.add_row(str(row["max_staleness"]), *(f"{row[name]:.3g}" for name in MEASURED))
+        table.add_column(str(row["max_staleness"]), justify="right")
+    for name in MEASURED:
+        table.add_row(name, *(f"{row[name]:.3g}" for row in rows))
     return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Online steps with and without overlap.")
-    parser.add_argument("--steps", type=int, default=7, help="per run")
-    parser.add_argument("--repetitions", type=int, default=2, help="runs of each setting")
+    parser.add_argument("--steps", type=int, default=5, help="per run")
+    parser.add_argument("--repetitions", type=int, default=1, help="runs of each setting")
     options = parser.parse_args()
     console = Console()
     taken: dict[int, list[dict[str, Any]]] = {0: [], 1: []}
