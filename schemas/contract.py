@@ -5,7 +5,7 @@ version. `validate` names the column and the row at fault.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum, StrEnum
 from typing import Any
@@ -108,8 +108,12 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
             ) from None
         if not field.nullable and column.null_count:
             raise _fault(where, field.name, pc.is_null(column), "is null; give it a value")
-        if pa.types.is_list(field.type) and not field.type.value_field.nullable:
-            _check_entries(column, field.name, where)
+        never_null = pa.types.is_list(field.type) and not field.type.value_field.nullable
+        # Arrow's cast lets such entries through.
+        if never_null and (row := _first_entry(column, pc.is_null)) is not None:
+            raise InputError(
+                f"{where}, row {row}: {field.name} has an entry that is null; give it a value"
+            )
         columns.append(column)
     checked = pa.Table.from_arrays(columns, schema=contract.schema)
     _check_labels(checked, contract, where)
@@ -133,22 +137,6 @@ def parquet_errors(where: str) -> Iterator[None]:
 def _fault(where: str, column: str, bad: Any, what: str) -> InputError:
     row = pc.index(bad, True).as_py()
     return InputError(f"{where}, row {row}: {column} {what}")
-
-
-def _check_entries(column: pa.ChunkedArray, name: str, where: str) -> None:
-    """Arrow's cast lets null entries through."""
-    before = 0
-    for chunk in column.chunks:
-        entries = pc.list_flatten(chunk)
-        if entries.null_count:
-            row = (
-                before
-                + pc.list_parent_indices(chunk)[pc.index(entries.is_null(), True).as_py()].as_py()
-            )
-            raise InputError(
-                f"{where}, row {row}: {name} has an entry that is null; give it a value"
-            )
-        before += len(chunk)
 
 
 def _check_labels(table: pa.Table, contract: TableContract, where: str) -> None:
@@ -186,14 +174,21 @@ def _in_range(column: pa.ChunkedArray, codes: type[IntEnum]) -> bool:
 
 def _first_outside(column: pa.ChunkedArray, inner: str | None, known: pa.Array) -> int | None:
     """The first row with a list entry, or a field of one, that is not among those known."""
+
+    def outside(entries: Any) -> Any:
+        values = entries if inner is None else pc.struct_field(entries, inner)
+        return pc.invert(pc.is_in(values, value_set=known))
+
+    return _first_entry(column, outside)
+
+
+def _first_entry(column: pa.ChunkedArray, bad: Callable[[Any], Any]) -> int | None:
+    """The first row with a list entry that is bad; bad: entries -> a mask of them."""
     before = 0
     for chunk in column.chunks:
-        values = pc.list_flatten(chunk)
-        if inner is not None:
-            values = pc.struct_field(values, inner)
-        inside = pc.is_in(values, value_set=known)
-        if not pc.all(inside, min_count=0).as_py():
-            at = pc.index(inside, False).as_py()
+        mask = bad(pc.list_flatten(chunk))
+        if pc.any(mask, min_count=0).as_py():
+            at = pc.index(mask, True).as_py()
             return before + pc.list_parent_indices(chunk)[at].as_py()
         before += len(chunk)
     return None

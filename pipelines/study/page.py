@@ -115,11 +115,10 @@ def _difference(
     main, first = next(iter(config.splits)), next(iter(config.ablations))
     table = ablation if against or _REFERENCE in config.ablations[ablation] else first
     other = against or _REFERENCE
-    reference_here = method in {arm.against for arm in config.ablations[ablation].values()}
     if other not in config.ablations[table] or (table, other) == (ablation, method):
         return "–"
-    if reference_here and not against:
-        return "–"  # another base's, which this table's arms are compared with
+    if not against and method in {arm.against for arm in config.ablations[ablation].values()}:
+        return "–"  # this table's arms are compared with it: it may be of another base
     own = _of(answers, ablation, method)
     theirs = _of(answers, table, other).filter(pl.col("seed").is_in(own["seed"].unique().to_list()))
     finals = [curves(rows, main, SAMPLED).final for rows in (own, theirs)]

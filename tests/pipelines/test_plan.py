@@ -119,11 +119,6 @@ def kept_bytes(model, row, tokens):
     return sum(size for size, _ in kept.values())
 
 
-# Minutes where the processor has no instructions for it.
-WITH_AVX512 = pytest.mark.skipif(
-    not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
-    reason="bfloat16 is slow on this CPU",
-)
 # Large blocks go back to the system as they are freed, so that the resident set is what is in use.
 NO_HOARDING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 PROGRAM = """
@@ -188,7 +183,7 @@ print(resident("VmHWM") - before)
     [
         {},
         {"gradient_checkpointing": True, "schedule": {"w0": 0.0}},
-        pytest.param({"policy": {"precision": "bfloat16"}}, marks=WITH_AVX512),
+        {"policy": {"precision": "bfloat16"}},
     ],
     ids=["plain", "checkpointing-grpo", "bfloat16"],
 )

@@ -92,6 +92,7 @@ def test_the_page_says_what_the_files_say(made):
 def test_the_page_names_what_an_arm_is_compared_with(made):
     page = (made / "small" / "STUDY.md").read_text()
     assert re.search(r"^\| all \| .+ to half \| ", page, re.M)
+    assert re.search(r"^\| half \| [^|]+\| [^|]+\| – \| ", page, re.M)  # all are compared with it
     assert re.search(r"^\| grpo \| [^|]+ \| [^|]+ \| – \| ", page, re.M)
 
 

@@ -13,7 +13,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +43,6 @@ QUICK = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    skip = pytest.mark.skip(reason="vLLM is not installed (make test-vllm)")
-    for item in items:
-        if here in item.path.parents and find_spec("vllm") is None:
-            item.add_marker(skip)
 
 
 @pytest.fixture(scope="session", autouse=True)

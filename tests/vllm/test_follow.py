@@ -119,7 +119,9 @@ def test_a_run_told_to_stop_with_its_engine_keeps_its_steps_and_goes_on(lab: Any
     for process in (*psutil.Process(run.pid).children(recursive=True), run):
         process.terminate()
     assert "goes on from there" in lab.ended(run, code=143)
+    done = lab.metrics()
     lab.ended(lab.train(*arguments))
+    assert lab.metrics()[: len(done)] == done  # seconds and all: no step was made again
     assert [line["step"] for line in lab.metrics()] == list(range(lab.steps))
 
 
