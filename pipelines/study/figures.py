@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from ...schemas.configs import StudyConfig
 from ..bootstrap import Estimate
+from ..validation import SAMPLED
 
 RATE = pl.col("correct") / pl.col("k")
 
@@ -53,10 +53,14 @@ def of_arm(table: pl.DataFrame, ablation: str, method: str) -> pl.DataFrame:
     return table.filter((pl.col("ablation") == ablation) & (pl.col("method") == method))
 
 
-def foreign_splits(config: StudyConfig) -> list[str]:
-    """Splits but the main one and the one that tunes."""
-    tuning = None if config.tuning is None else config.tuning.split
-    return [split for split in list(config.splits)[1:] if split != tuning]
+def tuning_rate(table: pl.DataFrame, method: str, choice: str) -> float:
+    """Sampled pass rate of a tuning run, mean over its looks; table: the tuning runs' results."""
+    own = table.filter(
+        (pl.col("method") == method)
+        & (pl.col("choice") == choice)
+        & (pl.col("decoding") == SAMPLED)
+    )
+    return float(np.mean(own["pass_rate"].to_numpy()))
 
 
 def pass_rate(answers: pl.DataFrame) -> float:

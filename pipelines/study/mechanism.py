@@ -7,8 +7,9 @@ key tokens of right responses:
 - lift: how much the log-probability of the sampled token rose, over teacher-supported tokens alone,
   those that the teacher with the type label holds likelier than the student (the paper reports +0.145
   for TRACE-FKL and +0.054 for GRPO on Qwen3-8B, METHOD.md);
+- kl_clipped: share of the KL's tokens at which the clip bound;
 - to_right, to_wrong: change of KL(teacher ‖ student) for the teacher of before the step with the right
-  type, and with another step's type. A student that takes over what the label says, not only what the
+  type, and with another that annotations of the same rollouts name. A student that takes over what the label says, not only what the
   label makes surer, comes nearer to the right one and not to the wrong one.
 """
 
@@ -83,7 +84,7 @@ class Teachers:
         self._problems = [str(problem) for problem in routed["problem"].to_pylist()]
         self.sequences = training_sequences(routed, policy.tokenizer, prompt, with_teacher=False)
         self.right_types = [DiagnosticType(x) for x in routed["diagnostic_type"].to_pylist()]
-        self.wrong_types = [kinds[kinds.index(kind) - 1] for kind in self.right_types]
+        self.wrong_types = [_next(kinds, kind) for kind in self.right_types]
 
     def logprobs(self, types: list[DiagnosticType]) -> torch.Tensor:
         """(routed tokens, vocab) of the teacher that is told these types, one per row."""
@@ -142,6 +143,12 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
     return figures
 
 
+def _next(kinds: Sequence[DiagnosticType], kind: DiagnosticType) -> DiagnosticType:
+    """The one behind it in turn; the first if it is none of them."""
+    at = kinds.index(kind) + 1 if kind in kinds else 0
+    return kinds[at % len(kinds)]
+
+
 def first_step(run: Dataset) -> pa.Table:
     """The routed rows of a train dataset's first online step.
 
@@ -166,10 +173,7 @@ def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:
     if not any(key):
         raise InputError("no rollout of the first step has a token on the FKL route; take more")
     labelled = routed.filter(pa.array(key))
-    kinds = sorted({str(kind) for kind in labelled["diagnostic_type"].to_pylist()})
-    # With one type in use a wrong label is any other.
-    others = [DiagnosticType(kind) for kind in kinds] if len(kinds) > 1 else list(DiagnosticType)
-    teachers = Teachers(base, labelled, config.prompt, others)
+    teachers = Teachers(base, labelled, config.prompt, _kinds_in_use(routed))
     with_right = teachers.logprobs(teachers.right_types)
     with_wrong = teachers.logprobs(teachers.wrong_types)
     before = teachers.student(base)
@@ -182,7 +186,7 @@ def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:
         own = override(config, changes)
         with_teacher = own.schedule.w0 > 0
         sequences = training_sequences(routed, policy.tokenizer, own.prompt, with_teacher)
-        Trainer(policy, own).train_step(sequences)
+        metrics = Trainer(policy, own).train_step(sequences)
         after = teachers.student(policy)
         gain = (after - before).gather(-1, sampled).squeeze(-1)  # (key tokens,)
         rows.append(
@@ -191,12 +195,21 @@ def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:
                 "seed": config.seed,
                 "key_tokens": len(ids),
                 "supported_tokens": int(supported.sum()),
+                "kl_clipped": metrics.get("kl_clipped", 0.0) if with_teacher else None,
                 "lift": float(gain[supported].mean()),
                 "to_right": float((_kl(with_right, after) - _kl(with_right, before)).mean()),
                 "to_wrong": float((_kl(with_wrong, after) - _kl(with_wrong, before)).mean()),
             }
         )
     return rows
+
+
+def _kinds_in_use(routed: pa.Table) -> list[DiagnosticType]:
+    """Types that a label names somewhere, `other` left out: it says nothing. All, if they are too few
+    to be wrong about."""
+    named = {DiagnosticType(kind) for kind in pc.drop_null(routed["diagnostic_type"]).to_pylist()}
+    used = sorted(named - {DiagnosticType.OTHER})
+    return used if len(used) > 1 else list(DiagnosticType)
 
 
 def _load(config: TrainConfig, path: str, trainable: bool) -> Policy:

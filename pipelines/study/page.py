@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import polars as pl
 
 from ...schemas.configs import ReportedConfig, StudyConfig
 from ..bootstrap import Estimate
 from ..validation import GREEDY, SAMPLED
-from .figures import bootstrap, curves, foreign_splits, pass_rate
+from .figures import bootstrap, curves, pass_rate, tuning_rate
 from .figures import of_arm as _of
 
 _REFERENCE = "grpo"  # differences are to this arm of the same table, or of the first one
@@ -18,9 +19,11 @@ def page(
     answers: pl.DataFrame,
     results: pl.DataFrame,
     mechanism: pl.DataFrame | None,
+    tuning: pl.DataFrame | None,
     files: str,
 ) -> str:
-    """The whole page; files: folder of the study's files, as the page links to it."""
+    """The whole page; tuning: results of the runs that tuned; files: folder of the study's files, as
+    the page links to it."""
     lines = [f"# Study: {config.name}", "", *_introduction(config, answers, files)]
     if config.about:
         lines += ["", config.about.strip()]
@@ -32,8 +35,8 @@ def page(
         lines += ["", f"![Σλ² against how far other splits moved]({files}/exposure.svg)"]
     if mechanism is not None:
         lines += ["", "## mechanism", "", *_mechanism(mechanism, files)]
-    if config.tuning is not None:
-        lines += ["", "## What tuning chose", "", *_choices(config, results)]
+    if tuning is not None:
+        lines += ["", "## What tuning chose", "", *_choices(config, results, tuning, files)]
     if config.reported is not None:
         lines += ["", "## What the paper reports", "", *_reported(config.reported)]
     return "\n".join(lines) + "\n"
@@ -65,9 +68,10 @@ def _introduction(config: StudyConfig, answers: pl.DataFrame, files: str) -> Ite
         f"seeds and problems), its difference to {_REFERENCE} or to the arm that is named (paired, "
         f"percentage points), greedy pass rate before and after, area under the "
         f"curve (mean height), first look at {_percent(config.threshold)} or more, entropy "
-        "(nats per sampled token), response tokens, Σλ², and the sampled pass rate on the other "
-        "splits. A difference whose interval holds 0 is not resolved; of two seeds even an interval without it "
-        "says little."
+        "(nats per sampled token), response tokens, Σλ², coverage (share of the tokens that the KL was on "
+        "while λ > 0), and the sampled pass rate on the other splits"
+        f"{' and the mean of all' if config.mean else ''}. A difference whose interval holds 0 is not "
+        "resolved; of few seeds even an interval without it says little."
     )
 
 
@@ -76,7 +80,7 @@ def _table(
 ) -> Iterator[str]:
     main, *others = config.splits
     names = ["arm", "before", "pass rate", f"− {_REFERENCE}", "greedy", "area", "steps", "entropy"]
-    names += ["tokens", "Σλ²", *others]
+    names += ["tokens", "Σλ²", "coverage", *others, *(["mean"] if config.mean else [])]
     yield "| " + " | ".join(names) + " |"
     yield "|" + "---|" * len(names)
     for method, arm in config.ablations[ablation].items():
@@ -92,6 +96,8 @@ def _table(
             (pl.col("step") == pl.col("step").max()) & (pl.col("decoding") == SAMPLED)
         )
         here = last.filter(pl.col("split") == main)
+        rates = {o: last.filter(pl.col("split") == o)["pass_rate"].mean() for o in config.splits}
+        mean = [_percent(float(np.mean(list(rates.values()))))] if config.mean else []
         cells = [
             method,
             _percent(sampled.mean[0]),
@@ -103,7 +109,9 @@ def _table(
             _number(here["entropy"].mean(), 3),
             _number(here["length"].mean(), 1),
             _number(here["kl_exposure"].mean(), 2),
-            *(_percent(last.filter(pl.col("split") == o)["pass_rate"].mean()) for o in others),
+            _percent(here["coverage"].mean()),
+            *(_percent(rates[other]) for other in others),
+            *mean,
         ]
         yield "| " + " | ".join(cells) + " |"
 
@@ -129,8 +137,8 @@ def _difference(
 
 
 def _exposure(config: StudyConfig, answers: pl.DataFrame, ablation: str) -> Iterator[str]:
-    """Change of the pass rate on splits that neither train nor tune, from before to after."""
-    others = foreign_splits(config)
+    """Change of the pass rate on the splits but the main one, from before to after."""
+    _, *others = config.splits
     yield (
         "How far the sampled pass rate moved on the splits that training never asks, from before the "
         "first step to after the last, in percentage points."
@@ -154,17 +162,18 @@ def _mechanism(rows: pl.DataFrame, files: str) -> Iterator[str]:
         f"{tokens['key_tokens'].mean():.0f} key tokens a seed, of which the teacher with the label "
         f"supports {tokens['supported_tokens'].mean():.0f}. Lift: rise of the log-probability of "
         "those supported tokens; to right, to wrong: change of KL(teacher ‖ student) for the teacher "
-        "with the right type and with another; nats, mean ± standard deviation over seeds "
-        f"([{files}/mechanism.parquet]({files}/mechanism.parquet))."
+        "with the right type and with another; nats, mean ± standard deviation over seeds; clipped: share of "
+        f"the KL's tokens at which the clip bound ([{files}/mechanism.parquet]({files}/mechanism.parquet))."
     )
     yield ""
-    yield "| one step of | lift | to right | to wrong |"
-    yield "|---|---|---|---|"
+    yield "| one step of | lift | to right | to wrong | clipped |"
+    yield "|---|---|---|---|---|"
     for (objective,), own in rows.group_by("objective", maintain_order=True):
         cells = [str(objective)]
         for column in ("lift", "to_right", "to_wrong"):
             spread = own[column].std() if seeds > 1 else 0.0
             cells.append(f"{own[column].mean():+.4f} ± {spread:.4f}")
+        cells.append(_percent(own["kl_clipped"].mean()))
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -179,16 +188,34 @@ def _reported(reported: ReportedConfig) -> Iterator[str]:
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
-def _choices(config: StudyConfig, results: pl.DataFrame) -> Iterator[str]:
+def _choices(
+    config: StudyConfig, results: pl.DataFrame, tuning: pl.DataFrame, files: str
+) -> Iterator[str]:
     first, *later = config.ablations
-    yield "| arm | choice |"
-    yield "|---|---|"
-    own = results.filter(pl.col("ablation") == first).unique("method", maintain_order=True)
-    for row in own.iter_rows(named=True):
-        yield f"| {row['method']} | `{row['choice']}` |"
+    own = results.filter(pl.col("ablation") == first)
+    chosen = dict(own.select("method", "choice").iter_rows())
+    choices = tuning["choice"].unique(maintain_order=True).to_list()
+    yield (
+        "Sampled pass rate on the problems that tune, mean over looks, one seed; the chosen one in bold "
+        f"([{files}/tuning.parquet]({files}/tuning.parquet))."
+    )
+    yield ""
+    yield "| arm | " + " | ".join(f"`{choice}`" for choice in choices) + " |"
+    yield "|" + "---|" * (len(choices) + 1)
+    for method in config.ablations[first]:
+        cells = [_percent(tuning_rate(tuning, method, choice)) for choice in choices]
+        best = choices.index(chosen[method])
+        cells[best] = f"**{cells[best]}**"
+        yield f"| {method} | " + " | ".join(cells) + " |"
+    like = [name for name in later if any(arm.like for arm in config.ablations[name].values())]
     if later:
         yield ""
-        yield f"Arms of later tables take the choice of the arm of {first} that they are like."
+        yield (
+            f"Arms of {', '.join(like)} take the choice of the arm of {first} that they are like; those of "
+            "other tables run as configured."
+            if like
+            else "Arms of later tables run as configured."
+        )
 
 
 def _percent(value: object) -> str:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from typing import Any
 
+import numpy as np
 import polars as pl
-import pyarrow as pa
 
 from ...data.store import Dataset, Store
 from ...schemas.configs import StudyConfig, TrainConfig
@@ -24,8 +24,8 @@ from .. import train
 from ..stage import progress_bar
 from ..stages import run_stage
 from ..tracking import METRICS, read_metrics
-from ..validation import SAMPLED, read_validation
-from .figures import pass_rate
+from ..validation import read_validation
+from .figures import tuning_rate
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Run:
 
 
 def arms(config: StudyConfig, problems: str, splits: dict[str, str]) -> list[Arm]:
-    """All arms; problems, splits: refs of the datasets that all of them share.
+    """All arms; problems: ref of what all of them train on; splits: of what they are asked.
 
     Raises:
         InputError: an unknown preset, a bad override.
@@ -125,23 +125,22 @@ def _train(config: TrainConfig, root: str) -> str:
     return train.run(config, Store(root)).ref
 
 
-def tuned(
-    config: StudyConfig, rows: Sequence[Arm], store: Store, pool: Executor
-) -> dict[str, tuple[str, ...]]:
-    """By name of the first ablation's arms, the choice with the best sampled pass rate, mean over
-    looks; the earlier of equals."""
-    tuning = config.tuning
-    if tuning is None:
-        return {}
+def tuning_runs(config: StudyConfig, rows: Sequence[Arm]) -> list[Run]:
+    """Every arm of the first ablation with every choice; none where nothing is tuned."""
+    if config.tuning is None:
+        return []
     first = [arm for arm in rows if arm.ablation == rows[0].ablation]
-    tries = [Run(arm, tuning.seed, tuple(c)) for arm in first for c in tuning.choices]
-    made = train_all(tries, store, pool, "tuning")
+    return [Run(arm, config.tuning.seed, tuple(c)) for arm in first for c in config.tuning.choices]
+
+
+def chosen(tries: Sequence[Run], table: pl.DataFrame) -> dict[str, tuple[str, ...]]:
+    """By arm, the choice with the best sampled pass rate, mean over looks; the earlier of equals.
+
+    table: the results of these runs.
+    """
     best: dict[str, tuple[float, tuple[str, ...]]] = {}
-    for run, dataset in zip(tries, made, strict=True):
-        looks = _frame(read_validation(dataset)).filter(
-            (pl.col("split") == tuning.split) & (pl.col("decoding") == SAMPLED)
-        )
-        rate = pass_rate(looks)
+    for run in tries:
+        rate = tuning_rate(table, run.arm.name, " ".join(run.choice))
         if run.arm.name not in best or rate > best[run.arm.name][0]:
             best[run.arm.name] = (rate, run.choice)
     return {name: choice for name, (_, choice) in best.items()}
@@ -160,17 +159,27 @@ def study_runs(
     return runs
 
 
-def _frame(table: pa.Table) -> pl.DataFrame:
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    return frame
+def answers(runs: Sequence[Run], made: Sequence[Dataset]) -> pl.DataFrame:
+    """A row per run, look, split, decoding and problem."""
+    rows = [row for run, dataset in zip(runs, made, strict=True) for row in _rows_of(run, dataset)]
+    return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def rows_of(run: Run, dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """A run's looks, a row per problem, with what it was and its Σ λ² at that step."""
-    exposure = {
-        line["step"] + 1: line["kl_exposure"] for line in read_metrics(dataset.local_path(METRICS))
-    }
+def _rows_of(run: Run, dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """A run's looks, a row per problem, with what it was and what its KL had been until then:
+    Σ λ², and the means over the steps with λ > 0 of the share of tokens that it was on and of those
+    that its clip bound."""
+    steps = {0: {"kl_exposure": 0.0, "coverage": 0.0, "kl_clipped": None}}
+    covered, clipped = [], []
+    for line in read_metrics(dataset.local_path(METRICS)):
+        if line["kl_weight"]:
+            covered.append(sum(v for name, v in line.items() if name.startswith("coverage_")))
+            clipped.append(line.get("kl_clipped", 0.0))
+        steps[line["step"] + 1] = {
+            "kl_exposure": line["kl_exposure"],
+            "coverage": float(np.mean(covered)) if covered else 0.0,
+            "kl_clipped": float(np.mean(clipped)) if clipped else None,
+        }
     known = {
         "ablation": run.arm.ablation,
         "method": run.arm.name,
@@ -179,7 +188,7 @@ def rows_of(run: Run, dataset: Dataset) -> Iterator[dict[str, Any]]:
         "run": dataset.ref,
     }
     for row in read_validation(dataset).to_pylist():
-        yield known | row | {"kl_exposure": exposure.get(row["step"], 0.0)}
+        yield known | row | steps[row["step"]]
 
 
 def results(answers: pl.DataFrame) -> pl.DataFrame:
@@ -197,17 +206,20 @@ def results(answers: pl.DataFrame) -> pl.DataFrame:
             truncated=pl.col("truncated").sum(),
             problems=pl.len(),
             kl_exposure=pl.col("kl_exposure").first(),
+            coverage=pl.col("coverage").first(),
+            kl_clipped=pl.col("kl_clipped").first(),
         )
         .with_columns(pl.col("entropy").fill_nan(None))
         .sort(keys)
     )
 
 
-def datasets(config: StudyConfig, store: Store) -> tuple[str, dict[str, str]]:
-    """Refs of the training problems and of each split."""
+def datasets(config: StudyConfig, store: Store) -> dict[str, str]:
+    """Refs by role: the training `problems`, those of `tuning` if any, and each split's."""
+    tuning = {} if config.tuning is None else {"tuning": config.tuning.problems}
     refs = {}
-    for role, source in {"problems": config.problems, **config.splits}.items():
+    for role, source in {"problems": config.problems, **tuning, **config.splits}.items():
         made = run_stage("problems", source, store, f"{config.name}-{role}")
         assert isinstance(made, Dataset), "only a report is a file"
         refs[role] = made.ref
-    return refs.pop("problems"), refs
+    return refs

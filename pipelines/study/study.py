@@ -15,43 +15,51 @@ from .page import page
 from .plots import plot_curves, plot_exposure
 from .runs import (
     Run,
+    answers,
     arms,
+    chosen,
     datasets,
     distinct,
     open_pool,
     results,
-    rows_of,
     study_runs,
     train_all,
-    tuned,
+    tuning_runs,
 )
 
 
 def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) -> pl.DataFrame:
     """Everything, going on from what the store has; the results table."""
-    rows = arms(config, *datasets(config, store))
+    refs = datasets(config, store)
+    problems = refs.pop("problems")
+    splits = {"tuning": refs.pop("tuning")} if config.tuning is not None else {}
+    tries = tuning_runs(config, arms(config, problems, splits))
     with open_pool(config.workers) as pool:
-        runs = study_runs(config, rows, tuned(config, rows, store, pool))
+        tuning, choices = None, {}
+        if tries:
+            tuning = results(answers(tries, train_all(tries, store, pool, "tuning")))
+            choices = chosen(tries, tuning)
+        runs = study_runs(config, arms(config, problems, refs), choices)
         made = train_all(runs, store, pool, "study")
-    answers = pl.DataFrame(
-        [row for run, dataset in zip(runs, made, strict=True) for row in rows_of(run, dataset)],
-        infer_schema_length=None,
-    )
-    table = results(answers)
+    per_problem = answers(runs, made)
+    table = results(per_problem)
     mechanism = _mechanism(config, runs, made)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "answers.parquet", answers)
+    _write(folder / "answers.parquet", per_problem)
     _write(folder / "results.parquet", table)
+    if tuning is not None:
+        _write(folder / "tuning.parquet", tuning)
     if mechanism is not None:
         _write(folder / "mechanism.parquet", mechanism)
     write_whole(folder / "study.yaml", dump_config(config).encode())
     for ablation in config.ablations:
-        plot_curves(config, answers, ablation, folder / f"{ablation}.svg")
+        plot_curves(config, per_problem, ablation, folder / f"{ablation}.svg")
     if config.exposure is not None:
-        plot_exposure(config, answers, config.exposure, folder / "exposure.svg")
+        plot_exposure(config, per_problem, config.exposure, folder / "exposure.svg")
     page_path.parent.mkdir(parents=True, exist_ok=True)
     files = os.path.relpath(folder, page_path.parent)
-    write_whole(page_path, page(config, answers, table, mechanism, files).encode())
+    text = page(config, per_problem, table, mechanism, tuning, files)
+    write_whole(page_path, text.encode())
     return table
 
 
@@ -63,11 +71,7 @@ def planned(config: StudyConfig) -> str:
     """
     rows = arms(config, "", dict.fromkeys(config.splits, ""))
     count = len(distinct(study_runs(config, rows, {})))
-    tuning = (
-        len(config.tuning.choices) * len(next(iter(config.ablations.values())))
-        if config.tuning
-        else 0
-    )
+    tuning = len(tuning_runs(config, rows))
     steps = config.train.offline.steps + config.train.online.steps
     return f"{count} runs of {steps} steps, after {tuning} that tune; {config.workers} at once"
 

@@ -6,6 +6,8 @@ from .base import Config, operational
 from .problems import ProblemsConfig
 from .train import TrainConfig
 
+_OWN = {"problems": "the training problems", "tuning": "the problems that tune"}
+
 
 class ArmConfig(Config):
     """One row of a table: what it changes of the study's `train`."""
@@ -16,8 +18,8 @@ class ArmConfig(Config):
     set: list[str] = Field(default=[], description="key=value overrides of `train`, laid over.")
     like: str | None = Field(
         default=None,
-        description="Arm of the first ablation whose tuned choice this one takes; its own choice "
-        "would compare tuning with tuning.",
+        description="Arm of the first ablation whose tuned choice this one takes; null: as configured. "
+        "A choice of its own would compare tuning with tuning.",
     )
     against: str | None = Field(
         default=None,
@@ -32,7 +34,9 @@ class TuningConfig(Config):
     choices: list[list[str]] = Field(
         min_length=1, description="Sets of key=value overrides to choose from."
     )
-    split: str = Field(description="Split whose sampled pass rate, averaged over looks, decides.")
+    problems: ProblemsConfig = Field(
+        description="Problems whose sampled pass rate, averaged over looks, decides; nothing else asks them."
+    )
     seed: int = Field(default=1000, description="Seed of the tuning runs; none of `seeds`.")
 
 
@@ -77,6 +81,9 @@ class StudyConfig(Config):
         default="",
         description="Markdown at the page's head: how the task was chosen, what is left out.",
     )
+    mean: bool = Field(
+        default=False, description="A column with the splits' unweighted mean, as papers report it."
+    )
     threshold: float = Field(
         default=0.8, gt=0, lt=1, description="Pass rate whose first step is reported."
     )
@@ -87,12 +94,10 @@ class StudyConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "StudyConfig":
-        if "problems" in self.splits:
-            raise ValueError("splits.problems is the training problems' name; give it another")
+        if taken := sorted({"problems", "tuning"} & self.splits.keys()):
+            raise ValueError(f"splits.{taken[0]} is the name of {_OWN[taken[0]]}; give it another")
         if self.train.validation is None:
             raise ValueError("train.validation is null, but a study is made of its looks; set it")
-        if self.tuning is not None and self.tuning.split not in self.splits:
-            raise ValueError(f"tuning.split {self.tuning.split!r} is none of {list(self.splits)}")
         if self.tuning is not None and self.tuning.seed in self.seeds:
             raise ValueError("tuning.seed is one of seeds; what tunes must not be measured again")
         first = next(iter(self.ablations.values()))

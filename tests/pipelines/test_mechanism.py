@@ -1,13 +1,21 @@
 """One optimiser step, looked at closely."""
 
+import pyarrow as pa
 import pytest
 
 from trace_opd.pipelines.micro import arithmetic_problems
 from trace_opd.pipelines.models import resolve_policy
-from trace_opd.pipelines.study.mechanism import OBJECTIVES, PROMPT, one_step, routed_rollouts
+from trace_opd.pipelines.study.mechanism import (
+    OBJECTIVES,
+    PROMPT,
+    _kinds_in_use,
+    _next,
+    one_step,
+    routed_rollouts,
+)
 from trace_opd.schemas.configs import RoutingConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.labels import Action
+from trace_opd.schemas.labels import Action, DiagnosticType
 from trace_opd.schemas.settings import override
 from trace_opd.trace.policy import load_policy
 
@@ -19,6 +27,16 @@ CONFIG = TrainConfig.model_validate(
         "optim": {"lr": 1e-4},
     }
 )
+
+
+def test_a_wrong_label_is_one_that_the_rollouts_know_and_says_something():
+    used = [DiagnosticType.ARITHMETIC, DiagnosticType.CASE_ANALYSIS]
+    table = pa.table({"diagnostic_type": ["case_analysis", None, "arithmetic", "other"]})
+    assert _kinds_in_use(table) == used
+    assert _next(used, DiagnosticType.CASE_ANALYSIS) is DiagnosticType.ARITHMETIC
+    assert _next(used, DiagnosticType.ARITHMETIC) is DiagnosticType.CASE_ANALYSIS
+    assert _next(used, DiagnosticType.OTHER) is DiagnosticType.ARITHMETIC
+    assert _kinds_in_use(table.slice(0, 2)) == list(DiagnosticType)
 
 
 def rows(seed, action=Action.FKL):

@@ -23,11 +23,11 @@ SMALL = [
     "name=small",
     "problems.limit=8",
     "splits={test: {source: {kind: arithmetic}, limit: 6, seed: 1},"
-    " tuning: {source: {kind: arithmetic}, limit: 4, seed: 2},"
     " other: {source: {kind: arithmetic, operation: subtract}, limit: 4, seed: 1}}",
     "seeds=[0, 1]",
     "ablation_seeds=1",
-    "tuning={split: tuning, choices: [[optim.lr=1.0e-4], [optim.lr=1.0e-3]]}",
+    "tuning={problems: {source: {kind: arithmetic}, limit: 4, seed: 2},"
+    " choices: [[optim.lr=1.0e-4], [optim.lr=1.0e-3]]}",
     "train.policy.path=micro",
     "train.online.steps=2",
     "train.online.group_size=4",
@@ -38,6 +38,7 @@ SMALL = [
     " alpha: {all: {preset: all-token-fkl, like: trace-fkl, against: half},"
     " half: {preset: trace-fkl, like: trace-fkl, set: [online.routing.alpha=0.5]}}}",
     "exposure=alpha",
+    "mean=true",
     "bootstrap=100",
     "workers=1",
 ]
@@ -63,7 +64,7 @@ def made(tmp_path_factory) -> Path:
 def test_a_study_has_a_row_per_run_look_split_and_decoding(made):
     table = pl.read_parquet(made / "small" / "results.parquet")
     # Two arms by two seeds, two of the ablation by one; looks before the first step and after the last.
-    assert len(table) == (2 * 2 + 2) * 2 * 3 * 2
+    assert len(table) == (2 * 2 + 2) * 2 * 2 * 2
     assert table["step"].unique().sort().to_list() == [0, 2]
     assert set(table["decoding"]) == {"sampled", "greedy"}
     assert table["pass_rate"].is_between(0, 1).all()
@@ -83,8 +84,11 @@ def test_the_page_says_what_the_files_say(made):
         rates = last.filter(pl.col("method") == method)
         test = rates.filter(pl.col("split") == "test")["pass_rate"].mean()
         other = rates.filter(pl.col("split") == "other")["pass_rate"].mean()
+        coverage = rates["coverage"].mean()
         assert re.match(rf"\d+\.\d % \| {100 * test:.1f} % \(", row)
-        assert row.endswith(f"{100 * other:.1f} % |")
+        assert row.endswith(
+            f"{100 * coverage:.1f} % | {100 * other:.1f} % | {50 * (test + other):.1f} % |"
+        )
     for picture in re.findall(r"\]\((.+\.svg)\)", page):
         assert (made / "small" / picture).read_text().startswith("<?xml")
 
@@ -111,6 +115,42 @@ def test_the_page_shows_one_step_as_its_file_has_it(made):
     assert table["seed"].unique().sort().to_list() == [0, 1]
     for (objective,), own in table.group_by("objective"):
         assert f"| {objective} | {own['lift'].mean():+.4f} ± " in page
+    clipped = dict(table.group_by("objective").agg(pl.col("kl_clipped").mean()).iter_rows())
+    assert clipped["grpo"] is None
+    assert clipped["trace-fkl, clip none"] == 0.0
+    assert f" | {100 * clipped['trace-fkl, clip token']:.1f} % |" in page
+
+
+def test_coverage_is_the_share_of_tokens_that_the_kl_was_on(made):
+    table = pl.read_parquet(made / "small" / "results.parquet").filter(pl.col("step") == 2)
+    coverage = {method: own["coverage"].to_numpy() for (method,), own in table.group_by("method")}
+    assert (coverage["grpo"] == 0).all()
+    # All tokens of what has a label: a response without a carry has none.
+    assert ((coverage["all"] > 0.5) & (coverage["all"] < 1)).all()
+    assert ((coverage["trace-fkl"] > 0) & (coverage["trace-fkl"] <= 0.25)).all()
+
+
+def test_the_choice_is_the_one_whose_runs_did_best_and_the_page_shows_both(made):
+    tuning = pl.read_parquet(made / "small" / "tuning.parquet")
+    assert set(tuning["split"]) == {"tuning"}
+    assert set(tuning["seed"]) == {1000}
+    page = (made / "small" / "STUDY.md").read_text().split("## What tuning chose")[1]
+    table = pl.read_parquet(made / "small" / "results.parquet")
+    for method in ("grpo", "trace-fkl"):
+        choices = ("optim.lr=1.0e-4", "optim.lr=1.0e-3")
+        rates = [
+            tuning.filter(
+                (pl.col("method") == method)
+                & (pl.col("choice") == choice)
+                & (pl.col("decoding") == "sampled")
+            )["pass_rate"].to_numpy().mean()
+            for choice in choices
+        ]  # fmt: skip
+        best = int(np.argmax(rates))
+        assert set(table.filter(pl.col("method") == method)["choice"]) == {choices[best]}
+        cells = [f"{100 * rate:.1f} %" for rate in rates]
+        cells[best] = f"**{cells[best]}**"
+        assert f"| {method} | {cells[0]} | {cells[1]} |" in page
 
 
 def test_an_arm_of_an_ablation_takes_the_choice_of_the_arm_that_it_is_like(made):
@@ -174,9 +214,9 @@ def test_curves_and_their_summaries_by_hand():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("tuning.split=nowhere", "is none of"),
         ("tuning.seed=0", "one of seeds"),
         ("splits.problems={source: {kind: arithmetic}}", "give it another"),
+        ("splits.tuning={source: {kind: arithmetic}}", "give it another"),
         ("train.validation=null", "set it"),
         ("ablations.clip={a: {like: nobody}}", "nobody"),
     ],
