@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import polars as pl
 
 from ...schemas.configs import ReportedConfig, StudyConfig
@@ -97,7 +96,7 @@ def _table(
         )
         here = last.filter(pl.col("split") == main)
         rates = {o: last.filter(pl.col("split") == o)["pass_rate"].mean() for o in config.splits}
-        mean = [_percent(float(np.mean(list(rates.values()))))] if config.mean else []
+        mean = [_percent(float(last["pass_rate"].to_numpy().mean()))] if config.mean else []
         cells = [
             method,
             _percent(sampled.mean[0]),
@@ -194,7 +193,8 @@ def _choices(
     first, *later = config.ablations
     own = results.filter(pl.col("ablation") == first)
     chosen = dict(own.select("method", "choice").iter_rows())
-    choices = tuning["choice"].unique(maintain_order=True).to_list()
+    assert config.tuning is not None
+    choices = [" ".join(choice) for choice in config.tuning.choices]
     yield (
         "Sampled pass rate on the problems that tune, mean over looks, one seed; the chosen one in bold "
         f"([{files}/tuning.parquet]({files}/tuning.parquet))."
