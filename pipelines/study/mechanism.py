@@ -9,8 +9,8 @@ key tokens of right responses:
   for TRACE-FKL and +0.054 for GRPO on Qwen3-8B, METHOD.md);
 - kl_clipped: share of the KL's tokens at which the clip bound;
 - to_right, to_wrong: change of KL(teacher ‖ student) for the teacher of before the step with the right
-  type, and with another that annotations of the same rollouts name. A student that takes over what the label says, not only what the
-  label makes surer, comes nearer to the right one and not to the wrong one.
+  type, and with another that annotations of the same rollouts name. A student that takes over what the
+  label says, not only what the label makes surer, comes nearer to the right one and not to the wrong one.
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def routed_rollouts(
 class Teachers:
     """What a policy holds of the routed tokens of labelled rows, told a type or none.
 
-    right_types, wrong_types: one per row; a wrong one is another of `kinds`, the next in turn.
+    right_types, wrong_types: one per row; a wrong one is another of `kinds`, the one before in turn.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Teachers:
         self._problems = [str(problem) for problem in routed["problem"].to_pylist()]
         self.sequences = training_sequences(routed, policy.tokenizer, prompt, with_teacher=False)
         self.right_types = [DiagnosticType(x) for x in routed["diagnostic_type"].to_pylist()]
-        self.wrong_types = [_next(kinds, kind) for kind in self.right_types]
+        self.wrong_types = [_another(kinds, kind) for kind in self.right_types]
 
     def logprobs(self, types: list[DiagnosticType]) -> torch.Tensor:
         """(routed tokens, vocab) of the teacher that is told these types, one per row."""
@@ -143,10 +143,9 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
     return figures
 
 
-def _next(kinds: Sequence[DiagnosticType], kind: DiagnosticType) -> DiagnosticType:
-    """The one behind it in turn; the first if it is none of them."""
-    at = kinds.index(kind) + 1 if kind in kinds else 0
-    return kinds[at % len(kinds)]
+def _another(kinds: Sequence[DiagnosticType], kind: DiagnosticType) -> DiagnosticType:
+    """The one before it in turn; the first if it is none of them."""
+    return kinds[kinds.index(kind) - 1 if kind in kinds else 0]
 
 
 def first_step(run: Dataset) -> pa.Table:

@@ -8,8 +8,8 @@ from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.study.mechanism import (
     OBJECTIVES,
     PROMPT,
+    _another,
     _kinds_in_use,
-    _next,
     one_step,
     routed_rollouts,
 )
@@ -33,9 +33,9 @@ def test_a_wrong_label_is_one_that_the_rollouts_know_and_says_something():
     used = [DiagnosticType.ARITHMETIC, DiagnosticType.CASE_ANALYSIS]
     table = pa.table({"diagnostic_type": ["case_analysis", None, "arithmetic", "other"]})
     assert _kinds_in_use(table) == used
-    assert _next(used, DiagnosticType.CASE_ANALYSIS) is DiagnosticType.ARITHMETIC
-    assert _next(used, DiagnosticType.ARITHMETIC) is DiagnosticType.CASE_ANALYSIS
-    assert _next(used, DiagnosticType.OTHER) is DiagnosticType.ARITHMETIC
+    assert _another(used, DiagnosticType.CASE_ANALYSIS) is DiagnosticType.ARITHMETIC
+    assert _another(used, DiagnosticType.ARITHMETIC) is DiagnosticType.CASE_ANALYSIS
+    assert _another(used, DiagnosticType.OTHER) is DiagnosticType.ARITHMETIC
     assert _kinds_in_use(table.slice(0, 2)) == list(DiagnosticType)
 
 
