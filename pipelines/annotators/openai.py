@@ -113,8 +113,7 @@ class EndpointAnnotator:
     async def _annotate(self, work: Iterator[Item], number: int) -> list[dict[str, Any]]:
         rows: list[Any] = [None] * number
         queue = enumerate(work)
-        # More than may be in flight: while an answer is written to disk another request goes out.
-        count = min(2 * self._config.concurrency, number)
+        count = min(self._config.concurrency, number)
         workers = [asyncio.create_task(self._work(queue, rows)) for _ in range(count)]
         try:
             await asyncio.gather(*map(asyncio.shield, workers))
@@ -179,20 +178,15 @@ class EndpointAnnotator:
         record = self._journal.get(key) if self._journal is not None else None
         if record is None:
             if key not in self._asking:  # equal responses of a group are one question
-                self._asking[key] = asyncio.create_task(self._bought(key, question))
+                self._asking[key] = asyncio.create_task(self._ask(key, question))
                 self._asking[key].add_done_callback(lambda _: self._asking.pop(key))
             record = await self._asking[key]
             self._calls += 1
         return read_record(record)
 
-    async def _bought(self, key: str, question: Question) -> Record:
-        record = await self._ask(question)
-        if self._commit is not None:
-            await self._commit.append(key, record)
-        return record
-
-    async def _ask(self, question: Question) -> Record:
-        """One paid answer; without a parameter if only that makes the endpoint take the request."""
+    async def _ask(self, key: str, question: Question) -> Record:
+        """One paid answer, in the journal; without a parameter if only that makes the endpoint take
+        the request."""
         refused = self._refused
         while True:
             retrying = AsyncRetrying(
@@ -203,7 +197,7 @@ class EndpointAnnotator:
                 reraise=True,
             )
             try:
-                record = await retrying(self._send, question, refused)
+                record = await retrying(self._send, key, question, refused)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 name = endpoint.refused_parameter(error, refused)
                 if name is None or name in refused:
@@ -219,7 +213,7 @@ class EndpointAnnotator:
                 self._refused |= news
             return record
 
-    async def _send(self, question: Question, refused: frozenset[str]) -> Record:
+    async def _send(self, key: str, question: Question, refused: frozenset[str]) -> Record:
         body = request_body(self._config, self._prompt, question, refused)
         size = sum(len(message["content"].encode()) for message in question.messages)
         tokens = size / _BYTES_PER_TOKEN + question.max_new_tokens
@@ -244,6 +238,9 @@ class EndpointAnnotator:
             for kind, amount in (("requests", 1.0), ("tokens", tokens)):
                 if wait := endpoint.refill_s(response.headers, kind, amount):
                     self._pace.hold(wait)
+            # Within the slot: a kill loses at most as many answers as may be in flight.
+            if self._commit is not None:
+                await self._commit.append(key, record)
             return record
 
     async def _exchange(self, body: dict[str, Any]) -> httpx.Response:

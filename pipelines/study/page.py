@@ -95,7 +95,7 @@ def _table(
             (pl.col("step") == pl.col("step").max()) & (pl.col("decoding") == SAMPLED)
         )
         here = last.filter(pl.col("split") == main)
-        rates = {o: last.filter(pl.col("split") == o)["pass_rate"].mean() for o in config.splits}
+        elsewhere = [last.filter(pl.col("split") == o)["pass_rate"].mean() for o in others]
         mean = [_percent(float(last["pass_rate"].to_numpy().mean()))] if config.mean else []
         cells = [
             method,
@@ -109,7 +109,7 @@ def _table(
             _number(here["length"].mean(), 1),
             _number(here["kl_exposure"].mean(), 2),
             _percent(here["coverage"].mean()),
-            *(_percent(rates[other]) for other in others),
+            *map(_percent, elsewhere),
             *mean,
         ]
         yield "| " + " | ".join(cells) + " |"

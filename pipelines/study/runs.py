@@ -125,11 +125,11 @@ def _train(config: TrainConfig, root: str) -> str:
     return train.run(config, Store(root)).ref
 
 
-def tuning_runs(config: StudyConfig, rows: Sequence[Arm]) -> list[Run]:
+def tuning_runs(config: StudyConfig, all_arms: Sequence[Arm]) -> list[Run]:
     """Every arm of the first ablation with every choice; none where nothing is tuned."""
     if config.tuning is None:
         return []
-    first = [arm for arm in rows if arm.ablation == rows[0].ablation]
+    first = [arm for arm in all_arms if arm.ablation == all_arms[0].ablation]
     return [Run(arm, config.tuning.seed, tuple(c)) for arm in first for c in config.tuning.choices]
 
 
@@ -147,12 +147,12 @@ def chosen(tries: Sequence[Run], table: pl.DataFrame) -> dict[str, tuple[str, ..
 
 
 def study_runs(
-    config: StudyConfig, rows: Sequence[Arm], choices: dict[str, tuple[str, ...]]
+    config: StudyConfig, all_arms: Sequence[Arm], choices: dict[str, tuple[str, ...]]
 ) -> list[Run]:
     """Every arm with its seeds and its choice."""
-    main = rows[0].ablation
+    main = all_arms[0].ablation
     runs = []
-    for arm in rows:
+    for arm in all_arms:
         seeds = config.seeds if arm.ablation == main else config.seeds[: config.ablation_seeds]
         name = arm.name if arm.ablation == main else arm.like
         runs += [Run(arm, seed, choices.get(name or "", ())) for seed in seeds]

@@ -21,6 +21,7 @@ import pytest
 from trace_opd.data.store import Store
 from trace_opd.pipelines.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.annotators import dialogue, open_annotator
+from trace_opd.pipelines.annotators.journal import Journal
 from trace_opd.pipelines.annotators.prompting import SHIPPED_PROMPT, SHIPPED_SCHEMA
 from trace_opd.pipelines.annotators.rows import Reading
 from trace_opd.pipelines.stage import close_engine
@@ -416,6 +417,25 @@ def test_concurrency_is_used_and_not_exceeded():
     with served(script) as (_, url):
         annotate(url, count=24, concurrency=6)
     assert most == 6
+
+
+def test_an_answer_is_in_flight_until_it_is_on_the_disk(tmp_path: Path, monkeypatch):
+    append, kept, unkept = Journal.append, [], []
+
+    def append_slowly(journal, records):
+        time.sleep(0.05)
+        append(journal, records)
+        kept.extend(records)
+
+    def answer(number: int, body: dict) -> Reply:
+        unkept.append(number + 1 - len(kept))
+        return completion()
+
+    monkeypatch.setattr(Journal, "append", append_slowly)
+    with served(answer) as (_, url):
+        annotate(url, count=24, journal=tmp_path, concurrency=3)
+    assert len(kept) == 24
+    assert max(unkept) <= 3  # what a kill may lose, however slow the disk is
 
 
 def test_equal_responses_are_one_question():
