@@ -33,7 +33,7 @@ def page(
         lines += ["", "## exposure", "", *_exposure(config, answers, config.exposure)]
         lines += ["", f"![Σλ² against how far other splits moved]({files}/exposure.svg)"]
     if mechanism is not None:
-        lines += ["", "## mechanism", "", *_mechanism(mechanism, files)]
+        lines += ["", "## mechanism", "", *_mechanism(config, mechanism, files)]
     if tuning is not None:
         lines += ["", "## What tuning chose", "", *_choices(config, results, tuning, files)]
     if config.reported is not None:
@@ -154,15 +154,16 @@ def _exposure(config: StudyConfig, answers: pl.DataFrame, ablation: str) -> Iter
         yield "| " + " | ".join(cells) + " |"
 
 
-def _mechanism(rows: pl.DataFrame, files: str) -> Iterator[str]:
+def _mechanism(config: StudyConfig, rows: pl.DataFrame, files: str) -> Iterator[str]:
     seeds, tokens = rows["seed"].n_unique(), rows.group_by("seed").first()
     yield (
-        f"One optimiser step from the base on a run's own first rollouts, {seeds} seeds: "
-        f"{tokens['key_tokens'].mean():.0f} key tokens a seed, of which the teacher with the label "
-        f"supports {tokens['supported_tokens'].mean():.0f}. Lift: rise of the log-probability of "
-        "those supported tokens; to right, to wrong: change of KL(teacher ‖ student) for the teacher "
-        "with the right type and with another; nats, mean ± standard deviation over seeds; clipped: share of "
-        f"the KL's tokens at which the clip bound ([{files}/mechanism.parquet]({files}/mechanism.parquet))."
+        f"One optimiser step from the base, as {config.mechanism} of the first table is set, on a run's "
+        f"own first rollouts, {seeds} seeds: {tokens['key_tokens'].mean():.0f} key tokens a seed, of which "
+        f"the teacher with the label supports {tokens['supported_tokens'].mean():.0f}. Lift: rise of the "
+        "log-probability of those supported tokens; to right, to wrong: change of KL(teacher ‖ student) for "
+        "the teacher with the right type and with another; nats, mean ± standard deviation over seeds; "
+        "clipped: share of the KL's tokens at which the clip bound "
+        f"([{files}/mechanism.parquet]({files}/mechanism.parquet))."
     )
     yield ""
     yield "| one step of | lift | to right | to wrong | clipped |"
@@ -183,7 +184,7 @@ def _reported(reported: ReportedConfig) -> Iterator[str]:
     yield "| | " + " | ".join(columns) + " |"
     yield "|" + "---|" * (len(columns) + 1)
     for name, row in reported.rows.items():
-        cells = [f"{row[column]:.2f}" if column in row else "–" for column in columns]
+        cells = [f"{row[column]:g}" if column in row else "–" for column in columns]
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 

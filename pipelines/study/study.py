@@ -69,9 +69,11 @@ def planned(config: StudyConfig) -> str:
     Raises:
         InputError: an arm's preset or override is wrong.
     """
-    rows = arms(config, "", dict.fromkeys(config.splits, ""))
-    count = len(distinct(study_runs(config, rows, {})))
-    tuning = len(tuning_runs(config, rows))
+    all_arms = arms(config, "", dict.fromkeys(config.splits, ""))
+    count = str(len(distinct(study_runs(config, all_arms, {}))))
+    tuning = len(tuning_runs(config, all_arms))
+    if tuning:  # which arms share a run depends on what is chosen
+        count = f"about {count}"
     steps = config.train.offline.steps + config.train.online.steps
     return f"{count} runs of {steps} steps, after {tuning} that tune; {config.workers} at once"
 
