@@ -42,6 +42,7 @@ _FEWEST_FAILURES = 10  # before the share of failed calls means something within
 # For each request a pool looks at all of its connections: several small pools take half the time of
 # one with 64 connections.
 _CONNECTIONS_PER_POOL, _MOST_POOLS = 8, 16
+_UNWRITTEN = 4  # one answer that waits for the disk beside so many in flight
 _BYTES_PER_TOKEN = 4  # of English prose; what a prompt really takes is settled with the answer
 
 
@@ -113,7 +114,10 @@ class EndpointAnnotator:
     async def _annotate(self, work: Iterator[Item], number: int) -> list[dict[str, Any]]:
         rows: list[Any] = [None] * number
         queue = enumerate(work)
-        count = min(self._config.concurrency, number)
+        # More than may be in flight: while answers are written to disk other requests go out. Each has one
+        # answer that is not there yet, so their number is also the most that a kill can lose.
+        most = self._config.concurrency
+        count = min(most + max(1, most // _UNWRITTEN), number)
         workers = [asyncio.create_task(self._work(queue, rows)) for _ in range(count)]
         try:
             await asyncio.gather(*map(asyncio.shield, workers))
@@ -178,15 +182,20 @@ class EndpointAnnotator:
         record = self._journal.get(key) if self._journal is not None else None
         if record is None:
             if key not in self._asking:  # equal responses of a group are one question
-                self._asking[key] = asyncio.create_task(self._ask(key, question))
+                self._asking[key] = asyncio.create_task(self._bought(key, question))
                 self._asking[key].add_done_callback(lambda _: self._asking.pop(key))
             record = await self._asking[key]
             self._calls += 1
         return read_record(record)
 
-    async def _ask(self, key: str, question: Question) -> Record:
-        """One paid answer, in the journal; without a parameter if only that makes the endpoint take
-        the request."""
+    async def _bought(self, key: str, question: Question) -> Record:
+        record = await self._ask(question)
+        if self._commit is not None:
+            await self._commit.append(key, record)
+        return record
+
+    async def _ask(self, question: Question) -> Record:
+        """One paid answer; without a parameter if only that makes the endpoint take the request."""
         refused = self._refused
         while True:
             retrying = AsyncRetrying(
@@ -197,7 +206,7 @@ class EndpointAnnotator:
                 reraise=True,
             )
             try:
-                record = await retrying(self._send, key, question, refused)
+                record = await retrying(self._send, question, refused)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 name = endpoint.refused_parameter(error, refused)
                 if name is None or name in refused:
@@ -213,7 +222,7 @@ class EndpointAnnotator:
                 self._refused |= news
             return record
 
-    async def _send(self, key: str, question: Question, refused: frozenset[str]) -> Record:
+    async def _send(self, question: Question, refused: frozenset[str]) -> Record:
         body = request_body(self._config, self._prompt, question, refused)
         size = sum(len(message["content"].encode()) for message in question.messages)
         tokens = size / _BYTES_PER_TOKEN + question.max_new_tokens
@@ -238,9 +247,6 @@ class EndpointAnnotator:
             for kind, amount in (("requests", 1.0), ("tokens", tokens)):
                 if wait := endpoint.refill_s(response.headers, kind, amount):
                     self._pace.hold(wait)
-            # Within the slot: a kill loses at most as many answers as may be in flight.
-            if self._commit is not None:
-                await self._commit.append(key, record)
             return record
 
     async def _exchange(self, body: dict[str, Any]) -> httpx.Response:
