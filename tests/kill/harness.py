@@ -231,11 +231,20 @@ def assert_refused(run: Run, *words: str) -> None:
         assert word in sentence
 
 
+def _named_lock(root: Path, stage: str) -> bool:
+    """Whether somebody holds a dataset of the stage and has written down who."""
+    for path in root.glob(f".locks/{stage}.*"):
+        with suppress(FileNotFoundError):
+            if path.stat().st_size:
+                return True
+    return False
+
+
 def together(runs: Launcher, args: list[str], root: Path) -> tuple[Run, Run]:
     """Start a command twice on one store; the second while the first, which is stopped meanwhile,
     is at work."""
     first = runs.start(*args, store=root)
-    while not any(root.glob(f".locks/{args[0]}.*")):
+    while not _named_lock(root, args[0]):
         assert first.pid in runs.alive(), first.err
         time.sleep(0.001)
     os.killpg(first.pid, signal.SIGSTOP)
