@@ -42,7 +42,6 @@ _FEWEST_FAILURES = 10  # before the share of failed calls means something within
 # For each request a pool looks at all of its connections: several small pools take half the time of
 # one with 64 connections.
 _CONNECTIONS_PER_POOL, _MOST_POOLS = 8, 16
-_UNWRITTEN = 4  # one answer that waits for the disk beside so many in flight
 _BYTES_PER_TOKEN = 4  # of English prose; what a prompt really takes is settled with the answer
 
 
@@ -114,10 +113,9 @@ class EndpointAnnotator:
     async def _annotate(self, work: Iterator[Item], number: int) -> list[dict[str, Any]]:
         rows: list[Any] = [None] * number
         queue = enumerate(work)
-        # More than may be in flight: while answers are written to disk other requests go out. Each has one
-        # answer that is not there yet, so their number is also the most that a kill can lose.
-        most = self._config.concurrency
-        count = min(most + max(1, most // _UNWRITTEN), number)
+        # No more than may be in flight: each asks again once its answer is on the disk, so that their number
+        # is also the most that a kill can lose.
+        count = min(self._config.concurrency, number)
         workers = [asyncio.create_task(self._work(queue, rows)) for _ in range(count)]
         try:
             await asyncio.gather(*map(asyncio.shield, workers))

@@ -13,7 +13,6 @@ from trace_opd.tests.pipelines.conftest import PaidServer, completion
 from trace_opd.tests.pipelines.conftest import paid_server as paid_server
 
 CONCURRENCY = 4
-MOST_LOST = 5  # answers at a kill: those in flight, and a quarter as many that wait for the disk
 TRAIN = [
     "online.group_size=4", "groups_per_step=3", "schedule.hold_steps=2", "schedule.decay_steps=8",
     "teacher.sync_steps=3", "checkpoint_every=1",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from trace_opd.tests.kill.conftest import MOST_LOST, STAGES, Undisturbed
+from trace_opd.tests.kill.conftest import CONCURRENCY, STAGES, Undisturbed
 from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets, files
 from trace_opd.tests.kill.harness import Killer, Launcher, Toll
 from trace_opd.tests.pipelines.conftest import PaidServer
@@ -89,10 +89,10 @@ def test_a_paid_annotation_killed_asks_again_only_for_what_was_in_flight(
         keys = Counter(
             re.findall(rb'^{"key": ?"([^"]+)"', line)[0] for line in lines if line[-1:] == b"\n"
         )
-        # What was on the disk was not asked again; what was paid twice was on its way there at a kill.
+        # What was on the disk was not asked again; what was paid twice was in flight at a kill.
         assert max(keys.values()) == 1
         assert len(keys) == len(questions)
-        assert answered.total() - len(questions) <= (killer.toll.kills - kills) * MOST_LOST
+        assert answered.total() - len(questions) <= (killer.toll.kills - kills) * CONCURRENCY
         kills = killer.toll.kills
         slow_paid_server.answered.clear()
     told("annotate-openai", "at random moments", killer.toll)

@@ -25,7 +25,6 @@ from trace_opd.tests.kill.harness import (
 from trace_opd.tests.pipelines.conftest import PaidServer, completion
 
 CONCURRENCY = 4
-MOST_LOST = 5  # answers at a kill: those in flight, and a quarter as many that wait for the disk
 STAGES = {
     "problems": ["problems", CONFIG, "limit=6", "rows_per_part=2"],
     "rollout": ["rollout", CONFIG, "group_size=2"],
@@ -116,7 +115,7 @@ def test_an_annotation_killed_asks_again_only_for_what_was_in_flight(
         keys = journalled(Path(made.path("journal")))
         assert max(keys.values()) == 1  # what was on the disk was not asked again
         assert len(keys) == len(answered)
-        assert answered.total() - len(answered) <= (killer.toll.kills - kills) * MOST_LOST
+        assert answered.total() - len(answered) <= (killer.toll.kills - kills) * CONCURRENCY
         kills = killer.toll.kills
         paid_server.answered.clear()
 
