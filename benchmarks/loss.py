@@ -12,8 +12,9 @@ plain PyTorch. Rows of one size take turns, so that a drift of the machine meets
 are the median of up to five repetitions: at least three, except that a row whose first one takes
 over a minute has that one. Memory is the most that a repetition takes at its peak beyond what was
 there before it, gradients included: the resident set's high-water mark on CPU (Linux), the
-allocator's on CUDA. Prints a table and writes benchmarks/results/loss.json; a row that runs out of
-memory or differs from plain PyTorch has nulls.
+allocator's on CUDA. Prints a table and writes benchmarks/results/loss.json, which keeps what it has
+of devices that are not measured this time; a row that runs out of memory or differs from plain
+PyTorch has nulls.
 """
 
 import argparse
@@ -172,6 +173,17 @@ def processor(device: str) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
+def write_rows(file: str, rows: list[dict[str, Any]]) -> None:
+    """Write benchmarks/results/`file`; rows of devices that were not measured now stay in it."""
+    target = ROOT / "benchmarks" / "results" / file
+    target.parent.mkdir(exist_ok=True)
+    before = json.loads(target.read_text()) if target.exists() else []
+    measured = {row["device"] for row in rows}
+    kept = [row for row in before if row["device"] not in measured]
+    every = sorted(rows + kept, key=lambda row: row["device"])
+    target.write_text(json.dumps(every, indent=2) + "\n")
+
+
 def ratio(row: dict[str, Any], rows: list[dict[str, Any]], other: str, field: str) -> str:
     """`field` of a row as a multiple of another implementation's at the same size."""
     same = [r for r in rows if (r["tokens"], r["device"]) == (row["tokens"], row["device"])]
@@ -207,7 +219,12 @@ def main() -> None:
     parser.add_argument(
         "--implementations", default=",".join(loss_peers.IMPLEMENTATIONS), help="subset, by name"
     )
+    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--devices", default=",".join(here), help="subset: cpu, cuda")
     options = parser.parse_args()
+    devices = options.devices.split(",")
+    if absent := set(devices) - set(here):
+        parser.error(f"no such device here: {', '.join(sorted(absent))}")
     wanted = options.implementations.split(",")
     unknown = set(wanted) - set(loss_peers.IMPLEMENTATIONS)
     if unknown:
@@ -221,14 +238,11 @@ def main() -> None:
     if not names:
         return
     rows: list[dict[str, Any]] = []
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
         for tokens in map(int, options.tokens.split(",")):
             rows += measure(names, tokens, device, console)
         console.print(table_of(rows, device))
-    target = ROOT / "benchmarks" / "results" / "loss.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(rows, indent=2) + "\n")
+    write_rows("loss.json", rows)
 
 
 if __name__ == "__main__":

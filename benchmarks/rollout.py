@@ -18,17 +18,15 @@ rollouts of the same prompts, in a process of its own too. What is not installed
 """
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import time
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
-from loss import processor
+from loss import processor, write_rows
 from rich.console import Console
 from rich.table import Table
 from rollout_works import (
@@ -45,7 +43,6 @@ from step_case import MODELS, Case, make_case
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
 from trace_opd.schemas.configs import OpenAISampler, RoutingConfig
 
-ROOT = Path(__file__).parents[1]
 # Those of a line are measured together, in turns.
 TOGETHER = (
     ("transformers", "transformers_continuous_batching"),
@@ -191,15 +188,13 @@ def main() -> None:
     sizes = (options.groups, options.group_size, options.max_new_tokens)
     with console.status("sampling the batch"):
         case = make_case(options.model, device, *sizes, RoutingConfig())
-    target = ROOT / "benchmarks" / "results" / "rollout.json"
-    target.parent.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
     samples: dict[str, list[tuple[int, float]]] = {}
     for together in TOGETHER:
         chosen = [name for name in together if name in names]
         samples |= measure(chosen, case, options.repetitions, console)
         rows = rows_of(samples, case, options.model)
-        target.write_text(json.dumps(rows, indent=2) + "\n")  # what follows may fail
+        write_rows("rollout.json", rows)  # what follows may fail
     console.print(table_of(rows, f"{processor(device)}; {options.model}"))
 
 

@@ -11,27 +11,26 @@ installed: pip install 'trace-opd[peers]'.
 
 Each implementation has a process of its own, and they take turns, so that a drift of the machine
 meets all. A warm-up on shortened responses comes first; it has to give our GRPO and TRL's the same
-gradient norm. Both cut the batch into micro-batches of about as many tokens. Seconds are the median of the repetitions. Memory is the largest of them: the peak within
-a step beyond what the process holds before it (weights, the optimiser's states, the teacher's
-weights: `resident_mib`), from the resident set's high-water mark on CPU (Linux), the allocator's on
-CUDA. Prints a table and what the teacher's forward passes alone take, and writes
-benchmarks/results/step.json.
+gradient norm. Both cut the batch into micro-batches of about as many tokens. Seconds are the median
+of the repetitions. Memory is the largest of them: the peak within a step beyond what the process
+holds before it (weights, the optimiser's states, the teacher's weights: `resident_mib`), from the
+resident set's high-water mark on CPU (Linux), the allocator's on CUDA. Prints a table and what the
+teacher's forward passes alone take, and writes benchmarks/results/step.json, where rows of a device
+that is not here stay.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import statistics
 from importlib.util import find_spec
 from itertools import count
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from loss import processor
+from loss import processor, write_rows
 from rich.console import Console
 from rich.table import Table
 from step_case import (
@@ -65,7 +64,6 @@ from trace_opd.trace.packing import PackedModel
 from trace_opd.trace.policy import load_tokenizer
 from trace_opd.trace.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
 IMPLEMENTATIONS = ("ours_grpo", "ours_trace", "trl_grpo")
 # Largest share by which the norms of our GRPO's gradient and of TRL's may differ.
 TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
@@ -282,9 +280,7 @@ def main() -> None:
     console.print(table_of(rows, f"{processor(device)}; {options.model}"))
     if {"ours_grpo", "ours_trace"} <= set(names):
         console.print(teachers_share(samples))
-    target = ROOT / "benchmarks" / "results" / "step.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(rows, indent=2) + "\n")
+    write_rows("step.json", rows)
 
 
 if __name__ == "__main__":
