@@ -7,6 +7,7 @@ this process, where the trainer's weights can be handed over without a file.
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from threading import Thread
@@ -163,6 +164,11 @@ class VllmPolicySampler:
 
     def close(self) -> None:
         """End the engine and free its memory."""
+        if self._in_process and self._sleeping:
+            # vLLM can't free what sleeps. Where there is no room to wake it, the process's end does.
+            torch.cuda.empty_cache()
+            with suppress(RuntimeError):
+                self._llm.wake_up()
         self._llm.llm_engine.engine_core.shutdown()
         if self._in_process:
             del self._llm
