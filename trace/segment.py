@@ -26,14 +26,17 @@ _OPENER = re.compile(
 _CLOSER = {"```": "```", "$$": "$$", "\\[": "\\]", "\\(": "\\)"}
 _END = re.compile(r"\\end\{[a-zA-Z*]+\}")
 _INLINE = re.compile(r"\$(?:\\.|[^$\\\n])+?(?<!\s)\$(?!\d)", re.DOTALL)
-_ABBREVIATIONS = (
-    r"(?<!\be\.g)(?<!\bi\.e)(?<!\bcf)(?<!\bvs)(?<!\bEq)(?<!\bFig)(?<!\bNo)(?<!\bapprox)"
-)
-# After a newline run; or after `.`, `!`, `?` (with closing quotes or brackets) and white space. A
-# lone number before the point is a list marker ("1. First …"), which stays with its sentence.
-_CUT = re.compile(
-    rf"\n+[ \t]*|(?<!\n\d)(?<!\n\d\d)(?<!^\d)(?<!^\d\d){_ABBREVIATIONS}[.!?][\"')\]*]*[ \t]+(?=\S)|[。！？]"
-)
+# Texts before `.`, `!` or `?` that end no sentence: numbers of a list ("1. First …"), which stay with
+# their items, and abbreviations. Looked at behind the sign, so that a search skips to the next sign.
+_NO_END = "".join(
+    rf"(?<!{before}[.!?])"
+    for before in (
+        r"\n\d", r"\n\d\d", r"^\d", r"^\d\d", r"\be\.g", r"\bi\.e", r"\bcf", r"\bvs", r"\bEq",
+        r"\bFig", r"\bNo", r"\bapprox",
+    )
+)  # fmt: skip
+# After a newline run; or after `.`, `!`, `?` (with closing quotes or brackets) and white space.
+_CUT = re.compile(rf"\n+[ \t]*|[.!?]{_NO_END}[\"')\]*]*[ \t]+(?=\S)|[。！？]")
 _BRACES = re.compile(r"(?<!\\)[{}]")
 
 
