@@ -84,7 +84,7 @@ class Teachers:
         self._problems = [str(problem) for problem in routed["problem"].to_pylist()]
         self.sequences = training_sequences(routed, policy.tokenizer, prompt, with_teacher=False)
         self.right_types = [DiagnosticType(x) for x in routed["diagnostic_type"].to_pylist()]
-        self.wrong_types = [_another(kinds, kind) for kind in self.right_types]
+        self.wrong_types = [other_kind(kinds, kind) for kind in self.right_types]
 
     def logprobs(self, types: list[DiagnosticType]) -> torch.Tensor:
         """(routed tokens, vocab) of the teacher that is told these types, one per row."""
@@ -143,7 +143,7 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
     return figures
 
 
-def _another(kinds: Sequence[DiagnosticType], kind: DiagnosticType) -> DiagnosticType:
+def other_kind(kinds: Sequence[DiagnosticType], kind: DiagnosticType) -> DiagnosticType:
     """The one before it in turn; the first if it is none of them."""
     return kinds[kinds.index(kind) - 1 if kind in kinds else 0]
 
@@ -172,7 +172,7 @@ def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:
     if not any(key):
         raise InputError("no rollout of the first step has a token on the FKL route; take more")
     labelled = routed.filter(pa.array(key))
-    teachers = Teachers(base, labelled, config.prompt, _kinds_in_use(routed))
+    teachers = Teachers(base, labelled, config.prompt, kinds_in_use(routed))
     with_right = teachers.logprobs(teachers.right_types)
     with_wrong = teachers.logprobs(teachers.wrong_types)
     before = teachers.student(base)
@@ -203,7 +203,7 @@ def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:
     return rows
 
 
-def _kinds_in_use(routed: pa.Table) -> list[DiagnosticType]:
+def kinds_in_use(routed: pa.Table) -> list[DiagnosticType]:
     """Types that a label names somewhere, `other` left out: it says nothing. All, if they are too few
     to be wrong about."""
     named = {DiagnosticType(kind) for kind in pc.drop_null(routed["diagnostic_type"]).to_pylist()}

@@ -8,9 +8,9 @@ from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.study.mechanism import (
     OBJECTIVES,
     PROMPT,
-    _another,
-    _kinds_in_use,
+    kinds_in_use,
     one_step,
+    other_kind,
     routed_rollouts,
 )
 from trace_opd.schemas.configs import RoutingConfig, TrainConfig
@@ -32,11 +32,11 @@ CONFIG = TrainConfig.model_validate(
 def test_a_wrong_label_is_one_that_the_rollouts_know_and_says_something():
     used = [DiagnosticType.ARITHMETIC, DiagnosticType.CASE_ANALYSIS]
     table = pa.table({"diagnostic_type": ["case_analysis", None, "arithmetic", "other"]})
-    assert _kinds_in_use(table) == used
-    assert _another(used, DiagnosticType.CASE_ANALYSIS) is DiagnosticType.ARITHMETIC
-    assert _another(used, DiagnosticType.ARITHMETIC) is DiagnosticType.CASE_ANALYSIS
-    assert _another(used, DiagnosticType.OTHER) is DiagnosticType.ARITHMETIC
-    assert _kinds_in_use(table.slice(0, 2)) == list(DiagnosticType)
+    assert kinds_in_use(table) == used
+    assert other_kind(used, DiagnosticType.CASE_ANALYSIS) is DiagnosticType.ARITHMETIC
+    assert other_kind(used, DiagnosticType.ARITHMETIC) is DiagnosticType.CASE_ANALYSIS
+    assert other_kind(used, DiagnosticType.OTHER) is DiagnosticType.ARITHMETIC
+    assert kinds_in_use(table.slice(0, 2)) == list(DiagnosticType)
 
 
 def rows(seed, action=Action.FKL):
