@@ -14,7 +14,8 @@ prompts; every call to vLLM's engine begins with an empty prefix cache, as it mu
 changed.
 
 The share of a training step that goes into sampling is worked out with one optimiser step (GRPO) on
-rollouts of the same prompts, in a process of its own too. What is not installed is left out.
+rollouts of the same prompts, in a process of its own too. What is not installed is left out. Rows of
+a device that is not here stay in benchmarks/results/rollout.json.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """An engine that takes turns with its trainer on one GPU: it sleeps while the trainer works.
 
-    python -m pytest tests/vllm/test_cuda.py
+    python -m pytest -s tests/vllm/test_cuda.py
 
-Everything here needs CUDA and is skipped where there is none.
+Prints how much of the GPU's memory is in use. Everything here needs CUDA and is skipped where there is none.
 """
 
 from collections.abc import Iterator
@@ -67,6 +67,7 @@ def engine(lab: Any) -> Iterator[VllmPolicySampler]:
     path = resolve_policy(lab.model)
     sampler = VllmPolicySampler(config, path, "bfloat16", in_process=True, sleeps=True)
     yield sampler
+    sampler.rest()  # as a run's end finds it
     sampler.close()
 
 
