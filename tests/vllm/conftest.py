@@ -12,16 +12,18 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.stages import CONFIG_TYPES, run_stage
 from trace_opd.schemas.settings import load_config
+from trace_opd.trace.policy import Policy
 
 MODEL = os.environ.get("VLLM_TEST_MODEL", "smollm2")
 ROOT = Path(__file__).parents[2]  # where bundled models are made
@@ -48,6 +50,20 @@ QUICK = {
 @pytest.fixture(scope="session", autouse=True)
 def _quick() -> None:
     os.environ.update(QUICK)
+
+
+@pytest.fixture(scope="session")
+def perturb() -> Callable[..., None]:
+    """perturb(policy, scale, seed=0) adds noise to all weights: the same on every device."""
+
+    @torch.no_grad()
+    def add_noise(policy: Policy, scale: float, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in policy.model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise.to(parameter), alpha=scale)
+
+    return add_noise
 
 
 class Served:

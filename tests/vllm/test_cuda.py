@@ -39,14 +39,6 @@ def used_gib() -> float:
 
 
 @torch.no_grad()
-def perturb(policy: Policy, scale: float) -> None:
-    generator = torch.Generator(policy.device).manual_seed(0)
-    for parameter in policy.model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, device=policy.device)
-        parameter.add_(noise.to(parameter.dtype), alpha=scale)
-
-
-@torch.no_grad()
 def mean_difference(policy: Policy, prompt: list[int], completion: Any) -> float:
     """Of a sample's log-probabilities, the engine's and the trainer's."""
     ids = torch.tensor([prompt + completion.token_ids], device=policy.device)
@@ -72,7 +64,7 @@ def engine(lab: Any) -> Iterator[VllmPolicySampler]:
 
 
 def test_a_sleeping_engine_gives_its_memory_back_and_wakes_with_the_trainers_weights(
-    engine: VllmPolicySampler, student: Policy
+    engine: VllmPolicySampler, student: Policy, perturb: Any
 ) -> None:
     probe = Probe(student.tokenizer, PromptConfig(), PROBLEMS)
     prompts = [student_prompt(student.tokenizer, PromptConfig(), text) for text in PROBLEMS]

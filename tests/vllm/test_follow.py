@@ -36,13 +36,6 @@ def policy() -> Policy:
 
 
 @torch.no_grad()
-def perturb(policy: Policy, scale: float, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in policy.model.parameters():
-        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
-
-
-@torch.no_grad()
 def largest_difference(policy: Policy, rollouts: pa.Table) -> float:
     """Largest |stored log-probability − transformers' own| over the tokens of some rollouts."""
     worst = 0.0
@@ -158,7 +151,7 @@ def follow(sampler: VllmPolicySampler | VllmServersSampler, policy: Policy, prob
     sampler.follow(policy, probe)
 
 
-def test_a_hand_over_that_is_withheld_stops_the_run(probe: Probe) -> None:
+def test_a_hand_over_that_is_withheld_stops_the_run(probe: Probe, perturb: Any) -> None:
     student = policy()
     config = VllmSampler(engine="vllm", kv_cache_gib=0.25, max_model_len=1024)
     sampler = VllmPolicySampler(config, resolve_policy(MODEL), "float32", in_process=True)
@@ -173,7 +166,7 @@ def test_a_hand_over_that_is_withheld_stops_the_run(probe: Probe) -> None:
 
 
 def test_a_server_that_restarts_unseen_gets_the_weights_before_it_is_used(
-    servers: list[Any], probe: Probe, tmp_path: Path
+    servers: list[Any], probe: Probe, tmp_path: Path, perturb: Any
 ) -> None:
     student = policy()
     config = OpenAISampler(engine="openai", base_url=[server.url for server in servers])
