@@ -27,6 +27,7 @@ from ..schemas.contract import TableContract
 from ..schemas.errors import DamagedFile, InputError
 from .dataset import MANIFEST, Dataset, Draft, content_hash, now
 from .files import sweep_siblings, write_whole
+from .links import open_file, real_root, refuse_links, refuse_links_in
 from .locks import locked, remove_unheld
 from .remote import local_side, open_file_system, put_whole
 
@@ -43,8 +44,10 @@ class Store:
     """Datasets under one root. Safe to open many times; holds no state of its own."""
 
     def __init__(self, root: str | Path) -> None:
+        """Raises InputError if no file system opens the root, or it is a link that leads nowhere."""
         self.fs, base = open_file_system(str(root))
-        self.base = base.rstrip("/")
+        # Links in the root are followed here and once; below it none is.
+        self.base = str(real_root(base)) if self.is_local else base.rstrip("/")
         self.root = str(root)
 
     # --- datasets ---
@@ -217,25 +220,23 @@ class Store:
     ) -> AbstractContextManager[None]:
         """One process at a time has the name (`locks.locked`); where the store is not local, of those
         that share $TRACE_OPD_LOCAL, and without that there is no lock."""
-        root = Path(self.base) if self.is_local else local_side(self.fs, self.base)
+        root = self._local_root()
         return nullcontext() if root is None else locked(root, name, waits)
 
     def inside(self, path: str) -> str:
         """The full path of a file below the root.
 
         Raises:
-            InputError: it leads out of the store, by `..` or by a symbolic link.
+            InputError: it leads out of the store by `..`, or a symbolic link is on it.
         """
-        full = f"{self.base}/{path}"
-        out = ".." in path.split("/")
-        if self.is_local and not out:
-            out = not Path(full).resolve().is_relative_to(Path(self.base).resolve())
-        if out:
+        if ".." in path.split("/"):
             raise InputError(
                 f"store {self.root}: {path} leads out of it; put a copy in its place, or mend the "
                 "manifest that names it"
             )
-        return full
+        if self.is_local:
+            refuse_links(Path(self.base), path)
+        return f"{self.base}/{path}"
 
     def url(self, path: str) -> str:
         full = self.inside(path)
@@ -243,12 +244,12 @@ class Store:
 
     def local_root(self) -> Path:
         """The folder for files that are no table (journals, checkpoints, reports): the store's own,
-        or if it is not local one below $TRACE_OPD_LOCAL.
+        or if it is not local one below $TRACE_OPD_LOCAL. Use `beside` for a path below it.
 
         Raises:
             InputError: it is not local, and $TRACE_OPD_LOCAL is not set.
         """
-        root = Path(self.base) if self.is_local else local_side(self.fs, self.base)
+        root = self._local_root()
         if root is None:
             raise InputError(
                 f"store {self.root}: files beside its tables (journals, checkpoints, reports) need "
@@ -256,14 +257,37 @@ class Store:
             )
         return root
 
+    def _local_root(self) -> Path | None:
+        if self.is_local:
+            return Path(self.base)
+        root = local_side(self.fs, self.base)
+        return None if root is None else real_root(root)
+
     def beside(self, path: str) -> Path:
         """Where a file that is no table lies, or a folder of such: below `local_root`.
 
+        Nothing on the path, and nothing in the folder, is a symbolic link: what works on files there
+        may follow paths.
+
         Raises:
-            InputError: there is no local root, or the path leads out of the store.
+            InputError: there is no local root, the path leads out of the store, or there is a link.
         """
         self.inside(path)
-        return self.local_root() / path
+        root = self.local_root()
+        refuse_links(root, path)
+        refuse_links_in(root / path)
+        return root / path
+
+    def folders_beside(self, stage: str, name: str) -> list[Path]:
+        """The folders of that name of all datasets of a stage, finished or not (journals, batches);
+        a dataset that holds links is logged and skipped."""
+        found = []
+        for path in sorted(self.local_root().glob(f"{stage}/*/{name}")):
+            try:
+                found.append(self.beside(f"{stage}/{path.parent.name}/{name}"))
+            except InputError as error:
+                logger.warning("%s", error)
+        return found
 
     def _require_writable(self) -> None:
         """Says before work begins what its first part would run into; writes nothing."""
@@ -283,12 +307,17 @@ class Store:
     def _content(self, path: str) -> bytes | None:
         """A small file's bytes by one request; None if it is not there."""
         try:
-            return self.fs.cat_file(self.inside(path))
+            if not self.is_local:
+                return self.fs.cat_file(self.inside(path))
+            with open_file(Path(self.base), path) as file:
+                return file.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def open(self, path: str):
         try:
+            if self.is_local:
+                return open_file(Path(self.base), path)
             return self.fs.open(self.inside(path), "rb")
         except FileNotFoundError:
             raise InputError(

@@ -313,7 +313,7 @@ def test_a_manifest_that_was_edited_leads_nowhere_else(stores):
 
 
 @pytest.mark.parametrize("link", ["part-00000.parquet", "manifest.json", ""])
-def test_a_link_out_of_the_store_is_neither_read_nor_written(stores, link):
+def test_a_link_in_the_store_is_neither_read_nor_written(stores, link):
     store, outside = stores
     (dataset,) = store.datasets()
     inside = Path(dataset.path())
@@ -326,9 +326,9 @@ def test_a_link_out_of_the_store_is_neither_read_nor_written(stores, link):
             file.unlink()
         inside.rmdir()
         inside.symlink_to(outside)
-    with pytest.raises(InputError, match=r"leads out of it|is not in store"):
+    with pytest.raises(InputError, match=r"is a symbolic link|is not in store"):
         store.get(dataset.ref).read_part(0)
-    with pytest.raises(InputError, match="leads out of it"):
+    with pytest.raises(InputError, match="is a symbolic link"):
         store.write_json(f"{dataset.ref}/{link or 'manifest.json'}", {})
     assert hashlib.sha256((outside / "manifest.json").read_bytes()).digest() == before
 

@@ -95,6 +95,19 @@ def test_a_manifest_that_was_changed_is_no_basis_for_a_command(run, root):
     assert "manifest.json: not what was written; remove" in " ".join(said.split())
 
 
+def test_a_stage_on_a_store_whose_locks_are_a_link_is_refused_in_a_sentence(run, tmp_path):
+    victim, root = tmp_path / "victim", tmp_path / "gift"
+    victim.mkdir()
+    (victim / "aliases.json").write_text("mine")
+    root.mkdir()
+    (root / ".locks").symlink_to("../victim")
+    code, said = run(*PROBLEMS, "--store", root)
+    assert code == 2
+    assert said.startswith("trace-opd: ")
+    assert ".locks': is a symbolic link" in said
+    assert (victim / "aliases.json").read_text() == "mine"
+
+
 def test_drafts_leftovers_and_names_of_nothing_are_told(run, root):
     draft = Store(root).begin("rollout", {}, {}, None)
     folder = root / draft.ref
