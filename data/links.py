@@ -7,7 +7,7 @@ delete files outside the store, so none is followed, wherever it leads.
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -54,7 +54,7 @@ def refuse_links_in(folder: Path) -> None:
     if folder.is_symlink():
         raise _link(folder)
     deepest = len(folder.parts) + _DEEPEST
-    for entry in entries_in(folder, skipped=_OF_BOARDS):
+    for entry in entries_in(folder):
         path = Path(entry.path)
         if entry.is_symlink():
             raise _link(path)
@@ -62,18 +62,16 @@ def refuse_links_in(folder: Path) -> None:
             raise InputError(f"{str(folder)!r}: holds folders nested too deep; remove them")
 
 
-def entries_in(folder: Path, skipped: Sequence[str] = ()) -> Iterator[os.DirEntry[str]]:
-    """Everything below a folder, parents first; links are listed, not followed.
-
-    skipped: names of folders whose content is left out.
-    """
+def entries_in(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Everything below a folder, parents first; links are listed, not followed, and what is in a
+    board's own folder is left out."""
     waiting = [str(folder)]
     while waiting:
         # A folder may be removed meanwhile, and a path of thousands of levels is no path.
         with suppress(OSError), os.scandir(waiting.pop()) as entries:
             for entry in entries:
                 yield entry
-                if entry.is_dir(follow_symlinks=False) and entry.name not in skipped:
+                if entry.is_dir(follow_symlinks=False) and entry.name not in _OF_BOARDS:
                     waiting.append(entry.path)
 
 
