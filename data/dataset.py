@@ -215,7 +215,7 @@ class Draft:
         }
         manifest[CHECKSUM] = manifest_checksum(manifest)
         if self.store.is_local:
-            sweep(self.store.local_root() / self.ref)
+            sweep(self.store.beside(self.ref))
         self.store.write_json(f"{self.ref}/{MANIFEST}", manifest)
         return Dataset(self.store, self.stage, self.id, manifest)
 

@@ -1,22 +1,25 @@
-"""Files that are there whole or not at all, and what a kill leaves of those that were not."""
+"""Atomic, durable writes, and removal of what killed writers leave."""
 
 import errno
 import fcntl
-import glob
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..schemas.errors import InputError
+from .links import opened_folder
 
 # A file's name while it is written, and a folder's (trace/checkpoint.py).
-_TEMPORARY = re.compile(r".+\.tmp-\d+-\d+|\.tmp-.+")
+_TEMPORARY = re.compile(r".+\.tmp-\d+-\d+|\.tmp-.+", re.DOTALL)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def temporary_name(path: str) -> str:
@@ -52,7 +55,9 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder.
+    """Write a file atomically and durably: temporary name, fsync, rename, fsync of the folder.
+
+    A link at the path is replaced, not followed.
 
     Raises:
         InputError: no room, or not writable; whatever had the name before is unharmed.
@@ -61,7 +66,7 @@ def write_whole(path: Path, content: bytes) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("wb") as file:
+            with os.fdopen(os.open(temporary, _NEW_FILE, 0o666), "wb") as file:
                 # While it is held nobody takes the file for a dead writer's.
                 with suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,26 +90,39 @@ def sync(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in a folder and below it.
+    """Remove what killed writers left in a folder and below it; links are not followed.
 
     The caller holds the dataset's lock: a folder does not tell that somebody is filling it.
     """
-    for path in [path for path in folder.rglob("*") if is_temporary(path.name)]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            _unlink_abandoned(path)
+    with suppress(FileNotFoundError):
+        for _, folders, files, descriptor in os.fwalk(folder):
+            for name in [name for name in folders if is_temporary(name)]:
+                folders.remove(name)
+                if _is_folder(descriptor, name):
+                    shutil.rmtree(name, dir_fd=descriptor)
+            for name in filter(is_temporary, files):
+                _unlink_abandoned(descriptor, name)
 
 
 def sweep_siblings(path: Path) -> None:
-    """Remove what killed writers of a file left beside it."""
-    for leftover in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
-        if is_temporary(leftover.name):
-            _unlink_abandoned(leftover)
+    """Remove what killed writers of a file left in its folder."""
+    with opened_folder(path.parent) as folder:
+        for name in os.listdir(folder):  # noqa: PTH208 - a descriptor
+            if name.startswith(f"{path.name}.tmp-") and is_temporary(name):
+                _unlink_abandoned(folder, name)
 
 
-def _unlink_abandoned(temporary: Path) -> None:
-    """Remove a file unless its writer lives, who holds a lock on it."""
-    with suppress(FileNotFoundError, BlockingIOError), temporary.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        temporary.unlink()
+def _is_folder(folder: int, name: str) -> bool:
+    return stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+
+
+def _unlink_abandoned(folder: int, name: str) -> None:
+    """Remove a regular file of a folder unless its writer lives, who holds a lock on it."""
+    with suppress(OSError):
+        descriptor = os.open(name, _READ, dir_fd=folder)
+        try:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(name, dir_fd=folder)
+        finally:
+            os.close(descriptor)

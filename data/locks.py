@@ -1,26 +1,35 @@
 """Locks between processes: one run at a time works on a dataset.
 
 flock(2) on a file that names its holder. The lock dies with its process, however that ends, so none
-is ever stale; a file that a kill left behind is removed by the next release in its folder.
+is ever stale; a file that a kill left behind is removed by the next release in its folder. A store
+may be somebody else's work: no link is followed, and only a file that holds what `_acquire` writes
+is written or removed.
 """
 
 import errno
 import fcntl
 import logging
 import os
+import re
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..schemas.errors import InputError
 from .files import writing
+from .links import open_below, opened_folder
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = ".locks"  # holds nothing else
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _SWEEP_S = 0.05  # longer than `remove_unheld` holds a lock that is nobody's
+# Process and host; nothing, or zero bytes, where a crash was between creation and content.
+_CONTENT = re.compile(rb"(\d{1,10}) ([!-~]{0,255})|\0*")
+_LONGEST = 300
 
 _held: set[int] = set()
 
@@ -29,16 +38,17 @@ _held: set[int] = set()
 def locked(root: Path, name: str, waits: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold a name under a root; a file `<root>/.locks/<name>` is made, and removed again.
 
-    waits: called once with who holds it, if somebody does, before this waits for them; whatever it
-    raises ends the attempt. A file system without locks is worked on without one, and told.
+    root: a path without links. waits: called once with who holds it, if somebody does, before this
+    waits for them; whatever it raises ends the attempt. A file system without locks is worked on
+    without one, with a warning.
 
     Raises:
-        InputError: the lock's file can't be written.
+        InputError: the lock's file can't be written, or is a link or a file of somebody else's.
     """
-    path = _path(root, name)
+    path = root / _FOLDER / _file_name(name)
     try:
         with writing(path):
-            descriptor = _acquire(path, waits)
+            descriptor = _acquire(root, name, waits)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
@@ -54,8 +64,9 @@ def locked(root: Path, name: str, waits: Callable[[str], None] | None = None) ->
         yield
     finally:
         # In this order: who opens the file from now on makes another one.
-        with suppress(OSError):
-            path.unlink()
+        with suppress(OSError, InputError), opened_folder(root, _FOLDER) as folder:
+            if _is_at(descriptor, folder, path.name):
+                os.unlink(path.name, dir_fd=folder)
         _held.discard(descriptor)
         os.close(descriptor)
         remove_unheld(root)
@@ -63,9 +74,11 @@ def locked(root: Path, name: str, waits: Callable[[str], None] | None = None) ->
 
 def holder(root: Path, name: str) -> str | None:
     """Who holds a name now: "process 123", with the machine if it is another one."""
+    path = root / _FOLDER / _file_name(name)
     try:
-        descriptor = os.open(_path(root, name), os.O_RDONLY)
-    except FileNotFoundError:
+        with opened_folder(root, _FOLDER) as folder:
+            descriptor = open_below(folder, path.name, os.O_RDONLY | os.O_NONBLOCK, path)
+    except (OSError, InputError):  # a link is no lock
         return None
     try:
         return None if _try(descriptor) else _named(descriptor)
@@ -75,51 +88,75 @@ def holder(root: Path, name: str) -> str | None:
 
 def remove_unheld(root: Path) -> None:
     """Remove the files of locks whose holders were killed, and their folder with the last one."""
-    folder = root / _FOLDER
-    with suppress(OSError):
-        for path in folder.iterdir():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                if _try(descriptor) and _is_at(descriptor, path):
-                    path.unlink()
-            finally:
-                os.close(descriptor)
-        folder.rmdir()
+    with suppress(OSError, InputError), opened_folder(root) as parent:
+        with opened_folder(root, _FOLDER) as folder:
+            for name in os.listdir(folder):  # noqa: PTH208 - a descriptor
+                with suppress(OSError, InputError):
+                    _remove_unheld(folder, name, root / _FOLDER / name)
+        os.rmdir(_FOLDER, dir_fd=parent)
 
 
-def _path(root: Path, name: str) -> Path:
-    return root / _FOLDER / name.replace("/", ".")
+def _remove_unheld(folder: int, name: str, path: Path) -> None:
+    descriptor = open_below(folder, name, os.O_RDONLY | os.O_NONBLOCK, path)
+    try:
+        if _try(descriptor) and _is_ours(descriptor) and _is_at(descriptor, folder, name):
+            os.unlink(name, dir_fd=folder)
+    finally:
+        os.close(descriptor)
 
 
-def _acquire(path: Path, waits: Callable[[str], None] | None) -> int:
-    """A descriptor of the path's file, locked, with this process's name in the file."""
-    told = False
+def _file_name(name: str) -> str:
+    return name.replace("/", ".")
+
+
+def _acquire(root: Path, name: str, waits: Callable[[str], None] | None) -> int:
+    """A descriptor of the lock's file, locked, with this process's name in the file."""
+    path = root / _FOLDER / _file_name(name)
+    waited = False
     while True:
-        descriptor = _open(path)
+        descriptor, folder = _open(root, path)
         try:
             if not _try(descriptor):
                 time.sleep(_SWEEP_S)
                 if not _try(descriptor):
-                    if waits is not None and not told:
+                    if waits is not None and not waited:
                         waits(_named(descriptor))
-                        told = True
+                        waited = True
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_at(descriptor, path):
+            if not _is_ours(descriptor):
+                raise InputError(
+                    f"{path}: is no lock file of this program; move it elsewhere and give the same "
+                    "command again"
+                )
+            if _is_at(descriptor, folder, path.name):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
+        finally:
+            os.close(folder)
         os.close(descriptor)  # its holder removed it: the lock is another file's by now
 
 
-def _open(path: Path) -> int:
-    while True:
-        # The folder may be removed with its last lock, between the two and within the first.
-        with suppress(FileNotFoundError, FileExistsError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+def _open(root: Path, path: Path) -> tuple[int, int]:
+    """Descriptors of a lock's file and of its folder, both made if they are not there."""
+    try:
+        while True:
+            # The folder may be removed with its last lock, between any two of these.
+            with suppress(FileNotFoundError):
+                root.mkdir(parents=True, exist_ok=True)
+                with opened_folder(root) as parent, suppress(FileExistsError):
+                    os.mkdir(_FOLDER, dir_fd=parent)
+                with opened_folder(root, _FOLDER) as folder:
+                    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK
+                    return open_below(folder, path.name, flags, path), os.dup(folder)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise InputError(
+            f"{path}: can't be made ({error.strerror}); remove what is in its place, or pass "
+            "--store with another path"
+        ) from None
 
 
 def _try(descriptor: int) -> bool:
@@ -130,17 +167,27 @@ def _try(descriptor: int) -> bool:
     return True
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _is_at(descriptor: int, folder: int, name: str) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         return False
+    return os.path.samestat(os.fstat(descriptor), found)
+
+
+def _is_ours(descriptor: int) -> bool:
+    """Whether a file is one that `_acquire` made: regular, under one name, with its content."""
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1 or about.st_size > _LONGEST:
+        return False
+    return _CONTENT.fullmatch(os.pread(descriptor, _LONGEST, 0)) is not None
 
 
 def _named(descriptor: int) -> str:
-    pid, _, host = os.pread(descriptor, 1000, 0).decode().partition(" ")
-    if not pid:
+    found = _CONTENT.fullmatch(os.pread(descriptor, _LONGEST, 0))
+    if found is None or found[1] is None:
         return "another process"
+    pid, host = found[1].decode(), found[2].decode()
     return f"process {pid}" + (f" on {host}" if host != socket.gethostname() else "")
 
 

@@ -10,12 +10,10 @@ A dataset id is a hash of the stage, its semantic config and its inputs' ids, so
 finds the finished dataset, and a stage killed at any moment goes on from its finished parts.
 """
 
-import glob
 import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -27,7 +25,9 @@ from ..schemas.contract import TableContract
 from ..schemas.errors import DamagedFile, InputError
 from .dataset import MANIFEST, Dataset, Draft, content_hash, now
 from .files import sweep_siblings, write_whole
+from .links import open_file, real_root, refuse_links, refuse_links_in
 from .locks import locked, remove_unheld
+from .manifest import LARGEST, is_alias, is_ref, is_stage, one_line, read_aliases, read_manifest
 from .remote import local_side, open_file_system, put_whole
 
 __all__ = ["MANIFEST", "Dataset", "Draft", "Store", "content_hash"]
@@ -35,16 +35,16 @@ __all__ = ["MANIFEST", "Dataset", "Draft", "Store", "content_hash"]
 logger = logging.getLogger(__name__)
 
 _ALIASES = "aliases.json"
-_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_STAGE = re.compile(r"[a-z-]+")
 
 
 class Store:
     """Datasets under one root. Safe to open many times; holds no state of its own."""
 
     def __init__(self, root: str | Path) -> None:
+        """Raises InputError if no file system opens the root, or it is a link that leads nowhere."""
         self.fs, base = open_file_system(str(root))
-        self.base = base.rstrip("/")
+        # Links in the root are followed here and once; below it none is.
+        self.base = str(real_root(base)) if self.is_local else base.rstrip("/")
         self.root = str(root)
 
     # --- datasets ---
@@ -90,18 +90,22 @@ class Store:
 
         Raises:
             DamagedFile: its manifest does not hold what was written.
+            InputError: a symbolic link leads to it.
         """
+        if not is_ref(f"{stage}/{dataset_id}"):
+            return None
         path = f"{stage}/{dataset_id}/{MANIFEST}"
         content = self._content(path)
         if content is None:
             return None
         try:
-            return Dataset(self, stage, dataset_id, json.loads(content))
-        except ValueError:
+            manifest = read_manifest(content, stage, dataset_id)
+        except ValueError as error:
             raise DamagedFile(
-                f"{self.url(path)}: does not hold what was written; remove it and give the command "
-                "again that made it: it goes on from the parts"
+                f"{self.url(path)}: does not hold what was written ({one_line(str(error))}); remove it "
+                "and give the command again that made it: it goes on from the parts"
             ) from None
+        return Dataset(self, stage, dataset_id, manifest)
 
     def get(self, ref: str, table: TableContract | None = None) -> Dataset:
         """The dataset of an alias, an id, an unambiguous prefix of an id, or `stage/id`.
@@ -125,66 +129,134 @@ class Store:
         return dataset
 
     def matches(self, ref: str) -> list[Dataset]:
-        """All datasets that an alias, an id, a prefix of an id, or `stage/id` may mean."""
-        target = self.aliases().get(ref, ref)
+        """All datasets that an alias, an id, a prefix of an id, or `stage/id` may mean.
+
+        Raises:
+            DamagedFile: what it names, or the aliases, does not hold what was written.
+        """
+        damaged: list[InputError] = []
+        target = ref
+        try:
+            target = self.aliases().get(ref, ref)
+        except InputError as error:
+            damaged.append(error)
         stage, _, dataset_id = target.rpartition("/")
-        named = _STAGE.fullmatch(stage) and dataset_id
-        if named and (exact := self.find(stage, dataset_id)) is not None:
+        if stage and (exact := self.find(stage, dataset_id)) is not None:
             return [exact]  # without a look at all others: on S3 that is requests for each
-        return [
-            dataset
-            for dataset in self.datasets(stage or None)
-            if dataset_id and dataset.id.startswith(dataset_id)
-        ]
+        found = []
+        for _, dataset in self.entries(stage or None, dataset_id) if dataset_id else ():
+            if isinstance(dataset, Dataset):
+                found.append(dataset)
+            else:
+                damaged.append(dataset)
+        if damaged and not found:
+            raise damaged[-1]
+        for error in damaged:
+            logger.warning("%s", error)
+        return found
 
     def datasets(self, stage: str | None = None) -> Iterator[Dataset]:
-        """All finished datasets, by stage and id; one with a damaged manifest is told and left out.
+        """All finished datasets, by stage and id. One with a damaged manifest is logged and skipped.
 
         None of a name that is no stage's: a path or a pattern leads nowhere.
         """
-        if stage is not None and not _STAGE.fullmatch(stage):
-            return
-        for path in sorted(self.fs.glob(f"{glob.escape(self.base)}/{stage or '*'}/*/{MANIFEST}")):
-            stage_name, dataset_id, _ = str(path).rsplit("/", 3)[-3:]
-            try:
-                dataset = self.find(stage_name, dataset_id)
-            except DamagedFile as error:
-                logger.warning("%s", error)
-                continue
-            if dataset is not None:
+        for _, dataset in self.entries(stage):
+            if isinstance(dataset, Dataset):
                 yield dataset
+            else:
+                logger.warning("%s", dataset)
+
+    def entries(
+        self, stage: str | None = None, prefix: str = ""
+    ) -> Iterator[tuple[str, Dataset | InputError]]:
+        """`stage/id` of every folder with a manifest: the dataset, or why it can't be read.
+
+        prefix: of the ids.
+        """
+        if stage is not None and not is_stage(stage):
+            return
+        for folder in [stage] if stage else self.names():
+            if not is_stage(folder):
+                continue
+            try:
+                names = self.names(folder)
+            except InputError as error:
+                yield folder, error
+                continue
+            for name in names:
+                if name.startswith(prefix) and (dataset := self._entry(folder, name)) is not None:
+                    yield f"{folder}/{name}", dataset
+
+    def _entry(self, stage: str, name: str) -> Dataset | InputError | None:
+        if is_ref(f"{stage}/{name}"):
+            try:
+                return self.find(stage, name)
+            except InputError as error:
+                return error
+        if not self.fs.lexists(f"{self.base}/{stage}/{name}/{MANIFEST}"):
+            return None
+        path = f"{self.base}/{stage}/{name}"
+        return DamagedFile(f"{path!r}: is no dataset's name; rename it to the id in its manifest")
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names of what is in a folder of the store, sorted; [] if there is no such folder.
+
+        Raises:
+            InputError: the folder is a symbolic link.
+        """
+        path = self.inside(folder).rstrip("/")
+        try:
+            if self.is_local:
+                return sorted(os.listdir(path))  # noqa: PTH208 - names alone
+            return sorted(entry.rsplit("/", 1)[1] for entry in self.fs.ls(path, detail=False))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def lineage(self, dataset: Dataset) -> list[tuple[int, str, Dataset]]:
         """The dataset and all that it was made from: (depth, role, dataset), depth first.
 
-        A dataset that is an input of several is listed once, where the walk first meets it.
+        A dataset that is an input of several is listed once, where the walk first meets it. One that
+        is gone or damaged is logged and skipped.
         """
         out: list[tuple[int, str, Dataset]] = []
         seen: set[str] = set()
-
-        def walk(node: Dataset, role: str, depth: int) -> None:
+        waiting = [(0, "", dataset.ref)]
+        while waiting:
+            depth, role, ref = waiting.pop()
+            if ref in seen:
+                continue
+            seen.add(ref)
+            try:
+                node = dataset if depth == 0 else self.get(ref)
+            except InputError as error:
+                logger.warning("%s", error)
+                continue
             out.append((depth, role, node))
-            seen.add(node.ref)
-            for child_role, ref in node.manifest["inputs"].items():
-                if ref not in seen:
-                    walk(self.get(ref), child_role, depth + 1)
-
-        walk(dataset, "", 0)
+            inputs = node.manifest["inputs"].items()
+            waiting += [(depth + 1, name, child) for name, child in reversed(inputs)]
         return out
 
     # --- aliases ---
 
     def aliases(self) -> dict[str, str]:
+        """Names with the `stage/id` that they name; an entry that is none is logged and skipped.
+
+        Raises:
+            DamagedFile: the file does not hold what was written.
+        """
         content = self._content(_ALIASES)
         if content is None:
             return {}
         try:
-            return json.loads(content)
-        except ValueError:
+            good, bad = read_aliases(content)
+        except ValueError as error:
             raise DamagedFile(
-                f"{self.url(_ALIASES)}: does not hold what was written; remove it and name the "
-                "datasets again (`trace-opd ls`, `trace-opd alias`)"
+                f"{self.url(_ALIASES)}: does not hold what was written ({one_line(str(error))}); remove "
+                "it and name the datasets again (`trace-opd ls`, `trace-opd alias`)"
             ) from None
+        for name in bad:
+            logger.warning("%s: skipped %r, which names no dataset", self.url(_ALIASES), name[:100])
+        return good
 
     def set_alias(self, name: str, dataset: Dataset) -> None:
         """Give a dataset a name, which leaves the dataset that had it.
@@ -194,7 +266,7 @@ class Store:
         Raises:
             InputError: no name for an alias, or the store can't be written.
         """
-        if not _ALIAS.fullmatch(name):
+        if not is_alias(name):
             raise InputError(f"alias {name!r}: use letters, digits, dot, dash and underscore")
         if self.aliases().get(name) == dataset.ref:
             # Nothing to write: a store that can't be written serves it too.
@@ -217,25 +289,23 @@ class Store:
     ) -> AbstractContextManager[None]:
         """One process at a time has the name (`locks.locked`); where the store is not local, of those
         that share $TRACE_OPD_LOCAL, and without that there is no lock."""
-        root = Path(self.base) if self.is_local else local_side(self.fs, self.base)
+        root = self._local_root()
         return nullcontext() if root is None else locked(root, name, waits)
 
     def inside(self, path: str) -> str:
         """The full path of a file below the root.
 
         Raises:
-            InputError: it leads out of the store, by `..` or by a symbolic link.
+            InputError: it leads out of the store by `..`, or a symbolic link is on it.
         """
-        full = f"{self.base}/{path}"
-        out = ".." in path.split("/")
-        if self.is_local and not out:
-            out = not Path(full).resolve().is_relative_to(Path(self.base).resolve())
-        if out:
+        if ".." in path.split("/"):
             raise InputError(
                 f"store {self.root}: {path} leads out of it; put a copy in its place, or mend the "
                 "manifest that names it"
             )
-        return full
+        if self.is_local:
+            refuse_links(Path(self.base), path)
+        return f"{self.base}/{path}"
 
     def url(self, path: str) -> str:
         full = self.inside(path)
@@ -243,12 +313,12 @@ class Store:
 
     def local_root(self) -> Path:
         """The folder for files that are no table (journals, checkpoints, reports): the store's own,
-        or if it is not local one below $TRACE_OPD_LOCAL.
+        or if it is not local one below $TRACE_OPD_LOCAL. Use `beside` for a path below it.
 
         Raises:
             InputError: it is not local, and $TRACE_OPD_LOCAL is not set.
         """
-        root = Path(self.base) if self.is_local else local_side(self.fs, self.base)
+        root = self._local_root()
         if root is None:
             raise InputError(
                 f"store {self.root}: files beside its tables (journals, checkpoints, reports) need "
@@ -256,14 +326,37 @@ class Store:
             )
         return root
 
+    def _local_root(self) -> Path | None:
+        if self.is_local:
+            return Path(self.base)
+        root = local_side(self.fs, self.base)
+        return None if root is None else real_root(root)
+
     def beside(self, path: str) -> Path:
         """Where a file that is no table lies, or a folder of such: below `local_root`.
 
+        Nothing on the path, and nothing in the folder, is a symbolic link: what works on files there
+        may follow paths.
+
         Raises:
-            InputError: there is no local root, or the path leads out of the store.
+            InputError: there is no local root, the path leads out of the store, or there is a link.
         """
         self.inside(path)
-        return self.local_root() / path
+        root = self.local_root()
+        refuse_links(root, path)
+        refuse_links_in(root / path)
+        return root / path
+
+    def folders_beside(self, stage: str, name: str) -> list[Path]:
+        """The folders of that name of all datasets of a stage, finished or not (journals, batches);
+        a dataset that holds links is logged and skipped."""
+        found = []
+        for path in sorted(self.local_root().glob(f"{stage}/*/{name}")):
+            try:
+                found.append(self.beside(f"{stage}/{path.parent.name}/{name}"))
+            except InputError as error:
+                logger.warning("%s", error)
+        return found
 
     def _require_writable(self) -> None:
         """Says before work begins what its first part would run into; writes nothing."""
@@ -281,14 +374,29 @@ class Store:
         return self.fs.exists(self.inside(path))
 
     def _content(self, path: str) -> bytes | None:
-        """A small file's bytes by one request; None if it is not there."""
+        """A small file's bytes by one request; None if it is not there.
+
+        Raises:
+            DamagedFile: it is no regular file, or can't be read.
+        """
         try:
-            return self.fs.cat_file(self.inside(path))
+            if not self.is_local:
+                return self.fs.cat_file(self.inside(path))
+            with open_file(Path(self.base), path) as file:
+                return file.read(LARGEST + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            if not self.is_local:
+                raise
+            raise DamagedFile(
+                f"{self.url(path)}: can't be read ({error.strerror}); make it readable, or restore it"
+            ) from None
 
     def open(self, path: str):
         try:
+            if self.is_local:
+                return open_file(Path(self.base), path)
             return self.fs.open(self.inside(path), "rb")
         except FileNotFoundError:
             raise InputError(

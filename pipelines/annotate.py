@@ -180,7 +180,7 @@ def _folders(annotator: OpenAIAnnotator, draft: Draft) -> dict[str, Any]:
             f"(`trace-opd batches {draft.store.root} --cancel`) and run so once for what is there"
         )
     journal = draft.local_path("journal")
-    others = journal.parent.parent.glob("*/journal")
+    others = draft.store.folders_beside(draft.stage, "journal")
     return {
         "journal": journal,
         "elsewhere": [folder for folder in others if folder != journal],

@@ -36,7 +36,6 @@ def batches_table(stores: Sequence[Store], cancel: bool) -> Table:
 
 def _jobs(stores: Sequence[Store]) -> Iterator[tuple[str, JobFile]]:
     for store in stores:
-        root = store.local_root()
-        for folder in sorted(root.glob("annotate/*/batches")):
+        for folder in store.folders_beside("annotate", "batches"):
             for file in read_jobs(folder):
-                yield str(folder.parent.relative_to(root)), file
+                yield f"annotate/{folder.parent.name}", file

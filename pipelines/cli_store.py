@@ -1,5 +1,6 @@
 """Commands that look into a store: list, show, view, compare, check; import human labels."""
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -8,10 +9,14 @@ import typer
 from rich.table import Table
 from rich.tree import Tree
 
+from ..data.manifest import one_line
 from ..data.remote import require_reachable
 from ..data.store import Store
 from ..schemas.configs import RoutingConfig
+from ..schemas.errors import InputError
 from .terminal import console, print_json
+
+logger = logging.getLogger(__name__)
 
 
 def _reachable(root: str) -> str:
@@ -37,8 +42,11 @@ def ls(
     """List the store's datasets."""
     opened = Store(store)
     names: dict[str, list[str]] = {}
-    for name, ref in opened.aliases().items():
-        names.setdefault(ref, []).append(name)
+    try:
+        for name, ref in opened.aliases().items():
+            names.setdefault(ref, []).append(name)
+    except InputError as error:  # the datasets are there all the same
+        logger.warning("%s", error)
     table = Table(box=None)
     for column in ("dataset", "alias", "parts", "rows", "finished"):
         table.add_column(column, no_wrap=True)  # an id is there to be copied
@@ -96,7 +104,7 @@ def lineage(
     opened = Store(store)
     trees: list[Tree] = []
     for depth, role, dataset in opened.lineage(opened.get(ref)):
-        text = f"{role + ': ' if role else ''}{dataset.ref}  {dataset.rows} rows"
+        text = f"{one_line(role) + ': ' if role else ''}{dataset.ref}  {dataset.rows} rows"
         node = trees[depth - 1].add(text) if depth else Tree(text)
         trees[depth:] = [node]
     console.print(trees[0])

@@ -139,7 +139,7 @@ def _notes(
         yield f"Expected: as much per row as the {found.seen} rows whose answers are there took."
     if not isinstance(annotator, OpenAIAnnotator):
         return
-    if jobs := read_jobs(draft.store.local_root() / draft.ref / "batches"):
+    if jobs := read_jobs(draft.store.beside(f"{draft.ref}/batches")):
         asked = sum(file.job.requests for file in jobs)
         yield f"{len(jobs)} batches with {asked} of these requests are out already."
     limit = annotator.budget_usd
@@ -152,7 +152,7 @@ def _known(
     """What finds a question's answer in the store's journals, read without a trace."""
     if not isinstance(annotator, OpenAIAnnotator):
         return lambda question: None
-    folders = sorted(draft.store.local_root().glob(f"{draft.stage}/*/journal"))
+    folders = draft.store.folders_beside(draft.stage, "journal")
     if not folders:
         return lambda question: None
     journal = Journal(folders[0], folders[1:])

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..data.store import MANIFEST, Dataset, Store
+from ..schemas.errors import InputError
 from .stages import CONFIG_TYPES, DEFAULT_ALIAS
 from .train import FINAL
 
@@ -29,13 +30,15 @@ def remake_commands(damaged: Sequence[tuple[Dataset, Sequence[str]]]) -> list[st
     """What to type, in this order: damaged files are removed, then each stage goes on from the whole
     ones. Journals of paid answers stay.
 
+    Each is one line of printable characters, whatever a manifest holds.
+
     damaged: broken datasets, and the names of their broken files.
     """
     commands: dict[str, str] = {}  # by the dataset whose stage makes them
     for dataset, names in damaged:
         online = dataset.manifest["config"].get("online")
         if isinstance(online, str):  # a table of a training run's steps
-            run = dataset.store.find(*online.split("/"))
+            run = _found(dataset.store, online)
             commands[online] = f"# {online}, which made {dataset.ref}, is gone"
             if run is not None:
                 commands[online] = _train_again(run)
@@ -44,7 +47,18 @@ def remake_commands(damaged: Sequence[tuple[Dataset, Sequence[str]]]) -> list[st
         else:
             removed = [_path(dataset, MANIFEST, *names)]
             commands.setdefault(dataset.ref, _then(dataset.store, removed, _command(dataset)))
-    return [commands[ref] for ref in sorted(commands, key=_order)]
+    ordered = [(ref, commands[ref]) for ref in sorted(commands, key=_order)]
+    return [
+        command if command.isprintable() else f"# {ref}: its config holds what no command line can"
+        for ref, command in ordered
+    ]
+
+
+def _found(store: Store, ref: str) -> Dataset | None:
+    try:
+        return store.find(*ref.split("/"))
+    except InputError:  # damaged itself, which is a finding of its own
+        return None
 
 
 def _order(ref: str) -> tuple[int, str]:
@@ -72,10 +86,10 @@ def _then(store: Store, removed: Sequence[Sequence[str]], command: str) -> str:
 def _command(dataset: Dataset) -> str:
     store, config = dataset.store, dataset.manifest["config"]
     names = [name for name, ref in store.aliases().items() if ref == dataset.ref]
-    if isinstance(told := config.get("import"), dict):
+    if isinstance(read := config.get("import"), dict):
         stem = names[0].rpartition("-")[0] if names else "ALIAS"
-        words = ["import", told["layout"], told["file"], "--alias", stem]
-        words += ["--limit", str(told["limit"])] if told["limit"] else []
+        words = ["import", read["layout"], read["file"], "--alias", stem]
+        words += ["--limit", str(read["limit"])] if read.get("limit") else []
         hidden = config.get("hide_verdict") or _hidden(dataset)
         words += ["--hide-verdict"] if hidden else []
         return shlex.join(["trace-opd", *words, "--store", store.root])
@@ -84,7 +98,7 @@ def _command(dataset: Dataset) -> str:
         if kind is None:
             raise ValueError
         loaded = kind.model_validate(_with_inputs(dataset))
-    except (ValueError, ValidationError):
+    except (ValueError, LookupError, TypeError, ValidationError):
         return f"# then make it again as before: no command of this release makes {dataset.ref}"
     words = [dataset.stage, *overrides(loaded)]
     if DEFAULT_ALIAS[dataset.stage] not in names:  # a run takes that one unless it is given another
@@ -95,7 +109,7 @@ def _command(dataset: Dataset) -> str:
 def _hidden(dataset: Dataset) -> bool:
     """Whether imported annotations are of verdicts that were hidden."""
     verdicts = dataset.manifest["inputs"].get("verdicts")
-    found = dataset.store.find(*verdicts.split("/")) if verdicts else None
+    found = _found(dataset.store, verdicts) if verdicts else None
     return found is not None and bool(found.manifest["config"].get("hide_verdict"))
 
 
@@ -127,7 +141,6 @@ def overrides(config: BaseModel, prefix: str = "") -> list[str]:
 
 def _yaml(value: Any) -> str:
     """A value on one line, as an override holds it."""
-    if isinstance(value, str) and "\n" in value:
-        return json.dumps(value, ensure_ascii=False)
     text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return json.dumps(value, ensure_ascii=False) if "\n" in text else text

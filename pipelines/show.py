@@ -1,5 +1,6 @@
 """Plans, datasets' figures and rollouts in the terminal, for people who live in a shell."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow.compute as pc
@@ -8,9 +9,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..data.store import Dataset, Store
+from ..data.store import MANIFEST, Dataset, Store
 from ..schemas.configs import Config
-from ..schemas.errors import InputError
+from ..schemas.errors import DamagedFile, InputError
 from ..schemas.tables import ANNOTATIONS, ROUTED
 from . import train
 from .annotators.spending import dollars
@@ -60,19 +61,35 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
 
 
 def show_dataset(dataset: Dataset, console: Console) -> None:
-    """Print a dataset's id, rows and figures, and where its files are."""
+    """Print a dataset's id, rows and figures, and where its files are.
+
+    Raises:
+        DamagedFile: its summary is none of its stage.
+    """
     console.print(f"{dataset.ref}  {dataset.rows} rows")
+    try:
+        tables = list(_summary_tables(dataset))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedFile(
+            f"{dataset.path(MANIFEST)}: its summary is none of stage {dataset.stage}; remove the file "
+            "and give the command again that made the dataset: it goes on from the parts"
+        ) from error
+    for table in tables:
+        console.print(table)
+    console.print(dataset.glob if dataset.parts else dataset.path(), soft_wrap=True)
+
+
+def _summary_tables(dataset: Dataset) -> Iterator[Table]:
     if dataset.stage == "evaluate":
-        console.print(_evaluation_table(dataset.summary))
+        yield _evaluation_table(dataset.summary)
     else:
         table = Table(box=None, show_header=False)
         for key, value in dataset.summary.items():
             if key != "per_part":
                 table.add_row(key, _figure(key, value))
-        console.print(table)
+        yield table
     if parts := dataset.summary.get("per_part"):
-        console.print(_parts_table(parts))
-    console.print(dataset.glob if dataset.parts else dataset.path(), soft_wrap=True)
+        yield _parts_table(parts)
 
 
 def _figure(key: str, value: Any) -> str:

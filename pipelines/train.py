@@ -206,7 +206,7 @@ def _train(
         try:
             if validation is not None and trainer.state.step == 0:
                 base = trainer.policy.info.revision
-                validation.look_at_base(base, target.store.local_root() / LOOKS)
+                validation.look_at_base(base, target.store.beside(LOOKS))
             for metrics in trainer.run(offline, online, stopping):
                 done = trainer.state.step
                 if validation is not None and validation.due(done, trainer.total_steps):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -10,9 +11,11 @@ from rich.text import Text
 
 from ..data.dataset import CHECKSUM, manifest_checksum
 from ..data.files import is_temporary
+from ..data.links import entries_in
 from ..data.locks import holder
+from ..data.manifest import is_ref, one_line
 from ..data.store import MANIFEST, Dataset, Store
-from ..schemas.errors import DamagedFile, InputError
+from ..schemas.errors import InputError
 from .remake import remake_commands
 from .stage import progress_bar
 from .stages import TABLE_STAGES
@@ -33,13 +36,19 @@ class Finding:
 
 def verify_store(store: Store, refs: Sequence[str] = ()) -> tuple[Group, bool]:
     """Read all that manifests list, or that of some datasets; what was found, for the terminal, and
-    whether all is whole.
+    whether all is as it was written.
 
     Raises:
         InputError: a ref that names no dataset.
     """
-    chosen = [store.get(ref) for ref in refs] or list(store.datasets())
     found: list[Finding] = []
+    chosen = [store.get(ref) for ref in refs]
+    if not refs:
+        for ref, entry in store.entries():
+            if isinstance(entry, Dataset):
+                chosen.append(entry)
+            else:
+                found.append(Finding(ref, "broken", str(entry), MANIFEST))
     size = 0
     total = sum(len(dataset.listed) for dataset in chosen)
     with progress_bar("verify-store", total, "files") as advance:
@@ -50,7 +59,7 @@ def verify_store(store: Store, refs: Sequence[str] = ()) -> tuple[Group, bool]:
                 size += listed["bytes"]
                 advance()
     if not refs:
-        found += [*_unreadable(store), *_lost_aliases(store), *_unfinished(store)]
+        found += [*_lost_aliases(store), *_unfinished(store)]
     broken = [finding for finding in found if finding.state == "broken"]
     counted = f"{len(chosen)} datasets, {total} files, {size:,} bytes"
     said = f"{counted}: " + (f"{len(broken)} faults" if broken else "whole")
@@ -62,7 +71,8 @@ def _table(found: Sequence[Finding]) -> Table:
     table = Table("what", "state", "found", box=None)
     table.columns[0].overflow = table.columns[2].overflow = "fold"
     for finding in found:
-        table.add_row(finding.about, finding.state, finding.what)
+        # A line break in a name would begin a line that looks like one of the commands below.
+        table.add_row(one_line(finding.about), finding.state, one_line(finding.what))
     return table
 
 
@@ -83,18 +93,27 @@ def _manifest_faults(dataset: Dataset) -> Iterator[Finding]:
     if told is not None and told != manifest_checksum(dataset.manifest):
         yield _bad_manifest(dataset.store, dataset.ref)
     for role, ref in dataset.manifest["inputs"].items():
-        stage, _, dataset_id = ref.partition("/")
-        if not dataset.store.exists(f"{stage}/{dataset_id}/{MANIFEST}"):
+        if not _is_there(dataset.store, ref):
             yield Finding(dataset.ref, "broken", f"its input {role}, {ref}, is gone")
+
+
+def _is_there(store: Store, ref: str) -> bool:
+    try:
+        return store.exists(f"{ref}/{MANIFEST}")
+    except InputError:  # a link
+        return False
 
 
 def _file_faults(dataset: Dataset, listed: dict[str, Any]) -> Iterator[Finding]:
     name = listed["name"]
-    if not dataset.store.exists(f"{dataset.ref}/{name}"):
-        yield Finding(dataset.ref, "broken", f"{name}: is gone", name)
-        return
     try:
+        if not dataset.store.exists(f"{dataset.ref}/{name}"):
+            yield Finding(dataset.ref, "broken", f"{name}: is gone", name)
+            return
         size, digest = dataset.store.checksum(f"{dataset.ref}/{name}")
+    except InputError as error:  # a link, or no regular file
+        yield Finding(dataset.ref, "broken", str(error))
+        return
     except OSError as error:  # a disk that can't read it any more
         yield Finding(dataset.ref, "broken", f"{name}: {error.strerror}", name)
         return
@@ -113,34 +132,26 @@ def _bad_manifest(store: Store, ref: str) -> Finding:
     return Finding(ref, "broken", what, MANIFEST)
 
 
-def _unreadable(store: Store) -> Iterator[Finding]:
-    for path in sorted(store.fs.glob(f"{store.base}/*/*/{MANIFEST}")):
-        stage, dataset_id, _ = str(path).rsplit("/", 3)[-3:]
-        try:
-            store.find(stage, dataset_id)
-        except DamagedFile:
-            yield _bad_manifest(store, f"{stage}/{dataset_id}")
-
-
 def _lost_aliases(store: Store) -> Iterator[Finding]:
-    for name, ref in store.aliases().items():
-        try:
-            store.get(ref)
-        except InputError:
+    try:
+        aliases = store.aliases()
+    except InputError as error:
+        yield Finding("aliases", "broken", str(error))
+        return
+    for name, ref in aliases.items():
+        if not _is_there(store, ref):
             what = f"names {ref}, which is not there; name another dataset: trace-opd alias"
             yield Finding(f"alias {name}", "broken", what)
 
 
 def _unfinished(store: Store) -> Iterator[Finding]:
-    """Datasets that are not finished, and files that killed writers left."""
-    temporary = _temporaries(store)
+    """Datasets that are not finished, files that killed writers left, and links."""
     worked_on = set()
     for stage in (*TABLE_STAGES, "train"):
-        for path in sorted(store.fs.glob(f"{store.base}/{stage}/*")):
-            ref = f"{stage}/{str(path).rsplit('/', 1)[1]}"
-            if store.exists(f"{ref}/{MANIFEST}"):
+        for ref in (f"{stage}/{name}" for name in _names(store, stage)):
+            if not is_ref(ref) or _is_there(store, ref):
                 continue
-            parts = len(store.fs.glob(f"{store.base}/{ref}/part-*.parquet"))
+            parts = sum(name.endswith(".parquet") for name in _names(store, ref))
             who = holder(store.local_root(), ref) if store.is_local else None
             if who is not None:
                 worked_on.add(ref)
@@ -148,19 +159,34 @@ def _unfinished(store: Store) -> Iterator[Finding]:
             else:
                 what = f"{parts} parts; its command goes on from there"
             yield Finding(ref, "half-made", what)
-    for name in temporary:
-        if not any(name.startswith(f"{ref}/") for ref in worked_on):
+    for name, is_link in _strangers(store):
+        if is_link:
+            what = "is a symbolic link, which nothing here follows; put a copy in its place"
+            yield Finding(name, "broken", what)
+        elif not any(name.startswith(f"{ref}/") for ref in worked_on):
             what = "never finished by a writer that was killed; the next success there removes it"
             yield Finding(name, "left over", what)
 
 
-def _temporaries(store: Store) -> list[str]:
-    """Paths below the root of files and folders that were never finished, topmost names alone."""
-    out = set()
-    for path in store.fs.find(store.base):
-        names = str(path).removeprefix(f"{store.base}/").split("/")
-        for depth, name in enumerate(names):
-            if is_temporary(name):
-                out.add("/".join(names[: depth + 1]))
-                break
-    return sorted(out)
+def _names(store: Store, folder: str) -> list[str]:
+    try:
+        return store.names(folder)
+    except InputError:  # a link, which `_strangers` finds
+        return []
+
+
+def _strangers(store: Store) -> list[tuple[str, bool]]:
+    """Paths below the root of links, and of files and folders that were never finished, topmost
+    names alone; and whether it is a link."""
+    root = f"{store.base}/"
+    if store.is_local:
+        paths = [(entry.path, entry.is_symlink()) for entry in entries_in(Path(store.base))]
+    else:
+        paths = [(str(path), False) for path in store.fs.find(store.base)]
+    out = {}
+    for path, is_link in paths:
+        names = path.removeprefix(root).split("/")
+        depth = next((depth for depth, name in enumerate(names, 1) if is_temporary(name)), None)
+        if is_link or depth is not None:
+            out["/".join(names[:depth])] = is_link and depth in (None, len(names))
+    return sorted(out.items())

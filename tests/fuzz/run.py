@@ -153,6 +153,18 @@ def _labelled_file(data: bytes) -> None:
     targets.labelled_file(data)
 
 
+def _manifest(data: bytes) -> None:
+    import targets
+
+    targets.manifest(data)
+
+
+def _aliases(data: bytes) -> None:
+    import targets
+
+    targets.aliases(data)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "config": _config,
     "prompt": _prompt,
@@ -163,6 +175,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "parquet": _parquet,
     "problems-file": _problems_file,
     "labelled-file": _labelled_file,
+    "manifest": _manifest,
+    "aliases": _aliases,
 }
 
 

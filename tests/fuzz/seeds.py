@@ -11,10 +11,13 @@ from targets import SECTIONS
 
 from trace_opd.pipelines.annotators.prices import SHIPPED_PRICES
 from trace_opd.pipelines.annotators.prompting import PROMPTS, SHIPPED_SCHEMA
+from trace_opd.schemas.configs import PipelineConfig
 from trace_opd.schemas.contract import TableContract
+from trace_opd.schemas.settings import load_config
 from trace_opd.schemas.tables import CONTRACTS
 
 ROOT = Path(__file__).parents[2]
+_ID = "0123456789abcdef"
 _ANSWER = '{"abstain": false, "spans": [{"segments": [1, 2], "quote": "Two."}], "type": "algebra"}'
 _TEXTS = (
     "One. Two $a. b$ three!\n\n\\boxed{1. 2}\n```\na. b\n```\n\\begin{align}x\\end{align} 漢。字",
@@ -103,6 +106,30 @@ def _problems_files() -> list[bytes]:
     return [b"J" + lines.encode(), b"P" + parquet_bytes(pa.Table.from_pylist([_PROBLEM]))]
 
 
+def _manifests() -> list[bytes]:
+    configs = load_config(PipelineConfig, ROOT / "configs" / "micro.yaml")
+    digest = "0" * 64
+    read = {"layout": "prm800k", "file": "a.jsonl", "limit": 3}
+    estimates = {"base": {"pass@1": {"value": 0.5, "ci95": [0.25, 0.75]}}}
+    kinds: list[dict[str, Any]] = [
+        {"stage": "problems", "config": configs.problems.model_dump(mode="json")},
+        {"stage": "problems", "config": {"import": read | {"sha256": digest}}},
+        {"stage": "problems", "config": {"online": f"train/{_ID}"}, "inputs": {"a": f"train/{_ID}"}},
+        {"stage": "train", "config": configs.train.model_dump(mode="json"), "table": None,
+         "summary": {"tables": {"rollouts": f"problems/{_ID}"}, "checkpoint": "checkpoints/final"},
+         "files": [{"name": "metrics.jsonl", "bytes": 1, "sha256": digest}]},
+        {"stage": "evaluate", "config": configs.evaluate.model_dump(mode="json"),
+         "summary": {"policies": estimates, "per_part": [{"cost_usd": 0.5}]}},
+    ]  # fmt: skip
+    common = {
+        "id": _ID, "table": "problems", "schema_version": 1, "inputs": {}, "seconds": 0.5,
+        "started_at": "2026-01-01T00:00:00.000+00:00", "finished_at": "2026-01-01T00:00:01.000+00:00",
+        "packages": {"torch": "2"}, "files": [], "summary": {"rows": 3},
+        "parts": [{"name": "part-00000.parquet", "rows": 1, "bytes": 1, "sha256": digest}],
+    }  # fmt: skip
+    return [json.dumps(common | kind).encode() for kind in kinds]
+
+
 _SEEDS = {
     "config": _configs,
     "prompt": _prompts,
@@ -121,4 +148,6 @@ _SEEDS = {
         *(json.dumps(row).encode() for row in _LABELLED),
         json.dumps([_LABELLED[0]] * 2).encode(),
     ],
+    "manifest": _manifests,
+    "aliases": lambda: [json.dumps({"mine": f"train/{_ID}", "other": f"rollout/{_ID}"}).encode()],
 }

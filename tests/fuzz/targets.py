@@ -6,32 +6,37 @@ documented refusal is an InputError, which counts as an answer too.
 
 import atexit
 import json
+import shlex
 import shutil
 import tempfile
 from collections import Counter
 from contextlib import suppress
 from functools import cache
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trace_opd.data.labelled import json_rows
 from trace_opd.data.sources import files, prm800k, processbench
-from trace_opd.data.store import Dataset, Store
+from trace_opd.data.store import MANIFEST, Dataset, Store
 from trace_opd.pipelines.annotators.answers import read_answer
 from trace_opd.pipelines.annotators.prices import load_prices
 from trace_opd.pipelines.annotators.prompting import ask, load_prompt
 from trace_opd.pipelines.annotators.rows import Identity, Item, annotation_row
 from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.show import show_dataset
+from trace_opd.pipelines.terminal import Terminal
+from trace_opd.pipelines.verify_store import verify_store
 from trace_opd.schemas import configs
 from trace_opd.schemas.configs import FilesSource, SegmentConfig
 from trace_opd.schemas.contract import TableContract, validate
-from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.errors import DamagedFile, InputError
 from trace_opd.schemas.labels import AnnotationStatus
 from trace_opd.schemas.settings import dump_config, load_config
 from trace_opd.schemas.tables import ANNOTATIONS
@@ -217,8 +222,9 @@ def answer(text: str, response: str = "One. Two.\nThree. Four.") -> None:
 # --- tables and files of problems ---
 
 
-def _names(error: InputError, file: str) -> None:
+def _names(error: InputError, file: str, lines: int | None = None) -> None:
     assert file in str(error), error
+    assert lines is None or str(error).isprintable()
 
 
 def parquet(content: bytes, contract: TableContract) -> None:
@@ -234,6 +240,52 @@ def parquet(content: bytes, contract: TableContract) -> None:
     assert table.schema.equals(contract.schema)
     table.validate(full=True)
     table.to_pylist()
+
+
+STORED = {stage: f"{stage}/0123456789abcdef" for stage in ("problems", "train", "evaluate")}
+
+
+def manifest(content: bytes) -> None:
+    """A manifest is refused in a sentence, or all that shows it does; nothing of it becomes a command
+    or a line of its own."""
+    store = Store(_folder() / "foreign")
+    for ref in STORED.values():
+        store.write(f"{ref}/{MANIFEST}", content)
+        try:
+            dataset = store.get(ref)
+        except DamagedFile as error:
+            _names(error, MANIFEST, lines=1)
+            continue
+        store.lineage(dataset)
+        with suppress(InputError):
+            show_dataset(dataset, Terminal(file=StringIO()))
+    _verified(store)
+
+
+def aliases(content: bytes) -> None:
+    """Aliases are refused in a sentence, or each has the form of ours."""
+    store = Store(_folder() / "named")
+    store.write("aliases.json", content)
+    try:
+        found = store.aliases()
+    except DamagedFile as error:
+        _names(error, "aliases.json", lines=1)
+        found = {}
+    assert all(name.isascii() and name.isprintable() for pair in found.items() for name in pair)
+    _verified(store)
+
+
+def _verified(store: Store) -> None:
+    found, _ = verify_store(store)
+    for line in found.renderables:
+        if isinstance(line, Text):
+            assert line.plain.isprintable()
+            if line.plain.startswith("rm -r "):
+                for path in shlex.split(line.plain.split(" && ")[0])[2:]:
+                    # A dataset's folder or something in it, never the store or what is outside.
+                    assert len(Path(path).relative_to(store.base).parts) >= 2
+                    assert ".." not in path
+    Terminal(file=StringIO()).print(found)
 
 
 def table(made: pa.Table, contract: TableContract) -> None:

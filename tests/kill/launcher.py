@@ -36,6 +36,18 @@ _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "
 _WRITES = os.O_WRONLY | os.O_RDWR
 
 
+def _full(path: Any, folder: Any) -> Any:
+    """A path that is relative to a folder's descriptor as an absolute one; others as they are."""
+    if (
+        isinstance(path, str)
+        and not path.startswith("/")
+        and isinstance(folder, int)
+        and folder >= 0
+    ):
+        return f"{Path(f'/proc/self/fd/{folder}').readlink()}/{path}"
+    return path
+
+
 def count_changes(root: str, last: int, told: Path) -> None:
     """Count changes of files below a folder, and die just before the `last` one, if it comes.
 
@@ -51,7 +63,7 @@ def count_changes(root: str, last: int, told: Path) -> None:
             if not (isinstance(flags, int) and flags & _WRITES):
                 return
         elif event in _CHANGES:
-            path = args[0]
+            path = _full(args[0], args[-1])
         else:
             return
         if not isinstance(path, str | os.PathLike) or not str(path).startswith(root):

