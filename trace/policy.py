@@ -14,10 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..schemas.configs import Device, LoraConfig, Precision
 from ..schemas.errors import InputError
+from .identity import model_revision
 from .lora import add_adapters, transformers_model
 from .protocols import PolicyInfo
-
-_SAMPLED_BYTES = 1 << 20
 
 
 @dataclass
@@ -48,7 +47,7 @@ def load_policy(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
 ) -> Policy:
-    """Load a policy from a folder or a hub id.
+    """Load a policy from a folder.
 
     trainable: keep the weights in float32 and compute in the chosen precision. bfloat16 weights
     would lose most of an update: at a learning rate of 1e-6 it is below their resolution.
@@ -73,7 +72,7 @@ def load_policy(
     if gradient_checkpointing:
         checkpoint_layers(model)
     model.to(where).eval()
-    return Policy(model, tokenizer, policy_info(path, tokenizer), dtype)
+    return Policy(model, tokenizer, policy_info(path, tokenizer, trust_remote_code), dtype)
 
 
 def backbone(model: Any) -> torch.nn.Module:
@@ -152,29 +151,20 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
-def policy_info(path: str, tokenizer: PreTrainedTokenizerBase) -> PolicyInfo:
-    """Name, weight fingerprint and vocabulary fingerprint of the model at a path."""
-    return PolicyInfo(Path(path).name, weights_revision(path), 0, vocab_fingerprint(tokenizer))
+def policy_info(
+    path: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> PolicyInfo:
+    """Name, identity and vocabulary fingerprint of the model in a folder."""
+    revision = model_revision(path, trust_remote_code)
+    return PolicyInfo(policy_name(path), revision, 0, vocab_fingerprint(tokenizer))
 
 
-def weights_revision(path: str) -> str:
-    """Fingerprint of a model folder: names, sizes, first and last MiB of its safetensors.
-
-    Cheap for any size, and different after any optimiser step. A hub id answers for itself.
-    """
+def policy_name(path: str) -> str:
+    """The folder's name; of a snapshot in the hub's cache (models--owner--name) the model's."""
     folder = Path(path)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    if not files:
-        return hashlib.sha256(path.encode()).hexdigest()[:16]
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as weights:
-            digest.update(weights.read(_SAMPLED_BYTES))
-            weights.seek(max(0, size - _SAMPLED_BYTES))
-            digest.update(weights.read(_SAMPLED_BYTES))
-    return digest.hexdigest()[:16]
+    if folder.parent.name == "snapshots":
+        return folder.parents[1].name.rpartition("--")[2]
+    return folder.name
 
 
 def vocab_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

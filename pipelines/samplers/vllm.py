@@ -63,7 +63,7 @@ class VllmPolicySampler:
         self._vllm = import_quietly()
         self._tokenizer = load_tokenizer(path, trust_remote_code)
         self._bytes = byte_table(self._tokenizer)
-        self.policy = policy_info(path, self._tokenizer)
+        self.policy = policy_info(path, self._tokenizer, trust_remote_code)
         device = choose_device("auto")
         cache_gib = config.kv_cache_gib or (_CPU_KV_CACHE_GIB if device.type == "cpu" else None)
         self._in_process = in_process
