@@ -1,20 +1,19 @@
-"""The policy: a causal language model, its tokenizer, and who it is."""
+"""The policy: a causal language model, its tokenizer, and its identity."""
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..schemas.configs import Device, LoraConfig, Precision
 from ..schemas.errors import InputError
 from .identity import model_revision
+from .loading import load_model, load_tokenizer, require_finite
 from .lora import add_adapters, transformers_model
 from .protocols import PolicyInfo
 
@@ -56,17 +55,16 @@ def load_policy(
     trust_remote_code: run code that comes with the model. Weights are read from safetensors alone.
 
     Raises:
-        InputError: no model there, one that needs code of its own, CUDA asked for where there is
-            none, no peft, or a model that has no layers to put adapters or checkpoints on.
+        InputError: no model there, a damaged or incomplete one, weights that are not finite, one
+            that needs code of its own, CUDA asked for where there is none, no peft, or a model that
+            has no layers to put adapters or checkpoints on.
     """
     where = choose_device(device)
     dtype = choose_dtype(precision, where)
     tokenizer = load_tokenizer(path, trust_remote_code)
-    with _model_errors(path):
-        stored = torch.float32 if trainable and lora is None else dtype
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=stored, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+    stored = torch.float32 if trainable and lora is None else dtype
+    model = load_model(path, stored, trust_remote_code)
+    require_finite(model, path)
     if lora is not None:
         model = add_adapters(model, lora)
     if gradient_checkpointing:
@@ -111,30 +109,6 @@ def _follow_grad_mode(decoder: torch.nn.Module, _: Any) -> None:
     for module in decoder.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = torch.is_grad_enabled()
-
-
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Raises InputError if there is no tokenizer at the path, or one that needs code of its own."""
-    with _model_errors(path):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-
-
-@contextmanager
-def _model_errors(path: str) -> Iterator[None]:
-    """Turns the loader's many ways to say "not there" into one sentence."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise InputError(
-                f"policy {path}: needs Python code that comes with it; read that code, then set "
-                "policy.trust_remote_code=true to run it"
-            ) from None
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"policy {path}: cannot be loaded ({first_line:.160}); give a folder with config.json, "
-            "safetensors and tokenizer.json, a hub id, micro or smollm2"
-        ) from None
 
 
 def choose_device(device: Device) -> torch.device:
