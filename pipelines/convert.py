@@ -27,7 +27,7 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
     verdicts = annotations.input("verdicts")
     rollouts = verdicts.input("rollouts")
     policy = config.policy
-    tokenizer = load_tokenizer(resolve_policy(policy.path), policy.trust_remote_code)
+    tokenizer = load_tokenizer(resolve_policy(policy.path, weights=False), policy.trust_remote_code)
     makers = rollouts.read_part(0, ["policy_name", "vocab_fingerprint"])
     check_vocabulary(makers, vocab_fingerprint(tokenizer), policy.path)
     inputs = {
@@ -36,7 +36,11 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
         "rollouts": rollouts,
         "problems": rollouts.input("problems"),
     }
-    semantic: dict[str, Any] = {"routing": config.routing.semantic()}
+    pieces = [piece.hex() for piece in byte_table(tokenizer).pieces]
+    semantic: dict[str, Any] = {
+        "routing": config.routing.semantic(),
+        "tokens": content_hash(pieces),  # which segment a token belongs to follows from its bytes
+    }
     if (source := rule_source(config.routing.rule)) is not None:
         semantic["rule"] = content_hash(source)
     return Plan(config, inputs, semantic, annotations.parts)
@@ -72,7 +76,7 @@ class _Maker:
         config: ConvertConfig = plan.config
         self._inputs = plan.inputs
         self._routing = config.routing
-        path = resolve_policy(config.policy.path)
+        path = resolve_policy(config.policy.path, weights=False)
         self._bytes = byte_table(load_tokenizer(path, config.policy.trust_remote_code))
 
     def __call__(self, part: int) -> pa.Table:

@@ -19,7 +19,7 @@ from ..schemas.errors import InputError
 from ..schemas.labels import FinishReason
 from ..schemas.tables import EVALUATIONS, PROBLEMS
 from .bootstrap import Estimate, bootstrap_mean, pass_at_k
-from .rollout import policy_identity, rollouts_table
+from .rollout import policy_identity, require_planned, rollouts_table
 from .samplers import open_sampler
 from .stage import Plan, Stage
 from .verify import CHOICE_MATCHER, MathVerifier, math_matcher
@@ -68,6 +68,7 @@ class _Maker:
     def __init__(self, plan: Plan, draft: Draft) -> None:
         self._config: EvaluateConfig = plan.config
         self._problems = plan.inputs["problems"]
+        self._planned = plan.semantic["base"]
         self._policies = _policies(plan.config, plan.inputs)
         self._verifier = MathVerifier(self._config.verify)
         self._open: tuple[int, Any, Any] | None = None
@@ -78,6 +79,8 @@ class _Maker:
         if self._open is None or self._open[0] != index:
             self._close_sampler()
             self._open = (index, *open_sampler(self._config.sampler, policy))
+            if role == BASE:
+                require_planned(self._planned, self._open[1].policy)
         _, sampler, tokenizer = self._open
         problems = self._problems.read_part(problem_part)
         config = self._config

@@ -1,13 +1,12 @@
 """What a model's config alone says about its size: no weights are read and none are made."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..schemas.configs import LoraConfig
 from ..schemas.errors import InputError
+from ..trace.loading import load_config, model_on_meta
 from ..trace.lora import add_adapters
 from ..trace.policy import backbone, output_head
 
@@ -54,24 +53,15 @@ def model_shape(
     Raises:
         InputError: no config there, or an architecture without the sizes of a decoder.
     """
-    try:
-        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"policy {path}: its config cannot be read ({first_line:.160}); give a folder with "
-            "config.json, a hub id, micro or smollm2"
-        ) from None
+    config = load_config(path, trust_remote_code)
     sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
     if missing := [name for name in sizes if getattr(config, name, None) is None]:
         raise InputError(
             f"policy {path}: its config has no {missing[0]}; the plan knows decoders with a gated "
             "MLP (Llama, Qwen and their kin) only"
         )
+    model = model_on_meta(config, trust_remote_code)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
         layers = backbone(model).get_submodule("layers")
         linear = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
         normalises = any(name.endswith("q_norm.weight") for name, _ in layers.named_parameters())

@@ -1,20 +1,28 @@
-"""From the name of a policy to a local folder or hub id."""
+"""From the name of a policy to a local folder."""
 
 import os
 from pathlib import Path
 
 from ..schemas.errors import InputError
+from ..trace.identity import CHAT_TEMPLATES, MODEL_FILES, model_revision
 
 MICRO = Path(__file__).parents[1] / "data" / "micro"
 
+_HUB_FILES = [*MODEL_FILES, "*.py", f"{CHAT_TEMPLATES}/*.jinja"]
+# Other formats of the same weights; fnmatch's * matches / too.
+_NOT_FROM_HUB = ["*/*.safetensors", "*/*.json", "*/*.model", "consolidated*.safetensors"]
 
-def resolve_policy(path: str) -> str:
-    """Bundled names (micro, smollm2), folders, and hub ids as transformers takes them.
 
-    smollm2 is prepared on first use in $TRACE_OPD_MODELS (default: models/ here).
+def resolve_policy(path: str, weights: bool = True, download: bool = True) -> str:
+    """The folder of a policy: a bundled name (micro, smollm2), a folder, or a hub id.
+
+    smollm2 is prepared on first use in $TRACE_OPD_MODELS (default: models/ here). A hub id becomes
+    its snapshot in the hub's cache, so all that is loaded from it is of one commit, and its
+    identity is that of its files. weights: False leaves them on the hub. download: False takes
+    what the cache holds.
 
     Raises:
-        InputError: a path that is not there.
+        InputError: a path or hub id that is not there.
     """
     if path == "micro":
         return str(MICRO)
@@ -32,4 +40,45 @@ def resolve_policy(path: str) -> str:
             f"policy {path}: is not there; give a model folder, a hub id (owner/name), micro or "
             "smollm2"
         )
-    return path
+    return _snapshot(path, weights, download)
+
+
+def served_model(name: str) -> tuple[str, str] | None:
+    """Folder and identity of a model that a server serves by a name, if its files are here too.
+
+    The name is a folder, or a hub id in the cache. A snapshot's identity is its commit: only its
+    tokenizer is used here, and its weights may be missing. None: not on this machine.
+    """
+    if Path(name).is_dir():
+        return name, model_revision(name)
+    try:
+        folder = _snapshot(name, weights=False, download=False)
+    except InputError:
+        return None
+    return folder, Path(folder).name
+
+
+def _snapshot(hub_id: str, weights: bool, download: bool) -> str:
+    """The folder of a hub model's newest commit; of the last one seen where the hub is away."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    ignored = _NOT_FROM_HUB if weights else [*_NOT_FROM_HUB, "*.safetensors"]
+    try:
+        return snapshot_download(
+            hub_id,
+            allow_patterns=_HUB_FILES,
+            ignore_patterns=ignored,
+            local_files_only=not download,
+        )
+    except LocalEntryNotFoundError:
+        raise InputError(
+            f"policy {hub_id}: is not in the hub's cache and the hub cannot be reached; download it "
+            f"once (`hf download {hub_id}`), or give a model folder"
+        ) from None
+    except Exception as error:  # its versions differ in their HTTP library, and so in its errors
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"policy {hub_id}: cannot be fetched from the hub ({first_line:.160}); check the id and "
+            "your access to it, or give a model folder"
+        ) from None

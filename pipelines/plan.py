@@ -97,7 +97,9 @@ def setting(
     device = here if policy.device == "auto" else policy.device
     return Setting(
         config=config,
-        shape=model_shape(resolve_policy(policy.path), config.lora, policy.trust_remote_code),
+        shape=model_shape(
+            resolve_policy(policy.path, weights=False), config.lora, policy.trust_remote_code
+        ),
         gpus=gpus or 1,
         device=device,  # type: ignore[arg-type] - one of the two
         bfloat16=policy.precision == "bfloat16"

@@ -15,13 +15,15 @@ from ..schemas.configs import (
     SamplingConfig,
 )
 from ..schemas.configs import Sampler as SamplerConfig
+from ..schemas.errors import InputError
 from ..schemas.labels import FinishReason
 from ..schemas.tables import PROBLEMS, ROLLOUTS
-from ..trace.policy import load_tokenizer, weights_revision
+from ..trace.identity import model_revision
+from ..trace.policy import load_tokenizer
 from ..trace.prompt import render_chat, student_prompt
-from ..trace.protocols import Sampler
+from ..trace.protocols import PolicyInfo, Sampler
 from .endpoint import read_key
-from .models import resolve_policy
+from .models import resolve_policy, served_model
 from .samplers import open_sampler
 from .stage import Plan, Stage
 
@@ -89,7 +91,8 @@ def _resolve(config: RolloutConfig, store: Store) -> Plan:
 
 
 def policy_identity(sampler: SamplerConfig, policy: PolicyConfig) -> list[str]:
-    """Who samples, for the dataset id: weights where they are known, else endpoint and model.
+    """Who samples, for the dataset id: the model's files; behind an endpoint its address, the
+    model's name, and the files that are on this machine too.
 
     Raises:
         InputError: no policy there, a tokenizer without a chat template, a missing key. So these
@@ -97,10 +100,20 @@ def policy_identity(sampler: SamplerConfig, policy: PolicyConfig) -> list[str]:
     """
     if isinstance(sampler, OpenAISampler):
         read_key(sampler.api_key_env, "sampler.api_key_env")
-        return [*sampler.servers, policy.path]
+        served = served_model(policy.path)  # its tokenizer makes text and fingerprints of the rows
+        return [*sampler.servers, policy.path, *([] if served is None else served[1:])]
     path = resolve_policy(policy.path)
     render_chat(load_tokenizer(path, policy.trust_remote_code), [{"role": "user", "content": ""}])
-    return [weights_revision(path)]
+    return [model_revision(path, policy.trust_remote_code)]
+
+
+def require_planned(planned: list[str], opened: PolicyInfo) -> None:
+    """Raises InputError unless the opened policy is the one that the dataset id stands for."""
+    if len(planned) == 1 and planned != [opened.revision]:
+        raise InputError(
+            f"policy {opened.name}: its files have changed since this run began; give the same "
+            "command again, and leave the folder alone until it ends"
+        )
 
 
 class _Maker:
@@ -110,6 +123,7 @@ class _Maker:
         self._config: RolloutConfig = plan.config
         self._problems = plan.inputs["problems"]
         self._sampler, self._tokenizer = open_sampler(self._config.sampler, self._config.policy)
+        require_planned(plan.semantic["policy"], self._sampler.policy)
 
     def __call__(self, part: int) -> pa.Table:
         config = self._config

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ..data.locks import locked
 from ..schemas.errors import InputError
+from ..trace.loading import require_complete, require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +81,16 @@ def _require(module: str, install: str) -> ModuleSpec:
 def _convert(source: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
     # Without dequantize the model counts as quantised and can't be saved.
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
         gguf_file=GGUF_FILE,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
+        output_loading_info=True,
     )
+    model, info = loaded
+    require_complete(info, str(source / GGUF_FILE))
+    require_finite(model, str(source / GGUF_FILE))
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(target)

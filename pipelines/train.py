@@ -27,6 +27,7 @@ from ..trace.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from ..trace.identity import model_revision
 from ..trace.packing import PackedModel
 from ..trace.policy import (
     Policy,
@@ -34,7 +35,6 @@ from ..trace.policy import (
     load_policy,
     load_tokenizer,
     vocab_fingerprint,
-    weights_revision,
 )
 from ..trace.prompt import student_prompt
 from ..trace.ranks import Ranks, copy_weights, join_ranks
@@ -63,7 +63,7 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
     tokenizer = load_tokenizer(path, config.policy.trust_remote_code)
     student_prompt(tokenizer, config.prompt, "")
     semantic = config.semantic()
-    semantic["policy"] = weights_revision(path)
+    semantic["policy"] = model_revision(path, config.policy.trust_remote_code)
     # Where an engine runs and what it is given to run with: a run may go on at other servers.
     semantic["sampler"] = {"engine": config.sampler.engine}
     inputs = {}

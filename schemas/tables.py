@@ -27,7 +27,11 @@ _TYPE = described(
 )
 _POLICY = [
     described("policy_name", _string, "Name of the policy that sampled the response."),
-    described("policy_revision", _string, "Fingerprint of its weights."),
+    described(
+        "policy_revision",
+        _string,
+        "Hash of its model files; in training, of the base that the run started from.",
+    ),
     described("policy_step", _int32, "Optimiser steps that the weights had seen in this run."),
     described("vocab_fingerprint", _string, "Hash of the vocabulary; empty if no ids are known."),
 ]
@@ -259,7 +263,11 @@ EVALUATIONS = make_contract(
         described("source", _string, "Where the problem comes from."),
         described("policy", _string, "Role of the policy in this evaluation."),
         described("policy_name", _string, "Name of the policy."),
-        described("policy_revision", _string, "Fingerprint of its weights."),
+        described(
+            "policy_revision",
+            _string,
+            "Hash of its model files.",
+        ),
         described("k", _int32, "Scored samples of this problem."),
         described("correct", _int32, "How many of them are right."),
         described("majority_correct", _float32, "Probability that the majority answer is right."),

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ import trace_opd  # noqa: F401 - first: it sets how OpenMP's threads wait, befor
 # A shell's background job starts with interrupts ignored, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+os.environ.setdefault("TRACE_OPD_CACHE", f"{tempfile.gettempdir()}/trace-opd-test-cache")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 
 from ..data.files import sync
 from ..schemas.errors import InputError
+from .loading import load_model
 from .lora import (
     has_adapters,
     load_adapters,
@@ -96,12 +96,8 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
         load_adapters(model, checkpoint)
     else:
         dtype = next(trainer.student.parameters()).dtype
-        saved_model = AutoModelForCausalLM.from_pretrained(
-            checkpoint,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trainer.config.policy.trust_remote_code,
-        )
+        trusted = trainer.config.policy.trust_remote_code
+        saved_model = load_model(str(checkpoint), dtype, trusted)
         weights = {_WRAPPER + name: value for name, value in saved_model.state_dict().items()}
         load_weights(trainer.student, weights)
     saved = load_state(checkpoint / _TRAINER_FILE)

@@ -1,23 +1,21 @@
-"""The policy: a causal language model, its tokenizer, and who it is."""
+"""The policy: a causal language model, its tokenizer, and its identity."""
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..schemas.configs import Device, LoraConfig, Precision
 from ..schemas.errors import InputError
+from .identity import model_revision
+from .loading import load_model, load_tokenizer, require_finite
 from .lora import add_adapters, transformers_model
 from .protocols import PolicyInfo
-
-_SAMPLED_BYTES = 1 << 20
 
 
 @dataclass
@@ -48,7 +46,7 @@ def load_policy(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
 ) -> Policy:
-    """Load a policy from a folder or a hub id.
+    """Load a policy from a folder.
 
     trainable: keep the weights in float32 and compute in the chosen precision. bfloat16 weights
     would lose most of an update: at a learning rate of 1e-6 it is below their resolution.
@@ -57,23 +55,22 @@ def load_policy(
     trust_remote_code: run code that comes with the model. Weights are read from safetensors alone.
 
     Raises:
-        InputError: no model there, one that needs code of its own, CUDA asked for where there is
-            none, no peft, or a model that has no layers to put adapters or checkpoints on.
+        InputError: no model there, a damaged or incomplete one, weights that are not finite, one
+            that needs code of its own, CUDA asked for where there is none, no peft, or a model that
+            has no layers to put adapters or checkpoints on.
     """
     where = choose_device(device)
     dtype = choose_dtype(precision, where)
     tokenizer = load_tokenizer(path, trust_remote_code)
-    with _model_errors(path):
-        stored = torch.float32 if trainable and lora is None else dtype
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=stored, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+    stored = torch.float32 if trainable and lora is None else dtype
+    model = load_model(path, stored, trust_remote_code)
+    require_finite(model, path)
     if lora is not None:
         model = add_adapters(model, lora)
     if gradient_checkpointing:
         checkpoint_layers(model)
     model.to(where).eval()
-    return Policy(model, tokenizer, policy_info(path, tokenizer), dtype)
+    return Policy(model, tokenizer, policy_info(path, tokenizer, trust_remote_code), dtype)
 
 
 def backbone(model: Any) -> torch.nn.Module:
@@ -114,30 +111,6 @@ def _follow_grad_mode(decoder: torch.nn.Module, _: Any) -> None:
             module.training = torch.is_grad_enabled()
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Raises InputError if there is no tokenizer at the path, or one that needs code of its own."""
-    with _model_errors(path):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-
-
-@contextmanager
-def _model_errors(path: str) -> Iterator[None]:
-    """Turns the loader's many ways to say "not there" into one sentence."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise InputError(
-                f"policy {path}: needs Python code that comes with it; read that code, then set "
-                "policy.trust_remote_code=true to run it"
-            ) from None
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"policy {path}: cannot be loaded ({first_line:.160}); give a folder with config.json, "
-            "safetensors and tokenizer.json, a hub id, micro or smollm2"
-        ) from None
-
-
 def choose_device(device: Device) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda: PyTorch sees no CUDA device; set policy.device=cpu")
@@ -152,29 +125,20 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
-def policy_info(path: str, tokenizer: PreTrainedTokenizerBase) -> PolicyInfo:
-    """Name, weight fingerprint and vocabulary fingerprint of the model at a path."""
-    return PolicyInfo(Path(path).name, weights_revision(path), 0, vocab_fingerprint(tokenizer))
+def policy_info(
+    path: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> PolicyInfo:
+    """Name, identity and vocabulary fingerprint of the model in a folder."""
+    revision = model_revision(path, trust_remote_code)
+    return PolicyInfo(policy_name(path), revision, 0, vocab_fingerprint(tokenizer))
 
 
-def weights_revision(path: str) -> str:
-    """Fingerprint of a model folder: names, sizes, first and last MiB of its safetensors.
-
-    Cheap for any size, and different after any optimiser step. A hub id answers for itself.
-    """
+def policy_name(path: str) -> str:
+    """The folder's name; of a snapshot in the hub's cache (models--owner--name) the model's."""
     folder = Path(path)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    if not files:
-        return hashlib.sha256(path.encode()).hexdigest()[:16]
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as weights:
-            digest.update(weights.read(_SAMPLED_BYTES))
-            weights.seek(max(0, size - _SAMPLED_BYTES))
-            digest.update(weights.read(_SAMPLED_BYTES))
-    return digest.hexdigest()[:16]
+    if folder.parent.name == "snapshots":
+        return folder.parents[1].name.rpartition("--")[2]
+    return folder.name
 
 
 def vocab_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

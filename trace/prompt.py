@@ -74,7 +74,7 @@ def render_chat(
     the tokens of the letters, never the control token's id.
 
     Raises:
-        InputError: the tokenizer has no chat template.
+        InputError: the tokenizer has no chat template, or one that fails.
     """
     template = tokenizer.chat_template
     if not template:
@@ -90,9 +90,16 @@ def render_chat(
         for tokens in [written if message["role"] == "user" else special]
     ]
     options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
-    text = tokenizer.apply_chat_template(
-        safe, tokenize=False, add_generation_prompt=True, **options
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            safe, tokenize=False, add_generation_prompt=True, **options
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path}: its chat template cannot render a conversation "
+            f"({type(error).__name__}: {' '.join(str(error).split()):.120}); mend "
+            "chat_template.jinja, or chat_template in tokenizer_config.json"
+        ) from error
     ids: list[int] = []
     for piece in cast(str, text).split(cut):
         ids += cast(list[int], tokenizer(piece, add_special_tokens=False)["input_ids"])

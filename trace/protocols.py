@@ -12,7 +12,7 @@ from ..schemas.labels import FinishReason
 
 @dataclass(frozen=True)
 class PolicyInfo:
-    """Which weights sample: name, fingerprint, optimiser steps in this run, vocabulary's hash."""
+    """Which policy samples: name, hash of its files, optimiser steps since, vocabulary's hash."""
 
     name: str
     revision: str

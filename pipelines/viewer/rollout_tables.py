@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...data.store import Dataset, Store
@@ -119,10 +118,7 @@ def find_byte_table(dataset: Dataset, tables: Tables) -> "tuple[ByteTable, str] 
     if not paths:
         return None
     try:
-        folder = resolve_policy(paths[0])
-        if not Path(folder).is_dir():
-            return None
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(resolve_policy(paths[0], weights=False, download=False))
         return byte_table(tokenizer), vocab_fingerprint(tokenizer)
     except InputError as error:
         logger.info("painting by estimate, not by token: %s", error)

@@ -42,7 +42,7 @@ from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import FinishReason
 from trace_opd.schemas.settings import load_config
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
-from trace_opd.trace.policy import weights_revision
+from trace_opd.trace.identity import model_revision
 from trace_opd.trace.protocols import Completion, PolicyInfo, Prompt
 from trace_opd.trace.segment import segment
 
@@ -237,7 +237,7 @@ def test_online_the_current_weights_annotate_and_each_row_tells_which(tmp_path: 
     annotations = store.get(run.summary["tables"]["annotations"], ANNOTATIONS)
     first, second = (annotations.read_part(step).to_pylist() for step in range(2))
     assert {row["status"] for row in first + second} <= VALID
-    revision = weights_revision(resolve_policy("micro"))
+    revision = model_revision(resolve_policy("micro"))
     assert {row["annotator_model"] for row in first} == {f"micro@{revision}"}
     assert {row["annotator_model"] for row in second} == {f"micro@{revision}+1"}
 

@@ -1,0 +1,237 @@
+"""Loading a model folder: every file is checked, and nothing is filled in where weights are missing.
+
+transformers, tokenizers and safetensors raise errors of any type on a damaged folder; each becomes
+one sentence with the file's name.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from ..schemas.errors import InputError
+from .identity import CHAT_TEMPLATES
+
+# Each holds one JSON object, if it is there.
+_OBJECTS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json",
+)  # fmt: skip
+_CHUNK = 1 << 24  # numbers
+_NAMED = 3  # tensors in an error
+
+
+def load_model(
+    path: str, dtype: torch.dtype | str, trust_remote_code: bool = False, **options: Any
+) -> Any:
+    """A causal language model with exactly the folder's weights.
+
+    Raises:
+        InputError: a damaged file, code of its own, or tensors that are missing, unexpected or of
+            another shape (transformers would draw them at random).
+    """
+    check_files(path)
+    if (Path(path) / "adapter_config.json").exists():
+        # transformers applies them if peft is installed, vLLM never does.
+        raise InputError(
+            f"policy {path}: holds adapters beside the weights (adapter_config.json); merge them with "
+            "peft's merge_and_unload, or move them to a folder of their own"
+        )
+    with _errors(path, "config.json or its weights"), _quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the loading info, with their names
+            **options,
+        )
+    model, info = loaded
+    require_complete(info, path)
+    return model
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Raises InputError if there is no tokenizer at the path, or one that needs code of its own."""
+    check_files(path)
+    with _errors(path, "tokenizer.json or tokenizer_config.json"):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def load_config(path: str, trust_remote_code: bool = False) -> Any:
+    """Raises InputError if there is no config at the path, or one of an unknown architecture."""
+    check_files(path)
+    with _errors(path, "config.json"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def check_model(path: str, trust_remote_code: bool = False) -> None:
+    """Check a folder for an engine that loads it itself, as `load_model` and `require_finite` do.
+
+    Tensors' names are those that transformers expects; a quantised model's, and those of an
+    architecture that is not a causal language model there, are the engine's to check.
+    """
+    config = load_config(path, trust_remote_code)
+    quantised = getattr(config, "quantization_config", None) is not None
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not quantised:
+        load_model(path, "auto", trust_remote_code, device_map="meta")
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                _require_finite(tensors.get_tensor(name), name, path)
+
+
+def model_on_meta(config: Any, trust_remote_code: bool = False) -> Any:
+    """The model of a config without its weights.
+
+    Raises:
+        InputError: a config that no model can be made of.
+    """
+    with _errors(config.name_or_path, "config.json"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+
+
+def require_complete(info: dict[str, Any], path: str) -> None:
+    """Check transformers' loading info. Tied tensors and those that an architecture declares
+    ignorable are not in it.
+
+    Raises:
+        InputError: a tensor is missing, unexpected or of another shape.
+    """
+    shapes = [
+        f"{name} {tuple(found)} for {tuple(made)}" for name, found, made in info["mismatched_keys"]
+    ]
+    for what, names in (
+        ("lack", info["missing_keys"]),
+        ("hold other shapes than config.json says:", shapes),
+        ("hold tensors that its architecture does not know:", info["unexpected_keys"]),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:_NAMED])
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            raise InputError(
+                f"policy {path}: its weights {what} {shown}{more}; give the config.json and the "
+                "safetensors of one model"
+            )
+
+
+def require_finite(model: Any, path: str) -> None:
+    """Raises InputError if a weight is NaN or infinite; names the tensor."""
+    for name, tensor in model.state_dict().items():
+        _require_finite(tensor, name, path)
+
+
+def check_files(path: str) -> None:
+    """Check what can be told of a model folder's files without reading its weights.
+
+    Raises:
+        InputError: a JSON file that holds no object, a chat template that is no text, end-of-text
+            ids that are no ids, weights without a valid header.
+    """
+    folder = Path(path)
+    objects = {name: _json_object(folder / name) for name in _OBJECTS if (folder / name).is_file()}
+    ends = objects.get("generation_config.json", {}).get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [0 if ends is None else ends]
+    if not all(type(end) is int and end >= 0 for end in listed):
+        raise InputError(
+            f"{folder / 'generation_config.json'}: eos_token_id is {ends!r:.80}; set it to a "
+            "token id or a list of them"
+        )
+    for template in [*folder.glob("*.jinja"), *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")]:
+        try:
+            template.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{template}: is no UTF-8 text ({error}); mend or remove it") from None
+    for file in folder.glob("*.safetensors"):
+        with _opened(file):
+            pass
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        said = str(error).splitlines()[0]
+    else:
+        if isinstance(found, dict):
+            return found
+        said = f"it holds {type(found).__name__}"
+    raise InputError(f"{file}: is no JSON object ({said:.120}); download the model again")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, its header read."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{file}: is no whole safetensors file ({error}); download the model again"
+        ) from None
+
+
+def _require_finite(tensor: torch.Tensor, name: str, path: str) -> None:
+    if not tensor.is_floating_point():
+        return
+    for chunk in tensor.detach().flatten().split(_CHUNK):
+        chunk = chunk.float() if chunk.element_size() == 1 else chunk
+        # NaN and infinity survive a sum, which is many times faster than isfinite on the CPU. A sum
+        # that overflows is looked at number by number.
+        if not chunk.sum(dtype=torch.float32).isfinite() and not chunk.isfinite().all():
+            raise InputError(
+                f"policy {path}: tensor {name} holds NaN or infinity; take another checkpoint, or "
+                "download the model again"
+            )
+
+
+@contextmanager
+def _errors(path: str, files: str) -> Iterator[None]:
+    """Turns whatever a library raises on a folder into one sentence; files: those it has read."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        # A panic in tokenizers' Rust code is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"policy {path}: needs Python code that comes with it; read that code, then set "
+                "policy.trust_remote_code=true to run it"
+            ) from None
+        said = " ".join(str(error).split())
+        if not isinstance(error, OSError | ValueError):
+            said = f"{type(error).__name__}: {said}"
+        raise InputError(
+            f"policy {path}: {files} cannot be loaded ({said:.160}); give a folder with "
+            "config.json, safetensors and tokenizer.json, a hub id, micro or smollm2"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of tensors: what stands in it is refused in one sentence."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
