@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..schemas.configs import PromptConfig
 from ..schemas.errors import InputError
 from ..schemas.labels import DiagnosticType
+from .chat_template import render_template
 from .protocols import Prompt
 
 Messages = list[dict[str, str]]
@@ -74,7 +75,7 @@ def render_chat(
     the tokens of the letters, never the control token's id.
 
     Raises:
-        InputError: the tokenizer has no chat template.
+        InputError: the tokenizer has no chat template, or one that fails or exceeds a limit.
     """
     template = tokenizer.chat_template
     if not template:
@@ -90,11 +91,8 @@ def render_chat(
         for tokens in [written if message["role"] == "user" else special]
     ]
     options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
-    text = tokenizer.apply_chat_template(
-        safe, tokenize=False, add_generation_prompt=True, **options
-    )
     ids: list[int] = []
-    for piece in cast(str, text).split(cut):
+    for piece in render_template(tokenizer, safe, options).split(cut):
         ids += cast(list[int], tokenizer(piece, add_special_tokens=False)["input_ids"])
     return ids
 
