@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..schemas.contract import TableContract, validate
-from ..schemas.errors import DamagedFile
+from ..schemas.errors import DamagedFile, InputError
 from ..schemas.tables import CONTRACTS
 from .files import sweep, writing
+from .foreign_parquet import read_table
 from .remote import download, upload
 
 if TYPE_CHECKING:
@@ -244,9 +245,9 @@ def _read_part(
     picked = list(columns) if columns else None
     with store.open(f"{ref}/{name}") as file:
         try:
-            table = pq.read_table(file, columns=picked, page_checksum_verification=True)
+            table = read_table(file, name, picked)
             table.validate(full=True)  # offsets and texts: a file may say what it likes
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (InputError, pa.ArrowException, OSError, ValueError) as error:
             raise DamagedFile(
                 f"{store.url(f'{ref}/{name}')}: does not hold what was written "
                 f"({' '.join(str(error).split())[:200]}); `trace-opd verify-store {ref}` says how "

@@ -7,14 +7,16 @@ import json
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
-import fsspec
-
 from ..schemas.errors import InputError
+from .foreign_files import find_files, opened, text_lines
 from .json_text import read_json
 
 Value = TypeVar("Value")
+
+_MOST_ARRAY_CHARS = 256 << 20  # an array is parsed as a unit
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,44 @@ def json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     path: a file, or a URL that fsspec knows, such as hf://datasets/Qwen/ProcessBench/gsm8k.json.
 
     Raises:
-        InputError: no such file, or something in it that is no JSON object.
+        InputError: no such file, one that is no regular file or too large, or something in it that is
+            no JSON object.
     """
     name = posixpath.basename(path)
-    try:
-        with fsspec.open(path, "rt", encoding="utf-8") as file:
-            text = file.read()  # type: ignore[union-attr] - one file, not a list of them
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{path}: is no file; give a JSON or JSONL file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{name}: is no UTF-8 text; give a JSON or JSONL file") from None
-    if text.startswith("version https://git-lfs"):
+    fs, paths = find_files(path, "a JSON or JSONL file")
+    if len(paths) > 1:
+        raise InputError(f"{path}: names {len(paths)} files; give one JSON or JSONL file")
+    with opened(fs, paths[0]) as file:
+        yield from _objects(_rows(file, name), name)
+
+
+def _rows(file: Any, name: str) -> Iterator[tuple[int, Any]]:
+    lines = text_lines(file, name)
+    first = next(((row, line) for row, line in lines if line.strip()), None)
+    if first is None:
+        return
+    if first[1].startswith("version https://git-lfs"):
         raise InputError(f"{name}: is a Git LFS pointer, not the data; run git lfs pull")
-    rows = _array(text, name) if text.lstrip().startswith("[") else _lines(text, name)
+    if first[1].lstrip().startswith("["):
+        yield from _array(_text(chain([first], lines), name), name)
+    else:
+        yield from _lines(chain([first], lines), name)
+
+
+def _text(lines: Iterator[tuple[int, str]], name: str) -> str:
+    held, size = [], 0
+    for _, line in lines:
+        held.append(line)
+        size += len(line)
+        if size > _MOST_ARRAY_CHARS:
+            raise InputError(
+                f"{name}: is a JSON array of more than {_MOST_ARRAY_CHARS:,} characters; write JSON "
+                "lines"
+            )
+    return "".join(held)
+
+
+def _objects(rows: Iterator[tuple[int, Any]], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for row, value in rows:
         where = f"{name}, row {row}"
         if not isinstance(value, dict):
@@ -101,9 +128,8 @@ def _array(text: str, name: str) -> Iterator[tuple[int, Any]]:
         raise InputError(f"{name}: is not JSON ({error}); load it again") from None
 
 
-def _lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
-    # Not splitlines: JSON strings may hold U+2028 and its like as they are.
-    for row, line in enumerate(text.split("\n")):
+def _lines(lines: Iterator[tuple[int, str]], name: str) -> Iterator[tuple[int, Any]]:
+    for row, line in lines:
         if not line.strip():
             continue
         try:

@@ -9,7 +9,6 @@ cuts. A wrong step's span is every segment that shares a visible character with 
 whole segments, and where a formula runs over the step's end the segment that holds them both.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,9 +16,9 @@ from itertools import filterfalse, islice
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 
+from ..data.foreign_files import digest, find_files
 from ..data.labelled import LabelledResponse
 from ..data.sources import prm800k, processbench
 from ..data.store import Dataset, Store, content_hash
@@ -296,5 +295,5 @@ def _segments_of(one: LabelledResponse, item: Item) -> list[int]:
 
 
 def _sha256(path: str) -> str:
-    with fsspec.open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    fs, (found,) = find_files(path, "a JSON or JSONL file")
+    return digest(fs, found)

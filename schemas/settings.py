@@ -10,6 +10,8 @@ from .configs import PipelineConfig
 from .configs.endpoint import HOLDS_SECRET
 from .errors import InputError
 from .presets import preset_data
+from .text_files import read_text_file
+from .yaml_text import load_yaml
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -20,7 +22,7 @@ _PIPELINE_SECTIONS = {
 
 # Keys that tell the members of a union apart.
 _TAGS = ("engine", "kind")
-_MOST_NODES = 20_000
+_MOST_LEVELS = 64
 
 
 def load_config(
@@ -40,18 +42,17 @@ def load_config(
     """
     data: Any = {}
     if path is not None:
+        text = read_text_file(path, "give the path of a YAML config")
         try:
-            data = load_yaml(Path(path).read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; give the path of a YAML config") from None
-        except UnicodeDecodeError:
-            raise InputError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+            data = load_yaml(text) or {}
         except yaml.YAMLError as error:
-            raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
+            raise InputError(f"{path}: is not YAML ({shortened(error)})") from None
         if not isinstance(data, dict):
             raise InputError(f"{path}: holds no mapping; write `key: value` lines")
         if section and data.keys() >= _PIPELINE_SECTIONS:
             data = data.get(section) or {}
+            if not isinstance(data, dict):
+                raise InputError(f"{path}: {section} holds no mapping; write `key: value` lines")
     if preset is not None:
         data = _laid_over(data, preset_data(preset, model))
     return _validated(model, data, overrides or [], str(path) if path is not None else "config")
@@ -77,43 +78,6 @@ def overlaid(config: C, data: dict[str, Any], overrides: list[str]) -> C:
     return _validated(type(config), _laid_over(base, data), overrides, "config")
 
 
-def load_yaml(text: str) -> Any:
-    """The value of a YAML text, made of mappings, lists and what JSON can hold besides.
-
-    Nothing in it stands at two paths: YAML's aliases load as one object, and an override of one
-    path would change them all.
-
-    Raises:
-        YAMLError: no YAML, or YAML that says more than a config can.
-    """
-    nodes = 0
-
-    def unshared(value: Any, around: tuple[int, ...] = ()) -> Any:
-        nonlocal nodes
-        nodes += 1
-        if nodes > _MOST_NODES:  # aliases of aliases double with every line
-            raise yaml.YAMLError(f"it holds more than {_MOST_NODES:,} values")
-        if isinstance(value, int) and value.bit_length() > 63:
-            raise yaml.YAMLError("it holds a number of more than 64 bits")
-        if isinstance(value, bytes | set):
-            raise yaml.YAMLError(f"it holds a value of the type {type(value).__name__}")
-        if not isinstance(value, dict | list):
-            return value
-        if id(value) in around:
-            raise yaml.YAMLError("an alias stands inside its own anchor")
-        around += (id(value),)
-        if isinstance(value, dict):
-            return {unshared(key): unshared(child, around) for key, child in value.items()}
-        return [unshared(child, around) for child in value]
-
-    try:
-        return unshared(yaml.safe_load(text))
-    except RecursionError:
-        raise yaml.YAMLError("it is nested too deep") from None
-    except ValueError as error:  # a date that is none, a number of thousands of digits
-        raise yaml.YAMLError(str(error)) from None
-
-
 def _laid_over(base: Any, top: dict[str, Any]) -> dict[str, Any]:
     """`top` over `base`, mapping by mapping; neither is changed."""
     out = dict(base) if isinstance(base, dict) else {}
@@ -136,7 +100,7 @@ def explain(error: ValidationError, where: str) -> str:
     """One sentence for the first fault of a pydantic error, and how many more there are."""
     first, *others = error.errors()
     # Tags of discriminated unions stand in `loc` too; they are no keys, but they help to read.
-    field = ".".join(str(part) for part in first["loc"]) or "config"
+    field = shortened(".".join(str(part) for part in first["loc"])) or "config"
     if first["type"] == "extra_forbidden":
         what = f"{field}: unknown key; see --help or `trace-opd config` for the known ones"
     elif first["type"] == "missing":
@@ -147,9 +111,16 @@ def explain(error: ValidationError, where: str) -> str:
     elif first["type"] == HOLDS_SECRET:
         what = f"{field}: {first['msg']}"
     else:
-        what = f"{field}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r:.80})"
+        reason = shortened(first["msg"].removeprefix("Value error, "))
+        what = f"{field}: {reason} (got {first['input']!r:.80})"
     more = f" (and {len(others)} more)" if others else ""
     return f"{where}: {what}{more}"
+
+
+def shortened(said: object, most: int = 300) -> str:
+    """Text of unknown origin as one line of bounded length, to be quoted in a sentence."""
+    text = " ".join(str(said).split())
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def dump_config(config: BaseModel) -> str:
@@ -173,9 +144,12 @@ def _fill_tags(data: dict, model: type[BaseModel]) -> None:
 
 def _apply(data: dict, override: str) -> None:
     key, equals, value = override.partition("=")
+    shown = shortened(repr(override))
     if not equals or not key:
-        raise InputError(f"override {override!r}: write it as key=value, e.g. sampling.top_k=20")
+        raise InputError(f"override {shown}: write it as key=value, e.g. sampling.top_k=20")
     *parents, leaf = key.split(".")
+    if len(parents) > _MOST_LEVELS:
+        raise InputError(f"override {shown}: names {len(parents):,} levels; no config has so many")
     node = data
     for parent in parents:
         child = node.get(parent)
@@ -185,7 +159,7 @@ def _apply(data: dict, override: str) -> None:
     try:
         loaded = load_yaml(value)
     except yaml.YAMLError:
-        raise InputError(f"override {override!r}: the value is not YAML; quote it") from None
+        raise InputError(f"override {shown}: the value is not YAML; quote it") from None
     if leaf in _TAGS and node.get(leaf, loaded) != loaded:
         node.clear()  # another engine or source starts from its own defaults
     node[leaf] = loaded

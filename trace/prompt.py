@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..schemas.configs import PromptConfig
 from ..schemas.errors import InputError
 from ..schemas.labels import DiagnosticType
+from .chat_template import render_template
 from .protocols import Prompt
 
 Messages = list[dict[str, str]]
@@ -74,7 +75,7 @@ def render_chat(
     the tokens of the letters, never the control token's id.
 
     Raises:
-        InputError: the tokenizer has no chat template, or one that fails.
+        InputError: the tokenizer has no chat template, or one that fails or exceeds a limit.
     """
     template = tokenizer.chat_template
     if not template:
@@ -90,18 +91,8 @@ def render_chat(
         for tokens in [written if message["role"] == "user" else special]
     ]
     options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
-    try:
-        text = tokenizer.apply_chat_template(
-            safe, tokenize=False, add_generation_prompt=True, **options
-        )
-    except Exception as error:  # a template is a program: it may raise anything
-        raise InputError(
-            f"tokenizer {tokenizer.name_or_path}: its chat template cannot render a conversation "
-            f"({type(error).__name__}: {' '.join(str(error).split()):.120}); mend "
-            "chat_template.jinja, or chat_template in tokenizer_config.json"
-        ) from error
     ids: list[int] = []
-    for piece in cast(str, text).split(cut):
+    for piece in render_template(tokenizer, safe, options).split(cut):
         ids += cast(list[int], tokenizer(piece, add_special_tokens=False)["input_ids"])
     return ids
 

@@ -10,6 +10,8 @@ from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind
 from ..store import content_hash
 
+_MOST_CELL_CHARS = 4 << 20  # no model reads as much
+
 
 def mapped(columns: Columns) -> list[str]:
     """Names of the foreign columns that the map reads, each once."""
@@ -99,6 +101,11 @@ def _text(foreign: dict[str, Any], name: str, where: str) -> str:
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
+    if isinstance(value, str) and len(value) > _MOST_CELL_CHARS:
+        raise InputError(
+            f"{where}: column {name!r} holds {len(value):,} characters; the most is "
+            f"{_MOST_CELL_CHARS:,}"
+        )
     if isinstance(value, str | int | float):
         return str(value).strip()
     raise InputError(

@@ -1,19 +1,21 @@
 """Problems from Parquet and JSONL files: a path, a URL that fsspec knows, or a glob of them."""
 
-import hashlib
 import posixpath
 from collections.abc import Iterator
-from io import TextIOWrapper
 from typing import Any
 
-import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...schemas.configs import Columns, FilesSource
 from ...schemas.contract import parquet_errors
 from ...schemas.errors import InputError
+from ..foreign_files import digest, find_files, opened, text_lines
+from ..foreign_parquet import read_batches
 from ..json_text import read_json
 from .columns import mapped, problem_row, require
+
+_LARGE_BATCH_BYTES = 64 << 20
 
 
 def rows(source: FilesSource, seed: int) -> Iterator[dict[str, Any]]:
@@ -25,7 +27,7 @@ def rows(source: FilesSource, seed: int) -> Iterator[dict[str, Any]]:
     fs, files = _files(source)
     count = 0
     for name, path in files.items():
-        with fs.open(path, "rb") as file:
+        with opened(fs, path) as file:
             for row, foreign in _foreign_rows(file, name, source.columns):
                 yield problem_row(foreign, source.columns, source.answer_kind, name, row)
                 count += 1
@@ -36,10 +38,7 @@ def rows(source: FilesSource, seed: int) -> Iterator[dict[str, Any]]:
 def identity(source: FilesSource) -> dict[str, Any]:
     """Names and content hashes of the files in place of their path."""
     fs, files = _files(source)
-    hashes = []
-    for name, path in files.items():
-        with fs.open(path, "rb") as file:
-            hashes.append([name, hashlib.file_digest(file, "sha256").hexdigest()])
+    hashes = [[name, digest(fs, path)] for name, path in files.items()]
     semantic = source.semantic()
     del semantic["path"]
     return semantic | {"files": hashes}
@@ -47,10 +46,7 @@ def identity(source: FilesSource) -> dict[str, Any]:
 
 def _files(source: FilesSource) -> tuple[Any, dict[str, str]]:
     """The file system, and paths by name: the path below the files' common folder, so that no id holds a machine's."""
-    fs, pattern = fsspec.url_to_fs(source.path)
-    paths = sorted(str(path) for path in fs.glob(pattern))
-    if not paths:
-        raise InputError(f"{source.path}: no such file; give a Parquet or JSONL file or a glob")
+    fs, paths = find_files(source.path, "a Parquet or JSONL file, or a glob of them")
     folder = posixpath.commonpath([posixpath.dirname(path) for path in paths])
     return fs, {posixpath.relpath(path, folder or "."): path for path in paths}
 
@@ -70,26 +66,24 @@ def _foreign_rows(file: Any, name: str, columns: Columns) -> Iterator[tuple[int,
 def _parquet_rows(file: Any, name: str, columns: Columns) -> Iterator[dict[str, Any]]:
     with parquet_errors(name):
         parquet = pq.ParquetFile(file)
-        names = parquet.schema_arrow.names
-    require(names, columns, name)
-    with parquet_errors(name):
-        for batch in parquet.iter_batches(columns=mapped(columns)):
-            batch.validate(full=True)
-            rows = batch.to_pylist()
-            yield from rows
-
-
-def _lines(file: Any, name: str) -> Iterator[tuple[int, str]]:
-    try:
-        yield from enumerate(TextIOWrapper(file, encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise InputError(f"{name}: is not UTF-8 text; give a Parquet or JSONL file") from None
+        schema = parquet.schema_arrow
+    require(schema.names, columns, name)
+    for field in schema:
+        if field.name in mapped(columns) and pa.types.is_nested(field.type):
+            raise InputError(
+                f"{name}: column {field.name!r} holds {field.type!s:.80}; give text or a number"
+            )
+    for batch in read_batches(file, name, mapped(columns)):
+        # Row by row where cells are large: their text is held twice.
+        step = 1 if batch.nbytes > _LARGE_BATCH_BYTES else batch.num_rows
+        for first in range(0, batch.num_rows, step):
+            yield from batch.slice(first, step).to_pylist()
 
 
 def _jsonl_rows(file: Any, name: str, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
     # Line by line, since Arrow's JSON reader wants one type per column: answers are often a
     # number in one line and text in the next.
-    for row, line in _lines(file, name):
+    for row, line in text_lines(file, name):
         if not line.strip():
             continue
         try:

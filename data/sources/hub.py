@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 from datasets.exceptions import DatasetsError
 
 from ...schemas.configs import Columns, HubSource
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind
 from ..boxed import last_boxed
+from ..foreign_files import digest, opened
+from ..foreign_parquet import require_bounded
+from .archives import require_bounded_archive
 from .columns import mapped, problem_row, require
+
+_LOCAL = fsspec.filesystem("file")
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ def identity(source: HubSource) -> dict[str, Any]:
     name, preset = _preset(source)
     folder = Path(preset.dataset)
     if folder.is_dir():
+        _require_bounded(folder)
         content = {"files": _folder_hash(folder)}
     else:
         with _load_errors(preset):
@@ -166,13 +173,33 @@ def _load_errors(preset: Preset) -> Iterator[None]:
         ) from None
 
 
+def _require_bounded(folder: Path) -> None:
+    """Check what the files of a folder unfold to, before datasets writes it all to its cache.
+
+    Raises:
+        InputError: names the file that is too large, or unfolds to too much.
+    """
+    for path in _files(folder):
+        if path.suffix == ".parquet":
+            with opened(_LOCAL, str(path)) as file:
+                require_bounded(file, str(path))
+        require_bounded_archive(path)
+
+
 def _folder_hash(folder: Path) -> str:
     """Digest of the names and contents of a folder's files, hidden ones left out."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{relative.as_posix()}\0{content}\0".encode())
-    return digest.hexdigest()
+    found = hashlib.sha256()
+    for path in _files(folder):
+        content = digest(_LOCAL, str(path))
+        found.update(f"{path.relative_to(folder).as_posix()}\0{content}\0".encode())
+    return found.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    """A folder's regular files in order, hidden ones left out."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]

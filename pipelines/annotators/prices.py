@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ...schemas.configs import OpenAIAnnotator
 from ...schemas.errors import InputError
-from ...schemas.settings import load_yaml
+from ...schemas.text_files import read_text_file
+from ...schemas.yaml_text import load_yaml
 from .dialogue import Answer
 
 SHIPPED_PRICES = Path(__file__).with_name("prices.yaml")
@@ -128,14 +129,9 @@ def load_prices(path: str | Path) -> dict[str, _Host]:
     Raises:
         InputError: the file is not there, or says something else than it must.
     """
+    text = read_text_file(path, "give a file of prices in annotator.prices, or leave it out")
     try:
-        read = load_yaml(Path(path).read_text(encoding="utf-8"))
-        return _FILE.validate_python(read)
-    except (OSError, UnicodeDecodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise InputError(
-            f"{path}: {said}; give a file of prices in annotator.prices, or leave it out"
-        ) from None
+        return _FILE.validate_python(load_yaml(text))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     except ValidationError as error:

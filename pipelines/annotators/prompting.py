@@ -21,7 +21,8 @@ from jsonschema import Draft202012Validator, SchemaError
 from ...data.json_text import read_json
 from ...schemas.errors import InputError
 from ...schemas.labels import DiagnosticType
-from ...schemas.settings import load_yaml
+from ...schemas.text_files import read_text_file
+from ...schemas.yaml_text import load_yaml
 from .rows import Item
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -68,7 +69,11 @@ def load_prompt(prompt: str | None = None, answer_schema: str | None = None) -> 
     """
     prompt_path = Path(prompt) if prompt is not None else SHIPPED_PROMPT
     schema_path = Path(answer_schema) if answer_schema is not None else SHIPPED_SCHEMA
-    prompt_text, schema_text = _read(prompt_path), _read(schema_path)
+    advice = (
+        "give the path of a prompt or answer-schema file, or leave annotator.prompt and "
+        "annotator.answer_schema out for the shipped ones"
+    )
+    prompt_text, schema_text = (read_text_file(file, advice) for file in (prompt_path, schema_path))
     version, sections = _parse_prompt(prompt_text, prompt_path)
     schema = _parse_schema(schema_text, schema_path)
     return AnnotationPrompt(
@@ -131,18 +136,6 @@ def _fields(prompt: AnnotationPrompt, item: Item) -> dict[str, str]:
 
 def _fill(template: str, fields: dict[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda match: fields[match.group(1)], template)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}; give the path of a prompt or answer-schema file, or leave "
-            "annotator.prompt and annotator.answer_schema out for the shipped ones"
-        ) from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
 
 
 def _parse_prompt(text: str, path: Path) -> tuple[str, dict[str, str]]:

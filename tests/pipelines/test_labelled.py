@@ -340,7 +340,7 @@ def test_files_that_hold_no_labels_are_refused(store, tmp_path, content, words):
 
 
 def test_a_file_that_is_not_there_is_refused(store, tmp_path):
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="no such file"):
         import_labels("prm800k", str(tmp_path / "none.jsonl"), store, "x")
 
 

@@ -190,7 +190,7 @@ def test_an_unreadable_file_is_one_sentence(tmp_path, content, fault):
 
 
 def test_a_folder_in_place_of_a_file_is_one_sentence(tmp_path):
-    with pytest.raises(InputError, match="Is a directory; give the path of a YAML config"):
+    with pytest.raises(InputError, match="is no regular file; give the path of a YAML config"):
         load_config(RolloutConfig, tmp_path)
 
 

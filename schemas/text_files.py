@@ -1,0 +1,32 @@
+"""Small text files that a person writes: configs, prompts, prices."""
+
+import stat
+from pathlib import Path
+
+from .errors import InputError
+
+_MOST_BYTES = 1 << 20
+
+
+def read_text_file(path: str | Path, advice: str) -> str:
+    """The text of a UTF-8 file of at most 1 MiB. advice: ends the sentence if it cannot be read.
+
+    Raises:
+        InputError: no regular file, not readable, too large, or no UTF-8.
+    """
+    shown = f"{path!s:.300}"
+    try:
+        about = Path(path).stat()
+        if not stat.S_ISREG(about.st_mode):  # a pipe may block, a device may never end
+            raise InputError(f"{shown}: is no regular file; {advice}")
+        with Path(path).open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{shown}: {reason}; {advice}") from None
+    if len(content) > _MOST_BYTES:
+        raise InputError(f"{shown}: is larger than {_MOST_BYTES:,} bytes; {advice}")
+    try:
+        return content.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError:
+        raise InputError(f"{shown}: is not UTF-8 text; save it as UTF-8") from None
