@@ -12,8 +12,9 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,11 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.futures import wait
+from prefect.context import FlowRunContext
+from prefect.exceptions import ObjectNotFound
+from prefect.futures import PrefectFuture, wait
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Crashed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.types.entrypoint import EntrypointType
 
@@ -73,6 +77,7 @@ from trace_opd.schemas.settings import load_config, override
 logging.getLogger("trace_opd").setLevel(logging.INFO)
 
 _IDLE_S = 60.0
+_FRUITLESS_POOLS = 3
 
 
 def default_store() -> str:
@@ -180,14 +185,69 @@ def _make(stage: str, plan: Plan, draft: Draft) -> Dataset:
             for part in parts:
                 make_part(stage, plan, draft, part)
         else:
-            with _server_for_workers():
-                futures = [make_part.submit(stage, plan, draft, part) for part in parts]
-            wait(futures)
-            for future in futures:
-                future.result()
+            _make_on_workers(stage, plan, draft, parts)
     finally:
         close_engine()
     return TABLE_STAGES[stage].finish(plan, draft)
+
+
+def _make_on_workers(stage: str, plan: Plan, draft: Draft, parts: list[int]) -> None:
+    """A task per part on the flow's task runner.
+
+    The death of one process ends all parts in its pool: a new pool makes those that are missing.
+    Ray and Dask replace a worker themselves.
+
+    Raises:
+        InputError: processes died again and again before any of them finished a part.
+    """
+    context = FlowRunContext.get()
+    assert context is not None
+    pool, fruitless, lost = nullcontext(context.task_runner), 0, []
+    while True:
+        with pool as runner, _server_for_workers():
+            futures = [
+                runner.submit(
+                    make_part, {"stage": stage, "plan": plan, "draft": draft, "part": part}
+                )
+                for part in parts
+            ]
+            try:
+                wait(futures)
+                for future in futures:
+                    future.result()
+                break
+            except BrokenProcessPool:
+                lost += futures
+        missing = [part for part in parts if not draft.has_part(part)]
+        fruitless = fruitless + 1 if missing == parts else 0
+        if fruitless == _FRUITLESS_POOLS:
+            _mark_crashed(lost)
+            raise InputError(
+                f"{draft.ref}: worker processes died {fruitless} times before one finished a part "
+                "(killed, or out of memory); use fewer TRACE_OPD_WORKERS or fewer rows_per_part, and "
+                "start the run again: it goes on from the finished parts"
+            )
+        get_run_logger().warning(
+            "%s: a worker process died (killed, or out of memory); a new pool makes %d parts",
+            draft.ref,
+            len(missing),
+        )
+        parts, pool = missing, context.task_runner.duplicate()
+    _mark_crashed(lost)
+
+
+def _mark_crashed(futures: Sequence[PrefectFuture[Any]]) -> None:
+    """Task runs that ended with their process say so; nobody else would.
+
+    Called late: what a process reported before it died may still be under way.
+    """
+    state = Crashed(message="The process of this task run, or another one of its pool, died.")
+    with get_client(sync_client=True) as client:
+        for future in futures:
+            with suppress(ObjectNotFound):  # the server never heard of it
+                found = client.read_task_run(future.task_run_id).state
+                if found is None or not found.is_final():
+                    client.set_task_run_state(future.task_run_id, state, force=True)
 
 
 def _published(store: Store, dataset: Dataset, alias: str) -> str:

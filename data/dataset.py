@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from ..schemas.contract import TableContract, validate
 from ..schemas.errors import DamagedFile, InputError
 from ..schemas.tables import CONTRACTS
+from .claims import claim
 from .files import sweep, writing
 from .foreign_parquet import read_table
 from .remote import download, upload
@@ -141,8 +142,9 @@ class Draft:
         """Hold the dataset while a run works on it; yields the dataset if another run made it.
 
         Held by the process that began the draft; those that make its parts for it hold nothing.
-        On a store that is not local there is no lock, and two runs at once make each part twice:
-        parts are written whole, and both writers' hold the same rows.
+        Runs of two machines on a store that is not local do not see each other: both make the parts,
+        and the first writer of each part and of the manifest wins. What is kept in a local folder
+        (checkpoints, journals) has one owner (`local_path`).
 
         waits: takes a line about who holds it, before this waits for their end; may raise.
 
@@ -165,25 +167,36 @@ class Draft:
         """A part that is written already."""
         return _read_part(self.store, self.ref, index, self.contract, columns)
 
-    def write_part(self, index: int, table: pa.Table) -> None:
-        """Write a part whole or not at all; it is checked against the contract first."""
+    def write_part(self, index: int, table: pa.Table, *, replace: bool = False) -> None:
+        """Write a part atomically; it is checked against the contract first.
+
+        A part that another machine has written to a store that is not local stays, unless `replace`:
+        a manifest may list it already.
+        """
         name = part_name(index)
         if self.contract is not None:
             table = validate(table, self.contract, f"{self.ref}/{name}")
         sink = pa.BufferOutputStream()
         encoding = _encoding(table.schema)
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True, **encoding)
-        self.store.write(f"{self.ref}/{name}", sink.getvalue().to_pybytes())
+        write = self.store.write if self.store.is_local or replace else self.store.create
+        write(f"{self.ref}/{name}", sink.getvalue().to_pybytes())
 
     def local_path(self, name: str = "") -> Path:
         """Local folder for files that are no table (checkpoints, journals), made if needed.
 
+        Of a store that is not local, the first such folder owns the dataset: another machine would
+        pay for the same answers and train other weights under the same id.
+
         Raises:
-            InputError: the store is not on a local file system, or can't be written.
+            InputError: the store is not local and has no local folder, another folder owns the
+                dataset, or the folder can't be written.
         """
         path = self.store.beside(f"{self.ref}/{name}".rstrip("/"))
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
+        if not self.store.is_local:
+            claim(self.store, self.ref)
         return path
 
     def finish(
@@ -191,8 +204,9 @@ class Draft:
     ) -> Dataset:
         """Write the manifest; from now on the dataset is found and not made again.
 
-        What killed writers left in the dataset's folder is removed before: whoever finishes holds
-        the dataset.
+        What killed writers left in a local dataset's folder is removed before: the caller holds the
+        dataset. On another store a manifest that another machine wrote first stays, and is returned:
+        it lists the same parts, because the first writer of a part wins too.
 
         files: names, within `local_path()`, of what belongs to the dataset besides its parts; they are
         copied into a store that is not local.
@@ -217,7 +231,9 @@ class Draft:
         manifest[CHECKSUM] = manifest_checksum(manifest)
         if self.store.is_local:
             sweep(self.store.beside(self.ref))
-        self.store.write_json(f"{self.ref}/{MANIFEST}", manifest)
+            self.store.write_json(f"{self.ref}/{MANIFEST}", manifest)
+        elif not self.store.create_json(f"{self.ref}/{MANIFEST}", manifest):
+            return self.store.get(self.ref)
         return Dataset(self.store, self.stage, self.id, manifest)
 
     def _checksum(self, name: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from .files import sweep_siblings, write_whole
 from .links import open_file, real_root, refuse_links, refuse_links_in
 from .locks import locked, remove_unheld
 from .manifest import LARGEST, is_alias, is_ref, is_stage, one_line, read_aliases, read_manifest
-from .remote import local_side, open_file_system, put_whole
+from .remote import local_side, open_file_system, put_new, put_whole, update
 
 __all__ = ["MANIFEST", "Dataset", "Draft", "Store", "content_hash"]
 
@@ -244,7 +244,9 @@ class Store:
         Raises:
             DamagedFile: the file does not hold what was written.
         """
-        content = self._content(_ALIASES)
+        return self._aliases_in(self._content(_ALIASES))
+
+    def _aliases_in(self, content: bytes | None) -> dict[str, str]:
         if content is None:
             return {}
         try:
@@ -261,7 +263,8 @@ class Store:
     def set_alias(self, name: str, dataset: Dataset) -> None:
         """Give a dataset a name, which leaves the dataset that had it.
 
-        Of two that are given at once none is lost on a local store; elsewhere one may be.
+        Of two that are given at once none is lost, on a local store by a lock, on S3 by conditional
+        writes; elsewhere one may be.
 
         Raises:
             InputError: no name for an alias, or the store can't be written.
@@ -274,9 +277,15 @@ class Store:
                 remove_unheld(self.local_root())
             return
         with self.locked(_ALIASES):
+            if not self.is_local:
+                update(
+                    self.fs,
+                    self.inside(_ALIASES),
+                    lambda content: _json(self._aliases_in(content) | {name: dataset.ref}),
+                )
+                return
             self.write_json(_ALIASES, self.aliases() | {name: dataset.ref})
-            if self.is_local:
-                sweep_siblings(self.local_root() / _ALIASES)
+            sweep_siblings(self.local_root() / _ALIASES)
 
     # --- files ---
 
@@ -425,8 +434,19 @@ class Store:
             return
         put_whole(self.fs, target, content)
 
+    def create(self, path: str, content: bytes) -> bool:
+        """Write a file of a store that is not local unless it is there; False if it is (`put_new`)."""
+        return put_new(self.fs, self.inside(path), content)
+
     def write_json(self, path: str, value: Any) -> None:
-        self.write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        self.write(path, _json(value))
+
+    def create_json(self, path: str, value: Any) -> bool:
+        return self.create(path, _json(value))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _check_table(dataset: Dataset, table: TableContract, ref: str) -> None:

@@ -247,7 +247,8 @@ class OnlineTables:
         for role, draft in self._drafts.items():
             # Finished where the same run was made before and its own folder is gone.
             if isinstance(draft, Draft):
-                draft.write_part(step - self._first, tables[role])
+                # A run that goes on from a checkpoint makes the steps after it again.
+                draft.write_part(step - self._first, tables[role], replace=True)
 
     def finish(self) -> dict[str, str]:
         """Make the drafts datasets; their refs by table."""

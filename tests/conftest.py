@@ -7,9 +7,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -86,26 +88,56 @@ def environment(tmp_path_factory) -> Iterator[dict[str, str]]:
         _stop(server)
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[dict[str, str]]:
-    """An S3-compatible server on loopback with a bucket `bucket`: the environment that finds it."""
-    from moto.server import ThreadedMotoServer
+@contextlib.contextmanager
+def _serve_wsgi(application: Any) -> Iterator[str]:
+    from moto.moto_server.werkzeug_app import MotoRequestHandler
+    from werkzeug.serving import make_server
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    variables = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.get_host_and_port()[1]}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+    server = make_server(
+        "127.0.0.1", 0, application, threaded=True, request_handler=MotoRequestHandler
+    )
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in variables.items():
-                patch.setenv(name, value)
-            import fsspec
-
-            fsspec.filesystem("s3").mkdir("bucket")
-            yield variables
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
-        server.stop()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def serve_wsgi() -> Callable[[Any], contextlib.AbstractContextManager[str]]:
+    """Serves an application like moto's on loopback while its context is open: the URL."""
+    return _serve_wsgi
+
+
+@pytest.fixture(scope="session")
+def s3_application() -> Any:
+    """Moto's S3, one request at a time: between a condition and its write moto lets others in."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+    moto, one_at_a_time = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def application(variables: Any, start: Any) -> Any:
+        with one_at_a_time:
+            return moto(variables, start)
+
+    return application
+
+
+@pytest.fixture(scope="session")
+def s3_server(s3_application) -> Iterator[dict[str, str]]:
+    """An S3-compatible server on loopback with a bucket `bucket`: the environment that finds it."""
+    with _serve_wsgi(s3_application) as url, pytest.MonkeyPatch.context() as patch:
+        variables = {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        import fsspec
+
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield variables

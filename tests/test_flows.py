@@ -68,9 +68,9 @@ def written(root: Path, stage: str = "*") -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in root.glob(f"{stage}/*/*")}
 
 
-def tasks_of(state: Any) -> list[Any]:
+def tasks_of(flow_run_id: Any) -> list[Any]:
     """The task runs of a finished flow run."""
-    runs = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+    runs = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
     with get_client(sync_client=True) as client:
         return client.read_task_runs(flow_run_filter=runs)
 
@@ -107,7 +107,7 @@ def test_artifacts_sum_up_each_dataset(made):
 def test_a_finished_dataset_is_found_without_a_task(own):
     before = written(own)
     state = flows.rollout(config_of("rollout"), store=str(own), alias="again", return_state=True)
-    assert tasks_of(state) == []
+    assert tasks_of(state.state_details.flow_run_id) == []
     assert written(own) == before
     assert Store(own).get("again").ref == Store(own).get("rollouts").ref
 
@@ -118,13 +118,17 @@ def test_after_a_failed_part_only_the_missing_one_is_made(own, tmp_path):
     part.rename(tmp_path / "aside")
     failed = flows.convert(other, store=str(own), return_state=True)
     assert failed.is_failed()
-    assert sorted(run.run_count for run in tasks_of(failed)) == [1, 1, 1]  # bad input: no retry
+    assert sorted(run.run_count for run in tasks_of(failed.state_details.flow_run_id)) == [
+        1,
+        1,
+        1,
+    ]  # bad input: no retry
     kept = {name: at for name, at in written(own, "convert").items() if "part-0000" in name}
     assert len(kept) == 3 + 2
 
     (tmp_path / "aside").rename(part)
     mended = flows.convert(other, store=str(own), return_state=True)
-    assert [run.name for run in tasks_of(mended)] == ["convert-part-1"]
+    assert [run.name for run in tasks_of(mended.state_details.flow_run_id)] == ["convert-part-1"]
     after = written(own, "convert")
     assert {name: after[name] for name in kept} == kept
     assert Store(own).get(mended.result()).rows == Store(own).get("rollouts").rows
@@ -152,7 +156,7 @@ def test_a_flow_waits_for_another_run_of_its_dataset_and_takes_what_that_made(ow
         assert waiter.is_alive()
     waiter.join()
     assert states[0].is_completed()
-    assert tasks_of(states[0]) == []
+    assert tasks_of(states[0].state_details.flow_run_id) == []
     assert Store(own).get("routed").ref == made.ref
 
 
@@ -177,10 +181,58 @@ def test_a_part_that_fails_for_now_is_retried_on_its_own(own):
     )
     mender.join()
     assert state.is_completed()
-    attempts = {run.name: run.run_count for run in tasks_of(state)}
+    attempts = {run.name: run.run_count for run in tasks_of(state.state_details.flow_run_id)}
     assert attempts.keys() == {f"convert-part-{part}" for part in range(3)}
     assert attempts["convert-part-1"] > 1
     assert attempts["convert-part-0"] == attempts["convert-part-2"] == 1
+
+
+# The message forwarder of a process pool finds the server by the environment alone, so the flow runs
+# in a process of its own.
+CONVERT = """
+import sys
+from trace_opd import flows
+from trace_opd.schemas.settings import load_config
+
+config = load_config(flows.ConvertConfig, None, ["routing.rule=deadly:kills_its_process"])
+state = flows.convert(config, store=sys.argv[1], return_state=True)
+print(state.name, state.state_details.flow_run_id)
+"""
+RULE = """
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+
+def kills_its_process(response):
+    deaths = Path(__file__).with_name("deaths")
+    if left := deaths.stat().st_size:
+        os.truncate(deaths, left - 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return np.full(response.tokens, -1)
+"""
+
+
+def test_the_parts_of_a_killed_worker_process_are_made_again(environment, own, tmp_path):
+    (tmp_path / "deadly.py").write_text(RULE)
+    (tmp_path / "deaths").write_text("x")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", CONVERT, own],
+        env=environment
+        | {"TRACE_OPD_TASK_RUNNER": "processes", "TRACE_OPD_WORKERS": "1"}
+        | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    name, run_id = done.stdout.split()
+    assert name == "Completed"
+    assert Store(own).get("routed").rows == Store(own).get("rollouts").rows
+    states = [(run.name, run.state_name) for run in tasks_of(run_id)]
+    assert set(states) - {("convert-part-0", "Crashed")} == {
+        (f"convert-part-{part}", "Completed") for part in range(3)
+    }
 
 
 def test_every_deployment_of_the_work_pool_is_a_flow_with_valid_parameters():
