@@ -21,7 +21,7 @@ def batches_table(stores: Sequence[Store], cancel: bool) -> Table:
     table = Table("dataset", "batch", "status", "answers", "submitted", box=None)
     for dataset, file in _jobs(stores):
         job = file.job
-        client = BatchClient(job.base_url, job.api_key_env, _ATTEMPTS, _TIMEOUT_S)
+        client = BatchClient(job.base_url, job.api_key_env, _ATTEMPTS, _TIMEOUT_S, _TIMEOUT_S)
         try:
             if job.batch_id is not None:
                 client.look(file)

@@ -6,8 +6,10 @@ import re
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import TypeVar
 
 import openai
+from pydantic import BaseModel, ValidationError
 from tenacity import RetryCallState, wait_random_exponential
 
 from ..schemas.errors import InputError
@@ -23,22 +25,24 @@ _TOO_LARGE = re.compile(r"request too large", re.I)
 # The server was never reached, so nothing can have been billed.
 _UNCONNECTED = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
 _GATEWAY_FAILED = (502, 504, 524)  # of the server behind it nobody knows whether it answered
-_RESET = re.compile(r"(\d+(?:\.\d+)?)(ms|d|h|m|s)")
+# Counts are short: longer digits without a unit would be searched in quadratic time.
+_RESET = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|d|h|m|s)")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_Body = TypeVar("_Body", bound=BaseModel)
 
 
 _backoff = wait_random_exponential(multiplier=0.5, max=60)
 
 
-class NotACompletion(Exception):
-    """The endpoint said 200 and sent something else than a chat completion."""
+class NotACompletion(openai.OpenAIError):  # the client lets its own kind of error pass unchanged
+    """The endpoint's status is 200 and its body is not what was asked for, or too large."""
 
 
-class NoAnswerInTime(Exception):
-    """The whole answer was not there at the deadline, whether or not bytes still came."""
+class Redirected(openai.OpenAIError):
+    """The endpoint sends its clients to another address."""
 
 
-FAILURES = (openai.APIError, NotACompletion, NoAnswerInTime)
+FAILURES = (openai.APIError, NotACompletion, Redirected)
 
 
 def may_pass(error: BaseException) -> bool:
@@ -48,7 +52,7 @@ def may_pass(error: BaseException) -> bool:
         if is_quota(error) or _TOO_LARGE.search(error.message):
             return False
         return error.status_code in (408, 409, 429) or error.status_code >= 500
-    return isinstance(error, openai.APIConnectionError | NotACompletion | NoAnswerInTime)
+    return isinstance(error, openai.APIConnectionError | NotACompletion)
 
 
 def is_quota(error: BaseException) -> bool:
@@ -60,20 +64,24 @@ def is_quota(error: BaseException) -> bool:
 
 def condemns_all(error: BaseException) -> bool:
     """Whether every other request will meet the same error: key, model, address or account."""
-    return is_quota(error) or isinstance(error, openai.AuthenticationError | openai.NotFoundError)
+    return is_quota(error) or isinstance(
+        error, openai.AuthenticationError | openai.NotFoundError | Redirected
+    )
 
 
 def overloaded(error: BaseException) -> bool:
     """Whether the endpoint has more requests than it can serve: it says so, or is too slow."""
     if isinstance(error, openai.APIStatusError):
         return error.status_code in (429, 503, 529)
-    return isinstance(error, openai.APITimeoutError | NoAnswerInTime)
+    return isinstance(error, openai.APITimeoutError)
 
 
 def may_be_billed(error: BaseException) -> bool:
     """Whether an answer may have been made though none, or no whole one, arrived."""
     if isinstance(error, openai.APIStatusError):
         return error.status_code in _GATEWAY_FAILED
+    if isinstance(error, Redirected):
+        return False
     return type(error.__cause__).__name__ not in _UNCONNECTED
 
 
@@ -118,8 +126,10 @@ def refill_s(headers: Mapping[str, str], kind: str, amount: float) -> float:
     if remaining is None or limit is None or amount <= remaining or limit <= remaining:
         return 0.0
     reset = headers.get(f"x-ratelimit-reset-{kind}", "")
-    whole = sum(float(count) * _UNIT_S[unit] for count, unit in _RESET.findall(reset))
-    return whole * min(1.0, (amount - remaining) / (limit - remaining))
+    full_s = sum(
+        float(count) * _UNIT_S[unit] for count, unit in _RESET.findall(reset[:_MOST_CHARS])
+    )
+    return full_s * min(1.0, (amount - remaining) / (limit - remaining))
 
 
 def seconds_asked(header: str, sent: str = "") -> float | None:
@@ -138,15 +148,31 @@ def seconds_asked(header: str, sent: str = "") -> float | None:
 def _http_date(header: str) -> datetime | None:
     try:
         date = parsedate_to_datetime(header)
-    except ValueError:
+        # An HTTP date is in GMT whether or not it says so.
+        return date.replace(tzinfo=UTC) if date.tzinfo is None else date.astimezone(UTC)
+    except (ValueError, OverflowError):  # a year or a zone that Python's dates cannot hold
         return None
-    # An HTTP date is in GMT whether or not it says so.
-    return date if date.tzinfo is not None else date.replace(tzinfo=UTC)
 
 
 def number(header: str) -> float | None:
-    """The value of a header that is a plain number, else None."""
-    return float(header) if re.fullmatch(r"\d+(\.\d+)?", header) else None
+    """The value of a header that is a plain number of at most 15 digits, else None."""
+    return float(header) if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", header) else None
+
+
+def read_body(content: bytes, kind: type[_Body]) -> _Body:
+    """A response's body as JSON of some kind.
+
+    Raises:
+        NotACompletion: it is no JSON, nested too deeply, or of another kind.
+    """
+    try:
+        return kind.model_validate(json.loads(content))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        said = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+    except (ValueError, RecursionError) as error:
+        said = str(error)
+    raise NotACompletion(f"{said} in {content[:_MOST_CHARS]!r}")
 
 
 def without_key(content: bytes, key: str | None) -> bytes:
@@ -177,6 +203,12 @@ def wait_s(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     asked = retry_after_s(error) if error is not None else None
     return _backoff(state) if asked is None else asked
+
+
+def asked_s(state: RetryCallState) -> float:
+    """Seconds that the server asks to wait after the last attempt; 0 if it does not."""
+    error = state.outcome.exception() if state.outcome else None
+    return 0.0 if error is None else retry_after_s(error) or 0.0
 
 
 def read_key(variable: str | None, setting: str) -> str | None:

@@ -13,6 +13,10 @@ from .labels import (
     VerdictStatus,
 )
 
+# A log-probability computed as a difference of floats may round to a little above 0.
+MOST_LOGPROB = 1e-3
+MOST_TOKEN_ID = 2**31 - 1
+
 _string, _int32, _float32, _bool = pa.string(), pa.int32(), pa.float32(), pa.bool_()
 _PROBLEM_ID = described("problem_id", _string, "Hash of source, problem text and answer.")
 _ROLLOUT_ID = described(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from openai.types import Batch
 
 from ...schemas.configs import OpenAIAnnotator, SegmentConfig
 from ...schemas.errors import InputError
@@ -22,6 +21,7 @@ from ...schemas.tables import ANNOTATIONS
 from .. import endpoint
 from .batch_jobs import (
     FINAL,
+    Batch,
     BatchClient,
     JobFile,
     RequestFailed,
@@ -65,7 +65,11 @@ class BatchAnnotator:
         self._config, self._prompt, self._segment = config, prompt, segment
         self._journal, self._folder, self._spending = journal, folder, spending
         self._client = BatchClient(
-            config.base_url, config.api_key_env, config.max_attempts, config.timeout_s
+            config.base_url,
+            config.api_key_env,
+            config.max_attempts,
+            config.timeout_s,
+            config.patience_s,
         )
         self._lock = exclusive(folder / "lock", "asks this dataset's questions in batches")
         self._who = Identity(config.name, config.model, prompt.version)

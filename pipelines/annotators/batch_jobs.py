@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import openai
-from openai.types import Batch
 from pydantic import BaseModel
-from tenacity import Retrying, retry_if_exception, stop_after_attempt
+from tenacity import Retrying, retry_if_exception
 
 from ...data.store import Store
 from ...schemas.configs import OpenAIAnnotator
 from ...schemas.errors import InputError
-from .. import endpoint
+from .. import endpoint, transport
 from .budget import Reservation
 from .completion import checked_body
 
 MOST_BYTES = 200_000_000  # of one file of requests; the API's own limit
+_TRANSFER_S = 3600.0  # for a file of requests or results
+_MOST_RESULT_BYTES = 4 << 30
+_MOST_PAGES = 1000  # of a list of batches, 100 each
 FINAL = ("completed", "failed", "expired", "cancelled")
 _URL = "/v1/chat/completions"
 _T = TypeVar("_T")
@@ -35,6 +37,59 @@ class RequestFailed(Exception):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.message, self.param = message, param
+
+
+class _Counts(BaseModel):
+    completed: int = 0
+
+
+class _Fault(BaseModel):
+    message: str | None = None
+    param: str | None = None
+
+
+class _Faults(BaseModel):
+    data: list[_Fault] | None = None
+
+
+class Batch(BaseModel):
+    """The part of a batch's state that is read."""
+
+    id: str
+    status: str
+    created_at: int
+    input_file_id: str | None = None
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    completed_at: int | None = None
+    expired_at: int | None = None
+    cancelled_at: int | None = None
+    request_counts: _Counts | None = None
+    errors: _Faults | None = None
+
+
+class _Batches(BaseModel):
+    data: list[Batch]
+    has_more: bool | None = None
+
+
+class _File(BaseModel):
+    id: str
+
+
+class _Response(BaseModel):
+    status_code: int
+    body: Any = None
+
+
+class _Refusal(BaseModel):
+    error: _Fault | None = None
+
+
+class _Outcome(BaseModel):
+    custom_id: str
+    response: _Response | None = None
+    error: _Fault | None = None
 
 
 class Job(BaseModel):
@@ -136,17 +191,20 @@ class BatchClient:
     """The API's calls, each tried again where that can help."""
 
     def __init__(
-        self, base_url: str, api_key_env: str | None, attempts: int, timeout_s: float
+        self,
+        base_url: str,
+        api_key_env: str | None,
+        attempts: int,
+        timeout_s: float,
+        patience_s: float,
     ) -> None:
+        """timeout_s: of a request; patience_s: the longest wait that the endpoint may ask for."""
         self._key = endpoint.read_key(api_key_env, "annotator.api_key_env")
-        self._base_url, self._attempts = base_url, attempts
-        self._client = openai.OpenAI(
-            base_url=base_url,
-            api_key=self._key or "none",  # without one the client would look for OPENAI_API_KEY
-            timeout=timeout_s,
-            max_retries=0,
-        )
-        self._headers: dict[str, Any] = {} if self._key else {"Authorization": openai.Omit()}
+        self._base_url, self._attempts, self._patience_s = base_url, attempts, patience_s
+        self._client = transport.sync_client(base_url, self._key, timeout_s)
+        # Raw: the client takes any JSON or text for a batch.
+        self._batches = self._client.batches.with_raw_response
+        self._files = transport.sync_client(base_url, self._key, _TRANSFER_S, _MOST_RESULT_BYTES)
 
     def submit(self, file: JobFile) -> None:
         """Upload a job's requests and create its batch, from whatever step it has reached."""
@@ -160,18 +218,14 @@ class BatchClient:
 
     def look(self, file: JobFile) -> Batch:
         """The batch's state, which the job remembers."""
-        batch = self._try(
-            lambda: self._client.batches.retrieve(_submitted(file), extra_headers=self._headers)
-        )
+        batch = self._try(lambda: _batch(self._batches.retrieve(_submitted(file))))
         counts = batch.request_counts
         file.update(status=batch.status, completed=counts.completed if counts else 0)
         return batch
 
     def cancel(self, file: JobFile) -> None:
         """Ask for the batch's end; answers that are there stay to be collected."""
-        batch = self._try(
-            lambda: self._client.batches.cancel(_submitted(file), extra_headers=self._headers)
-        )
+        batch = self._try(lambda: _batch(self._batches.cancel(_submitted(file))))
         file.update(status=batch.status)
 
     def results(
@@ -188,8 +242,14 @@ class BatchClient:
             path = file.path.with_suffix(".results")
             self._try(lambda file_id=file_id, path=path: self._download(file_id, path))
             with path.open("rb") as lines:
-                for line in lines:
-                    key, outcome = _outcome(json.loads(line), float(ended - batch.created_at))
+                for line in iter(lambda: lines.readline(transport.MOST_BYTES), b""):
+                    try:
+                        key, outcome = _outcome(line, float(ended - batch.created_at))
+                    except endpoint.NotACompletion as error:
+                        raise InputError(
+                            f"batch interface at {self._base_url}: {self.sentence(error)} stands in "
+                            f"the results of batch {batch.id}; ask its provider, or cancel it"
+                        ) from None
                     if self._key is not None and self._key.encode() in line:
                         outcome = RequestFailed("the endpoint sends the API key back")
                     yield key, outcome
@@ -209,46 +269,57 @@ class BatchClient:
 
     def close(self) -> None:
         self._client.close()
+        self._files.close()
 
     def _uploaded(self, path: Path) -> str:
         with path.open("rb") as requests:
-            uploaded = self._client.files.create(
-                file=(path.name, requests), purpose="batch", extra_headers=self._headers
-            )
-        return uploaded.id
+            create = self._files.files.with_raw_response.create
+            raw = create(file=(path.name, requests), purpose="batch")
+        return endpoint.read_body(raw.http_response.content, _File).id
 
     def _download(self, file_id: str, path: Path) -> None:
-        content = self._client.files.with_streaming_response.content
-        with content(file_id, extra_headers=self._headers) as response:
+        with self._files.files.with_streaming_response.content(file_id) as response:
             response.stream_to_file(path)
 
     def _created(self, job: Job) -> Batch:
         """The batch of the uploaded file: one that an earlier attempt made without hearing of it."""
         assert job.input_file_id is not None, "uploaded before"
-        for batch in self._client.batches.list(limit=100, extra_headers=self._headers):
-            if batch.input_file_id == job.input_file_id:
-                return batch
-        return self._client.batches.create(
-            input_file_id=job.input_file_id,
-            endpoint=_URL,
-            completion_window="24h",
-            extra_headers=self._headers,
+        after: str | openai.Omit = openai.omit
+        for _ in range(_MOST_PAGES):
+            raw = self._batches.list(limit=100, after=after)
+            listed = endpoint.read_body(raw.http_response.content, _Batches)
+            for batch in listed.data:
+                if batch.input_file_id == job.input_file_id:
+                    return batch
+            if not (listed.has_more and listed.data):
+                break
+            after = listed.data[-1].id
+        return _batch(
+            self._batches.create(
+                input_file_id=job.input_file_id, endpoint=_URL, completion_window="24h"
+            )
         )
 
     def _try(self, call: Callable[[], _T]) -> _T:
         retrying = Retrying(
             retry=retry_if_exception(endpoint.may_pass),
             wait=endpoint.wait_s,
-            stop=stop_after_attempt(self._attempts),
+            stop=lambda state: (
+                state.attempt_number >= self._attempts or endpoint.asked_s(state) > self._patience_s
+            ),
             reraise=True,
         )
         try:
             return retrying(call)
-        except openai.APIError as error:
+        except endpoint.FAILURES as error:
             raise InputError(
                 f"batch interface at {self._base_url}: {self.sentence(error)}; mend "
                 "that and run again: batches that were submitted go on and are found again"
             ) from None
+
+
+def _batch(raw: Any) -> Batch:
+    return endpoint.read_body(raw.http_response.content, Batch)
 
 
 def _submitted(file: JobFile) -> str:
@@ -259,16 +330,20 @@ def _submitted(file: JobFile) -> str:
     return file.job.batch_id
 
 
-def _outcome(line: dict[str, Any], latency_s: float) -> tuple[str, dict[str, Any] | Exception]:
-    key, response = line["custom_id"], line.get("response")
+def _outcome(line: bytes, latency_s: float) -> tuple[str, dict[str, Any] | Exception]:
+    """Raises NotACompletion: the line is no outcome of a request."""
+    outcome = endpoint.read_body(line, _Outcome)
+    key, response = outcome.custom_id, outcome.response
     if response is None:
-        return key, RequestFailed((line.get("error") or {}).get("message") or "no response")
-    if response["status_code"] != 200:
-        said = (response.get("body") or {}).get("error") or {}
-        message = said.get("message") or f"status {response['status_code']}"
-        return key, RequestFailed(message, said.get("param"))
+        said = outcome.error or _Fault()
+        return key, RequestFailed(said.message or "no response")
     try:
-        body = checked_body(json.dumps(response["body"]).encode())
+        body = json.dumps(response.body).encode()
+        if response.status_code == 200:
+            return key, {"latency_s": latency_s, "body": checked_body(body), "batched": True}
+        said = endpoint.read_body(body, _Refusal).error or _Fault()
     except endpoint.NotACompletion as error:
         return key, error
-    return key, {"latency_s": latency_s, "body": body, "batched": True}
+    except RecursionError:
+        return key, endpoint.NotACompletion("nested too deeply")
+    return key, RequestFailed(said.message or f"status {response.status_code}", said.param)

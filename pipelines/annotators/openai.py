@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pyarrow as pa
 from tenacity import (
@@ -25,12 +25,12 @@ from ...schemas.configs import OpenAIAnnotator, SegmentConfig
 from ...schemas.errors import InputError
 from ...schemas.labels import AnnotationStatus
 from ...schemas.tables import ANNOTATIONS
-from .. import endpoint
+from .. import endpoint, transport
 from .budget import BudgetSpent, Reservation
 from .completion import checked_body, question_key, read_record, request_body
 from .dialogue import Answer, Question, dialogue
 from .journal import GroupCommit, Journal, Record
-from .pace import Closed, Pace
+from .pace import AskedToWait, Closed, Pace
 from .prices import find_price
 from .prompting import AnnotationPrompt
 from .rows import SKIPPED, Identity, Item, Reading, annotation_row, items
@@ -68,7 +68,12 @@ class EndpointAnnotator:
         self._stop: str | None = None
         # One loop for all parts: client and pace belong to the loop in which they are first used.
         self._runner = asyncio.Runner()
-        self._pace = Pace(config.concurrency, config.requests_per_minute, config.tokens_per_minute)
+        self._pace = Pace(
+            config.concurrency,
+            config.requests_per_minute,
+            config.tokens_per_minute,
+            config.patience_s,
+        )
         pools = min(_MOST_POOLS, math.ceil(config.concurrency / _CONNECTIONS_PER_POOL))
         self._clients = [self._new_client() for _ in range(pools)]
         self._turns = itertools.cycle(self._clients)
@@ -103,12 +108,8 @@ class EndpointAnnotator:
             self._journal.close()
 
     def _new_client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(
-            base_url=self._config.base_url,
-            api_key=self._key or "none",  # without one the client would look for OPENAI_API_KEY
-            timeout=None,  # it is one for each read: an answer that drips would hold for ever
-            max_retries=0,
-        )
+        config = self._config
+        return transport.async_client(config.base_url, self._key, config.timeout_s)
 
     async def _annotate(self, work: Iterator[Item], number: int) -> list[dict[str, Any]]:
         rows: list[Any] = [None] * number
@@ -134,6 +135,8 @@ class EndpointAnnotator:
                 rows[index] = await self._row(item)
         except BudgetSpent as spent:
             self._end(f"{spent}; raise annotator.budget_usd and run again to go on")
+        except AskedToWait as asked:
+            self._end(f"it asks to wait {asked}; run again then")
         except Closed:
             return
 
@@ -247,19 +250,10 @@ class EndpointAnnotator:
                     self._pace.hold(wait)
             return record
 
-    async def _exchange(self, body: dict[str, Any]) -> httpx.Response:
-        """The HTTP response to a request, whole. `create` would check each field of the body anew."""
-        limit = self._config.timeout_s
-        try:
-            async with asyncio.timeout(limit):
-                return await next(self._turns).post(
-                    "/chat/completions",
-                    cast_to=httpx.Response,
-                    body=body,
-                    options={} if self._key else {"headers": {"Authorization": openai.Omit()}},
-                )
-        except TimeoutError:
-            raise endpoint.NoAnswerInTime(f"no whole answer within {limit:g} s") from None
+    async def _exchange(self, body: dict[str, Any]) -> httpx2.Response:
+        """The HTTP response to a request. `create` would check each field of the body anew."""
+        client = next(self._turns)
+        return await client.post("/chat/completions", cast_to=httpx2.Response, body=body)
 
     def _attempt_failed(self, error: Exception, entered: float, reservation: Reservation) -> None:
         if endpoint.may_be_billed(error):

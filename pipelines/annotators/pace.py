@@ -3,6 +3,7 @@ circuit breaker. Nothing is sent but through here, so closing the pace stops all
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -17,6 +18,10 @@ class Closed(Exception):
     """The pace was closed while a request waited: it is not to be sent."""
 
 
+class AskedToWait(Exception):
+    """The endpoint asks for a longer wait than the patience that there is."""
+
+
 class Pace:
     """Shared by all requests to one endpoint, within one event loop."""
 
@@ -25,14 +30,17 @@ class Pace:
         concurrency: int,
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
+        patience_s: float = math.inf,
     ) -> None:
+        """patience_s: the longest wait that the endpoint may ask for."""
         self._most = concurrency
         self._limit = concurrency
         self._in_flight = 0
         self._successes = 0
         self._failed_rounds = 0
         self._failing_since: float | None = None
-        self._last_round = self._resume_at = 0.0
+        self._last_round = self._resume_at = self._asked_until = 0.0
+        self._patience_s = patience_s
         self._changed = asyncio.Condition()
         self._closed = asyncio.Event()
         self._requests = _Rate(requests_per_minute) if requests_per_minute is not None else None
@@ -79,6 +87,7 @@ class Pace:
 
         Raises:
             Closed: by then no request is wanted.
+            AskedToWait: `hold` is longer than `patience_s`.
         """
         await self._enter()
         try:
@@ -125,18 +134,22 @@ class Pace:
             self.hold(retry_after_s)
         elif overloaded or self.broken:
             doublings = self._failed_rounds - (1 if overloaded else _TRIP)
-            self.hold(min(_LONGEST_COOL_DOWN_S, _COOL_DOWN_S * 2.0**doublings))
+            pause = min(_LONGEST_COOL_DOWN_S, _COOL_DOWN_S * 2.0**doublings)
+            self._resume_at = max(self._resume_at, now + pause)
 
     def hold(self, seconds: float) -> None:
-        """Send nothing for so long."""
-        self._resume_at = max(self._resume_at, time.monotonic() + seconds)
+        """Send nothing for the time that the endpoint asks for."""
+        self._asked_until = max(self._asked_until, time.monotonic() + seconds)
 
     async def _enter(self) -> None:
         while True:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._in_flight < self.limit)
                 self._changed.notify()  # the next one looks too: there may be room for several
-                pause = self._resume_at - time.monotonic()
+                asked = self._asked_until - time.monotonic()
+                if asked > self._patience_s:
+                    raise AskedToWait(f"{asked:.0f} s")
+                pause = max(asked, self._resume_at - time.monotonic())
                 if pause <= 0:
                     self._in_flight += 1
                     return

@@ -10,28 +10,28 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import httpx2
 import openai
-from openai.types.chat import ChatCompletion
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
     retry_if_exception,
 )
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ...schemas.configs import OpenAISampler, SamplingConfig
 from ...schemas.errors import InputError
-from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
 from ...trace.policy import load_tokenizer, policy_name, vocab_fingerprint
 from ...trace.protocols import Completion, PolicyInfo, Prompt
-from .. import endpoint
+from .. import endpoint, transport
 from ..models import served_model
 from .constrained import with_fixed_whitespace
 from .pool import Pool, server_failed
+from .reply import read_completion
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,8 @@ class OpenAIPolicySampler:
             self._bytes = byte_table(tokenizer)
             name = policy_name(folder or model)
             self.policy = PolicyInfo(name, revision, 0, vocab_fingerprint(tokenizer))
+        # The model's, which may be larger than the tokenizer's. None: unknown.
+        self.vocab_size = None if tokenizer is None else _local_vocab_size(folder or model)
         self.servers_up: frozenset[str] = frozenset()  # at the end of the last call
         self._extended = True  # until the server refuses a request for its extra fields
 
@@ -92,12 +94,12 @@ class OpenAIPolicySampler:
         """See `Sampler`. Not to be called from a running event loop: it runs its own.
 
         Raises:
-            InputError: the endpoint cannot be reached, refuses the requests or their schemas, or
-                stays unavailable for `timeout_s`.
+            InputError: the endpoint cannot be reached, refuses the requests or their schemas, stays
+                unavailable for `timeout_s`, asks to wait longer, or sends impossible values.
         """
         try:
             return asyncio.run(self._sample(prompts, sampling, seeds, schemas))
-        except (openai.APIError, endpoint.NotACompletion) as error:
+        except endpoint.FAILURES as error:
             said = self._explain(error)
         raise InputError(said)  # outside: the error below, which may echo the key, doesn't hang on
 
@@ -118,7 +120,8 @@ class OpenAIPolicySampler:
         async with AsyncExitStack() as stack:
             call = _Call(Pool(self._config.servers, self._admit), {})
             for server in self._config.servers:
-                call.clients[server] = await stack.enter_async_context(self._client(server))
+                client = transport.async_client(server, self._key, self._config.timeout_s)
+                call.clients[server] = await stack.enter_async_context(client)
 
             async def one(prompt: Prompt, form: dict[str, Any] | None, seed: int) -> Completion:
                 request = self._fields(prompt, sampling, form, seed)
@@ -135,14 +138,6 @@ class OpenAIPolicySampler:
             self.servers_up = call.pool.up
             return completions
 
-    def _client(self, server: str) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(
-            base_url=server,
-            api_key=self._key or "none",  # without one the client would look for OPENAI_API_KEY
-            timeout=self._config.timeout_s,
-            max_retries=0,  # the client's own retries also repeat an exhausted quota
-        )
-
     def _fields(
         self, prompt: Prompt, sampling: SamplingConfig, form: dict[str, Any] | None, seed: int
     ) -> dict[str, Any]:
@@ -154,7 +149,6 @@ class OpenAIPolicySampler:
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
             "seed": seed,
-            "extra_headers": {} if self._key else {"Authorization": openai.Omit()},
         }
         return fields if form is None else fields | {"response_format": form}
 
@@ -164,13 +158,14 @@ class OpenAIPolicySampler:
         request: dict[str, Any],
         prompt: Prompt,
         sampling: SamplingConfig,
-    ) -> ChatCompletion:
+    ) -> Completion:
         """One response; without the extra fields if the server refuses them and only them."""
         if self._extended:
             try:
-                return await self._send(call, request, _extra_fields(prompt, sampling))
+                extra = _extra_fields(prompt, sampling)
+                return await self._send(call, request | extra, prompt)
             except (openai.BadRequestError, openai.UnprocessableEntityError):
-                reply = await self._send(call, request, {})
+                reply = await self._send(call, request, prompt)
             if self._extended:  # else another request in flight found out first
                 logger.warning("%s: gives no token ids (unknown fields)", self._where)
             self._extended = False
@@ -180,11 +175,9 @@ class OpenAIPolicySampler:
             raise InputError(
                 f"{self._where}: does not know top_k; set sampling.top_k=0 or use another server"
             )
-        return await self._send(call, request, {})
+        return await self._send(call, request, prompt)
 
-    async def _send(
-        self, call: _Call, request: dict[str, Any], extra: dict[str, Any]
-    ) -> ChatCompletion:
+    async def _send(self, call: _Call, request: dict[str, Any], prompt: Prompt) -> Completion:
         """Repeats what may pass (rate limits, server and connection errors) for `timeout_s`; what a
         server failed to answer goes to another at once.
         """
@@ -193,13 +186,16 @@ class OpenAIPolicySampler:
             return bool(call.pool.up) and server_failed(_error(state))
 
         def give_up(state: RetryCallState) -> bool:
-            """After `timeout_s`; sooner if no server is there at all, rather than busy."""
+            """When the next attempt would be after `timeout_s`; sooner if no server is there at all,
+            rather than busy.
+            """
             if elsewhere(state):
                 return False
             absent = isinstance(_error(state), openai.APIConnectionError)
             if absent and state.attempt_number >= _UNREACHABLE_ATTEMPTS:
                 return True
-            return (state.seconds_since_start or 0.0) >= self._config.timeout_s
+            next_s = (state.seconds_since_start or 0.0) + state.upcoming_sleep
+            return next_s >= self._config.timeout_s
 
         retrying = AsyncRetrying(
             retry=retry_if_exception(endpoint.may_pass),
@@ -209,14 +205,15 @@ class OpenAIPolicySampler:
             reraise=True,
         )
 
-        async def attempt() -> ChatCompletion:
+        async def attempt() -> Completion:
             async with call.pool.server() as server:
-                completions = call.clients[server].chat.completions
-                reply = await completions.create(**request, extra_body=extra)
-            if not reply.choices:
-                raise endpoint.NotACompletion(reply.model_dump_json())
-            said = " ".join(choice.message.content or "" for choice in reply.choices)
-            said = said.encode("utf-8", "surrogatepass")
+                response = await call.clients[server].post(
+                    "/chat/completions", cast_to=httpx2.Response, body=request
+                )
+            reply = read_completion(
+                response.content, server, request["max_tokens"], self.vocab_size, prompt.token_ids
+            )
+            said = reply.text.encode()
             if endpoint.without_key(said, self._key) != said:
                 raise InputError(
                     f"{self._where}: sends the API key back in a response, which would "
@@ -233,30 +230,22 @@ class OpenAIPolicySampler:
             pause_s = state.next_action.sleep
             logger.warning("%s: %s; again in %.1f s", self._where, said, pause_s)
 
-    def _completion(self, reply: ChatCompletion, plain: bool) -> Completion:
+    def _completion(self, reply: Completion, plain: bool) -> Completion:
         """plain: neither temperature nor truncation nor a schema stands between the policy and its
         samples. A server may report log-probabilities before or after these (vLLM's
         --logprobs-mode): without them both mean the same.
         """
-        choice = reply.choices[0]
-        # Fields beyond OpenAI's own are there if the server sent them.
-        ids: list[int] | None = getattr(choice, "token_ids", None)
-        prompt_ids: list[int] | None = getattr(reply, "prompt_token_ids", None)
-        # JSON may hold half of a surrogate pair, and no table can: it becomes U+FFFD.
-        text = (choice.message.content or "").encode("utf-16", "surrogatepass")
-        text = text.decode("utf-16", "replace")
-        if ids is not None and self._bytes is not None:
-            text = self._bytes.text(ids)
-        logprobs = None
-        if plain and ids is not None and choice.logprobs and choice.logprobs.content:
-            logprobs = [token.logprob for token in choice.logprobs.content]
-        # Whatever else ends a response (a content filter, say) cut it short.
-        reason = FinishReason.STOP if choice.finish_reason == "stop" else FinishReason.LENGTH
-        return Completion(text, reason, ids, logprobs, prompt_ids)
+        text = reply.text
+        if reply.token_ids is not None and self._bytes is not None:
+            text = self._bytes.text(reply.token_ids)
+        return replace(reply, text=text, logprobs=reply.logprobs if plain else None)
 
     def _explain(self, error: Exception) -> str:
         url, key = self._where, self._config.api_key_env
         said = f"({endpoint.sentence(error, self._key)})"
+        asked = endpoint.retry_after_s(error)
+        if asked is not None and asked >= self._config.timeout_s:
+            return f"{url}: asks to wait {asked:.0f} s {said}; run again then"
         match error:
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 how = (
@@ -289,6 +278,14 @@ def _local_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(folder)
     except InputError:  # none there, or one with code of its own
         return None
+
+
+def _local_vocab_size(model: str) -> int | None:
+    try:
+        config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+    return config.get_text_config().vocab_size
 
 
 def _extra_fields(prompt: Prompt, sampling: SamplingConfig) -> dict[str, Any]:

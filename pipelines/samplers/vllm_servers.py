@@ -10,25 +10,67 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 from uuid import uuid4
 
+import httpx2
 import openai
+from pydantic import BaseModel, Field, FiniteFloat
 from transformers import PreTrainedTokenizerBase
 
 from ...schemas.configs import OpenAISampler, SamplingConfig
 from ...schemas.errors import InputError
 from ...trace.policy import Policy
 from ...trace.protocols import Completion, PolicyInfo, Prompt
-from .. import endpoint
+from .. import endpoint, transport
 from .openai import OpenAIPolicySampler
 from .probe import Probe
 from .weights import write_weights
 
 logger = logging.getLogger(__name__)
 
+_Kind = TypeVar("_Kind", bound=BaseModel)
+_WORK: Any = {}
 _SOON: Any = {"timeout": 10.0}  # seconds, for what a server says without working
 _HOW = "start it with VLLM_SERVER_DEV_MODE=1 vllm serve, on a network of your own"
+
+
+class _Model(BaseModel):
+    id: str
+
+
+class _Models(BaseModel):
+    data: list[_Model] = Field(min_length=1)
+
+
+class _Held(BaseModel):
+    weight_version: str
+
+
+class _ModelConfig(BaseModel):
+    logprobs_mode: str
+
+
+class _VllmConfig(BaseModel):
+    model_config_: _ModelConfig = Field(alias="model_config")
+
+
+class _ServerInfo(BaseModel):
+    vllm_config: _VllmConfig
+
+
+class _Score(BaseModel):
+    logprob: FiniteFloat
+
+
+class _Scored(BaseModel):
+    """prompt_logprobs: by position, of each candidate token by its id; None for the first."""
+
+    prompt_logprobs: list[dict[str, _Score] | None]
+
+
+class _Scores(BaseModel):
+    choices: list[_Scored]
 
 
 class VllmServersSampler:
@@ -54,7 +96,13 @@ class VllmServersSampler:
         self._config, self._folder = config, folder.resolve()
         shutil.rmtree(self._folder, ignore_errors=True)  # a run that was killed left its weights
         self._key = endpoint.read_key(config.api_key_env, "sampler.api_key_env")
-        self._clients = {server: self._client(server) for server in config.servers}
+        # For vLLM's own endpoints, which lie beside those of OpenAI's interface.
+        self._clients = {
+            server: transport.sync_client(
+                server.rstrip("/").removesuffix("/v1"), self._key, config.timeout_s
+            )
+            for server in config.servers
+        }
         names = [self._served(server) for server in config.servers]
         for server, name in zip(config.servers, names, strict=True):
             if name != names[0]:
@@ -109,6 +157,7 @@ class VllmServersSampler:
         self._probe, self.policy = probe, policy.info
         self._version = f"{self._run}-{policy.info.step}-{uuid4().hex[:8]}"
         self._weights = self._folder / self._version
+        self._sampler.vocab_size = policy.model.get_input_embeddings().num_embeddings
         write_weights(policy, self._weights)
         with ThreadPoolExecutor(len(self._config.servers)) as pool:
             there = list(pool.map(self._is_there, self._config.servers))
@@ -129,33 +178,30 @@ class VllmServersSampler:
         for client in self._clients.values():
             client.close()
 
-    def _client(self, server: str) -> openai.OpenAI:
-        """For vLLM's own endpoints, which lie beside those of OpenAI's interface."""
-        return openai.OpenAI(
-            base_url=server.rstrip("/").removesuffix("/v1"),
-            api_key=self._key or "none",
-            timeout=self._config.timeout_s,
-            max_retries=0,
-        )
-
     def _served(self, server: str) -> str:
         """The name under which a server serves its model; checks what else it has to offer."""
         try:
-            models = self._clients[server].get("/v1/models", cast_to=object, options=_SOON)
+            models = self._get(server, "/v1/models", _Models, _SOON)
             self._held(server)
         except openai.NotFoundError:
             raise InputError(
                 f"{server}: offers no update of its weights, which training needs; {_HOW}"
             ) from None
-        except openai.APIError as error:
+        except endpoint.FAILURES as error:
             said = endpoint.sentence(error, self._key)
         else:
-            return cast(Any, models)["data"][0]["id"]
+            return models.data[0].id
         raise InputError(f"{server}: can't be used ({said}); {_HOW}, or fix sampler.base_url")
 
     def _check_logprobs(self, server: str) -> None:
-        told = self._clients[server].get("/server_info?config_format=json", cast_to=object)
-        mode = cast(Any, told)["vllm_config"]["model_config"]["logprobs_mode"]
+        try:
+            info = self._get(server, "/server_info?config_format=json", _ServerInfo)
+        except endpoint.FAILURES as error:
+            said = endpoint.sentence(error, self._key)
+            raise InputError(
+                f"{server}: does not say how it reports log-probabilities ({said}); {_HOW}"
+            ) from None
+        mode = info.vllm_config.model_config_.logprobs_mode
         if mode != "processed_logprobs":
             raise InputError(
                 f"{server}: reports log-probabilities at temperature 1 ({mode}); start it with "
@@ -178,19 +224,20 @@ class VllmServersSampler:
             openai.APIConnectionError: it is not there.
         """
         assert self._probe is not None, "follow comes before sample"
-        if self._held(server) == self._version:
-            return
         kwargs = {"weights_path": str(self._weights)}
         try:
+            if self._held(server) == self._version:
+                return
             self._post(server, "/collective_rpc", method="reload_weights", kwargs=kwargs)
             self._post(server, "/reset_prefix_cache")
-            scores = self._score(server, self._probe.token_ids)
-        except openai.APIStatusError as error:
+            self._probe.check(server, self._score(server, self._probe.token_ids))
+            # Last, so that a version that a server reports is proven.
+            self._post(server, "/update_weight_version", new_version=self._version)
+        except openai.APIConnectionError:
+            raise
+        except endpoint.FAILURES as error:
             said = endpoint.sentence(error, self._key)
         else:
-            self._probe.check(server, scores)
-            # Last: a version that a server tells is proven.
-            self._post(server, "/update_weight_version", new_version=self._version)
             return
         raise InputError(
             f"{server}: can't load weights from {self._weights} ({said}); give "
@@ -201,26 +248,39 @@ class VllmServersSampler:
     def _score(self, server: str, rows: Sequence[list[int]]) -> list[list[float]]:
         """The log-probability of each token but the first, given those before it."""
         asked = {"model": self._model, "prompt": rows, "max_tokens": 1, "prompt_logprobs": 0}
-        choices = self._post(server, "/v1/completions", **asked)["choices"]
-        return [
-            [
-                step[str(i)]["logprob"]
-                for step, i in zip(choice["prompt_logprobs"][1:], ids[1:], strict=True)
+        content = self._post(server, "/v1/completions", **asked)
+        choices = endpoint.read_body(content, _Scores).choices
+        try:
+            return [
+                [
+                    step[str(i)].logprob  # type: ignore[index] - None is caught too
+                    for step, i in zip(choice.prompt_logprobs[1:], ids[1:], strict=True)
+                ]
+                for choice, ids in zip(choices, rows, strict=True)
             ]
-            for choice, ids in zip(choices, rows, strict=True)
-        ]
+        except (ValueError, KeyError, TypeError):  # another number of rows or tokens, or other ids
+            raise endpoint.NotACompletion(
+                "other tokens than those that were to be scored"
+            ) from None
 
     def _held(self, server: str) -> str:
         """The version of the weights that a server has."""
-        told = self._clients[server].get("/weight_info", cast_to=object, options=_SOON)
-        return cast(Any, told)["weight_version"]
+        return self._get(server, "/weight_info", _Held, _SOON).weight_version
 
     def _strange(self, server: str) -> bool:
-        """Whether a server that answers has other weights than this run's."""
+        """Whether a server that can be reached has other weights than this run's."""
         try:
             return self._held(server) != self._version
         except openai.APIConnectionError:
             return False
+        except endpoint.FAILURES as error:
+            said = endpoint.sentence(error, self._key)
+        raise InputError(f"{server}: does not say which weights it has ({said}); restart it")
 
-    def _post(self, server: str, path: str, **body: Any) -> Any:
-        return self._clients[server].post(path, cast_to=object, body=body)
+    def _get(self, server: str, path: str, kind: type[_Kind], options: Any = _WORK) -> _Kind:
+        """Raises endpoint.FAILURES."""
+        response = self._clients[server].get(path, cast_to=httpx2.Response, options=options)
+        return endpoint.read_body(response.content, kind)
+
+    def _post(self, server: str, path: str, **body: Any) -> bytes:
+        return self._clients[server].post(path, cast_to=httpx2.Response, body=body).content
