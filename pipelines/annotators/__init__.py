@@ -14,6 +14,7 @@ from ...schemas.configs import (
 )
 from ...trace.protocols import Annotator as AnnotatorProtocol
 from ...trace.protocols import Sampler
+from .completion import is_answer
 from .journal import Journal
 from .prompting import load_prompt
 from .spending import Spending, open_spending
@@ -51,7 +52,7 @@ def open_annotator(
         return StepsAnnotator(config, segment)
     prompt = load_prompt(config.prompt, config.answer_schema)
     if isinstance(config, OpenAIAnnotator):
-        kept = Journal(journal, elsewhere) if journal is not None else None
+        kept = Journal(journal, elsewhere, is_answer) if journal is not None else None
         spending = spending or open_spending(config, journal)
         if config.batch:
             from .batch import BatchAnnotator

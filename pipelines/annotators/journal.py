@@ -1,35 +1,29 @@
 """Paid answers on disk before they count: append-only files, keyed by all that decides an answer.
 
 A stage that is killed at any moment finds here what it has paid for. Each journal appends to a file
-of its own, so annotators running side by side, in one process or several, can't tear each other's
-lines, and a line torn by a kill is the last one of its file. Whoever doesn't find a key looks again
-into what the others have written since, so what one has paid for serves all at once.
+of its own, so annotators that run at once, in one process or several, can't tear each other's
+lines, and a line torn by a kill is the last one of its file. A key that is not found is searched for
+in what the others have written since, so one payment serves all. Lines that hold something else (a
+disk's damage, a foreign file) are skipped with a warning.
 """
 
 import asyncio
 import logging
 import os
-import re
 import threading
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import from_json, to_json
-
 from ...data.store import content_hash
 from ...schemas.errors import InputError
+from .journal_lines import Answered, Record, journal_files, read_line, read_lines, write_line
 
 logger = logging.getLogger(__name__)
 
-# A line begins with its key, so that files are indexed without parsing what they hold.
-_START = re.compile(rb'\{"key": ?"([^"\\]+)", ?"record": ?')
-
-_GATHER_S = 0.002  # whoever waits asks nothing meanwhile
-
-Record = dict[str, Any]
+_GATHER_S = 0.002  # a task that waits sends nothing meanwhile
 
 
 def request_key(
@@ -60,11 +54,17 @@ class Journal:
     """Records by key in a folder. Holds places in files, not records: memory stays small.
 
     elsewhere: folders of other journals, whose records serve too; read once, never written.
+    readable: whether a record is one that the caller can use; others are skipped.
     """
 
-    def __init__(self, folder: Path, elsewhere: Iterable[Path] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        elsewhere: Iterable[Path] = (),
+        readable: Callable[[Record], bool] = lambda record: True,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
+        self._folder, self._readable = folder, readable
         self._places: dict[str, tuple[Path, int]] = {}
         # Of the files of others: bytes that are indexed, and the size when they were.
         self._seen: dict[str, tuple[int, int]] = {}
@@ -78,7 +78,7 @@ class Journal:
         return len(self._places)
 
     def get(self, key: str) -> Record | None:
-        """The record of a key, if any journal of this folder has one by now."""
+        """The record of a key, if any journal of this folder has one by now and it is still there."""
         place = self._places.get(key)
         if place is None:
             with self._lock:
@@ -87,9 +87,14 @@ class Journal:
         if place is None:
             return None
         path, offset = place
-        with path.open("rb") as file:
-            file.seek(offset)
-            return from_json(file.readline())["record"]
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                line = read_line(file.readline())
+        except OSError as error:  # another dataset's journal may be removed at any time
+            logger.warning("%s: an answer that was there is gone (%s)", path, error.strerror)
+            return None
+        return line.record if isinstance(line, Answered) and line.key == key else None
 
     def append(self, records: Sequence[tuple[str, Record]]) -> None:
         """Write records by key and return when all are on the disk. Any thread may call it.
@@ -99,7 +104,7 @@ class Journal:
         """
         if not records:
             return
-        lines = [_line(key, record) for key, record in records]
+        lines = [write_line(Answered(key, record)) for key, record in records]
         with self._lock:
             try:
                 path, file = self._opened()
@@ -139,26 +144,24 @@ class Journal:
     def _look(self, folder: Path) -> None:
         """Index what others have written since the last look; one stat per file if that is nothing."""
         own = str(self._path)
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not entry.name.endswith(".jsonl") or entry.path == own:
-                    continue
-                indexed, size = self._seen.get(entry.path, (0, 0))
-                if (now := entry.stat().st_size) != size:
-                    self._seen[entry.path] = self._index(Path(entry.path), indexed), now
+        for entry in journal_files(folder):
+            if entry.path == own:
+                continue
+            indexed, size = self._seen.get(entry.path, (0, 0))
+            if (now := entry.stat().st_size) != size:
+                self._seen[entry.path] = self._index(Path(entry.path), indexed), now
 
     def _index(self, path: Path, offset: int) -> int:
-        """Index whole lines from a byte on; returns where they end."""
-        with path.open("rb") as file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):  # still being written, or torn by a kill
-                    break
-                if line.endswith(b"}\n") and (start := _START.match(line)):
-                    self._places[start[1].decode()] = (path, offset)
-                else:
-                    logger.warning("%s: skipped a line at byte %d that is no record", path, offset)
-                offset += len(line)
+        """Index the lines from a byte on; returns where they end."""
+        skipped = 0
+        for start, end, line in read_lines(path, offset):
+            if isinstance(line, Answered) and self._readable(line.record):
+                self._places[line.key] = (path, start)
+            else:
+                skipped += 1
+            offset = end
+        if skipped:
+            logger.warning("%s: skipped %d lines that hold no answer", path, skipped)
         return offset
 
 
@@ -193,7 +196,3 @@ class GroupCommit:
                     self._failure = error
             if self._failure is not None:
                 raise self._failure
-
-
-def _line(key: str, record: Record) -> bytes:
-    return to_json({"key": key, "record": record}) + b"\n"

@@ -7,7 +7,6 @@ usage = spending.row(answers)                        # when a row is done: count
 """
 
 import fcntl
-import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -17,8 +16,9 @@ from typing import IO, Any
 from ...schemas.configs import OpenAIAnnotator
 from ...schemas.errors import InputError
 from .budget import Budget, Reservation
-from .completion import read_record
+from .completion import is_answer, read_record
 from .dialogue import Answer, usage
+from .journal_lines import journal_files, read_lines
 from .prices import Price, require_price
 from .rows import Usage
 
@@ -136,14 +136,10 @@ def open_spending(
 
 def _paid(journal: Path) -> Iterator[Answer]:
     """All answers in a journal; one that was paid for twice is there twice."""
-    for path in sorted(journal.glob("*.jsonl")):
-        with path.open("rb") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)["record"]
-                except json.JSONDecodeError:  # torn by a kill, before it counted
-                    continue
-                yield read_record(record)
+    for entry in journal_files(journal):
+        for _, _, line in read_lines(Path(entry.path)):
+            if line is not None and is_answer(line.record):
+                yield read_record(line.record)
 
 
 def exclusive(path: Path, what: str) -> IO[bytes]:

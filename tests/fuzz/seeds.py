@@ -103,6 +103,25 @@ def _problems_files() -> list[bytes]:
     return [b"J" + lines.encode(), b"P" + parquet_bytes(pa.Table.from_pylist([_PROBLEM]))]
 
 
+def _journals() -> list[bytes]:
+    usage = {
+        "prompt_tokens": 9,
+        "completion_tokens": 1,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
+    parts = [{"type": "text", "text": _ANSWER}]
+    messages = ({"content": _ANSWER}, {"content": parts}, {"content": None, "refusal": "no"})
+    lines = []
+    for number, message in enumerate(messages):
+        body = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
+        record = {"latency_s": 0.5, "body": body, "batched": number == 1}
+        lines.append(json.dumps({"key": f"k{number}", "record": record}) + "\n")
+    return [
+        "".join(lines).encode(),
+        lines[0].encode() + b"\0\0\n[]\n{}\n\xff\n" + lines[1].encode(),
+    ]
+
+
 _SEEDS = {
     "config": _configs,
     "prompt": _prompts,
@@ -115,6 +134,7 @@ _SEEDS = {
         for text in _TEXTS
     ],
     "answer": _answers,
+    "journal": _journals,
     "parquet": _parquets,
     "problems-file": _problems_files,
     "labelled-file": lambda: [

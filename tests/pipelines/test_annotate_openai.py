@@ -267,6 +267,46 @@ def test_an_answer_without_usage_is_used_and_its_tokens_are_unknown():
         assert row["cost_usd"] is None
 
 
+@pytest.mark.parametrize(
+    "usage",
+    [
+        [], "many", 7, {"prompt_tokens": 1.5, "completion_tokens": 1},
+        {"prompt_tokens": "9", "completion_tokens": 1}, {"prompt_tokens": [9]},
+        {"prompt_tokens": -5, "completion_tokens": 1}, {"prompt_tokens": 2**31, "completion_tokens": 1},
+        {"prompt_tokens": 10**30, "completion_tokens": 10**30}, {"prompt_tokens": True},
+    ],
+)  # fmt: skip
+def test_an_answer_is_kept_whatever_its_usage_is(tmp_path: Path, usage):
+    _, _, body = completion()
+    assert isinstance(body, dict)
+    with served(in_order((200, {}, body | {"usage": usage}))) as (endpoint, url):
+        for _ in range(2):  # from the endpoint, then from the journal
+            (row,) = annotate(url, journal=tmp_path, **PRICE)
+            assert (row["status"], row["prompt_tokens"], row["cost_usd"]) == ("ok", None, None)
+        assert len(endpoint.requests) == 1
+
+
+def test_tokens_of_two_turns_that_do_not_fit_the_table_are_unknown():
+    _, _, body = completion("Segment 1.")
+    assert isinstance(body, dict)
+    usage = {"prompt_tokens": 2**31 - 1, "completion_tokens": 1, "prompt_tokens_details": "none"}
+    with served(in_order((200, {}, body | {"usage": usage}))) as (endpoint, url):
+        (row,) = annotate(url)
+    assert (row["status"], len(endpoint.requests)) == ("invalid", 2)
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (None, 2)
+
+
+@pytest.mark.parametrize(
+    "more", [[], [{"type": "image_url"}, 7, None, {"type": "text", "text": 7}]]
+)
+def test_an_answer_in_parts_is_their_text(more: list):
+    first, second = VALID[:20], VALID[20:]
+    parts = [{"type": "thinking", "text": "Hm."}, {"type": "text", "text": first}, *more, second]
+    with served(in_order(completion(parts, refusal=""))) as (endpoint, url):  # type: ignore[arg-type]
+        (row,) = annotate(url)
+    assert (row["status"], row["raw_answer"], len(endpoint.requests)) == ("ok", VALID, 1)
+
+
 def test_a_server_that_is_not_there_is_told_in_a_sentence():
     with pytest.raises(InputError, match=r"http://127.0.0.1:1/v1: 1 of 1 calls failed .*onnection"):
         annotate("http://127.0.0.1:1/v1", max_attempts=1)

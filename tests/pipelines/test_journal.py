@@ -2,7 +2,9 @@
 
 import asyncio
 import multiprocessing
+import os
 import resource
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,53 @@ def test_a_torn_line_is_ignored_and_the_rest_is_kept(tmp_path: Path):
     assert Journal(tmp_path).get("b") == {"n": 3}
 
 
-def test_a_line_that_is_no_record_is_told_and_skipped(tmp_path: Path, caplog):
-    (tmp_path / "damaged.jsonl").write_text('\0\0\0\n{"key": "a", "record": {"n": 1}}\n')
-    assert Journal(tmp_path).get("a") == {"n": 1}
-    assert "skipped a line at byte 0" in caplog.text
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\0\0\0\n",
+        b'{"key": "a", "record": {"n": "\xff"}}\n',
+        b'{"key": "\xff", "record": {}}\n',
+        b"[]\n",
+        b"{}\n",
+        b'{"key": 1, "record": {}}\n',
+        b'{"key": "a", "record": [1]}\n',
+        b'{"key": "a", "record": {"n": 1}\n',
+        b"\n",
+        b"[" * 100_000 + b"\n",
+        b'{"key": "a", "record": {"n": ' + b"9" * 5000 + b"}}\n",
+    ],
+    ids=lambda damage: repr(damage[:30]),
+)
+def test_lines_that_hold_no_record_are_skipped_and_counted(tmp_path: Path, damage: bytes, caplog):
+    lines = [b'{"key": "b", "record": {"n": 1}}\n', b'{"key": "c", "record": {"n": 2}}\n']
+    path = tmp_path / "damaged.jsonl"
+    path.write_bytes(lines[0] + damage + lines[1] + damage)
+    kept = Journal(tmp_path)
+    assert [kept.get(key) for key in "abc"] == [None, {"n": 1}, {"n": 2}]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: skipped 2 lines that hold no answer"
+    ]
+
+
+def test_a_record_that_cannot_be_used_hides_none_that_can(tmp_path: Path):
+    (tmp_path / "1.jsonl").write_text('{"key": "a", "record": {"n": 1}}\n')
+    (tmp_path / "2.jsonl").write_text('{"key": "a", "record": {}}\n')
+    (tmp_path / "0.jsonl").write_text('{"key": "a", "record": {}}\n')
+    assert Journal(tmp_path, readable=lambda record: "n" in record).get("a") == {"n": 1}
+
+
+def test_a_folder_or_a_pipe_of_a_journals_name_is_none(tmp_path: Path):
+    (tmp_path / "1.jsonl").mkdir()
+    os.mkfifo(tmp_path / "2.jsonl")
+    assert Journal(tmp_path).get("a") is None
+
+
+def test_an_answer_of_a_journal_that_was_removed_is_gone(tmp_path: Path):
+    theirs = Journal(tmp_path / "theirs")
+    theirs.append([("a", {"n": 1})])
+    ours = Journal(tmp_path / "ours", [tmp_path / "theirs"])
+    shutil.rmtree(tmp_path / "theirs")
+    assert ours.get("a") is None
 
 
 def test_records_come_back_as_they_were(tmp_path: Path):
