@@ -4,7 +4,7 @@ Shared by the client that sends one request at a time and by the batch interface
 the same bodies, keep the same records under the same keys, and read them alike.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
@@ -99,7 +99,8 @@ def checked_body(content: bytes) -> dict[str, Any]:
 def read_record(record: dict[str, Any]) -> Answer:
     """The answer in a journalled record.
 
-    record: "latency_s"; "body" as `checked_body` gives it; "batched" if a batch interface answered.
+    record: "latency_s"; "body" as `checked_body` gives it; "batched" if a batch interface answered;
+    "at_most", the request's most prompt and completion tokens, where the usage is unknown.
 
     Raises:
         ValueError: there is no chat completion in it.
@@ -119,7 +120,18 @@ def read_record(record: dict[str, Any]) -> Answer:
         latency_s=latency_s if isinstance(latency_s, float) and 0 <= latency_s < 1e9 else 0.0,
         cached_tokens=cached_tokens,
         batched=record.get("batched") is True,
+        at_most=_bounds(record.get("at_most")),
     )
+
+
+def bounded(
+    record: dict[str, Any], at_most: Callable[[], tuple[int, int] | None]
+) -> dict[str, Any]:
+    """The record with "at_most" if its usage is unknown, so that a budget can count it."""
+    answer = read_record(record)
+    if answer.prompt_tokens is not None and answer.completion_tokens is not None:
+        return record
+    return record | {"at_most": at_most()}
 
 
 def is_answer(record: dict[str, Any]) -> bool:
@@ -142,6 +154,13 @@ def _text(content: str | list[Any] | None) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
+def _bounds(value: Any) -> tuple[int, int] | None:
+    match value:
+        case [prompt, completion] if None not in (token_count(prompt), token_count(completion)):
+            return prompt, completion
+    return None
+
+
 def _tokens(usage: Any) -> tuple[int | None, int | None, int]:
     """Prompt and completion tokens, None where they are unknown, and cached prompt tokens."""
     if not isinstance(usage, dict):
@@ -150,5 +169,5 @@ def _tokens(usage: Any) -> tuple[int | None, int | None, int]:
     cached = token_count(details.get("cached_tokens")) if isinstance(details, dict) else None
     # DeepSeek has its own name for them.
     cached = cached or token_count(usage.get("prompt_cache_hit_tokens")) or 0
-    counts = (token_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
-    return *counts, cached
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return token_count(prompt), token_count(completion), cached

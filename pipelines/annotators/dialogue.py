@@ -26,10 +26,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer as received. tokens: None if the engine does not tell.
+    """One answer as received. tokens: None if they are unknown.
 
-    cached_tokens: those of the prompt that the provider had in its cache; batched: whether it came
-    by a batch interface, at that one's price.
+    cached_tokens: those of the prompt that the provider had in its cache; batched: whether a batch
+    interface answered, at its price; at_most: bounds of unknown prompt and completion tokens.
     """
 
     text: str
@@ -40,6 +40,7 @@ class Answer:
     latency_s: float = 0.0
     cached_tokens: int = 0
     batched: bool = False
+    at_most: tuple[int, int] | None = None
 
 
 Dialogue = Generator[Question, Answer, Reading]

@@ -8,18 +8,29 @@ disk's damage, a foreign file) are skipped with a warning.
 """
 
 import asyncio
+import itertools
 import logging
 import os
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from ...data.store import content_hash
 from ...schemas.errors import InputError
-from .journal_lines import Answered, Record, journal_files, read_line, read_lines, write_line
+from .journal_lines import (
+    Answered,
+    Record,
+    Reserved,
+    Settled,
+    journal_files,
+    read_line,
+    read_lines,
+    write_line,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,20 +107,23 @@ class Journal:
             return None
         return line.record if isinstance(line, Answered) and line.key == key else None
 
-    def append(self, records: Sequence[tuple[str, Record]]) -> None:
-        """Write records by key and return when all are on the disk. Any thread may call it.
+    def append(
+        self, records: Sequence[tuple[str, Record]], notes: Sequence[Reserved | Settled] = ()
+    ) -> None:
+        """Write records by key, then notes; return when all are on the disk. Any thread may call it.
 
         Raises:
             InputError: they can't be written.
         """
-        if not records:
+        if not records and not notes:
             return
         lines = [write_line(Answered(key, record)) for key, record in records]
+        noted = [write_line(note) for note in notes]
         with self._lock:
             try:
                 path, file = self._opened()
                 offset = file.tell()
-                left = memoryview(b"".join(lines))
+                left = memoryview(b"".join(lines + noted))
                 while left:
                     left = left[file.write(left) :]
                 os.fsync(file.fileno())
@@ -157,7 +171,7 @@ class Journal:
         for start, end, line in read_lines(path, offset):
             if isinstance(line, Answered) and self._readable(line.record):
                 self._places[line.key] = (path, start)
-            else:
+            elif line is None or isinstance(line, Answered):
                 skipped += 1
             offset = end
         if skipped:
@@ -166,7 +180,7 @@ class Journal:
 
 
 class GroupCommit:
-    """Appends to a journal for the tasks of one event loop: one fsync for all records that wait.
+    """Appends to a journal for the tasks of one event loop: one fsync for all lines that wait.
 
     The first one waits a little for others: a thread and an fsync for each would cost more CPU than
     all else that is done for an answer but sending the request.
@@ -174,25 +188,60 @@ class GroupCommit:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._waiting: list[tuple[str, Record]] = []
+        self._waiting = _Batch()
         self._writing = asyncio.Lock()
         self._failure: InputError | None = None
+        self._names = (f"{uuid.uuid4().hex[:16]}-{number}" for number in itertools.count())
 
-    async def append(self, key: str, record: Record) -> None:
-        """Return when the record is on the disk.
+    async def append(self, key: str, record: Record, settles: str | None = None) -> None:
+        """Return when the record is on the disk. settles: the reservation of its request.
 
         Raises:
-            InputError: it, or one before it, couldn't be written.
+            InputError: it, or a line before it, couldn't be written.
         """
+        self._waiting.records.append((key, record))
+        if settles is not None:
+            self.settle(settles)
+        await self._written()
+
+    async def reserve(self, usd: float) -> str:
+        """Return a new reservation's name when it is on the disk.
+
+        Raises:
+            InputError: as `append`.
+        """
+        name = next(self._names)
+        self._waiting.notes.append(Reserved(name, usd))
+        await self._written()
+        return name
+
+    def settle(self, name: str) -> None:
+        """A request was surely not billed. Written with the next lines: until then it counts."""
+        self._waiting.notes.append(Settled(name))
+
+    def close(self) -> None:
+        """Write what still waits."""
+        batch, self._waiting = self._waiting, _Batch()
+        if self._failure is None:
+            self._journal.append(batch.records, batch.notes)
+
+    async def _written(self) -> None:
         batch = self._waiting
-        batch.append((key, record))
         async with self._writing:
             if batch is self._waiting:  # no one wrote it meanwhile: write for all who joined
                 await asyncio.sleep(_GATHER_S)
-                self._waiting = []
+                self._waiting = _Batch()
                 try:
-                    await asyncio.to_thread(self._journal.append, batch)
+                    await asyncio.to_thread(self._journal.append, batch.records, batch.notes)
                 except InputError as error:
                     self._failure = error
             if self._failure is not None:
                 raise self._failure
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Lines that are written together, records first: a tear then counts too much, never too little."""
+
+    records: list[tuple[str, Record]] = field(default_factory=list)
+    notes: list[Reserved | Settled] = field(default_factory=list)

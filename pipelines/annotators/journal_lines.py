@@ -1,8 +1,13 @@
 """The lines of a journal's file: how they are written, and a reader that no file makes fail.
 
-{"key": …, "record": …}    an answer
+{"key": …, "record": …}     an answer
+{"reserved": …, "usd": …}   a request that is about to be sent, and the most that it may be billed
+{"settled": …}              that request's bill is known: its answer is in the journal, or it was refused
+
+A reservation that is never settled is money that may have been billed: a kill, a broken connection.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,11 +27,33 @@ class Answered:
     record: Record
 
 
-Line = Answered
+@dataclass(frozen=True)
+class Reserved:
+    """A request may be billed up to so much from now on."""
+
+    name: str
+    usd: float
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The reservation of that name no longer counts."""
+
+    name: str
+
+
+Line = Answered | Reserved | Settled
 
 
 def write_line(line: Line) -> bytes:
-    return to_json({"key": line.key, "record": line.record}) + b"\n"
+    match line:
+        case Answered(key, record):
+            value: Record = {"key": key, "record": record}
+        case Reserved(name, usd):
+            value = {"reserved": name, "usd": usd}
+        case Settled(name):
+            value = {"settled": name}
+    return to_json(value) + b"\n"
 
 
 def read_line(raw: bytes) -> Line | None:
@@ -38,6 +65,10 @@ def read_line(raw: bytes) -> Line | None:
     match value:
         case {"key": str(key), "record": dict(record)}:
             return Answered(key, record)
+        case {"reserved": str(name), "usd": float(usd)} if 0 <= usd < math.inf:
+            return Reserved(name, usd)
+        case {"settled": str(name)}:
+            return Settled(name)
     return None
 
 

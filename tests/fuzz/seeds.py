@@ -115,10 +115,12 @@ def _journals() -> list[bytes]:
     for number, message in enumerate(messages):
         body = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
         record = {"latency_s": 0.5, "body": body, "batched": number == 1}
-        lines.append(json.dumps({"key": f"k{number}", "record": record}) + "\n")
+        lines += [{"reserved": f"r{number}", "usd": 0.5}, {"key": f"k{number}", "record": record}]
+        lines.append({"settled": f"r{number}"})
+    lines = [json.dumps(line).encode() + b"\n" for line in lines]
     return [
-        "".join(lines).encode(),
-        lines[0].encode() + b"\0\0\n[]\n{}\n\xff\n" + lines[1].encode(),
+        b"".join(lines),
+        lines[1] + b"\0\0\n[]\n{}\n\xff\n" + lines[3],
     ]
 
 

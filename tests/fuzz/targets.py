@@ -6,7 +6,6 @@ documented refusal is an InputError, which counts as an answer too.
 
 import atexit
 import json
-import math
 import shutil
 import tempfile
 from collections import Counter
@@ -240,7 +239,7 @@ def journal(content: bytes) -> None:
             validate(ANNOTATIONS.table([row]), ANNOTATIONS)
     with suppress(InputError), closing(open_spending(_PAID, folder)) as spending:
         assert spending.budget is not None
-        assert 0 <= spending.budget.spent_usd < math.inf
+        assert spending.budget.spent_usd >= 0
 
 
 # --- tables and files of problems ---

@@ -1,5 +1,6 @@
 """The fuzz targets under hypothesis: a little of what `make fuzz` does for longer."""
 
+import copy
 import json
 
 import pyarrow as pa
@@ -148,7 +149,7 @@ def oddly_valued(draw: st.DrawFn) -> bytes:
                 if not isinstance(place[at], dict | list) or not place[at] or draw(st.booleans()):
                     break
                 place = place[at]
-            place[at] = draw(ODD)
+            place[at] = copy.deepcopy(draw(ODD))
         lines.append(json.dumps(line).encode() + b"\n")
     return b"".join(lines)
 

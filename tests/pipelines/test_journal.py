@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from trace_opd.pipelines.annotators.journal import GroupCommit, Journal, Record, request_key
+from trace_opd.pipelines.annotators.journal import GroupCommit, Journal, request_key
+from trace_opd.pipelines.annotators.journal_lines import Reserved, Settled, read_lines
 from trace_opd.schemas.errors import InputError
 
 
@@ -186,9 +187,9 @@ def test_one_journal_is_used_by_many_threads(tmp_path: Path):
 class _Counted(Journal):
     writes = 0
 
-    def append(self, records: list[tuple[str, Record]]) -> None:  # pyright: ignore
+    def append(self, records, notes=()) -> None:
         self.writes += 1
-        super().append(records)
+        super().append(records, notes)
 
 
 def test_records_that_wait_together_reach_the_disk_together(tmp_path: Path):
@@ -207,6 +208,44 @@ def test_records_that_wait_together_reach_the_disk_together(tmp_path: Path):
     asyncio.run(all_answers())
     assert len(Journal(tmp_path)) == 100
     assert journal.writes < 20
+
+
+def test_a_reservation_is_on_the_disk_before_it_returns_and_lasts_until_it_is_settled(
+    tmp_path: Path,
+):
+    journal = _Counted(tmp_path)
+
+    def standing() -> set[str]:
+        lines = [
+            line
+            for path in tmp_path.iterdir()
+            for _, _, line in read_lines(path)
+            if line is not None
+        ]
+        settled = {line.name for line in lines if isinstance(line, Settled)}
+        return {line.name for line in lines if isinstance(line, Reserved)} - settled
+
+    async def ask(commit: GroupCommit, n: int) -> None:
+        name = await commit.reserve(0.5)
+        assert name in standing()
+        match n % 3:
+            case 0:
+                await commit.append(str(n), {"n": n}, name)
+                assert name not in standing()
+            case 1:
+                commit.settle(name)  # refused
+            case 2:
+                pass  # lost
+
+    async def all_requests() -> None:
+        commit = GroupCommit(journal)
+        await asyncio.gather(*(ask(commit, n) for n in range(30)))
+        commit.close()
+
+    asyncio.run(all_requests())
+    assert len(standing()) == 10
+    assert len(Journal(tmp_path)) == 10
+    assert journal.writes < 10
 
 
 def test_a_full_disk_is_told_to_all_who_wait_and_tears_nothing(tmp_path: Path):
