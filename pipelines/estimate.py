@@ -155,7 +155,7 @@ def _known(
     folders = sorted(draft.store.local_root().glob(f"{draft.stage}/*/journal"))
     if not folders:
         return lambda question: None
-    journal = Journal(folders[0], folders[1:], is_answer)
+    journal = Journal(folders[0], lambda: folders[1:], is_answer)
 
     def known(question: Question) -> Answer | None:
         record = journal.get(question_key(annotator, prompt, question))

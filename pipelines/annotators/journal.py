@@ -14,6 +14,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 from ...data.store import content_hash
 from ...schemas.errors import InputError
+from .claims import Claims
 from .journal_lines import (
     Answered,
     Record,
@@ -64,36 +66,46 @@ def request_key(
 class Journal:
     """Records by key in a folder. Holds places in files, not records: memory stays small.
 
-    elsewhere: folders of other journals, whose records serve too; read once, never written.
+    elsewhere: lists the folders of other journals, whose records serve too; never written.
     readable: whether a record is one that the caller can use; others are skipped.
+    claims: of the annotators that write these journals at once; closed with this one.
     """
 
     def __init__(
         self,
         folder: Path,
-        elsewhere: Iterable[Path] = (),
+        elsewhere: Callable[[], Iterable[Path]] = lambda: (),
         readable: Callable[[Record], bool] = lambda record: True,
+        claims: Claims | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._readable = folder, readable
+        self._folder, self._elsewhere, self._readable = folder, elsewhere, readable
+        self.claims = claims
         self._places: dict[str, tuple[Path, int]] = {}
         # Of the files of others: bytes that are indexed, and the size when they were.
         self._seen: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self._path: Path | None = None
         self._file: FileIO | None = None
-        for other in (*elsewhere, folder):
-            self._look(other)
+        if claims is not None:
+            claims.news()  # before the first look: what is written during it is news
+        self._look(*elsewhere(), folder)
 
     def __len__(self) -> int:
         return len(self._places)
 
     def get(self, key: str) -> Record | None:
-        """The record of a key, if any journal of this folder has one by now and it is still there."""
+        """The record of a key, if a journal has one by now and it is still there.
+
+        Without claims only this folder is searched again.
+        """
         place = self._places.get(key)
         if place is None:
             with self._lock:
-                self._look(self._folder)
+                if self.claims is None:
+                    self._look(self._folder)
+                elif self.claims.news():
+                    self._look(*self._elsewhere(), self._folder)
             place = self._places.get(key)
         if place is None:
             return None
@@ -136,11 +148,15 @@ class Journal:
             for (key, _), line in zip(records, lines, strict=True):
                 self._places[key] = (path, offset)
                 offset += len(line)
+            if self.claims is not None and records:
+                self.claims.tell()
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self.claims is not None:
+            self.claims.close()
 
     def _opened(self) -> tuple[Path, FileIO]:
         """This journal's own file, made with its first record."""
@@ -155,15 +171,17 @@ class Journal:
                 os.close(folder)
         return self._path, self._file
 
-    def _look(self, folder: Path) -> None:
+    def _look(self, *folders: Path) -> None:
         """Index what others have written since the last look; one stat per file if that is nothing."""
         own = str(self._path)
-        for entry in journal_files(folder):
-            if entry.path == own:
-                continue
-            indexed, size = self._seen.get(entry.path, (0, 0))
-            if (now := entry.stat().st_size) != size:
-                self._seen[entry.path] = self._index(Path(entry.path), indexed), now
+        for folder in folders:
+            with suppress(FileNotFoundError):  # a dataset may be removed at any time
+                for entry in journal_files(folder):
+                    if entry.path == own:
+                        continue
+                    indexed, size = self._seen.get(entry.path, (0, 0))
+                    if (now := entry.stat().st_size) != size:
+                        self._seen[entry.path] = self._index(Path(entry.path), indexed), now
 
     def _index(self, path: Path, offset: int) -> int:
         """Index the lines from a byte on; returns where they end."""

@@ -183,11 +183,19 @@ class EndpointAnnotator:
         record = self._journal.get(key) if self._journal is not None else None
         if record is None:
             if key not in self._asking:  # equal responses of a group are one question
-                self._asking[key] = asyncio.create_task(self._ask(key, question))
+                self._asking[key] = asyncio.create_task(self._bought(key, question))
                 self._asking[key].add_done_callback(lambda _: self._asking.pop(key))
             record = await self._asking[key]
             self._calls += 1
         return read_record(record)
+
+    async def _bought(self, key: str, question: Question) -> Record:
+        """One paid answer, unless another run on this store asks the same: then that one's."""
+        if self._journal is None or self._journal.claims is None:
+            return await self._ask(key, question)
+        async with self._journal.claims.held(key, self._pace.sleep, self._config.patience_s):
+            record = self._journal.get(key)
+            return await self._ask(key, question) if record is None else record
 
     async def _ask(self, key: str, question: Question) -> Record:
         """One paid answer; without a parameter if only that makes the endpoint take the request."""

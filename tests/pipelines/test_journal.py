@@ -74,7 +74,7 @@ def test_a_folder_or_a_pipe_of_a_journals_name_is_none(tmp_path: Path):
 def test_an_answer_of_a_journal_that_was_removed_is_gone(tmp_path: Path):
     theirs = Journal(tmp_path / "theirs")
     theirs.append([("a", {"n": 1})])
-    ours = Journal(tmp_path / "ours", [tmp_path / "theirs"])
+    ours = Journal(tmp_path / "ours", lambda: [tmp_path / "theirs"])
     shutil.rmtree(tmp_path / "theirs")
     assert ours.get("a") is None
 
@@ -134,7 +134,7 @@ def test_journals_elsewhere_serve_and_stay_as_they_are(tmp_path: Path):
     theirs.append([("a", {"n": 1})])
     theirs.close()
     before = {path: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
-    ours = Journal(tmp_path / "ours", [tmp_path / "theirs"])
+    ours = Journal(tmp_path / "ours", lambda: [tmp_path / "theirs"])
     ours.append([("b", {"n": 2})])
     assert (ours.get("a"), ours.get("b")) == ({"n": 1}, {"n": 2})
     assert {path: path.read_bytes() for path in (tmp_path / "theirs").iterdir()} == before
