@@ -4,6 +4,7 @@
     <root>/<stage>/<dataset id>/manifest.json          written last: its presence means "finished"
     <root>/aliases.json                                 names for ids
     <root>/.locks/                                      while runs work on datasets (local stores)
+    <root>/.questions                                   annotators' claims on questions in flight
     <root>/.looks/                                      what a base answered, for all runs that begin with it
 
 A dataset id is a hash of the stage, its semantic config and its inputs' ids, so the same request

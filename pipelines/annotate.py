@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -36,6 +37,8 @@ from .samplers import open_sampler
 from .stage import Plan, Stage, tell
 
 logger = logging.getLogger(__name__)
+
+CLAIMS = ".questions"  # in the store's root: the annotators' claims
 
 
 def _resolve(config: AnnotateConfig, store: Store) -> Plan:
@@ -180,10 +183,16 @@ def _folders(annotator: OpenAIAnnotator, draft: Draft) -> dict[str, Any]:
             f"(`trace-opd batches {draft.store.root} --cancel`) and run so once for what is there"
         )
     journal = draft.local_path("journal")
-    others = draft.store.folders_beside(draft.stage, "journal")
+    stage = journal.parent.parent
+
+    def elsewhere() -> list[Path]:  # a dataset may be begun while this one is made
+        others = draft.store.folders_beside(draft.stage, "journal")
+        return [folder for folder in others if folder != journal]
+
     return {
         "journal": journal,
-        "elsewhere": [folder for folder in others if folder != journal],
+        "elsewhere": elsewhere,
+        "claims": stage.parent / CLAIMS,
         "batches": batches,
     }
 

@@ -24,7 +24,7 @@ _NO_MONEY = {"insufficient_quota", "billing_not_active", "billing_hard_limit_rea
 _TOO_LARGE = re.compile(r"request too large", re.I)
 # The server was never reached, so nothing can have been billed.
 _UNCONNECTED = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
-_GATEWAY_FAILED = (502, 504, 524)  # of the server behind it nobody knows whether it answered
+_OVERLOADED = (503, 529)  # refused before any work; other server errors may follow a billed answer
 # Counts are short: longer digits without a unit would be searched in quadratic time.
 _RESET = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|d|h|m|s)")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -72,14 +72,14 @@ def condemns_all(error: BaseException) -> bool:
 def overloaded(error: BaseException) -> bool:
     """Whether the endpoint has more requests than it can serve: it says so, or is too slow."""
     if isinstance(error, openai.APIStatusError):
-        return error.status_code in (429, 503, 529)
+        return error.status_code in (429, *_OVERLOADED)
     return isinstance(error, openai.APITimeoutError)
 
 
 def may_be_billed(error: BaseException) -> bool:
     """Whether an answer may have been made though none, or no whole one, arrived."""
     if isinstance(error, openai.APIStatusError):
-        return error.status_code in _GATEWAY_FAILED
+        return error.status_code >= 500 and error.status_code not in _OVERLOADED
     if isinstance(error, Redirected):
         return False
     return type(error.__cause__).__name__ not in _UNCONNECTED

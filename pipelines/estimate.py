@@ -13,7 +13,7 @@ from ..data.store import Draft
 from ..schemas.configs import AnnotateConfig, OpenAIAnnotator, SelfAnnotator
 from ..schemas.labels import AnnotationStatus
 from .annotators.batch_jobs import read_jobs
-from .annotators.completion import question_key, read_record, request_body
+from .annotators.completion import is_answer, question_key, read_record, request_body
 from .annotators.dialogue import RAISED_LIMIT, Answer, Question, replay
 from .annotators.journal import Journal
 from .annotators.prices import Price, find_price, most_prompt_tokens
@@ -155,7 +155,7 @@ def _known(
     folders = draft.store.folders_beside(draft.stage, "journal")
     if not folders:
         return lambda question: None
-    journal = Journal(folders[0], folders[1:])
+    journal = Journal(folders[0], lambda: folders[1:], is_answer)
 
     def known(question: Question) -> Answer | None:
         record = journal.get(question_key(annotator, prompt, question))

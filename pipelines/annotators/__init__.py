@@ -1,6 +1,6 @@
 """Annotation engines behind one protocol (trace.protocols.Annotator)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +14,8 @@ from ...schemas.configs import (
 )
 from ...trace.protocols import Annotator as AnnotatorProtocol
 from ...trace.protocols import Sampler
+from .claims import Claims
+from .completion import is_answer
 from .journal import Journal
 from .prompting import load_prompt
 from .spending import Spending, open_spending
@@ -24,7 +26,8 @@ def open_annotator(
     segment: SegmentConfig,
     *,
     journal: Path | None = None,
-    elsewhere: Iterable[Path] = (),
+    elsewhere: Callable[[], Iterable[Path]] = lambda: (),
+    claims: Path | None = None,
     batches: Path | None = None,
     sampler: Sampler | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -32,9 +35,9 @@ def open_annotator(
 ) -> AnnotatorProtocol:
     """The engine of a config.
 
-    journal: folder in which a paid engine keeps its answers; None keeps none. elsewhere: other
-    journals, whose answers serve too. batches: folder in which it remembers its batches. sampler
-    and tokenizer: the policy for engine self, which the caller closes; the tokenizer is None where
+    journal: folder in which a paid engine keeps its answers; None keeps none. elsewhere: lists other
+    journals, whose answers serve too. claims: file by which runs at once share questions in flight.
+    batches: folder in which it remembers its batches. sampler and tokenizer: the policy for engine self, which the caller closes; the tokenizer is None where
     only the sampler's server knows it. spending: price, budget and totals of a paid engine, which
     closes it; None: the config's price and budget.
 
@@ -51,7 +54,10 @@ def open_annotator(
         return StepsAnnotator(config, segment)
     prompt = load_prompt(config.prompt, config.answer_schema)
     if isinstance(config, OpenAIAnnotator):
-        kept = Journal(journal, elsewhere) if journal is not None else None
+        kept = None
+        if journal is not None:
+            shared = Claims(claims) if claims is not None else None
+            kept = Journal(journal, elsewhere, is_answer, shared)
         spending = spending or open_spending(config, journal)
         if config.batch:
             from .batch import BatchAnnotator

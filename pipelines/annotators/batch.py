@@ -30,9 +30,10 @@ from .batch_jobs import (
     remove_unfinished,
 )
 from .budget import BudgetSpent
-from .completion import question_key, read_record, request_body
+from .completion import bounded, question_key, read_record, request_body
 from .dialogue import Answer, Question, replay
 from .journal import Journal
+from .journal_lines import Record, Reserved
 from .prompting import AnnotationPrompt
 from .rows import SKIPPED, Identity, Item, Reading, annotation_row, items
 from .spending import Spending, exclusive
@@ -232,10 +233,18 @@ class BatchAnnotator:
         while lines := list(islice(results, _LINES_PER_WRITE)):
             kept = [(key, outcome) for key, outcome in lines if not isinstance(outcome, Exception)]
             # A kill may have come when a part of them was in the journal, and counted as spent.
-            fresh = [(key, record) for key, record in kept if self._journal.get(key) is None]
-            self._journal.append(fresh)
-            usd = self._spending.cost_usd([read_record(record) for _, record in fresh])
-            cost = None if cost is None or usd is None else cost + usd
+            fresh = [
+                (key, bounded(record, lambda key=key: file.bounds.get(key)))
+                for key, record in kept
+                if self._journal.get(key) is None
+            ]
+            lost = self._lost(file, lines)
+            self._journal.append(fresh, lost)
+            for usd in (
+                *(self._billed_usd(record) for _, record in fresh),
+                *(reserved.usd for reserved in lost),
+            ):
+                cost = None if cost is None or usd is None else cost + usd
             came["answered"] += len(kept)
             for key, outcome in lines:
                 if isinstance(outcome, Exception):
@@ -243,8 +252,29 @@ class BatchAnnotator:
         if file.reservation is not None and self._spending.budget is not None:
             file.reservation.settle(cost)
             self._spending.budget.release(file.reservation)
-        file.update(status="collected", completed=came["answered"])
+        file.collected(came["answered"])
         return came
+
+    def _billed_usd(self, record: Record) -> float | None:
+        price = self._spending.price
+        return None if price is None else price.billed_usd(read_record(record))
+
+    def _lost(self, file: JobFile, lines: list[tuple[str, Record | Exception]]) -> list[Reserved]:
+        """Answers that were billed and can't be kept count at their worst case, in later runs too."""
+        price = self._spending.price
+        if self._spending.budget is None or price is None:
+            return []
+        return [
+            Reserved(
+                f"{file.path.stem}-{key}",
+                price.of_tokens(*file.bounds[key]) * price.batch
+                if key in file.bounds
+                else file.job.worst_case_usd,
+            )
+            for key, outcome in lines
+            if isinstance(outcome, endpoint.NotACompletion)
+            or (isinstance(outcome, RequestFailed) and outcome.billed)
+        ]
 
     def _fails(self, key: str, error: Exception, refused: Collection[str]) -> bool:
         """Whether a request is given up: it is asked again without a parameter that is refused."""

@@ -8,6 +8,7 @@ import json
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -21,6 +22,7 @@ from ...schemas.errors import InputError
 from .. import endpoint, transport
 from .budget import Reservation
 from .completion import checked_body
+from .prices import most_tokens
 
 MOST_BYTES = 200_000_000  # of one file of requests; the API's own limit
 _TRANSFER_S = 3600.0  # for a file of requests or results
@@ -32,11 +34,14 @@ _T = TypeVar("_T")
 
 
 class RequestFailed(Exception):
-    """One request of a batch has an error in place of an answer."""
+    """One request of a batch has an error in place of an answer, or one that can't be kept.
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    billed: it was answered.
+    """
+
+    def __init__(self, message: str, param: str | None = None, billed: bool = False) -> None:
         super().__init__(message)
-        self.message, self.param = message, param
+        self.message, self.param, self.billed = message, param, billed
 
 
 class _Counts(BaseModel):
@@ -112,7 +117,7 @@ class Job(BaseModel):
 
 
 class JobFile:
-    """A job and its place on disk; the requests lie beside it until they are uploaded."""
+    """A job and its place on disk, next to the file of its requests until they are collected."""
 
     def __init__(self, path: Path, job: Job) -> None:
         self.path, self.job = path, job
@@ -121,6 +126,20 @@ class JobFile:
     @property
     def requests_path(self) -> Path:
         return self.path.with_suffix(".jsonl")
+
+    @cached_property
+    def bounds(self) -> dict[str, tuple[int, int]]:
+        """The most prompt and completion tokens of each request, by its key."""
+        if not self.requests_path.exists():  # submitted by a version that removed it
+            return {}
+        with self.requests_path.open("rb") as lines:
+            requests = map(json.loads, lines)
+            return {line["custom_id"]: most_tokens(line["body"]) for line in requests}
+
+    def collected(self, answers: int) -> None:
+        """Its answers are in the journal."""
+        self.update(status="collected", completed=answers)
+        self.requests_path.unlink(missing_ok=True)
 
     def update(self, **changes: Any) -> None:
         """Change fields; on disk before this returns."""
@@ -181,10 +200,10 @@ def read_jobs(folder: Path) -> list[JobFile]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove files of requests that a kill has left without a job."""
-    for path in folder.glob("*.jsonl"):
-        if not path.with_suffix(".json").exists():
-            path.unlink()
+    """Remove files of requests that a kill has left without an open job."""
+    open_jobs = {file.requests_path for file in read_jobs(folder)}
+    for path in set(folder.glob("*.jsonl")) - open_jobs:
+        path.unlink()
 
 
 class BatchClient:
@@ -214,7 +233,6 @@ class BatchClient:
         if file.job.batch_id is None:
             batch = self._try(lambda: self._created(file.job))
             file.update(batch_id=batch.id, status=batch.status)
-        file.requests_path.unlink(missing_ok=True)
 
     def look(self, file: JobFile) -> Batch:
         """The batch's state, which the job remembers."""
@@ -251,7 +269,7 @@ class BatchClient:
                             f"the results of batch {batch.id}; ask its provider, or cancel it"
                         ) from None
                     if self._key is not None and self._key.encode() in line:
-                        outcome = RequestFailed("the endpoint sends the API key back")
+                        outcome = RequestFailed("the endpoint sends the API key back", billed=True)
                     yield key, outcome
             path.unlink()
 

@@ -2,7 +2,8 @@
 
 Reserved and spent money together never exceed the limit, so neither can the bill, whatever the
 answers turn out to cost. Tasks of several event loops on several threads may share one budget.
-An engine reserves through `spending.Spending`, which knows the price.
+An engine reserves through `spending.Spending`, which knows the price. That a limit holds over runs
+is the journal's work: it keeps each reservation on the disk until the bill is known.
 """
 
 import asyncio
@@ -23,11 +24,11 @@ class Reservation:
         self.actual_usd = 0.0
 
     def settle(self, actual_usd: float | None) -> None:
-        """What the request cost; None if nobody tells, which counts as the worst case.
+        """What the request cost; None if that is unknown, which counts as the worst case.
 
-        A reservation that is left unsettled is given back whole: right for a request that was
-        refused, wrong for one whose answer may have been made and billed before the connection
-        broke. Settle that one with None.
+        A reservation that is left unsettled is given back: right for a request that was not sent,
+        wrong for one whose answer may have been made and billed before the connection broke. Settle
+        that one with None.
         """
         self.actual_usd = self.usd if actual_usd is None else actual_usd
 
@@ -110,7 +111,7 @@ class Budget:
         if self._spent_usd + worst_case_usd > self.limit_usd:
             raise BudgetSpent(
                 f"the budget of ${self.limit_usd:g} has no room for a request of up to "
-                f"${worst_case_usd:.4g}: ${self._spent_usd:.4f} are spent, "
+                f"${worst_case_usd:.4g}: ${self._spent_usd:.4f} are spent or may have been billed, "
                 f"${self._reserved():.4f} reserved for requests in flight"
             )
         reservation = Reservation(worst_case_usd)

@@ -4,7 +4,7 @@ Shared by the client that sends one request at a time and by the batch interface
 the same bodies, keep the same records under the same keys, and read them alike.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
@@ -12,44 +12,31 @@ from pydantic_core import from_json
 
 from ...schemas.configs import OpenAIAnnotator
 from .. import endpoint
-from .dialogue import Answer, Question
+from .dialogue import Answer, Question, token_count
 from .journal import request_key
 from .prompting import AnnotationPrompt
 
 _SHOWN_BYTES = 1000  # of a body that is none: more than an error's sentence shows
 
 
-class _PromptDetails(BaseModel):
-    cached_tokens: int | None = None
-
-
-class _Usage(BaseModel):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: _PromptDetails | None = None
-    prompt_cache_hit_tokens: int | None = None  # DeepSeek's name for cached_tokens
-
-    @property
-    def cached_tokens(self) -> int:
-        details = self.prompt_tokens_details or _PromptDetails()
-        return details.cached_tokens or self.prompt_cache_hit_tokens or 0
-
-
 class _Message(BaseModel):
-    content: str | None = None
-    refusal: str | None = None
+    content: str | list[Any] | None = None
+    refusal: Any = None
 
 
 class _Choice(BaseModel):
     message: _Message
-    finish_reason: str | None = None
+    finish_reason: Any = None
 
 
 class _Body(BaseModel):
-    """The part of a chat completion that is read; servers add and leave out the rest."""
+    """The part of a chat completion without which there is no answer.
+
+    All else is read leniently: an answer is paid for, whatever is wrong with its usage.
+    """
 
     choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage | None = None
+    usage: Any = None
 
 
 def request_body(
@@ -112,17 +99,75 @@ def checked_body(content: bytes) -> dict[str, Any]:
 def read_record(record: dict[str, Any]) -> Answer:
     """The answer in a journalled record.
 
-    record: "latency_s"; "body" as `checked_body` gives it; "batched" if a batch interface answered.
+    record: "latency_s"; "body" as `checked_body` gives it; "batched" if a batch interface answered;
+    "at_most", the request's most prompt and completion tokens, where the usage is unknown.
+
+    Raises:
+        ValueError: there is no chat completion in it.
     """
-    body = _Body.model_validate(record["body"])
-    choice, tokens = body.choices[0], body.usage or _Usage()
+    body = _Body.model_validate(record.get("body"))
+    choice = body.choices[0]
+    refusal = choice.message.refusal
+    refused = isinstance(refusal, str) and refusal != ""
+    prompt_tokens, completion_tokens, cached_tokens = _tokens(body.usage)
+    latency_s = record.get("latency_s")
     return Answer(
-        choice.message.refusal or choice.message.content or "",
+        refusal if refused else _text(choice.message.content),
         cut=choice.finish_reason == "length",
-        refused=choice.message.refusal is not None,
-        prompt_tokens=tokens.prompt_tokens,
-        completion_tokens=tokens.completion_tokens,
-        latency_s=record["latency_s"],
-        cached_tokens=tokens.cached_tokens,
-        batched=record.get("batched", False),
+        refused=refused,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        latency_s=latency_s if isinstance(latency_s, float) and 0 <= latency_s < 1e9 else 0.0,
+        cached_tokens=cached_tokens,
+        batched=record.get("batched") is True,
+        at_most=_bounds(record.get("at_most")),
     )
+
+
+def bounded(
+    record: dict[str, Any], at_most: Callable[[], tuple[int, int] | None]
+) -> dict[str, Any]:
+    """The record with "at_most" if its usage is unknown, so that a budget can count it."""
+    answer = read_record(record)
+    if answer.prompt_tokens is not None and answer.completion_tokens is not None:
+        return record
+    return record | {"at_most": at_most()}
+
+
+def is_answer(record: dict[str, Any]) -> bool:
+    """Whether a record can be read: a journal's file may hold anything."""
+    try:
+        read_record(record)
+    except ValueError:
+        return False
+    return True
+
+
+def _text(content: str | list[Any] | None) -> str:
+    """The text of a message. Of a list of parts those of type text; reasoning is not an answer."""
+    if not isinstance(content, list):
+        return content or ""
+    texts = [
+        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+        for part in content
+    ]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _bounds(value: Any) -> tuple[int, int] | None:
+    match value:
+        case [prompt, completion] if None not in (token_count(prompt), token_count(completion)):
+            return prompt, completion
+    return None
+
+
+def _tokens(usage: Any) -> tuple[int | None, int | None, int]:
+    """Prompt and completion tokens, None where they are unknown, and cached prompt tokens."""
+    if not isinstance(usage, dict):
+        return None, None, 0
+    details = usage.get("prompt_tokens_details")
+    cached = token_count(details.get("cached_tokens")) if isinstance(details, dict) else None
+    # DeepSeek has its own name for them.
+    cached = cached or token_count(usage.get("prompt_cache_hit_tokens")) or 0
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return token_count(prompt), token_count(completion), cached

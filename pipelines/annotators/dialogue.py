@@ -26,10 +26,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer as received. tokens: None if the engine does not tell.
+    """One answer as received. tokens: None if they are unknown.
 
-    cached_tokens: those of the prompt that the provider had in its cache; batched: whether it came
-    by a batch interface, at that one's price.
+    cached_tokens: those of the prompt that the provider had in its cache; batched: whether a batch
+    interface answered, at its price; at_most: bounds of unknown prompt and completion tokens.
     """
 
     text: str
@@ -40,6 +40,7 @@ class Answer:
     latency_s: float = 0.0
     cached_tokens: int = 0
     batched: bool = False
+    at_most: tuple[int, int] | None = None
 
 
 Dialogue = Generator[Question, Answer, Reading]
@@ -93,7 +94,7 @@ def replay(
 
 
 def usage(answers: Sequence[Answer], cost_usd: float | None = None) -> Usage:
-    """Tokens and time of all turns, beside what they cost."""
+    """Tokens and time of all turns, with what they cost."""
     return Usage(
         _total([answer.prompt_tokens for answer in answers]),
         _total([answer.completion_tokens for answer in answers]),
@@ -102,5 +103,11 @@ def usage(answers: Sequence[Answer], cost_usd: float | None = None) -> Usage:
     )
 
 
+def token_count(value: object) -> int | None:
+    """A number of tokens; None, unknown, for what is none or exceeds the tables' int32."""
+    return value if type(value) is int and 0 <= value < 2**31 else None
+
+
 def _total(counts: list[int | None]) -> int | None:
-    return None if None in counts else sum(count for count in counts if count is not None)
+    known = [count for count in counts if count is not None]
+    return token_count(sum(known)) if len(known) == len(counts) else None

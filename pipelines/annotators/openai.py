@@ -27,11 +27,11 @@ from ...schemas.labels import AnnotationStatus
 from ...schemas.tables import ANNOTATIONS
 from .. import endpoint, transport
 from .budget import BudgetSpent, Reservation
-from .completion import checked_body, question_key, read_record, request_body
+from .completion import bounded, checked_body, question_key, read_record, request_body
 from .dialogue import Answer, Question, dialogue
 from .journal import GroupCommit, Journal, Record
 from .pace import AskedToWait, Closed, Pace
-from .prices import find_price
+from .prices import find_price, most_tokens
 from .prompting import AnnotationPrompt
 from .rows import SKIPPED, Identity, Item, Reading, annotation_row, items
 from .spending import Spending
@@ -103,9 +103,12 @@ class EndpointAnnotator:
         for client in self._clients:
             self._runner.run(client.close())
         self._runner.close()
-        self._spending.close()
-        if self._journal is not None:
-            self._journal.close()
+        try:
+            if self._journal is not None and self._commit is not None:
+                self._commit.close()
+                self._journal.close()
+        finally:
+            self._spending.close()
 
     def _new_client(self) -> openai.AsyncOpenAI:
         config = self._config
@@ -190,12 +193,14 @@ class EndpointAnnotator:
         return read_record(record)
 
     async def _bought(self, key: str, question: Question) -> Record:
-        record = await self._ask(question)
-        if self._commit is not None:
-            await self._commit.append(key, record)
-        return record
+        """One paid answer, unless another run on this store asks the same: then that one's."""
+        if self._journal is None or self._journal.claims is None:
+            return await self._ask(key, question)
+        async with self._journal.claims.held(key, self._pace.sleep, self._config.patience_s):
+            record = self._journal.get(key)
+            return await self._ask(key, question) if record is None else record
 
-    async def _ask(self, question: Question) -> Record:
+    async def _ask(self, key: str, question: Question) -> Record:
         """One paid answer; without a parameter if only that makes the endpoint take the request."""
         refused = self._refused
         while True:
@@ -207,7 +212,7 @@ class EndpointAnnotator:
                 reraise=True,
             )
             try:
-                record = await retrying(self._send, question, refused)
+                record = await retrying(self._send, key, question, refused)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 name = endpoint.refused_parameter(error, refused)
                 if name is None or name in refused:
@@ -223,7 +228,8 @@ class EndpointAnnotator:
                 self._refused |= news
             return record
 
-    async def _send(self, question: Question, refused: frozenset[str]) -> Record:
+    async def _send(self, key: str, question: Question, refused: frozenset[str]) -> Record:
+        """One attempt. Returns when the answer is in the journal."""
         body = request_body(self._config, self._prompt, question, refused)
         size = sum(len(message["content"].encode()) for message in question.messages)
         tokens = size / _BYTES_PER_TOKEN + question.max_new_tokens
@@ -231,6 +237,9 @@ class EndpointAnnotator:
             self._spending.reserve(body) as reservation,
             self._pace.slot(tokens) as entered,
         ):
+            reserved = await self._reserve(reservation)
+            # From here on it may be billed, whatever happens to the answer.
+            reservation.settle(None)
             began = time.monotonic()
             try:
                 response = await self._exchange(body)
@@ -239,7 +248,10 @@ class EndpointAnnotator:
                     "body": checked_body(endpoint.without_key(response.content, self._key)),
                 }
             except endpoint.FAILURES as error:
-                self._attempt_failed(error, entered, reservation)
+                if not endpoint.may_be_billed(error):
+                    reservation.settle(0.0)
+                    self._settle(reserved)
+                self._attempt_failed(error, entered)
                 raise
             answer = read_record(record)
             reservation.settle(self._spending.cost_usd([answer]))
@@ -248,16 +260,26 @@ class EndpointAnnotator:
             for kind, amount in (("requests", 1.0), ("tokens", tokens)):
                 if wait := endpoint.refill_s(response.headers, kind, amount):
                     self._pace.hold(wait)
-            return record
+        if self._commit is not None:
+            await self._commit.append(key, bounded(record, lambda: most_tokens(body)), reserved)
+        return record
+
+    async def _reserve(self, reservation: Reservation) -> str | None:
+        """Keep on the disk that a request may be billed; its name, None if no budget counts it."""
+        if self._commit is None or not reservation.usd:
+            return None
+        return await self._commit.reserve(reservation.usd)
+
+    def _settle(self, reserved: str | None) -> None:
+        if self._commit is not None and reserved is not None:
+            self._commit.settle(reserved)
 
     async def _exchange(self, body: dict[str, Any]) -> httpx2.Response:
         """The HTTP response to a request. `create` would check each field of the body anew."""
         client = next(self._turns)
         return await client.post("/chat/completions", cast_to=httpx2.Response, body=body)
 
-    def _attempt_failed(self, error: Exception, entered: float, reservation: Reservation) -> None:
-        if endpoint.may_be_billed(error):
-            reservation.settle(None)
+    def _attempt_failed(self, error: Exception, entered: float) -> None:
         if endpoint.condemns_all(error):
             self._pace.close()  # before another one gets the slot
         if not endpoint.may_pass(error):

@@ -21,7 +21,7 @@ from .dialogue import Answer
 
 SHIPPED_PRICES = Path(__file__).with_name("prices.yaml")
 
-# Beside its text a message costs the tokens of its frame in the chat template: 3 or 4 in OpenAI's,
+# Besides its text a message costs the tokens of its frame in the chat template: 3 or 4 in OpenAI's,
 # fewer than this in all templates that we know.
 _FRAME_TOKENS = 16
 
@@ -37,7 +37,7 @@ class Price(BaseModel):
     batch: float = Field(default=1.0, gt=0, le=1)
 
     def cost_usd(self, answers: Iterable[Answer]) -> float | None:
-        """What answers cost; None if the endpoint does not tell an answer's tokens."""
+        """What answers cost; None if an answer's tokens are unknown."""
         total = 0.0
         for answer in answers:
             if answer.prompt_tokens is None or answer.completion_tokens is None:
@@ -54,9 +54,20 @@ class Price(BaseModel):
 
     def worst_case_usd(self, body: dict[str, Any], batched: bool = False) -> float:
         """The most that a request with this body can cost."""
-        limit = body.get("max_completion_tokens", body.get("max_tokens", 0))
-        usd = self.of_tokens(most_prompt_tokens(body), limit)
-        return usd * (self.batch if batched else 1.0)
+        return self.of_tokens(*most_tokens(body)) * (self.batch if batched else 1.0)
+
+    def billed_usd(self, answer: Answer) -> float | None:
+        """What an answer cost, its worst case if its tokens are unknown; None without bounds."""
+        usd = self.cost_usd([answer])
+        if usd is None and answer.at_most is not None:
+            return self.of_tokens(*answer.at_most) * (self.batch if answer.batched else 1.0)
+        return usd
+
+
+def most_tokens(body: dict[str, Any]) -> tuple[int, int]:
+    """Upper bounds of a request's prompt and completion tokens."""
+    limit = body.get("max_completion_tokens", body.get("max_tokens", 0))
+    return most_prompt_tokens(body), limit
 
 
 def most_prompt_tokens(body: dict[str, Any]) -> int:

@@ -7,9 +7,8 @@ usage = spending.row(answers)                        # when a row is done: count
 """
 
 import fcntl
-import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -17,8 +16,9 @@ from typing import IO, Any
 from ...schemas.configs import OpenAIAnnotator
 from ...schemas.errors import InputError
 from .budget import Budget, Reservation
-from .completion import read_record
+from .completion import is_answer, read_record
 from .dialogue import Answer, usage
+from .journal_lines import Answered, Reserved, Settled, journal_files, read_lines
 from .prices import Price, require_price
 from .rows import Usage
 
@@ -111,7 +111,8 @@ def open_spending(
 ) -> Spending:
     """Price and budget of a config.
 
-    journal: the folder of a dataset's paid answers, which count as spent.
+    journal: the folder of a dataset's paid answers, which count as spent, and so do requests that were
+    sent and may have been billed.
 
     Raises:
         InputError: a budget without a known price, another process that spends the same budget, an
@@ -120,30 +121,42 @@ def open_spending(
     price = require_price(config)
     if config.budget_usd is None or price is None:
         return Spending(price, rows=rows, tell=tell)
-    lock = (
-        exclusive(journal / "budget.lock", "spends this dataset's annotator.budget_usd")
-        if journal is not None
-        else None
-    )
-    spent_usd = price.cost_usd(_paid(journal)) if journal is not None else 0.0
-    if spent_usd is None:
-        raise InputError(
-            f"annotator.budget_usd: {config.base_url} has not told the tokens of an answer that is "
-            "already there, so what has been spent is unknown; leave the budget out"
-        )
-    return Spending(price, Budget(config.budget_usd, spent_usd), rows, tell, lock)
+    if journal is None:
+        return Spending(price, Budget(config.budget_usd), rows, tell)
+    lock = exclusive(journal / "budget.lock", "spends this dataset's annotator.budget_usd")
+    try:
+        budget = Budget(config.budget_usd, _spent_usd(journal, price))
+    except BaseException:
+        lock.close()
+        raise
+    return Spending(price, budget, rows, tell, lock)
 
 
-def _paid(journal: Path) -> Iterator[Answer]:
-    """All answers in a journal; one that was paid for twice is there twice."""
-    for path in sorted(journal.glob("*.jsonl")):
-        with path.open("rb") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)["record"]
-                except json.JSONDecodeError:  # torn by a kill, before it counted
-                    continue
-                yield read_record(record)
+def _spent_usd(journal: Path, price: Price) -> float:
+    """What a journal's requests cost: its answers, and what was reserved and never settled.
+
+    An answer that was paid for twice is there twice.
+
+    Raises:
+        InputError: an answer of which neither cost nor worst case is known.
+    """
+    answers_usd, reserved, settled = 0.0, dict[str, float](), set[str]()
+    for entry in journal_files(journal):
+        for _, _, line in read_lines(Path(entry.path)):
+            match line:
+                case Reserved(name, usd):
+                    reserved[name] = usd
+                case Settled(name):
+                    settled.add(name)
+                case Answered(_, record) if is_answer(record):
+                    usd = price.billed_usd(read_record(record))
+                    if usd is None:
+                        raise InputError(
+                            f"{entry.path}: holds an answer whose tokens the endpoint did not tell, "
+                            "so what has been spent is unknown; leave annotator.budget_usd out"
+                        )
+                    answers_usd += usd
+    return answers_usd + sum(usd for name, usd in reserved.items() if name not in settled)
 
 
 def exclusive(path: Path, what: str) -> IO[bytes]:

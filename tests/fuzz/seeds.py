@@ -130,6 +130,27 @@ def _manifests() -> list[bytes]:
     return [json.dumps(common | kind).encode() for kind in kinds]
 
 
+def _journals() -> list[bytes]:
+    usage = {
+        "prompt_tokens": 9,
+        "completion_tokens": 1,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
+    parts = [{"type": "text", "text": _ANSWER}]
+    messages = ({"content": _ANSWER}, {"content": parts}, {"content": None, "refusal": "no"})
+    lines = []
+    for number, message in enumerate(messages):
+        body = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
+        record = {"latency_s": 0.5, "body": body, "batched": number == 1}
+        lines += [{"reserved": f"r{number}", "usd": 0.5}, {"key": f"k{number}", "record": record}]
+        lines.append({"settled": f"r{number}"})
+    lines = [json.dumps(line).encode() + b"\n" for line in lines]
+    return [
+        b"".join(lines),
+        lines[1] + b"\0\0\n[]\n{}\n\xff\n" + lines[3],
+    ]
+
+
 _SEEDS = {
     "config": _configs,
     "prompt": _prompts,
@@ -142,6 +163,7 @@ _SEEDS = {
         for text in _TEXTS
     ],
     "answer": _answers,
+    "journal": _journals,
     "parquet": _parquets,
     "problems-file": _problems_files,
     "labelled-file": lambda: [

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import tempfile
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import cache
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -26,15 +26,20 @@ from trace_opd.data.labelled import json_rows
 from trace_opd.data.sources import files, prm800k, processbench
 from trace_opd.data.store import MANIFEST, Dataset, Store
 from trace_opd.pipelines.annotators.answers import read_answer
+from trace_opd.pipelines.annotators.completion import is_answer, read_record
+from trace_opd.pipelines.annotators.dialogue import usage as dialogue_usage
+from trace_opd.pipelines.annotators.journal import Journal
+from trace_opd.pipelines.annotators.journal_lines import Answered, read_lines
 from trace_opd.pipelines.annotators.prices import load_prices
 from trace_opd.pipelines.annotators.prompting import ask, load_prompt
-from trace_opd.pipelines.annotators.rows import Identity, Item, annotation_row
+from trace_opd.pipelines.annotators.rows import SKIPPED, Identity, Item, annotation_row
+from trace_opd.pipelines.annotators.spending import open_spending
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.show import show_dataset
 from trace_opd.pipelines.terminal import Terminal
 from trace_opd.pipelines.verify_store import verify_store
 from trace_opd.schemas import configs
-from trace_opd.schemas.configs import FilesSource, SegmentConfig
+from trace_opd.schemas.configs import FilesSource, OpenAIAnnotator, SegmentConfig
 from trace_opd.schemas.contract import TableContract, validate
 from trace_opd.schemas.errors import DamagedFile, InputError
 from trace_opd.schemas.labels import AnnotationStatus
@@ -56,6 +61,13 @@ CONFIGS = (
     configs.ReportConfig,
 )
 SECTIONS = ("problems", "rollout", "verify", "annotate", "convert", "train", "evaluate", "report")
+_PAID = OpenAIAnnotator(
+    engine="openai",
+    model="m",
+    usd_per_million_prompt_tokens=1.0,
+    usd_per_million_completion_tokens=2.0,
+    budget_usd=1.0,
+)
 TOKENIZERS = ("byte level", "byte fallback", "characters")
 
 
@@ -217,6 +229,22 @@ def answer(text: str, response: str = "One. Two.\nThree. Four.") -> None:
     assert set(named) <= set(range(len(item.segments)))
     row = annotation_row(item, Identity("a", "m"), reading)
     validate(ANNOTATIONS.table([row]), ANNOTATIONS)
+
+
+def journal(content: bytes) -> None:
+    """A journal's file, whatever it holds, gives answers that are rows, and a sum of what was spent."""
+    folder = _folder() / "journal"
+    folder.mkdir(exist_ok=True)
+    (folder / "1-a.jsonl").write_bytes(content)
+    opened = Journal(folder, readable=is_answer)
+    for _, _, line in read_lines(folder / "1-a.jsonl"):
+        if isinstance(line, Answered) and (record := opened.get(line.key)) is not None:
+            usage = dialogue_usage([read_record(record)] * 2, 0.0)
+            row = annotation_row(_item("One."), Identity("a", "m"), SKIPPED, usage)
+            validate(ANNOTATIONS.table([row]), ANNOTATIONS)
+    with suppress(InputError), closing(open_spending(_PAID, folder)) as spending:
+        assert spending.budget is not None
+        assert spending.budget.spent_usd >= 0
 
 
 # --- tables and files of problems ---

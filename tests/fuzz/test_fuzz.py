@@ -1,5 +1,6 @@
 """The fuzz targets under hypothesis: a little of what `make fuzz` does for longer."""
 
+import copy
 import json
 from typing import Any
 
@@ -126,6 +127,39 @@ def test_each_token_belongs_to_one_segment(kind, text, draw):
 def test_any_answer_becomes_a_row(data, response):
     targets.answer(data.decode("utf-8", "replace"))
     targets.answer(data.decode("utf-8", "replace"), response or "x")
+
+
+ODD = st.sampled_from(
+    [None, True, -1, 2**31, 2**63, 10**400, 0.5, float("nan"), "7", [], {}, [1], {"a": 1}]
+) | st.recursive(
+    st.text(max_size=3), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+)
+
+
+@st.composite
+def oddly_valued(draw: st.DrawFn) -> bytes:
+    """A journal's lines with some values replaced by others of any type."""
+    lines = []
+    for raw in seeds("journal")[0].splitlines():
+        line = json.loads(raw)
+        for _ in range(draw(st.integers(1, 3))):
+            place = line
+            while True:
+                at = draw(
+                    st.sampled_from(list(place) if isinstance(place, dict) else range(len(place)))
+                )
+                if not isinstance(place[at], dict | list) or not place[at] or draw(st.booleans()):
+                    break
+                place = place[at]
+            place[at] = copy.deepcopy(draw(ODD))
+        lines.append(json.dumps(line).encode() + b"\n")
+    return b"".join(lines)
+
+
+@few
+@given(mutated(seeds("journal")) | oddly_valued() | st.binary(max_size=60))
+def test_a_journal_is_read_whatever_it_holds(data):
+    targets.journal(data)
 
 
 PARQUETS = [seed[1:] for seed in seeds("parquet")]

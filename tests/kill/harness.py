@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trace_opd.pipelines.annotators.prices import Price, most_tokens
+from trace_opd.tests.pipelines.conftest import PaidServer, completion
+
 CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.yaml")
 MARK = "TRACE_OPD_KILL_TEST"
 _END_S = 30  # until a worker whose parent was killed has noticed
@@ -220,6 +223,47 @@ class Killer:
             yield root
             shutil.rmtree(root)
             last += step
+
+
+def assert_budget_holds(
+    runs: Launcher, server: PaidServer, args: list[str], root: Path, budget_usd: float, kills: int
+) -> tuple[int, float]:
+    """Kill a paid annotation at random moments until its budget is spent: the server, which bills
+    every answer at its worst case, has billed no more. Returns kills and what was billed.
+
+    args: without budget and prices.
+    """
+    price, chance, done = Price(prompt=1.0, completion=1.0), random.Random(0), 0
+
+    def dear(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        time.sleep(0.01)
+        status, said = completion(body)
+        said["usage"] = dict(
+            zip(("prompt_tokens", "completion_tokens"), most_tokens(body), strict=True)
+        )
+        return status, said
+
+    server.answer = dear
+    server.answered.clear()
+    args = [
+        *args, f"annotator.base_url={server.url}", f"annotator.budget_usd={budget_usd}",
+        "annotator.usd_per_million_prompt_tokens=1", "annotator.usd_per_million_completion_tokens=1",
+    ]  # fmt: skip
+    while True:
+        asked = len(server.answered)
+        run = runs.start(*args, store=root)
+        while run.code is None and len(server.answered) == asked and run.ended.empty():
+            time.sleep(0.002)
+        if done < kills:
+            time.sleep(chance.uniform(0, 0.1))
+            runs.kill(run, workers=True)
+        if run.wait() != -signal.SIGKILL:
+            break
+        done += 1
+    billed_usd = sum(map(price.worst_case_usd, server.answered))
+    assert_refused(run, f"the budget of ${budget_usd:g} has no room", "raise annotator.budget_usd")
+    assert billed_usd <= budget_usd
+    return done, billed_usd
 
 
 def assert_refused(run: Run, *words: str) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 
 from trace_opd.tests.kill.conftest import CONCURRENCY, STAGES, Undisturbed
 from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets, files
-from trace_opd.tests.kill.harness import Killer, Launcher, Toll
+from trace_opd.tests.kill.harness import Killer, Launcher, Toll, assert_budget_holds
 from trace_opd.tests.pipelines.conftest import PaidServer
 
 KILLS = int(os.environ.get("KILLS", "20"))
@@ -96,6 +97,20 @@ def test_a_paid_annotation_killed_asks_again_only_for_what_was_in_flight(
         kills = killer.toll.kills
         slow_paid_server.answered.clear()
     told("annotate-openai", "at random moments", killer.toll)
+
+
+def test_a_paid_annotation_killed_again_and_again_bills_no_more_than_its_budget(
+    paid_server: PaidServer, runs: Launcher, undisturbed, tmp_path, told
+):
+    stage = undisturbed["annotate-openai"]
+    root, began = Path(shutil.copytree(stage.before, tmp_path / "store")), time.monotonic()
+    kills, _ = assert_budget_holds(runs, paid_server, stage.args, root, 0.4, KILLS)
+    assert kills >= min(KILLS, 10)
+    # More money goes on, and what was in flight at the kills is all that was paid twice.
+    runs.done(*stage.args, f"annotator.base_url={paid_server.url}", store=root)
+    answered = Counter(map(json.dumps, paid_server.answered))
+    assert answered.total() - len(answered) <= kills * CONCURRENCY
+    told("annotate-openai", "with a budget", Toll(kills, kills + 2, 1, time.monotonic() - began))
 
 
 def test_a_report_killed_is_there_whole_or_not_at_all(runs: Launcher, undisturbed, tmp_path, told):

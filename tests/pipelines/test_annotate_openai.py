@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,8 +22,10 @@ from trace_opd.data.store import Store
 from trace_opd.pipelines.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.annotators import dialogue, open_annotator
 from trace_opd.pipelines.annotators.journal import Journal
+from trace_opd.pipelines.annotators.prices import Price
 from trace_opd.pipelines.annotators.prompting import SHIPPED_PROMPT, SHIPPED_SCHEMA
 from trace_opd.pipelines.annotators.rows import Reading
+from trace_opd.pipelines.annotators.spending import open_spending
 from trace_opd.pipelines.stage import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator, SegmentConfig
 from trace_opd.schemas.contract import validate
@@ -267,6 +269,46 @@ def test_an_answer_without_usage_is_used_and_its_tokens_are_unknown():
         assert row["cost_usd"] is None
 
 
+@pytest.mark.parametrize(
+    "usage",
+    [
+        [], "many", 7, {"prompt_tokens": 1.5, "completion_tokens": 1},
+        {"prompt_tokens": "9", "completion_tokens": 1}, {"prompt_tokens": [9]},
+        {"prompt_tokens": -5, "completion_tokens": 1}, {"prompt_tokens": 2**31, "completion_tokens": 1},
+        {"prompt_tokens": 10**30, "completion_tokens": 10**30}, {"prompt_tokens": True},
+    ],
+)  # fmt: skip
+def test_an_answer_is_kept_whatever_its_usage_is(tmp_path: Path, usage):
+    _, _, body = completion()
+    assert isinstance(body, dict)
+    with served(in_order((200, {}, body | {"usage": usage}))) as (endpoint, url):
+        for _ in range(2):  # from the endpoint, then from the journal
+            (row,) = annotate(url, journal=tmp_path, **PRICE)
+            assert (row["status"], row["prompt_tokens"], row["cost_usd"]) == ("ok", None, None)
+        assert len(endpoint.requests) == 1
+
+
+def test_tokens_of_two_turns_that_do_not_fit_the_table_are_unknown():
+    _, _, body = completion("Segment 1.")
+    assert isinstance(body, dict)
+    usage = {"prompt_tokens": 2**31 - 1, "completion_tokens": 1, "prompt_tokens_details": "none"}
+    with served(in_order((200, {}, body | {"usage": usage}))) as (endpoint, url):
+        (row,) = annotate(url)
+    assert (row["status"], len(endpoint.requests)) == ("invalid", 2)
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (None, 2)
+
+
+@pytest.mark.parametrize(
+    "more", [[], [{"type": "image_url"}, 7, None, {"type": "text", "text": 7}]]
+)
+def test_an_answer_in_parts_is_their_text(more: list):
+    first, second = VALID[:20], VALID[20:]
+    parts = [{"type": "thinking", "text": "Hm."}, {"type": "text", "text": first}, *more, second]
+    with served(in_order(completion(parts, refusal=""))) as (endpoint, url):  # type: ignore[arg-type]
+        (row,) = annotate(url)
+    assert (row["status"], row["raw_answer"], len(endpoint.requests)) == ("ok", VALID, 1)
+
+
 def test_a_server_that_is_not_there_is_told_in_a_sentence():
     with pytest.raises(InputError, match=r"http://127.0.0.1:1/v1: 1 of 1 calls failed .*onnection"):
         annotate("http://127.0.0.1:1/v1", max_attempts=1)
@@ -422,9 +464,9 @@ def test_concurrency_is_used_and_not_exceeded():
 def test_a_slow_disk_holds_requests_back(tmp_path: Path, monkeypatch):
     append, kept, unkept = Journal.append, [], []
 
-    def append_slowly(journal, records):
+    def append_slowly(journal, records, notes):
         time.sleep(0.05)
-        append(journal, records)
+        append(journal, records, notes)
         kept.extend(records)
 
     def answer(number: int, body: dict) -> Reply:
@@ -535,10 +577,54 @@ def test_an_answer_that_was_lost_on_the_way_counts_into_the_budget():
         assert len(endpoint.requests) < 10
 
 
-def test_refused_requests_cost_nothing():
-    with served(in_order(*[fault(500)] * 3, completion())) as (endpoint, url):
-        annotate(url, budget_usd=0.01, concurrency=1, **PRICE)
-        assert len(endpoint.requests) == 4
+@pytest.mark.parametrize("refused", [fault(503), fault(429), fault(529), fault(408)])
+def test_refused_requests_cost_nothing(tmp_path: Path, refused: Reply):
+    status, _, body = refused
+    reply = (status, {"Retry-After": "0"}, body)
+    with served(in_order(*[reply] * 6, completion())) as (endpoint, url):
+        annotate(url, journal=tmp_path, budget_usd=0.01, concurrency=1, max_attempts=9, **PRICE)
+        assert len(endpoint.requests) == 7
+    assert spent_usd(tmp_path) == pytest.approx(120e-6)
+
+
+def spent_usd(journal: Path) -> float:
+    """What a new run finds to be spent."""
+    with closing(open_spending(config("http://x/v1", budget_usd=1.0, **PRICE), journal)) as opened:
+        assert opened.budget is not None
+        return opened.budget.spent_usd
+
+
+def test_a_server_that_is_not_there_costs_nothing(tmp_path: Path):
+    with pytest.raises(InputError, match="onnection"):
+        annotate("http://127.0.0.1:1/v1", 3, tmp_path, budget_usd=0.01, max_attempts=1, **PRICE)
+    assert spent_usd(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        None,
+        (200, {}, b'{"choices": [{"mess'),
+        (200, {}, "<html>busy</html>"),
+        fault(500),
+        fault(502),
+        fault(504),
+        (200, {}, completion()[2] | {"usage": {"prompt_tokens": -(10**9), "completion_tokens": 1}}),  # type: ignore[operator]
+        (200, {}, completion()[2] | {"usage": "none"}),  # type: ignore[operator]
+    ],
+)  # fmt: skip
+def test_a_budget_holds_over_runs_whatever_becomes_of_the_answers(tmp_path: Path, lost):
+    """Each request is billed at its worst case, whatever the client receives."""
+    price, budget = Price(prompt=1.0, completion=2.0), 0.015
+    with served(in_order(lost)) as (endpoint, url):
+        for count in (2, 8, 12):
+            before = len(endpoint.requests)
+            with suppress(InputError):
+                annotate(url, count, tmp_path, budget_usd=budget, max_attempts=1, **PRICE)
+        assert len(endpoint.requests) == before  # nothing is left for the last one
+        billed = sum(map(price.worst_case_usd, endpoint.requests))
+    assert 0.7 * budget < billed <= budget
+    assert spent_usd(tmp_path) == pytest.approx(billed)
 
 
 def test_an_interrupt_ends_the_requests_in_flight_first(tmp_path: Path):

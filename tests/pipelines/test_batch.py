@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.annotators.batch_jobs import read_jobs
 from trace_opd.pipelines.annotators.prices import Price
+from trace_opd.pipelines.annotators.spending import open_spending
 from trace_opd.pipelines.batches import batches_table
 from trace_opd.pipelines.stage import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator
@@ -267,6 +269,30 @@ def test_a_budget_limits_what_a_round_may_cost(tmp_path: Path, paid_server, make
     dataset = run(priced(tmp_path, paid_server.url, budget_usd=1.0), store)
     assert dataset.summary["status"] == {"ok": 20}
     assert set(questions(paid_server).values()) == {1}
+
+
+def test_answers_that_tell_no_tokens_count_as_their_worst_case_in_later_runs_too(
+    tmp_path: Path, paid_server, make_verdicts
+):
+    told = paid_server.answer
+
+    def silent(body: dict) -> tuple[int, dict]:
+        status, said = told(body)
+        if "Pens: 1." in body["messages"][1]["content"]:
+            said["choices"] = []  # paid for, and nothing in it
+        return status, said | {"usage": None}
+
+    paid_server.answer = silent
+    store = make_verdicts(tmp_path, parts=1, count=8)
+    request = priced(tmp_path, paid_server.url, budget_usd=0.006)
+    with pytest.raises(InputError, match=r"has no room .*raise annotator\.budget_usd"):
+        run(request, store)
+    (journal,) = tmp_path.glob("annotate/*/journal")
+    worst = sum(PRICE.worst_case_usd(body, batched=True) for body in paid_server.answered)
+    with closing(open_spending(request.annotator, journal)) as spending:  # type: ignore[arg-type]
+        assert spending.budget is not None
+        assert spending.budget.spent_usd == pytest.approx(worst)
+    assert 0.003 < worst <= 0.006
 
 
 def listed(store: Store, cancel: bool = False) -> str:

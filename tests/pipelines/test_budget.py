@@ -188,7 +188,24 @@ def test_an_answer_without_usage_counts_as_its_worst_case(
     with pytest.raises(InputError, match="has no room"):
         ANNOTATE_STAGE.run(config(paid_server.url, budget_usd=0.02, concurrency=1), store)
     worst = Price(prompt=1.0, completion=2.0).worst_case_usd(paid_server.answered[0])
-    assert len(paid_server.answered) <= 0.02 / worst + 1
+    first = len(paid_server.answered)
+    assert first <= 0.02 / worst
+    with pytest.raises(InputError, match="has no room"):  # it counts as that in a later run too
+        ANNOTATE_STAGE.run(config(paid_server.url, budget_usd=0.02), store)
+    assert len(paid_server.answered) == first
+    ANNOTATE_STAGE.run(config(paid_server.url, budget_usd=1.0), store)
+    assert len(paid_server.answered) == 20
+
+
+def test_a_journal_whose_costs_are_unknown_is_refused_in_a_sentence(tmp_path: Path):
+    annotator = config("http://x/v1", budget_usd=1.0).annotator
+    assert isinstance(annotator, OpenAIAnnotator)
+    body = {"choices": [{"message": {"content": ""}}]}
+    line = {"key": "k", "record": {"latency_s": 1.0, "body": body}}
+    (tmp_path / "1-a.jsonl").write_text(json.dumps(line) + "\n")
+    for _ in range(2):  # and the lock is let go
+        with pytest.raises(InputError, match=r"1-a\.jsonl: .*unknown; leave annotator\.budget_usd"):
+            open_spending(annotator, tmp_path)
 
 
 def test_one_process_at_a_time_spends_a_datasets_budget(tmp_path: Path):

@@ -2,14 +2,17 @@
 
 import asyncio
 import multiprocessing
+import os
 import resource
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trace_opd.pipelines.annotators.journal import GroupCommit, Journal, Record, request_key
+from trace_opd.pipelines.annotators.journal import GroupCommit, Journal, request_key
+from trace_opd.pipelines.annotators.journal_lines import Reserved, Settled, read_lines
 from trace_opd.schemas.errors import InputError
 
 
@@ -27,10 +30,53 @@ def test_a_torn_line_is_ignored_and_the_rest_is_kept(tmp_path: Path):
     assert Journal(tmp_path).get("b") == {"n": 3}
 
 
-def test_a_line_that_is_no_record_is_told_and_skipped(tmp_path: Path, caplog):
-    (tmp_path / "damaged.jsonl").write_text('\0\0\0\n{"key": "a", "record": {"n": 1}}\n')
-    assert Journal(tmp_path).get("a") == {"n": 1}
-    assert "skipped a line at byte 0" in caplog.text
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\0\0\0\n",
+        b'{"key": "a", "record": {"n": "\xff"}}\n',
+        b'{"key": "\xff", "record": {}}\n',
+        b"[]\n",
+        b"{}\n",
+        b'{"key": 1, "record": {}}\n',
+        b'{"key": "a", "record": [1]}\n',
+        b'{"key": "a", "record": {"n": 1}\n',
+        b"\n",
+        b"[" * 100_000 + b"\n",
+        b'{"key": "a", "record": {"n": ' + b"9" * 5000 + b"}}\n",
+    ],
+    ids=lambda damage: repr(damage[:30]),
+)
+def test_lines_that_hold_no_record_are_skipped_and_counted(tmp_path: Path, damage: bytes, caplog):
+    lines = [b'{"key": "b", "record": {"n": 1}}\n', b'{"key": "c", "record": {"n": 2}}\n']
+    path = tmp_path / "damaged.jsonl"
+    path.write_bytes(lines[0] + damage + lines[1] + damage)
+    kept = Journal(tmp_path)
+    assert [kept.get(key) for key in "abc"] == [None, {"n": 1}, {"n": 2}]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: skipped 2 lines that hold no answer"
+    ]
+
+
+def test_a_record_that_cannot_be_used_hides_none_that_can(tmp_path: Path):
+    (tmp_path / "1.jsonl").write_text('{"key": "a", "record": {"n": 1}}\n')
+    (tmp_path / "2.jsonl").write_text('{"key": "a", "record": {}}\n')
+    (tmp_path / "0.jsonl").write_text('{"key": "a", "record": {}}\n')
+    assert Journal(tmp_path, readable=lambda record: "n" in record).get("a") == {"n": 1}
+
+
+def test_a_folder_or_a_pipe_of_a_journals_name_is_none(tmp_path: Path):
+    (tmp_path / "1.jsonl").mkdir()
+    os.mkfifo(tmp_path / "2.jsonl")
+    assert Journal(tmp_path).get("a") is None
+
+
+def test_an_answer_of_a_journal_that_was_removed_is_gone(tmp_path: Path):
+    theirs = Journal(tmp_path / "theirs")
+    theirs.append([("a", {"n": 1})])
+    ours = Journal(tmp_path / "ours", lambda: [tmp_path / "theirs"])
+    shutil.rmtree(tmp_path / "theirs")
+    assert ours.get("a") is None
 
 
 def test_records_come_back_as_they_were(tmp_path: Path):
@@ -88,7 +134,7 @@ def test_journals_elsewhere_serve_and_stay_as_they_are(tmp_path: Path):
     theirs.append([("a", {"n": 1})])
     theirs.close()
     before = {path: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
-    ours = Journal(tmp_path / "ours", [tmp_path / "theirs"])
+    ours = Journal(tmp_path / "ours", lambda: [tmp_path / "theirs"])
     ours.append([("b", {"n": 2})])
     assert (ours.get("a"), ours.get("b")) == ({"n": 1}, {"n": 2})
     assert {path: path.read_bytes() for path in (tmp_path / "theirs").iterdir()} == before
@@ -141,9 +187,9 @@ def test_one_journal_is_used_by_many_threads(tmp_path: Path):
 class _Counted(Journal):
     writes = 0
 
-    def append(self, records: list[tuple[str, Record]]) -> None:  # pyright: ignore
+    def append(self, records, notes=()) -> None:
         self.writes += 1
-        super().append(records)
+        super().append(records, notes)
 
 
 def test_records_that_wait_together_reach_the_disk_together(tmp_path: Path):
@@ -162,6 +208,44 @@ def test_records_that_wait_together_reach_the_disk_together(tmp_path: Path):
     asyncio.run(all_answers())
     assert len(Journal(tmp_path)) == 100
     assert journal.writes < 20
+
+
+def test_a_reservation_is_on_the_disk_before_it_returns_and_lasts_until_it_is_settled(
+    tmp_path: Path,
+):
+    journal = _Counted(tmp_path)
+
+    def standing() -> set[str]:
+        lines = [
+            line
+            for path in tmp_path.iterdir()
+            for _, _, line in read_lines(path)
+            if line is not None
+        ]
+        settled = {line.name for line in lines if isinstance(line, Settled)}
+        return {line.name for line in lines if isinstance(line, Reserved)} - settled
+
+    async def ask(commit: GroupCommit, n: int) -> None:
+        name = await commit.reserve(0.5)
+        assert name in standing()
+        match n % 3:
+            case 0:
+                await commit.append(str(n), {"n": n}, name)
+                assert name not in standing()
+            case 1:
+                commit.settle(name)  # refused
+            case 2:
+                pass  # lost
+
+    async def all_requests() -> None:
+        commit = GroupCommit(journal)
+        await asyncio.gather(*(ask(commit, n) for n in range(30)))
+        commit.close()
+
+    asyncio.run(all_requests())
+    assert len(standing()) == 10
+    assert len(Journal(tmp_path)) == 10
+    assert journal.writes < 10
 
 
 def test_a_full_disk_is_told_to_all_who_wait_and_tears_nothing(tmp_path: Path):

@@ -18,6 +18,7 @@ from trace_opd.tests.kill.harness import (
     CONFIG,
     Killer,
     Launcher,
+    assert_budget_holds,
     assert_refused,
     launcher,
     together,
@@ -118,6 +119,16 @@ def test_an_annotation_killed_asks_again_only_for_what_was_in_flight(
         assert answered.total() - len(answered) <= (killer.toll.kills - kills) * CONCURRENCY
         kills = killer.toll.kills
         paid_server.answered.clear()
+
+
+def test_a_budget_holds_over_kills(paid_server: PaidServer, runs, undisturbed, tmp_path):
+    root = Path(shutil.copytree(undisturbed.before["annotate"], tmp_path / "store"))
+    args = [
+        "annotate", "annotator.engine=openai", "annotator.model=m", "annotator.api_key_env=null",
+        f"annotator.concurrency={CONCURRENCY}",
+    ]  # fmt: skip
+    kills, _ = assert_budget_holds(runs, paid_server, args, root, 0.024, 3)
+    assert kills >= 1
 
 
 def journalled(folder: Path) -> Counter[bytes]:
