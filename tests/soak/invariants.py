@@ -13,7 +13,7 @@ from typing import Any
 from trace_opd.data.store import Store
 from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets, files
 from trace_opd.tests.kill.harness import Run
-from trace_opd.tests.soak.endpoint import ID, Asked
+from trace_opd.tests.soak.answers import ID, Asked
 
 END_S = 120  # a run that takes longer hangs
 CODES = {0, 1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGKILL}
@@ -45,7 +45,7 @@ def ended_well(run: Run, command: Sequence[str]) -> None:
     out = Path(run.output[0]).read_text(errors="replace")
     for text in (out, run.err):
         if _UNHANDLED.search(text):
-            raise Broken(f"{name}: a traceback (exit code {run.code}):\n{text[-3000:]}")
+            raise Broken(f"{name}: a traceback (exit code {run.code}):\n{text[-1500:]}")
     if code not in CODES:
         raise Broken(f"{name}: exit code {run.code}:\n{run.err[-2000:]}")
     lines = run.err.strip().splitlines()
@@ -136,9 +136,11 @@ def as_undisturbed(root: Path, expected: Path) -> None:
 
 
 def differences(root: Path, expected: Path) -> str:
-    """Which datasets are missing or too many, and which columns of which rows differ."""
-    out = []
-    ours, theirs = ({d.ref: d for d in Store(path).datasets()} for path in (root, expected))
+    """What differs: aliases, datasets, rows and columns, files."""
+    out, (one, other) = [], (Store(root), Store(expected))
+    if one.aliases() != other.aliases():
+        out.append(f"aliases {one.aliases()} and {other.aliases()}")
+    ours, theirs = ({d.ref: d for d in store.datasets()} for store in (one, other))
     for ref in sorted(ours.keys() ^ theirs.keys()):
         out.append(f"{ref}: only in the {'disturbed' if ref in ours else 'undisturbed'} store")
     for ref in sorted(ours.keys() & theirs.keys()):
@@ -149,10 +151,12 @@ def differences(root: Path, expected: Path) -> str:
             if rows or len(left) != len(right):
                 shown = [{c: (left[n][c], right[n][c]) for c in sorted(columns)} for n in rows[:2]]
                 out.append(f"{ref}: {len(left)} and {len(right)} rows, {rows} differ: {shown}")
+        for file in ours[ref].listed:
+            if file not in theirs[ref].listed:
+                out.append(f"{ref}/{file['name']}: {file['bytes']} other bytes")
     for name in sorted(files(root) ^ files(expected)):
-        out.append(
-            f"{name}: only in the {'disturbed' if (root / name).exists() else 'undisturbed'}"
-        )
+        if "journal/" not in name and "events.out" not in name:
+            out.append(f"{name}: only in one of the two")
     return "\n".join(out)[:4000]
 
 

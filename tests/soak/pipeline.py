@@ -8,13 +8,8 @@ from trace_opd.data.store import Store
 from trace_opd.pipelines.stages import DEFAULT_ALIAS
 from trace_opd.tests.kill.harness import CONFIG, Launcher
 from trace_opd.tests.soak import invariants
-from trace_opd.tests.soak.endpoint import (
-    MAX_NEW_TOKENS,
-    PATIENCE_S,
-    TIMEOUT_S,
-    USD_PER_MILLION,
-    Endpoint,
-)
+from trace_opd.tests.soak.answers import MAX_NEW_TOKENS, PATIENCE_S, TIMEOUT_S, USD_PER_MILLION
+from trace_opd.tests.soak.endpoint import Endpoint
 from trace_opd.tests.soak.schedule import STAGES, Variant
 
 

@@ -104,7 +104,7 @@ def make_round(seed: int, number: int, engine: str | None = None) -> Round:
     name = f"{seed}/{number}"
     chance = random.Random(name)
     variant = _variant(chance, engine)
-    budget = chance.choice((None, 0.6, 1.5, 4.0)) if variant.engine == "openai" else None
+    budget = chance.choice((None, None, 0.6, 1.5, 4.0)) if variant.engine == "openai" else None
     steps = tuple(step for stage in STAGES for step in _steps(chance, stage, variant))
     return Round(name, variant, budget, steps)
 
@@ -128,8 +128,8 @@ def _steps(chance: random.Random, stage: str, variant: Variant) -> list[Step]:
     """Disturbances of one stage; more of those that are long or cost money."""
     most = {"train": 3, "annotate": 4 if variant.engine == "openai" else 2}.get(stage, 2)
     steps = [_step(chance, stage, variant) for _ in range(chance.randint(0, most))]
-    if chance.random() < 0.6:  # so that the next stage finds its input
-        steps.append(Step("run", stage, "none", 0.0, 0.0, chance.random() < 0.5))
+    if chance.random() < 0.93:  # so that the next stage finds its input
+        steps.append(Step("run", stage, "none", 0.0, 0.0, chance.random() < 0.4))
     return steps
 
 
