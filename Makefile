@@ -5,12 +5,14 @@ VLLM_VENV ?= .venv-vllm
 MODEL ?= micro
 TORCH ?= cpu
 SECONDS ?= 120
+SEED ?= 0
+MINUTES ?= 20
 BIN := $(VENV)/bin
 # transformers and Prefect are told that nobody watches.
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-kill test-cluster test-vllm check audit fuzz bench-annotate bench-clip bench-data bench-loss bench-overlap bench-rollout bench-step bench-verify bases micro study study-quick clean
+.PHONY: help peers setup setup-locked lock demo test test-kill test-soak test-cluster test-vllm check audit fuzz bench-annotate bench-clip bench-data bench-loss bench-overlap bench-rollout bench-step bench-verify bases micro study study-quick clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -42,6 +44,9 @@ test: setup  ## run the tests
 
 test-kill: setup  ## kill every stage at 20 random moments, fill its disk, rot its files
 	$(BIN)/python -m pytest tests/kill/stages.py tests/kill/accidents.py
+
+test-soak: setup  ## kills, file faults and endpoint faults together, replayed from a seed (SEED, MINUTES, ROUND)
+	$(BIN)/python tests/soak/run.py --seed $(SEED) --minutes $(MINUTES) $(if $(ROUND),--round $(ROUND))
 
 test-cluster: setup  ## stages on Ray's and Dask's worker processes
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,dask]'

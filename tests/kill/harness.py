@@ -22,6 +22,7 @@ from trace_opd.tests.pipelines.conftest import PaidServer, completion
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.yaml")
 MARK = "TRACE_OPD_KILL_TEST"
+LAUNCHER = Path(__file__).with_name("launcher.py")
 _END_S = 30  # until a worker whose parent was killed has noticed
 
 
@@ -50,13 +51,14 @@ class Run:
 
 
 class Launcher:
-    """Starts commands from a process that has imported everything (launcher.py)."""
+    """Starts commands from a process that has imported everything (launcher.py, or another one
+    that serves with it)."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    def __init__(self, folder: Path, program: Path = LAUNCHER, **environment: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._mark = folder, uuid.uuid4().hex
         self._process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("launcher.py")],
+            [sys.executable, program],
             env=os.environ
             | {"OMP_NUM_THREADS": "1", MARK: self._mark, "COLUMNS": "200"}
             | environment,
@@ -85,8 +87,16 @@ class Launcher:
             else:
                 self._ends[told["ended"]].put(told["code"])
 
-    def start(self, *args: object, store: Path | None = None, die_at: int = 0) -> Run:
-        """Start `trace-opd ARGS`. store: count changes below it, and die just before the `die_at`-th."""
+    def start(
+        self,
+        *args: object,
+        store: Path | None = None,
+        die_at: int = 0,
+        die_by: int = signal.SIGKILL,
+        **more: object,
+    ) -> Run:
+        """Start `trace-opd ARGS`. store: count changes below it, and send the run the signal `die_by`
+        just before the `die_at`-th. more: for a launcher's own `prepare`."""
         self._count += 1
         output = [str(self._folder / f"{self._count}.{name}") for name in ("out", "err")]
         for path in output:
@@ -96,6 +106,8 @@ class Launcher:
             "output": output,
             "store": str(store) if store else None,
             "die_at": die_at,
+            "die_by": die_by,
+            **more,
         }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
@@ -144,8 +156,8 @@ class Launcher:
 
 
 @contextmanager
-def launcher(folder: Path, **environment: str) -> Iterator[Launcher]:
-    opened = Launcher(folder, **environment)
+def launcher(folder: Path, program: Path = LAUNCHER, **environment: str) -> Iterator[Launcher]:
+    opened = Launcher(folder, program, **environment)
     try:
         yield opened
     finally:

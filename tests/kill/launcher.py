@@ -1,8 +1,9 @@
 """A process that has imported everything and forks runs of the command line: a start takes
 milliseconds instead of seconds, so that they can be killed by the dozen.
 
-Lines of JSON on standard input ask for a run, those on standard output tell of starts and ends. A run
-may be told to kill itself with SIGKILL just before its n-th change of the store's files.
+Lines of JSON on standard input ask for a run, lines on standard output report starts and ends. A run
+can be asked to send itself a signal, SIGKILL unless another is named, just before its n-th change of
+the store's files.
 """
 
 import atexit
@@ -14,10 +15,10 @@ import os
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 import select
-import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from trace_opd.pipelines.viewer import report  # noqa: F401
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate")
 _WRITES = os.O_WRONLY | os.O_RDWR
 
+Prepare = Callable[[dict[str, Any]], None]
 
 def _full(path: Any, folder: Any) -> Any:
     """A path that is relative to a folder's descriptor as an absolute one; others as they are."""
@@ -48,8 +50,8 @@ def _full(path: Any, folder: Any) -> Any:
     return path
 
 
-def count_changes(root: str, last: int, told: Path) -> None:
-    """Count changes of files below a folder, and die just before the `last` one, if it comes.
+def count_changes(root: str, last: int, number: int, told: Path) -> None:
+    """Count changes of files below a folder, and get signal `number` just before the `last` one.
 
     told: gets a byte per change.
     """
@@ -70,13 +72,13 @@ def count_changes(root: str, last: int, told: Path) -> None:
             return
         done += 1
         if done == last:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         os.write(log, b".")
 
     sys.addaudithook(hook)
 
 
-def run(asked: dict[str, Any]) -> None:
+def run(asked: dict[str, Any], prepare: Prepare | None) -> None:
     """The command line in this fresh process, until it exits."""
     os.setsid()
     for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
@@ -84,7 +86,10 @@ def run(asked: dict[str, Any]) -> None:
         os.dup2(os.open(path, flags | (os.O_CREAT if descriptor else 0)), descriptor)
     sys.argv = ["trace-opd", *asked["args"]]
     if asked["store"]:
-        count_changes(asked["store"], asked["die_at"], Path(asked["output"][0]).with_suffix(".n"))
+        told = Path(asked["output"][0]).with_suffix(".n")
+        count_changes(asked["store"], asked["die_at"], asked["die_by"], told)
+    if prepare is not None:
+        prepare(asked)
     code = 1
     try:
         main()
@@ -100,7 +105,8 @@ def run(asked: dict[str, Any]) -> None:
     os._exit(code)
 
 
-def serve() -> None:
+def serve(prepare: Prepare | None = None) -> None:
+    """Fork a run per line until standard input ends. prepare: called in each before its command."""
     buffer = b""
     print(json.dumps({"ready": os.getpid()}), flush=True)
     running = set()
@@ -121,7 +127,7 @@ def serve() -> None:
         *lines, buffer = (buffer + more).split(b"\n")
         for line in lines:
             if not (pid := os.fork()):
-                run(json.loads(line))
+                run(json.loads(line), prepare)
             running.add(pid)
             print(json.dumps({"started": pid}), flush=True)
 

@@ -1,0 +1,164 @@
+"""What must hold after each run, and at the end of a round. Each function raises `Broken`."""
+
+import json
+import os
+import queue
+import re
+import signal
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from trace_opd.data.store import Store
+from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets, files
+from trace_opd.tests.kill.harness import Run
+from trace_opd.tests.soak.answers import ID, Asked
+
+END_S = 120  # a run that takes longer hangs
+CODES = {0, 1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGKILL}
+TIMES = ("seconds", "latency_s")  # columns that differ from run to run
+# What an interpreter prints of an exception that nobody handled, in whatever thread or task.
+_UNHANDLED = re.compile(
+    r"Traceback|Exception ignored|exception was never retrieved|Fatal Python error|panicked at"
+)
+
+
+class Broken(AssertionError):
+    """An invariant does not hold; the text says which and what was found."""
+
+
+def as_a_shell_says(code: int | None) -> int | None:
+    """128 + n for a process that asked to stop ended by signal n."""
+    return 128 - code if code in (-signal.SIGINT, -signal.SIGTERM) else code
+
+
+def ended_well(run: Run, command: Sequence[str]) -> None:
+    """A run ended by itself or by a signal, with a sentence if it failed and without a traceback."""
+    try:
+        code = as_a_shell_says(run.wait(END_S))
+    except queue.Empty:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        raise Broken(f"{command[0]}: no end within {END_S} s:\n{run.err[-2000:]}") from None
+    name = command[0]
+    out = Path(run.output[0]).read_text(errors="replace")
+    for text in (out, run.err):
+        if _UNHANDLED.search(text):
+            raise Broken(f"{name}: a traceback (exit code {run.code}):\n{text[-1500:]}")
+    if code not in CODES:
+        raise Broken(f"{name}: exit code {run.code}:\n{run.err[-2000:]}")
+    lines = run.err.strip().splitlines()
+    if code == 2 and not (lines and lines[-1].startswith("trace-opd: ")):
+        raise Broken(f"{name}: exit code 2 without a sentence:\n{run.err[-2000:]}")
+    if code == 1 and name != "verify-store" and "Aborted" not in run.err + out:
+        raise Broken(f"{name}: exit code 1:\n{out[-1000:]}{run.err[-2000:]}")
+
+
+def ended_with(run: Run, command: Sequence[str], codes: Collection[int]) -> None:
+    """A run ended well, and with one of some exit codes."""
+    ended_well(run, command)
+    if as_a_shell_says(run.code) not in codes:
+        raise Broken(f"{command[0]}: exit code {run.code}, not in {codes}:\n{run.err[-2000:]}")
+
+
+def lines(root: Path) -> set[bytes]:
+    """Lines of all journals that were written to their end."""
+    found: set[bytes] = set()
+    for path in root.glob("annotate/*/journal/*.jsonl"):
+        found.update(line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n"))
+    return found
+
+
+def questions(lines: Iterable[bytes]) -> set[str]:
+    """The server's keys of questions whose answers are in lines that are JSON."""
+    return {key.decode() for line in lines if _is_json(line) for key in ID.findall(line)[:1]}
+
+
+def journalled(root: Path) -> set[str]:
+    """Questions whose answers are on the disk."""
+    return questions(lines(root))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def not_paid_again(known: Collection[str], asked: Sequence[Asked], most: int = 0) -> None:
+    """Nothing is asked whose answer was on the disk before, or arrived meanwhile.
+
+    known: questions in the journal before; asked: the requests since; most: answers that were lost
+    in a kill and may be asked for again by another run.
+    """
+    again: list[Asked] = []
+    arrived: set[str] = set()
+    for request in asked:
+        if request.key in known:
+            raise Broken(f"question {request.key} was asked again; its answer was on the disk")
+        if request.key in arrived:
+            again.append(request)
+        if request.clean:
+            arrived.add(request.key)
+    if len(again) > most:
+        raise Broken(
+            f"{len(again)} questions were asked again after an answer that could be used had been "
+            f"sent, {most} may be: {again}"
+        )
+
+
+def not_lost(root: Path, asked: Sequence[Asked], most: int = 0) -> None:
+    """All answers that arrived are in the journal, but for `most` in flight when the run died."""
+    lost = {request.key for request in asked if request.clean} - journalled(root)
+    if len(lost) > most:
+        raise Broken(
+            f"{len(lost)} answers that were paid for are not in the journal, {most} may be lost: "
+            f"{[request for request in asked if request.key in lost]}"
+        )
+
+
+def within_budget(before: Sequence[Asked], asked: Sequence[Asked], budget_usd: float) -> None:
+    """before, asked: all requests for the dataset before a run with a budget, and in it."""
+    spent, billed = (sum(request.usd for request in some) for some in (before, asked))
+    if billed and spent + billed > budget_usd * (1 + 1e-9):
+        raise Broken(f"${spent:.6f} + ${billed:.6f} were billed, the budget is ${budget_usd:.6f}")
+
+
+def as_undisturbed(root: Path, expected: Path) -> None:
+    """The same datasets with the same rows as an undisturbed run, and nothing left over."""
+    try:
+        assert_no_leftovers(root)
+        assert_same_datasets(root, expected)
+    except AssertionError as error:
+        raise Broken(f"not as undisturbed: {error}\n{differences(root, expected)}") from error
+
+
+def differences(root: Path, expected: Path) -> str:
+    """What differs: aliases, datasets, rows and columns, files."""
+    out, (one, other) = [], (Store(root), Store(expected))
+    if one.aliases() != other.aliases():
+        out.append(f"aliases {one.aliases()} and {other.aliases()}")
+    ours, theirs = ({d.ref: d for d in store.datasets()} for store in (one, other))
+    for ref in sorted(ours.keys() ^ theirs.keys()):
+        out.append(f"{ref}: only in the {'disturbed' if ref in ours else 'undisturbed'} store")
+    for ref in sorted(ours.keys() & theirs.keys()):
+        if ours[ref].parts:
+            left, right = (store[ref].read().to_pylist() for store in (ours, theirs))
+            rows = [n for n, pair in enumerate(zip(left, right, strict=False)) if _differ(*pair)]
+            columns = {name for n in rows for name in left[n] if left[n][name] != right[n][name]}
+            if rows or len(left) != len(right):
+                shown = [{c: (left[n][c], right[n][c]) for c in sorted(columns)} for n in rows[:2]]
+                out.append(f"{ref}: {len(left)} and {len(right)} rows, {rows} differ: {shown}")
+        for file in ours[ref].listed:
+            if file not in theirs[ref].listed:
+                out.append(f"{ref}/{file['name']}: {file['bytes']} other bytes")
+    for name in sorted(files(root) ^ files(expected)):
+        if "journal/" not in name and "events.out" not in name:
+            out.append(f"{name}: only in one of the two")
+    return "\n".join(out)[:4000]
+
+
+def _differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return any(one[name] != other[name] for name in one if name not in TIMES)

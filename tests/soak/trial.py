@@ -1,0 +1,228 @@
+"""One round of the soak: a store is disturbed, mended as the sentences say, and compared."""
+
+import json
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trace_opd.data.store import MANIFEST, Store
+from trace_opd.tests.kill.harness import Launcher, Run
+from trace_opd.tests.soak import file_faults, invariants
+from trace_opd.tests.soak.endpoint import Endpoint
+from trace_opd.tests.soak.invariants import Broken
+from trace_opd.tests.soak.mend import follow
+from trace_opd.tests.soak.pipeline import Baseline, commands
+from trace_opd.tests.soak.schedule import Round, Step
+
+_MENDS = 4  # times that a person reads the sentences before it counts as stuck
+# A run that one of these ends may lose the answers that are in flight.
+_FATAL = ("sigkill", "full", "io", "readonly")
+
+
+class Trial:
+    """A round that is played in a folder: the store, and beside it what must not change."""
+
+    def __init__(
+        self,
+        runs: Launcher,
+        endpoint: Endpoint,
+        baseline: Baseline,
+        planned: Round,
+        folder: Path,
+        shim: bool,
+    ) -> None:
+        """shim: whether runs are under shim.c; without it there are no file faults in runs."""
+        self._runs, self._endpoint, self._baseline, self._shim = runs, endpoint, baseline, shim
+        self._round, self._folder = planned, folder
+        self._root, self._outside = folder / "store", folder / "outside"
+        self._root.mkdir(parents=True)
+        file_faults.make_outside(self._outside)
+        self._untouched = file_faults.fingerprint(self._outside)
+        variant, factor = planned.variant, planned.budget
+        self._budget_usd = None if factor is None else factor * baseline.bill_usd
+        self._commands = commands(variant, endpoint.url, self._budget_usd)
+        self._unlimited = commands(variant, endpoint.url)
+        self._spoilt: set[str] = set()  # questions whose answers in the journal were damaged
+        self.toll: Counter[str] = Counter()
+        endpoint.begin(planned.seed, variant.lies)
+
+    def play(self) -> None:
+        """All steps, then the end. Raises Broken."""
+        for number, step in enumerate(self._round.steps):
+            self._endpoint.faulty = step.endpoint
+            try:
+                getattr(self, step.what)(step)
+            except Broken as error:
+                raise Broken(f"step {number}, {step}: {error}") from error
+        self._endpoint.faulty = False
+        self._finish()
+
+    # --- what a step does ---
+
+    def run(self, step: Step) -> None:
+        self._do([lambda: self._start(step)], self._commands[step.stage], self._loss(step))
+
+    def twins(self, step: Step) -> None:
+        args = self._commands[step.stage]
+        both = [lambda: self._start(step), lambda: self._plain(args)]
+        self._do(both, args, self._loss(step))
+
+    def rivals(self, step: Step) -> None:
+        args = self._unlimited["annotate"]
+        other = [*args, "annotator.name=rival", "--alias", "rival"]
+        self._do([lambda: self._plain(args), lambda: self._plain(other)], args)
+
+    def damage(self, step: Step) -> None:
+        path = file_faults.choose(self._root, step.stage, step.at)
+        if path is None:
+            return
+        known, lines = file_faults.listed(self._root), invariants.lines(self._root)
+        before = path.read_bytes()
+        file_faults.damage(path, step.name, step.where)
+        self.toll["damages"] += 1
+        self._spoilt |= invariants.questions(lines - invariants.lines(self._root))
+        if path not in known or _same(before, path.read_bytes()):
+            return
+        checked = self._give(["verify-store", "--store", str(self._root)], 1)
+        said = Path(checked.output[0]).read_text()
+        ref = "/".join(path.relative_to(self._root).parts[:2])
+        if ref not in said:
+            raise Broken(f"verify-store does not name {ref}, whose {path} is damaged:\n{said}")
+
+    def stale(self, step: Step) -> None:
+        ref = self._baseline.refs[step.stage]
+        if not (self._root / ref / MANIFEST).exists():
+            file_faults.leave_stale(self._root, ref, step.name)
+            self.toll["leftovers"] += 1
+
+    def link(self, step: Step) -> None:
+        stage, dataset_id = self._baseline.refs[step.stage].split("/")
+        path = self._root / step.name.format(stage=stage, id=dataset_id)
+        args = self._commands[stage]
+        with file_faults.link(path, self._outside, self._folder / "aside"):
+            self.toll["links"] += 1
+            self._do([lambda: self._plain(args)], args, codes=(0, 2))
+
+    # --- runs and what must hold after each ---
+
+    def _start(self, step: Step) -> Run:
+        """The stage's command with the step's fault at the step's moment."""
+        args, counts = self._commands[step.stage], self._baseline.counts[step.stage]
+        kind, number = file_faults.IN_A_RUN[step.name]
+        if step.name in file_faults.SIGNALS and (not self._shim or step.where < 0.3):
+            moment = 1 + int(step.at * counts["files"])
+            return self._runs.start(*args, store=self._root, die_at=moment, die_by=number)
+        calls = counts["reads" if step.name == "unreadable" else "changes"]
+        fault = (kind, number, 1 + int(step.at * calls))
+        return self._runs.start(*args, store=self._root, fault=fault)
+
+    def _plain(self, args: Sequence[str]) -> Run:
+        return self._runs.start(*args, store=self._root)
+
+    def _loss(self, step: Step) -> int:
+        """Answers that may arrive and not reach the disk."""
+        return self._round.variant.concurrency if step.name in _FATAL else 0
+
+    def _do(
+        self,
+        starts: Sequence[Callable[[], Run]],
+        args: Sequence[str],
+        loss: int = 0,
+        codes: Sequence[int] = invariants.CODES,
+    ) -> None:
+        """Start runs at once and wait for them. args: of their command."""
+        known = set(invariants.journalled(self._root)) - self._spoilt
+        log, begin = self._endpoint.log, len(self._endpoint.log)
+        started = [start() for start in starts]
+        for run in started:
+            invariants.ended_with(run, args, codes)
+        self._runs.assert_nobody_is_left()
+        for run in started:
+            self.toll["runs"] += 1
+            self.toll[
+                {-signal.SIGKILL: "kills", 0: "good", 2: "refused"}.get(run.code or 0, "stops")
+            ] += 1
+        if file_faults.fingerprint(self._outside) != self._untouched:
+            raise Broken(f"{args[0]}: changed {self._outside}, which is not in the store")
+        if self._endpoint.strangers:
+            raise Broken(f"{args[0]}: followed a redirect and sent a prompt to a stranger")
+        asked = log[begin:]
+        self.toll["requests"] += len(asked)
+        invariants.not_paid_again(known, asked, loss)
+        invariants.not_lost(self._root, asked, loss)
+        if any(word.startswith("annotator.budget_usd") for word in args):
+            spoilt = sum(request.usd for request in log if request.key in self._spoilt)
+            invariants.within_budget(log[:begin], asked, (self._budget_usd or 0) + spoilt)
+
+    def _give(self, words: Sequence[str], *codes: int) -> Run:
+        """A command line without faults, to its end. words: with its store."""
+        run = self._runs.start(*words)
+        invariants.ended_with(run, words, codes or invariants.CODES)
+        return run
+
+    # --- the end ---
+
+    def _finish(self) -> None:
+        """The commands without faults come to a good end, and nothing is missing or left over."""
+        if self._budget_usd is not None:
+            args = self._commands["annotate"]
+            self._do([lambda: self._plain(args)], args, codes=(0, 2))
+        said = self._once()
+        for _ in range(_MENDS):
+            if not said or not follow(said, self._root, self._give):
+                break
+            self.toll["mends"] += 1
+            said = self._once()
+        if said:
+            raise Broken(f"stuck, though its sentences were followed:\n{said[-3000:]}")
+        self._forget_names()
+        invariants.as_undisturbed(self._root, self._baseline.root)
+
+    def _once(self) -> str:
+        """Check the store and give each command; what was said by those that failed."""
+        check = ["verify-store", "--store", str(self._root)]
+        checked = self._runs.start(*check)
+        invariants.ended_with(checked, check, (0, 1, 2))
+        if checked.code:
+            return Path(checked.output[0]).read_text() + checked.err
+        for args in self._unlimited.values():
+            known = set(invariants.journalled(self._root)) - self._spoilt
+            begin = len(self._endpoint.log)
+            run = self._plain(args)
+            invariants.ended_with(run, args, (0, 2))
+            invariants.not_paid_again(known, self._endpoint.log[begin:])
+            if run.code:
+                return run.err
+        return ""
+
+    def _forget_names(self) -> None:
+        """Take out what the undisturbed store has not: the rival's annotations, once they are checked,
+        and ids as names, which verify-store's commands give to datasets that had none."""
+        store = Store(self._root)
+        names = store.aliases()
+        if "rival" in names:
+            rival, own = store.get("rival"), store.get("annotations")
+            left_out = [*invariants.TIMES, "annotator_name"]
+            tables = [some.read().to_pylist() for some in (rival, own)]
+            for row in (row for rows in tables for row in rows):
+                for name in left_out:
+                    row.pop(name, None)
+            if tables[0] != tables[1]:
+                raise Broken("two annotations of the same rollouts at once hold other rows")
+            shutil.rmtree(self._root / rival.ref)
+        kept = {
+            name: ref for name, ref in names.items() if name != "rival" and not ref.endswith(name)
+        }
+        store.write_json("aliases.json", kept)
+
+
+def _same(one: bytes, other: bytes) -> bool:
+    """Whether two contents are equal, as JSON if they are that."""
+    if one == other:
+        return True
+    try:
+        return json.loads(one) == json.loads(other)
+    except ValueError:
+        return False
