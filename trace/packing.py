@@ -177,7 +177,9 @@ class PackedModel(torch.nn.Module):
                 packed=row.layout,
                 use_cache=False,
             ).last_hidden_state  # (1, tokens, hidden)
-        kept = states[0, row.logit_positions.to(device)]
+        # A gather by embedding: a prompt's last state predicts the first token of each response, and
+        # on CPU indexing's backward pass adds such gradients in the order in which threads arrive.
+        kept = torch.nn.functional.embedding(row.logit_positions.to(device), states[0])
         weight, bias = output_head(self.model)
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
         return use(kept.to(self.compute_dtype) if low else kept, Head(weight, bias, softcap))
