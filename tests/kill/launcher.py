@@ -38,6 +38,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR
 
 Prepare = Callable[[dict[str, Any]], None]
 
+
 def _full(path: Any, folder: Any) -> Any:
     """A path that is relative to a folder's descriptor as an absolute one; others as they are."""
     if (
