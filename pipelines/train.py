@@ -20,13 +20,7 @@ from ..data.store import Dataset, Draft, Store, content_hash
 from ..schemas.configs import TrainConfig
 from ..schemas.errors import EngineEnded, InputError, Stopped
 from ..schemas.tables import PROBLEMS, ROUTED
-from ..trace.checkpoint import (
-    latest_checkpoint,
-    prune_checkpoints,
-    restore,
-    save_checkpoint,
-    save_model,
-)
+from ..trace.checkpoint import prune_checkpoints, resume, save_checkpoint, save_model
 from ..trace.identity import model_revision
 from ..trace.packing import PackedModel
 from ..trace.policy import (
@@ -145,10 +139,9 @@ def _run(
     replica = _replica(policy) if ranks.count > 1 and config.online.steps else None
     trainer = Trainer(policy, config, ranks)
     checkpoints = target.local_path("checkpoints")
-    if (checkpoint := latest_checkpoint(checkpoints)) is not None:
-        restore(trainer, checkpoint)
-        if ranks.first:
-            prune_checkpoints(checkpoints, config.checkpoints_kept)
+    resumed = resume(trainer, checkpoints)
+    if resumed is not None and ranks.first:
+        prune_checkpoints(resumed, config.checkpoints_kept)
     offline = OfflineReader(inputs["routed"], config) if config.offline.steps else None
     online = None
     if config.online.steps:

@@ -3,38 +3,38 @@
 step-00050/  config.json model.safetensors tokenizer.json …   AutoModelForCausalLM, vLLM
              (adapter_config.json adapter_model.safetensors     peft, when adapters are trained)
              trainer.safetensors                                optimiser, teacher, state, RNGs
+             SHA256SUMS                                         of all of these
 
-Weights are stored whole, so a run may go on under another number of ranks.
+Weights are stored whole, so a run may go on under another number of ranks. A checkpoint that is not
+what was written is set aside as damaged-step-NNNNN, and training resumes from the one before.
 """
 
+import logging
 import os
-import random
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 
 from ..data.files import sync
 from ..schemas.errors import InputError
-from .loading import load_model
-from .lora import (
-    has_adapters,
-    load_adapters,
-    save_adapters,
-    save_merged,
-    transformers_model,
-)
+from .checksums import damage, write_checksums
+from .identity import TRAINER_FILE
+from .lora import has_adapters, save_adapters, save_merged, set_adapters, transformers_model
 from .ranks import load_optimizer, load_weights, whole_optimizer, whole_weights
-from .state_file import load_state, save_state
-from .trainer import Trainer, TrainerState
+from .saved_run import WRAPPER, SavedRun, read_run, restore_rng_states, rng_states
+from .state_file import save_state
+from .trainer import Trainer
 
-_TRAINER_FILE = "trainer.safetensors"
-_WRAPPER = "model."  # of trace.packing.PackedModel
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d{5,12})")
+_DAMAGED = "damaged-"
 
 
 def save_model(trainer: Trainer, folder: Path) -> Path:
@@ -46,7 +46,7 @@ def save_model(trainer: Trainer, folder: Path) -> Path:
 
 
 def save_checkpoint(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
-    """Write `folder/step-NNNNN`, whole or not at all; only the newest `keep` stay.
+    """Write `folder/step-NNNNN`, whole or not at all; it and the `keep` - 1 before it stay.
 
     Every rank has to call; the first writes.
 
@@ -59,57 +59,130 @@ def save_checkpoint(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
         "optimizer": whole_optimizer(trainer.student, trainer.optimizer),
         "teacher": whole_weights(trainer.teacher) if trainer.teacher is not None else None,
         "state": asdict(trainer.state),
-        "rng": _rng_states(),
+        "rng": rng_states(),
+        "checksums": True,
     }
     if not trainer.ranks.first:
         return target
 
     def write(temporary: Path) -> None:
         _write_model(trainer, temporary, weights, merge=False)
-        save_state(state, temporary / _TRAINER_FILE)
+        save_state(state, temporary / TRAINER_FILE)
+        write_checksums(temporary)
 
     _publish(target, write)
-    prune_checkpoints(folder, keep)
+    prune_checkpoints(target, keep)
     return target
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints of a run, each whole or not at all."""
-    for old in sorted(folder.glob("step-*"), key=_step)[:-keep]:
+def prune_checkpoints(newest: Path, keep: int) -> None:
+    """Remove a run's older checkpoints, each whole or not at all; `newest` and `keep` - 1 stay.
+
+    newest: just written or just restored, so it is sound. What is torn or has missing files neither
+    counts nor goes.
+    """
+    older = [path for path in checkpoints(newest.parent) if step_of(path) < step_of(newest)]
+    whole = [path for path in older if _is_whole(path)]
+    for old in whole[keep - 1 :]:
         # A kill in the middle leaves what no one takes for a checkpoint.
         shutil.rmtree(old.rename(_temporary(old)))
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest finished checkpoint of a run, if any."""
-    return max(folder.glob("step-*"), key=_step, default=None)
+def _is_whole(checkpoint: Path) -> bool:
+    return (checkpoint / TRAINER_FILE).exists() and _difference(checkpoint, read=False) is None
 
 
-def _step(checkpoint: Path) -> int:
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints by name, newest first; whether they are sound, only `resume` finds out."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def resume(trainer: Trainer, folder: Path) -> Path | None:
+    """Restore the newest sound checkpoint of a run and return it; None: the trainer stays as it is.
+
+    Every rank calls. Each damaged checkpoint is logged and set aside.
+    """
+    ranks = trainer.ranks
+    candidates = ranks.broadcast(_candidates(folder) if ranks.first else None)
+    for checkpoint in candidates:
+        saved = reason = None
+        if ranks.first:
+            reason = _difference(checkpoint)
+        reason = ranks.broadcast(reason)
+        if reason is None:
+            try:
+                saved = read_run(trainer, checkpoint, step_of(checkpoint))
+            except InputError as error:
+                reason = str(error)
+            # All ranks restore a checkpoint, or none.
+            reason = next((said for said in ranks.gather(reason) if said is not None), None)
+        if reason is None:
+            assert saved is not None
+            _apply(trainer, saved)
+            return checkpoint
+        if ranks.first:
+            last = checkpoint == candidates[-1]
+            _set_aside(checkpoint, reason, "anew" if last else "with the one before")
+    return None
+
+
 def restore(trainer: Trainer, checkpoint: Path) -> None:
-    """Put a trainer back where a checkpoint was written: weights, optimiser, teacher, state, RNGs."""
-    model = trainer.policy.model
-    if has_adapters(model):
-        load_adapters(model, checkpoint)
+    """Put a trainer back where a checkpoint was written: weights, optimiser, teacher, state, RNGs.
+
+    Raises:
+        InputError: the checkpoint is damaged; the trainer is as it was.
+    """
+    if (reason := _difference(checkpoint)) is not None:
+        raise InputError(f"{checkpoint}: is damaged ({reason}); take another checkpoint")
+    _apply(trainer, read_run(trainer, checkpoint, step_of(checkpoint)))
+
+
+def _candidates(folder: Path) -> list[Path]:
+    for path in sorted(folder.glob("step-*")):
+        if not (_NAME.fullmatch(path.name) and path.is_dir()):
+            logger.warning("%s: is no checkpoint (a folder step-00050, say), left alone", path)
+    return checkpoints(folder)
+
+
+def _difference(checkpoint: Path, read: bool = True) -> str | None:
+    try:
+        return damage(checkpoint, read)
+    except OSError as error:
+        return str(error)
+
+
+def _set_aside(checkpoint: Path, reason: str, how: str) -> None:
+    aside = checkpoint.with_name(_DAMAGED + checkpoint.name)
+    with suppress(OSError):  # its name is a convenience: every resume checks again
+        if aside.exists():
+            shutil.rmtree(aside)
+        checkpoint = checkpoint.rename(aside)
+    logger.warning(
+        "%s: this checkpoint is damaged (%s); training goes on %s", checkpoint, reason, how
+    )
+
+
+def _apply(trainer: Trainer, saved: SavedRun) -> None:
+    """Put what was read into the trainer. Collective: the trainer's modules may be sharded."""
+    if has_adapters(trainer.policy.model):
+        set_adapters(trainer.policy.model, saved.weights)
     else:
-        dtype = next(trainer.student.parameters()).dtype
-        trusted = trainer.config.policy.trust_remote_code
-        saved_model = load_model(str(checkpoint), dtype, trusted)
-        weights = {_WRAPPER + name: value for name, value in saved_model.state_dict().items()}
-        load_weights(trainer.student, weights)
-    saved = load_state(checkpoint / _TRAINER_FILE)
-    load_optimizer(trainer.student, trainer.optimizer, saved["optimizer"])
-    trainer.state = TrainerState(**saved["state"])
+        load_weights(trainer.student, saved.weights)
+    load_optimizer(trainer.student, trainer.optimizer, saved.optimizer)
+    trainer.state = saved.state
     trainer.restore_identity()
-    if saved["teacher"] is None:
+    if saved.teacher is None:
         trainer.teacher = None
     else:
-        assert trainer.teacher is not None, "a run with λ > 0 begins with a teacher"
-        load_weights(trainer.teacher, saved["teacher"])
-    _restore_rng_states(saved["rng"])
+        assert trainer.teacher is not None, "read_run checks it"
+        load_weights(trainer.teacher, saved.teacher)
+    restore_rng_states(saved.rng)
 
 
 def _write_model(
@@ -129,34 +202,12 @@ def _write_model(
 def _student_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The student's whole state dict under its model's own names, shared tensors once."""
     weights = {
-        name.removeprefix(_WRAPPER): value for name, value in whole_weights(trainer.student).items()
+        name.removeprefix(WRAPPER): value for name, value in whole_weights(trainer.student).items()
     }
     # Gathered from shards, tensors that are tied come as copies.
     for tied in transformers_model(trainer.policy.model).all_tied_weights_keys:
         weights.pop(tied, None)
     return weights
-
-
-def _rng_states() -> dict[str, Any]:
-    """Nothing here draws from the global generators; what a user plugs in may."""
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "numpy": [
-            part.tolist() if isinstance(part, np.ndarray) else part
-            for part in np.random.get_state()
-        ],
-    }
-
-
-def _restore_rng_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
-        torch.cuda.set_rng_state_all(states["cuda"])
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    np.random.set_state(tuple(states["numpy"]))
 
 
 def _publish(target: Path, write: Callable[[Path], None]) -> None:
@@ -181,8 +232,10 @@ def _publish(target: Path, write: Callable[[Path], None]) -> None:
             f"{target}: could not be written ({cause}); make room there and give the same command "
             "again, it goes on from the newest checkpoint"
         ) from None
-    if target.exists():
+    if target.is_dir():
         shutil.rmtree(target)
+    else:
+        target.unlink(missing_ok=True)
     os.replace(temporary, target)  # noqa: PTH105 - atomic on POSIX
     sync(target.parent)
 

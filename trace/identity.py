@@ -86,13 +86,13 @@ def _shards(index: Path) -> set[str]:
 def _sha256(file: Path) -> str:
     before = file.stat()
     if before.st_size < _CACHED_FROM:
-        return _digest(file)
+        return sha256_of(file)
     entry = _cache_folder() / hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:32]
     known = [before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino]
     if (digest := _cached(entry, known)) is not None:
         return digest
     logger.info("hashing %s (%.1f GB), once", file, before.st_size / 1e9)
-    digest = _digest(file)
+    digest = sha256_of(file)
     after = file.stat()
     # A file may change twice within one tick of the file system's clock, so the times of a file
     # that has just been written prove nothing yet (git calls such an entry racy).
@@ -104,7 +104,8 @@ def _sha256(file: Path) -> str:
     return digest
 
 
-def _digest(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """Hex digest of a file."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

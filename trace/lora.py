@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..schemas.configs import LoraConfig
@@ -80,16 +81,31 @@ def save_adapters(
     model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
 
 
-def load_adapters(model: Any, folder: Path) -> None:
-    """Give a model from `add_adapters` the adapters that `save_adapters` wrote, bit for bit."""
-    weights = load_file(folder / "adapter_model.safetensors")
-    result = _peft().set_peft_model_state_dict(model, weights)
-    missing = [name for name in result.missing_keys if "lora_" in name]
-    if missing or result.unexpected_keys:
+def read_adapters(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """The adapters that `save_adapters` wrote for a model from `add_adapters`.
+
+    Raises:
+        InputError: they cannot be read, or are of another shape.
+    """
+    file = folder / "adapter_model.safetensors"
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: is no whole safetensors file ({error})") from None
+    expected = _peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name in sorted(expected.keys() | weights.keys()):
+        if name in expected and name in weights and expected[name].shape == weights[name].shape:
+            continue
         raise InputError(
-            f"{folder}: holds adapters of another shape ({[*missing, *result.unexpected_keys][0]}); "
-            "resume with the lora settings that made it"
+            f"{folder}: holds adapters of another shape ({name}); resume with the lora settings that "
+            "made it"
         )
+    return weights
+
+
+def set_adapters(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Give a model what `read_adapters` read, bit for bit."""
+    _peft().set_peft_model_state_dict(model, weights)
 
 
 def save_merged(

@@ -61,8 +61,11 @@ def load_state(path: Path) -> dict[str, Any]:
                     return [built(child) for child in node]
                 return node
 
-            return built(tree)
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            state = built(tree)
+            if not isinstance(state, dict):
+                raise TypeError(f"a mapping is expected, not {type(state).__name__}")
+            return state
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: is no state of a training run ({error}); remove its folder, and the run goes on "
             "from the checkpoint before"

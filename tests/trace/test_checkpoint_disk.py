@@ -11,8 +11,9 @@ import pytest
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import OfflineConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.trace.checkpoint import latest_checkpoint, prune_checkpoints, save_checkpoint
+from trace_opd.trace.checkpoint import checkpoints, prune_checkpoints, save_checkpoint
 from trace_opd.trace.policy import load_policy
+from trace_opd.trace.state_file import save_state
 from trace_opd.trace.trainer import Trainer
 
 
@@ -56,17 +57,16 @@ def names(folder: Path) -> list[str]:
 def test_pruning_keeps_the_newest_by_number(tmp_path):
     for step in (2, 99_999, 100_000):
         (tmp_path / f"step-{step:05d}").mkdir()
-    newest = latest_checkpoint(tmp_path)
-    assert newest is not None
-    assert newest.name == "step-100000"
-    prune_checkpoints(tmp_path, 2)
+        save_state({"step": step}, tmp_path / f"step-{step:05d}" / "trainer.safetensors")
+    assert checkpoints(tmp_path)[0].name == "step-100000"
+    prune_checkpoints(tmp_path / "step-100000", 2)
     assert names(tmp_path) == ["step-100000", "step-99999"]
 
 
 def test_what_a_kill_left_of_a_pruned_checkpoint_is_no_checkpoint(trainer, tmp_path):
     whole = save_checkpoint(trainer, tmp_path)
     shutil.copytree(whole, tmp_path / ".tmp-step-00009")
-    assert latest_checkpoint(tmp_path) == whole
+    assert checkpoints(tmp_path) == [whole]
     trainer.state.step = 1
     save_checkpoint(trainer, tmp_path)
     trainer.state.step = 0

@@ -140,14 +140,14 @@ def aged(file: Path, by_s: float = 60) -> Path:
 def reads(monkeypatch) -> list[str]:
     """Names of the large files that were read. The change time can't be set back, only waited out."""
     read = []
-    digest = identity._digest
+    digest = identity.sha256_of
 
     def counted(file: Path) -> str:
         if file.stat().st_size >= LARGE:
             read.append(file.name)
         return digest(file)
 
-    monkeypatch.setattr(identity, "_digest", counted)
+    monkeypatch.setattr(identity, "sha256_of", counted)
     monkeypatch.setattr(identity, "_RACY_NS", 0)
     return read
 

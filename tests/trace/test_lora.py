@@ -10,7 +10,13 @@ from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.transformers import TransformersPolicySampler
 from trace_opd.schemas.configs import LoraConfig, SamplingConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.trace.lora import load_adapters, save_adapters, save_merged, transformers_model
+from trace_opd.trace.lora import (
+    read_adapters,
+    save_adapters,
+    save_merged,
+    set_adapters,
+    transformers_model,
+)
 from trace_opd.trace.policy import backbone, load_policy, output_head
 from trace_opd.trace.protocols import Prompt
 
@@ -83,7 +89,7 @@ def test_restored_adapters_are_identical(tmp_path):
     assert not list(tmp_path.glob("model*.safetensors"))  # the base's weights stay where they are
     fresh = adapted()
     assert not torch.equal(logits(fresh.model), logits(policy.model))
-    load_adapters(fresh.model, tmp_path)
+    set_adapters(fresh.model, read_adapters(fresh.model, tmp_path))
     saved = policy.model.state_dict()
     assert all(torch.equal(w, saved[name]) for name, w in fresh.model.state_dict().items())
 
@@ -92,7 +98,7 @@ def test_adapters_of_another_shape_are_refused(tmp_path):
     save_adapters(adapted(LoraConfig(rank=4, target_modules=["q_proj"])).model, tmp_path)
     other = adapted(LoraConfig(rank=4, target_modules=["q_proj", "v_proj"]))
     with pytest.raises(InputError, match="another shape"):
-        load_adapters(other.model, tmp_path)
+        read_adapters(other.model, tmp_path)
 
 
 def test_saved_adapters_load_through_peft(tmp_path):

@@ -37,7 +37,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 from trace_opd.schemas.configs import TrainConfig
-from trace_opd.trace.checkpoint import latest_checkpoint, restore, save_checkpoint, save_model
+from trace_opd.trace.checkpoint import resume, save_checkpoint, save_model
 from trace_opd.trace.policy import load_policy
 from trace_opd.trace.ranks import join_ranks
 from trace_opd.trace.trainer import Trainer
@@ -49,8 +49,7 @@ routed = pq.read_table(table)
 for folder, config, until in json.loads(runs):
     folder, config = Path(folder), TrainConfig.model_validate(config)
     trainer = Trainer(load_policy(policy, "cpu", trainable=True, lora=config.lora), config, ranks)
-    if (checkpoint := latest_checkpoint(folder)) is not None:
-        restore(trainer, checkpoint)
+    resume(trainer, folder)
     for metrics in trainer.run(lambda step: routed, None):
         if ranks.first:
             with open(folder / "metrics.jsonl", "a") as file:

@@ -40,7 +40,7 @@ from trace_opd.schemas.labels import Action, DiagnosticType, KlClip, Route
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS
 from trace_opd.trace.align import byte_table
 from trace_opd.trace.batch import TrainingSequence, training_sequences
-from trace_opd.trace.checkpoint import latest_checkpoint, restore, save_checkpoint, save_model
+from trace_opd.trace.checkpoint import checkpoints, restore, save_checkpoint, save_model
 from trace_opd.trace.convert import routed_table
 from trace_opd.trace.metrics import step_metrics
 from trace_opd.trace.online import OnlineSource
@@ -469,7 +469,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(tmp_path, schedule):
     for _ in range(3):
         next(stopped)
     saved = save_checkpoint(first, tmp_path)
-    assert (saved.name, latest_checkpoint(tmp_path)) == ("step-00003", saved)
+    assert (saved.name, checkpoints(tmp_path)) == ("step-00003", [saved])
 
     second = trainer_of(**fields)
     restore(second, saved)
@@ -504,13 +504,13 @@ def test_a_checkpoint_is_a_model_folder_that_transformers_loads(tmp_path):
 
 def test_the_newest_checkpoints_stay_and_leftovers_of_a_kill_are_swept(tmp_path):
     trainer = trainer_of()
-    assert latest_checkpoint(tmp_path) is None
+    assert checkpoints(tmp_path) == []
     (tmp_path / ".tmp-step-00007").mkdir()
     for step in (2, 9, 10):
         trainer.state.step = step
         save_checkpoint(trainer, tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00009", "step-00010"]
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-00010"
+    assert checkpoints(tmp_path)[0] == tmp_path / "step-00010"
 
 
 def test_saving_a_checkpoint_again_replaces_it(tmp_path):
