@@ -149,7 +149,10 @@ def _run(
         restore(trainer, checkpoint)
         if ranks.first:
             prune_checkpoints(checkpoints, config.checkpoints_kept)
-    offline = OfflineReader(inputs["routed"], config) if config.offline.steps else None
+    offline = None
+    if config.offline.steps:
+        known = policy.model.get_input_embeddings().num_embeddings
+        offline = OfflineReader(inputs["routed"], config, known)
     online = None
     if config.online.steps:
         online = OnlineTables(config, store, target, inputs, replica or policy, ranks)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..schemas.configs import Device, LoraConfig, Precision
@@ -181,6 +181,17 @@ def vocab_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the vocabulary's tokens and ids."""
     vocab = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
     return hashlib.sha256(vocab.encode()).hexdigest()[:16]
+
+
+def vocab_size(path: str, trust_remote_code: bool = False) -> int:
+    """Token ids that the model at a path knows: its tokenizer's and, above them, padding.
+
+    Raises:
+        InputError: there is no model's config.
+    """
+    with _model_errors(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return config.get_text_config().vocab_size
 
 
 def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -132,6 +132,12 @@ def _answer(data: bytes) -> None:
     targets.answer(text.decode("utf-8", "replace"), *more)
 
 
+def _completion(data: bytes) -> None:
+    import targets
+
+    targets.completion(data)
+
+
 def _parquet(data: bytes) -> None:
     import targets
 
@@ -160,6 +166,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "segments": _segments,
     "alignment": _alignment,
     "answer": _answer,
+    "completion": _completion,
     "parquet": _parquet,
     "problems-file": _problems_file,
     "labelled-file": _labelled_file,

@@ -6,6 +6,7 @@ documented refusal is an InputError, which counts as an answer too.
 
 import atexit
 import json
+import math
 import shutil
 import tempfile
 from collections import Counter
@@ -24,17 +25,20 @@ from trace_opd.data.labelled import json_rows
 from trace_opd.data.sources import files, prm800k, processbench
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.annotators.answers import read_answer
+from trace_opd.pipelines.annotators.completion import checked_body
 from trace_opd.pipelines.annotators.prices import load_prices
 from trace_opd.pipelines.annotators.prompting import ask, load_prompt
 from trace_opd.pipelines.annotators.rows import Identity, Item, annotation_row
+from trace_opd.pipelines.endpoint import NotACompletion
 from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.samplers.reply import read_completion
 from trace_opd.schemas import configs
 from trace_opd.schemas.configs import FilesSource, SegmentConfig
 from trace_opd.schemas.contract import TableContract, validate
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import AnnotationStatus
 from trace_opd.schemas.settings import dump_config, load_config
-from trace_opd.schemas.tables import ANNOTATIONS
+from trace_opd.schemas.tables import ANNOTATIONS, MOST_LOGPROB
 from trace_opd.trace.align import ByteTable, byte_table
 from trace_opd.trace.policy import load_tokenizer
 from trace_opd.trace.segment import segment
@@ -212,6 +216,25 @@ def answer(text: str, response: str = "One. Two.\nThree. Four.") -> None:
     assert set(named) <= set(range(len(item.segments)))
     row = annotation_row(item, Identity("a", "m"), reading)
     validate(ANNOTATIONS.table([row]), ANNOTATIONS)
+
+
+def completion(content: bytes) -> None:
+    """A response's body is no completion, refused, or a completion that can be trained on."""
+    with suppress(NotACompletion):
+        checked_body(content)
+    try:
+        read = read_completion(content, "http://server/v1", max_new_tokens=8, vocab_size=50)
+    except NotACompletion:
+        return
+    except InputError as error:
+        _names(error, "http://server/v1")
+        return
+    read.text.encode()
+    for ids in (read.token_ids or [], read.prompt_token_ids or []):
+        assert all(type(token) is int and 0 <= token < 50 for token in ids)
+    if read.logprobs is not None:
+        assert len(read.logprobs) == len(read.token_ids or [])
+        assert all(-math.inf < logprob <= MOST_LOGPROB for logprob in read.logprobs)
 
 
 # --- tables and files of problems ---
