@@ -75,7 +75,7 @@ def reader(root: str) -> dict[str, Any]:
     steps = groups.rows // GROUPS_PER_STEP
     config = TrainConfig(groups_per_step=GROUPS_PER_STEP, offline=OfflineConfig(steps=steps))
     clock = Clock()
-    read = OfflineReader(routed, config)
+    read = OfflineReader(routed, config, 1 << 20)
     start = clock.read()["seconds"]
     rows, tokens, clock = 0, 0, Clock()
     for step in range(steps):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..schemas.contract import TableContract, validate
+from ..schemas.contract import TableContract, check_columns, validate
 from ..schemas.errors import DamagedFile, InputError
 from ..schemas.tables import CONTRACTS
 from .claims import claim
@@ -269,9 +269,12 @@ def _read_part(
                 f"({' '.join(str(error).split())[:200]}); `trace-opd verify-store {ref}` says how "
                 "to make it again"
             ) from error
-    if columns is None and contract is not None:
-        return validate(table, contract, f"{ref}/{name}")
-    return table
+    if contract is None:
+        return table
+    if picked is not None:
+        check_columns(table, contract, picked, f"{ref}/{name}")
+        return table
+    return validate(table, contract, f"{ref}/{name}")
 
 
 def _encoding(schema: pa.Schema) -> dict[str, Any]:

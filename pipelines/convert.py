@@ -9,12 +9,13 @@ import pyarrow.compute as pc
 
 from ..data.store import Dataset, Draft, Store, content_hash
 from ..schemas.configs import ConvertConfig
+from ..schemas.contract import outside
 from ..schemas.errors import InputError
 from ..schemas.labels import Route
 from ..schemas.tables import ANNOTATIONS, ROUTED
 from ..trace.align import byte_table
 from ..trace.convert import routed_table
-from ..trace.policy import load_tokenizer, vocab_fingerprint
+from ..trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
 from ..trace.rules import needs_annotations, rule_source
 from .models import resolve_policy
 from .stage import Plan, Stage
@@ -69,6 +70,16 @@ def check_vocabulary(table: pa.Table, expected: str, policy: str) -> None:
         )
 
 
+def check_token_ids(table: pa.Table, vocab_size: int, where: str) -> None:
+    """Raises InputError unless the policy knows all token ids of the prompts and responses."""
+    for name in ("prompt_token_ids", "token_ids"):
+        if (row := outside(table.column(name), 0, vocab_size - 1)) is not None:
+            raise InputError(
+                f"{where}, row {row}: {name} has a token id that the policy does not know, which "
+                f"are 0 … {vocab_size - 1}; name the policy that sampled it, or sample again"
+            )
+
+
 class _Maker:
     """Converts one part at a time."""
 
@@ -78,12 +89,14 @@ class _Maker:
         self._routing = config.routing
         path = resolve_policy(config.policy.path, weights=False)
         self._bytes = byte_table(load_tokenizer(path, config.policy.trust_remote_code))
+        self._vocab_size = vocab_size(path, config.policy.trust_remote_code)
 
     def __call__(self, part: int) -> pa.Table:
         problems, rollouts, verdicts, annotations = (
             self._inputs[role].read_part(part)
             for role in ("problems", "rollouts", "verdicts", "annotations")
         )
+        check_token_ids(rollouts, self._vocab_size, f"{self._inputs['rollouts'].ref}, part {part}")
         return routed_table(problems, rollouts, verdicts, annotations, self._bytes, self._routing)
 
     def close(self) -> None:

@@ -8,27 +8,35 @@ import pyarrow.compute as pc
 
 from ..data.store import Dataset
 from ..schemas.configs import TrainConfig
+from ..schemas.errors import InputError
 from ..trace.ragged import rows_of
+from .convert import check_token_ids
 
 
 class OfflineReader:
     """Groups of a routed dataset by step: parts in shuffled order, groups shuffled within a part.
 
-    Stateless in the step, so a resumed run reads what an undisturbed one would. Only how many groups
-    each part has is read before the first step.
+    Stateless in the step, so a resumed run reads what an undisturbed one would. All parts are read
+    and checked before the first step: a bad row would end a training days later.
     """
 
-    def __init__(self, routed: Dataset, config: TrainConfig) -> None:
+    def __init__(self, routed: Dataset, config: TrainConfig, vocab_size: int) -> None:
+        """vocab_size: token ids that the policy knows.
+
+        Raises:
+            InputError: no rows, or one that breaks the contract or has another token id.
+        """
         self._routed = routed
         self._per_step = config.groups_per_step
         self._seed = config.seed
-        # (parts,) groups of each part
-        self._groups = np.array(
-            [
-                pc.count_distinct(routed.read_part(part, ["group_id"])["group_id"]).as_py()
-                for part in range(routed.parts)
-            ]
-        )
+        groups = []
+        for part in range(routed.parts):
+            table = routed.read_part(part)
+            check_token_ids(table, vocab_size, f"{routed.ref}, part {part}")
+            groups.append(pc.count_distinct(table["group_id"]).as_py())
+        self._groups = np.array(groups)  # (parts,) groups of each part
+        if not self._groups.sum():
+            raise InputError(f"dataset {routed.ref} has no rows; make rollouts that can be scored")
         self._order = lru_cache(maxsize=2)(self._shuffled)
         self._part = lru_cache(maxsize=2)(routed.read_part)
 

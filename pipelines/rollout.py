@@ -54,7 +54,12 @@ def rollouts_table(
     groups = sampler.sample(prompts, sampling, seeds)
     for problem_id, group, group_seeds in zip(ids, groups, seeds, strict=True):
         for index, (completion, sample) in enumerate(zip(group, group_seeds, strict=True)):
-            known = (completion.token_ids, completion.logprobs, policy.vocab_fingerprint or None)
+            known = (
+                completion.token_ids,
+                completion.logprobs,
+                completion.prompt_token_ids or None,
+                policy.vocab_fingerprint or None,
+            )
             on_policy = None not in known
             rows.append(
                 {

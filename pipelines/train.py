@@ -142,7 +142,10 @@ def _run(
     resumed = resume(trainer, checkpoints)
     if resumed is not None and ranks.first:
         prune_checkpoints(resumed, config.checkpoints_kept)
-    offline = OfflineReader(inputs["routed"], config) if config.offline.steps else None
+    offline = None
+    if config.offline.steps:
+        known = policy.model.get_input_embeddings().num_embeddings
+        offline = OfflineReader(inputs["routed"], config, known)
     online = None
     if config.online.steps:
         online = OnlineTables(config, store, target, inputs, replica or policy, ranks)

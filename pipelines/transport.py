@@ -48,18 +48,20 @@ def async_client(base_url: str, key: str | None, timeout_s: float) -> openai.Asy
 
 
 def sync_client(
-    base_url: str, key: str | None, timeout_s: float, most_bytes: int = MOST_BYTES
+    base_url: str, key: str | None, timeout_s: float, most_bytes: int | None = None
 ) -> openai.OpenAI:
     """As `async_client`, for callers without an event loop. Each request has its own connection.
 
-    most_bytes: the size limit of an answer, for a caller that streams it to disk.
+    most_bytes: size limit of an answer, for a caller that streams it to disk; None: MOST_BYTES.
     """
     return openai.OpenAI(
         base_url=base_url,
         api_key=key or "none",
         timeout=timeout_s,
         max_retries=0,
-        http_client=httpx2.Client(transport=_SyncTransport(base_url, key, most_bytes)),
+        http_client=httpx2.Client(
+            transport=_SyncTransport(base_url, key, most_bytes or MOST_BYTES)
+        ),
     )
 
 

@@ -24,7 +24,9 @@ class TableContract:
     """A table's name, version, Arrow schema and row id, and what holds beyond the types.
 
     labels: closed string columns; codes: closed lists of integers; nested_labels: closed strings in
-    lists of structs, by (column, field); same_length: lists that are aligned.
+    lists of structs, by (column, field); same_length: lists that are aligned; ranges: least and most
+    of numbers and of lists of them, which are finite too; filled: lists with an entry in every row;
+    faults: by column, what is wrong with its rows where the function's mask is true.
     """
 
     name: str
@@ -35,6 +37,9 @@ class TableContract:
     codes: dict[str, type[IntEnum]] = dataclasses.field(default_factory=dict)
     nested_labels: dict[tuple[str, str], type[StrEnum]] = dataclasses.field(default_factory=dict)
     same_length: tuple[tuple[str, ...], ...] = ()
+    ranges: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    filled: tuple[str, ...] = ()
+    faults: tuple[tuple[str, str, Callable[[pa.Table], Any]], ...] = ()
 
     def empty(self) -> pa.Table:
         return self.schema.empty_table()
@@ -76,19 +81,7 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
     Raises:
         InputError: names `where`, the column and the first row at fault.
     """
-    metadata = table.schema.metadata or {}
-    version = metadata.get(VERSION_KEY)
-    if version is not None and version != str(contract.version).encode():
-        raise InputError(
-            f"{where}: is version {version.decode(errors='replace')} of table {contract.name}, this release reads "
-            f"version {contract.version}; make it again with this release"
-        )
-    for field in contract.schema:
-        if field.name not in table.column_names:
-            raise InputError(
-                f"{where}: column {field.name} is missing; table {contract.name} needs it "
-                f"({description(field)})"
-            )
+    check_columns(table, contract, contract.schema.names, where)
     if extra := sorted(set(table.column_names) - set(contract.schema.names)):
         raise InputError(
             f"{where}: column {extra[0]} is not in table {contract.name}; drop or rename it"
@@ -118,8 +111,35 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
     checked = pa.Table.from_arrays(columns, schema=contract.schema)
     _check_labels(checked, contract, where)
     _check_lengths(checked, contract, where)
+    _check_ranges(checked, contract, where)
+    for name, what, faulty in contract.faults:
+        bad = faulty(checked)
+        if pc.any(bad).as_py():
+            raise _fault(where, name, bad, what)
     _check_unique(checked, contract, where)
     return checked
+
+
+def check_columns(
+    table: pa.Table, contract: TableContract, columns: Iterable[str], where: str = "table"
+) -> None:
+    """Check a table's version and that it has some of its contract's columns.
+
+    Raises:
+        InputError: another version, or a missing column.
+    """
+    version = (table.schema.metadata or {}).get(VERSION_KEY)
+    if version is not None and version != str(contract.version).encode():
+        raise InputError(
+            f"{where}: is version {version.decode(errors='replace')} of table {contract.name}, this "
+            f"release reads version {contract.version}; make it again with this release"
+        )
+    for name in columns:
+        if name not in table.column_names:
+            raise InputError(
+                f"{where}: column {name} is missing; table {contract.name} needs it "
+                f"({description(contract.schema.field(name))})"
+            )
 
 
 @contextmanager
@@ -201,6 +221,36 @@ def _check_lengths(table: pa.Table, contract: TableContract, where: str) -> None
             bad = pc.not_equal(lengths, pc.list_value_length(table.column(other)))
             if pc.any(bad).as_py():
                 raise _fault(where, other, bad, f"has another length than {first}")
+
+
+def _check_ranges(table: pa.Table, contract: TableContract, where: str) -> None:
+    for name, (least, most) in contract.ranges.items():
+        row = outside(table.column(name), least, most)
+        if row is not None:
+            raise InputError(
+                f"{where}, row {row}: {name} has a number that is not finite, or not in "
+                f"{least:.6g} … {most:.6g}; make the table again"
+            )
+    for name in contract.filled:
+        bad = pc.equal(pc.list_value_length(table.column(name)), 0)
+        if pc.any(bad).as_py():
+            raise _fault(where, name, bad, "is empty; drop the row")
+
+
+def outside(column: pa.ChunkedArray, least: float, most: float) -> int | None:
+    """The first row with a number, or a list entry, that is NaN or not in least … most."""
+    before = 0
+    nested = pa.types.is_list(column.type)
+    for chunk in column.chunks:
+        # numpy's extremes are NaN where there is one, and ten times as fast as Arrow's of floats.
+        numbers = pc.drop_null(pc.list_flatten(chunk) if nested else chunk).to_numpy()
+        if len(numbers) and not (numbers.min() >= least and numbers.max() <= most):
+            entries = pc.list_flatten(chunk) if nested else chunk
+            good = pc.and_(pc.greater_equal(entries, least), pc.less_equal(entries, most))
+            at = pc.index(pc.fill_null(good, True), False).as_py()
+            return before + (pc.list_parent_indices(chunk)[at].as_py() if nested else at)
+        before += len(chunk)
+    return None
 
 
 def _check_unique(table: pa.Table, contract: TableContract, where: str) -> None:

@@ -1,6 +1,10 @@
 """Arrow contracts of the tables that stages exchange."""
 
+from typing import Any
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .contract import described, list_of, make_contract
 from .labels import (
@@ -51,6 +55,26 @@ _TOKENS = [
         "temperature, before top-p and top-k.",
     ),
 ]
+
+_MOST = float(np.finfo(np.float32).max)
+_TOKEN_RANGES = {
+    "prompt_token_ids": (0, MOST_TOKEN_ID),
+    "token_ids": (0, MOST_TOKEN_ID),
+    "logprobs": (-_MOST, MOST_LOGPROB),
+    "temperature": (0, _MOST),
+}
+
+
+def _untaught(table: pa.Table) -> Any:
+    """Rows with a routed token and nothing that their teacher could see."""
+    bare = pc.and_(pc.is_null(table["diagnostic_type"]), pc.is_null(table["teacher_context"]))
+    rows = np.flatnonzero(bare.to_numpy())
+    routes = table["route"].combine_chunks().take(pa.array(rows))
+    mask = np.zeros(len(table), dtype=bool)
+    routed = np.flatnonzero(pc.list_flatten(routes).to_numpy())
+    mask[rows[pc.list_parent_indices(routes).to_numpy()[routed]]] = True
+    return pa.array(mask)
+
 
 PROBLEMS = make_contract(
     "problems",
@@ -122,6 +146,7 @@ ROLLOUTS = make_contract(
     "rollout_id",
     labels={"finish_reason": FinishReason},
     same_length=(("token_ids", "logprobs"),),
+    ranges=_TOKEN_RANGES,
 )
 
 VERDICTS = make_contract(
@@ -142,6 +167,7 @@ VERDICTS = make_contract(
     ],
     "rollout_id",
     labels={"status": VerdictStatus},
+    ranges={"reward": (-_MOST, _MOST)},
 )
 
 ANNOTATIONS = make_contract(
@@ -256,6 +282,16 @@ ROUTED = make_contract(
     labels={"diagnostic_type": DiagnosticType},
     codes={"route": Route},
     same_length=(("token_ids", "logprobs", "route", "span_id"),),
+    ranges=_TOKEN_RANGES | {"reward": (-_MOST, _MOST), "advantage": (-_MOST, _MOST)},
+    filled=("prompt_token_ids", "token_ids"),
+    faults=(
+        (
+            "diagnostic_type",
+            "is null, and so is teacher_context, where route sends tokens to a teacher; give the "
+            "row its type, or route 0 to all of its tokens",
+            _untaught,
+        ),
+    ),
 )
 
 EVALUATIONS = make_contract(

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..schemas.configs import Device, LoraConfig, Precision
 from ..schemas.errors import InputError
 from .identity import model_revision
-from .loading import load_model, load_tokenizer, require_finite
+from .loading import load_config, load_model, load_tokenizer, require_finite
 from .lora import add_adapters, transformers_model
 from .protocols import PolicyInfo
 
@@ -145,6 +145,15 @@ def vocab_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the vocabulary's tokens and ids."""
     vocab = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
     return hashlib.sha256(vocab.encode()).hexdigest()[:16]
+
+
+def vocab_size(path: str, trust_remote_code: bool = False) -> int:
+    """Token ids that the model at a path knows: its tokenizer's and, above them, padding.
+
+    Raises:
+        InputError: there is no model's config.
+    """
+    return load_config(path, trust_remote_code).get_text_config().vocab_size
 
 
 def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -20,12 +20,12 @@ from tenacity import (
     RetryCallState,
     retry_if_exception,
 )
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...schemas.configs import OpenAISampler, SamplingConfig
 from ...schemas.errors import InputError
 from ...trace.align import byte_table
-from ...trace.policy import load_tokenizer, policy_name, vocab_fingerprint
+from ...trace.policy import load_tokenizer, policy_name, vocab_fingerprint, vocab_size
 from ...trace.protocols import Completion, PolicyInfo, Prompt
 from .. import endpoint, transport
 from ..models import served_model
@@ -80,7 +80,7 @@ class OpenAIPolicySampler:
             name = policy_name(folder or model)
             self.policy = PolicyInfo(name, revision, 0, vocab_fingerprint(tokenizer))
         # The model's, which may be larger than the tokenizer's. None: unknown.
-        self.vocab_size = None if tokenizer is None else _local_vocab_size(folder or model)
+        self.vocab_size = None if folder is None else vocab_size(folder)
         self.servers_up: frozenset[str] = frozenset()  # at the end of the last call
         self._extended = True  # until the server refuses a request for its extra fields
 
@@ -278,14 +278,6 @@ def _local_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(folder)
     except InputError:  # none there, or one with code of its own
         return None
-
-
-def _local_vocab_size(model: str) -> int | None:
-    try:
-        config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
-    return config.get_text_config().vocab_size
 
 
 def _extra_fields(prompt: Prompt, sampling: SamplingConfig) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class EvaluateConfig(Config):
     k: int = Field(default=8, ge=1, description="Samples per problem.")
     verify: VerifyConfig = Field(default=VerifyConfig(), description="Verification.")
     bootstrap: int = Field(default=10_000, ge=100, description="Bootstrap resamples of problems.")
-    seed: int = Field(default=0, description="Seed of sampling and bootstrap.")
+    seed: int = Field(default=0, ge=0, description="Seed of sampling and bootstrap.")
 
 
 class ReportConfig(Config):

@@ -1,6 +1,6 @@
 """A study: methods and ablations over seeds, by the train stage."""
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from .base import Config, operational
 from .problems import ProblemsConfig
@@ -37,7 +37,7 @@ class TuningConfig(Config):
     problems: ProblemsConfig = Field(
         description="Problems whose sampled pass rate, averaged over looks, decides; nothing else asks them."
     )
-    seed: int = Field(default=1000, description="Seed of the tuning runs; none of `seeds`.")
+    seed: int = Field(default=1000, ge=0, description="Seed of the tuning runs; none of `seeds`.")
 
 
 class ReportedConfig(Config):
@@ -56,7 +56,7 @@ class StudyConfig(Config):
         min_length=1, description="Held-out problems by name; the first is the page's main one."
     )
     train: TrainConfig = Field(description="What all arms share; validation tells when to look.")
-    seeds: list[int] = Field(min_length=1, description="A run per arm and seed.")
+    seeds: list[NonNegativeInt] = Field(min_length=1, description="A run per arm and seed.")
     tuning: TuningConfig | None = Field(
         default=None, description="Tune each arm first; null: as configured."
     )

@@ -178,7 +178,7 @@ class TrainConfig(Config):
         default=False,
         description="Leave out groups of equal rewards; they are counted either way.",
     )
-    seed: int = Field(default=0, description="Seed of data order and sampling.")
+    seed: int = Field(default=0, ge=0, description="Seed of data order and sampling.")
     micro_batch_tokens: int = operational(
         16_384,
         "Tokens per forward pass; a prompt counts once for the responses that share it.",

@@ -138,6 +138,12 @@ def _journal(data: bytes) -> None:
     targets.journal(data)
 
 
+def _completion(data: bytes) -> None:
+    import targets
+
+    targets.completion(data)
+
+
 def _parquet(data: bytes) -> None:
     import targets
 
@@ -179,6 +185,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "alignment": _alignment,
     "answer": _answer,
     "journal": _journal,
+    "completion": _completion,
     "parquet": _parquet,
     "problems-file": _problems_file,
     "labelled-file": _labelled_file,

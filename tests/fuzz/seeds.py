@@ -67,7 +67,7 @@ def _value(kind: pa.DataType, path: str, row: int, labels: dict[str, str]) -> An
         return labels.get(path, f"{path} {row}")
     if pa.types.is_boolean(kind):
         return True
-    return 0 if pa.types.is_integer(kind) else 0.5
+    return 0 if pa.types.is_integer(kind) else -0.5 if path == "logprobs" else 0.5
 
 
 def _configs() -> list[bytes]:
@@ -92,6 +92,14 @@ def _answers() -> list[bytes]:
         for text in (_ANSWER, f"<think>hm</think>\n```json\n{_ANSWER}\n```", _ANSWER + "\xff", "[]",
                      '{"spans": [], "type": "other", "abstain": true}')
     ]  # fmt: skip
+
+
+def _completions() -> list[bytes]:
+    logprobs = {"content": [{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -1e-9}]}
+    choice = {"message": {"content": "ab"}, "finish_reason": "stop", "token_ids": [4, 2]}
+    plain = {"choices": [choice | {"token_ids": None}], "usage": {"prompt_tokens": 1}}
+    full = {"choices": [choice | {"logprobs": logprobs}], "prompt_token_ids": [7, 8]}
+    return [json.dumps(body).encode() for body in (plain, full)]
 
 
 def _parquets() -> list[bytes]:
@@ -164,6 +172,7 @@ _SEEDS = {
     ],
     "answer": _answers,
     "journal": _journals,
+    "completion": _completions,
     "parquet": _parquets,
     "problems-file": _problems_files,
     "labelled-file": lambda: [

@@ -6,6 +6,7 @@ documented refusal is an InputError, which counts as an answer too.
 
 import atexit
 import json
+import math
 import shlex
 import shutil
 import tempfile
@@ -26,7 +27,7 @@ from trace_opd.data.labelled import json_rows
 from trace_opd.data.sources import files, prm800k, processbench
 from trace_opd.data.store import MANIFEST, Dataset, Store
 from trace_opd.pipelines.annotators.answers import read_answer
-from trace_opd.pipelines.annotators.completion import is_answer, read_record
+from trace_opd.pipelines.annotators.completion import checked_body, is_answer, read_record
 from trace_opd.pipelines.annotators.dialogue import usage as dialogue_usage
 from trace_opd.pipelines.annotators.journal import Journal
 from trace_opd.pipelines.annotators.journal_lines import Answered, read_lines
@@ -34,7 +35,9 @@ from trace_opd.pipelines.annotators.prices import load_prices
 from trace_opd.pipelines.annotators.prompting import ask, load_prompt
 from trace_opd.pipelines.annotators.rows import SKIPPED, Identity, Item, annotation_row
 from trace_opd.pipelines.annotators.spending import open_spending
+from trace_opd.pipelines.endpoint import NotACompletion
 from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.samplers.reply import read_completion
 from trace_opd.pipelines.show import show_dataset
 from trace_opd.pipelines.terminal import Terminal
 from trace_opd.pipelines.verify_store import verify_store
@@ -44,7 +47,7 @@ from trace_opd.schemas.contract import TableContract, validate
 from trace_opd.schemas.errors import DamagedFile, InputError
 from trace_opd.schemas.labels import AnnotationStatus
 from trace_opd.schemas.settings import dump_config, load_config
-from trace_opd.schemas.tables import ANNOTATIONS
+from trace_opd.schemas.tables import ANNOTATIONS, MOST_LOGPROB
 from trace_opd.trace.align import ByteTable, byte_table
 from trace_opd.trace.policy import load_tokenizer
 from trace_opd.trace.segment import segment
@@ -245,6 +248,25 @@ def journal(content: bytes) -> None:
     with suppress(InputError), closing(open_spending(_PAID, folder)) as spending:
         assert spending.budget is not None
         assert spending.budget.spent_usd >= 0
+
+
+def completion(content: bytes) -> None:
+    """A response's body is no completion, refused, or a completion that can be trained on."""
+    with suppress(NotACompletion):
+        checked_body(content)
+    try:
+        read = read_completion(content, "http://server/v1", max_new_tokens=8, vocab_size=50)
+    except NotACompletion:
+        return
+    except InputError as error:
+        _names(error, "http://server/v1")
+        return
+    read.text.encode()
+    for ids in (read.token_ids or [], read.prompt_token_ids or []):
+        assert all(type(token) is int and 0 <= token < 50 for token in ids)
+    if read.logprobs is not None:
+        assert len(read.logprobs) == len(read.token_ids or [])
+        assert all(-math.inf < logprob <= MOST_LOGPROB for logprob in read.logprobs)
 
 
 # --- tables and files of problems ---

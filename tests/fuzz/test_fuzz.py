@@ -162,6 +162,22 @@ def test_a_journal_is_read_whatever_it_holds(data):
     targets.journal(data)
 
 
+REPLY_BITS = st.sampled_from(
+    ['{"choices": [', '{"message": {"content": "a"}, "finish_reason": "stop"', ', "token_ids": [', "3, 3]",
+     '"logprobs": {"content": [{"logprob": ', "}]", "-1", "1e400", "NaN", "true", "null", "9" * 5000,
+     "[" * 950, "]" * 950, "}", ", ", '"\\ud800"', '"prompt_token_ids": [']
+)  # fmt: skip
+
+
+@few
+@given(
+    mutated(seeds("completion"))
+    | st.lists(REPLY_BITS, max_size=12).map(lambda bits: "".join(bits).encode())
+)
+def test_a_completion_is_refused_or_can_be_trained_on(data):
+    targets.completion(data)
+
+
 PARQUETS = [seed[1:] for seed in seeds("parquet")]
 
 

@@ -1,5 +1,7 @@
 """Contracts: what `validate` accepts, and how it names the column and the row at fault."""
 
+import math
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -319,3 +321,44 @@ def test_parquet_keeps_descriptions_name_and_version(contract, tmp_path):
     for field in contract.schema:
         assert description(read.schema.field(field.name)) == description(field)
     assert validate(read, contract).to_pylist() == table_of(contract).to_pylist()
+
+
+NUMBERS = [
+    *((c, name, [0, bad]) for c in (ROLLOUTS, ROUTED) for name in ("token_ids", "prompt_token_ids")
+      for bad in (-1, -(2**31))),
+    *((c, "logprobs", [-1.0, bad]) for c in (ROLLOUTS, ROUTED)
+      for bad in (5.0, 0.01, math.nan, math.inf, -math.inf)),
+    *((c, "temperature", bad) for c in (ROLLOUTS, ROUTED) for bad in (-1.0, math.nan, math.inf)),
+    *((ROUTED, name, bad) for name in ("advantage", "reward") for bad in (math.nan, -math.inf)),
+    (VERDICTS, "reward", math.nan),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("contract", "column", "value"), NUMBERS)
+def test_a_number_that_cannot_be_is_named_with_its_row(contract, column, value):
+    table = table_of(contract, {}, {}, {column: value})
+    chunked = pa.concat_tables([table.slice(0, 1), table.slice(1)])
+    for made in (table, chunked):
+        with pytest.raises(InputError, match=f"^t, row 2: {column} has a number"):
+            validate(made, contract, "t")
+
+
+def test_a_log_probability_above_zero_by_rounding_alone_is_kept():
+    table = table_of(ROUTED, {"logprobs": [1e-6, 0.0]})
+    assert validate(table, ROUTED).num_rows == 1
+
+
+def test_a_routed_token_needs_something_that_its_teacher_sees():
+    bare = {"diagnostic_type": None, "teacher_context": None}
+    plain, routed = {"route": [0, 0]}, {"route": [0, 2]}
+    fine = table_of(ROUTED, bare | plain, routed, routed | bare | {"teacher_context": "4"})
+    assert validate(fine, ROUTED).num_rows == 3
+    with pytest.raises(InputError, match=r"^t, row 2: diagnostic_type is null, and so"):
+        validate(table_of(ROUTED, routed, bare | plain, bare | routed, bare | routed), ROUTED, "t")
+
+
+@pytest.mark.parametrize("column", ["prompt_token_ids", "token_ids"])
+def test_a_sequence_without_tokens_is_named_with_its_row(column):
+    lists = ("token_ids", "logprobs", "route", "span_id") if column == "token_ids" else (column,)
+    with pytest.raises(InputError, match=f"^t, row 1: {column} is empty"):
+        validate(table_of(ROUTED, {}, {name: [] for name in lists}), ROUTED, "t")
