@@ -93,7 +93,7 @@ def task_runner() -> TaskRunner[Any]:
     """
     kind = os.environ.get("TRACE_OPD_TASK_RUNNER", "threads")
     count = os.environ.get("TRACE_OPD_WORKERS", "2")
-    if not count.isdecimal() or (workers := int(count)) < 1:
+    if not count.isdecimal() or len(count) > 6 or (workers := int(count)) < 1:
         raise InputError(f"TRACE_OPD_WORKERS={count}: is no number of workers; use 1 or more")
     if kind == "threads":
         return ThreadPoolTaskRunner(max_workers=workers)
