@@ -120,14 +120,14 @@ import sys, time
 from trace_opd.pipelines.ending import end_at_second_interrupt, exit_code
 end_at_second_interrupt()
 def run():
-    print("working", flush=True)
     try:
+        print("working", flush=True)
         time.sleep(60)
     finally:
-        print("draining", flush=True)
         end = time.monotonic() + {seconds}
         while time.monotonic() < end:  # as a library that takes an interrupt for its own
             try:
+                print("draining", flush=True)
                 time.sleep(1)
             except KeyboardInterrupt:
                 pass
@@ -138,7 +138,7 @@ sys.exit(exit_code(run))
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_the_first_interrupt_drains_and_the_second_ends_at_once(times):
-    program = PROGRAM.format(seconds=0 if times == 1 else 60)
+    program = PROGRAM.format(seconds=1 if times == 1 else 60)
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
