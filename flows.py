@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from trace_opd.pipelines.visible import visible
 from trace_opd.schemas.errors import DamagedFile, InputError
 
 if __name__ == "__main__":
@@ -25,7 +26,7 @@ if __name__ == "__main__":
     try:
         import_module("trace_opd.flows").main()
     except InputError as error:
-        print(f"trace-opd: {error}", file=sys.stderr)
+        print(f"trace-opd: {visible(str(error))}", file=sys.stderr)
         sys.exit(2)
     sys.exit()
 
