@@ -21,7 +21,8 @@ def load_yaml(text: str) -> Any:
         YAMLError: no YAML, or YAML that says more than a config can.
     """
     try:
-        return _Unshared().copy(yaml.load(text, _Loader))  # noqa: S506 - a SafeLoader
+        loader = _Loader(text)
+        return _Unshared().copy(loader.get_single_data())
     except RecursionError:
         raise yaml.YAMLError("it is nested too deep") from None
     except ValueError as error:  # a date that is none, a number of thousands of digits
