@@ -107,7 +107,8 @@ def _load(
 ) -> Any:
     """The first argument may already be an override: `trace-opd verify rollouts=…`."""
     changes = list(overrides or [])
-    if path is not None and "=" in path and not Path(path).exists():
+    # Path.exists raises where a text is too long for a path.
+    if path is not None and "=" in path and not os.path.exists(path):  # noqa: PTH110
         changes.insert(0, path)
         path = None
     return load_config(kind, path, changes, section, preset)

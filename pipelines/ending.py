@@ -54,7 +54,7 @@ def exit_code(run: Callable[[], object]) -> int:
     except OSError as error:
         logger.debug("failed", exc_info=True)
         _drop_output()
-        file = f"{error.filename}: " if error.filename is not None else ""
+        file = f"{shortened(error.filename)}: " if error.filename is not None else ""
         _say(f"{file}{error.strerror or error}; check the disk and the file, then run it again")
         return 1
     except RuntimeError as error:
