@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from trace_opd.pipelines.visible import visible
 from trace_opd.schemas.errors import DamagedFile, InputError
 
 if __name__ == "__main__":
@@ -26,7 +27,7 @@ if __name__ == "__main__":
     try:
         import_module("trace_opd.flows").main()
     except InputError as error:
-        print(f"trace-opd: {error}", file=sys.stderr)
+        print(f"trace-opd: {visible(str(error))}", file=sys.stderr)
         sys.exit(2)
     sys.exit()
 
@@ -98,7 +99,7 @@ def task_runner() -> TaskRunner[Any]:
     """
     kind = os.environ.get("TRACE_OPD_TASK_RUNNER", "threads")
     count = os.environ.get("TRACE_OPD_WORKERS", "2")
-    if not count.isdecimal() or (workers := int(count)) < 1:
+    if not count.isdecimal() or len(count) > 6 or (workers := int(count)) < 1:
         raise InputError(f"TRACE_OPD_WORKERS={count}: is no number of workers; use 1 or more")
     if kind == "threads":
         return ThreadPoolTaskRunner(max_workers=workers)

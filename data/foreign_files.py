@@ -4,7 +4,7 @@ import hashlib
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,9 @@ def opened(fs: Any, path: str) -> Iterator[Any]:
         InputError: it cannot be opened, or cannot be read where it is read in the `with` block.
     """
     local = isinstance(fs, LocalFileSystem)
+    if local and Path(path).is_file() and not Path(path).stat().st_size:
+        yield BytesIO()  # the kernel's own files (/proc/kmsg) state no size, and may block
+        return
     with _file_system_errors(path, "another file", local), fs.open(path, "rb") as file:
         yield file
 

@@ -1,22 +1,22 @@
 """The command line: trace-opd <stage> config.yaml key=value …, and what looks into the store."""
 
-import logging
 import os
-import signal
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.logging import RichHandler
 
 from ..data.store import Dataset, Store
 from ..schemas.configs import Config, PipelineConfig, ReportConfig, StudyConfig, TrainConfig
-from ..schemas.errors import InputError, Stopped
+from ..schemas.environment import whole_number
+from ..schemas.errors import InputError
 from ..schemas.presets import PRESETS
 from ..schemas.settings import load_config, override
 from .cli_store import COMMANDS, StoreRoot
-from .terminal import Terminal, console, print_config, print_json
+from .ending import end_at_second_interrupt, exit_code
+from .terminal import console, log_to_terminal, print_config, print_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -80,14 +80,14 @@ def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_r
     if dry_run:
         show_plan(name, config, store, console)
         return
-    first = not int(os.environ.get("RANK", "0"))  # of torchrun's processes one talks
+    first = whole_number("RANK", 0) == 0  # of torchrun's processes one talks
     if isinstance(config, TrainConfig) and first:
         from .plan import memory_line
         from .train import begin
 
         _, target = begin(config, store)  # bad input is refused before anything is said
         if not isinstance(target, Dataset):
-            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            processes = whole_number("WORLD_SIZE", 1)
             console.print(memory_line(config, processes), soft_wrap=True)
     result = run_stage(name, config, store, alias)
     if not first:
@@ -107,7 +107,8 @@ def _load(
 ) -> Any:
     """The first argument may already be an override: `trace-opd verify rollouts=…`."""
     changes = list(overrides or [])
-    if path is not None and "=" in path and not Path(path).exists():
+    # Path.exists raises where a text is too long for a path.
+    if path is not None and "=" in path and not os.path.exists(path):  # noqa: PTH110
         changes.insert(0, path)
         path = None
     return load_config(kind, path, changes, section, preset)
@@ -268,24 +269,21 @@ def serve(
 
 def main() -> None:
     """Entry point: bad input is one sentence and exit code 2, without a traceback."""
+    end_at_second_interrupt()
     # Read when transformers and datasets are first imported; their bars would tear ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Modules in the folder where the command runs: rules of the user's own (routing.rule).
     sys.path.append(str(Path.cwd()))
-    handler = RichHandler(console=Terminal(stderr=True), show_path=False)
-    # Details are ours alone: HTTP clients log every header, and a server may echo the key in one.
-    handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name.startswith("trace_opd"))
-    logging.basicConfig(
-        level=os.environ.get("TRACE_OPD_LOG", "WARNING").upper(),
-        format="%(name)s: %(message)s",
-        handlers=[handler],
-    )
-    try:
-        app()
-    except (InputError, Stopped) as error:
-        Terminal(stderr=True).print(f"trace-opd: {error}", soft_wrap=True, highlight=False)
-        sys.exit(2 if isinstance(error, InputError) else 128 + signal.SIGTERM)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # an encoding may lack the characters of a response
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(exit_code(_run))
+
+
+def _run() -> None:
+    log_to_terminal()
+    app()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """All stages by name, and how a request of any of them is run in this process."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 from ..data.store import Dataset, Store
 from ..schemas import configs
 from ..schemas.configs import Config, NoAnnotator, PipelineConfig
+from ..schemas.environment import whole_number
 from ..trace.rules import needs_annotations
 from . import train
 from .annotate import ANNOTATE_STAGE
@@ -46,7 +46,7 @@ def run_stage(name: str, config: Any, store: Store, alias: str | None = None) ->
     if name == "report":
         return str(report.run(config, store))
     dataset = train.run(config, store) if name == "train" else TABLE_STAGES[name].run(config, store)
-    if int(os.environ.get("RANK", "0")) == 0:  # of torchrun's processes one gives the name
+    if whole_number("RANK", 0) == 0:  # of torchrun's processes one gives the name
         store.set_alias(alias or DEFAULT_ALIAS[name], dataset)
     return dataset
 

@@ -3,6 +3,8 @@ servers say are untrusted: none of them may move the cursor, set a title, hide o
 """
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -10,11 +12,15 @@ from typing import Any
 from pydantic import BaseModel
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.highlighter import JSONHighlighter
+from rich.logging import RichHandler
 from rich.segment import Segment
 from rich.text import Text
 
+from ..schemas.errors import InputError
 from ..schemas.settings import dump_config
 from .visible import INVISIBLE, visible
+
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class Terminal(Console):
@@ -50,3 +56,23 @@ def print_json(data: Any, console: Console) -> None:
     text = INVISIBLE.sub(lambda match: json.dumps(match.group())[1:-1], text)
     # json.dumps leaves DEL as it is.
     console.print(JSONHighlighter()(Text(text.replace("\x7f", "\\u007f"))), soft_wrap=True)
+
+
+def log_to_terminal() -> None:
+    """Log to stderr from the level of $TRACE_OPD_LOG on.
+
+    Raises:
+        InputError: there is no such level.
+    """
+    level = os.environ.get("TRACE_OPD_LOG", "").strip().upper() or "WARNING"
+    if level not in _LOG_LEVELS:
+        raise InputError(
+            f"environment variable TRACE_OPD_LOG is {level!r:.80}; set it to one of "
+            f"{', '.join(_LOG_LEVELS)}"
+        )
+    handler = RichHandler(console=Terminal(stderr=True), show_path=False)
+    # Details are ours alone: HTTP clients log every header, and a server may echo the key in one.
+    handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name.startswith("trace_opd"))
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", handlers=[handler])
+    logging.raiseExceptions = False  # a terminal that is gone is no reason for a traceback
+    logging.captureWarnings(True)  # through the same terminal

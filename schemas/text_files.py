@@ -20,7 +20,8 @@ def read_text_file(path: str | Path, advice: str) -> str:
         if not stat.S_ISREG(about.st_mode):  # a pipe may block, a device may never end
             raise InputError(f"{shown}: is no regular file; {advice}")
         with Path(path).open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+            # The kernel's own files (/proc/kmsg) state no size, and may block.
+            content = file.read(_MOST_BYTES + 1) if about.st_size else b""
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(f"{shown}: {reason}; {advice}") from None

@@ -4,7 +4,6 @@ Every rank knows the whole step's sequences and takes its share of them; weights
 optimiser states are sharded by FSDP2. One process is the case of one rank, with nothing sharded.
 """
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ..schemas.environment import whole_number
+from ..schemas.errors import InputError
 from .policy import backbone
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -84,14 +85,17 @@ def join_ranks(device: str) -> Ranks:
     """The ranks of this torchrun, joined on first use; one rank without it.
 
     Raises:
-        ValueError: torch.distributed cannot start with torchrun's settings.
+        InputError: torch.distributed cannot start with torchrun's settings.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if whole_number("WORLD_SIZE", 1) <= 1:
         return Ranks()
     if not dist.is_initialized():
         if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            torch.cuda.set_device(whole_number("LOCAL_RANK", 0))
+        try:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        except ValueError as error:
+            raise InputError(f"torch.distributed: {error}; start with torchrun") from None
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ...data.foreign_parquet import require_bounded
 from ...data.store import Dataset
 
 # Lists of one number per token: as numpy arrays they take a tenth of a Python list's time.
@@ -64,6 +65,7 @@ class RowReader:
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
         if part not in self._group_starts:
             with self._open(part) as file:
+                require_bounded(file, f"{self._dataset.ref}/{self._parts[part]['name']}")
                 metadata = pq.read_metadata(file)
             sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
             self._group_starts[part] = np.cumsum([0, *sizes])

@@ -6,6 +6,7 @@ that are looked at. It answers GET requests of this machine alone.
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 _MOST_ROWS = 500  # of the list, in one answer
 _KEPT_QUERIES = 16
+_WHOLE_NUMBER = re.compile("-?[0-9]{1,15}")  # array positions have 64 bits
+_MOST_QUERY_CHARS = 10_000
 _HEADERS = {
     # frame-ancestors counts in a header alone, not in the page's own policy.
     "Content-Security-Policy": content_security_policy(served=True) + "; frame-ancestors 'none'",
@@ -126,9 +129,18 @@ def _possible_paints(index: RolloutIndex) -> set[Paint]:
     return routes | {Paint.PLAIN, Paint.MARKED, Paint.DROPPED}
 
 
+def _parameters(query: str) -> dict[str, str]:
+    if len(query) > _MOST_QUERY_CHARS:
+        raise BadRequest(HTTPStatus.REQUEST_URI_TOO_LONG, "the query is too long")
+    try:
+        return dict(parse_qsl(query, errors="strict", max_num_fields=100))
+    except ValueError:  # UnicodeDecodeError among them
+        raise BadRequest(HTTPStatus.BAD_REQUEST, "the query is no UTF-8 text") from None
+
+
 def _whole_number(parameters: dict[str, str], name: str, default: int) -> int:
     value = parameters.get(name, str(default))
-    if not value.removeprefix("-").isdecimal() or int(value) < min(default, 0):
+    if not _WHOLE_NUMBER.fullmatch(value) or int(value) < min(default, 0):
         raise BadRequest(HTTPStatus.BAD_REQUEST, f"{name} is no whole number")
     return int(value)
 
@@ -140,13 +152,20 @@ def open_server(viewer: Viewer, port: int = 0) -> ThreadingHTTPServer:
         InputError: the port is taken, or not to be had.
     """
     try:
-        server = ThreadingHTTPServer((HOST, port), partial(_Handler, viewer))
+        server = _Server((HOST, port), partial(_Handler, viewer))
     except OSError as error:
         raise InputError(
             f"port {port} of {HOST}: {error.strerror}; give another with --port, or none for any"
         ) from None
-    server.daemon_threads = True
     return server
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is no news; anything else is in the log, not on the terminal."""
+        logger.debug("a request failed", exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -165,7 +184,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this server is asked under another name")
             return
-        address = urlsplit(self.path)
+        try:
+            address = urlsplit(self.path)
+        except ValueError:  # http://[
+            self._refuse(HTTPStatus.BAD_REQUEST, "the address is malformed")
+            return
         answers: dict[str, Callable[[dict[str, str]], dict[str, Any]]] = {
             "/rows": self._viewer.rows,
             "/rollout": self._viewer.rollout,
@@ -177,9 +200,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
         else:
             try:
-                answer = answers[address.path](dict(parse_qsl(address.query)))
+                answer = answers[address.path](_parameters(address.query))
             except BadRequest as error:
                 self._refuse(error.status, str(error))
+            except InputError as error:  # a file of the store is gone or damaged
+                self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
             else:
                 self._send(HTTPStatus.OK, "application/json", json.dumps(answer))
 

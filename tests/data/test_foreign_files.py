@@ -76,6 +76,14 @@ def test_what_is_no_ordinary_file_is_refused_by_every_reader(odd_places, path, w
         assert "\n" not in str(refused.value)
 
 
+def test_a_file_of_the_kernel_that_would_block_is_read_as_empty(tmp_path):
+    path = tmp_path / "kernel.jsonl"
+    path.symlink_to("/proc/kmsg")  # a regular file of no size, whose reader waits for messages
+    source = FilesSource(kind="files", path=str(path))
+    with pytest.raises(InputError, match=r"holds no rows|no such file"):
+        list(sources.rows(source, 0))
+
+
 def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(foreign_files, "_MOST_LINE_CHARS", 1000)
     path = tmp_path / "p.jsonl"

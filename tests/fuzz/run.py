@@ -19,7 +19,7 @@ import atheris
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "runs" / "fuzz"
 _INSTRUMENTED = ["trace_opd."]
-_LONGEST_INPUT = {"parquet": 20_000}  # bytes; 4,096 for others
+_LONGEST_INPUT = {"parquet": 20_000, "foreign-parquet": 20_000}  # bytes; 4,096 for others
 _TIMEOUT_S, _MEMORY_MIB = 20, 6144
 
 
@@ -105,6 +105,30 @@ def _prices(data: bytes) -> None:
     targets.prices(data)
 
 
+def _yaml(data: bytes) -> None:
+    import targets
+
+    targets.yaml_text(data)
+
+
+def _view_query(data: bytes) -> None:
+    import targets
+
+    targets.view_query(data)
+
+
+def _chat_template(data: bytes) -> None:
+    import targets
+
+    targets.template(data)
+
+
+def _foreign_parquet(data: bytes) -> None:
+    import targets
+
+    targets.foreign_parquet(data)
+
+
 def _segments(data: bytes) -> None:
     import targets
 
@@ -181,6 +205,10 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "config": _config,
     "prompt": _prompt,
     "prices": _prices,
+    "yaml": _yaml,
+    "view-query": _view_query,
+    "chat-template": _chat_template,
+    "foreign-parquet": _foreign_parquet,
     "segments": _segments,
     "alignment": _alignment,
     "answer": _answer,

@@ -162,6 +162,13 @@ def _journals() -> list[bytes]:
 _SEEDS = {
     "config": _configs,
     "prompt": _prompts,
+    "yaml": lambda: [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))[:3]],
+    "view-query": lambda: [b"from=0&count=100&after=-1&q=a&sort=disagreement", b"id=%00&from=9"],
+    "chat-template": lambda: [
+        (ROOT / "data" / "micro" / "chat_template.jinja").read_bytes(),
+        b"{% for i in range(9) %}{{ messages[0].content * 9 }}{% endfor %}",
+    ],
+    "foreign-parquet": lambda: [parquet_bytes(pa.Table.from_pylist([_PROBLEM] * 3))],
     "prices": lambda: [SHIPPED_PRICES.read_bytes()],
     "segments": lambda: [b"\0\xc8" + text.encode() for text in _TEXTS],
     "alignment": lambda: [

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections import Counter
 from contextlib import closing, suppress
+from copy import copy
 from functools import cache
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -19,10 +20,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from trace_opd.data.foreign_parquet import read_batches, read_table
 from trace_opd.data.labelled import json_rows
 from trace_opd.data.sources import files, prm800k, processbench
 from trace_opd.data.store import MANIFEST, Dataset, Store
@@ -41,6 +44,7 @@ from trace_opd.pipelines.samplers.reply import read_completion
 from trace_opd.pipelines.show import show_dataset
 from trace_opd.pipelines.terminal import Terminal
 from trace_opd.pipelines.verify_store import verify_store
+from trace_opd.pipelines.viewer import view
 from trace_opd.schemas import configs
 from trace_opd.schemas.configs import FilesSource, OpenAIAnnotator, SegmentConfig
 from trace_opd.schemas.contract import TableContract, validate
@@ -48,7 +52,9 @@ from trace_opd.schemas.errors import DamagedFile, InputError
 from trace_opd.schemas.labels import AnnotationStatus
 from trace_opd.schemas.settings import dump_config, load_config
 from trace_opd.schemas.tables import ANNOTATIONS, MOST_LOGPROB
+from trace_opd.schemas.yaml_text import load_yaml
 from trace_opd.trace.align import ByteTable, byte_table
+from trace_opd.trace.chat_template import render_template
 from trace_opd.trace.policy import load_tokenizer
 from trace_opd.trace.segment import segment
 
@@ -116,6 +122,27 @@ def prompt(content: bytes, schema: bytes | None) -> None:
     except InputError:
         return
     ask(loaded, _item("One. {{problem}} two.\n"))
+
+
+def yaml_text(content: bytes) -> None:
+    """A YAML text is refused, or is a tree of values that stands in JSON but for dates and keys."""
+    try:
+        loaded = load_yaml(content.decode("utf-8", "replace"))
+    except yaml.YAMLError:
+        return
+    assert yaml.safe_load(yaml.safe_dump(loaded, allow_unicode=True)) == loaded or "nan" in repr(
+        loaded
+    )
+
+
+def view_query(content: bytes) -> None:
+    """A query of the viewer is refused, or its numbers are positions of an array."""
+    try:
+        parameters = view._parameters(content.decode("latin-1"))
+        numbers = [view._whole_number(parameters, name, -1) for name in ("from", "count", "after")]
+    except view.BadRequest:
+        return
+    np.array(numbers, np.int64)
 
 
 def prices(content: bytes) -> None:
@@ -207,6 +234,18 @@ def _tokenizer(kind: str) -> PreTrainedTokenizerBase:
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def template(content: bytes) -> None:
+    """A chat template renders text, or is refused in one line."""
+    tokenizer = copy(_tokenizer("characters"))
+    tokenizer.chat_template = content.decode("utf-8", "replace")
+    try:
+        text = render_template(tokenizer, [{"role": "user", "content": "1+1?"}], {})
+    except InputError as error:
+        _names(error, "its chat template")
+        return
+    assert len(text) < 1 << 21
 
 
 # --- what annotators answer ---
@@ -346,6 +385,17 @@ def table(made: pa.Table, contract: TableContract) -> None:
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):  # no such type in Parquet
         return
     parquet(sink.getvalue(), contract)
+
+
+def foreign_parquet(content: bytes) -> None:
+    """Any Parquet is refused, or read as pyarrow reads it, and its text is bounded."""
+    for read in (read_table, lambda *args: list(read_batches(*args, ["problem", "answer"]))):
+        try:
+            made = read(BytesIO(content), "x.parquet")
+        except InputError as error:
+            _names(error, "x.parquet")
+            continue
+        repr(made)
 
 
 def problems_file(content: bytes, suffix: str) -> None:

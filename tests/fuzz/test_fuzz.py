@@ -94,6 +94,44 @@ def test_odd_answer_schemas(change):
 
 
 @few
+@given(YAML.map(str.encode) | mutated(seeds("yaml")))
+def test_a_yaml_text_is_refused_or_a_tree(data):
+    targets.yaml_text(data)
+
+
+@few
+@given(
+    mutated(seeds("view-query"))
+    | st.lists(st.sampled_from(["from", "after", "=", "&", "-", "9" * 400, "%ff", "%00", ";", "1"]))
+    .map("".join)
+    .map(str.encode)
+)
+def test_a_query_of_the_viewer_is_refused_or_holds_positions(data):
+    targets.view_query(data)
+
+
+TEMPLATE_BITS = st.sampled_from(
+    ["{% for i in range(999) %}", "{% endfor %}", "{% if x %}", "{% endif %}", "{{ ", " }}", "messages",
+     "[0]", ".content", " * 10**9", "x ** x", "namespace(a=1)", "{% set y = 1 %}", "|tojson", "{# #}", "{%", "'"]
+)  # fmt: skip
+
+
+@few
+@given(
+    st.lists(TEMPLATE_BITS, max_size=8).map("".join).map(str.encode)
+    | mutated(seeds("chat-template"))
+)
+def test_a_chat_template_renders_or_is_refused(data):
+    targets.template(data)
+
+
+@few
+@given(mutated(seeds("foreign-parquet")) | mutated([seed[1:] for seed in seeds("parquet")]))
+def test_any_parquet_is_refused_or_read(data):
+    targets.foreign_parquet(data)
+
+
+@few
 @given(mutated(seeds("prices")))
 def test_a_file_of_prices_is_refused_or_read(data):
     targets.prices(data)

@@ -152,6 +152,25 @@ def test_a_gold_answer_that_does_not_parse_is_named_with_its_row(run, made, tmp_
     assert "drop_unparsable=true" in sentence
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=" + "9" * 100_000,
+        ".".join(["a"] * 50_000) + "=1",
+        "\x1b[31m[red]\u202e=1",
+        "a\0=1",
+        "\n=1",
+    ],
+    ids=lambda text: repr(text[:10]),
+)
+def test_a_hostile_override_in_the_configs_place_is_one_short_sentence(run, override):
+    result = run("config", "rollout", override)
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert len(result.err) < 1000
+    assert not set("\x1b\u202e\0") & set(result.err)
+
+
 @pytest.mark.parametrize("stage", ["rollout", "train", "evaluate"])
 def test_a_tokenizer_without_a_chat_template_stops_before_work(run, made, tmp_path, stage):
     policy = policy_folder(tmp_path)

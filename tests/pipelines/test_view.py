@@ -457,13 +457,67 @@ def test_nothing_but_get_is_answered(address, method):
         ("/rows?from=-1", 400),
         ("/rows?from=<script>", 400),
         ("/rows?count=1e9", 400),
+        ("/rows?q=" + "x" * 20_000, 414),
+        ("/rows?" + "a=1&" * 1000, 400),
+        ("/rows?q=%ff%fe", 400),
+        ("/rows?q=%ed%a0%80", 400),
+        ("/%00%ff", 404),
+        ("/rollout?id=%00", 404),
+        *[
+            (f"/{page}?{name}={number}", 400)
+            for page, name in (("rows", "from"), ("rows", "count"), ("place", "after"))
+            for number in (
+                "9" * 5000,
+                "-" + "9" * 5000,
+                "1" * 16,
+                "-2",
+                "--1",
+                "%D9%A3",
+                "1.5",
+                "+",
+                "%00",
+            )
+        ],
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_bad_requests_are_told_in_plain_text(address, path, status):
     answer = httpx.get(address + path)
     assert answer.status_code == status
     assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
     assert "<" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        b"GET http://[ HTTP/1.1\r\nHost: %s\r\n\r\n",
+        b"GET /rows?from=\xff\x00 HTTP/1.1\r\nHost: %s\r\n\r\n",
+        b"GET /%s HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+        b"GET /%s HTTP/1.1\r\na: " + b"x" * 70_000 + b"\r\n\r\n",
+        b"GET /" + b"x" * 70_000 + b"%s HTTP/1.1\r\n\r\n",
+    ],
+    ids=lambda value: repr(value[:30]),
+)
+def test_a_malformed_request_gets_a_4xx_or_5xx_in_plain_text(address, request_text, capfd):
+    host = address.removeprefix("http://")
+    with socket.create_connection((HOST, int(host.rsplit(":", 1)[1])), timeout=20) as connection:
+        connection.sendall(request_text % host.encode())
+        connection.shutdown(socket.SHUT_WR)
+        status, *_ = connection.makefile("rb").readline().split(b" ", 2)[1:]
+    assert status[:1] in (b"4", b"5")
+    assert httpx.get(address).status_code == 200
+    assert capfd.readouterr().err == ""
+
+
+def test_a_part_that_is_gone_is_a_sentence(tmp_path):
+    pair = make_pair(tmp_path / "store")
+    with serving(Viewer(pair.store, pair.a.ref)) as address:
+        rollouts = pair.a.input("verdicts").input("rollouts")
+        Path(rollouts.path("part-00000.parquet")).unlink()
+        answer = httpx.get(f"{address}/rollout?id={IDS[0]}")
+    assert answer.status_code == 500
+    assert "file is gone" in answer.text
 
 
 def test_what_the_standard_library_refuses_is_told_in_plain_text_too(address):

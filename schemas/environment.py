@@ -1,0 +1,22 @@
+"""Environment variables that hold numbers."""
+
+import os
+
+from .errors import InputError
+
+_MOST = 1_000_000
+
+
+def whole_number(variable: str, default: int) -> int:
+    """The number in an environment variable, such as torchrun's RANK and WORLD_SIZE.
+
+    Raises:
+        InputError: it is no whole number from 0 to a million.
+    """
+    text = os.environ.get(variable, "").strip() or str(default)
+    if not (text.isascii() and text.isdecimal() and len(text) < 8 and int(text) <= _MOST):
+        raise InputError(
+            f"environment variable {variable} is {text!r:.80}, no whole number; unset it, or start "
+            "with torchrun, which sets it"
+        )
+    return int(text)
