@@ -16,7 +16,7 @@ import pytest
 
 from trace_opd.tests.kill.conftest import CONCURRENCY, STAGES, Undisturbed
 from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets, files
-from trace_opd.tests.kill.harness import Killer, Launcher, Toll
+from trace_opd.tests.kill.harness import Killer, Launcher, Toll, repeat
 from trace_opd.tests.pipelines.conftest import PaidServer
 
 KILLS = int(os.environ.get("KILLS", "20"))
@@ -96,6 +96,12 @@ def test_a_paid_annotation_killed_asks_again_only_for_what_was_in_flight(
         kills = killer.toll.kills
         slow_paid_server.answered.clear()
     told("annotate-openai", "at random moments", killer.toll)
+
+
+def test_forty_undisturbed_trainings_end_with_the_same_bytes(runs, undisturbed, tmp_path):
+    first, *others = repeat(runs, undisturbed["train-offline"].before, tmp_path, times=40)
+    for other in others:
+        assert_same_datasets(other, first)
 
 
 def test_a_report_killed_is_there_whole_or_not_at_all(runs: Launcher, undisturbed, tmp_path, told):
