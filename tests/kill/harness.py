@@ -93,10 +93,11 @@ class Launcher:
         store: Path | None = None,
         die_at: int = 0,
         die_by: int = signal.SIGKILL,
+        threads: int = 1,
         **more: object,
     ) -> Run:
         """Start `trace-opd ARGS`. store: count changes below it, and send the run the signal `die_by`
-        just before the `die_at`-th. more: for a launcher's own `prepare`."""
+        just before the `die_at`-th. threads: PyTorch's. more: for a launcher's own `prepare`."""
         self._count += 1
         output = [str(self._folder / f"{self._count}.{name}") for name in ("out", "err")]
         for path in output:
@@ -107,6 +108,7 @@ class Launcher:
             "store": str(store) if store else None,
             "die_at": die_at,
             "die_by": die_by,
+            "threads": threads,
             **more,
         }
         assert self._process.stdin is not None
@@ -115,9 +117,9 @@ class Launcher:
         pid = self._started.get(timeout=60)
         return Run(pid, output, self._ends[pid])
 
-    def done(self, *args: object, store: Path | None = None) -> Run:
+    def done(self, *args: object, store: Path | None = None, threads: int = 1) -> Run:
         """Run a command to its end, which is good."""
-        run = self.start(*args, store=store)
+        run = self.start(*args, store=store, threads=threads)
         assert run.wait() == 0, run.err
         return run
 
@@ -314,3 +316,20 @@ def together(runs: Launcher, args: list[str], root: Path) -> tuple[Run, Run]:
     finally:
         os.killpg(first.pid, signal.SIGCONT)
     return first, second
+
+
+REPEATED = [
+    "train", CONFIG, "offline.steps=1", "online.steps=4", "online.group_size=16",
+    "groups_per_step=1", "checkpoint_every=8",
+]  # fmt: skip
+
+
+def repeat(runs: Launcher, made: Path, folder: Path, times: int) -> Iterator[Path]:
+    """Stores in which one training ran undisturbed, on two threads, each from a copy of `made`.
+
+    All responses of a step share a prompt: both threads add to the gradient of its last state.
+    """
+    for number in range(times):
+        root = Path(shutil.copytree(made, folder / f"again-{number}"))
+        runs.done(*REPEATED, store=root, threads=2)
+        yield root

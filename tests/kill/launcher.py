@@ -25,7 +25,8 @@ from typing import Any
 import openai  # noqa: F401
 import pyarrow.dataset  # noqa: F401
 import tensorboard  # noqa: F401
-import torch.utils.tensorboard  # noqa: F401
+import torch
+import torch.utils.tensorboard
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401
 
@@ -85,6 +86,7 @@ def run(asked: dict[str, Any], prepare: Prepare | None) -> None:
     for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
         path = os.devnull if descriptor == 0 else asked["output"][descriptor - 1]
         os.dup2(os.open(path, flags | (os.O_CREAT if descriptor else 0)), descriptor)
+    torch.set_num_threads(asked["threads"])
     sys.argv = ["trace-opd", *asked["args"]]
     if asked["store"]:
         told = Path(asked["output"][0]).with_suffix(".n")

@@ -17,7 +17,7 @@ import pytest
 
 from trace_opd.tests.kill.conftest import CONCURRENCY, STAGES, Undisturbed
 from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets, files
-from trace_opd.tests.kill.harness import Killer, Launcher, Toll, assert_budget_holds
+from trace_opd.tests.kill.harness import Killer, Launcher, Toll, assert_budget_holds, repeat
 from trace_opd.tests.pipelines.conftest import PaidServer
 
 KILLS = int(os.environ.get("KILLS", "20"))
@@ -111,6 +111,12 @@ def test_a_paid_annotation_killed_again_and_again_bills_no_more_than_its_budget(
     answered = Counter(map(json.dumps, paid_server.answered))
     assert answered.total() - len(answered) <= kills * CONCURRENCY
     told("annotate-openai", "with a budget", Toll(kills, kills + 2, 1, time.monotonic() - began))
+
+
+def test_forty_undisturbed_trainings_end_with_the_same_bytes(runs, undisturbed, tmp_path):
+    first, *others = repeat(runs, undisturbed["train-offline"].before, tmp_path, times=40)
+    for other in others:
+        assert_same_datasets(other, first)
 
 
 def test_a_report_killed_is_there_whole_or_not_at_all(runs: Launcher, undisturbed, tmp_path, told):

@@ -21,6 +21,7 @@ from trace_opd.tests.kill.harness import (
     assert_budget_holds,
     assert_refused,
     launcher,
+    repeat,
     together,
 )
 from trace_opd.tests.pipelines.conftest import PaidServer, completion
@@ -85,6 +86,12 @@ def test_killed_just_before_a_change_of_a_file_a_stage_goes_on(runs, undisturbed
         assert_no_leftovers(root)
         assert_same_datasets(root, undisturbed.before["train"])
     assert killer.toll.kills >= 3
+
+
+def test_the_same_training_ends_with_the_same_bytes_each_time(runs, undisturbed, tmp_path):
+    first, *others = repeat(runs, undisturbed.before["train"], tmp_path, times=8)
+    for other in others:
+        assert_same_datasets(other, first)
 
 
 def test_of_two_runs_at_once_one_works_and_the_other_waits(runs, undisturbed, tmp_path):

@@ -165,6 +165,21 @@ def test_a_shared_prompt_is_read_once():
     assert row.logit_positions.tolist() == [4, 5, 4, 10]
 
 
+def test_gradients_are_the_same_bytes_each_time_on_several_threads():
+    """All states that predict are the prompt's last one: threads that add to its gradient meet."""
+    model = tiny(LlamaForCausalLM, LlamaConfig)
+    responses = 1200  # PyTorch shares a gather's backward pass among threads from 2^15 numbers on
+    packed, row = PackedModel(model), pack([A] * responses, [np.array([20])] * responses)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        runs = [gradients_of(model, packed(row, lambda states, _: states)) for _ in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    for again in runs[1:]:
+        assert all(torch.equal(again[name], gradient) for name, gradient in runs[0].items())
+
+
 def test_a_response_does_not_see_what_shares_its_prompt():
     model = micro()
     long, short = np.arange(10, 20), np.array([30, 31, 32])
