@@ -29,6 +29,7 @@ from .. import endpoint, transport
 from .budget import BudgetSpent, Reservation
 from .completion import bounded, checked_body, question_key, read_record, request_body
 from .dialogue import Answer, Question, dialogue
+from .drain import drained
 from .journal import GroupCommit, Journal, Record
 from .pace import AskedToWait, Closed, Pace
 from .prices import find_price, most_tokens
@@ -83,13 +84,22 @@ class EndpointAnnotator:
 
         Raises:
             InputError: more than half of the calls fail, or all of them must; the budget is spent;
-                the endpoint answers nobody for long. Answers that arrived are in the journal.
+                the endpoint answers nobody for long.
+            Stopped, KeyboardInterrupt: SIGTERM or Ctrl-C; requests in flight have ended.
+
+        Answers that arrived are in the journal.
         """
         self._calls = self._failures = 0
         self._stop = None
         self._pace.reopen()
         work = items(problems, rollouts, verdicts, self._segment)
-        rows = self._runner.run(self._annotate(work, rollouts.num_rows))
+        loop = self._runner.get_loop()
+        sentence = (
+            f"annotator {self._config.name}: stopped; answers that arrived are kept and not paid again: "
+            "the same command goes on from there"
+        )
+        with drained(lambda: loop.call_soon_threadsafe(self._drain), sentence):
+            rows = self._runner.run(self._annotate(work, rollouts.num_rows))
         if self._stop is None and self._failures * 2 > self._calls:
             self._end_failing(next(row["error"] for row in rows if row["error"] is not None))
         if self._stop is not None:
@@ -100,8 +110,7 @@ class EndpointAnnotator:
         return ANNOTATIONS.table(rows)
 
     def close(self) -> None:
-        for client in self._clients:
-            self._runner.run(client.close())
+        self._runner.run(self._close_clients())
         self._runner.close()
         try:
             if self._journal is not None and self._commit is not None:
@@ -114,6 +123,15 @@ class EndpointAnnotator:
         config = self._config
         return transport.async_client(config.base_url, self._key, config.timeout_s)
 
+    async def _close_clients(self) -> None:
+        """After a second signal requests are still in flight: without them first."""
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        for client in self._clients:
+            await client.close()
+
     async def _annotate(self, work: Iterator[Item], number: int) -> list[dict[str, Any]]:
         rows: list[Any] = [None] * number
         queue = enumerate(work)
@@ -123,12 +141,17 @@ class EndpointAnnotator:
         workers = [asyncio.create_task(self._work(queue, rows)) for _ in range(count)]
         try:
             await asyncio.gather(*map(asyncio.shield, workers))
-        except BaseException:  # Ctrl-C is one: requests in flight are paid for and end first
-            self._pace.close()
-            logger.warning("%s: waiting for requests in flight", self._config.name)
+        except BaseException:  # requests in flight are paid for and end first
+            self._drain()
             await asyncio.gather(*workers, return_exceptions=True)
             raise
         return rows
+
+    def _drain(self) -> None:
+        """Send nothing new. What is in flight ends by its deadline, `timeout_s`."""
+        if not self._pace.closed:
+            logger.warning("%s: waiting for requests in flight", self._config.name)
+        self._pace.close()
 
     async def _work(self, queue: Iterator[tuple[int, Item]], rows: list[Any]) -> None:
         try:

@@ -1,8 +1,11 @@
 """Killed anywhere, nothing is lost: the short form of tests/kill, which `make test-kill` runs."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +30,10 @@ from trace_opd.tests.kill.harness import (
 from trace_opd.tests.pipelines.conftest import PaidServer, completion
 
 CONCURRENCY = 4
+PAID = [
+    "annotate", "annotator.engine=openai", "annotator.model=m", "annotator.api_key_env=null",
+    f"annotator.concurrency={CONCURRENCY}",
+]  # fmt: skip
 STAGES = {
     "problems": ["problems", CONFIG, "limit=6", "rows_per_part=2"],
     "rollout": ["rollout", CONFIG, "group_size=2"],
@@ -110,10 +117,7 @@ def test_an_annotation_killed_asks_again_only_for_what_was_in_flight(
         return completion(body)
 
     paid_server.answer = answer
-    args = [
-        "annotate", "annotator.engine=openai", "annotator.model=m", "annotator.api_key_env=null",
-        f"annotator.concurrency={CONCURRENCY}", f"annotator.base_url={paid_server.url}",
-    ]  # fmt: skip
+    args = [*PAID, f"annotator.base_url={paid_server.url}"]
     killer, kills = Killer(runs, undisturbed.before["annotate"], tmp_path), 0
     for root in killer.rounds(args, 3, 0.6):
         assert_no_leftovers(root)
@@ -128,13 +132,60 @@ def test_an_annotation_killed_asks_again_only_for_what_was_in_flight(
         paid_server.answered.clear()
 
 
+def test_sigterm_ends_the_requests_in_flight_and_keeps_their_answers(
+    paid_server: PaidServer, runs, undisturbed, tmp_path
+):
+    root = Path(shutil.copytree(undisturbed.before["annotate"], tmp_path / "store"))
+    args, answered = [*PAID, f"annotator.base_url={paid_server.url}"], paid_server.answered
+
+    def answer(body):
+        time.sleep(0.1)
+        return completion(body)
+
+    paid_server.answer = answer
+    run = runs.start(*args, store=root)
+    while len(answered) < 2:
+        time.sleep(0.01)
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait() == 128 + signal.SIGTERM, run.err
+    assert "Traceback" not in run.err
+    assert "stopped; answers that arrived are kept" in " ".join(run.err.split())
+    (journal,) = root.glob("annotate/*/journal")
+    assert len(journalled(journal)) == len(answered) < 12
+    runs.done(*args, store=root)
+    assert max(Counter(map(json.dumps, answered)).values()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_paid_annotation_at_once(
+    paid_server: PaidServer, runs, undisturbed, tmp_path, number
+):
+    root = Path(shutil.copytree(undisturbed.before["annotate"], tmp_path / "store"))
+    asked, done = threading.Event(), threading.Event()
+
+    def answer(body):
+        asked.set()
+        done.wait(60)
+        return completion(body)
+
+    paid_server.answer = answer
+    run = runs.start(*PAID, f"annotator.base_url={paid_server.url}", store=root)
+    try:
+        assert asked.wait(60), run.err
+        os.kill(run.pid, number)
+        while "waiting for requests in flight" not in " ".join(run.err.split()):
+            time.sleep(0.01)
+        os.kill(run.pid, number)
+        assert run.wait(30) != 0
+        assert not done.is_set()
+        assert "Traceback" not in run.err, run.err
+    finally:
+        done.set()
+
+
 def test_a_budget_holds_over_kills(paid_server: PaidServer, runs, undisturbed, tmp_path):
     root = Path(shutil.copytree(undisturbed.before["annotate"], tmp_path / "store"))
-    args = [
-        "annotate", "annotator.engine=openai", "annotator.model=m", "annotator.api_key_env=null",
-        f"annotator.concurrency={CONCURRENCY}",
-    ]  # fmt: skip
-    kills, _ = assert_budget_holds(runs, paid_server, args, root, 0.024, 3)
+    kills, _ = assert_budget_holds(runs, paid_server, PAID, root, 0.024, 3)
     assert kills >= 1
 
 
