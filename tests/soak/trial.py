@@ -169,24 +169,21 @@ class Trial:
         if self._budget_usd is not None:
             args = self._commands["annotate"]
             self._do([lambda: self._plain(args)], args, codes=(0, 2))
-        said = self._once()
         for _ in range(_MENDS):
-            if not said or not follow(said, self._root, self._give):
+            if not (said := self._once()):
                 break
             self.toll["mends"] += 1
-            said = self._once()
         if said:
             raise Broken(f"stuck, though its sentences were followed:\n{said[-3000:]}")
         self._forget_names()
         invariants.as_undisturbed(self._root, self._baseline.root)
 
     def _once(self) -> str:
-        """Check the store and give each command; what was said by those that failed."""
+        """Check the store, do as it says, and give each command; what was said by one that failed."""
         check = ["verify-store", "--store", str(self._root)]
-        checked = self._runs.start(*check)
-        invariants.ended_with(checked, check, (0, 1, 2))
+        checked = self._give(check, 0, 1, 2)
         if checked.code:
-            return Path(checked.output[0]).read_text() + checked.err
+            follow(Path(checked.output[0]).read_text() + checked.err, self._root, self._give)
         for args in self._unlimited.values():
             known = set(invariants.journalled(self._root)) - self._spoilt
             begin = len(self._endpoint.log)
@@ -194,8 +191,10 @@ class Trial:
             invariants.ended_with(run, args, (0, 2))
             invariants.not_paid_again(known, self._endpoint.log[begin:])
             if run.code:
+                follow(run.err, self._root, self._give)
                 return run.err
-        return ""
+        checked = self._give(check, 0, 1, 2)
+        return Path(checked.output[0]).read_text() + checked.err if checked.code else ""
 
     def _forget_names(self) -> None:
         """Take out what the undisturbed store has not: the rival's annotations, once they are checked,
