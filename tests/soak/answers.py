@@ -78,7 +78,7 @@ def answer(seed: int, body: dict[str, Any], lies: bool) -> tuple[dict[str, Any],
     """The chat completion, and the US dollars that it is billed at."""
     key = question(body)
     chance = random.Random(f"{seed} {key}")
-    limit = body.get("max_tokens", body.get("max_completion_tokens"))
+    limit: int = body.get("max_tokens") or body["max_completion_tokens"]
     kind = "valid"
     if len(body["messages"]) == 2 and limit == MAX_NEW_TOKENS:  # no correction, no raised limit
         kind = chance.choices(list(_CONTENTS), list(_CONTENTS.values()))[0]

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trace_opd.data.store import Store
+from trace_opd.data.store import Dataset, Store
+from trace_opd.schemas.errors import InputError
 from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets, files
 from trace_opd.tests.kill.harness import Run
 from trace_opd.tests.soak.answers import ID, Asked
@@ -131,11 +132,11 @@ def as_undisturbed(root: Path, expected: Path) -> None:
     try:
         assert_no_leftovers(root)
         assert_same_datasets(root, expected)
-    except AssertionError as error:
-        raise Broken(f"not as undisturbed: {error}\n{differences(root, expected)}") from error
+    except (AssertionError, InputError) as error:
+        raise Broken(f"not as undisturbed: {error}\n{_differences(root, expected)}") from error
 
 
-def differences(root: Path, expected: Path) -> str:
+def _differences(root: Path, expected: Path) -> str:
     """What differs: aliases, datasets, rows and columns, files."""
     out, (one, other) = [], (Store(root), Store(expected))
     if one.aliases() != other.aliases():
@@ -144,7 +145,7 @@ def differences(root: Path, expected: Path) -> str:
     for ref in sorted(ours.keys() ^ theirs.keys()):
         out.append(f"{ref}: only in the {'disturbed' if ref in ours else 'undisturbed'} store")
     for ref in sorted(ours.keys() & theirs.keys()):
-        if ours[ref].parts:
+        if _readable(ours[ref]):
             left, right = (store[ref].read().to_pylist() for store in (ours, theirs))
             rows = [n for n, pair in enumerate(zip(left, right, strict=False)) if _differ(*pair)]
             columns = {name for n in rows for name in left[n] if left[n][name] != right[n][name]}
@@ -158,6 +159,12 @@ def differences(root: Path, expected: Path) -> str:
         if "journal/" not in name and "events.out" not in name:
             out.append(f"{name}: only in one of the two")
     return "\n".join(out)[:4000]
+
+
+def _readable(dataset: Dataset) -> bool:
+    return dataset.parts > 0 and all(
+        Path(dataset.path(part["name"])).exists() for part in dataset.manifest["parts"]
+    )
 
 
 def _differ(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ are shares in [0, 1): the runner turns them into numbers with what an undisturbe
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 STAGES = ("problems", "rollout", "verify", "annotate", "convert", "train", "evaluate")
@@ -111,9 +111,8 @@ def make_round(seed: int, number: int, engine: str | None = None) -> Round:
 
 def _variant(chance: random.Random, engine: str | None) -> Variant:
     drawn = chance.choice(("rule", "openai", "openai"))
-    chosen = engine or drawn
-    return Variant(
-        engine="rule" if chosen == "rule" else "openai",
+    variant = Variant(
+        engine="rule" if (engine or drawn) == "rule" else "openai",
         limit=chance.choice((4, 6)),
         rows_per_part=chance.choice((2, 3)),
         group_size=2,
@@ -122,6 +121,9 @@ def _variant(chance: random.Random, engine: str | None) -> Variant:
         lies=chance.random() < 0.25,
         tracker=chance.choice(("none", "none", "tensorboard")),
     )
+    if variant.engine == "rule":  # equal but for what it does not use: one undisturbed run for all
+        return replace(variant, concurrency=1, max_attempts=2, lies=False)
+    return variant
 
 
 def _steps(chance: random.Random, stage: str, variant: Variant) -> list[Step]:

@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from trace_opd.data.store import MANIFEST, Store
@@ -17,6 +17,7 @@ from trace_opd.tests.soak.pipeline import Baseline, commands
 from trace_opd.tests.soak.schedule import Round, Step
 
 _MENDS = 4  # times that a person reads the sentences before it counts as stuck
+_ENDS = {-signal.SIGKILL: "kills", 0: "good", 2: "refused"}
 # A run that one of these ends may lose the answers that are in flight.
 _FATAL = ("sigkill", "full", "io", "readonly")
 
@@ -130,9 +131,9 @@ class Trial:
         starts: Sequence[Callable[[], Run]],
         args: Sequence[str],
         loss: int = 0,
-        codes: Sequence[int] = invariants.CODES,
-    ) -> None:
-        """Start runs at once and wait for them. args: of their command."""
+        codes: Collection[int] = invariants.CODES,
+    ) -> list[Run]:
+        """Start runs at once, wait for them, and hold the invariants. args: of their command."""
         known = set(invariants.journalled(self._root)) - self._spoilt
         log, begin = self._endpoint.log, len(self._endpoint.log)
         started = [start() for start in starts]
@@ -141,9 +142,7 @@ class Trial:
         self._runs.assert_nobody_is_left()
         for run in started:
             self.toll["runs"] += 1
-            self.toll[
-                {-signal.SIGKILL: "kills", 0: "good", 2: "refused"}.get(run.code or 0, "stops")
-            ] += 1
+            self.toll[_ENDS.get(run.code or 0, "stops")] += 1
         if file_faults.fingerprint(self._outside) != self._untouched:
             raise Broken(f"{args[0]}: changed {self._outside}, which is not in the store")
         if self._endpoint.strangers:
@@ -155,46 +154,49 @@ class Trial:
         if any(word.startswith("annotator.budget_usd") for word in args):
             spoilt = sum(request.usd for request in log if request.key in self._spoilt)
             invariants.within_budget(log[:begin], asked, (self._budget_usd or 0) + spoilt)
+        return started
 
     def _give(self, words: Sequence[str], *codes: int) -> Run:
         """A command line without faults, to its end. words: with its store."""
-        run = self._runs.start(*words)
-        invariants.ended_with(run, words, codes or invariants.CODES)
-        return run
+        return self._do([lambda: self._runs.start(*words)], words, codes=codes or invariants.CODES)[
+            0
+        ]
 
     # --- the end ---
 
     def _finish(self) -> None:
         """The commands without faults come to a good end, and nothing is missing or left over."""
-        if self._budget_usd is not None:
-            args = self._commands["annotate"]
-            self._do([lambda: self._plain(args)], args, codes=(0, 2))
-        said = self._once()
         for _ in range(_MENDS):
-            if not said or not follow(said, self._root, self._give):
+            if not (said := self._once()):
                 break
             self.toll["mends"] += 1
-            said = self._once()
         if said:
             raise Broken(f"stuck, though its sentences were followed:\n{said[-3000:]}")
         self._forget_names()
         invariants.as_undisturbed(self._root, self._baseline.root)
 
     def _once(self) -> str:
-        """Check the store and give each command; what was said by those that failed."""
+        """Check the store, do as it says, and give each command; what was said by one that failed."""
         check = ["verify-store", "--store", str(self._root)]
-        checked = self._runs.start(*check)
-        invariants.ended_with(checked, check, (0, 1, 2))
+        checked = self._give(check, 0, 1, 2)
         if checked.code:
-            return Path(checked.output[0]).read_text() + checked.err
-        for args in self._unlimited.values():
-            known = set(invariants.journalled(self._root)) - self._spoilt
-            begin = len(self._endpoint.log)
-            run = self._plain(args)
-            invariants.ended_with(run, args, (0, 2))
-            invariants.not_paid_again(known, self._endpoint.log[begin:])
-            if run.code:
-                return run.err
+            follow(Path(checked.output[0]).read_text() + checked.err, self._root, self._give)
+        for stage, args in self._unlimited.items():
+            if stage == "annotate" and self._budget_usd is not None:
+                said = self._undisturbed(self._commands[stage])
+                if said and "budget" not in said:
+                    return said
+            if said := self._undisturbed(args):
+                return said
+        checked = self._give(check, 0, 1, 2)
+        return Path(checked.output[0]).read_text() + checked.err if checked.code else ""
+
+    def _undisturbed(self, args: Sequence[str]) -> str:
+        """A command without faults; what it says if it is refused, which is followed."""
+        (run,) = self._do([lambda: self._plain(args)], args, codes=(0, 2))
+        if run.code:
+            follow(run.err, self._root, self._give)
+            return run.err
         return ""
 
     def _forget_names(self) -> None:
