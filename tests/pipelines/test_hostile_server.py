@@ -21,7 +21,9 @@ from trace_opd.pipelines import endpoint, transport
 from trace_opd.pipelines.annotators import open_annotator
 from trace_opd.pipelines.annotators.batch_jobs import BatchClient, Job, JobFile
 from trace_opd.pipelines.endpoint import refill_s, seconds_asked
+from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
+from trace_opd.pipelines.samplers.vllm_servers import VllmServersSampler
 from trace_opd.schemas.configs import (
     OpenAIAnnotator,
     OpenAISampler,
@@ -30,6 +32,7 @@ from trace_opd.schemas.configs import (
 )
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS, VERDICTS
+from trace_opd.trace.policy import load_tokenizer
 from trace_opd.trace.protocols import Prompt
 
 Answer = Callable[[socket.socket], None]
@@ -400,3 +403,16 @@ DATE = st.one_of(
 def test_whatever_a_header_says_a_wait_is_a_finite_number_or_none(value, sent):
     for seconds in (seconds_asked(value, sent), refill_s({"x-ratelimit-reset-a": value}, "a", 1)):
         assert seconds is None or 0 <= seconds < float("inf")
+
+
+@pytest.mark.parametrize(
+    "raw", [*map(http, BODIES.values()), http(b"", "307 Elsewhere", "location: http://x/\r\n"),
+            http(b'{"data": []}'), http(b'{"data": [{"id": 7}]}')],
+)  # fmt: skip
+def test_vllm_servers_that_answer_something_else_are_one_sentence(raw, tmp_path):
+    tokenizer = load_tokenizer(resolve_policy("micro"))
+    with serving(sends(raw)) as server:
+        config = OpenAISampler(engine="openai", base_url=server.url, timeout_s=3.0)
+        with pytest.raises(InputError, match="can't be used") as raised:
+            VllmServersSampler(config, tokenizer, tmp_path / "weights", 1.0)
+    assert server.url in str(raised.value)

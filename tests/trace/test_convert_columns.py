@@ -215,7 +215,7 @@ def rows(draw: st.DrawFn, table: ByteTable, index: int) -> tuple[dict, dict, dic
     token_ids = draw(token_lists(table))
     response = table.text(token_ids)
     rollout = ids | {
-        "sample_index": draw(st.integers(0, 3)), "prompt_token_ids": draw(st.sampled_from([[], [1, 2]])),
+        "sample_index": draw(st.integers(0, 3)), "prompt_token_ids": draw(st.sampled_from([[3], [1, 2]])),
         "token_ids": token_ids, "logprobs": [-0.1 * at for at in range(len(token_ids))],
         "response": response, "finish_reason": draw(st.sampled_from(["stop", "length"])),
         "policy_name": "p", "policy_revision": "r", "policy_step": 0, "vocab_fingerprint": "v",
