@@ -69,7 +69,7 @@ def _untaught(table: pa.Table) -> Any:
     """Rows with a routed token and nothing that their teacher could see."""
     bare = pc.and_(pc.is_null(table["diagnostic_type"]), pc.is_null(table["teacher_context"]))
     rows = np.flatnonzero(bare.to_numpy())
-    routes = table["route"].combine_chunks().take(pa.array(rows))
+    routes = table["route"].combine_chunks().take(pa.array(rows, pa.int64()))
     mask = np.zeros(len(table), dtype=bool)
     routed = np.flatnonzero(pc.list_flatten(routes).to_numpy())
     mask[rows[pc.list_parent_indices(routes).to_numpy()[routed]]] = True
