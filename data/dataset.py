@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from ..schemas.contract import TableContract, validate
 from ..schemas.errors import DamagedFile
 from ..schemas.tables import CONTRACTS
-from .files import sweep, writing
+from .files import make_folders, sweep, writing
 from .remote import download, upload
 
 if TYPE_CHECKING:
@@ -154,6 +154,8 @@ class Draft:
 
         with self.store.locked(self.ref, told):
             found = self.store.find(self.stage, self.id)
+            if found is not None:
+                self.store.sync(self.ref)
             header = self.header | {"started_at": now()}
             yield found or replace(self, header=header, began=time.monotonic())
 
@@ -175,14 +177,15 @@ class Draft:
         self.store.write(f"{self.ref}/{name}", sink.getvalue().to_pybytes())
 
     def local_path(self, name: str = "") -> Path:
-        """Local folder for files that are no table (checkpoints, journals), made if needed.
+        """Local folder for files that are no table (checkpoints, journals), made if needed; its name
+        is on the disk.
 
         Raises:
             InputError: the store is not on a local file system, or can't be written.
         """
         path = self.store.beside(f"{self.ref}/{name}".rstrip("/"))
         with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
+            make_folders(path, self.store.local_root())
         return path
 
     def finish(
@@ -216,6 +219,10 @@ class Draft:
         manifest[CHECKSUM] = manifest_checksum(manifest)
         if self.store.is_local:
             sweep(self.store.beside(self.ref))
+            # The manifest must not be on the disk before what it names.
+            self.store.sync(self.ref, files)
+            for ref in self.header["inputs"].values():
+                self.store.sync(ref)
         self.store.write_json(f"{self.ref}/{MANIFEST}", manifest)
         return Dataset(self.store, self.stage, self.id, manifest)
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ..schemas.contract import TableContract
 from ..schemas.errors import DamagedFile, InputError
 from .dataset import MANIFEST, Dataset, Draft, content_hash, now
-from .files import sweep_siblings, write_whole
+from .files import make_folders, sweep_siblings, sync, write_whole, writing
 from .links import open_file, real_root, refuse_links, refuse_links_in
 from .locks import locked, remove_unheld
 from .manifest import LARGEST, is_alias, is_ref, is_stage, one_line, read_aliases, read_manifest
@@ -72,6 +72,7 @@ class Store:
             }
         )
         if (found := self.find(stage, dataset_id)) is not None:
+            self.sync(found.ref)
             return found
         self._require_writable()
         header = {
@@ -272,7 +273,9 @@ class Store:
             # Nothing to write: a store that can't be written serves it too.
             if self.is_local:
                 remove_unheld(self.local_root())
+                sync(self.local_root())  # whoever wrote it may have been killed before
             return
+        self.sync(dataset.ref)
         with self.locked(_ALIASES):
             self.write_json(_ALIASES, self.aliases() | {name: dataset.ref})
             if self.is_local:
@@ -414,16 +417,34 @@ class Store:
         return size, digest.hexdigest()
 
     def write(self, path: str, content: bytes) -> None:
-        """Write a file whole or not at all.
+        """Write a file atomically; on a local store it is on the disk when this returns.
 
         Raises:
             InputError: no room, or not writable.
         """
         target = self.inside(path)
         if self.is_local:
+            with writing(target):
+                make_folders(Path(target).parent, Path(self.base))
             write_whole(Path(target), content)
             return
         put_whole(self.fs, target, content)
+
+    def sync(self, ref: str, files: Sequence[str] = ()) -> None:
+        """Return when the names in a dataset's folder, and the content of some of its files, are on
+        the disk: whoever wrote them may have been killed before. Of a local store alone."""
+        if not self.is_local:
+            return
+        folder = Path(self.inside(ref))
+        if not folder.is_dir():
+            return
+        with writing(folder):
+            for path in (folder / name for name in files):
+                sync(path)
+                sync(path.parent)
+                make_folders(path.parent, Path(self.base))
+            make_folders(folder, Path(self.base))
+            sync(folder)
 
     def write_json(self, path: str, value: Any) -> None:
         self.write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
