@@ -23,11 +23,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ..schemas.contract import TableContract
 from ..schemas.errors import DamagedFile, InputError
+from . import lookup
 from .dataset import MANIFEST, Dataset, Draft, content_hash, now
 from .files import make_folders, sweep_siblings, sync, write_whole, writing
 from .links import open_file, real_root, refuse_links, refuse_links_in
 from .locks import locked, remove_unheld
-from .manifest import LARGEST, is_alias, is_ref, is_stage, one_line, read_aliases, read_manifest
+from .manifest import LARGEST, is_alias, is_ref, one_line, read_aliases, read_manifest
 from .remote import local_side, open_file_system, put_whole
 
 __all__ = ["MANIFEST", "Dataset", "Draft", "Store", "content_hash"]
@@ -135,26 +136,7 @@ class Store:
         Raises:
             DamagedFile: what it names, or the aliases, does not hold what was written.
         """
-        damaged: list[InputError] = []
-        target = ref
-        try:
-            target = self.aliases().get(ref, ref)
-        except InputError as error:
-            damaged.append(error)
-        stage, _, dataset_id = target.rpartition("/")
-        if stage and (exact := self.find(stage, dataset_id)) is not None:
-            return [exact]  # without a look at all others: on S3 that is requests for each
-        found = []
-        for _, dataset in self.entries(stage or None, dataset_id) if dataset_id else ():
-            if isinstance(dataset, Dataset):
-                found.append(dataset)
-            else:
-                damaged.append(dataset)
-        if damaged and not found:
-            raise damaged[-1]
-        for error in damaged:
-            logger.warning("%s", error)
-        return found
+        return lookup.matches(self, ref)
 
     def datasets(self, stage: str | None = None) -> Iterator[Dataset]:
         """All finished datasets, by stage and id. One with a damaged manifest is logged and skipped.
@@ -174,30 +156,7 @@ class Store:
 
         prefix: of the ids.
         """
-        if stage is not None and not is_stage(stage):
-            return
-        for folder in [stage] if stage else self.names():
-            if not is_stage(folder):
-                continue
-            try:
-                names = self.names(folder)
-            except InputError as error:
-                yield folder, error
-                continue
-            for name in names:
-                if name.startswith(prefix) and (dataset := self._entry(folder, name)) is not None:
-                    yield f"{folder}/{name}", dataset
-
-    def _entry(self, stage: str, name: str) -> Dataset | InputError | None:
-        if is_ref(f"{stage}/{name}"):
-            try:
-                return self.find(stage, name)
-            except InputError as error:
-                return error
-        if not self.fs.lexists(f"{self.base}/{stage}/{name}/{MANIFEST}"):
-            return None
-        path = f"{self.base}/{stage}/{name}"
-        return DamagedFile(f"{path!r}: is no dataset's name; rename it to the id in its manifest")
+        return lookup.entries(self, stage, prefix)
 
     def names(self, folder: str = "") -> list[str]:
         """Names of what is in a folder of the store, sorted; [] if there is no such folder.
@@ -219,23 +178,7 @@ class Store:
         A dataset that is an input of several is listed once, where the walk first meets it. One that
         is gone or damaged is logged and skipped.
         """
-        out: list[tuple[int, str, Dataset]] = []
-        seen: set[str] = set()
-        waiting = [(0, "", dataset.ref)]
-        while waiting:
-            depth, role, ref = waiting.pop()
-            if ref in seen:
-                continue
-            seen.add(ref)
-            try:
-                node = dataset if depth == 0 else self.get(ref)
-            except InputError as error:
-                logger.warning("%s", error)
-                continue
-            out.append((depth, role, node))
-            inputs = node.manifest["inputs"].items()
-            waiting += [(depth + 1, name, child) for name, child in reversed(inputs)]
-        return out
+        return lookup.lineage(self, dataset)
 
     # --- aliases ---
 

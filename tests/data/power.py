@@ -57,11 +57,9 @@ class Disk:
             self._pending.append(away + there)
         replaced = {(folder, name) for folder, name, _ in come}
         changes: list[Change] = [[entry] for entry in come if entry[2] not in moved]
-        changes += [
-            [(folder, name, None)]
-            for folder, name, node in gone
-            if node not in moved and (folder, name) not in replaced
-        ]
+        for folder, name, node in gone:
+            if node not in moved and (folder, name) not in replaced:
+                changes.append([(folder, name, None)])
         self._pending += changes
         self._seen = tree
         self._live |= tree.content
