@@ -18,7 +18,7 @@ from ..schemas.contract import TableContract, check_columns, validate
 from ..schemas.errors import DamagedFile, InputError
 from ..schemas.tables import CONTRACTS
 from .claims import claim
-from .files import sweep, writing
+from .files import make_folders, sweep, writing
 from .foreign_parquet import read_table
 from .remote import download, upload
 
@@ -157,6 +157,8 @@ class Draft:
 
         with self.store.locked(self.ref, told):
             found = self.store.find(self.stage, self.id)
+            if found is not None:
+                self.store.sync(self.ref)
             header = self.header | {"started_at": now()}
             yield found or replace(self, header=header, began=time.monotonic())
 
@@ -183,7 +185,8 @@ class Draft:
         write(f"{self.ref}/{name}", sink.getvalue().to_pybytes())
 
     def local_path(self, name: str = "") -> Path:
-        """Local folder for files that are no table (checkpoints, journals), made if needed.
+        """Local folder for files that are no table (checkpoints, journals), made if needed; its name
+        is on the disk.
 
         Of a store that is not local, the first such folder owns the dataset: another machine would
         pay for the same answers and train other weights under the same id.
@@ -194,7 +197,7 @@ class Draft:
         """
         path = self.store.beside(f"{self.ref}/{name}".rstrip("/"))
         with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
+            make_folders(path, self.store.local_root())
         if not self.store.is_local:
             claim(self.store, self.ref)
         return path
@@ -231,6 +234,10 @@ class Draft:
         manifest[CHECKSUM] = manifest_checksum(manifest)
         if self.store.is_local:
             sweep(self.store.beside(self.ref))
+            # The manifest must not be on the disk before what it names.
+            self.store.sync(self.ref, files)
+            for ref in self.header["inputs"].values():
+                self.store.sync(ref)
             self.store.write_json(f"{self.ref}/{MANIFEST}", manifest)
         elif not self.store.create_json(f"{self.ref}/{MANIFEST}", manifest):
             return self.store.get(self.ref)

@@ -18,8 +18,13 @@ from .links import opened_folder
 _TEMPORARY = re.compile(r".+\.tmp-\d+-\d+|\.tmp-.+", re.DOTALL)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+# Some network file systems sync no folders.
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+
+# Folders whose names this process has seen to be on the disk, by device and inode.
+_synced: set[tuple[int, int]] = set()
 
 
 def temporary_name(path: str) -> str:
@@ -64,7 +69,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     temporary = Path(temporary_name(str(path)))
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(path.parent)
         try:
             with os.fdopen(os.open(temporary, _NEW_FILE, 0o666), "wb") as file:
                 # While it is held nobody takes the file for a dead writer's.
@@ -85,8 +90,34 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
+
+
+def make_folders(folder: Path, root: Path | None = None) -> None:
+    """Make a folder and those above it, and return when their names are on the disk.
+
+    root: it and the folders below it are synced into their parents even if they are there already:
+    the process that made them may have been killed before it did that. Once in a process is enough.
+    """
+    if not folder.exists():
+        make_folders(folder.parent, root)
+        folder.mkdir(exist_ok=True)
+    elif root is None or not folder.is_relative_to(root) or _identity(folder) in _synced:
+        return
+    else:
+        make_folders(folder.parent, root)
+    with suppress(PermissionError):  # a parent that is not ours
+        sync(folder.parent)
+    _synced.add(_identity(folder))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_dev, about.st_ino
 
 
 def sweep(folder: Path) -> None:

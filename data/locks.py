@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..schemas.errors import InputError
-from .files import writing
+from .files import make_folders, writing
 from .links import open_below, opened_folder
 
 logger = logging.getLogger(__name__)
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 _FOLDER = ".locks"  # holds nothing else
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _SWEEP_S = 0.05  # longer than `remove_unheld` holds a lock that is nobody's
-# Process and host; nothing, or zero bytes, where a crash was between creation and content.
-_CONTENT = re.compile(rb"(\d{1,10}) ([!-~]{0,255})|\0*")
+# Process and host. A power loss may leave any first part of it, and zero bytes for the rest.
+_CONTENT = re.compile(rb"(?:(\d{1,10})(?: ([!-~]{0,255}))?)?\0*")
 _LONGEST = 300
 
 _held: set[int] = set()
@@ -146,7 +146,7 @@ def _open(root: Path, path: Path) -> tuple[int, int]:
         while True:
             # The folder may be removed with its last lock, between any two of these.
             with suppress(FileNotFoundError):
-                root.mkdir(parents=True, exist_ok=True)
+                make_folders(root, root)
                 with opened_folder(root) as parent, suppress(FileExistsError):
                     os.mkdir(_FOLDER, dir_fd=parent)
                 with opened_folder(root, _FOLDER) as folder:
@@ -185,7 +185,7 @@ def _is_ours(descriptor: int) -> bool:
 
 def _named(descriptor: int) -> str:
     found = _CONTENT.fullmatch(os.pread(descriptor, _LONGEST, 0))
-    if found is None or found[1] is None:
+    if found is None or found[2] is None:
         return "another process"
     pid, host = found[1].decode(), found[2].decode()
     return f"process {pid}" + (f" on {host}" if host != socket.gethostname() else "")

@@ -20,7 +20,7 @@ from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
 from ..schemas.errors import InputError
-from .files import temporary_name
+from .files import sync, temporary_name
 
 # Here a file appears with its last byte, and a rename is a copy.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci"}
@@ -222,7 +222,11 @@ def download(fs: Any, base: str, names: Iterable[str], folder: Path) -> None:
             target = temporary / name
             target.parent.mkdir(parents=True, exist_ok=True)
             fs.get_file(f"{base}/{name}", str(target))
+        # The folder's name must not be on the disk before its content.
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
         os.replace(temporary, folder)  # noqa: PTH105 - atomic on POSIX
+        sync(folder.parent)
     except OSError:
         if not folder.exists():  # else another process was first
             raise

@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ..schemas.contract import TableContract
 from ..schemas.errors import DamagedFile, InputError
+from . import lookup
 from .dataset import MANIFEST, Dataset, Draft, content_hash, now
-from .files import sweep_siblings, write_whole
+from .files import make_folders, sweep_siblings, sync, write_whole, writing
 from .links import open_file, real_root, refuse_links, refuse_links_in
 from .locks import locked, remove_unheld
-from .manifest import LARGEST, is_alias, is_ref, is_stage, one_line, read_aliases, read_manifest
+from .manifest import LARGEST, is_alias, is_ref, one_line, read_aliases, read_manifest
 from .remote import local_side, open_file_system, put_new, put_whole, update
 
 __all__ = ["MANIFEST", "Dataset", "Draft", "Store", "content_hash"]
@@ -73,6 +74,7 @@ class Store:
             }
         )
         if (found := self.find(stage, dataset_id)) is not None:
+            self.sync(found.ref)
             return found
         self._require_writable()
         header = {
@@ -135,26 +137,7 @@ class Store:
         Raises:
             DamagedFile: what it names, or the aliases, does not hold what was written.
         """
-        damaged: list[InputError] = []
-        target = ref
-        try:
-            target = self.aliases().get(ref, ref)
-        except InputError as error:
-            damaged.append(error)
-        stage, _, dataset_id = target.rpartition("/")
-        if stage and (exact := self.find(stage, dataset_id)) is not None:
-            return [exact]  # without a look at all others: on S3 that is requests for each
-        found = []
-        for _, dataset in self.entries(stage or None, dataset_id) if dataset_id else ():
-            if isinstance(dataset, Dataset):
-                found.append(dataset)
-            else:
-                damaged.append(dataset)
-        if damaged and not found:
-            raise damaged[-1]
-        for error in damaged:
-            logger.warning("%s", error)
-        return found
+        return lookup.matches(self, ref)
 
     def datasets(self, stage: str | None = None) -> Iterator[Dataset]:
         """All finished datasets, by stage and id. One with a damaged manifest is logged and skipped.
@@ -174,30 +157,7 @@ class Store:
 
         prefix: of the ids.
         """
-        if stage is not None and not is_stage(stage):
-            return
-        for folder in [stage] if stage else self.names():
-            if not is_stage(folder):
-                continue
-            try:
-                names = self.names(folder)
-            except InputError as error:
-                yield folder, error
-                continue
-            for name in names:
-                if name.startswith(prefix) and (dataset := self._entry(folder, name)) is not None:
-                    yield f"{folder}/{name}", dataset
-
-    def _entry(self, stage: str, name: str) -> Dataset | InputError | None:
-        if is_ref(f"{stage}/{name}"):
-            try:
-                return self.find(stage, name)
-            except InputError as error:
-                return error
-        if not self.fs.lexists(f"{self.base}/{stage}/{name}/{MANIFEST}"):
-            return None
-        path = f"{self.base}/{stage}/{name}"
-        return DamagedFile(f"{path!r}: is no dataset's name; rename it to the id in its manifest")
+        return lookup.entries(self, stage, prefix)
 
     def names(self, folder: str = "") -> list[str]:
         """Names of what is in a folder of the store, sorted; [] if there is no such folder.
@@ -219,23 +179,7 @@ class Store:
         A dataset that is an input of several is listed once, where the walk first meets it. One that
         is gone or damaged is logged and skipped.
         """
-        out: list[tuple[int, str, Dataset]] = []
-        seen: set[str] = set()
-        waiting = [(0, "", dataset.ref)]
-        while waiting:
-            depth, role, ref = waiting.pop()
-            if ref in seen:
-                continue
-            seen.add(ref)
-            try:
-                node = dataset if depth == 0 else self.get(ref)
-            except InputError as error:
-                logger.warning("%s", error)
-                continue
-            out.append((depth, role, node))
-            inputs = node.manifest["inputs"].items()
-            waiting += [(depth + 1, name, child) for name, child in reversed(inputs)]
-        return out
+        return lookup.lineage(self, dataset)
 
     # --- aliases ---
 
@@ -276,7 +220,9 @@ class Store:
             # Nothing to write: a store that can't be written serves it too.
             if self.is_local:
                 remove_unheld(self.local_root())
+                sync(self.local_root())  # whoever wrote it may have been killed before
             return
+        self.sync(dataset.ref)
         with self.locked(_ALIASES):
             if not self.is_local:
                 update(
@@ -424,13 +370,15 @@ class Store:
         return size, digest.hexdigest()
 
     def write(self, path: str, content: bytes) -> None:
-        """Write a file whole or not at all.
+        """Write a file atomically; on a local store it is on the disk when this returns.
 
         Raises:
             InputError: no room, or not writable.
         """
         target = self.inside(path)
         if self.is_local:
+            with writing(target):
+                make_folders(Path(target).parent, Path(self.base))
             write_whole(Path(target), content)
             return
         put_whole(self.fs, target, content)
@@ -438,6 +386,22 @@ class Store:
     def create(self, path: str, content: bytes) -> bool:
         """Write a file of a store that is not local unless it is there; False if it is (`put_new`)."""
         return put_new(self.fs, self.inside(path), content)
+
+    def sync(self, ref: str, files: Sequence[str] = ()) -> None:
+        """Return when the names in a dataset's folder, and the content of some of its files, are on
+        the disk: whoever wrote them may have been killed before. Of a local store alone."""
+        if not self.is_local:
+            return
+        folder = Path(self.inside(ref))
+        if not folder.is_dir():
+            return
+        with writing(folder):
+            for path in (folder / name for name in files):
+                sync(path)
+                sync(path.parent)
+                make_folders(path.parent, Path(self.base))
+            make_folders(folder, Path(self.base))
+            sync(folder)
 
     def write_json(self, path: str, value: Any) -> None:
         self.write(path, _json(value))

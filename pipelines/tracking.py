@@ -53,9 +53,11 @@ class Tracker:
             self._board = _open_board(kind, folder, first_step, ref, config or {})
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One step: a JSON line, written out before this returns, and the board's numbers."""
+        """One step: a JSON line, on the disk before this returns, and the board's numbers."""
         with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before the checkpoint that follows
         if self._board is not None:
             numbers: dict[str, float] = {
                 name: value
@@ -81,11 +83,11 @@ def check_tracker(kind: TrackerKind) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; [] if there is none. A line torn by a kill ends the reading."""
+    """The lines of a metrics file; [] if there is none. A torn line ends the reading."""
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:

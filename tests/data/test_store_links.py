@@ -136,9 +136,9 @@ def test_only_a_lock_file_of_our_own_is_written_or_removed(kind, tmp_path):
     assert (path.lstat().st_ino, path.lstat().st_size) == (before.st_ino, before.st_size)
 
 
-def test_a_lock_file_that_a_crash_left_empty_is_no_obstacle(tmp_path):
+def test_a_lock_file_that_a_crash_left_is_no_obstacle(tmp_path):
     (tmp_path / ".locks").mkdir()
-    for name, left in (("x", b""), ("y", bytes(9)), ("z", b"123 a-host")):
+    for name, left in (("x", b"12"), ("y", bytes(9)), ("z", b"123 a-host"), ("w", b"1\0")):
         (tmp_path / ".locks" / name).write_bytes(left)
     with locked(tmp_path, "x"):
         pass
