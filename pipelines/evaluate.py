@@ -20,6 +20,7 @@ from ..schemas.labels import FinishReason
 from ..schemas.tables import EVALUATIONS, PROBLEMS
 from .bootstrap import Estimate, bootstrap_mean, pass_at_k
 from .rollout import policy_identity, require_planned, rollouts_table
+from .room import require_room
 from .samplers import open_sampler
 from .stage import Plan, Stage
 from .verify import CHOICE_MATCHER, MathVerifier, math_matcher
@@ -35,6 +36,8 @@ def _resolve(config: EvaluateConfig, store: Store) -> Plan:
     semantic["verifiers"] = [math_matcher(), CHOICE_MATCHER]
     del semantic["policy"]
     semantic["base"] = policy_identity(config.sampler, config.policy)
+    limit = config.sampling.max_new_tokens
+    require_room(problems, config.policy, config.sampler, config.prompt, limit)
     if config.trained is not None:
         if isinstance(config.sampler, OpenAISampler):
             raise InputError(

@@ -24,6 +24,7 @@ from ..trace.prompt import render_chat, student_prompt
 from ..trace.protocols import PolicyInfo, Sampler
 from .endpoint import read_key
 from .models import resolve_policy, served_model
+from .room import require_room
 from .samplers import open_sampler
 from .stage import Plan, Stage
 
@@ -92,6 +93,8 @@ def _resolve(config: RolloutConfig, store: Store) -> Plan:
     semantic = config.semantic()
     del semantic["problems"]  # the dataset's id stands for it
     semantic["policy"] = policy_identity(config.sampler, config.policy)
+    limit = config.sampling.max_new_tokens
+    require_room(problems, config.policy, config.sampler, config.prompt, limit)
     return Plan(config, {"problems": problems}, semantic, problems.parts)
 
 

@@ -39,6 +39,7 @@ from .convert import check_vocabulary
 from .models import resolve_policy
 from .offline import OfflineReader
 from .online import OnlineTables
+from .room import require_room, require_short_rows
 from .stage import held, progress_bar
 from .tracking import METRICS, Tracker, check_tracker, read_metrics
 from .validation import FOLDER, LOOKS, Validation
@@ -64,6 +65,7 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
     if config.offline.steps:
         inputs["routed"] = routed = store.get(config.offline.routed, ROUTED)
         _check_routed(config, routed, vocab_fingerprint(tokenizer))
+        require_short_rows(routed, config.policy)
         del semantic["offline"]["routed"]
     if config.online.steps:
         inputs["problems"] = problems = store.get(config.online.problems, PROBLEMS)
@@ -88,6 +90,10 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
         for split, ref in config.validation.problems.items():
             inputs[f"validation_{split}"] = store.get(ref, PROBLEMS)
         semantic["validation"]["problems"] = sorted(config.validation.problems)
+    limit = config.online.sampling.max_new_tokens
+    for role, asked in inputs.items():
+        if role != "routed":
+            require_room(asked, config.policy, config.sampler, config.prompt, limit)
     store.local_root()
     return inputs, store.begin("train", semantic, inputs, None, config.model_dump(mode="json"))
 
