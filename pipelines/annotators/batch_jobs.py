@@ -34,12 +34,18 @@ _T = TypeVar("_T")
 class RequestFailed(Exception):
     """One request of a batch has an error in place of an answer, or one that can't be kept.
 
-    billed: it was answered.
+    billed: it was answered. passing: another attempt may succeed.
     """
 
-    def __init__(self, message: str, param: str | None = None, billed: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        billed: bool = False,
+        passing: bool = False,
+    ) -> None:
         super().__init__(message)
-        self.message, self.param, self.billed = message, param, billed
+        self.message, self.param, self.billed, self.passing = message, param, billed, passing
 
 
 class Job(BaseModel):
@@ -280,11 +286,13 @@ def _submitted(file: JobFile) -> str:
 def _outcome(line: dict[str, Any], latency_s: float) -> tuple[str, dict[str, Any] | Exception]:
     key, response = line["custom_id"], line.get("response")
     if response is None:
-        return key, RequestFailed((line.get("error") or {}).get("message") or "no response")
-    if response["status_code"] != 200:
+        said = (line.get("error") or {}).get("message") or "no response"
+        return key, RequestFailed(said, passing=True)
+    if (status := response["status_code"]) != 200:
         said = (response.get("body") or {}).get("error") or {}
-        message = said.get("message") or f"status {response['status_code']}"
-        return key, RequestFailed(message, said.get("param"))
+        message = said.get("message") or f"status {status}"
+        passing = status in (408, 409, 429) or status >= 500
+        return key, RequestFailed(message, said.get("param"), passing=passing)
     try:
         body = checked_body(json.dumps(response["body"]).encode())
     except endpoint.NotACompletion as error:
