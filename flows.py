@@ -174,7 +174,9 @@ def run_table_stage(stage: str, config: Config, root: str, alias: str | None) ->
     with held(target, lambda who: log.warning("%s; waiting for its end", who)) as target:
         if isinstance(target, Draft):
             target = _make(stage, plan, target)
-    return _published(store, target, alias or DEFAULT_ALIAS[stage])
+    ref = _published(store, target, alias or DEFAULT_ALIAS[stage])
+    TABLE_STAGES[stage].check(config, target)
+    return ref
 
 
 def _make(stage: str, plan: Plan, draft: Draft) -> Dataset:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from fsspec.asyn import sync
+from fsspec import asyn
 from fsspec.implementations.local import LocalFileSystem
 
 from ..schemas.errors import InputError
@@ -136,7 +136,7 @@ def update(fs: Any, path: str, change: Callable[[bytes | None], bytes]) -> None:
         return lambda: fs.call_s3("put_object", Bucket=bucket, Key=key, Body=content, IfMatch=etag)
 
     for _ in range(_TRIES):
-        found = sync(fs.loop, _read_with_etag, fs, bucket, key)
+        found = asyn.sync(fs.loop, _read_with_etag, fs, bucket, key)
         if found is None:
             if put_new(fs, path, change(None)):
                 return

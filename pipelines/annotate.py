@@ -20,7 +20,7 @@ from ..schemas.configs import (
     RuleAnnotator,
     SelfAnnotator,
 )
-from ..schemas.errors import InputError
+from ..schemas.errors import InputError, TooManyFailed
 from ..schemas.labels import AnnotationStatus
 from ..schemas.tables import ANNOTATIONS, VERDICTS
 from .annotators import open_annotator
@@ -28,9 +28,10 @@ from .annotators.batch import BatchAnnotator
 from .annotators.batch_jobs import read_jobs
 from .annotators.prices import require_price
 from .annotators.prompting import load_prompt
-from .annotators.rows import Usage
+from .annotators.rows import NO_ANSWER, Usage
 from .annotators.rule import require_steps
 from .annotators.spending import Spending, count, dollars, open_spending, plus
+from .attempts import UNANSWERED, attempt_figures, current_attempt, first_attempt
 from .endpoint import read_key
 from .rollout import policy_identity
 from .samplers import open_sampler
@@ -54,7 +55,8 @@ def _resolve(config: AnnotateConfig, store: Store) -> Plan:
     semantic["annotator"] |= annotator_identity(config.annotator, inputs["problems"])
     if isinstance(config.annotator, OpenAIAnnotator):
         store.local_root()  # for its journal
-    return Plan(config, inputs, semantic, verdicts.parts)
+        semantic = current_attempt(store, semantic, inputs, config.annotator.keep_failed)
+    return Plan(config, inputs, semantic, verdicts.parts, attempt_figures(semantic))
 
 
 def annotator_identity(
@@ -115,7 +117,7 @@ class _Maker:
         self._asks_endpoint = isinstance(config.annotator, OpenAIAnnotator)
         folders: dict[str, Any] = {}
         if isinstance(config.annotator, OpenAIAnnotator):
-            folders = _folders(config.annotator, draft)
+            folders = _folders(config.annotator, first_attempt(plan, draft))
             self._spending = open_spending(config.annotator, folders["journal"], rows, tell)
         else:
             self._spending = Spending(rows=rows, tell=tell)
@@ -169,7 +171,7 @@ class _Maker:
 
 
 def _folders(annotator: OpenAIAnnotator, draft: Draft) -> dict[str, Any]:
-    """Where a paid engine keeps what it must not pay for twice.
+    """Where a paid engine keeps what it must not pay for twice. draft: the first attempt.
 
     Raises:
         InputError: batches of this dataset are out, and the engine would ask their questions again.
@@ -215,9 +217,10 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     costs: list[float | None] = []
     parts: list[dict[str, Any]] = []
     total = Usage()
-    marked = judged = 0
+    marked = judged = unanswered = 0
     for table in tables:
         rows, usage = part_usage(table)
+        unanswered += table.filter(pc.starts_with(table["error"], NO_ANSWER)).num_rows
         parts.append({"rows": rows} | _tokens_and_cost(usage))
         total = plus(total, usage)
         for row in table.drop_columns(["raw_answer", "error"]).to_pylist():
@@ -240,6 +243,8 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
         "latency_s_median": round(median(latencies), 4) if latencies else None,
         "per_part": parts,
     }
+    if unanswered:
+        summary[UNANSWERED] = unanswered
     annotator = plan.config.annotator
     if isinstance(annotator, OpenAIAnnotator) and annotator.budget_usd is not None:
         summary["budget_usd"] = annotator.budget_usd
@@ -251,4 +256,28 @@ def _tokens_and_cost(usage: Usage) -> dict[str, Any]:
     return {name: getattr(usage, name) for name in names}
 
 
-ANNOTATE_STAGE = Stage("annotate", AnnotateConfig, ANNOTATIONS, _resolve, _Maker, _summarize)
+def _check(config: AnnotateConfig, dataset: Dataset) -> None:
+    """Refuse to go on with a finished dataset of which too much failed.
+
+    Raises:
+        TooManyFailed: more than `annotator.max_failed_share` of the rows that were asked about.
+    """
+    annotator = config.annotator
+    if not isinstance(annotator, OpenAIAnnotator) or annotator.keep_failed:
+        return
+    status, unanswered = dataset.summary["status"], dataset.summary.get(UNANSWERED, 0)
+    asked = sum(status.values()) - status.get(AnnotationStatus.SKIPPED, 0)
+    failed = status.get(AnnotationStatus.FAILED, 0)
+    if failed <= annotator.max_failed_share * asked:
+        return
+    again = f"run the same command again, which asks for {unanswered} of them again, or "
+    raise TooManyFailed(
+        f"{dataset.ref} is finished, but {failed} of {asked} rows failed, more than "
+        f"annotator.max_failed_share={annotator.max_failed_share:g}; {again if unanswered else ''}"
+        "go on with it by annotator.keep_failed=true"
+    )
+
+
+ANNOTATE_STAGE = Stage(
+    "annotate", AnnotateConfig, ANNOTATIONS, _resolve, _Maker, _summarize, check=_check
+)

@@ -39,6 +39,11 @@ PresetName = Annotated[
     typer.Option("--preset", help="TRACE or a baseline by name (trace-opd presets lists them)."),
 ]
 
+KeepFailed = Annotated[
+    bool,
+    typer.Option("--keep-failed", help="Go on with rows that failed; ask for none of them again."),
+]
+
 
 def _stage_command(name: str, config_type: type[Config], summary: str) -> None:
     """Register `trace-opd NAME`."""
@@ -67,6 +72,24 @@ def _preset_command(name: str, config_type: type[Config], summary: str) -> None:
         dry_run: DryRun = False,
     ) -> None:
         loaded = _load(config_type, config, overrides, name, preset)
+        _run_stage(name, loaded, Store(store), alias, dry_run)
+
+    app.command(name, help=summary)(command)
+
+
+def _annotate_command(name: str, config_type: type[Config], summary: str) -> None:
+    """Register `trace-opd annotate`."""
+
+    def command(
+        config: ConfigPath = None,
+        overrides: Overrides = None,
+        store: StoreRoot = "store",
+        alias: Alias = None,
+        keep_failed: KeepFailed = False,
+        dry_run: DryRun = False,
+    ) -> None:
+        kept = ["annotator.keep_failed=true"] if keep_failed else []
+        loaded = _load(config_type, config, [*(overrides or []), *kept], name)
         _run_stage(name, loaded, Store(store), alias, dry_run)
 
     app.command(name, help=summary)(command)
@@ -126,8 +149,12 @@ def _register_stages() -> None:
         ("train", configs.TrainConfig, "Offline steps, then online steps."),
         ("evaluate", configs.EvaluateConfig, "avg@k, pass@k, maj@k; base against checkpoint."),
     ):
-        register = _preset_command if name in ("convert", "train") else _stage_command
-        register(name, kind, summary)
+        registers = {
+            "annotate": _annotate_command,
+            "convert": _preset_command,
+            "train": _preset_command,
+        }
+        registers.get(name, _stage_command)(name, kind, summary)
     app.command("report", help="One self-contained HTML file.")(_report_command)
 
 
@@ -160,9 +187,12 @@ def pipeline(
     overrides: Overrides = None,
     preset: PresetName = None,
     store: StoreRoot = "store",
+    keep_failed: KeepFailed = False,
 ) -> None:
     """Every stage in order, in this process, with no server."""
-    loaded, opened = _load(PipelineConfig, config, overrides, None, preset), Store(store)
+    kept = ["annotate.annotator.keep_failed=true"] if keep_failed else []
+    loaded = _load(PipelineConfig, config, [*(overrides or []), *kept], None, preset)
+    opened = Store(store)
     from .stages import run_pipeline, run_stage
 
     def run(stage: str, stage_config: Config, alias: str) -> str:

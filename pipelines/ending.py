@@ -41,7 +41,7 @@ def exit_code(run: Callable[[], object]) -> int:
             sys.stdout.flush()
     except (InputError, Stopped) as error:
         _say(str(error))
-        return 2 if isinstance(error, InputError) else 128 + signal.SIGTERM
+        return error.exit_code
     except KeyboardInterrupt:
         return _INTERRUPTED
     except MemoryError:

@@ -20,6 +20,7 @@ from .annotators.prices import Price, find_price, most_prompt_tokens
 from .annotators.prompting import AnnotationPrompt, correct, load_prompt
 from .annotators.rows import Item, items
 from .annotators.spending import count, dollars
+from .attempts import first_attempt
 from .stage import Plan, progress_bar
 
 _BYTES_PER_TOKEN = 4.0  # of English prose in common tokenizers, until an answer tells better
@@ -119,7 +120,7 @@ def estimate_view(found: Estimate, plan: Plan, draft: Draft) -> Group:
     if paid:
         costs = [dollars(tokens and tokens.usd(price, batched)) for tokens in columns.values()]
         table.add_row("cost", *costs)
-    return Group(table, Text("\n".join(_notes(found, annotator, draft))))
+    return Group(table, Text("\n".join(_notes(found, annotator, first_attempt(plan, draft)))))
 
 
 def _notes(

@@ -61,6 +61,7 @@ class Stage:
     open: builds the engine for a plan; `draft` tells where it may keep a journal.
     summarize: figures for the manifest, from the plan and the finished parts.
     summarized: the columns that it reads of them; None: all.
+    check: raises InputError if a finished dataset should stop what follows; the dataset stays.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Stage:
     open: Callable[[Plan, Draft], PartMaker]
     summarize: Callable[[Plan, Iterator[pa.Table]], dict[str, Any]]
     summarized: tuple[str, ...] | None = None
+    check: Callable[[Any, Dataset], None] = lambda config, dataset: None
 
     def begin(self, config: Config, store: Store) -> tuple[Plan, Draft | Dataset]:
         """Check the request and open its dataset, finished or as a draft."""

@@ -4,8 +4,10 @@
 class InputError(Exception):
     """Bad input from the user: one sentence that says what, where, and how to mend it.
 
-    The command line prints the sentence and exits with code 2, without a traceback.
+    The command line prints the sentence and exits with `exit_code`, without a traceback.
     """
+
+    exit_code = 2
 
 
 class Stopped(Exception):
@@ -13,6 +15,14 @@ class Stopped(Exception):
 
     The command line prints the sentence and exits with code 143, as a shell reports SIGTERM.
     """
+
+    exit_code = 143
+
+
+class TooManyFailed(InputError):
+    """A stage's dataset is finished and kept, but too much of it failed to go on with it unasked."""
+
+    exit_code = 1
 
 
 class EngineEnded(InputError):

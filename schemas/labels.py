@@ -93,7 +93,8 @@ class VerdictStatus(StrEnum):
 class AnnotationStatus(StrEnum):
     """OK: spans found; EMPTY: the annotator looked and marked nothing; ABSTAINED: it declined;
     INVALID: its answer did not parse or names segments that are not there; SKIPPED: the rollout
-    has no reward, or no annotator was asked; FAILED: the call never succeeded."""
+    has no reward, or no annotator was asked; FAILED: the call never succeeded (its error begins with
+    "unanswered" where another attempt may succeed)."""
 
     OK = "ok"
     EMPTY = "empty"

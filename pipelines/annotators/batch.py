@@ -35,7 +35,7 @@ from .dialogue import Answer, Question, replay
 from .journal import Journal
 from .journal_lines import Record, Reserved
 from .prompting import AnnotationPrompt
-from .rows import SKIPPED, Identity, Item, Reading, annotation_row, items
+from .rows import NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
 from .spending import Spending, exclusive
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ class BatchAnnotator:
             if waiting:
                 time.sleep(self._config.batch_poll_s)
         if not faults and outcomes["failed"] > outcomes["answered"]:
-            said = self._failed[next(reversed(self._failed))]
+            said = self._failed[next(reversed(self._failed))].removeprefix(NO_ANSWER)
             faults.append(f"{outcomes['failed']} requests failed ({said})")
         if faults:
             raise InputError(
@@ -285,7 +285,8 @@ class BatchAnnotator:
                     logger.warning("%s refuses %s: going without", self._config.base_url, name)
                 self._refused.add(name)
                 return False
-        self._failed[key] = self._client.sentence(error)
+        passing = not isinstance(error, RequestFailed) or error.passing
+        self._failed[key] = (NO_ANSWER if passing else "") + self._client.sentence(error)
         return True
 
     def _tell(self, jobs: list[JobFile]) -> None:

@@ -36,12 +36,18 @@ _T = TypeVar("_T")
 class RequestFailed(Exception):
     """One request of a batch has an error in place of an answer, or one that can't be kept.
 
-    billed: it was answered.
+    billed: it was answered. passing: another attempt may succeed.
     """
 
-    def __init__(self, message: str, param: str | None = None, billed: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        billed: bool = False,
+        passing: bool = False,
+    ) -> None:
         super().__init__(message)
-        self.message, self.param, self.billed = message, param, billed
+        self.message, self.param, self.billed, self.passing = message, param, billed, passing
 
 
 class _Counts(BaseModel):
@@ -354,7 +360,7 @@ def _outcome(line: bytes, latency_s: float) -> tuple[str, dict[str, Any] | Excep
     key, response = outcome.custom_id, outcome.response
     if response is None:
         said = outcome.error or _Fault()
-        return key, RequestFailed(said.message or "no response")
+        return key, RequestFailed(said.message or "no response", passing=True)
     try:
         body = json.dumps(response.body).encode()
         if response.status_code == 200:
@@ -364,4 +370,6 @@ def _outcome(line: bytes, latency_s: float) -> tuple[str, dict[str, Any] | Excep
         return key, error
     except RecursionError:
         return key, endpoint.NotACompletion("nested too deeply")
-    return key, RequestFailed(said.message or f"status {response.status_code}", said.param)
+    status = response.status_code
+    passing = status in (408, 409, 429) or status >= 500
+    return key, RequestFailed(said.message or f"status {status}", said.param, passing=passing)

@@ -10,7 +10,7 @@ from ...schemas.errors import Stopped
 
 
 @contextmanager
-def drained(drain: Callable[[], None], sentence: str) -> Iterator[None]:
+def drained(drain: Callable[[], object], sentence: str) -> Iterator[None]:
     """At the first SIGINT or SIGTERM call `drain`, which makes the work within end soon; only then
     does the signal take its effect. A second signal takes it at once.
 

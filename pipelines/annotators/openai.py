@@ -34,7 +34,7 @@ from .journal import GroupCommit, Journal, Record
 from .pace import AskedToWait, Closed, Pace
 from .prices import find_price, most_tokens
 from .prompting import AnnotationPrompt
-from .rows import SKIPPED, Identity, Item, Reading, annotation_row, items
+from .rows import NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
 from .spending import Spending
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class EndpointAnnotator:
         self._refused: frozenset[str] = frozenset()
         self._asking: dict[str, asyncio.Task[Record]] = {}
         self._calls = self._failures = 0
+        self._known = 0  # answers that the journal had
         self._stop: str | None = None
         # One loop for all parts: client and pace belong to the loop in which they are first used.
         self._runner = asyncio.Runner()
@@ -89,7 +90,7 @@ class EndpointAnnotator:
 
         Answers that arrived are in the journal.
         """
-        self._calls = self._failures = 0
+        self._calls = self._failures = self._known = 0
         self._stop = None
         self._pace.reopen()
         work = items(problems, rollouts, verdicts, self._segment)
@@ -100,8 +101,10 @@ class EndpointAnnotator:
         )
         with drained(lambda: loop.call_soon_threadsafe(self._drain), sentence):
             rows = self._runner.run(self._annotate(work, rollouts.num_rows))
-        if self._stop is None and self._failures * 2 > self._calls:
-            self._end_failing(next(row["error"] for row in rows if row["error"] is not None))
+        # Those that the journal had count: of a few that are asked again each one may fail again.
+        if self._stop is None and self._failures * 2 > self._calls + self._known:
+            error = next(row["error"] for row in rows if row["error"] is not None)
+            self._end_failing(error.removeprefix(NO_ANSWER))
         if self._stop is not None:
             raise InputError(
                 f"annotator {self._config.name} at {self._config.base_url}: {self._stop}: answers "
@@ -191,7 +194,8 @@ class EndpointAnnotator:
         if endpoint.condemns_all(error) or often:
             self._end_failing(said)
         logger.warning("%s: %s", self._config.name, said)
-        return Reading(AnnotationStatus.FAILED, error=said)
+        passing = NO_ANSWER if endpoint.may_pass(error) else ""
+        return Reading(AnnotationStatus.FAILED, error=f"{passing}{said}")
 
     def _end_failing(self, said: str) -> None:
         self._end(
@@ -213,6 +217,8 @@ class EndpointAnnotator:
                 self._asking[key].add_done_callback(lambda _: self._asking.pop(key))
             record = await self._asking[key]
             self._calls += 1
+        else:
+            self._known += 1
         return read_record(record)
 
     async def _bought(self, key: str, question: Question) -> Record:

@@ -12,6 +12,9 @@ from ...schemas.labels import AnnotationStatus, DiagnosticType, SpanKind
 from ...schemas.tables import ANNOTATIONS
 from ...trace.segment import segment
 
+# Begins the error of a failed row that another attempt may mend: time-outs, server errors.
+NO_ANSWER = "unanswered: "
+
 
 @dataclass(frozen=True)
 class Item:

@@ -145,6 +145,18 @@ class OpenAIAnnotator(AnnotatorPrompt):
         900.0, "Seconds without any answer, or asked to wait, before the stage stops.", gt=0
     )
     max_attempts: int = operational(6, "Attempts per request, the first included.", ge=1)
+    max_failed_share: float = operational(
+        0.05,
+        "Most of the rows asked about that may have failed; above it the command finishes the dataset "
+        "and ends with exit code 1.",
+        ge=0,
+        le=1,
+    )
+    keep_failed: bool = operational(
+        False,
+        "Go on with a finished dataset whatever failed in it. false: rows that the endpoint left "
+        "unanswered (time-outs, server errors, connections) are asked again, in another dataset.",
+    )
 
 
 Annotator = Annotated[
