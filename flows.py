@@ -9,12 +9,15 @@ own; a part that is there is not made again. TRACE_OPD_TASK_RUNNER chooses where
 """
 
 import argparse
+import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -37,18 +40,28 @@ sys.path.append(str(Path.cwd()))
 # log, and the embedded server may take its time on a busy machine.
 os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "trace_opd")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # seconds; of `crash_dead_runs`
 
-from prefect import Flow, flow, get_run_logger, serve, task
+from prefect import Flow, flow, get_run_logger, task
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
     create_table_artifact,
 )
+from prefect.automations import (
+    AutomationCore,
+    ChangeFlowRunState,
+    EventTrigger,
+    Posture,
+    ResourceSpecification,
+)
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture, wait
+from prefect.runner import Runner
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
@@ -79,6 +92,7 @@ logging.getLogger("trace_opd").setLevel(logging.INFO)
 
 _IDLE_S = 60.0
 _FRUITLESS_POOLS = 3
+_ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")
 
 
 def default_store() -> str:
@@ -362,6 +376,52 @@ STAGE_FLOWS: dict[str, Flow[Any, Any]] = {
 }
 
 
+def crash_dead_runs(after_s: float = 300) -> None:
+    """Create the server's automation that turns runs of these flows whose heartbeats stopped to Crashed.
+
+    A run whose process and runner died at once has nobody left who could report it. An automation
+    that is there already stays as it is, changes by a person included, unless it is another release's.
+    """
+    name = "trace-opd: runs whose process died are Crashed"
+    with get_client(sync_client=True) as client:
+        flows = [
+            f"prefect.flow.{client.create_flow(one)}" for one in (*STAGE_FLOWS.values(), pipeline)
+        ]
+        wanted = AutomationCore(
+            name=name,
+            description=f"No heartbeat for {after_s:g} s. Run the deployment again: it goes on from what "
+            "is finished.",
+            trigger=EventTrigger(
+                posture=Posture.Proactive,
+                # The first heartbeat of a run that is killed at its start never arrives.
+                after={"prefect.flow-run.Running", "prefect.flow-run.heartbeat"},
+                expect={"prefect.flow-run.heartbeat"}
+                | {f"prefect.flow-run.{end}" for end in _ENDS},
+                match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+                match_related=ResourceSpecification(
+                    {"prefect.resource.role": ["flow"], "prefect.resource.id": flows}
+                ),
+                for_each={"prefect.resource.id"},
+                threshold=1,
+                within=timedelta(seconds=after_s),
+            ),
+            actions=[
+                ChangeFlowRunState(
+                    name=None,
+                    force=False,
+                    state=StateType.CRASHED,
+                    message=f"No heartbeat for {after_s:g} s: its process died. Run it again; it goes "
+                    "on from what is finished.",
+                )
+            ],
+        )
+        found = client.read_automations_by_name(name)
+        if not found:
+            client.create_automation(wanted)
+        elif found[0].description != wanted.description:
+            client.update_automation(found[0].id, wanted)
+
+
 def deployments(config: str | None, store: str) -> list[Any]:
     """One deployment per stage and `pipeline`, all named `default`.
 
@@ -384,15 +444,55 @@ def deployments(config: str | None, store: str) -> list[Any]:
     ]
 
 
+def serve_deployments(served: Sequence[Any]) -> None:
+    """Serve until SIGTERM or Ctrl-C, which first cancel the runs under way; a second one ends at once.
+
+    `prefect.serve` would kill their processes and leave the runs Running (Prefect 3.7.5).
+    """
+    runner = Runner()
+    for one in served:
+        runner.add_deployment(one)
+    names = ", ".join(f"{one.flow_name}/{one.name}" for one in served)
+    print(f"Serving {names}; Ctrl-C stops.\nRun one: prefect deployment run 'annotate/default'")
+    asyncio.run(_run_until_stopped(runner))
+
+
+async def _run_until_stopped(runner: Runner) -> None:
+    loop, stopping = asyncio.get_running_loop(), []
+
+    def stop() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        print("Stopping: runs under way are cancelled; what they finished is kept", file=sys.stderr)
+        stopping.append(loop.create_task(runner.astop()))
+
+    serving = asyncio.ensure_future(runner.start())
+    while not runner.started and not serving.done():  # it sets a handler of its own before
+        await asyncio.sleep(0.01)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    await asyncio.gather(serving, *stopping)
+
+
 def main() -> None:
     """Serve all deployments in this process, or run a pipeline once."""
     parser = argparse.ArgumentParser(prog="trace-opd serve", description=main.__doc__)
     parser.add_argument("config", nargs="?", help="pipeline YAML with default parameters")
     parser.add_argument("--store", default=default_store(), help="store root")
     parser.add_argument("--run", action="store_true", help="run the pipeline once, then stop")
+    parser.add_argument(
+        "--crash-dead-runs",
+        action="store_true",
+        help="create the automation that turns runs whose process died to Crashed, then stop; "
+        "serving and --run create it too",
+    )
     args = parser.parse_args()
-    require_reachable(args.store)
+    if not args.crash_dead_runs:
+        require_reachable(args.store)
+    crash_dead_runs()
+    if args.crash_dead_runs:
+        return
     if args.run:
         pipeline(load_config(PipelineConfig, args.config), store=args.store)
     else:
-        serve(*deployments(args.config, args.store))
+        serve_deployments(deployments(args.config, args.store))

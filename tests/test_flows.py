@@ -22,7 +22,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.sorting import ArtifactSort
 
 from trace_opd import flows
-from trace_opd.data.store import Dataset, Store
+from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.stages import run_stage
 from trace_opd.schemas.configs import Config, PipelineConfig
 from trace_opd.schemas.settings import load_config, override
@@ -187,15 +187,15 @@ def test_a_part_that_fails_for_now_is_retried_on_its_own(own):
     assert attempts["convert-part-0"] == attempts["convert-part-2"] == 1
 
 
-# The message forwarder of a process pool finds the server by the environment alone, so the flow runs
-# in a process of its own.
+# For a process of its own: one to kill; or one whose process pool finds the server by the environment.
 CONVERT = """
 import sys
 from trace_opd import flows
 from trace_opd.schemas.settings import load_config
 
-config = load_config(flows.ConvertConfig, None, ["routing.rule=deadly:kills_its_process"])
-state = flows.convert(config, store=sys.argv[1], return_state=True)
+state = flows.convert(
+    load_config(flows.ConvertConfig, None), sys.argv[2:], store=sys.argv[1], return_state=True
+)
 print(state.name, state.state_details.flow_run_id)
 """
 RULE = """
@@ -218,7 +218,7 @@ def test_the_parts_of_a_killed_worker_process_are_made_again(environment, own, t
     (tmp_path / "deadly.py").write_text(RULE)
     (tmp_path / "deaths").write_text("x")
     done = subprocess.run(
-        [sys.executable, "-P", "-c", CONVERT, own],
+        [*(sys.executable, "-P", "-c", CONVERT, own), "routing.rule=deadly:kills_its_process"],
         env=environment
         | {"TRACE_OPD_TASK_RUNNER": "processes", "TRACE_OPD_WORKERS": "1"}
         | {"PYTHONPATH": str(tmp_path)},
@@ -233,6 +233,41 @@ def test_the_parts_of_a_killed_worker_process_are_made_again(environment, own, t
     assert set(states) - {("convert-part-0", "Crashed")} == {
         (f"convert-part-{part}", "Completed") for part in range(3)
     }
+
+
+def test_a_run_whose_process_was_killed_is_crashed_and_another_run_goes_on(environment, own):
+    flows.crash_dead_runs(after_s=10)
+    flows.crash_dead_runs(after_s=10)
+    config, stage = config_of("convert", "routing.alpha=0.7"), flows.TABLE_STAGES["convert"]
+    plan, draft = stage.begin(config, Store(own))
+    assert isinstance(draft, Draft)
+    with get_client(sync_client=True) as client:
+        (automation,) = client.read_automations()
+        with draft.locked(lambda who: pytest.fail(f"nobody else is at work, but {who}")):
+            stage.make_part(plan, draft, 1)
+            run = subprocess.Popen(
+                [*(sys.executable, "-P", "-c", CONVERT, own), "routing.alpha=0.7"],
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            assert run.stderr is not None
+            said = iter(run.stderr.readline, "")
+            assert any("waiting for its end" in line for line in said)
+            run.kill()
+            run.communicate()
+        (dead,) = (one for one in client.read_flow_runs() if one.state_name == "Running")
+        deadline = time.monotonic() + 60
+        while (state := client.read_flow_run(dead.id).state) is None or not state.is_crashed():
+            assert time.monotonic() < deadline, state
+            time.sleep(0.5)
+        client.delete_automation(automation.id)
+    assert state.message is not None
+    assert state.message.startswith("No heartbeat for 10 s")
+    again = flows.convert(config, store=str(own), return_state=True)
+    assert again.is_completed()
+    names = {run.name for run in tasks_of(again.state_details.flow_run_id)}
+    assert names == {"convert-part-0", "convert-part-2"}
 
 
 def test_every_deployment_of_the_work_pool_is_a_flow_with_valid_parameters():
@@ -259,8 +294,8 @@ def prefect(environment: dict[str, str], *args: str) -> subprocess.CompletedProc
 
 
 @pytest.fixture(scope="module")
-def served(environment, made, stop, tmp_path_factory) -> Iterator[Path]:
-    """`trace-opd serve` on a copy of the store, in a process of its own: the store's root."""
+def serving(environment, made, stop, tmp_path_factory) -> Iterator[tuple[Path, Any]]:
+    """`trace-opd serve` on a copy of the store: the store's root, and the process."""
     folder = tmp_path_factory.mktemp("served")
     root = shutil.copytree(made, folder / "store")
     file = folder / "pipeline.yaml"
@@ -282,9 +317,15 @@ def served(environment, made, stop, tmp_path_factory) -> Iterator[Path]:
                 assert server.poll() is None, (folder / "serve.log").read_text()
                 assert time.monotonic() < deadline, "the deployments did not come up"
                 time.sleep(0.5)
-        yield Path(root)
+        yield Path(root), server
     finally:
         stop(server)
+
+
+@pytest.fixture
+def served(serving) -> Path:
+    """The root of the store that is served."""
+    return serving[0]
 
 
 @pytest.mark.slow
@@ -314,6 +355,34 @@ def test_a_deployment_refuses_parameters_that_no_config_has(environment, served)
     assert done.returncode == 1
     assert "mood" in done.stdout + done.stderr
     assert written(served) == before
+
+
+@pytest.mark.slow
+def test_sigterm_of_serve_cancels_the_run_under_way(environment, serving):
+    """The last test of the deployments: the process that serves them ends here."""
+    root, server = serving
+    config = config_of("annotate", "annotator.name=waiting")
+    _, draft = flows.TABLE_STAGES["annotate"].begin(config, Store(root))
+    assert isinstance(draft, Draft)
+    change = 'overrides=["annotator.name=waiting"]'
+    with (
+        draft.locked(lambda who: pytest.fail(f"nobody else is at work, but {who}")),
+        get_client(sync_client=True) as client,
+    ):
+        begun = prefect(environment, "deployment", "run", "annotate/default", "-p", change)
+        assert begun.returncode == 0, begun.stdout + begun.stderr
+        deadline = time.monotonic() + 60
+        while not (logs := [log for log in client.read_logs() if draft.ref in log.message]):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert client.read_automations()  # `crash_dead_runs`
+        server.terminate()
+        assert server.wait(60) == 0
+        run_id = logs[0].flow_run_id
+        assert run_id is not None
+        state = client.read_flow_run(run_id).state
+    assert state is not None
+    assert state.name == "Cancelled"
 
 
 @pytest.mark.slow
