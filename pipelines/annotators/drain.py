@@ -34,6 +34,9 @@ def drained(drain: Callable[[], object], sentence: str) -> Iterator[None]:
 
     def first(number: int, _: Any) -> None:
         restore()
+        if before[signal.SIGINT] is signal.default_int_handler:
+            # A KeyboardInterrupt within the event loop would leave tasks and print their tracebacks.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         received.append(number)
         drain()
 

@@ -152,9 +152,10 @@ class EndpointAnnotator:
 
     def _drain(self) -> None:
         """Send nothing new. What is in flight ends by its deadline, `timeout_s`."""
-        if not self._pace.closed:
-            logger.warning("%s: waiting for requests in flight", self._config.name)
+        closed = self._pace.closed
         self._pace.close()
+        if not closed:
+            logger.warning("%s: waiting for requests in flight", self._config.name)
 
     async def _work(self, queue: Iterator[tuple[int, Item]], rows: list[Any]) -> None:
         try:
