@@ -195,7 +195,7 @@ def run_table_stage(stage: str, config: Config, root: str, alias: str | None) ->
 
 def _make(stage: str, plan: Plan, draft: Draft) -> Dataset:
     """This process holds the dataset; the tasks, wherever they run, make parts for it."""
-    parts = [part for part in range(plan.parts) if not draft.has_part(part)]
+    parts = [part for part in range(plan.parts) if not draft.has_sound_part(part)]
     get_run_logger().info("%s: %d of %d parts to make", draft.ref, len(parts), plan.parts)
     try:
         if _asks_endpoint(plan.config):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from .remote import download, upload
 
 if TYPE_CHECKING:
     from .store import Store
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest_sha256"
@@ -165,6 +168,21 @@ class Draft:
     def has_part(self, index: int) -> bool:
         return self.store.exists(f"{self.ref}/{part_name(index)}")
 
+    def has_sound_part(self, index: int) -> bool:
+        """Whether a part is there and reads in full; a damaged one is removed, to be made again.
+
+        For a run that goes on: `finish` takes checksums of the parts as they are by then.
+        """
+        if not self.has_part(index):
+            return False
+        try:
+            self.read_part(index)
+        except InputError as error:
+            logger.warning("%s; it is removed and made again", error)
+            self.store.remove(f"{self.ref}/{part_name(index)}")
+            return False
+        return True
+
     def read_part(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """A part that is written already."""
         return _read_part(self.store, self.ref, index, self.contract, columns)
@@ -219,8 +237,7 @@ class Draft:
         listed = []
         for index in range(parts):
             name = part_name(index)
-            with self.store.open(f"{self.ref}/{name}") as file:
-                rows = pq.read_metadata(file).num_rows
+            rows = _rows(self.store, f"{self.ref}/{name}")
             listed.append({"name": name, "rows": rows} | self._checksum(name))
         manifest = self.header | {
             "finished_at": now(),
@@ -271,10 +288,13 @@ def _read_part(
             table = read_table(file, name, picked)
             table.validate(full=True)  # offsets and texts: a file may say what it likes
         except (InputError, pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk or the network failed: that says nothing about the file
             raise DamagedFile(
                 f"{store.url(f'{ref}/{name}')}: does not hold what was written "
                 f"({' '.join(str(error).split())[:200]}); `trace-opd verify-store {ref}` says how "
-                "to make it again"
+                "to make a finished dataset again, and the command that makes an unfinished one "
+                "makes the part again"
             ) from error
     if contract is None:
         return table
@@ -282,6 +302,18 @@ def _read_part(
         check_columns(table, contract, picked, f"{ref}/{name}")
         return table
     return validate(table, contract, f"{ref}/{name}")
+
+
+def _rows(store: "Store", path: str) -> int:
+    """Raises DamagedFile if the file is no Parquet."""
+    with store.open(path) as file:
+        try:
+            return pq.read_metadata(file).num_rows
+        except (pa.ArrowException, ValueError) as error:
+            raise DamagedFile(
+                f"{store.url(path)}: does not hold what was written "
+                f"({' '.join(str(error).split())[:200]}); remove it and run the same command again"
+            ) from error
 
 
 def _encoding(schema: pa.Schema) -> dict[str, Any]:

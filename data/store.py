@@ -16,7 +16,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +402,11 @@ class Store:
                 make_folders(path.parent, Path(self.base))
             make_folders(folder, Path(self.base))
             sync(folder)
+
+    def remove(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        with suppress(FileNotFoundError), writing(path):
+            self.fs.rm_file(self.inside(path))
 
     def write_json(self, path: str, value: Any) -> None:
         self.write(path, _json(value))

@@ -121,7 +121,7 @@ class _Maker:
             self._spending = open_spending(config.annotator, folders["journal"], rows, tell)
         else:
             self._spending = Spending(rows=rows, tell=tell)
-        for part in filter(draft.has_part, range(plan.parts)):
+        for part in filter(draft.has_sound_part, range(plan.parts)):
             self._spending.count(*part_usage(draft.read_part(part)))
         self._annotator = open_annotator(
             config.annotator,

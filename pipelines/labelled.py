@@ -102,7 +102,7 @@ def import_labels(
         with held(target) as target:
             if isinstance(target, Dataset):
                 return target
-            for index in filterfalse(target.has_part, range(len(parts))):
+            for index in filterfalse(target.has_sound_part, range(len(parts))):
                 target.write_part(index, part_table(index))
             return target.finish(len(parts), summary)
 

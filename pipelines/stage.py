@@ -88,7 +88,7 @@ class Stage:
         time: engines batch inside, and two of them would share the same cores.
         """
         global _parts_begun
-        if not draft.has_part(part):
+        if not draft.has_sound_part(part):
             with _engine_lock:
                 _parts_begun += 1
                 draft.write_part(part, _open_engine(self, plan, draft)(part))

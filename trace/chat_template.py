@@ -69,7 +69,7 @@ def render_template(
     most = _ADDED_CHARS + _TIMES_CHARS * sum(len(message["content"]) for message in messages)
     variables = {**tokenizer.special_tokens_map, **options}
     kind, value = _WORKER.ask([template, list(messages), variables, most])
-    if kind == "text":
+    if kind == "rendered":
         return value
     raise _refused(tokenizer, value)
 
@@ -98,7 +98,7 @@ class _Worker:
         self._owner = 0
 
     def ask(self, job: list[Any]) -> tuple[str, str]:
-        """("text", text) or ("refused", why)."""
+        """("rendered", text) or ("refused", why)."""
         question = json.dumps(job, default=str).encode()
         with self._lock:
             code = None

@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 
 def answer(template: str, messages: list[Any], variables: dict[str, Any], most: int) -> bytes:
-    """["text", text] or ["refused", why], as JSON."""
+    """["rendered", text] or ["refused", why], as JSON."""
     try:
         (text,), _ = render_jinja_template(
             conversations=[messages],
@@ -27,7 +27,7 @@ def answer(template: str, messages: list[Any], variables: dict[str, Any], most: 
         if len(text) > most:
             why = f"makes {len(text):,} characters of a conversation that allows {most:,}"
             return json.dumps(["refused", why]).encode()
-        return json.dumps(["text", text]).encode()
+        return json.dumps(["rendered", text]).encode()
     except MemoryError:
         return json.dumps(["refused", "needs too much memory"]).encode()
     except Exception as error:  # a template may raise anything

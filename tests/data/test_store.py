@@ -171,6 +171,35 @@ def test_a_leftover_temporary_file_is_no_part(store):
     assert list(folder.glob("part-*.parquet")) == [folder / "part-00000.parquet"]
 
 
+def flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: flipped(content, 8),  # the first page
+        lambda content: flipped(content, len(content) // 2),
+        lambda content: flipped(content, len(content) - 6),  # the footer's length
+        lambda content: content[: len(content) // 2],
+        lambda content: bytes(len(content)),
+        lambda content: b"",
+    ],
+    ids=["first page", "middle", "footer", "cut", "zeros", "empty"],
+)
+def test_a_damaged_part_of_an_unfinished_dataset_is_removed_to_be_made_again(store, damage):
+    draft = begin(store, {"a": 1})
+    for part, name in enumerate(("p", "q")):
+        draft.write_part(part, problems_table(name))
+    path = Path(store.base) / draft.ref / "part-00001.parquet"
+    path.write_bytes(damage(path.read_bytes()))
+    resumed = begin(Store(store.root), {"a": 1})
+    assert [resumed.has_sound_part(part) for part in range(3)] == [True, False, False]
+    assert not path.exists()
+    resumed.write_part(1, problems_table("q"))
+    assert resumed.finish(2).read()["problem_id"].to_pylist() == ["p", "q"]
+
+
 WRITER = """
 import itertools, random, sys
 import pyarrow as pa

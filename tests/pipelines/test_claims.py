@@ -24,7 +24,9 @@ from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.tests.pipelines.conftest import PaidServer, completion
 
-FORK = multiprocessing.get_context("fork")
+# Not forks of this process: other tests may have left threads in it.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["trace_opd.pipelines.annotate"])
 
 
 def config(url: str, **changes: Any) -> AnnotateConfig:
@@ -41,7 +43,7 @@ def run_stage(request: AnnotateConfig, root: Path) -> None:
 
 
 def start(request: AnnotateConfig, root: Path) -> Any:
-    process = FORK.Process(target=run_stage, args=(request, root))
+    process = PROCESSES.Process(target=run_stage, args=(request, root))
     process.start()
     return process
 
@@ -132,19 +134,21 @@ def test_the_run_that_asks_pays(tmp_path: Path, paid_server, make_verdicts):
     assert len(paid_server.answered) == 8
 
 
+def hold(path: Path, key: str, claimed: Any) -> None:
+    """Claim a question and ask it for a minute."""
+
+    async def ask() -> None:
+        async with Claims(path).held(key, asyncio.sleep, 1.0):
+            claimed.set()
+            await asyncio.sleep(60)
+
+    asyncio.run(ask())
+
+
 def test_a_run_that_is_suspended_is_not_waited_for_for_ever(tmp_path: Path):
     path, key = tmp_path / "claims", "ab" * 32
-    claimed = FORK.Event()
-
-    def hold() -> None:
-        async def forever() -> None:
-            async with Claims(path).held(key, asyncio.sleep, 1.0):
-                claimed.set()
-                await asyncio.sleep(60)
-
-        asyncio.run(forever())
-
-    holder = FORK.Process(target=hold)
+    claimed = PROCESSES.Event()
+    holder = PROCESSES.Process(target=hold, args=(path, key, claimed))
     holder.start()
     assert claimed.wait(30)
 

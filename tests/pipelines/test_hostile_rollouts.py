@@ -248,7 +248,8 @@ def make_run(root: Path, responses: dict[str, str]) -> Run:
     tokenizer = byte_tokenizer()
     policy = root / "policy"
     tokenizer.save_pretrained(policy)
-    (policy / "config.json").write_text("{}")
+    shape = {"model_type": "gpt2", "vocab_size": len(tokenizer)}
+    (policy / "config.json").write_text(json.dumps(shape))
     store = Store(root / "store")
     token_of = {piece: token for token, piece in enumerate(byte_table(tokenizer).pieces) if piece}
     byte_ids = np.array([token_of[bytes([byte])] for byte in range(256)])

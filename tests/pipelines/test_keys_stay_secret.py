@@ -216,7 +216,7 @@ def test_a_server_that_echoes_the_key_everywhere_gets_it_nowhere(tmp_path: Path)
     store = ["--store", str(root)]
     with echoing(by_rollout) as url:
         told = commands(
-            annotate_arguments(url, root, "timeout_s=1", "concurrency=4"),
+            annotate_arguments(url, root, "timeout_s=1", "concurrency=4", "max_failed_share=1"),
             [*annotate_arguments(url, root, "timeout_s=1", "name=planned"), "--dry-run"],
             ["show", "annotations", *store],
             ["show", "r00", *store],
