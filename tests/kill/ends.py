@@ -34,7 +34,7 @@ def assert_same_datasets(root: Path, undisturbed: Path) -> None:
     for ref, dataset in found.items():
         assert dataset.manifest["inputs"] == expected[ref].manifest["inputs"]
         if dataset.stage == "train":
-            _assert_same_run(dataset, expected[ref])
+            assert_same_run(dataset, expected[ref])
             continue
         table = dataset.read()
         if not _TIMINGS & set(table.column_names):
@@ -49,7 +49,7 @@ def untimed(table: pa.Table) -> pa.Table:
     return table.drop_columns([name for name in table.column_names if name in _TIMINGS])
 
 
-def _assert_same_run(ours: Dataset, theirs: Dataset) -> None:
+def assert_same_run(ours: Dataset, theirs: Dataset) -> None:
     """Weights to the bit, metrics but for their times, checkpoints by name."""
     names = [
         {

@@ -45,6 +45,7 @@ class Trial:
         self._budget_usd = None if factor is None else factor * baseline.bill_usd
         self._commands = commands(variant, endpoint.url, self._budget_usd)
         self._unlimited = commands(variant, endpoint.url)
+        self._rival = [*self._unlimited["annotate"], "annotator.name=rival", "--alias", "rival"]
         self._spoilt: set[str] = set()  # questions whose answers in the journal were damaged
         self.toll: Counter[str] = Counter()
         endpoint.begin(planned.seed, variant.lies)
@@ -72,8 +73,7 @@ class Trial:
 
     def rivals(self, step: Step) -> None:
         args = self._unlimited["annotate"]
-        other = [*args, "annotator.name=rival", "--alias", "rival"]
-        self._do([lambda: self._plain(args), lambda: self._plain(other)], args)
+        self._do([lambda: self._plain(args), lambda: self._plain(self._rival)], args)
 
     def damage(self, step: Step) -> None:
         path = file_faults.choose(self._root, step.stage, step.at)
@@ -104,7 +104,7 @@ class Trial:
         args = self._commands[stage]
         with file_faults.link(path, self._outside, self._folder / "aside"):
             self.toll["links"] += 1
-            self._do([lambda: self._plain(args)], args, codes=(0, 2))
+            self._do([lambda: self._plain(args)], args, codes=(0, 1, 2))
 
     # --- runs and what must hold after each ---
 
@@ -188,12 +188,14 @@ class Trial:
                     return said
             if said := self._undisturbed(args):
                 return said
+        if "rival" in Store(self._root).aliases() and (said := self._undisturbed(self._rival)):
+            return said
         checked = self._give(check, 0, 1, 2)
         return Path(checked.output[0]).read_text() + checked.err if checked.code else ""
 
     def _undisturbed(self, args: Sequence[str]) -> str:
         """A command without faults; what it says if it is refused, which is followed."""
-        (run,) = self._do([lambda: self._plain(args)], args, codes=(0, 2))
+        (run,) = self._do([lambda: self._plain(args)], args, codes=(0, 1, 2))
         if run.code:
             follow(run.err, self._root, self._give)
             return run.err
