@@ -15,7 +15,7 @@ from ..schemas.errors import InputError
 from ..schemas.presets import PRESETS
 from ..schemas.settings import load_config, override
 from .cli_store import COMMANDS, StoreRoot
-from .ending import end_at_second_interrupt, exit_code
+from .ending import end_at_second_interrupt, end_threads_with_a_line, exit_code
 from .terminal import console, log_to_terminal, print_config, print_json
 
 app = typer.Typer(
@@ -300,6 +300,7 @@ def serve(
 def main() -> None:
     """Entry point: bad input is one sentence and exit code 2, without a traceback."""
     end_at_second_interrupt()
+    end_threads_with_a_line()
     # Read when transformers and datasets are first imported; their bars would tear ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -54,8 +54,7 @@ def exit_code(run: Callable[[], object]) -> int:
     except OSError as error:
         logger.debug("failed", exc_info=True)
         _drop_output()
-        file = f"{shortened(error.filename)}: " if error.filename is not None else ""
-        _say(f"{file}{error.strerror or error}; check the disk and the file, then run it again")
+        _say(_failed_machine(error))
         return 1
     except RuntimeError as error:
         if not _TORCHS_NO_MEMORY.search(str(error)):
@@ -64,6 +63,29 @@ def exit_code(run: Callable[[], object]) -> int:
         _say(f"{_NO_MEMORY} ({shortened(error)})")
         return 1
     return code
+
+
+def end_threads_with_a_line() -> None:
+    """Make a failure of the disk or of memory in a thread (TensorBoard writes in one) a logged line."""
+
+    def log(failed: threading.ExceptHookArgs) -> None:
+        if isinstance(failed.exc_value, OSError):
+            logger.warning("%s", _failed_machine(failed.exc_value))
+        elif isinstance(failed.exc_value, MemoryError):
+            logger.warning(_NO_MEMORY)
+        else:
+            threading.__excepthook__(failed)
+
+    threading.excepthook = log
+
+
+def _failed_machine(error: OSError) -> str:
+    file = "" if error.filename is None else f"{shortened(_name(error.filename))}: "
+    return f"{file}{error.strerror or error}; check the disk and the file, then run it again"
+
+
+def _name(file: object) -> object:
+    return os.fsdecode(file) if isinstance(file, bytes | os.PathLike) else file
 
 
 def end_at_second_interrupt() -> None:

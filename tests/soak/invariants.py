@@ -152,15 +152,20 @@ def as_undisturbed(root: Path, expected: Path) -> None:
 
 def _remove_superseded(root: Path) -> list[str]:
     """Remove annotations with unanswered rows and all that was made from them; their refs."""
-    store = Store(root)
-    old = [
-        dataset
-        for dataset in store.datasets()
-        if any("unanswered" in node.summary for _, _, node in store.lineage(dataset))
-    ]
-    for dataset in old:
-        shutil.rmtree(dataset.path())
-    return [dataset.ref for dataset in old]
+    store, removed = Store(root), list[str]()
+    datasets = {dataset.ref: dataset for dataset in store.datasets()}
+    lineages = {ref: [n for _, _, n in store.lineage(made)] for ref, made in datasets.items()}
+
+    def is_old(node: Dataset) -> bool:
+        tables_of = node.manifest["config"].get("online")  # of a training, where it is one's table
+        return "unanswered" in node.summary or node.ref in removed or tables_of in removed
+
+    while old := [ref for ref, nodes in lineages.items() if any(map(is_old, nodes))]:
+        for ref in old:
+            shutil.rmtree(datasets[ref].path())
+            del lineages[ref]
+        removed += old
+    return removed
 
 
 def _assert_same_rows(root: Path, expected: Path) -> None:

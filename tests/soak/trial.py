@@ -47,6 +47,7 @@ class Trial:
         self._unlimited = commands(variant, endpoint.url)
         self._rival = [*self._unlimited["annotate"], "annotator.name=rival", "--alias", "rival"]
         self._spoilt: set[str] = set()  # questions whose answers in the journal were damaged
+        self._rivalled = False
         self.toll: Counter[str] = Counter()
         endpoint.begin(planned.seed, variant.lies)
 
@@ -73,6 +74,7 @@ class Trial:
 
     def rivals(self, step: Step) -> None:
         args = self._unlimited["annotate"]
+        self._rivalled = True
         self._do([lambda: self._plain(args), lambda: self._plain(self._rival)], args)
 
     def damage(self, step: Step) -> None:
@@ -188,7 +190,7 @@ class Trial:
                     return said
             if said := self._undisturbed(args):
                 return said
-        if "rival" in Store(self._root).aliases() and (said := self._undisturbed(self._rival)):
+        if self._rivalled and (said := self._undisturbed(self._rival)):
             return said
         checked = self._give(check, 0, 1, 2)
         return Path(checked.output[0]).read_text() + checked.err if checked.code else ""
