@@ -1,5 +1,6 @@
 """A dataset of the store: finished, with its manifest, or a draft whose parts come one by one."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -171,16 +172,20 @@ class Draft:
     def has_sound_part(self, index: int) -> bool:
         """Whether a part is there and reads in full; a damaged one is removed, to be made again.
 
-        For a run that goes on: `finish` takes checksums of the parts as they are by then.
+        For a run that goes on: `finish` takes checksums of the parts as they are by then. Pages have
+        checksums, a file's footer has none: where it differs, the rows are written again.
         """
+        path = f"{self.ref}/{part_name(index)}"
         if not self.has_part(index):
             return False
         try:
-            self.read_part(index)
+            content = _encoded(self.read_part(index))
         except InputError as error:
             logger.warning("%s; it is removed and made again", error)
-            self.store.remove(f"{self.ref}/{part_name(index)}")
+            self.store.remove(path)
             return False
+        if self.store.checksum(path) != (len(content), hashlib.sha256(content).hexdigest()):
+            self.store.write(path, content)
         return True
 
     def read_part(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
@@ -196,11 +201,8 @@ class Draft:
         name = part_name(index)
         if self.contract is not None:
             table = validate(table, self.contract, f"{self.ref}/{name}")
-        sink = pa.BufferOutputStream()
-        encoding = _encoding(table.schema)
-        pq.write_table(table, sink, compression="zstd", write_page_checksum=True, **encoding)
         write = self.store.write if self.store.is_local or replace else self.store.create
-        write(f"{self.ref}/{name}", sink.getvalue().to_pybytes())
+        write(f"{self.ref}/{name}", _encoded(table))
 
     def local_path(self, name: str = "") -> Path:
         """Local folder for files that are no table (checkpoints, journals), made if needed; its name
@@ -288,8 +290,8 @@ def _read_part(
             table = read_table(file, name, picked)
             table.validate(full=True)  # offsets and texts: a file may say what it likes
         except (InputError, pa.ArrowException, OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk or the network failed: that says nothing about the file
+            if isinstance(error, OSError) and error.errno == errno.EIO:
+                raise  # the disk failed: that says nothing about the file
             raise DamagedFile(
                 f"{store.url(f'{ref}/{name}')}: does not hold what was written "
                 f"({' '.join(str(error).split())[:200]}); `trace-opd verify-store {ref}` says how "
@@ -302,6 +304,14 @@ def _read_part(
         check_columns(table, contract, picked, f"{ref}/{name}")
         return table
     return validate(table, contract, f"{ref}/{name}")
+
+
+def _encoded(table: pa.Table) -> bytes:
+    """The Parquet file of a part; the same rows give the same bytes."""
+    sink = pa.BufferOutputStream()
+    encoding = _encoding(table.schema)
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, **encoding)
+    return sink.getvalue().to_pybytes()
 
 
 def _rows(store: "Store", path: str) -> int:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from ..schemas.contract import parquet_errors
 from ..schemas.errors import InputError
+from .parquet_footer import column_chunks
 
 # A file may unfold to so many bytes, or to so many times its own size. Our own parts stay below 20 times.
 _MOST_BYTES, _MOST_TIMES = 256 << 20, 100
@@ -107,7 +108,7 @@ def _open(file: Any, where: str, columns: Sequence[str] | None = None, **options
         texts = [path for path, kind in leaves.values() if kind == "BYTE_ARRAY"]
         parquet = pq.ParquetFile(file, metadata=metadata, read_dictionary=texts, **options)
         folded = _Folded(parquet, plain.schema_arrow, texts, size, most)
-        if _stated_bytes(metadata, list(leaves)) > most:
+        if _stated_bytes(file, metadata, list(leaves)) > most:
             raise _too_large(where, folded)
         return folded
 
@@ -136,16 +137,14 @@ def _leaves(metadata: Any, columns: Sequence[str] | None) -> dict[int, tuple[str
     return leaves
 
 
-def _stated_bytes(metadata: Any, leaves: Sequence[int]) -> int:
+def _stated_bytes(file: Any, metadata: Any, leaves: Sequence[int]) -> int:
     """What the file's own metadata say that the columns unfold to, dictionaries left folded."""
     total = 0
     widths = [max(_VALUE_BYTES, metadata.schema.column(number).length or 0) for number in leaves]
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
+    for chunks in column_chunks(file, metadata.num_columns):
         for number, width in zip(leaves, widths, strict=True):
-            chunk = group.column(number)
-            total += max(chunk.total_uncompressed_size, 0)
-            total += width * max(chunk.num_values, group.num_rows, 0)
+            chunk = chunks[number]
+            total += max(chunk.uncompressed_bytes, 0) + width * max(chunk.values, chunk.rows, 0)
     return total
 
 

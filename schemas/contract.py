@@ -5,6 +5,7 @@ version. `validate` names the column and the row at fault.
 """
 
 import dataclasses
+import errno
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum, StrEnum
@@ -148,6 +149,8 @@ def parquet_errors(where: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EIO:
+            raise  # the disk failed: that says nothing about the file
         reason = " ".join(str(error).split())
         raise InputError(
             f"{where}: is no whole Parquet file ({reason:.200}); make it again, or copy it again"

@@ -200,6 +200,16 @@ def test_a_damaged_part_of_an_unfinished_dataset_is_removed_to_be_made_again(sto
     assert resumed.finish(2).read()["problem_id"].to_pylist() == ["p", "q"]
 
 
+def test_each_flipped_byte_of_an_unfinished_part_is_found_or_mended(store):
+    draft = begin(store, {"a": 1})
+    draft.write_part(0, problems_table("p", "q"))
+    path = Path(store.base) / draft.ref / "part-00000.parquet"
+    content = path.read_bytes()
+    for at in random.Random(0).sample(range(len(content)), 150):
+        path.write_bytes(flipped(content, at))
+        assert not draft.has_sound_part(0) or path.read_bytes() == content
+
+
 WRITER = """
 import itertools, random, sys
 import pyarrow as pa

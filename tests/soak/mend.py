@@ -11,7 +11,7 @@ from trace_opd.tests.soak.invariants import Broken
 
 # Paths to remove, as sentences name them.
 _ADVICE = (
-    re.compile(r"(/\S+): does not hold what was written; remove it"),
+    re.compile(r"(/\S+): does not hold what was written(?: \([^;]*\))?; remove it"),
     re.compile(r"remove (/\S+) and give the command again"),
 )
 _FOLDER = re.compile(r"(/\S+): .*remove its folder")

@@ -73,6 +73,8 @@ class Trial:
         self._do(both, args, self._loss(step))
 
     def rivals(self, step: Step) -> None:
+        if self._budget_usd is not None:
+            return  # the log does not say which of the two asked, so whose bill a request is
         args = self._unlimited["annotate"]
         self._rivalled = True
         self._do([lambda: self._plain(args), lambda: self._plain(self._rival)], args)
