@@ -104,6 +104,7 @@ class PolicyAnnotator:
             batch = [i for i, question in enumerate(questions) if question.max_new_tokens == limit]
             sampling = SamplingConfig(temperature=self._config.temperature, max_new_tokens=limit)
             prompts = [self._render(questions[i].messages) for i in batch]
+            self._warn_of_long(prompts, limit)
             began = time.monotonic()
             groups = self._sampler.sample(
                 prompts,
@@ -115,6 +116,21 @@ class PolicyAnnotator:
             for i, prompt, (completion,) in zip(batch, prompts, groups, strict=True):
                 out[i] = _answer(prompt, completion, latency_s)
         return [out[i] for i in range(len(questions))]
+
+    def _warn_of_long(self, prompts: list[Prompt], limit: int) -> None:
+        """Log how many questions leave no room for an answer; a server's context is its own to check."""
+        context = getattr(self._sampler, "context", None)
+        lengths = [len(prompt.token_ids or ()) + limit for prompt in prompts]
+        if context is not None and (long := sum(length > context for length in lengths)):
+            logger.warning(
+                "%d of %d questions with an answer of up to %d tokens are longer than the context of %d "
+                "tokens of policy %s: its answers may be worth little",
+                long,
+                len(prompts),
+                limit,
+                context,
+                self._sampler.policy.name,
+            )
 
     def _render(self, messages: Messages) -> Prompt:
         # A structured answer has no place for thinking: say so to templates that would open it.

@@ -19,6 +19,7 @@ from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
 from ...trace.policy import Policy, end_token_ids
 from ...trace.protocols import Completion, PolicyInfo, Prompt
+from ..room import context_length
 from .constrained import Grammars
 
 _COMPACT_BELOW = 0.75
@@ -48,6 +49,11 @@ class TransformersPolicySampler:
     @property
     def policy(self) -> PolicyInfo:
         return self._policy.info
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt and its response together; None: unbounded."""
+        return context_length(self._policy.model.config)
 
     def close(self) -> None:
         """Nothing to release: the policy belongs to the caller."""

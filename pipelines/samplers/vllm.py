@@ -254,14 +254,18 @@ class VllmPolicySampler:
         params = import_module("vllm.sampling_params").StructuredOutputsParams
         return [params(json=with_fixed_whitespace(schema)) for schema in schemas]
 
+    @property
+    def context(self) -> int:
+        """Most tokens of a prompt and its response together."""
+        return self._llm.model_config.max_model_len
+
     def _prompt_ids(self, index: int, prompt: Prompt) -> list[int]:
         ids = prompt.token_ids
         if ids is None:
             ids = render_chat(self._tokenizer, prompt.messages)
-        limit = self._llm.model_config.max_model_len
-        if len(ids) >= limit:
+        if len(ids) >= self.context:
             raise InputError(
-                f"prompt {index}: its {len(ids)} tokens fill the context of {limit}; raise "
+                f"prompt {index}: its {len(ids)} tokens fill the context of {self.context}; raise "
                 "sampler.max_model_len or drop the problem"
             )
         return ids

@@ -139,6 +139,11 @@ def test_each_turn_is_one_batch_with_seeds_of_its_own():
     assert {prompt.thinking for batch in sampler.batches for prompt in batch[0]} == {None}
 
 
+def test_questions_beyond_the_policys_context_are_logged(caplog):
+    annotated_by_micro(SelfAnnotator(engine="self"), slice(1))
+    assert "1 of 1 questions with an answer of up to 512 tokens are longer than" in caplog.text
+
+
 def test_each_rollout_is_asked_under_a_schema_of_its_own_without_thinking():
     sampler = AnsweringSampler()
     annotator = open_annotator(SelfAnnotator(engine="self"), SegmentConfig(), sampler=sampler)
