@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 
 from ..data.store import Dataset, Draft, Store, content_hash
 from ..schemas.configs import EvaluateConfig, OpenAISampler, PolicyConfig
-from ..schemas.errors import InputError
+from ..schemas.errors import DamagedFile, InputError
 from ..schemas.labels import FinishReason
 from ..schemas.tables import EVALUATIONS, PROBLEMS
+from ..trace.identity import cached_sha256
 from .bootstrap import Estimate, bootstrap_mean, pass_at_k
 from .rollout import policy_identity, require_planned, rollouts_table
 from .room import require_room
@@ -60,9 +61,29 @@ def checkpoint_of(store: Store, ref: str) -> Dataset:
 def _policies(config: EvaluateConfig, inputs: dict[str, Dataset]) -> list[tuple[str, PolicyConfig]]:
     policies = [(BASE, config.policy)]
     if (trained := inputs.get("trained")) is not None:
-        path = str(trained.local_path(trained.summary["checkpoint"]))
+        path = _trained_model(trained)
         policies.append((TRAINED, config.policy.model_copy(update={"path": path})))
     return policies
+
+
+def _trained_model(trained: Dataset) -> str:
+    """The folder of a training's model.
+
+    Raises:
+        DamagedFile: a file in it is not what the manifest lists; its evaluation would be wrong.
+    """
+    folder = trained.local_path(trained.summary["checkpoint"])
+    inside = f"{trained.summary['checkpoint']}/"
+    for listed in trained.listed:
+        if not listed["name"].startswith(inside):
+            continue
+        file = folder / listed["name"].removeprefix(inside)
+        if not file.is_file() or cached_sha256(file) != listed["sha256"]:
+            raise DamagedFile(
+                f"{file}: does not hold what was written; `trace-opd verify-store {trained.ref}` says "
+                "how to make it again"
+            )
+    return str(folder)
 
 
 class _Maker:

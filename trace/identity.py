@@ -47,7 +47,7 @@ def model_revision(path: str, trust_remote_code: bool = False) -> str:
     files = _deciding_files(folder, trust_remote_code)
     try:
         with ThreadPoolExecutor(_READERS) as pool:
-            digests = list(pool.map(_sha256, files))
+            digests = list(pool.map(cached_sha256, files))
     except OSError as error:
         raise InputError(
             f"{error.filename}: cannot be read ({error.strerror}); make it readable or give another "
@@ -83,7 +83,8 @@ def _shards(index: Path) -> set[str]:
         ) from None
 
 
-def _sha256(file: Path) -> str:
+def cached_sha256(file: Path) -> str:
+    """Hex digest of a file; of a large one from the cache, if it has not changed since."""
     before = file.stat()
     if before.st_size < _CACHED_FROM:
         return sha256_of(file)

@@ -101,6 +101,16 @@ def test_the_same_training_ends_with_the_same_bytes_each_time(runs, undisturbed,
         assert_same_datasets(other, first)
 
 
+def test_a_trained_model_that_was_damaged_is_not_evaluated(runs, undisturbed, tmp_path):
+    root = Path(shutil.copytree(undisturbed.before["evaluate"], tmp_path / "store"))
+    weights = Path(Store(root).get("train").path("checkpoints/final/model.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1  # the last bits of a number: still a model
+    weights.write_bytes(content)
+    run = runs.start(*STAGES["evaluate"], "trained=train", store=root)
+    assert_refused(run, str(weights), "does not hold what was written")
+
+
 def test_of_two_runs_at_once_one_works_and_the_other_waits(runs, undisturbed, tmp_path):
     root = Path(shutil.copytree(undisturbed.before["verify"], tmp_path / "store"))
     first, second = together(runs, STAGES["verify"], root)
