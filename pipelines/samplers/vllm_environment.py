@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+from ...schemas.errors import InputError
+
 _QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
 _TORCHRUN = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
@@ -28,7 +30,13 @@ def engine_environment(in_process: bool, on_gpu: bool) -> Iterator[None]:
     # An engine's process is none of torchrun's, but it works on the GPU of the rank it belongs to.
     if on_gpu and (rank := os.environ.get("LOCAL_RANK")) is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        during["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(rank)] if visible else rank
+        devices = visible.split(",") if visible else None
+        if devices is not None and int(rank) >= len(devices):
+            raise InputError(
+                f"CUDA_VISIBLE_DEVICES={visible}: names no device for LOCAL_RANK={rank}; start as many "
+                "processes as it names devices"
+            )
+        during["CUDA_VISIBLE_DEVICES"] = devices[int(rank)] if devices is not None else rank
     for variable in os.environ:
         if variable.startswith("TORCHELASTIC_") or variable in _TORCHRUN:
             during[variable] = None

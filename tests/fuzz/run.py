@@ -111,6 +111,12 @@ def _yaml(data: bytes) -> None:
     targets.yaml_text(data)
 
 
+def _model_file(data: bytes) -> None:
+    import targets
+
+    targets.model_file(data)
+
+
 def _view_query(data: bytes) -> None:
     import targets
 
@@ -206,6 +212,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "prompt": _prompt,
     "prices": _prices,
     "yaml": _yaml,
+    "model-file": _model_file,
     "view-query": _view_query,
     "chat-template": _chat_template,
     "foreign-parquet": _foreign_parquet,

@@ -5,8 +5,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.numpy import save as safetensors_bytes
 from targets import SECTIONS
 
 from trace_opd.pipelines.annotators.prices import SHIPPED_PRICES
@@ -159,10 +161,19 @@ def _journals() -> list[bytes]:
     ]
 
 
+def _model_files() -> list[bytes]:
+    micro = ROOT / "data" / "micro"
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    whole = [bytes([at]) + (micro / name).read_bytes() for at, name in enumerate(names)]
+    tree = {"tree": json.dumps({"state": {"step": 1, "w": {"tensor": "w"}}, "rng": [1, "a"]})}
+    return [*whole, b"\3" + safetensors_bytes({"w": np.ones(2, np.float32)}, tree)]
+
+
 _SEEDS = {
     "config": _configs,
     "prompt": _prompts,
     "yaml": lambda: [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))[:3]],
+    "model-file": _model_files,
     "view-query": lambda: [b"from=0&count=100&after=-1&q=a&sort=disagreement", b"id=%00&from=9"],
     "chat-template": lambda: [
         (ROOT / "data" / "micro" / "chat_template.jinja").read_bytes(),

@@ -39,7 +39,7 @@ from trace_opd.pipelines.annotators.prompting import ask, load_prompt
 from trace_opd.pipelines.annotators.rows import SKIPPED, Identity, Item, annotation_row
 from trace_opd.pipelines.annotators.spending import open_spending
 from trace_opd.pipelines.endpoint import NotACompletion
-from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.models import MICRO, resolve_policy
 from trace_opd.pipelines.samplers.reply import read_completion
 from trace_opd.pipelines.show import show_dataset
 from trace_opd.pipelines.terminal import Terminal
@@ -50,13 +50,15 @@ from trace_opd.schemas.configs import FilesSource, OpenAIAnnotator, SegmentConfi
 from trace_opd.schemas.contract import TableContract, validate
 from trace_opd.schemas.errors import DamagedFile, InputError
 from trace_opd.schemas.labels import AnnotationStatus
-from trace_opd.schemas.settings import dump_config, load_config
+from trace_opd.schemas.settings import dump_config
+from trace_opd.schemas.settings import load_config as load_settings
 from trace_opd.schemas.tables import ANNOTATIONS, MOST_LOGPROB
 from trace_opd.schemas.yaml_text import load_yaml
 from trace_opd.trace.align import ByteTable, byte_table
 from trace_opd.trace.chat_template import render_template
-from trace_opd.trace.policy import load_tokenizer
+from trace_opd.trace.loading import load_config, load_tokenizer, model_on_meta
 from trace_opd.trace.segment import segment
+from trace_opd.trace.state_file import load_state
 
 CONFIGS = (
     configs.PipelineConfig,
@@ -104,10 +106,10 @@ def config(content: bytes, overrides: list[str], which: int) -> None:
     section = SECTIONS[which % len(SECTIONS)] if kind is not configs.PipelineConfig else None
     path = _file("config.yaml", content)
     try:
-        loaded = load_config(kind, path, overrides, section)
+        loaded = load_settings(kind, path, overrides, section)
     except InputError:
         return
-    again = load_config(kind, _file("again.yaml", dump_config(loaded).encode()), None)
+    again = load_settings(kind, _file("again.yaml", dump_config(loaded).encode()), None)
     # By their text: a config may hold NaN, which is unequal to itself.
     assert dump_config(again) == dump_config(loaded)
     json.dumps(loaded.semantic())
@@ -133,6 +135,26 @@ def yaml_text(content: bytes) -> None:
     assert yaml.safe_load(yaml.safe_dump(loaded, allow_unicode=True)) == loaded or "nan" in repr(
         loaded
     )
+
+
+def model_file(content: bytes) -> None:
+    """A file of a model folder, whatever it holds, loads or is refused by name. First byte: which one."""
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "trainer.safetensors")
+    name = names[content[0] % len(names)] if content else names[0]
+    folder = _folder() / "model"
+    shutil.copytree(MICRO, folder, dirs_exist_ok=True)
+    (folder / name).write_bytes(content[1:])
+    try:
+        if name == "config.json":
+            model_on_meta(load_config(str(folder)))
+        elif name == "trainer.safetensors":
+            load_state(folder / name)
+        else:
+            load_tokenizer(str(folder))
+    except InputError as error:
+        _names(error, str(folder))
+    finally:
+        shutil.rmtree(folder)
 
 
 def view_query(content: bytes) -> None:

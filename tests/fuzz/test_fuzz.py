@@ -100,6 +100,12 @@ def test_a_yaml_text_is_refused_or_a_tree(data):
 
 
 @few
+@given(mutated(seeds("model-file")))
+def test_a_file_of_a_model_folder_loads_or_is_refused_by_name(data):
+    targets.model_file(data)
+
+
+@few
 @given(
     mutated(seeds("view-query"))
     | st.lists(st.sampled_from(["from", "after", "=", "&", "-", "9" * 400, "%ff", "%00", ";", "1"]))
