@@ -489,7 +489,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.crash_dead_runs:
         require_reachable(args.store)
-    crash_dead_runs()
+    if args.crash_dead_runs or PREFECT_API_URL.value():  # a temporary server ends with its runs
+        crash_dead_runs()
     if args.crash_dead_runs:
         return
     if args.run:
