@@ -220,7 +220,7 @@ class Store:
             # Nothing to write: a store that can't be written serves it too.
             if self.is_local:
                 remove_unheld(self.local_root())
-                sync(self.local_root())  # whoever wrote it may have been killed before
+                sync(self.local_root())  # its writer may have been killed before its own sync
             return
         self.sync(dataset.ref)
         with self.locked(_ALIASES):
@@ -389,7 +389,7 @@ class Store:
 
     def sync(self, ref: str, files: Sequence[str] = ()) -> None:
         """Return when the names in a dataset's folder, and the content of some of its files, are on
-        the disk: whoever wrote them may have been killed before. Of a local store alone."""
+        the disk: their writer may have been killed before its own sync. Local stores only."""
         if not self.is_local:
             return
         folder = Path(self.inside(ref))

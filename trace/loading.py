@@ -137,7 +137,7 @@ def require_finite(model: Any, path: str) -> None:
 
 
 def check_files(path: str) -> None:
-    """Check what can be told of a model folder's files without reading its weights.
+    """Check a model folder's files without reading its weights.
 
     Raises:
         InputError: a JSON file that holds no object, a chat template that is no text, end-of-text

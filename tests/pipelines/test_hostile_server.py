@@ -285,7 +285,7 @@ def test_an_answer_above_the_limit_is_not_taken(ask, answer, monkeypatch):
         repeats(CHUNKED, b"x-more: 1\r\n", 0.05),
         repeats(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.05),
     ],
-    ids=["silent", "head without an end", "body drips", "headers drip", "continues for ever"],
+    ids=["silent", "head without an end", "body drips", "headers drip", "continues without end"],
 )
 def test_an_answer_that_does_not_end_is_given_up_at_the_deadline(ask, answer):
     with serving(answer) as server:
