@@ -41,6 +41,7 @@ class PolicyAnnotator:
         """Raises InputError if the policy can't write a structured answer within the limit."""
         self._config, self._prompt, self._segment = config, prompt, segment
         self._sampler, self._tokenizer = sampler, tokenizer
+        self._warned = False
         if config.structured:
             longest = self._schema(segment.max_segments)
             if tokenizer is not None:
@@ -121,7 +122,9 @@ class PolicyAnnotator:
         """Log how many questions leave no room for an answer; a server's context is its own to check."""
         context = getattr(self._sampler, "context", None)
         lengths = [len(prompt.token_ids or ()) + limit for prompt in prompts]
-        if context is not None and (long := sum(length > context for length in lengths)):
+        long = 0 if context is None else sum(length > context for length in lengths)
+        if long and not self._warned:
+            self._warned = True  # once: in training each step asks
             logger.warning(
                 "%d of %d questions with an answer of up to %d tokens are longer than the context of %d "
                 "tokens of policy %s: its answers may be worth little",
