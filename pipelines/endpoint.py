@@ -51,8 +51,13 @@ def may_pass(error: BaseException) -> bool:
         # An empty account and a request above the limit are also a 429, but waiting mends neither.
         if is_quota(error) or _TOO_LARGE.search(error.message):
             return False
-        return error.status_code in (408, 409, 429) or error.status_code >= 500
+        return status_may_pass(error.status_code)
     return isinstance(error, openai.APIConnectionError | NotACompletion)
+
+
+def status_may_pass(status: int) -> bool:
+    """Whether a request that got this HTTP status may succeed later."""
+    return status in (408, 409, 429) or status >= 500
 
 
 def is_quota(error: BaseException) -> bool:

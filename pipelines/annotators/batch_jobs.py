@@ -371,5 +371,5 @@ def _outcome(line: bytes, latency_s: float) -> tuple[str, dict[str, Any] | Excep
     except RecursionError:
         return key, endpoint.NotACompletion("nested too deeply")
     status = response.status_code
-    passing = status in (408, 409, 429) or status >= 500
+    passing = endpoint.status_may_pass(status)
     return key, RequestFailed(said.message or f"status {status}", said.param, passing=passing)

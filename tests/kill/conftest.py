@@ -17,11 +17,15 @@ TRAIN = [
     "online.group_size=4", "groups_per_step=3", "schedule.hold_steps=2", "schedule.decay_steps=8",
     "teacher.sync_steps=3", "checkpoint_every=1",
 ]  # fmt: skip
-# The policy's own weights annotate in the first two online steps; in the others λ is 0.
+STUDIES = Path(__file__).parents[2] / "studies"
+# The policy's own weights annotate in the first two online steps; in the others λ is 0. The study's
+# short question fits into micro's context.
 ONLINE = [
     "online.group_size=2", "groups_per_step=2", "schedule.hold_steps=2", "schedule.decay_steps=1",
     "teacher.sync_steps=2", "checkpoint_every=1", "online.annotator.engine=self",
     "online.annotator.max_new_tokens=128", "online.sampling.max_new_tokens=48",
+    f"online.annotator.prompt={STUDIES / 'micro-annotate.md'}",
+    f"online.annotator.answer_schema={STUDIES / 'micro-answer.schema.json'}",
 ]  # fmt: skip
 STAGES = {
     "problems": ["problems", CONFIG, "limit=72", "rows_per_part=3"],
