@@ -28,7 +28,7 @@ from ..trace.schedule import kl_weight
 from ..trace.shared_online import SharedOnline
 from ..trace.trainer import Online
 from .annotators import open_annotator
-from .annotators.policy import annotating_policy
+from .annotators.own_policy import annotating_policy
 from .annotators.rows import skipped_annotations
 from .rollout import rollouts_table
 from .samplers import Follower, open_follower, open_sampler
