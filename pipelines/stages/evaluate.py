@@ -19,9 +19,9 @@ from ...schemas.errors import DamagedFile, InputError
 from ...schemas.labels import FinishReason
 from ...schemas.tables import EVALUATIONS, PROBLEMS
 from ...trace.identity import cached_sha256
-from ..bootstrap import Estimate, bootstrap_mean, pass_at_k
 from ..samplers import open_sampler
 from ..samplers.context_length import require_room
+from ..statistics import Estimate, bootstrap_mean, pass_at_k
 from .base import Plan, Stage
 from .rollout import policy_identity, require_planned, rollouts_table
 from .verify import CHOICE_MATCHER, MathVerifier, math_matcher

@@ -41,8 +41,8 @@ from ...trace.policy import Policy, load_policy
 from ...trace.prompt import render_chat, teacher_messages
 from ...trace.trainer import Trainer
 from ..annotators.rule import StepsAnnotator
-from ..demonstrations import NOISE, STUDENT_TEMPLATE, TEACHER_TEMPLATE, UNINFORMATIVE
-from ..micro import exact_verdicts
+from ..bundled.demonstrations import NOISE, STUDENT_TEMPLATE, TEACHER_TEMPLATE, UNINFORMATIVE
+from ..bundled.micro import exact_verdicts
 from ..models import resolve_policy
 from ..samplers.transformers import TransformersPolicySampler
 from ..stages.rollout import rollouts_table

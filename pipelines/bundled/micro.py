@@ -1,4 +1,4 @@
-"""Train the bundled `micro` policy from scratch: python -m trace_opd.pipelines.micro
+"""Train the bundled `micro` policy from scratch: python -m trace_opd.pipelines.bundled.micro
 
 A Qwen3-architecture model of about 1 M parameters with a character tokenizer learns multi-digit
 addition, step by step, from noisy demonstrations (demonstrations.py). At temperature 1 it repeats that
@@ -23,17 +23,15 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ..data.sources.arithmetic import answer_text, rows
-from ..data.store import content_hash
-from ..schemas.configs import (
-    ArithmeticSource,
-)
-from ..schemas.labels import VerdictStatus
-from ..schemas.tables import PROBLEMS, VERDICTS
-from ..trace.policy import load_policy
-from .annotators.prompting import load_prompt
+from ...data.sources.arithmetic import answer_text, rows
+from ...data.store import content_hash
+from ...schemas.configs import ArithmeticSource
+from ...schemas.labels import VerdictStatus
+from ...schemas.tables import PROBLEMS, VERDICTS
+from ...trace.policy import load_policy
+from ..annotators.prompting import load_prompt
+from ..models import MICRO
 from .demonstrations import Mixture, sample_chat, sample_marking
-from .models import MICRO
 
 SPECIALS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
@@ -192,7 +190,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.measure:
-        from .study.mechanism import label_effect
+        from ..study.mechanism import label_effect
 
         policy = load_policy(str(args.output))
         figures = label_effect(policy, arithmetic_problems(64, args.seed), args.seed)
