@@ -118,12 +118,12 @@ study-quick: setup  ## a smaller study, studies/micro-quick/STUDY.md
 	$(BIN)/trace-opd study studies/micro.yaml --quick --store runs/study
 
 bases: setup  ## pre-train the study's bundled bases again, in models/micro-bases
-	$(BIN)/python -m trace_opd.pipelines.bundled.micro --output models/micro-bases \
+	$(BIN)/python -m trace_opd.pipelines.micro --output models/micro-bases \
 		--subtraction 0.3 --marking 0.15 --snapshots 500 550 800 \
 		--prompt studies/micro-annotate.md --answer-schema studies/micro-answer.schema.json
 
 micro: setup  ## train the bundled micro policy again
-	$(BIN)/python -m trace_opd.pipelines.bundled.micro
+	$(BIN)/python -m trace_opd.pipelines.micro
 
 clean:  ## remove the environment and everything made by runs
 	rm -rf $(VENV) $(VENV)-* runs store models

@@ -1,4 +1,4 @@
-"""Train the bundled `micro` policy from scratch: python -m trace_opd.pipelines.bundled.micro
+"""Train the bundled `micro` policy from scratch (the command is pipelines/micro.py).
 
 A Qwen3-architecture model of about 1 M parameters with a character tokenizer learns multi-digit
 addition, step by step, from noisy demonstrations (demonstrations.py). At temperature 1 it repeats that
@@ -7,9 +7,7 @@ so the label really changes what the teacher predicts (`--measure` prints by how
 answer.
 """
 
-import argparse
 import copy
-import json
 import math
 import random
 import time
@@ -28,9 +26,6 @@ from ...data.store import content_hash
 from ...schemas.configs import ArithmeticSource
 from ...schemas.labels import VerdictStatus
 from ...schemas.tables import PROBLEMS, VERDICTS
-from ...trace.policy import load_policy
-from ..annotators.prompting import load_prompt
-from ..models import MICRO
 from .demonstrations import Mixture, sample_chat, sample_marking
 
 SPECIALS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -165,49 +160,3 @@ def arithmetic_problems(count: int, seed: int) -> pa.Table:
         row | {"problem_id": content_hash([row["source"], row["problem"]]), "split": "test"}
         for row in islice(rows(source, seed), count)
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train or measure the micro policy.")
-    parser.add_argument("--output", type=Path, default=MICRO)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--snapshots", type=int, nargs="*", default=[], help="steps after which a copy is kept"
-    )
-    parser.add_argument(
-        "--subtraction", type=float, default=0.0, help="share of the problems that subtract"
-    )
-    parser.add_argument(
-        "--marking", type=float, default=0.0, help="share of the batches that mark responses"
-    )
-    parser.add_argument("--prompt", help="annotation prompt of the markings")
-    parser.add_argument("--answer-schema", help="its answer schema")
-    parser.add_argument(
-        "--measure", action="store_true", help="measure the model in --output instead of training"
-    )
-    args = parser.parse_args()
-    if args.measure:
-        from ..study.mechanism import label_effect
-
-        policy = load_policy(str(args.output))
-        figures = label_effect(policy, arithmetic_problems(64, args.seed), args.seed)
-        print(json.dumps(figures, indent=2))
-    else:
-        prompt = load_prompt(args.prompt, args.answer_schema) if args.marking else None
-        mixture = Mixture(args.subtraction, args.marking, prompt)
-        pretrain(
-            args.output,
-            args.steps,
-            args.batch_size,
-            args.lr,
-            args.seed,
-            args.snapshots,
-            mixture,
-        )
-
-
-if __name__ == "__main__":
-    main()
