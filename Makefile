@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-kill test-soak test-cluster test-vllm check audit fuzz bench-annotate bench-clip bench-data bench-loss bench-overlap bench-rollout bench-step bench-verify bases micro study study-quick clean
+.PHONY: help peers setup setup-locked lock demo test test-kill test-soak test-cluster test-vllm check audit fuzz bench-annotate bench-clip bench-data bench-loss bench-overlap bench-rollout bench-step bench-verify bases micro study study-quick docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -111,10 +111,10 @@ peers:
 	@# Without them the benchmarks measure the rest and say what is missing.
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
 
-study: setup  ## the method against its baselines and ablations, docs/STUDY.md
-	$(BIN)/trace-opd study studies/micro.yaml --store runs/study --page docs/STUDY.md
+study: setup  ## the method against its baselines and ablations, docs/study.md
+	$(BIN)/trace-opd study studies/micro.yaml --store runs/study --page docs/study.md
 
-study-quick: setup  ## a smaller study, studies/micro-quick/STUDY.md
+study-quick: setup  ## a smaller study, studies/micro-quick/study.md
 	$(BIN)/trace-opd study studies/micro.yaml --quick --store runs/study
 
 bases: setup  ## pre-train the study's bundled bases again, in models/micro-bases
@@ -125,5 +125,11 @@ bases: setup  ## pre-train the study's bundled bases again, in models/micro-base
 micro: setup  ## train the bundled micro policy again
 	$(BIN)/python -m trace_opd.pipelines.micro
 
+docs: setup  ## build the documentation site in site/, strict
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python .ci/commands.py
+	@# Without --quiet, under which mkdocs counts no warnings.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:  ## remove the environment and everything made by runs
-	rm -rf $(VENV) $(VENV)-* runs store models
+	rm -rf $(VENV) $(VENV)-* runs store models site

@@ -209,7 +209,7 @@ def study(
     overrides: Overrides = None,
     store: StoreRoot = "store",
     output: Annotated[Path, typer.Option(help="Folder of the studies' files.")] = Path("studies"),
-    page: Annotated[Path | None, typer.Option(help="Page; default: STUDY.md there.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Page; default: study.md there.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Apply the config's `quick`.")] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -223,7 +223,7 @@ def study(
         console.print(f"# {planned(loaded)}")
         return
     folder = output / loaded.name
-    written = page or folder / "STUDY.md"
+    written = page or folder / "study.md"
     run_study(loaded, Store(store), folder, written)
     console.print(f"{written}, results in {folder}", soft_wrap=True)
 

@@ -76,7 +76,7 @@ def test_a_study_has_a_row_per_run_look_split_and_decoding(made):
 
 
 def test_the_page_says_what_the_files_say(made):
-    page = (made / "small" / "STUDY.md").read_text()
+    page = (made / "small" / "study.md").read_text()
     table = pl.read_parquet(made / "small" / "results.parquet")
     last = table.filter((pl.col("step") == 2) & (pl.col("decoding") == "sampled"))
     for method in ("grpo", "trace-fkl", "all"):
@@ -94,14 +94,14 @@ def test_the_page_says_what_the_files_say(made):
 
 
 def test_the_page_names_what_an_arm_is_compared_with(made):
-    page = (made / "small" / "STUDY.md").read_text()
+    page = (made / "small" / "study.md").read_text()
     assert re.search(r"^\| all \| .+ to half \| ", page, re.M)
     assert re.search(r"^\| half \| [^|]+\| [^|]+\| – \| ", page, re.M)  # all are compared with it
     assert re.search(r"^\| grpo \| [^|]+ \| [^|]+ \| – \| ", page, re.M)
 
 
 def test_the_page_sets_exposure_against_what_other_splits_lost(made):
-    page = (made / "small" / "STUDY.md").read_text()
+    page = (made / "small" / "study.md").read_text()
     section = page.split("## exposure")[1].split("##")[0]
     answers = pl.read_parquet(made / "small" / "answers.parquet").filter(
         (pl.col("method") == "half") & (pl.col("decoding") == "sampled")
@@ -110,7 +110,7 @@ def test_the_page_sets_exposure_against_what_other_splits_lost(made):
 
 
 def test_the_page_shows_one_step_as_its_file_has_it(made):
-    page = (made / "small" / "STUDY.md").read_text()
+    page = (made / "small" / "study.md").read_text()
     table = pl.read_parquet(made / "small" / "mechanism.parquet")
     assert table["seed"].unique().sort().to_list() == [0, 1]
     for (objective,), own in table.group_by("objective"):
@@ -134,7 +134,7 @@ def test_the_choice_is_the_one_whose_runs_did_best_and_the_page_shows_both(made)
     tuning = pl.read_parquet(made / "small" / "tuning.parquet")
     assert set(tuning["split"]) == {"tuning"}
     assert set(tuning["seed"]) == {1000}
-    page = (made / "small" / "STUDY.md").read_text().split("## What tuning chose")[1]
+    page = (made / "small" / "study.md").read_text().split("## What tuning chose")[1]
     table = pl.read_parquet(made / "small" / "results.parquet")
     for method in ("grpo", "trace-fkl"):
         choices = ("optim.lr=1.0e-4", "optim.lr=1.0e-3")
@@ -162,12 +162,12 @@ def test_an_arm_of_an_ablation_takes_the_choice_of_the_arm_that_it_is_like(made)
 
 def test_a_study_goes_on_from_the_runs_that_its_store_has(made):
     before = {path: path.stat().st_mtime_ns for path in made.glob("store/train/*/manifest.json")}
-    page = (made / "small" / "STUDY.md").read_bytes()
+    page = (made / "small" / "study.md").read_bytes()
     arguments = ["study", str(CONFIG), *SMALL, "--store", f"{made}/store", "--output", str(made)]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     after = {path: path.stat().st_mtime_ns for path in made.glob("store/train/*/manifest.json")}
     assert after == before
-    assert (made / "small" / "STUDY.md").read_bytes() == page
+    assert (made / "small" / "study.md").read_bytes() == page
 
 
 def test_a_study_leaves_the_names_of_the_users_own_datasets_alone(made):
