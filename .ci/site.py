@@ -81,7 +81,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     def rewritten(match: re.Match[str]) -> str:
         uri = _uri(_target(page.file.src_uri, match[1]))
-        return os.path.relpath(uri, os.path.dirname(page.file.src_uri) or ".")
+        return os.path.relpath(uri, Path(page.file.src_uri).parent)
 
     return _LINK.sub(rewritten, markdown)
 

@@ -21,12 +21,8 @@ from trace_opd.pipelines.cli.commands import app
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("schemas", "data", "trace", "pipelines", "deploy", "configs", ".ci")
-EXAMPLES = {
-    title: body
-    for title, body in re.findall(
-        r"^### (.*?)\n(.*?)(?=^### |\Z)", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S
-    )
-}
+SECTION = re.compile(r"^### (.*?)\n(.*?)(?=^### |\Z)", re.M | re.S)
+EXAMPLES = dict(SECTION.findall((ROOT / "CONTRIBUTING.md").read_text()))
 CONFIG = str(ROOT / "configs" / "micro.yaml")
 # Calls the command line in one process: its imports take seconds.
 CALLER = """
