@@ -25,7 +25,7 @@ from trace_opd.pipelines.annotators.prices import Price
 from trace_opd.pipelines.annotators.prompting import SHIPPED_PROMPT, SHIPPED_SCHEMA
 from trace_opd.pipelines.annotators.rows import Reading
 from trace_opd.pipelines.annotators.spending import open_spending
-from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator, SegmentConfig
 from trace_opd.schemas.contract import validate
