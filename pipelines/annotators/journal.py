@@ -2,7 +2,7 @@
 
 An answer is durable in the journal before it counts, under a key of everything that decides it, so a
 killed stage pays for nothing twice. Each process appends to a file of its own. Writers therefore need no
-lock, and a torn line is always the last of its file. A damaged line costs that line alone.
+lock, and a torn line is always the last of its file. Damage costs only the lines that it touches.
 docs/decisions/paid-journal.md compares this with SQLite.
 """
 
