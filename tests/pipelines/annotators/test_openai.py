@@ -464,10 +464,10 @@ def test_concurrency_is_used_and_not_exceeded():
 def test_a_slow_disk_holds_requests_back(tmp_path: Path, monkeypatch):
     append, kept, unkept = Journal.append, [], []
 
-    def append_slowly(journal, records, notes):
+    def append_slowly(journal, lines):
         time.sleep(0.05)
-        append(journal, records, notes)
-        kept.extend(records)
+        append(journal, lines)
+        kept.extend(lines)
 
     def answer(number: int, body: dict) -> Reply:
         unkept.append(number + 1 - len(kept))
