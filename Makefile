@@ -70,9 +70,10 @@ test-vllm: $(VLLM_VENV)/.installed  ## train online with real vLLM, in process a
 deployments: setup  ## write the stages' deployments into prefect.yaml and deploy/kubernetes/prefect.yaml
 	$(BIN)/python .ci/deployments.py
 
-check: setup  ## lint, format check and type check
+check: setup  ## lint, format check, import rules and type check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	@# The root is the package trace_opd: a link gives the type checker that name.
 	@mkdir -p $(VENV)/types && ln -sfn $(CURDIR) $(VENV)/types/trace_opd
 	$(BIN)/pyright --pythonpath $(BIN)/python
