@@ -520,6 +520,27 @@ def test_a_part_that_is_gone_is_a_sentence(tmp_path):
     assert "file is gone" in answer.text
 
 
+@pytest.mark.parametrize("damage", ["a bit", "rows"])
+def test_a_damaged_part_is_a_sentence(tmp_path, damage):
+    pair = make_pair(tmp_path / "store")
+    with serving(Viewer(pair.store, pair.a.ref)) as address:
+        part = Path(pair.a.input("verdicts").input("rollouts").path("part-00000.parquet"))
+        if damage == "rows":
+            pq.write_table(pq.read_table(part).slice(0, 1), part)
+        else:
+            group = pq.read_metadata(part).row_group(0)
+            columns = [group.column(index) for index in range(group.num_columns)]
+            (column,) = [c for c in columns if c.path_in_schema == "response"]
+            content = bytearray(part.read_bytes())
+            content[column.data_page_offset + 40] ^= 1
+            part.write_bytes(content)
+        answer = httpx.get(f"{address}/rollout?id={IDS[0]}")
+    assert answer.status_code == 500
+    assert answer.text.count("\n") == 1
+    assert re.search("does not hold what was written|part 0 holds 1 rows", answer.text)
+    assert "verify-store" in answer.text
+
+
 def test_what_the_standard_library_refuses_is_told_in_plain_text_too(address):
     with socket.create_connection((HOST, int(address.rsplit(":", 1)[1]))) as connection:
         connection.sendall(b"<script> / HTTP/1.1\r\n\r\n")

@@ -3,12 +3,12 @@
 const FRONT_CHARTS = 6;
 const BOX = { width: 360, height: 168, left: 38, right: 6, top: 14, bottom: 18 };
 const cursors = [];
-const ROUTES = ["fkl", "rkl", "jsd", "reweight"]; // in the order of the styles s0 … s3
 
-// A route's series has the route's colour in every chart, any other one that of its place.
+// A route's series has the route's colour in every chart; any other series the colour of its place.
 function seriesStyle(name, index) {
-  const route = ROUTES.indexOf(name.split("_").pop());
-  return `s${route >= 0 ? route : Math.min(index, 4)}`;
+  const route = DATA.routes.indexOf(name.split("_").pop());
+  if (route >= 0) return `s${(route % 6) + 1}`;
+  return `s${index < 4 ? index + 1 : 0}`;
 }
 
 function niceTicks(low, high, count) {
