@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from ...schemas.labels import AnnotationStatus, Route
 
 _JUDGED = pa.array([AnnotationStatus.OK, AnnotationStatus.EMPTY], pa.string())
+_BITS = np.min_scalar_type((1 << len(Route)) - 1)
 NOT_ANNOTATED = "not annotated"
 
 
@@ -33,11 +34,13 @@ def text_facet(name: str, label: str, column: pa.ChunkedArray, missing: str = "n
     """A facet of a column's distinct values, sorted; null becomes `missing`, the last value."""
     if pa.types.is_boolean(column.type):
         column = pc.if_else(column, "yes", "no")
-    values = [str(value) for value in sorted(pc.unique(column.drop_null()).to_pylist())]
+    values = [value for value in pc.unique(column).to_pylist() if value is not None]
+    values = [str(value) for value in sorted(values)]
     if column.null_count:
         values.append(missing)
     codes = pc.index_in(column.cast(pa.string()), value_set=pa.array(values, pa.string()))
-    return Facet(name, label, values, pc.fill_null(codes, len(values) - 1).to_numpy().astype("i2"))
+    numbers = np.nan_to_num(codes.to_numpy(), nan=len(values) - 1)  # null becomes NaN
+    return Facet(name, label, values, numbers.astype(np.int16))
 
 
 def annotation_facets(annotations: pa.Table, side: str = "") -> list[Facet]:
@@ -64,13 +67,13 @@ def route_facets(routed: pa.Table) -> list[Facet]:
 
 
 def route_masks(route: pa.ListArray) -> pa.Array:
-    """The routes of each response's tokens, one bit per route: (responses,) uint64."""
+    """The routes of each response's tokens, one bit per route: (responses,) unsigned."""
     counts = pc.list_value_length(route).to_numpy()
-    bits = np.left_shift(np.uint64(1), pc.list_flatten(route).to_numpy().astype(np.uint64))
+    bits = np.left_shift(_BITS.type(1), pc.list_flatten(route).to_numpy().astype(_BITS))
     # For an empty segment, reduceat returns the element that follows it.
     starts = np.cumsum(counts) - counts
-    masks = np.bitwise_or.reduceat(np.append(bits, np.uint64(0)), starts)
-    return pa.array(np.where(counts > 0, masks, np.uint64(0)))
+    masks = np.bitwise_or.reduceat(np.append(bits, _BITS.type(0)), starts)
+    return pa.array(np.where(counts > 0, masks, _BITS.type(0)))
 
 
 def _route_names(mask: int) -> str:
@@ -93,7 +96,7 @@ def judged(annotations: pa.Table) -> np.ndarray:
 def types_differ(first: pa.Table, second: pa.Table) -> np.ndarray:
     """(rollouts,) bool: whether both name a type, and not the same one."""
     differ = pc.not_equal(first["diagnostic_type"], second["diagnostic_type"])
-    return pc.fill_null(differ, False).to_numpy()
+    return np.equal(differ.to_numpy(), True)  # null, where one names none, is no difference
 
 
 def agreement_facets(

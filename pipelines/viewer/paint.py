@@ -1,8 +1,8 @@
 """Cuts a response into pieces, each with the paint of its route.
 
 rollout_view.py paints the rollouts that the page and the terminal draw. With the policy's tokenizer
-the paint is exact per token. Without it, it is an estimate: under rule spans a span that the α cap cut
-is painted up to its share of kept tokens, under other rules all tokens count as equally long.
+the paint is exact per token. Without it, it is an estimate: under rule spans a span that the α cap
+cut is painted up to its share of kept tokens, under other rules all tokens count as equally long.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Paint(IntEnum):
     """What a character's background shows; a route has the number and the name of its paint.
 
-    PLAIN: the ordinary loss, unmarked. A member per other route, by its name: routed there, inside a
-    span or not. MARKED: marked by the annotator, and nothing is routed yet or the action is none.
+    PLAIN: the ordinary loss, unmarked. A member per other route, by its name: routed there, inside
+    a span or not. MARKED: marked by the annotator, and nothing is routed yet or the action is none.
     DROPPED: marked, and left out by the rule (under rule spans by the α cap).
     """
 
@@ -38,8 +38,8 @@ class Paint(IntEnum):
 
 
 class Piece(NamedTuple):
-    """A run of characters with one paint. span: rank of the annotator's span, −1 outside; segment:
-    index of the segment that begins with this piece, else None."""
+    """A run of characters with one paint. span: rank of the annotator's span, −1 outside;
+    segment: index of the segment that begins with this piece, else None."""
 
     text: str
     paint: Paint
@@ -109,7 +109,7 @@ def paint_kept_spans(
     span_id: np.ndarray,
     dropped_tokens: int,
 ) -> CharPaint:
-    """Paint of a response routed by rule spans, without its tokenizer: each span up to its kept end."""
+    """Paint of a response routed by rule spans, without its tokenizer: spans up to their cut."""
     painted = _blank(length)
     ends = _kept_ends(segments, spans, span_id, dropped_tokens)
     for span in _least_important_first(spans):

@@ -114,7 +114,9 @@ def build_index(
     chosen = chosen.take(order)
     found = {role: _aligned(table, chosen) for role, table in held.items()}
     rows = {role: table["row"].to_numpy() for role, table in found.items()}
-    rows["problems"] = row_numbers(found["rollouts"]["problem_id"], problems["problem_id"])
+    rows["problems"] = row_numbers(
+        found["rollouts"]["problem_id"].combine_chunks(), problems["problem_id"]
+    )
     facets, scores = _facets(found)
     return RolloutIndex(
         ids=chosen,
@@ -136,8 +138,8 @@ def _facets(found: dict[str, pa.Table]) -> tuple[list[Facet], np.ndarray | None]
         facets += route_facets(found["routed"])
     if "against" in found:
         first, second = found["annotations"], found["against"]
-        ends = (span_ends(side["spans"].combine_chunks()) for side in (first, second))
-        both, either = overlap(*ends, len(first))
+        ends = [span_ends(side["spans"].combine_chunks()) for side in (first, second)]
+        both, either = overlap(ends[0], ends[1], len(first))
         comparable, differ = judged(first) & judged(second), types_differ(first, second)
         scores = disagreement(both, either, differ, comparable)
         facets += annotation_facets(first, " A") + annotation_facets(second, " B")
@@ -178,6 +180,7 @@ def _aligned(held: pa.Table, ids: pa.Array) -> pa.Table:
     return taken.append_column("row", pa.array(rows))
 
 
-def row_numbers(ids: pa.Array | pa.ChunkedArray, held: pa.ChunkedArray) -> np.ndarray:
+def row_numbers(ids: pa.Array, held: pa.ChunkedArray) -> np.ndarray:
     """Where ids are in a table's id column: (ids,) int64, −1 for those it does not hold."""
-    return pc.fill_null(pc.index_in(ids, value_set=held), -1).to_numpy().astype(np.int64)
+    found = pc.index_in(ids, value_set=held).to_numpy(zero_copy_only=False)  # null becomes NaN
+    return np.nan_to_num(found, nan=-1).astype(np.int64)

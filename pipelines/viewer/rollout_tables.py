@@ -1,4 +1,4 @@
-"""Finds the tables behind a dataset's rollouts, the policy's tokenizer, and which rollouts a page shows.
+"""Finds the tables behind a dataset's rollouts, the policy's tokenizer, and a page's rollouts.
 
 Called by view.py and report.py, by `trace-opd show`, and by comparison/.
 """
@@ -86,8 +86,8 @@ def find_counterpart(ref: str, tables: Tables, store: Store) -> Dataset:
     )
     if ours != theirs:
         raise InputError(
-            f"datasets {lead.ref} and {against.ref} annotate different rollouts ({ours}, {theirs}); "
-            "name annotations of the same ones"
+            f"datasets {lead.ref} and {against.ref} annotate different rollouts ({ours}, "
+            f"{theirs}); name annotations of the same ones"
         )
     return against
 
@@ -134,9 +134,9 @@ def find_byte_table(dataset: Dataset, tables: Tables) -> "tuple[ByteTable, str] 
 def load_policy_tokenizer(policy: dict[str, Any]) -> "PreTrainedTokenizerBase":
     """The tokenizer of a manifest's policy, from files on this machine.
 
-    Python code that comes with it runs only if policy.trust_remote_code and the environment variable
-    TRACE_OPD_TRUST_REMOTE_CODE=1 both allow it: a store may be someone else's work, and its manifest
-    alone must not start a program.
+    Python code that comes with it runs only if policy.trust_remote_code and the environment
+    variable TRACE_OPD_TRUST_REMOTE_CODE=1 both allow it: a store may be someone else's work, and
+    its manifest alone must not start a program.
 
     Raises:
         InputError: the tokenizer is not on this machine, or needs code that may not run.
@@ -169,7 +169,7 @@ def routing_rule(tables: Tables) -> str:
 
 
 def _made_by(dataset: Dataset) -> dict[str, Any]:
-    """A dataset's config; for a table made in training, the config of its run once that is finished."""
+    """A dataset's config; for a table made in training, the config of its finished run."""
     config = dataset.manifest["config"]
     if (run := config.get("online")) is None:
         return config

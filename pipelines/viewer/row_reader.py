@@ -21,8 +21,8 @@ _TOKEN_COLUMNS = ("token_ids", "route", "span_id")
 class RowReader:
     """Some columns of a dataset's rows. Thread-safe.
 
-    Neighbours in a list are neighbours on disk, so the parts that were read last stay in memory: the
-    last one always, more of them up to `keep_bytes`.
+    Neighbours in a list are neighbours on disk, so the parts that were read last stay in memory:
+    the last one always, more of them up to `keep_bytes`.
     """
 
     def __init__(

@@ -4,28 +4,27 @@ rollout_index.py calls it when a page compares two annotations datasets.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 
 @dataclass(frozen=True)
 class SpanEnds:
-    """All spans of a list of rollouts: each one's row, first character and one past the last, int64."""
+    """Each span's rollout, first character and one past the last, (spans,) int64 each."""
 
     row: np.ndarray
     start: np.ndarray
     end: np.ndarray
 
 
-def span_ends(spans: pa.ListArray) -> SpanEnds:
-    """The ends in a column of lists of spans; a null list holds none."""
+def span_ends(spans: Any) -> SpanEnds:
+    """The ends in a column of lists of spans, an Arrow array; a null list holds none."""
     flat = pc.list_flatten(spans)
-    return SpanEnds(
-        pc.list_parent_indices(spans).to_numpy(),
-        *(pc.struct_field(flat, name).to_numpy().astype(np.int64) for name in ("start", "end")),
-    )
+    start, end = (pc.struct_field(flat, name).to_numpy() for name in ("start", "end"))
+    rows = pc.list_parent_indices(spans).to_numpy()
+    return SpanEnds(rows, start.astype(np.int64), end.astype(np.int64))
 
 
 def overlap(first: SpanEnds, second: SpanEnds, rows: int) -> tuple[np.ndarray, np.ndarray]:

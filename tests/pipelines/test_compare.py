@@ -1,4 +1,4 @@
-"""Command compare: what it joins, what it writes, and that capped figures are what training sees."""
+"""Command compare: what it joins and writes, and that capped figures are what training sees."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def run(*args: object) -> int:
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory) -> Store:
-    """Real rollouts with token ids, annotated by both rules and by an annotator of other segments."""
+    """Real rollouts with token ids, annotated by both rules and with other segments."""
     root = tmp_path_factory.mktemp("sampled") / "store"
     for command in (
         ["problems", CONFIG, "limit=6", "rows_per_part=2"],
@@ -223,8 +223,8 @@ def test_a_tokenizer_with_code_counts_tokens_only_where_the_code_may_run(
         "class OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
     )
     settings = json.loads((model / "tokenizer_config.json").read_text())
-    settings |= {"tokenizer_class": "OwnTokenizer",
-                 "auto_map": {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]}}  # fmt: skip
+    classes = {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]}
+    settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": classes}
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     (model / "config.json").write_text("{}")  # no model type whose own tokenizer would do
     line = sampled.get("line")

@@ -100,17 +100,18 @@ def make_run(
     **routing: Any,
 ) -> Run:
     """A store whose problem i has the given responses: first correct, others wrong, the first two
-    segments of each marked. with_code: the tokenizer's class comes with the policy, which the config
-    trusts. routing: fields of RoutingConfig."""
+    segments of each marked. with_code: the tokenizer's class comes with the policy, which the
+    config trusts. routing: fields of RoutingConfig."""
     policy = root / "policy"
     if with_policy:
         tokenizer.save_pretrained(policy)
         (policy / "config.json").write_text("{}")
     if with_code:
-        (policy / "own_tokenizer.py").write_text(TOKENIZER_CODE.format(sprung=str(root / "sprung")))
+        code = TOKENIZER_CODE.format(sprung=str(root / "sprung"))
+        (policy / "own_tokenizer.py").write_text(code)
         settings = json.loads((policy / "tokenizer_config.json").read_text())
-        settings |= {"tokenizer_class": "OwnTokenizer",
-                     "auto_map": {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]}}  # fmt: skip
+        classes = {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]}
+        settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": classes}
         (policy / "tokenizer_config.json").write_text(json.dumps(settings))
     store = Store(root / "store")
     problems, rollouts, verdicts, annotations = [], [], [], []
@@ -571,8 +572,9 @@ def test_train_run_shows_curves_of_both_phases_and_its_rollouts(hostile_run):
 
 def test_curves_of_one_kind_stand_together():
     row = {
-        "step": 0, "coverage_fkl": 0.0, "coverage_jsd": 0.2, "coverage_reweight": 0.1, "kl_jsd": 0.3,
-        "sampler_drift": 0.01, "sampler_drift_max": 2.0, "sampler_kl": 0.02, "steps_skipped": 1.0,
+        "step": 0, "coverage_fkl": 0.0, "coverage_jsd": 0.2, "coverage_reweight": 0.1,
+        "kl_jsd": 0.3, "sampler_drift": 0.01, "sampler_drift_max": 2.0, "sampler_kl": 0.02,
+        "steps_skipped": 1.0,
     }  # fmt: skip
     drawn = {
         chart["title"]: [series["name"] for series in chart["series"]] for chart in charts([row])

@@ -757,7 +757,10 @@ def test_browser_turns_dark_by_system_and_by_key(browser, page):
 def test_browser_prints_the_rollout_without_controls(browser, page):
     browser.open(page)
     browser.call("Emulation.setEmulatedMedia", media="print")
-    hidden = "['.finder', '.toolbar'].map((name) => getComputedStyle(document.querySelector(name)).display)"
+    hidden = (
+        "['.finder', '.toolbar'].map((name) =>"
+        " getComputedStyle(document.querySelector(name)).display)"
+    )
     seen = "document.querySelector('.sides').getBoundingClientRect().height > 0"
     assert browser.js(hidden) == ["none", "none"]
     assert browser.js(seen)
