@@ -41,10 +41,10 @@ from ...trace.policy import Policy, load_policy
 from ...trace.prompt import render_chat, teacher_messages
 from ...trace.trainer import Trainer
 from ..annotators.rule import StepsAnnotator
-from ..demonstrations import NOISE, STUDENT_TEMPLATE, TEACHER_TEMPLATE, UNINFORMATIVE
-from ..micro import exact_verdicts
+from ..bundled.demonstrations import NOISE, STUDENT_TEMPLATE, TEACHER_TEMPLATE, UNINFORMATIVE
+from ..bundled.micro import exact_verdicts
 from ..models import resolve_policy
-from ..rollout import rollouts_table
+from ..samplers.rollouts import rollouts_table
 from ..samplers.transformers import TransformersPolicySampler
 
 PROMPT = PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE)

@@ -1,7 +1,7 @@
 """The HTML page that report.py writes and view.py serves: markup, style and script of web/ in one.
 
 The page loads nothing except, when it is served, its own server's data. Its content security policy
-allows no script but its own, whatever a response contains. comparison/report.py uses the template
+allows no script but its own, whatever a response contains. compare/page.py uses the template
 loader and the hashes too.
 """
 

@@ -1,0 +1,41 @@
+"""Batches of stores' annotations that are out: where they stand, and their end on request."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.table import Table
+
+from ...data.store import Store
+from ..annotators.batch_jobs import FINAL, BatchClient, JobFile, read_jobs
+
+_ATTEMPTS, _TIMEOUT_S = 3, 30.0
+
+
+def batches_table(stores: Sequence[Store], cancel: bool) -> Table:
+    """A row per batch whose answers are not in a journal yet, as its endpoint tells it now.
+
+    cancel: ask for the end of those that still go on.
+
+    Raises:
+        InputError: a missing key, an endpoint that does not answer.
+    """
+    table = Table("dataset", "batch", "status", "answers", "submitted", box=None)
+    for dataset, file in _jobs(stores):
+        job = file.job
+        client = BatchClient(job.base_url, job.api_key_env, _ATTEMPTS, _TIMEOUT_S, _TIMEOUT_S)
+        try:
+            if job.batch_id is not None:
+                client.look(file)
+                if cancel and file.job.status not in (*FINAL, "cancelling"):
+                    client.cancel(file)
+        finally:
+            client.close()
+        answers = f"{file.job.completed}/{file.job.requests}"
+        table.add_row(dataset, job.batch_id or "", file.job.status, answers, job.created_at)
+    return table
+
+
+def _jobs(stores: Sequence[Store]) -> Iterator[tuple[str, JobFile]]:
+    for store in stores:
+        for folder in store.folders_beside("annotate", "batches"):
+            for file in read_jobs(folder):
+                yield f"annotate/{folder.parent.name}", file

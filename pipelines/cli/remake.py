@@ -1,0 +1,146 @@
+"""The commands that make broken datasets again, under their own ids, from their manifests."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ...data.store import MANIFEST, Dataset, Store
+from ...schemas.errors import InputError
+from ..pipeline import CONFIG_TYPES, DEFAULT_ALIAS
+from ..stages.train import FINAL
+
+# Stage: field of its config -> role of the input that it names.
+_INPUTS = {
+    "rollout": {"problems": "problems"},
+    "verify": {"rollouts": "rollouts"},
+    "annotate": {"verdicts": "verdicts"},
+    "convert": {"annotations": "annotations"},
+    "train": {"offline.routed": "routed", "online.problems": "problems"},
+    "evaluate": {"problems": "problems", "trained": "trained"},
+}
+# Each may be made from those before it.
+_STAGES = ("problems", "rollout", "verify", "annotate", "convert", "train", "evaluate")
+
+
+def remake_commands(damaged: Sequence[tuple[Dataset, Sequence[str]]]) -> list[str]:
+    """What to type, in this order: damaged files are removed, then each stage goes on from the whole
+    ones. Journals of paid answers stay.
+
+    Each is one line of printable characters, whatever a manifest holds.
+
+    damaged: broken datasets, and the names of their broken files.
+    """
+    commands: dict[str, str] = {}  # by the dataset whose stage makes them
+    for dataset, names in damaged:
+        online = dataset.manifest["config"].get("online")
+        if isinstance(online, str):  # a table of a training run's steps
+            run = _found(dataset.store, online)
+            commands[online] = f"# {online}, which made {dataset.ref}, is gone"
+            if run is not None:
+                commands[online] = _train_again(run)
+        elif dataset.stage == "train" and not all(name.startswith(FINAL) for name in names):
+            commands[dataset.ref] = _train_again(dataset)
+        else:
+            removed = [_path(dataset, MANIFEST, *names)]
+            commands.setdefault(dataset.ref, _then(dataset.store, removed, _command(dataset)))
+    ordered = [(ref, commands[ref]) for ref in sorted(commands, key=_order)]
+    return [
+        command if command.isprintable() else f"# {ref}: its config holds what no command line can"
+        for ref, command in ordered
+    ]
+
+
+def _found(store: Store, ref: str) -> Dataset | None:
+    try:
+        return store.find(*ref.split("/"))
+    except InputError:  # damaged itself, which is a finding of its own
+        return None
+
+
+def _order(ref: str) -> tuple[int, str]:
+    stage = ref.partition("/")[0]
+    return (_STAGES.index(stage) if stage in _STAGES else len(_STAGES)), ref
+
+
+def _train_again(run: Dataset) -> str:
+    """From the first step: what the steps before the last checkpoint made is made by them alone."""
+    store = run.store
+    tables = [store.url(ref) for ref in run.summary.get("tables", {}).values()]
+    return _then(store, [_path(run, MANIFEST, "checkpoints"), tables], _command(run))
+
+
+def _path(dataset: Dataset, *names: str) -> list[str]:
+    kept = (name for name in names if dataset.store.exists(f"{dataset.ref}/{name}"))
+    return [dataset.path(name) for name in kept]
+
+
+def _then(store: Store, removed: Sequence[Sequence[str]], command: str) -> str:
+    paths = shlex.join(path for group in removed for path in group)
+    return f"rm -r {paths} && {command}" if store.is_local else f"{command}  # first remove {paths}"
+
+
+def _command(dataset: Dataset) -> str:
+    store, config = dataset.store, dataset.manifest["config"]
+    names = [name for name, ref in store.aliases().items() if ref == dataset.ref]
+    if isinstance(read := config.get("import"), dict):
+        stem = names[0].rpartition("-")[0] if names else "ALIAS"
+        words = ["import", read["layout"], read["file"], "--alias", stem]
+        words += ["--limit", str(read["limit"])] if read.get("limit") else []
+        hidden = config.get("hide_verdict") or _hidden(dataset)
+        words += ["--hide-verdict"] if hidden else []
+        return shlex.join(["trace-opd", *words, "--store", store.root])
+    kind = CONFIG_TYPES.get(dataset.stage)
+    try:
+        if kind is None:
+            raise ValueError
+        loaded = kind.model_validate(_with_inputs(dataset))
+    except (ValueError, LookupError, TypeError, ValidationError):
+        return f"# then make it again as before: no command of this release makes {dataset.ref}"
+    words = [dataset.stage, *overrides(loaded)]
+    if DEFAULT_ALIAS[dataset.stage] not in names:  # a run takes that one unless it is given another
+        words += ["--alias", names[0] if names else dataset.id]
+    return shlex.join(["trace-opd", *words, "--store", store.root])
+
+
+def _hidden(dataset: Dataset) -> bool:
+    """Whether imported annotations are of verdicts that were hidden."""
+    verdicts = dataset.manifest["inputs"].get("verdicts")
+    found = _found(dataset.store, verdicts) if verdicts else None
+    return found is not None and bool(found.manifest["config"].get("hide_verdict"))
+
+
+def _with_inputs(dataset: Dataset) -> dict[str, Any]:
+    """The manifest's config with ids for what may have been aliases: those move."""
+    config = yaml.safe_load(yaml.safe_dump(dataset.manifest["config"]))
+    for field, role in _INPUTS.get(dataset.stage, {}).items():
+        *parents, leaf = field.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = dataset.manifest["inputs"].get(role, node[leaf])
+    return config
+
+
+def overrides(config: BaseModel, prefix: str = "") -> list[str]:
+    """`key=value` words that make a config of its class's defaults."""
+    out = []
+    for name, field in type(config).model_fields.items():
+        value, key = getattr(config, name), prefix + name
+        if not field.is_required() and value == field.get_default(call_default_factory=True):
+            continue
+        if isinstance(value, BaseModel):
+            out += overrides(value, f"{key}.") or [f"{key}={{}}"]
+        else:
+            out.append(f"{key}={_yaml(config.model_dump(mode='json', include={name})[name])}")
+    return out
+
+
+def _yaml(value: Any) -> str:
+    """A value on one line, as an override holds it."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return json.dumps(value, ensure_ascii=False) if "\n" in text else text

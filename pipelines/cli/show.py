@@ -1,0 +1,216 @@
+"""Plans, datasets' figures and rollouts in the terminal, for people who live in a shell."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.compute as pc
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ...data.store import MANIFEST, Dataset, Store
+from ...schemas.configs import Config
+from ...schemas.errors import DamagedFile, InputError
+from ...schemas.labels import Route
+from ...schemas.tables import ANNOTATIONS, ROUTED
+from ..annotators.spending import dollars
+from ..pipeline import TABLE_STAGES
+from ..stages import train
+from ..terminal import print_config
+from ..viewer.paint import Paint, Piece
+from ..viewer.rollout_tables import find_byte_table, find_tables
+from ..viewer.rollout_view import RolloutView, load_rollouts
+from .estimate import estimate, estimate_view
+
+# Underlines as well as colours: readers must tell routes apart without seeing colour.
+_ROUTE_STYLES = (
+    "bold bright_blue underline",
+    "bold dark_orange underline2",
+    "bold italic medium_purple1 underline",
+    "bold italic spring_green3",
+    "bold italic bright_cyan underline2",
+    "italic deep_pink2 underline",
+)
+_STYLES = {Paint.PLAIN: "", Paint.MARKED: "underline", Paint.DROPPED: "dim strike"} | {
+    Paint(route): _ROUTE_STYLES[(route - 1) % len(_ROUTE_STYLES)] for route in list(Route)[1:]
+}
+_SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def show_plan(name: str, config: Config, store: Store, console: Console) -> None:
+    """Print a stage's whole config, and which dataset a run with it would make.
+
+    Raises:
+        InputError: whatever the stage would refuse before its work.
+    """
+    print_config(config)
+    if name == "train":
+        _, target = train.begin(config, store)  # type: ignore[arg-type]
+        parts = ""
+    elif name in TABLE_STAGES:
+        plan, target = TABLE_STAGES[name].begin(config, store)
+        parts = f", {plan.parts} parts"
+        if not isinstance(target, Dataset):
+            parts += f", {sum(map(target.has_part, range(plan.parts)))} of them there"
+    else:
+        return
+    state = "finished" if isinstance(target, Dataset) else "to be made"
+    console.print(f"# {target.ref}: {state}{parts}")
+    if name == "annotate" and not isinstance(target, Dataset):
+        found = estimate(plan, target)
+        if found is not None:
+            console.print(estimate_view(found, plan, target))
+
+
+def show_dataset(dataset: Dataset, console: Console) -> None:
+    """Print a dataset's id, rows and figures, and where its files are.
+
+    Raises:
+        DamagedFile: its summary is none of its stage.
+    """
+    console.print(f"{dataset.ref}  {dataset.rows} rows")
+    try:
+        tables = list(_summary_tables(dataset))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedFile(
+            f"{dataset.path(MANIFEST)}: its summary is none of stage {dataset.stage}; remove the file "
+            "and give the command again that made the dataset: it goes on from the parts"
+        ) from error
+    for table in tables:
+        console.print(table)
+    console.print(dataset.glob if dataset.parts else dataset.path(), soft_wrap=True)
+
+
+def _summary_tables(dataset: Dataset) -> Iterator[Table]:
+    if dataset.stage == "evaluate":
+        yield _evaluation_table(dataset.summary)
+    else:
+        table = Table(box=None, show_header=False)
+        for key, value in dataset.summary.items():
+            if key != "per_part":
+                table.add_row(key, _figure(key, value))
+        yield table
+    if parts := dataset.summary.get("per_part"):
+        yield _parts_table(parts)
+
+
+def _figure(key: str, value: Any) -> str:
+    """A figure of a summary; US dollars that nobody knows are unknown, not none."""
+    if "usd" in key:
+        return dollars(value)
+    return str(value)
+
+
+def _parts_table(parts: list[dict[str, Any]]) -> Table:
+    """Rows, tokens and US dollars of each part."""
+    table = Table("part", *parts[0], box=None)
+    for index, part in enumerate(parts):
+        table.add_row(str(index), *(_figure(key, value) for key, value in part.items()))
+    return table
+
+
+def _evaluation_table(summary: dict[str, Any]) -> Table:
+    """A row per figure, a column per policy, the paired difference last; 95 % intervals."""
+    columns = dict(summary["policies"])
+    if "paired_difference" in summary:
+        columns["paired difference"] = summary["paired_difference"]
+    table = Table("figure", *columns, box=None)
+    for figure in (name for name in summary["policies"]["base"] if "@" in name):
+        cells = []
+        for estimates in columns.values():
+            low, high = estimates[figure]["ci95"]
+            cells.append(f"{estimates[figure]['value']:.1%} ({low:.1%} – {high:.1%})")
+        table.add_row(figure, *cells)
+    return table
+
+
+def show_rollout(rollout_id_prefix: str, store: Store, console: Console) -> None:
+    """Print a rollout from the newest routed or annotations dataset that holds it.
+
+    Raises:
+        InputError: no rollout has an id with that prefix, or several have.
+    """
+    dataset, rollout_id = _find(rollout_id_prefix, store)
+    tables = find_tables(dataset, store)
+    (view,) = load_rollouts(tables, [rollout_id], find_byte_table(dataset, tables))
+    console.print(_panel(view, dataset))
+
+
+def _find(prefix: str, store: Store) -> tuple[Dataset, str]:
+    if not prefix:
+        raise InputError("rollout id is empty; give the first characters of an id")
+    held = [dataset for dataset in store.datasets() if dataset.contract in (ROUTED, ANNOTATIONS)]
+    for dataset in sorted(held, key=lambda d: d.manifest["finished_at"], reverse=True):
+        ids = dataset.read(["rollout_id"])["rollout_id"]
+        matches = [str(match) for match in ids.filter(pc.starts_with(ids, prefix)).to_pylist()]
+        if len(matches) > 1:
+            raise InputError(
+                f"rollout {prefix!r} is ambiguous in {dataset.ref} ({', '.join(matches[:3])}); "
+                "give more of the id"
+            )
+        if matches:
+            return dataset, matches[0]
+    raise InputError(
+        f"rollout {prefix!r} is in no routed or annotations dataset of store {store.root}; "
+        "`trace-opd report` lists rollouts with their ids"
+    )
+
+
+def _panel(view: RolloutView, dataset: Dataset) -> Panel:
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    for name, value in _facts(view):
+        # Text, never a string: rich would read markup in the problem as its own.
+        facts.add_row(name, Text(value))
+    return Panel(
+        Group(facts, Text(), response_text(view.pieces), Text(), _legend(view)),
+        title=Text(f"{view.id} in {dataset.ref}"),
+        title_align="left",
+    )
+
+
+def _facts(view: RolloutView) -> list[tuple[str, str]]:
+    verdict = {True: "right", False: "wrong", None: "unscored"}[view.correct]
+    reward = "none" if view.reward is None else f"{view.reward:g}"
+    tokens = "unknown" if view.tokens is None else view.tokens
+    facts = [
+        ("problem", view.problem),
+        ("gold answer", view.answer),
+        ("answer read", view.parsed if view.parsed is not None else "none"),
+        ("reward", f"{reward}, {verdict} ({view.verdict})"),
+        ("type", view.type or "none"),
+        ("annotator", f"{view.annotator} ({view.status})" if view.annotator else "none"),
+        ("policy", f"{view.policy}, step {view.step}; {view.finish} after {tokens} tokens"),
+    ]
+    if view.advantage is not None and view.coverage is not None:
+        facts.append(("advantage", f"{view.advantage:+.3f}"))
+        facts.append(("coverage", f"{view.coverage:.1%}, {view.dropped} marked tokens dropped"))
+    for span in view.spans:
+        segments = ", ".join(map(str, span.segments))
+        kept = "" if span.kept_tokens is None else f", {span.kept_tokens} tokens kept"
+        facts.append((f"{span.kind} {span.rank}", f"segments {segments}{kept}"))
+    if view.error:
+        facts.append(("error", view.error))
+    return facts
+
+
+def response_text(pieces: list[Piece]) -> Text:
+    """The response with its paint as styles, a superscript number before each segment."""
+    text = Text(overflow="fold")
+    for piece in pieces:
+        if piece.segment is not None:
+            text.append(str(piece.segment).translate(_SUPERSCRIPT), style="dim cyan")
+        text.append(piece.text, style=_STYLES[piece.paint])
+    return text
+
+
+def _legend(view: RolloutView) -> Text:
+    text = Text()
+    for paint in sorted({piece.paint for piece in view.pieces}):
+        name = "grpo" if paint is Paint.PLAIN else paint.name.lower()
+        text.append(name, style=_STYLES[paint]).append("  ")
+    if not view.exact:
+        text.append("painted by estimate: the tokenizer is not at hand", style="dim")
+    return text

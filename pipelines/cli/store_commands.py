@@ -1,0 +1,211 @@
+"""Commands that look into a store: list, show, view, compare, check; import human labels."""
+
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.tree import Tree
+
+from ...data.manifest import one_line
+from ...data.remote import require_reachable
+from ...data.store import Store
+from ...schemas.configs import RoutingConfig
+from ...schemas.errors import InputError
+from ..terminal import console, print_json
+
+logger = logging.getLogger(__name__)
+
+
+def _reachable(root: str) -> str:
+    require_reachable(root)
+    return root
+
+
+StoreRoot = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        envvar="TRACE_OPD_STORE",
+        help="Store: a folder or fsspec URL.",
+        callback=_reachable,
+    ),
+]
+
+
+def ls(
+    stage: Annotated[str | None, typer.Argument(help="Only this stage.")] = None,
+    store: StoreRoot = "store",
+) -> None:
+    """List the store's datasets."""
+    opened = Store(store)
+    names: dict[str, list[str]] = {}
+    try:
+        for name, ref in opened.aliases().items():
+            names.setdefault(ref, []).append(name)
+    except InputError as error:  # the datasets are there all the same
+        logger.warning("%s", error)
+    table = Table(box=None)
+    for column in ("dataset", "alias", "parts", "rows", "finished"):
+        table.add_column(column, no_wrap=True)  # an id is there to be copied
+    table.columns[1].overflow = "fold"
+    for dataset in sorted(opened.datasets(stage), key=lambda d: d.manifest["finished_at"]):
+        table.add_row(
+            dataset.ref,
+            ", ".join(names.get(dataset.ref, [])),
+            str(dataset.parts),
+            str(dataset.rows),
+            dataset.manifest["finished_at"][:16].replace("T", " "),
+        )
+    console.print(table)
+
+
+def show(
+    ref: Annotated[str, typer.Argument(help="Dataset (alias, id) or rollout id.")],
+    store: StoreRoot = "store",
+) -> None:
+    """Show a dataset's manifest, or a rollout with its tokens coloured by route."""
+    from .show import show_dataset, show_rollout
+
+    opened = Store(store)
+    if not opened.matches(ref):
+        show_rollout(ref, opened, console)
+        return
+    dataset = opened.get(ref)
+    show_dataset(dataset, console)
+    print_json({k: v for k, v in dataset.manifest.items() if k != "summary"}, console)
+
+
+def view(
+    ref: Annotated[str, typer.Argument(help="Routed or annotations dataset, or a train run.")],
+    against: Annotated[
+        str | None,
+        typer.Option(help="Annotations dataset of the same rollouts, shown side by side."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
+    store: StoreRoot = "store",
+) -> None:
+    """Look at rollouts, any number of them, in a browser on this machine; Ctrl-C ends."""
+    from ..viewer.view import HOST, Viewer, open_server
+
+    with open_server(Viewer(Store(store), ref, against), port) as server:
+        address = f"http://{HOST}:{server.server_port}/"
+        console.print(f"{address}  Ctrl-C ends", soft_wrap=True)
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+def lineage(
+    ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")], store: StoreRoot = "store"
+) -> None:
+    """Show what a dataset was made from."""
+    opened = Store(store)
+    trees: list[Tree] = []
+    for depth, role, dataset in opened.lineage(opened.get(ref)):
+        text = f"{one_line(role) + ': ' if role else ''}{dataset.ref}  {dataset.rows} rows"
+        node = trees[depth - 1].add(text) if depth else Tree(text)
+        trees[depth:] = [node]
+    console.print(trees[0])
+
+
+def alias(
+    name: Annotated[str, typer.Argument(help="The name.")],
+    ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")],
+    store: StoreRoot = "store",
+) -> None:
+    """Give a dataset a name."""
+    opened = Store(store)
+    opened.set_alias(name, opened.get(ref))
+
+
+def import_(
+    layout: Annotated[str, typer.Argument(help="processbench or prm800k.")],
+    file: Annotated[str, typer.Argument(help="JSON or JSONL file, or an fsspec URL.")],
+    alias: Annotated[str, typer.Option(help="Prefix of the datasets' names.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many responses.")] = None,
+    hide_verdict: Annotated[
+        bool,
+        typer.Option("--hide-verdict", help="Say of every response that it is wrong."),
+    ] = False,
+    store: StoreRoot = "store",
+) -> None:
+    """Human labels of steps become problems, rollouts, verdicts and annotations."""
+    from ..compare.human_labels import import_labels
+
+    made = import_labels(layout, file, Store(store), alias, limit, hide_verdict)
+    for name, dataset in made.items():
+        console.print(f"{name}: {dataset.ref}  {dataset.rows} rows")
+    left_out = made[f"{alias}-problems"].summary["left_out"]
+    if left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        console.print(f"left out: {reasons}")
+
+
+def compare(
+    datasets: Annotated[list[str], typer.Argument(help="Annotations datasets (alias or id).")],
+    reference: Annotated[
+        str | None, typer.Option(help="The one that others are measured by; default: the first.")
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(min=0, max=1, help="Coverage cap of the capped figures.")
+    ] = RoutingConfig().alpha,
+    resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder; default: compare/… in the store.")
+    ] = None,
+    store: StoreRoot = "store",
+) -> None:
+    """Hold annotations of the same rollouts against one another."""
+    from ..compare import page as report
+    from ..compare.compare import compare as compare_annotations
+    from ..compare.table import comparison_table
+
+    opened = Store(store)
+    compared = compare_annotations(datasets, opened, reference, alpha)
+    table = comparison_table(compared, resamples, seed)
+    folder = output or report.default_output(compared, opened)
+    paths = report.write(compared, table, opened, folder)
+    report.show(compared, table, console)
+    for path in paths:
+        console.print(path, soft_wrap=True, highlight=False)
+
+
+def batches(
+    stores: Annotated[list[str] | None, typer.Argument(help="Stores; default: ./store.")] = None,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Ask for their end.")] = False,
+) -> None:
+    """List batches of annotators (annotator.batch) whose answers are still out."""
+    from .batches import batches_table
+
+    console.print(batches_table([Store(root) for root in stores or ["store"]], cancel))
+
+
+def verify_store(
+    datasets: Annotated[
+        list[str] | None, typer.Argument(help="Datasets (alias or id); default: all, and aliases.")
+    ] = None,
+    store: StoreRoot = "store",
+) -> None:
+    """Read every file that manifests list; say what is not as written and how to make it again."""
+    from .check_store import verify_store as verify
+
+    found, whole = verify(Store(store), datasets or [])
+    console.print(found, soft_wrap=True, highlight=False)
+    if not whole:
+        raise typer.Exit(1)
+
+
+COMMANDS = {
+    "ls": ls,
+    "show": show,
+    "view": view,
+    "lineage": lineage,
+    "alias": alias,
+    "import": import_,
+    "compare": compare,
+    "batches": batches,
+    "verify-store": verify_store,
+}

@@ -1,0 +1,70 @@
+"""Stage rollout: a group of responses per problem."""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...data.store import Draft, Store
+from ...schemas.configs import (
+    RolloutConfig,
+)
+from ...schemas.labels import FinishReason
+from ...schemas.tables import PROBLEMS, ROLLOUTS
+from ..samplers import open_sampler
+from ..samplers.context_length import require_room
+from ..samplers.rollouts import policy_identity, require_planned, rollouts_table
+from .base import Plan, Stage
+
+
+def _resolve(config: RolloutConfig, store: Store) -> Plan:
+    problems = store.get(config.problems, PROBLEMS)
+    semantic = config.semantic()
+    del semantic["problems"]  # the dataset's id stands for it
+    semantic["policy"] = policy_identity(config.sampler, config.policy)
+    limit = config.sampling.max_new_tokens
+    require_room(problems, config.policy, config.sampler, config.prompt, limit)
+    return Plan(config, {"problems": problems}, semantic, problems.parts)
+
+
+class _Maker:
+    """Samples one part of problems at a time with one engine."""
+
+    def __init__(self, plan: Plan, draft: Draft) -> None:
+        self._config: RolloutConfig = plan.config
+        self._problems = plan.inputs["problems"]
+        self._sampler, self._tokenizer = open_sampler(self._config.sampler, self._config.policy)
+        require_planned(plan.semantic["policy"], self._sampler.policy)
+
+    def __call__(self, part: int) -> pa.Table:
+        config = self._config
+        return rollouts_table(
+            self._problems.read_part(part),
+            self._sampler,
+            self._tokenizer,
+            config.prompt,
+            config.sampling,
+            config.group_size,
+            config.seed,
+        )
+
+    def close(self) -> None:
+        self._sampler.close()
+
+
+def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
+    rollouts = tokens = truncated = on_policy = 0
+    for table in tables:
+        rollouts += len(table)
+        tokens += pc.sum(pc.list_value_length(table["token_ids"])).as_py() or 0
+        truncated += table["finish_reason"].to_pylist().count(FinishReason.LENGTH)
+        on_policy += table["on_policy"].to_pylist().count(True)
+    return {
+        "rollouts": rollouts,
+        "mean_tokens": round(tokens / max(on_policy, 1), 2),
+        "truncated": truncated,
+        "off_policy": rollouts - on_policy,
+    }
+
+
+ROLLOUT_STAGE = Stage("rollout", RolloutConfig, ROLLOUTS, _resolve, _Maker, _summarize)
