@@ -1,8 +1,7 @@
 """Stage report: one self-contained HTML file with a dataset's rollouts, token by token, or with two
 annotators of the same rollouts side by side.
 
-The command line, the flows and the registry of stages call `run`. `trace-opd view` shows datasets
-of any size.
+stages/report.py makes a stage of `run`. `trace-opd view` shows datasets of any size.
 """
 
 from pathlib import Path
