@@ -78,7 +78,7 @@ check: setup  ## lint, format check, import rules and type check
 	@mkdir -p $(VENV)/types && ln -sfn $(CURDIR) $(VENV)/types/trace_opd
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-audit:  ## look the locked versions up for known vulnerabilities
+audit:  ## check the locked versions for known vulnerabilities
 	$(PYTHON) -m venv $(VENV)-audit
 	$(VENV)-audit/bin/pip install --quiet --disable-pip-version-check -c constraints.txt pip-audit
 	$(VENV)-audit/bin/python .ci/audit.py
@@ -87,7 +87,7 @@ fuzz: setup  ## coverage-guided fuzzing, SECONDS per target
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt atheris
 	$(BIN)/python -P tests/fuzz/run.py --seconds $(SECONDS)
 
-bench-annotate: setup peers  ## the annotator client beside distilabel's and curator's
+bench-annotate: setup peers  ## the annotator client against distilabel's and curator's
 	$(BIN)/python benchmarks/annotate.py
 
 bench-clip: setup  ## compare the forms of the KL clip on the micro policy
@@ -96,19 +96,19 @@ bench-clip: setup  ## compare the forms of the KL clip on the micro policy
 bench-data: setup  ## convert and the trainer's reader at up to a million rollouts
 	$(BIN)/python benchmarks/data.py
 
-bench-loss: setup peers  ## time and memory of the loss, beside TRL's and Liger's
+bench-loss: setup peers  ## time and memory of the loss, against TRL's and Liger's
 	$(BIN)/python benchmarks/loss.py
 
 bench-rollout: $(VLLM_VENV)/.installed  ## generated tokens per second of each sampler
 	$(VLLM_VENV)/bin/python benchmarks/rollout.py
 
-bench-overlap: $(VLLM_VENV)/.installed  ## online steps with sampling beside training, and without
+bench-overlap: $(VLLM_VENV)/.installed  ## online steps with sampling during training, and without
 	$(VLLM_VENV)/bin/python benchmarks/overlap.py
 
-bench-step: setup peers  ## time and memory of an optimiser step, beside TRL's GRPOTrainer
+bench-step: setup peers  ## time and memory of an optimiser step, against TRL's GRPOTrainer
 	$(BIN)/python benchmarks/step.py
 
-bench-verify: setup  ## verifications a second, ordinary and hostile, beside math-verify
+bench-verify: setup  ## verifications a second, ordinary and hostile, against math-verify
 	$(BIN)/python benchmarks/verify.py
 
 peers:

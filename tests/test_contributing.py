@@ -163,7 +163,7 @@ def test_an_addition_works_with_the_files_that_its_example_lists(title, inputs, 
     package, store = tmp_path / "trace_opd", tmp_path / "store"
     for name in COPIED:
         shutil.copytree(ROOT / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("__init__.py", "flows.py", "prefect.yaml"):
+    for name in ("__init__.py", "flows.py", "prefect.yaml", "pyproject.toml"):
         shutil.copy(ROOT / name, package)
     shutil.copytree(inputs, store)
     apply(EXAMPLES[title], package)
