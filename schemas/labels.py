@@ -1,10 +1,19 @@
 """Closed enumerations: every label that a table, a config or a prompt may hold."""
 
 from enum import IntEnum, StrEnum
+from typing import Any
+
+from pydantic_core import core_schema
 
 
 class Route(IntEnum):
-    """Which loss a response token goes to (METHOD.md, "One rollout's way", step 6)."""
+    """Which loss a response token goes to (METHOD.md, "One rollout's way", steps 5 and 6).
+
+    FKL, RKL and JSD are divergences to the teacher: forward KL, reverse KL, generalised
+    Jensen-Shannon. REWEIGHT is GRPO whose advantage the teacher's likelihood ratio scales (RLSD).
+    Add a divergence by a member here and its formula in `trace.losses.DIVERGENCES`; config values,
+    table codes, metrics, charts and colours loop over the members.
+    """
 
     GRPO = 0
     FKL = 1
@@ -12,23 +21,26 @@ class Route(IntEnum):
     JSD = 3
     REWEIGHT = 4
 
-
-class Action(StrEnum):
-    """What routed tokens get: the "corner" of METHOD.md, step 5.
-
-    jsd is the generalised Jensen-Shannon divergence; reweight is GRPO whose advantage the teacher's
-    likelihood ratio scales (RLSD).
-    """
-
-    NONE = "none"
-    FKL = "fkl"
-    RKL = "rkl"
-    JSD = "jsd"
-    REWEIGHT = "reweight"
+    @property
+    def label(self) -> str:
+        """The name in metrics, pages and class names."""
+        return self.name.lower()
 
     @property
-    def route(self) -> Route:
-        return Route.GRPO if self is Action.NONE else Route[self.name]
+    def action(self) -> str:
+        """The name in a config, where "none" leaves tokens to GRPO."""
+        return "none" if self is Route.GRPO else self.label
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, *_: Any) -> core_schema.CoreSchema:
+        """A config field of this type holds the member; its JSON, which dataset ids hash, `action`."""
+        members = {route.action: route for route in cls}
+        names = core_schema.literal_schema(list(members))
+        return core_schema.no_info_before_validator_function(
+            lambda value: value.action if isinstance(value, cls) else value,
+            core_schema.no_info_after_validator_function(members.__getitem__, names),
+            serialization=core_schema.plain_serializer_function_ser_schema(lambda r: r.action),
+        )
 
 
 class SpanKind(StrEnum):

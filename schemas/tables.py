@@ -56,6 +56,7 @@ _TOKENS = [
     ),
 ]
 
+_ROUTES = ", ".join(f"{route.label} {int(route)}" for route in Route)
 _MOST = float(np.finfo(np.float32).max)
 _TOKEN_RANGES = {
     "prompt_token_ids": (0, MOST_TOKEN_ID),
@@ -250,7 +251,7 @@ ROUTED = make_contract(
         described(
             "route",
             list_of(pa.uint8()),
-            "Route of each response token: grpo 0, fkl 1, rkl 2, jsd 3, reweight 4. A token belongs "
+            f"Route of each response token: {_ROUTES}. A token belongs "
             "to the segment that holds most of its bytes, ties to the earlier one.",
         ),
         described(

@@ -16,7 +16,7 @@ import torch
 
 from ..schemas.configs import LossConfig
 from ..schemas.labels import Route
-from .losses import divergence, policy_terms, reference_kl, reweighted_advantage
+from .losses import DIVERGENCES, divergence, policy_terms, reference_kl, reweighted_advantage
 
 # Logits held at once, student's and teacher's together, and those worked on between the products,
 # bytes. On CUDA the products need long chunks; on CPU a block has to stay in the cache.
@@ -261,13 +261,12 @@ def _logits_to_gradient(
     entropy = most - log_most - torch.mul(p, logits, out=log_q).sum(-1)
     weight, advantage = inputs.weight[positions], inputs.advantage[positions]
     # As the KL fades routed tokens return to GRPO; reweighted ones never left it.
-    fades = route not in (Route.GRPO, Route.REWEIGHT)
-    policy_weight = weight * (call.grpo_weight if fades else 1.0)
+    policy_weight = weight * (call.grpo_weight if route in DIVERGENCES else 1.0)
     kl_slope, kl_loss, kl_weight = None, 0.0, call.kl_weight * weight
     if teacher_logits is not None:
         assert call.teacher_head is not None
         torch.log_softmax(_shape(teacher_logits, call.teacher_head, temperature), -1, out=log_q)
-        if route is Route.REWEIGHT:
+        if route not in DIVERGENCES:  # REWEIGHT
             advantage = reweighted_advantage(
                 advantage, logprobs, log_q.gather(1, ids).squeeze(1), call.kl_weight, config.reweight_clip
             )  # fmt: skip

@@ -98,6 +98,44 @@ def reweighted_advantage(
     return advantage * (1 - kl_weight + kl_weight * evidence.clamp(1 - clip, 1 + clip))
 
 
+def forward_kl(
+    p: torch.Tensor, log_p: torch.Tensor, q: torch.Tensor, log_q: torch.Tensor, config: LossConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(q‖p)."""
+    return log_q.sub_(log_p).mul_(q), -q
+
+
+def reverse_kl(
+    p: torch.Tensor, log_p: torch.Tensor, q: torch.Tensor, log_q: torch.Tensor, config: LossConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p‖q)."""
+    terms = log_q.sub_(log_p).mul_(p).neg_()
+    return terms, p + terms
+
+
+def jensen_shannon(
+    p: torch.Tensor, log_p: torch.Tensor, q: torch.Tensor, log_q: torch.Tensor, config: LossConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """β KL(q‖m) + (1 − β) KL(p‖m) with m = βq + (1 − β)p (GKD, arXiv 2306.13649, eq. 1)."""
+    beta = config.jsd_beta
+    log_m = torch.log(beta * q + (1 - beta) * p)
+    slope = (1 - beta) * p * (log_p - log_m)
+    terms = beta * q * (log_q - log_m) + slope
+    # Entries where p and q both round to 0 give NaN and contribute nothing.
+    return terms.nan_to_num_(0.0), slope.nan_to_num_(0.0)
+
+
+# The formula of each divergence between teacher q and student p, all arguments (tokens, vocab):
+# (p, log_p, q, log_q, config) -> (terms d_v, slope s_v), both (tokens, vocab). The divergence is
+# D = Σ_v d_v, and s_v = p_v ∂D/∂p_v, so that its gradient in the student's logits is s − p Σ s.
+# A formula may overwrite log_q. Routes in this table fade in GRPO and have metrics kl_<label>.
+DIVERGENCES = {
+    Route.FKL: forward_kl,
+    Route.RKL: reverse_kl,
+    Route.JSD: jensen_shannon,
+}
+
+
 def divergence(
     route: Route,
     p: torch.Tensor,
@@ -108,26 +146,10 @@ def divergence(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A routed token's divergence between teacher q and student p, all inputs (tokens, vocab).
 
-    FKL is KL(q‖p), RKL is KL(p‖q), JSD is β KL(q‖m) + (1 − β) KL(p‖m) with m = βq + (1 − β)p (GKD,
-    arXiv 2306.13649, eq. 1). Returns the clipped value that the loss takes, the exact value, whether
-    the clip binds, all (tokens,), and the clipped value's slope, (tokens, vocab): with D = Σ_v d_v,
-    s_v = p_v ∂D/∂p_v, from which the gradient in the student's logits is s − p Σ s. Overwrites log_q.
+    Returns the clipped value that the loss takes, the exact value, whether the clip binds, all
+    (tokens,), and the clipped value's slope (see DIVERGENCES), (tokens, vocab). Overwrites log_q.
     """
-    if route is Route.FKL:
-        terms = log_q.sub_(log_p).mul_(q)  # (tokens, vocab)
-        slope = -q
-    elif route is Route.RKL:
-        terms = log_q.sub_(log_p).mul_(p).neg_()
-        slope = p + terms
-    elif route is Route.JSD:
-        beta = config.jsd_beta
-        log_m = torch.log(beta * q + (1 - beta) * p)
-        slope = (1 - beta) * p * (log_p - log_m)
-        terms = beta * q * (log_q - log_m) + slope
-        # An entry that both hold at 0 in this precision adds nothing.
-        terms, slope = terms.nan_to_num_(0.0), slope.nan_to_num_(0.0)
-    else:
-        raise ValueError(f"route {route!r} has no divergence")
+    terms, slope = DIVERGENCES[route](p, log_p, q, log_q, config)
     exact = terms.sum(-1)
     value, kept = clip_kl(terms, exact, config.kl_clip, config.kl_clip_value)
     if kept is None:

@@ -9,12 +9,13 @@ import torch
 from ..schemas.labels import Route
 from .batch import TrainingSequence, signal_groups
 from .fused import LossInputs, LossOutput
+from .losses import DIVERGENCES
 
 # Sums over a micro-batch's tokens; `loss` is already weighted for the whole step.
 SUMS = (
     "loss", "tokens", "entropy", "ratio_clipped", "drift", "drift_kl", "kl_clipped", "reference_kl",
-    *(f"{route.name.lower()}_kl" for route in Route if route is not Route.GRPO),
-    *(f"{route.name.lower()}_tokens" for route in Route if route is not Route.GRPO),
+    *(f"{route.label}_kl" for route in DIVERGENCES),
+    *(f"{route.label}_tokens" for route in DIVERGENCES),
 )  # fmt: skip
 
 
@@ -26,7 +27,7 @@ def token_sums(output: LossOutput, inputs: LossInputs, with_kl: bool) -> tuple[n
     estimate of KL(sampler‖trainer) that is 0 or more for each token: r − 1 − log r with r = e^drift.
     """
     drift = output.logprobs - inputs.old_logprobs
-    routed = [inputs.route == int(route) for route in Route if route is not Route.GRPO]
+    routed = [inputs.route == int(route) for route in DIVERGENCES]
     sums = [
         output.loss,
         torch.ones_like(output.entropy).sum(),
@@ -71,8 +72,6 @@ def step_metrics(
         "groups_without_signal": 1 - len(signal_groups(sequences)) / len(groups),
         "response_tokens": float(np.mean(lengths)),
         "truncated": float(np.mean([sequence.truncated for sequence in sequences])),
-        "coverage_fkl": routes[Route.FKL] / tokens,
-        "coverage_rkl": routes[Route.RKL] / tokens,
         "entropy": sums["entropy"] / trained,
         "ratio_clipped": sums["ratio_clipped"] / trained,
         "sampler_drift": sums["drift"] / trained,
@@ -80,14 +79,15 @@ def step_metrics(
         "sampler_kl": sums["drift_kl"] / trained,
         "tokens": float(tokens),
     }
-    for route in (Route.JSD, Route.REWEIGHT):
-        if routes[route]:
-            metrics[f"coverage_{route.name.lower()}"] = routes[route] / tokens
+    for route in Route:
+        # TRACE's own two are drawn even where they are 0.
+        if route in (Route.FKL, Route.RKL) or (route is not Route.GRPO and routes[route]):
+            metrics[f"coverage_{route.label}"] = routes[route] / tokens
     kl_tokens = 0.0
-    for name in ("fkl", "rkl", "jsd"):
-        if sums[f"{name}_tokens"]:
-            metrics[f"kl_{name}"] = sums[f"{name}_kl"] / sums[f"{name}_tokens"]
-            kl_tokens += sums[f"{name}_tokens"]
+    for route in DIVERGENCES:
+        if routed := sums[f"{route.label}_tokens"]:
+            metrics[f"kl_{route.label}"] = sums[f"{route.label}_kl"] / routed
+            kl_tokens += routed
     if with_reference:
         metrics["kl_reference"] = sums["reference_kl"] / trained
     if kl_tokens:

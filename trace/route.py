@@ -81,7 +81,7 @@ def _chosen(response: Response, rule: str) -> np.ndarray:
 
 def _actions(correct: np.ndarray, config: RoutingConfig) -> np.ndarray:
     """(responses,) uint8: what the routed tokens of each response get."""
-    key, error = int(config.key.route), int(config.error.route)
+    key, error = int(config.key), int(config.error)
     return np.where(correct, key, error).astype(np.uint8)
 
 

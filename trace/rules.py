@@ -25,7 +25,7 @@ import numpy as np
 
 from ..schemas.configs import RoutingConfig
 from ..schemas.errors import InputError
-from ..schemas.labels import Action, SpanKind
+from ..schemas.labels import Route, SpanKind
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def rule_source(name: str) -> str | None:
 
 def needs_annotations(config: RoutingConfig) -> bool:
     """Whether routing looks at annotations at all: at their spans, or at their type label."""
-    if config.key is Action.NONE and config.error is Action.NONE:
+    if config.key is Route.GRPO and config.error is Route.GRPO:
         return False
     return config.teacher_context == "type" or config.rule not in ("all", "random")
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..labels import Action
+from ..labels import Route
 from .base import Config, operational
 from .endpoint import EndpointUrl, KeyVariable
 from .rollout import PolicyConfig, Sampler, TransformersSampler
@@ -185,11 +185,11 @@ class RoutingConfig(Config):
     alpha: float = Field(
         default=0.25, ge=0, le=1, description="Most of a response that spans may cover."
     )
-    key: Action = Field(
-        default=Action.FKL, description="Action on routed tokens of correct responses."
+    key: Route = Field(
+        default=Route.FKL, description="Action on routed tokens of correct responses."
     )
-    error: Action = Field(
-        default=Action.NONE, description="Action on routed tokens of wrong responses."
+    error: Route = Field(
+        default=Route.GRPO, description="Action on routed tokens of wrong responses."
     )
     teacher_context: Literal["type", "answer", "solution", "peer"] = Field(
         default="type",

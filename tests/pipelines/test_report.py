@@ -35,7 +35,7 @@ from trace_opd.pipelines.viewer.training_curves import charts
 from trace_opd.pipelines.visible import visible
 from trace_opd.schemas.configs import ReportConfig, RoutingConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.labels import Action, Route, SpanKind
+from trace_opd.schemas.labels import Route, SpanKind
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.schemas.tables import ROUTED as ROUTED_TABLE
 from trace_opd.trace.align import ByteTable, byte_table
@@ -310,7 +310,7 @@ def test_a_cut_first_span_is_painted_to_its_last_kept_token(tokenizer, table):
     text = "abcdefgh"
     spans = [span(0, [0], [(0, 8)])]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    config = RoutingConfig(alpha=0.25, key=Action.RKL)
+    config = RoutingConfig(alpha=0.25, key=Route.RKL)
     routing = routed(table, ids, [(0, 8)], spans, config)
     segments = as_dicts([(0, 8)])
     exact = paint_tokens(table, 8, segments, spans, ids, routing.route, routing.span_id)

@@ -36,7 +36,7 @@ from trace_opd.schemas.configs import (
     TeacherConfig,
     TrainConfig,
 )
-from trace_opd.schemas.labels import Action, DiagnosticType, KlClip, Route
+from trace_opd.schemas.labels import DiagnosticType, KlClip, Route
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS
 from trace_opd.trace.align import byte_table
 from trace_opd.trace.batch import TrainingSequence, training_sequences
@@ -51,7 +51,7 @@ from trace_opd.trace.trainer import Trainer
 
 PROMPT = PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE)
 SAMPLING = SamplingConfig(temperature=0.9, max_new_tokens=96)
-ROUTING = RoutingConfig(key=Action.FKL, error=Action.RKL)
+ROUTING = RoutingConfig(key=Route.FKL, error=Route.RKL)
 
 
 @dataclass(frozen=True)
