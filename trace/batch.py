@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..schemas.configs import PromptConfig
 from ..schemas.labels import Route
 from .fused import LossInputs
-from .packing import PackedRow, pack, packed_tokens
+from .packing import PackedRow, pack
 from .prompt import render_chat, teacher_chat
 
 
@@ -154,11 +154,6 @@ def teacher_row(rows: Sequence[TrainingSequence]) -> PackedRow | None:
         [row.token_ids[: row.routed_end] for row in routed],
         [row.routed_positions for row in routed],
     )
-
-
-def row_tokens(rows: Sequence[TrainingSequence]) -> int:
-    """Tokens that the student's backbone reads for these sequences."""
-    return packed_tokens([row.prompt_ids for row in rows], [len(row.token_ids) for row in rows])
 
 
 def loss_inputs(

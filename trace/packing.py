@@ -84,15 +84,6 @@ def pack(
     )
 
 
-def packed_tokens(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    """Tokens of a row that `pack` would make."""
-    total, before = 0, None
-    for prompt, length in zip(prompts, lengths, strict=True):
-        total += length + (len(prompt) if prompt != before else 0)
-        before = prompt
-    return total
-
-
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -16,7 +16,7 @@ from ..schemas.errors import InputError
 from ..schemas.labels import SpanKind
 from .align import ByteTable
 from .ragged import Ragged, binaries_of, one_chunk, ragged, to_numpy
-from .rules import Marked, Response
+from .rules import NamedSegments, Response
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Responses:
     correct: np.ndarray
     alpha: float
 
-    def marked(self) -> Marked:
+    def named_segments(self) -> NamedSegments:
         """The segments that the spans name, row by row in the annotator's order."""
         named = ragged(self.spans.values)
         rows, spans = self.spans.owners(), named.owners()
         ranks = np.arange(len(rows)) - self.spans.offsets[rows]
         index, row = named.values.to_numpy(), rows[spans]
         there = (index >= 0) & (index < np.diff(self.segment_offsets)[row])
-        return Marked(
+        return NamedSegments(
             segment=(self.segment_offsets[row] + index)[there],
             rank=ranks[spans][there],
             row=row[there],

@@ -10,7 +10,7 @@ from ..schemas.errors import InputError
 from ..schemas.labels import Route, SpanKind
 from .ragged import row_counts
 from .responses import Responses
-from .rules import Response, load_rule, within_cap
+from .rules import Response, load_rule, token_cap, within_cap
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,18 @@ def route_responses(responses: Responses, taught: np.ndarray, config: RoutingCon
     """
     offsets, lengths = responses.token_ids.offsets, responses.token_ids.lengths
     tokens, segment = responses.segment_tokens, responses.token_segment
-    marked = responses.marked()
+    named = responses.named_segments()
     if config.rule == "spans":
-        room = np.floor(config.alpha * lengths + 1e-9).astype(np.int64)
-        span_id = within_cap(segment, tokens, marked, room)
+        span_id = within_cap(segment, tokens, named, token_cap(config.alpha, lengths))
         if not taught.all():
             span_id[np.repeat(~taught, lengths)] = -1
     else:
         span_id = np.full(len(segment), -1, dtype=np.int16)
         for here, response in responses.one_by_one(np.flatnonzero(taught)):
             span_id[here] = _chosen(response, config.rule)
-    named = np.zeros(len(tokens) + 1, dtype=bool)  # the last stands for no segment
-    named[marked.segment] = True
-    return _routing(span_id, named[segment], _actions(responses.correct, config), offsets)
+    marked = np.zeros(len(tokens) + 1, dtype=bool)  # the last stands for no segment
+    marked[named.segment] = True
+    return _routing(span_id, marked[segment], _actions(responses.correct, config), offsets)
 
 
 def _chosen(response: Response, rule: str) -> np.ndarray:

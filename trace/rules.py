@@ -15,17 +15,24 @@ What the routed tokens get is not a rule's to say: it is `routing.key` or `routi
 """
 
 import importlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from ..schemas.configs import RoutingConfig
 from ..schemas.errors import InputError
 from ..schemas.labels import Route, SpanKind
+
+
+def token_cap(alpha: float, tokens: Any) -> Any:
+    """⌊α · tokens⌋, of a number or of an array: the coverage cap (METHOD.md, step 4).
+
+    The 1e-9 keeps products such as 0.7 · 10 = 6.999… from losing a token.
+    """
+    return np.floor(alpha * tokens + 1e-9).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Response:
     @property
     def room(self) -> int:
         """⌊α · tokens⌋: how many tokens the coverage cap lets through."""
-        return math.floor(self.alpha * self.tokens + 1e-9)
+        return int(token_cap(self.alpha, self.tokens))
 
     @property
     def marked(self) -> np.ndarray:
@@ -66,10 +73,10 @@ class Response:
 
 
 @dataclass(frozen=True)
-class Marked:
+class NamedSegments:
     """The segments that spans name, row by row, in the annotator's order within a row.
 
-    segment: (marked,) index; rank: (marked,) of the span that names it; row: (marked,).
+    segment: (named,) index; rank: (named,) of the span that names it; row: (named,).
     """
 
     segment: np.ndarray
@@ -87,21 +94,21 @@ def spans(response: Response) -> np.ndarray:
     named = [(segment, rank) for rank, span in enumerate(response.spans) for segment in span]
     segment, rank = np.array(named, dtype=np.int64).reshape(-1, 2).T
     count = max(response.token_segment.max(initial=-1), segment.max(initial=-1)) + 1
-    marked = Marked(segment, rank, np.zeros_like(rank))
+    segments = NamedSegments(segment, rank, np.zeros_like(rank))
     tokens = np.bincount(response.token_segment + 1, minlength=int(count) + 1)[1:]
-    return within_cap(response.token_segment, tokens, marked, np.array([response.room]))
+    return within_cap(response.token_segment, tokens, segments, np.array([response.room]))
 
 
 def within_cap(
-    token_segment: np.ndarray, tokens: np.ndarray, marked: Marked, room: np.ndarray
+    token_segment: np.ndarray, tokens: np.ndarray, named: NamedSegments, room: np.ndarray
 ) -> np.ndarray:
     """Rule spans of many responses, flat: (tokens,) int16.
 
     token_segment: (tokens,) index into the segments of all rows, −1 for none; tokens: (segments,)
-    how many each has; marked: indices into them; room: (rows,) tokens that a row's cap lets through.
+    how many each has; named: indices into them; room: (rows,) tokens that a row's cap lets through.
     """
-    first = np.sort(np.unique(marked.segment, return_index=True)[1])  # named again, it adds nothing
-    segment, rank, row = marked.segment[first], marked.rank[first], marked.row[first]
+    first = np.sort(np.unique(named.segment, return_index=True)[1])  # named again, it adds nothing
+    segment, rank, row = named.segment[first], named.rank[first], named.row[first]
     room = room[row]
     total = np.cumsum(tokens[segment])
     before = total - tokens[segment]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ...data.store import Dataset, Store
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, ROUTED
+from ..models import local_byte_table
 from ..visible import visible
 
 if TYPE_CHECKING:
@@ -108,18 +109,12 @@ def find_byte_table(dataset: Dataset, tables: Tables) -> "tuple[ByteTable, str] 
     """
     if "routed" not in tables.by_role:
         return None
-    # Import torch; a viewer of annotations starts without it.
-    from ...trace.align import byte_table
-    from ...trace.policy import load_tokenizer, vocab_fingerprint
-    from ..models import resolve_policy
-
-    configs = [dataset.manifest["config"], _made_by(tables.by_role["rollouts"])]
+    configs = [dataset.manifest["config"], made_by(tables.by_role["rollouts"])]
     paths = [config["policy"]["path"] for config in configs if "policy" in config]
     if not paths:
         return None
     try:
-        tokenizer = load_tokenizer(resolve_policy(paths[0], weights=False, download=False))
-        return byte_table(tokenizer), vocab_fingerprint(tokenizer)
+        return local_byte_table(paths[0])
     except InputError as error:
         logger.info("painting by estimate, not by token: %s", error)
         return None
@@ -129,11 +124,11 @@ def routing_rule(tables: Tables) -> str:
     """`routing.rule` of the routed table; spans where nothing is routed or nothing tells it."""
     if "routed" not in tables.by_role:
         return "spans"
-    config = _made_by(tables.by_role["routed"])
+    config = made_by(tables.by_role["routed"])
     return config.get("online", config).get("routing", {}).get("rule", "spans")
 
 
-def _made_by(dataset: Dataset) -> dict[str, Any]:
+def made_by(dataset: Dataset) -> dict[str, Any]:
     """A dataset's config; of a table made in training the run's, once the run is finished."""
     config = dataset.manifest["config"]
     if (run := config.get("online")) is None:

@@ -73,6 +73,16 @@ class SamplingConfig(Config):
     top_k: int = Field(default=0, ge=0, description="Keep the k likeliest tokens; 0 is off.")
     max_new_tokens: int = Field(default=1024, ge=1, description="Limit on response tokens.")
 
+    @property
+    def truncates(self) -> bool:
+        """Whether top-p or top-k leaves tokens out of the distribution."""
+        return self.top_p < 1 or self.top_k > 0
+
+    @property
+    def untruncated(self) -> bool:
+        """Whether tokens are drawn from all of the softmax: neither greedy nor by top-p or top-k."""
+        return self.temperature > 0 and not self.truncates
+
 
 class TransformersSampler(Config):
     engine: Literal["transformers"] = Field(default="transformers", description="Sampling engine.")
