@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..schemas.errors import InputError
-from .fused import Head
+from .losses import Head
 from .policy import backbone, output_head
 
 ATTENTION = "trace_packed"
