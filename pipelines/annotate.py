@@ -24,8 +24,8 @@ from ..schemas.errors import InputError, TooManyFailed
 from ..schemas.labels import AnnotationStatus
 from ..schemas.tables import ANNOTATIONS, VERDICTS
 from .annotators import open_annotator
-from .annotators.batch import BatchAnnotator
 from .annotators.batch_jobs import read_jobs
+from .annotators.openai_batch import BatchAnnotator
 from .annotators.prices import require_price
 from .annotators.prompting import load_prompt
 from .annotators.rows import NO_ANSWER, Usage
