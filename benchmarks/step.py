@@ -58,10 +58,15 @@ from trace_opd.schemas.configs import (
 )
 from trace_opd.schemas.labels import Route
 from trace_opd.trace.align import byte_table
-from trace_opd.trace.batch import TrainingSequence, micro_batches, teacher_row, training_sequences
-from trace_opd.trace.fused import Head
+from trace_opd.trace.losses import Head
 from trace_opd.trace.packing import PackedModel
 from trace_opd.trace.policy import load_tokenizer
+from trace_opd.trace.sequences import (
+    TrainingSequence,
+    micro_batches,
+    teacher_row,
+    training_sequences,
+)
 from trace_opd.trace.trainer import Trainer
 
 IMPLEMENTATIONS = ("ours_grpo", "ours_trace", "trl_grpo")

@@ -7,7 +7,7 @@ from ..data.store import Dataset, Store
 from ..schemas import configs
 from ..schemas.configs import Config, NoAnnotator, PipelineConfig
 from ..schemas.environment import whole_number
-from ..trace.rules import needs_annotations
+from ..trace.route import needs_annotations
 from . import train
 from .annotate import ANNOTATE_STAGE
 from .convert import CONVERT_STAGE

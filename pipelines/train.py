@@ -32,7 +32,7 @@ from ..trace.policy import (
 )
 from ..trace.prompt import student_prompt
 from ..trace.ranks import Ranks, copy_weights, join_ranks
-from ..trace.rules import needs_annotations, rule_source
+from ..trace.route import needs_annotations, rule_source
 from ..trace.trainer import Metrics, Online, Trainer
 from .annotate import annotator_identity
 from .convert import check_vocabulary

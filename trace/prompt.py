@@ -164,7 +164,8 @@ def teacher_contexts(
         return TeacherContexts(_filled(labels), labels, pa.nulls(len(labels), pa.string()))
     if config.teacher_context == "peer":
         peer = peers(rollouts, correct)
-        texts = rollouts["response"].take(pa.array(peer, mask=peer < 0))
+        rows: Any = pa.array(peer, mask=peer < 0)
+        texts = rollouts["response"].take(rows)
     else:
         texts = problems[config.teacher_context]
     return TeacherContexts(_filled(texts), labels, texts)
@@ -192,4 +193,4 @@ def peers(rollouts: pa.Table, correct: np.ndarray) -> np.ndarray:
 
 def _filled(texts: Any) -> np.ndarray:
     """(texts,) bool: neither null nor empty."""
-    return np.asarray(pc.greater(pc.fill_null(pc.binary_length(texts), 0), 0))
+    return np.asarray(pc.binary_length(texts)) > 0  # null is NaN

@@ -17,8 +17,7 @@ from ...data.store import Dataset
 from ...schemas.configs import RoutingConfig
 from ...schemas.labels import AnnotationStatus, DiagnosticType, SpanKind
 from ...trace.align import ByteTable
-from ...trace.route import route_tokens
-from ...trace.rules import Response, token_cap
+from ...trace.route import Response, route_tokens, token_cap
 
 STATUSES = list(AnnotationStatus)
 TYPES = list(DiagnosticType)

@@ -21,9 +21,10 @@ from trace_opd.schemas.contract import validate
 from trace_opd.schemas.labels import Route
 from trace_opd.schemas.settings import dump_config, load_config
 from trace_opd.schemas.tables import ROUTED
-from trace_opd.trace.batch import training_sequences
-from trace_opd.trace.fused import Head, LossInputs, routed_loss
+from trace_opd.trace.fused import routed_loss
+from trace_opd.trace.losses import Head, LossInputs
 from trace_opd.trace.policy import load_policy
+from trace_opd.trace.sequences import training_sequences
 from trace_opd.trace.trainer import Trainer
 
 

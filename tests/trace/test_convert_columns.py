@@ -165,7 +165,7 @@ def table_of(kind: str) -> ByteTable:
 
 KINDS = ["byte level", "byte fallback", "characters"]
 # By this name a rule is taken as one of the user's own: it is shown one response at a time.
-OWN = "trace_opd.trace.rules:"
+OWN = "trace_opd.trace.route:"
 
 
 @st.composite

@@ -8,10 +8,10 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.trace.batch import TrainingSequence
 from trace_opd.trace.losses import reference_kl
 from trace_opd.trace.packing import check_architecture
 from trace_opd.trace.policy import load_policy
+from trace_opd.trace.sequences import TrainingSequence
 from trace_opd.trace.trainer import Trainer
 
 

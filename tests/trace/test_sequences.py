@@ -15,16 +15,16 @@ from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import PromptConfig
 from trace_opd.schemas.labels import DiagnosticType
 from trace_opd.schemas.tables import ROUTED
-from trace_opd.trace.batch import (
+from trace_opd.trace.packing import response_logits
+from trace_opd.trace.policy import Policy, load_policy
+from trace_opd.trace.prompt import render_chat, teacher_messages
+from trace_opd.trace.sequences import (
     TrainingSequence,
     micro_batches,
     shares,
     student_row,
     training_sequences,
 )
-from trace_opd.trace.packing import response_logits
-from trace_opd.trace.policy import Policy, load_policy
-from trace_opd.trace.prompt import render_chat, teacher_messages
 
 PROMPT = PromptConfig(teacher="{problem} {diagnostic_type}")
 
