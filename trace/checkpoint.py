@@ -27,7 +27,7 @@ from ..data.files import sync
 from ..schemas.errors import InputError
 from .identity import TRAINER_FILE, damage, write_checksums
 from .lora import has_adapters, save_adapters, save_merged, set_adapters, transformers_model
-from .ranks import load_optimizer, load_weights, whole_optimizer, whole_weights
+from .ranks import full_optimizer, full_weights, load_optimizer, load_weights
 from .saved_run import WRAPPER, SavedRun, read_run, restore_rng_states, rng_states, save_state
 from .trainer import Trainer
 
@@ -59,8 +59,8 @@ def save_checkpoint(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
     target = folder / f"step-{trainer.state.step:05d}"
     weights = _student_weights(trainer)
     state = {
-        "optimizer": whole_optimizer(trainer.student, trainer.optimizer),
-        "teacher": whole_weights(trainer.teacher) if trainer.teacher is not None else None,
+        "optimizer": full_optimizer(trainer.student, trainer.optimizer),
+        "teacher": full_weights(trainer.teacher) if trainer.teacher is not None else None,
         "state": asdict(trainer.state),
         "rng": rng_states(),
         "checksums": True,
@@ -205,7 +205,7 @@ def _write_model(
 def _student_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The student's unsharded state dict under its model's own names, tied tensors once."""
     weights = {
-        name.removeprefix(WRAPPER): value for name, value in whole_weights(trainer.student).items()
+        name.removeprefix(WRAPPER): value for name, value in full_weights(trainer.student).items()
     }
     # Gathering from shards copies tied tensors.
     for tied in transformers_model(trainer.policy.model).all_tied_weights_keys:
