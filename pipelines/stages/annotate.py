@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.store import Dataset, Draft, Store
-from ..schemas.configs import (
+from ...data.store import Dataset, Draft, Store
+from ...schemas.configs import (
     AnnotateConfig,
     Annotator,
     NoAnnotator,
@@ -20,22 +20,22 @@ from ..schemas.configs import (
     RuleAnnotator,
     SelfAnnotator,
 )
-from ..schemas.errors import InputError, TooManyFailed
-from ..schemas.labels import AnnotationStatus
-from ..schemas.tables import ANNOTATIONS, VERDICTS
-from .annotators import open_annotator
-from .annotators.batch_jobs import read_jobs
-from .annotators.openai_batch import BatchAnnotator
-from .annotators.prices import require_price
-from .annotators.prompting import load_prompt
-from .annotators.rows import NO_ANSWER, Usage
-from .annotators.rule import require_steps
-from .annotators.spending import Spending, count, dollars, open_spending, plus
+from ...schemas.errors import InputError, TooManyFailed
+from ...schemas.labels import AnnotationStatus
+from ...schemas.tables import ANNOTATIONS, VERDICTS
+from ..annotators import open_annotator
+from ..annotators.batch_jobs import read_jobs
+from ..annotators.openai_batch import BatchAnnotator
+from ..annotators.prices import require_price
+from ..annotators.prompting import load_prompt
+from ..annotators.rows import NO_ANSWER, Usage
+from ..annotators.rule import require_steps
+from ..annotators.spending import Spending, count, dollars, open_spending, plus
+from ..endpoint import read_key
+from ..samplers import open_sampler
 from .attempts import UNANSWERED, attempt_figures, current_attempt, first_attempt
-from .endpoint import read_key
+from .base import Plan, Stage, tell
 from .rollout import policy_identity
-from .samplers import open_sampler
-from .stage import Plan, Stage, tell
 
 logger = logging.getLogger(__name__)
 

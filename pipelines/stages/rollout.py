@@ -6,27 +6,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from ..data.store import Draft, Store, content_hash
-from ..schemas.configs import (
+from ...data.store import Draft, Store, content_hash
+from ...schemas.configs import (
     OpenAISampler,
     PolicyConfig,
     PromptConfig,
     RolloutConfig,
     SamplingConfig,
 )
-from ..schemas.configs import Sampler as SamplerConfig
-from ..schemas.errors import InputError
-from ..schemas.labels import FinishReason
-from ..schemas.tables import PROBLEMS, ROLLOUTS
-from ..trace.identity import model_revision
-from ..trace.policy import load_tokenizer
-from ..trace.prompt import render_chat, student_prompt
-from ..trace.protocols import PolicyInfo, Sampler
-from .endpoint import read_key
-from .models import resolve_policy, served_model
-from .samplers import open_sampler
-from .samplers.context_length import require_room
-from .stage import Plan, Stage
+from ...schemas.configs import Sampler as SamplerConfig
+from ...schemas.errors import InputError
+from ...schemas.labels import FinishReason
+from ...schemas.tables import PROBLEMS, ROLLOUTS
+from ...trace.identity import model_revision
+from ...trace.policy import load_tokenizer
+from ...trace.prompt import render_chat, student_prompt
+from ...trace.protocols import PolicyInfo, Sampler
+from ..endpoint import read_key
+from ..models import resolve_policy, served_model
+from ..samplers import open_sampler
+from ..samplers.context_length import require_room
+from .base import Plan, Stage
 
 
 def sample_seed(base: int, problem_id: str, sample_index: int) -> int:
