@@ -1,11 +1,11 @@
-"""A comparison as a table (schemas/comparisons.py): figures per problem, and overall with intervals."""
+"""A comparison as a table (schemas/results.py): figures per problem, and overall with intervals."""
 
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ...schemas.comparisons import COMPARISONS
+from ...schemas.results import COMPARISONS
 from .agreement import COUNTS, OWN, SHARED, figures, intervals
 from .compare import SCOPES, Comparison, Pair
 from .marks import TYPES

@@ -362,7 +362,7 @@ def test_the_trainers_room_names_no_column_that_annotators_fill_freely():
     assert not named
 
 
-def test_only_the_batch_asks_for_a_teachers_prompt():
+def test_only_sequences_asks_for_a_teachers_prompt():
     """Evaluation, report and samplers build the student's; the study measures what labels do."""
     builders = {"teacher_messages", "privileged_messages", "teacher_chat"}
     callers = {

@@ -11,8 +11,8 @@ from trace_opd.pipelines.training.tracking import read_metrics
 from trace_opd.pipelines.training.validation import Validation, read_validation
 from trace_opd.schemas.configs import ProblemsConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.results import VALIDATIONS
 from trace_opd.schemas.settings import load_config
-from trace_opd.schemas.tables import VALIDATIONS
 
 CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
 
