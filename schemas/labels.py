@@ -1,4 +1,4 @@
-"""Closed enumerations: every label that a table, a config or a prompt may hold."""
+"""Closed enumerations: every label in tables, configs and prompts. All rooms use them."""
 
 from enum import IntEnum, StrEnum
 from typing import Any
@@ -44,14 +44,14 @@ class Route(IntEnum):
 
 
 class SpanKind(StrEnum):
-    """KEY: a critical segment of a correct response; ERROR: the error of a wrong one."""
+    """KEY: a critical span of a correct response; ERROR: the error of a wrong one."""
 
     KEY = "key"
     ERROR = "error"
 
 
 class DiagnosticType(StrEnum):
-    """The coarse type of a key or error span: the only privileged thing that the teacher sees."""
+    """The coarse type of a key or error span: the only privileged input of TRACE's teacher."""
 
     CASE_ANALYSIS = "case_analysis"
     ALGEBRA_MANIPULATION = "algebra_manipulation"
@@ -75,7 +75,7 @@ class AnswerKind(StrEnum):
 
 
 class Operation(StrEnum):
-    """What a built-in arithmetic problem asks for."""
+    """Operation of a built-in arithmetic problem."""
 
     ADD = "add"
     SUBTRACT = "subtract"
@@ -86,12 +86,18 @@ class Operation(StrEnum):
 
 
 class FinishReason(StrEnum):
+    """Why sampling ended: STOP at an end token, LENGTH at the token limit."""
+
     STOP = "stop"
     LENGTH = "length"
 
 
 class VerdictStatus(StrEnum):
-    """What the verifier can say of a response; `scored` ones carry a reward."""
+    """How a verification ended.
+
+    OK: compared; PRED_UNPARSED: no answer found in the response; TRUNCATED: at the token limit;
+    GOLD_UNPARSED: the gold answer does not parse; TIMEOUT, OOM, ERROR: the verifier failed.
+    """
 
     OK = "ok"
     PRED_UNPARSED = "pred_unparsed"
@@ -103,10 +109,13 @@ class VerdictStatus(StrEnum):
 
 
 class AnnotationStatus(StrEnum):
-    """OK: spans found; EMPTY: the annotator looked and marked nothing; ABSTAINED: it declined;
-    INVALID: its answer did not parse or names segments that are not there; SKIPPED: the rollout
-    has no reward, or no annotator was asked; FAILED: the call never succeeded (its error begins with
-    "unanswered" where another attempt may succeed)."""
+    """How an annotation ended.
+
+    OK: spans found; EMPTY: the annotator marked nothing; ABSTAINED: it declined; INVALID: its answer
+    did not parse or names missing segments; SKIPPED: the rollout has no reward, or no annotator was
+    asked; FAILED: the call never succeeded (its error begins with "unanswered" if another attempt may
+    succeed).
+    """
 
     OK = "ok"
     EMPTY = "empty"

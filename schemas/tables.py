@@ -1,7 +1,6 @@
 """Arrow contracts of the tables that stages exchange: problems to routed.
 
-Each stage writes one; `contract.validate` checks a table against it. results.py has the tables of
-results.
+Each stage writes one; `contract.validate` checks a table against it. See results.py for results.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Stage problems: where they come from."""
+"""Config of stage problems and its sources."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,7 +9,7 @@ from .base import Config
 
 
 class Columns(Config):
-    """Which columns of a foreign table hold what."""
+    """Names of the columns in a foreign table."""
 
     problem: str = Field(default="problem", description="Column of the problem text.")
     answer: str = Field(default="answer", description="Column of the gold answer.")

@@ -136,7 +136,7 @@ def test_an_override_of_an_anchored_value_changes_its_own_path_alone():
 def test_an_alias_inside_its_own_anchor_is_refused(tmp_path):
     file = tmp_path / "round.yaml"
     file.write_text("sampling: &s {top_k: 1, sampling: *s}\n")
-    with pytest.raises(InputError, match=r"round.yaml: is not YAML \(an alias stands inside its"):
+    with pytest.raises(InputError, match=r"round.yaml: is not YAML \(an alias is inside its"):
         load_config(RolloutConfig, file)
 
 

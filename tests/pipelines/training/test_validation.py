@@ -95,7 +95,7 @@ def test_a_validation_without_problems_is_refused(store, overrides, message):
 
 
 def test_a_validation_without_a_sampler_is_refused(store):
-    with pytest.raises(InputError, match="validation asks the sampler"):
+    with pytest.raises(InputError, match="validation uses the sampler"):
         config_of(store, "offline.steps=2", "online.steps=0", "validation.every=1")
 
 
