@@ -1,4 +1,4 @@
-"""Reading small text files that people write: configs, prompts, prices."""
+"""Reading small text files that people write: configs (settings.py), prompts, prices (annotators)."""
 
 import stat
 from pathlib import Path

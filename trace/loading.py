@@ -126,7 +126,7 @@ def require_complete(info: dict[str, Any], path: str) -> None:
     ]
     for what, names in (
         ("lack", info["missing_keys"]),
-        ("hold other shapes than config.json says:", shapes),
+        ("hold other shapes than config.json:", shapes),
         ("hold tensors that its architecture does not know:", info["unexpected_keys"]),
     ):
         if names:

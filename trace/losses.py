@@ -1,7 +1,8 @@
 """The objective's terms per token, and the table of divergences.
 
-fused.py calls these functions block by block over the vocabulary; trainer.py takes the weights of
-the tokens from here, sequences.py the form of the inputs, metrics.py the table's names. For a response y with routed set S_y, advantage A and B responses in the step (METHOD.md):
+fused.py calls these functions for blocks of tokens; trainer.py calls `token_weights`, sequences.py
+builds LossInputs, and metrics.py names metrics after DIVERGENCES. For a response y with routed set
+S_y, advantage A and B responses in the step (METHOD.md):
 
     L = Σ_y w_y [ Σ_{t∉S} g_t + (1 − λ/w0) Σ_{t∈S} g_t + λ Σ_{t∈S} KL_t ],   w_y = 1 / (B |y|)
 

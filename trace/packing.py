@@ -204,7 +204,7 @@ def check_architecture(model: Any) -> None:
     responses = [np.array([0, 2]), np.array([2]), np.array([1, 3, 2])]
     # transformers' SDPA ignores a soft cap in the attention; inference engines apply it.
     capped = getattr(model.config, "attn_logit_softcapping", None)
-    theirs = []  # first: packing replaces the attention that the model came with
+    theirs = []  # first: packing replaces the model's own attention
     for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor([[*prompt, *response.tolist()]], device=model.device)
         theirs.append(model(input_ids=ids).logits[0, len(prompt) - 1 : -1])

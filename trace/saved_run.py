@@ -63,9 +63,9 @@ def read_run(trainer: Trainer, checkpoint: Path, step: int) -> SavedRun:
             _check_shapes(teacher, trainer.teacher.state_dict(), "teacher")
         _check_rng_states(rng)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
-            f"{file}: is no state of this training run ({said:.160}); take another checkpoint"
+            f"{file}: is no state of this training run ({reason:.160}); take another checkpoint"
         ) from None
     return SavedRun(weights, optimizer, state, teacher, rng)
 
@@ -96,7 +96,7 @@ def _state(found: dict[str, Any], step: int) -> TrainerState:
         if not number or value < 0 or not math.isfinite(value):
             raise ValueError(f"its {name} is {value!r:.40}")
     if found["step"] != step:
-        raise ValueError(f"it is of step {found['step']}, and its folder says {step}")
+        raise ValueError(f"it is of step {found['step']}, but its folder is of step {step}")
     return TrainerState(**found)
 
 

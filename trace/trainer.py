@@ -134,7 +134,7 @@ class Trainer:
     def train_step(
         self, sequences: Sequence[TrainingSequence], phase: Callable[[str], None] = lambda _: None
     ) -> dict[str, float]:
-        """One optimiser step on routed sequences of whole groups, the same on every rank.
+        """One optimiser step on routed sequences of complete groups, the same on every rank.
 
         Raises:
             InputError: the gradient was not finite too often in a row.

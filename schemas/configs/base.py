@@ -1,4 +1,4 @@
-"""The base class of all configs.
+"""The base class of all configs in this folder.
 
 Fields marked `operational` change how a stage runs, never its result, so dataset ids omit them.
 """

@@ -74,7 +74,7 @@ class ChampSource(Config):
 
 class ArithmeticSource(Config):
     kind: Literal["arithmetic"] = Field(description="Kind of source.")
-    operation: Operation = Field(default=Operation.ADD, description="What is asked for.")
+    operation: Operation = Field(default=Operation.ADD, description="Operation of the problems.")
     min_digits: int = Field(default=3, ge=1, le=9, description="Fewest digits per number.")
     max_digits: int = Field(default=5, ge=1, le=9, description="Most digits per number.")
 
