@@ -33,9 +33,9 @@ from ..annotators.rule import require_steps
 from ..annotators.spending import Spending, count, dollars, open_spending, plus
 from ..endpoint import read_key
 from ..samplers import open_sampler
+from ..samplers.rollouts import policy_identity
 from .attempts import UNANSWERED, attempt_figures, current_attempt, first_attempt
 from .base import Plan, Stage, tell
-from .rollout import policy_identity
 
 logger = logging.getLogger(__name__)
 

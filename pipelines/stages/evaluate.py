@@ -22,10 +22,10 @@ from ...schemas.tables import PROBLEMS
 from ...trace.identity import cached_sha256
 from ..samplers import open_sampler
 from ..samplers.context_length import require_room
+from ..samplers.rollouts import policy_identity, require_planned, rollouts_table
 from ..statistics import Estimate, bootstrap_mean, pass_at_k
+from ..verifiers.verdicts import CHOICE_MATCHER, MathVerifier, math_matcher
 from .base import Plan, Stage
-from .rollout import policy_identity, require_planned, rollouts_table
-from .verify import CHOICE_MATCHER, MathVerifier, math_matcher
 
 BASE, TRAINED = "base", "trained"
 
