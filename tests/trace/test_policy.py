@@ -38,7 +38,7 @@ def test_logits_scaled_behind_the_head_are_refused():
         initializer_range=0.5,
     )
     torch.manual_seed(0)
-    with pytest.raises(InputError, match="changes its logits behind the head"):
+    with pytest.raises(InputError, match="what it does to its logits after the head"):
         check_architecture(GraniteForCausalLM(config))
 
 
