@@ -2,13 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..schemas.errors import InputError
 from ..trace.identity import CHAT_TEMPLATES, MODEL_FILES, model_revision
-
-if TYPE_CHECKING:
-    from ..trace.align import ByteTable
 
 MICRO = Path(__file__).parents[1] / "data" / "micro"
 
@@ -45,20 +41,6 @@ def resolve_policy(path: str, weights: bool = True, download: bool = True) -> st
             "smollm2"
         )
     return _snapshot(path, weights, download)
-
-
-def local_byte_table(path: str) -> "tuple[ByteTable, str]":
-    """Bytes per token id of a policy on this machine, and its vocabulary's fingerprint.
-
-    Raises:
-        InputError: the policy or its tokenizer is not on this machine.
-    """
-    # Imports torch; a viewer of annotations starts without it.
-    from ..trace.align import byte_table
-    from ..trace.policy import load_tokenizer, vocab_fingerprint
-
-    tokenizer = load_tokenizer(resolve_policy(path, weights=False, download=False))
-    return byte_table(tokenizer), vocab_fingerprint(tokenizer)
 
 
 def served_model(name: str) -> tuple[str, str] | None:

@@ -16,6 +16,7 @@ calls `route_tokens` for one. `routing.rule` names one of RULES, or `module:func
 """
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +171,8 @@ def load_rule(name: str) -> Rule:
             f"routing.rule {name!r}: is none of {', '.join(RULES)}; name one of them, or "
             "module:function of your own"
         )
+    if (folder := str(Path.cwd())) not in sys.path:  # a run's workers start elsewhere
+        sys.path.append(folder)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

@@ -17,8 +17,7 @@ from ...data.store import Dataset, Store
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS
 from ...trace.align import ByteTable
-from ..models import local_byte_table
-from ..viewer.rollout_tables import find_tables, made_by
+from ..viewer.rollout_tables import find_tables, made_by, policy_byte_table
 from .agreement import COUNTS, Counts, Side, confusion, own_counts, shared_counts
 from .marks import (
     KINDS,
@@ -146,7 +145,7 @@ def _byte_table(rollouts: Dataset, joined: _Joined) -> tuple[ByteTable | None, s
     config = made_by(rollouts)  # empty while the run that sampled is not finished
     known = None
     with suppress(InputError):
-        known = local_byte_table(config["policy"]["path"]) if config else None
+        known = policy_byte_table(config["policy"]) if config else None
     if known is None:
         return None, "the policy's tokenizer is not at hand"
     table, fingerprint = known
