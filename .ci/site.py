@@ -26,6 +26,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+_LINKS = tempfile.TemporaryDirectory(prefix="trace-opd-site-")  # removed when mkdocs ends
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
 
 
@@ -53,10 +54,11 @@ def api_page(package: str, files: list[Path]) -> str:
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     # The root is the package trace_opd. A folder of that name with links to the rooms is all that
     # griffe has to read: the root itself also holds tests, environments and stores.
-    package = Path(tempfile.mkdtemp(prefix="trace-opd-site-")) / "trace_opd"
-    package.mkdir()
+    package = Path(_LINKS.name) / "trace_opd"
+    package.mkdir(exist_ok=True)
     for name in ("__init__.py", "flows.py", *ROOMS):
-        (package / name).symlink_to(ROOT / name)
+        if not (package / name).exists():
+            (package / name).symlink_to(ROOT / name)
     handlers = config.plugins["mkdocstrings"].config.handlers
     handlers["python"]["paths"] = [str(package.parent)]
     reference = [{name: f"api/{name}.md"} for name in packages()]
