@@ -65,7 +65,7 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
 
 test-vllm: $(VLLM_VENV)/.installed  ## train online with real vLLM, in process and as servers
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm --durations=10
-	$(VLLM_VENV)/bin/python -m pytest tests/pipelines/test_sampler_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest tests/pipelines/samplers/test_vllm.py
 
 check: setup  ## lint, format check and type check
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from trace_opd.pipelines.verifier import Job
+from trace_opd.pipelines.verifiers.pool import Job
 
 ROOT = Path(__file__).parents[1]
 GOLDS, ANSWERS = 300, 4

@@ -21,8 +21,8 @@ from ..schemas.tables import EVALUATIONS, PROBLEMS
 from ..trace.identity import cached_sha256
 from .bootstrap import Estimate, bootstrap_mean, pass_at_k
 from .rollout import policy_identity, require_planned, rollouts_table
-from .room import require_room
 from .samplers import open_sampler
+from .samplers.context_length import require_room
 from .stage import Plan, Stage
 from .verify import CHOICE_MATCHER, MathVerifier, math_matcher
 

@@ -27,9 +27,9 @@ from ..schemas.errors import InputError
 from ..schemas.labels import AnnotationStatus, AnswerKind, FinishReason, VerdictStatus
 from ..schemas.tables import ANNOTATIONS, CONTRACTS, PROBLEMS, ROLLOUTS, VERDICTS
 from .annotators.rows import SKIPPED, Identity, Item, Reading, annotation_row, items
-from .answers import exact_match
 from .stage import held
-from .verifier import Job, Outcome, VerifierPool
+from .verifiers.pool import Job, Outcome, VerifierPool
+from .verifiers.reading import exact_match
 from .verify import math_matcher
 
 # Raise it when the same file and options make other rows.

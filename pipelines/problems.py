@@ -22,9 +22,9 @@ from ..schemas.configs import ProblemsConfig, VerifyConfig
 from ..schemas.errors import InputError
 from ..schemas.labels import AnswerKind, VerdictStatus
 from ..schemas.tables import PROBLEMS
-from .answers import gold_parses
 from .stage import Plan, Stage, progress_bar
-from .verifier import Job, VerifierPool
+from .verifiers.pool import Job, VerifierPool
+from .verifiers.reading import gold_parses
 from .verify import math_matcher
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from ..trace.prompt import render_chat, student_prompt
 from ..trace.protocols import PolicyInfo, Sampler
 from .endpoint import read_key
 from .models import resolve_policy, served_model
-from .room import require_room
 from .samplers import open_sampler
+from .samplers.context_length import require_room
 from .stage import Plan, Stage
 
 

@@ -39,7 +39,7 @@ from .convert import check_vocabulary
 from .models import resolve_policy
 from .offline import OfflineReader
 from .online import OnlineTables
-from .room import require_room, require_short_rows
+from .samplers.context_length import require_room, require_short_rows
 from .stage import held, progress_bar
 from .tracking import METRICS, Tracker, check_tracker, read_metrics
 from .validation import FOLDER, LOOKS, Validation

@@ -18,9 +18,9 @@ from ..schemas.configs import VerifyConfig
 from ..schemas.errors import InputError
 from ..schemas.labels import AnswerKind, FinishReason, VerdictStatus
 from ..schemas.tables import ROLLOUTS, VERDICTS
-from .answers import choice_letter, exact_match, final_answer, letter_of
 from .stage import Plan, Stage
-from .verifier import Job, Outcome, VerifierPool
+from .verifiers.pool import Job, Outcome, VerifierPool
+from .verifiers.reading import choice_letter, exact_match, final_answer, letter_of
 
 CHOICE_MATCHER = "choice-matcher 1"
 _ROLLOUT_COLUMNS = ["rollout_id", "problem_id", "group_id", "response", "finish_reason"]

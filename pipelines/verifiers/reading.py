@@ -8,8 +8,8 @@ no answer: a policy must commit to one. Everything here is linear in the respons
 import re
 from fractions import Fraction
 
-from ..data.boxed import last_boxed
-from ..schemas.labels import AnswerKind
+from ...data.boxed import last_boxed
+from ...schemas.labels import AnswerKind
 from .notation import plain_number
 
 _STATEMENT = re.compile(r"\banswer\b(?:\s+is\b|\*{0,2}\s*[:=])|####", re.IGNORECASE)

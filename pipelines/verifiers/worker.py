@@ -1,6 +1,6 @@
 """One verification worker: a process that judges (gold, answer) pairs until its pipe closes.
 
-Started by verifier.py as `python -m trace_opd.pipelines.verify_worker <fd> <memory MiB> <seconds>`,
+Started by pool.py as `python -m trace_opd.pipelines.verifiers.worker <fd> <memory MiB> <seconds>`,
 so it imports neither the parent's main module nor torch.
 """
 
@@ -10,8 +10,8 @@ import sys
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
-from ..schemas.labels import VerdictStatus
-from .mathematics import equal, read
+from ...schemas.labels import VerdictStatus
+from .math import equal, read
 from .notation import conflict
 
 READY = "ready"

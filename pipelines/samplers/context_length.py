@@ -6,14 +6,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.store import Dataset
-from ..schemas.configs import OpenAISampler, PolicyConfig, PromptConfig, VllmSampler
-from ..schemas.configs import Sampler as SamplerConfig
-from ..schemas.errors import InputError
-from ..trace.loading import load_config
-from ..trace.policy import load_tokenizer
-from ..trace.prompt import student_prompt
-from .models import resolve_policy
+from ...data.store import Dataset
+from ...schemas.configs import OpenAISampler, PolicyConfig, PromptConfig, VllmSampler
+from ...schemas.configs import Sampler as SamplerConfig
+from ...schemas.errors import InputError
+from ...trace.loading import load_config
+from ...trace.policy import load_tokenizer
+from ...trace.prompt import student_prompt
+from ..models import resolve_policy
 
 # A normaliser may write several characters for one, and a token stands for a byte at least.
 _TOKENS_PER_BYTE = 4

@@ -9,14 +9,14 @@ from transformers import Qwen3Config
 
 from trace_opd.data.store import Store
 from trace_opd.pipelines.models import MICRO
-from trace_opd.pipelines.room import context_length
+from trace_opd.pipelines.samplers.context_length import context_length
 from trace_opd.pipelines.stages import CONFIG_TYPES, TABLE_STAGES, run_stage
 from trace_opd.pipelines.train import begin
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config
 from trace_opd.schemas.tables import PROBLEMS, ROUTED
 
-CONFIG = Path(__file__).parents[2] / "configs" / "micro.yaml"
+CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
 LONG = 300
 
 

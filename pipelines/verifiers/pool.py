@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 
-from ..schemas.labels import VerdictStatus
-from .visible import visible
+from ...schemas.labels import VerdictStatus
+from ..visible import visible
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ def _start_worker(memory_mib: int, orphan_s: float) -> _Worker:
     # Not multiprocessing's spawn: it imports the parent's main module, with torch and Prefect, into
     # every worker. -P keeps the working directory off the module path, where a checkout's `trace`
     # folder would hide the standard library's module. A session of its own keeps Ctrl-C away.
-    command = [sys.executable, "-P", "-W", "ignore", "-m", f"{__package__}.verify_worker"]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", f"{__package__}.worker"]
     process = subprocess.Popen(
         [*command, str(theirs.fileno()), str(memory_mib), str(orphan_s)],
         pass_fds=[theirs.fileno()],

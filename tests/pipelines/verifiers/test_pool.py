@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trace_opd.pipelines.verifier import Job, VerifierPool
+from trace_opd.pipelines.verifiers.pool import Job, VerifierPool
 from trace_opd.schemas.labels import VerdictStatus
 
 # Above what an honest comparison takes on a loaded machine, far below what a hostile one would.
@@ -203,7 +203,7 @@ def test_workers_are_replaced_after_a_number_of_jobs_and_gone_after_close():
 @needs_proc
 def test_workers_end_when_their_parent_is_killed():
     script = (
-        "from trace_opd.pipelines.verifier import *\n"
+        "from trace_opd.pipelines.verifiers.pool import *\n"
         f"pool = VerifierPool(1, {TIMEOUT_S}, 1024)\n"
         "pool.judge([Job('x', 'y')])\n"
         "print('warm', flush=True)\n"
@@ -222,7 +222,7 @@ def test_workers_end_when_their_parent_is_killed():
 
 def test_a_worker_imports_neither_torch_nor_prefect():
     script = (
-        "import sys, trace_opd.pipelines.verify_worker\n"
+        "import sys, trace_opd.pipelines.verifiers.worker\n"
         "sys.exit(bool({'torch', 'transformers', 'prefect', 'pyarrow'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trace_opd.pipelines.answers import choice_letter, exact_match, final_answer, gold_parses
+from trace_opd.pipelines.verifiers.reading import (
+    choice_letter,
+    exact_match,
+    final_answer,
+    gold_parses,
+)
 from trace_opd.schemas.labels import AnswerKind
 
 

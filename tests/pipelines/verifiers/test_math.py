@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latex2sympy2_extended import latex2sympy
 
-from trace_opd.pipelines import mathematics
-from trace_opd.pipelines.answers import exact_match
-from trace_opd.pipelines.notation import prepare
-from trace_opd.pipelines.verifier import Job, VerifierPool
-from trace_opd.pipelines.verify_worker import judge
+from trace_opd.pipelines.verifiers import math as mathematics
+from trace_opd.pipelines.verifiers.notation import prepare
+from trace_opd.pipelines.verifiers.pool import Job, VerifierPool
+from trace_opd.pipelines.verifiers.reading import exact_match
+from trace_opd.pipelines.verifiers.worker import judge
 from trace_opd.schemas.labels import VerdictStatus
 
 ROWS = [
