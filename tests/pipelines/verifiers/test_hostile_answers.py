@@ -58,7 +58,7 @@ def peaks() -> Iterator[dict[int, int]]:
         while not ended.wait(0.02):
             for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
                 try:
-                    if b"verify_worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    if b"verifiers.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                         status = Path(f"/proc/{pid}/status").read_text()
                         found[int(pid)] = int(status.partition("VmPeak:")[2].split()[0]) // 1024
                 except (OSError, IndexError):  # it has just ended

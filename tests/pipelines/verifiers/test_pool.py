@@ -43,7 +43,7 @@ def worker_pids(parent: int | None = None) -> set[int]:
     """Live verification workers that are children of a process, by default of this one."""
     pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
     children = [pid for pid in pids if parent_of(pid) == (parent or os.getpid())]
-    return {p for p in children if b"verify_worker" in Path(f"/proc/{p}/cmdline").read_bytes()}
+    return {p for p in children if b"verifiers.worker" in Path(f"/proc/{p}/cmdline").read_bytes()}
 
 
 def warm(pool: VerifierPool) -> None:
