@@ -70,6 +70,7 @@ from prefect.types.entrypoint import EntrypointType
 from trace_opd.data.remote import require_reachable
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines import train as train_stage
+from trace_opd.pipelines.annotators import engine_of
 from trace_opd.pipelines.stage import Plan, close_engine, close_idle_engine, held
 from trace_opd.pipelines.stages import DEFAULT_ALIAS, TABLE_STAGES, run_pipeline
 from trace_opd.pipelines.viewer import report as report_stage
@@ -78,7 +79,6 @@ from trace_opd.schemas.configs import (
     Config,
     ConvertConfig,
     EvaluateConfig,
-    OpenAIAnnotator,
     PipelineConfig,
     ProblemsConfig,
     ReportConfig,
@@ -168,7 +168,7 @@ def train_run(config: TrainConfig, root: str) -> str:
 def _asks_endpoint(config: Config) -> bool:
     """Such an annotator runs in the flow's process, whatever the task runner: its journal, its budget,
     its batches and its pace are one process's, which asks for many answers at once."""
-    return isinstance(config, AnnotateConfig) and isinstance(config.annotator, OpenAIAnnotator)
+    return isinstance(config, AnnotateConfig) and engine_of(config.annotator).asks_endpoint
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from ..trace.prompt import student_prompt
 from ..trace.ranks import Ranks, copy_weights, join_ranks
 from ..trace.rules import needs_annotations, rule_source
 from ..trace.trainer import Metrics, Online, Trainer
-from .annotate import annotator_identity
+from .annotators import engine_of
 from .convert import check_vocabulary
 from .models import resolve_policy
 from .offline import OfflineReader
@@ -70,8 +70,9 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
     if config.online.steps:
         inputs["problems"] = problems = store.get(config.online.problems, PROBLEMS)
         if needs_annotations(config.online.routing):
-            semantic["online"]["annotator"] |= annotator_identity(
-                config.online.annotator, problems, in_training=True
+            annotator = config.online.annotator
+            semantic["online"]["annotator"] |= engine_of(annotator).identity(
+                annotator, problems, True
             )
         else:
             del semantic["online"]["annotator"]

@@ -14,6 +14,7 @@ from ...trace.segment import segment
 
 # Begins the error of a failed row that another attempt may mend: time-outs, server errors.
 NO_ANSWER = "unanswered: "
+KEPT = "answers that arrived are kept and not paid again"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from trace_opd.pipelines import endpoint, transport
 from trace_opd.pipelines.annotators import open_annotator
-from trace_opd.pipelines.annotators.batch_jobs import BatchClient, Job, JobFile
+from trace_opd.pipelines.annotators.batch_client import BatchClient
+from trace_opd.pipelines.annotators.batch_jobs import Job, JobFile
 from trace_opd.pipelines.endpoint import refill_s, seconds_asked
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
