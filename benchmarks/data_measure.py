@@ -66,7 +66,7 @@ def reader(root: str) -> dict[str, Any]:
     import pyarrow.compute as pc
 
     from trace_opd.data.store import Store
-    from trace_opd.pipelines.offline import OfflineReader
+    from trace_opd.pipelines.training.offline import OfflineReader
     from trace_opd.schemas.configs import OfflineConfig, TrainConfig
 
     store = Store(root)

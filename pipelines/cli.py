@@ -105,8 +105,8 @@ def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_r
         return
     first = whole_number("RANK", 0) == 0  # of torchrun's processes one talks
     if isinstance(config, TrainConfig) and first:
-        from .plan import memory_line
         from .train import begin
+        from .training.plan import memory_line
 
         _, target = begin(config, store)  # bad input is refused before anything is said
         if not isinstance(target, Dataset):
@@ -276,7 +276,7 @@ def plan(
     ] = None,
 ) -> None:
     """Predict a training run's memory and seconds per step; load no weights."""
-    from .plan import plan_table
+    from .training.plan import plan_table
 
     loaded = _load(TrainConfig, config, overrides, "train")
     console.print(plan_table(loaded, gpus, tflops, bandwidth, response_tokens=response_tokens))

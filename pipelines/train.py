@@ -37,12 +37,12 @@ from ..trace.trainer import Metrics, Online, Trainer
 from .annotators import engine_of
 from .convert import check_vocabulary
 from .models import resolve_policy
-from .offline import OfflineReader
-from .online import OnlineTables
 from .samplers.context_length import require_room, require_short_rows
 from .stage import held, progress_bar
-from .tracking import METRICS, Tracker, check_tracker, read_metrics
-from .validation import FOLDER, LOOKS, Validation
+from .training.offline import OfflineReader
+from .training.online import OnlineTables
+from .training.tracking import METRICS, Tracker, check_tracker, read_metrics
+from .training.validation import FOLDER, LOOKS, Validation
 
 FINAL = "checkpoints/final"
 

@@ -18,7 +18,7 @@ from ...trace.protocols import Sampler
 from .dialogue import Question
 from .prompting import AnnotationPrompt
 
-_FILES = {"none": "none", "rule": "rule", "self": "policy", "openai": "openai"}
+_FILES = {"none": "none", "rule": "rule", "self": "own_policy", "openai": "openai"}
 
 
 def _no_sampler(config: Any, student: PolicyConfig | None) -> None:

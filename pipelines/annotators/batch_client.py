@@ -1,6 +1,6 @@
 """The calls of OpenAI's Batch API (https://platform.openai.com/docs/guides/batch), with retries.
 
-Called by batch.py, and by `trace-opd batches` for a look at jobs. Bodies are read leniently: what
+Called by openai_batch.py, and by `trace-opd batches` for a look at jobs. Bodies are read leniently: what
 is answered is paid for.
 """
 

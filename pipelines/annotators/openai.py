@@ -1,7 +1,7 @@
 """Annotation by a model behind any OpenAI-compatible chat endpoint, engine `openai`.
 
 Rows are made here, requests are sent by paid_requests.py. `batch=true` asks through the Batch API instead
-(batch.py).
+(openai_batch.py).
 """
 
 import asyncio
@@ -196,7 +196,7 @@ def _open(
     spending = spending or open_spending(config, journal)
     if not config.batch:
         return EndpointAnnotator(config, prompt, segment, kept, spending)
-    from .batch import BatchAnnotator
+    from .openai_batch import BatchAnnotator
 
     assert kept is not None, "batches are journalled"
     return BatchAnnotator(config, prompt, segment, kept, spending, batch["batches"], batch["parts"])

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from ..bootstrap import Estimate
-from ..validation import SAMPLED
+from ..training.validation import SAMPLED
 
 RATE = pl.col("correct") / pl.col("k")
 

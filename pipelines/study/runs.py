@@ -23,8 +23,8 @@ from ...schemas.settings import overlaid, override
 from .. import train
 from ..stage import progress_bar
 from ..stages import run_stage
-from ..tracking import METRICS, read_metrics
-from ..validation import read_validation
+from ..training.tracking import METRICS, read_metrics
+from ..training.validation import read_validation
 from .figures import tuning_rate
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trace_opd.data.store import Dataset, Store
-from trace_opd.pipelines.offline import OfflineReader
+from trace_opd.pipelines.training.offline import OfflineReader
 from trace_opd.schemas.configs import OfflineConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.tables import ROUTED

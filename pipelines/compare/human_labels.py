@@ -18,19 +18,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..data.foreign_files import digest, find_files
-from ..data.labelled import LabelledResponse
-from ..data.sources import prm800k, processbench
-from ..data.store import Dataset, Store, content_hash
-from ..schemas.configs import SegmentConfig, VerifyConfig
-from ..schemas.errors import InputError
-from ..schemas.labels import AnnotationStatus, AnswerKind, FinishReason, VerdictStatus
-from ..schemas.tables import ANNOTATIONS, CONTRACTS, PROBLEMS, ROLLOUTS, VERDICTS
-from .annotators.rows import SKIPPED, Identity, Item, Reading, annotation_row, items
-from .stage import held
-from .verifiers.pool import Job, Outcome, VerifierPool
-from .verifiers.reading import exact_match
-from .verify import math_matcher
+from ...data.foreign_files import digest, find_files
+from ...data.labelled import LabelledResponse
+from ...data.sources import prm800k, processbench
+from ...data.store import Dataset, Store, content_hash
+from ...schemas.configs import SegmentConfig, VerifyConfig
+from ...schemas.errors import InputError
+from ...schemas.labels import AnnotationStatus, AnswerKind, FinishReason, VerdictStatus
+from ...schemas.tables import ANNOTATIONS, CONTRACTS, PROBLEMS, ROLLOUTS, VERDICTS
+from ..annotators.rows import SKIPPED, Identity, Item, Reading, annotation_row, items
+from ..stage import held
+from ..verifiers.pool import Job, Outcome, VerifierPool
+from ..verifiers.reading import exact_match
+from ..verify import math_matcher
 
 # Raise it when the same file and options make other rows.
 READER_VERSION = 1

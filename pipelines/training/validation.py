@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..data.files import sweep_siblings, write_whole, writing
-from ..data.store import Dataset, content_hash
-from ..schemas.configs import SamplingConfig, TrainConfig
-from ..schemas.labels import FinishReason
-from ..schemas.tables import VALIDATIONS
-from ..trace.protocols import Verifier
+from ...data.files import sweep_siblings, write_whole, writing
+from ...data.store import Dataset, content_hash
+from ...schemas.configs import SamplingConfig, TrainConfig
+from ...schemas.labels import FinishReason
+from ...schemas.tables import VALIDATIONS
+from ...trace.protocols import Verifier
 
 FOLDER = "validation"
 LOOKS = ".looks"

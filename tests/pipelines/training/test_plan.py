@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from trace_opd.pipelines.model_shape import model_shape
-from trace_opd.pipelines.plan import (
+from trace_opd.pipelines.training.model_shape import model_shape
+from trace_opd.pipelines.training.plan import (
     activation_bytes,
     memory_line,
     plan_table,
@@ -20,7 +20,7 @@ from trace_opd.pipelines.plan import (
     predict_seconds,
     setting,
 )
-from trace_opd.pipelines.throughput import measured_rates
+from trace_opd.pipelines.training.throughput import measured_rates
 from trace_opd.schemas.configs import LoraConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.trace.lora import add_adapters

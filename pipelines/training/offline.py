@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.store import Dataset
-from ..schemas.configs import TrainConfig
-from ..schemas.errors import InputError
-from ..trace.ragged import rows_of
-from .convert import check_token_ids
+from ...data.store import Dataset
+from ...schemas.configs import TrainConfig
+from ...schemas.errors import InputError
+from ...trace.ragged import rows_of
+from ..convert import check_token_ids
 
 
 class OfflineReader:

@@ -8,32 +8,32 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..data.store import Dataset, Draft, Store, content_hash
-from ..schemas.configs import (
+from ...data.store import Dataset, Draft, Store, content_hash
+from ...schemas.configs import (
     OpenAISampler,
     SamplingConfig,
     TrainConfig,
     TransformersSampler,
 )
-from ..schemas.errors import InputError
-from ..schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
-from ..trace.ahead import Ahead, Following
-from ..trace.align import byte_table
-from ..trace.online import OnlineSource
-from ..trace.policy import Policy
-from ..trace.ranks import Ranks
-from ..trace.rules import needs_annotations
-from ..trace.schedule import kl_weight
-from ..trace.shared_online import SharedOnline
-from ..trace.trainer import Online
-from .annotators import engine_of, open_annotator
-from .annotators.rows import skipped_annotations
-from .rollout import rollouts_table
-from .samplers import Follower, open_follower
-from .samplers.probe import Probe
-from .samplers.transformers import TransformersPolicySampler
+from ...schemas.errors import InputError
+from ...schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
+from ...trace.ahead import Ahead, Following
+from ...trace.align import byte_table
+from ...trace.online import OnlineSource
+from ...trace.policy import Policy
+from ...trace.ranks import Ranks
+from ...trace.rules import needs_annotations
+from ...trace.schedule import kl_weight
+from ...trace.shared_online import SharedOnline
+from ...trace.trainer import Online
+from ..annotators import engine_of, open_annotator
+from ..annotators.rows import skipped_annotations
+from ..rollout import rollouts_table
+from ..samplers import Follower, open_follower
+from ..samplers.probe import Probe
+from ..samplers.transformers import TransformersPolicySampler
+from ..verify import MathVerifier
 from .validation import Validation
-from .verify import MathVerifier
 
 # Online tables: role, stage, contract, and the roles that the dataset names as its inputs.
 _ONLINE_TABLES = (

@@ -10,14 +10,14 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trace_opd.pipelines.tracking import Tracker, check_tracker, read_metrics
+from trace_opd.pipelines.training.tracking import Tracker, check_tracker, read_metrics
 from trace_opd.schemas.errors import InputError
 
 REF = "train/0123abcd"
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
-from trace_opd.pipelines.tracking import Tracker
+from trace_opd.pipelines.training.tracking import Tracker
 folder, kind, first, last, end = sys.argv[1:]
 tracker = Tracker(Path(folder), int(first), kind, "train/0123abcd", {"seed": 7})
 for step in range(int(first), int(last)):

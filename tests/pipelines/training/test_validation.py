@@ -7,14 +7,14 @@ import pytest
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.stages import run_stage
-from trace_opd.pipelines.tracking import read_metrics
-from trace_opd.pipelines.validation import Validation, read_validation
+from trace_opd.pipelines.training.tracking import read_metrics
+from trace_opd.pipelines.training.validation import Validation, read_validation
 from trace_opd.schemas.configs import ProblemsConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config
 from trace_opd.schemas.tables import VALIDATIONS
 
-CONFIG = Path(__file__).parents[2] / "configs" / "micro.yaml"
+CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data.files import write_whole, writing
-from ..schemas.errors import InputError
+from ...data.files import write_whole, writing
+from ...schemas.errors import InputError
 
 TrackerKind = Literal["tensorboard", "trackio", "wandb", "none"]
 METRICS = "metrics.jsonl"

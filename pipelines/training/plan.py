@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from rich.table import Table
 
-from ..schemas.configs import TrainConfig, TransformersSampler
-from ..schemas.errors import InputError
-from ..trace.fused import BUFFER_BYTES
+from ...schemas.configs import TrainConfig, TransformersSampler
+from ...schemas.errors import InputError
+from ...trace.fused import BUFFER_BYTES
+from ..models import resolve_policy
 from .model_shape import ModelShape, model_shape
-from .models import resolve_policy
 from .throughput import measured_rates
 
 # Bytes that autograd keeps per token and layer, per number of: hidden, intermediate, queries,

@@ -14,10 +14,10 @@ import torch
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.stages import CONFIG_TYPES, run_stage
-from trace_opd.pipelines.tracking import read_metrics
+from trace_opd.pipelines.training.tracking import read_metrics
 from trace_opd.schemas.settings import load_config
 
-CONFIG = Path(__file__).parents[2] / "configs" / "micro.yaml"
+CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
 TRAIN = [
     "offline.steps=3",
     "online.steps=3",

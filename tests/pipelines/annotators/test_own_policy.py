@@ -22,7 +22,7 @@ from trace_opd.pipelines.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.annotators import open_annotator
 from trace_opd.pipelines.annotators.bounds import bounded_schema
 from trace_opd.pipelines.annotators.dialogue import RAISED_LIMIT
-from trace_opd.pipelines.annotators.policy import annotating_policy, turn_seed
+from trace_opd.pipelines.annotators.own_policy import annotating_policy, turn_seed
 from trace_opd.pipelines.annotators.prompting import load_prompt
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers import open_sampler
@@ -226,7 +226,7 @@ def test_in_training_the_annotating_policy_is_the_student_its_base_or_another():
 
 
 def test_online_the_current_weights_annotate_and_each_row_tells_which(tmp_path: Path):
-    micro_yaml = Path(__file__).parents[2] / "configs" / "micro.yaml"
+    micro_yaml = Path(__file__).parents[3] / "configs" / "micro.yaml"
     store = Store(tmp_path)
     overrides = ["limit=4", "rows_per_part=4"]
     run_stage(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_opd.pipelines.comparison.agreement import (
+from trace_opd.pipelines.compare.agreement import (
     COUNTS,
     SHARED,
     Side,
@@ -18,7 +18,7 @@ from trace_opd.pipelines.comparison.agreement import (
     intervals,
     shared_counts,
 )
-from trace_opd.pipelines.comparison.marks import (
+from trace_opd.pipelines.compare.marks import (
     TYPES,
     character_units,
     kept_units,

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..schemas.configs import LoraConfig
-from ..schemas.errors import InputError
-from ..trace.loading import load_config, model_on_meta
-from ..trace.lora import add_adapters
-from ..trace.policy import backbone, output_head
+from ...schemas.configs import LoraConfig
+from ...schemas.errors import InputError
+from ...trace.loading import load_config, model_on_meta
+from ...trace.lora import add_adapters
+from ...trace.policy import backbone, output_head
 
 
 @dataclass(frozen=True)

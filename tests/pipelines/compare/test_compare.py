@@ -12,9 +12,9 @@ import pytest
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.cli import main
-from trace_opd.pipelines.comparison import report as comparison_report
-from trace_opd.pipelines.comparison.compare import SCOPES, compare
-from trace_opd.pipelines.comparison.table import comparison_table
+from trace_opd.pipelines.compare import page as comparison_report
+from trace_opd.pipelines.compare.compare import SCOPES, compare
+from trace_opd.pipelines.compare.table import comparison_table
 from trace_opd.schemas.comparisons import COMPARISONS
 from trace_opd.schemas.configs import RoutingConfig
 from trace_opd.schemas.contract import validate
@@ -24,7 +24,7 @@ from trace_opd.trace.align import byte_table
 from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import load_tokenizer
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.yaml")
+CONFIG = str(Path(__file__).parents[3] / "configs" / "micro.yaml")
 
 
 def run(*args: object) -> int:
@@ -175,7 +175,7 @@ def test_an_undefined_figure_is_null(store, texts):
 def test_capped_figures_are_over_the_tokens_that_convert_routes(sampled):
     alpha = 0.1
     table = comparison_table(compare(("line", "value"), sampled, alpha=alpha), resamples=100)
-    tokenizer = load_tokenizer(str(Path(__file__).parents[2] / "data" / "micro"))
+    tokenizer = load_tokenizer(str(Path(__file__).parents[3] / "data" / "micro"))
     routed = []
     for name in ("line", "value"):
         annotations = sampled.get(name)

@@ -7,14 +7,14 @@ import pytest
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines import train
 from trace_opd.pipelines.models import resolve_policy
-from trace_opd.pipelines.online import OnlineTables
 from trace_opd.pipelines.stages import CONFIG_TYPES, run_stage
+from trace_opd.pipelines.training.online import OnlineTables
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config
 from trace_opd.trace.policy import load_policy
 
-CONFIG = Path(__file__).parents[2] / "configs" / "micro.yaml"
+CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
 STEPS = 3
 
 
