@@ -208,7 +208,8 @@ class BatchClient:
             retry=retry_if_exception(endpoint.may_pass),
             wait=endpoint.wait_s,
             stop=lambda state: (
-                state.attempt_number >= self._attempts or endpoint.asked_s(state) > self._patience_s
+                state.attempt_number >= self._attempts
+                or (endpoint.asked_s(state) or 0.0) > self._patience_s
             ),
             reraise=True,
         )

@@ -28,7 +28,7 @@ from .drain import drained
 from .journal import Journal
 from .pace import AskedToWait, Closed
 from .paid_requests import Requests
-from .prices import require_price
+from .prices import find_price
 from .prompting import AnnotationPrompt, load_prompt
 from .rows import KEPT, NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
 from .spending import Spending, open_spending
@@ -169,7 +169,7 @@ class EndpointAnnotator:
 def _identity(config: OpenAIAnnotator, problems: Dataset, in_training: bool) -> dict[str, Any]:
     identity = load_prompt(config.prompt, config.answer_schema).sha256
     endpoint.read_key(config.api_key_env, "annotator.api_key_env")
-    require_price(config)
+    find_price(config)
     if in_training and config.batch:
         raise InputError(
             "online.annotator.batch is true, and a step would wait a day for its answers; set "

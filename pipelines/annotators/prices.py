@@ -126,31 +126,21 @@ def find_price(config: OpenAIAnnotator) -> Price | None:
     """The price of a config's model at its endpoint, None if unknown.
 
     Raises:
-        InputError: one number without the other, or a file of prices with another content.
+        InputError: one number without the other, a bad file of prices, a budget without a price.
     """
     prompt = config.usd_per_million_prompt_tokens
     completion = config.usd_per_million_completion_tokens
-    listed = _listed(config) or _catalogued(config)
     if (prompt is None) != (completion is None):
         missing = "prompt" if prompt is None else "completion"
         raise InputError(
             f"annotator.usd_per_million_{missing}_tokens is not set and the other price is; give "
             "both (0 for a server without a bill) or none"
         )
-    if prompt is None or completion is None:
-        return listed
-    # The numbers don't say the provider's discount for batches: it stays the listed one.
-    batch = listed.batch if listed is not None else 1.0
-    return Price(prompt=prompt, completion=completion, batch=batch, source="the config")
-
-
-def require_price(config: OpenAIAnnotator) -> Price | None:
-    """The price, which a budget can't do without.
-
-    Raises:
-        InputError: a budget without a known price; as `find_price`.
-    """
-    price = find_price(config)
+    price = _listed(config) or _catalogued(config)
+    if prompt is not None and completion is not None:
+        # The numbers don't say the provider's discount for batches: it stays the listed one.
+        batch = 1.0 if price is None else price.batch
+        return Price(prompt=prompt, completion=completion, batch=batch, source="the config")
     if price is None and config.budget_usd is not None:
         raise InputError(
             f"annotator.budget_usd is {config.budget_usd:g} and the price of model {config.model} "
@@ -164,7 +154,7 @@ def load_prices(path: str | Path) -> dict[str, _Host]:
     """A file of prices by host.
 
     Raises:
-        InputError: the file is not there, or says something else than it must.
+        InputError: the file is missing or has another content.
     """
     text = read_text_file(path, "give a file of prices in annotator.prices, or leave it out")
     try:

@@ -1,4 +1,7 @@
-"""Prompts that leave no room for a response in the policy's context, found before any work."""
+"""Find prompts and sequences that are longer than the policy's context before any work.
+
+Called by the rollout and train stages when they resolve their inputs.
+"""
 
 from collections.abc import Iterable
 from typing import Any
