@@ -37,7 +37,7 @@ lock: setup  ## write requirements/*.lock from constraints.txt
 	$(BIN)/python .ci/lock.py
 
 demo: setup  ## run the whole method (MODEL=micro or smollm2), results in runs/demo
-	$(BIN)/python -m trace_opd.pipelines.demo $(MODEL)
+	$(BIN)/python -m trace_opd.pipelines.bundled.demo $(MODEL)
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

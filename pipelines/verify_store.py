@@ -16,9 +16,9 @@ from ..data.locks import holder
 from ..data.manifest import is_ref, one_line
 from ..data.store import MANIFEST, Dataset, Store
 from ..schemas.errors import InputError
+from .pipeline import TABLE_STAGES
 from .remake import remake_commands
-from .stage import progress_bar
-from .stages import TABLE_STAGES
+from .stages.base import progress_bar
 
 
 @dataclass(frozen=True)

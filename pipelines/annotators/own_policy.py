@@ -19,8 +19,7 @@ from ...schemas.labels import FinishReason
 from ...schemas.tables import ANNOTATIONS
 from ...trace.prompt import render_chat
 from ...trace.protocols import PolicyInfo, Prompt, Sampler
-from ..rollout import policy_identity
-from ..samplers import open_sampler
+from ..samplers import open_sampler, policy_identity
 from ..samplers.constrained import require_writable
 from . import Engine
 from .bounds import bounded_schema

@@ -27,10 +27,10 @@ from ...schemas.errors import InputError
 from ...schemas.labels import AnnotationStatus, AnswerKind, FinishReason, VerdictStatus
 from ...schemas.tables import ANNOTATIONS, CONTRACTS, PROBLEMS, ROLLOUTS, VERDICTS
 from ..annotators.rows import SKIPPED, Identity, Item, Reading, annotation_row, items
-from ..stage import held
+from ..stages.base import held
+from ..stages.verify import math_matcher
 from ..verifiers.pool import Job, Outcome, VerifierPool
 from ..verifiers.reading import exact_match
-from ..verify import math_matcher
 
 # Raise it when the same file and options make other rows.
 READER_VERSION = 1

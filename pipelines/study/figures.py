@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from ..bootstrap import Estimate
+from ..statistics import Estimate
 from ..training.validation import SAMPLED
 
 RATE = pl.col("correct") / pl.col("k")

@@ -28,11 +28,11 @@ from ...trace.shared_online import SharedOnline
 from ...trace.trainer import Online
 from ..annotators import engine_of, open_annotator
 from ..annotators.rows import skipped_annotations
-from ..rollout import rollouts_table
 from ..samplers import Follower, open_follower
 from ..samplers.probe import Probe
 from ..samplers.transformers import TransformersPolicySampler
-from ..verify import MathVerifier
+from ..stages.rollout import rollouts_table
+from ..stages.verify import MathVerifier
 from .validation import Validation
 
 # Online tables: role, stage, contract, and the roles that the dataset names as its inputs.

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_opd.pipelines.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.annotators.budget import Budget, BudgetSpent
 from trace_opd.pipelines.annotators.dialogue import Answer
 from trace_opd.pipelines.annotators.prices import Price
 from trace_opd.pipelines.annotators.spending import Spending, open_spending
-from trace_opd.pipelines.stage import close_engine
+from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator
 from trace_opd.schemas.errors import InputError
 

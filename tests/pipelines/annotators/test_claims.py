@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from trace_opd.data.store import Store
-from trace_opd.pipelines.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.annotators.claims import Claims
 from trace_opd.pipelines.annotators.prices import Price
-from trace_opd.pipelines.stage import close_engine
+from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS, VERDICTS
@@ -26,7 +26,7 @@ from trace_opd.tests.pipelines.conftest import PaidServer, completion
 
 # Not forks of this process: other tests may have left threads in it.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["trace_opd.pipelines.annotate"])
+PROCESSES.set_forkserver_preload(["trace_opd.pipelines.stages.annotate"])
 
 
 def config(url: str, **changes: Any) -> AnnotateConfig:

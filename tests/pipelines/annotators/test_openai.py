@@ -19,14 +19,14 @@ import pyarrow as pa
 import pytest
 
 from trace_opd.data.store import Store
-from trace_opd.pipelines.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.annotators import dialogue, open_annotator
 from trace_opd.pipelines.annotators.journal import Journal
 from trace_opd.pipelines.annotators.prices import Price
 from trace_opd.pipelines.annotators.prompting import SHIPPED_PROMPT, SHIPPED_SCHEMA
 from trace_opd.pipelines.annotators.rows import Reading
 from trace_opd.pipelines.annotators.spending import open_spending
-from trace_opd.pipelines.stage import close_engine
+from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator, SegmentConfig
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError

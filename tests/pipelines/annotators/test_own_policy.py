@@ -17,16 +17,16 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from trace_opd.data.store import Store
-from trace_opd.pipelines import train
-from trace_opd.pipelines.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.annotators import open_annotator
 from trace_opd.pipelines.annotators.bounds import bounded_schema
 from trace_opd.pipelines.annotators.dialogue import RAISED_LIMIT
 from trace_opd.pipelines.annotators.own_policy import annotating_policy, turn_seed
 from trace_opd.pipelines.annotators.prompting import load_prompt
 from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.pipeline import CONFIG_TYPES, run_stage
 from trace_opd.pipelines.samplers import open_sampler
-from trace_opd.pipelines.stages import CONFIG_TYPES, run_stage
+from trace_opd.pipelines.stages import train
+from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
 from trace_opd.schemas.configs import (
     AnnotateConfig,
     OpenAIAnnotator,

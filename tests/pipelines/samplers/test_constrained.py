@@ -21,12 +21,12 @@ from trace_opd.pipelines.annotators.answers import read_answer
 from trace_opd.pipelines.annotators.bounds import bounded_schema
 from trace_opd.pipelines.annotators.prompting import load_prompt
 from trace_opd.pipelines.annotators.rows import Item
+from trace_opd.pipelines.bundled.smollm2 import GGUF_FILE
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.constrained import Grammars, require_writable
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
 from trace_opd.pipelines.samplers.transformers import TransformersPolicySampler
 from trace_opd.pipelines.samplers.vllm import VllmPolicySampler
-from trace_opd.pipelines.smollm2 import GGUF_FILE
 from trace_opd.schemas.configs import OpenAISampler, PromptConfig, SamplingConfig, VllmSampler
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import AnnotationStatus, FinishReason

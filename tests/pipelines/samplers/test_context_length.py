@@ -9,9 +9,9 @@ from transformers import Qwen3Config
 
 from trace_opd.data.store import Store
 from trace_opd.pipelines.models import MICRO
+from trace_opd.pipelines.pipeline import CONFIG_TYPES, TABLE_STAGES, run_stage
 from trace_opd.pipelines.samplers.context_length import context_length
-from trace_opd.pipelines.stages import CONFIG_TYPES, TABLE_STAGES, run_stage
-from trace_opd.pipelines.train import begin
+from trace_opd.pipelines.stages.train import begin
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config
 from trace_opd.schemas.tables import PROBLEMS, ROUTED

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from trace_opd.pipelines.bundled.smollm2 import GGUF_FILE
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
-from trace_opd.pipelines.smollm2 import GGUF_FILE
 from trace_opd.schemas.configs import OpenAISampler, SamplingConfig
 from trace_opd.trace.protocols import Completion, Prompt
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from trace_opd.pipelines.micro import arithmetic_problems
+from trace_opd.pipelines.bundled.micro import arithmetic_problems
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.transformers import TransformersPolicySampler, draw, truncated
 from trace_opd.schemas.configs import PromptConfig, SamplingConfig

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from trace_opd.data.store import Dataset, Draft, Store
-from trace_opd.pipelines import train
 from trace_opd.pipelines.models import resolve_policy
-from trace_opd.pipelines.stages import CONFIG_TYPES, run_stage
+from trace_opd.pipelines.pipeline import CONFIG_TYPES, run_stage
+from trace_opd.pipelines.stages import train
 from trace_opd.pipelines.training.online import OnlineTables
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.errors import InputError

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from trace_opd.data.store import Dataset, Store
-from trace_opd.pipelines.stages import run_stage
+from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.training.tracking import read_metrics
 from trace_opd.pipelines.training.validation import Validation, read_validation
 from trace_opd.schemas.configs import ProblemsConfig, TrainConfig

@@ -7,11 +7,12 @@ import huggingface_hub.constants
 import pytest
 
 from trace_opd.data.store import Dataset, Store
-from trace_opd.pipelines.convert import CONVERT_STAGE
 from trace_opd.pipelines.models import MICRO, resolve_policy, served_model
-from trace_opd.pipelines.rollout import policy_identity, require_planned
-from trace_opd.pipelines.stages import CONFIG_TYPES, TABLE_STAGES, run_stage
-from trace_opd.pipelines.train import begin
+from trace_opd.pipelines.pipeline import CONFIG_TYPES, TABLE_STAGES, run_stage
+from trace_opd.pipelines.samplers import policy_identity
+from trace_opd.pipelines.stages.convert import CONVERT_STAGE
+from trace_opd.pipelines.stages.rollout import require_planned
+from trace_opd.pipelines.stages.train import begin
 from trace_opd.schemas.configs import OpenAISampler, PolicyConfig, TransformersSampler
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config
@@ -19,7 +20,7 @@ from trace_opd.trace.identity import model_revision
 from trace_opd.trace.policy import load_policy
 from trace_opd.trace.protocols import PolicyInfo
 
-CONFIG = Path(__file__).parents[2] / "configs" / "micro.yaml"
+CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
 COMMITS = ("a" * 40, "b" * 40)
 
 

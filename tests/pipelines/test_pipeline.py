@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trace_opd.pipelines.stages import run_pipeline
+from trace_opd.pipelines.pipeline import run_pipeline
 from trace_opd.schemas.configs import Config, PipelineConfig
 from trace_opd.schemas.presets import PRESETS
 from trace_opd.schemas.settings import load_config

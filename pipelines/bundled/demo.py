@@ -1,4 +1,4 @@
-"""The main job, start to end: python -m trace_opd.pipelines.demo [micro|smollm2]
+"""The main job, start to end: python -m trace_opd.pipelines.bundled.demo [micro|smollm2]
 
 Runs the pipeline of configs/<model>.yaml as Prefect flows on the embedded server, then sums up:
 pass rate before and after with 95 % intervals, the Parquet paths, the report, summary.json.
@@ -15,13 +15,13 @@ from typing import Any
 
 from rich.table import Table
 
-from ..data.store import Store
-from ..schemas.configs import PipelineConfig
-from ..schemas.settings import load_config
-from .models import resolve_policy
-from .terminal import Terminal
+from ...data.store import Store
+from ...schemas.configs import PipelineConfig
+from ...schemas.settings import load_config
+from ..models import resolve_policy
+from ..terminal import Terminal
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _TABLES = ("problems", "rollouts", "verdicts", "annotations", "routed")
 _QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

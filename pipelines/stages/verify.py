@@ -13,14 +13,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..data.store import Draft, Store
-from ..schemas.configs import VerifyConfig
-from ..schemas.errors import InputError
-from ..schemas.labels import AnswerKind, FinishReason, VerdictStatus
-from ..schemas.tables import ROLLOUTS, VERDICTS
-from .stage import Plan, Stage
-from .verifiers.pool import Job, Outcome, VerifierPool
-from .verifiers.reading import choice_letter, exact_match, final_answer, letter_of
+from ...data.store import Draft, Store
+from ...schemas.configs import VerifyConfig
+from ...schemas.errors import InputError
+from ...schemas.labels import AnswerKind, FinishReason, VerdictStatus
+from ...schemas.tables import ROLLOUTS, VERDICTS
+from ..verifiers.pool import Job, Outcome, VerifierPool
+from ..verifiers.reading import choice_letter, exact_match, final_answer, letter_of
+from .base import Plan, Stage
 
 CHOICE_MATCHER = "choice-matcher 1"
 _ROLLOUT_COLUMNS = ["rollout_id", "problem_id", "group_id", "response", "finish_reason"]

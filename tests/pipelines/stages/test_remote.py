@@ -13,10 +13,10 @@ from urllib.request import urlopen
 import pytest
 
 from trace_opd.data.store import Dataset, Store
-from trace_opd.pipelines.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.cli import main
-from trace_opd.pipelines.stage import close_engine
-from trace_opd.pipelines.stages import run_stage
+from trace_opd.pipelines.pipeline import run_stage
+from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.pipelines.viewer.view import HOST, Viewer, open_server
 from trace_opd.schemas.configs import AnnotateConfig, PipelineConfig
 from trace_opd.schemas.errors import InputError
@@ -24,7 +24,7 @@ from trace_opd.schemas.settings import load_config, override
 
 CONFIG: PipelineConfig = load_config(
     PipelineConfig,
-    Path(__file__).parents[2] / "configs" / "micro.yaml",
+    Path(__file__).parents[3] / "configs" / "micro.yaml",
     [
         *("problems.limit=6", "problems.rows_per_part=3", "rollout.group_size=4"),
         *("train.offline.steps=1", "train.online.steps=1", "train.online.group_size=2"),

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from trace_opd.pipelines.micro import arithmetic_problems
+from trace_opd.pipelines.bundled.micro import arithmetic_problems
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.study.mechanism import (
     OBJECTIVES,

@@ -10,9 +10,9 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from ..data.store import Dataset, Draft, Store
-from ..schemas.tables import ANNOTATIONS
-from .stage import Plan
+from ...data.store import Dataset, Draft, Store
+from ...schemas.tables import ANNOTATIONS
+from .base import Plan
 
 UNANSWERED = "unanswered"  # figure of a finished dataset: rows that may succeed in another attempt
 _ATTEMPT = "attempt"

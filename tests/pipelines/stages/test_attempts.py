@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from trace_opd.data.store import Store
 from trace_opd.pipelines.annotators.prices import Price
 from trace_opd.pipelines.cli import app
-from trace_opd.pipelines.stage import close_engine
-from trace_opd.pipelines.stages import run_stage
+from trace_opd.pipelines.pipeline import run_stage
+from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator
 from trace_opd.schemas.errors import InputError, TooManyFailed
 from trace_opd.tests.pipelines.conftest import PaidServer, completion

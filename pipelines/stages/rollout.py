@@ -6,27 +6,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from ..data.store import Draft, Store, content_hash
-from ..schemas.configs import (
-    OpenAISampler,
-    PolicyConfig,
+from ...data.store import Draft, Store, content_hash
+from ...schemas.configs import (
     PromptConfig,
     RolloutConfig,
     SamplingConfig,
 )
-from ..schemas.configs import Sampler as SamplerConfig
-from ..schemas.errors import InputError
-from ..schemas.labels import FinishReason
-from ..schemas.tables import PROBLEMS, ROLLOUTS
-from ..trace.identity import model_revision
-from ..trace.policy import load_tokenizer
-from ..trace.prompt import render_chat, student_prompt
-from ..trace.protocols import PolicyInfo, Sampler
-from .endpoint import read_key
-from .models import resolve_policy, served_model
-from .samplers import open_sampler
-from .samplers.context_length import require_room
-from .stage import Plan, Stage
+from ...schemas.errors import InputError
+from ...schemas.labels import FinishReason
+from ...schemas.tables import PROBLEMS, ROLLOUTS
+from ...trace.prompt import student_prompt
+from ...trace.protocols import PolicyInfo, Sampler
+from ..samplers import open_sampler, policy_identity
+from ..samplers.context_length import require_room
+from .base import Plan, Stage
 
 
 def sample_seed(base: int, problem_id: str, sample_index: int) -> int:
@@ -96,23 +89,6 @@ def _resolve(config: RolloutConfig, store: Store) -> Plan:
     limit = config.sampling.max_new_tokens
     require_room(problems, config.policy, config.sampler, config.prompt, limit)
     return Plan(config, {"problems": problems}, semantic, problems.parts)
-
-
-def policy_identity(sampler: SamplerConfig, policy: PolicyConfig) -> list[str]:
-    """Who samples, for the dataset id: the model's files; behind an endpoint its address, the
-    model's name, and the files that are on this machine too.
-
-    Raises:
-        InputError: no policy there, a tokenizer without a chat template, a missing key. So these
-            stop a stage before a model is loaded.
-    """
-    if isinstance(sampler, OpenAISampler):
-        read_key(sampler.api_key_env, "sampler.api_key_env")
-        served = served_model(policy.path)  # its tokenizer makes text and fingerprints of the rows
-        return [*sampler.servers, policy.path, *([] if served is None else served[1:])]
-    path = resolve_policy(policy.path)
-    render_chat(load_tokenizer(path, policy.trust_remote_code), [{"role": "user", "content": ""}])
-    return [model_revision(path, policy.trust_remote_code)]
 
 
 def require_planned(planned: list[str], opened: PolicyInfo) -> None:

@@ -15,17 +15,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.store import Dataset, Draft, Store
-from ..schemas.configs import AnnotateConfig
-from ..schemas.errors import InputError, TooManyFailed
-from ..schemas.labels import AnnotationStatus
-from ..schemas.tables import ANNOTATIONS, VERDICTS
-from .annotators import engine_of, open_annotator
-from .annotators.batch_jobs import read_jobs
-from .annotators.rows import NO_ANSWER, Usage
-from .annotators.spending import Spending, count, dollars, open_spending, plus
+from ...data.store import Dataset, Draft, Store
+from ...schemas.configs import AnnotateConfig
+from ...schemas.errors import InputError, TooManyFailed
+from ...schemas.labels import AnnotationStatus
+from ...schemas.tables import ANNOTATIONS, VERDICTS
+from ..annotators import engine_of, open_annotator
+from ..annotators.batch_jobs import read_jobs
+from ..annotators.rows import NO_ANSWER, Usage
+from ..annotators.spending import Spending, count, dollars, open_spending, plus
 from .attempts import UNANSWERED, attempt_figures, current_attempt, first_attempt
-from .stage import Plan, Stage, tell
+from .base import Plan, Stage, tell
 
 logger = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ import pytest
 from rich.console import Console
 
 from trace_opd.data.store import Draft, Store
-from trace_opd.pipelines.bootstrap import Estimate, bootstrap_mean, pass_at_k
 from trace_opd.pipelines.cli import main
-from trace_opd.pipelines.evaluate import (
+from trace_opd.pipelines.stages.base import Plan
+from trace_opd.pipelines.stages.evaluate import (
     BASE,
     TRAINED,
     evaluation_rows,
     majority_correct,
     summarize,
 )
-from trace_opd.pipelines.stage import Plan
+from trace_opd.pipelines.statistics import Estimate, bootstrap_mean, pass_at_k
 from trace_opd.schemas.configs import EvaluateConfig
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.tables import EVALUATIONS, PROBLEMS, ROLLOUTS, VERDICTS

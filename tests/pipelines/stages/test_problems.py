@@ -5,7 +5,7 @@ import json
 import pytest
 
 from trace_opd.data.store import Store, content_hash
-from trace_opd.pipelines.problems import PROBLEMS_STAGE
+from trace_opd.pipelines.stages.problems import PROBLEMS_STAGE
 from trace_opd.schemas.configs import ProblemsConfig, VerifyConfig
 from trace_opd.schemas.errors import InputError
 
@@ -144,7 +144,7 @@ def test_a_gold_answer_that_never_ends_is_dropped_at_the_deadline(
     store, problems_file, monkeypatch
 ):
     limits = VerifyConfig(timeout_s=1.0)
-    monkeypatch.setattr("trace_opd.pipelines.problems.VerifyConfig", lambda: limits)
+    monkeypatch.setattr("trace_opd.pipelines.stages.problems.VerifyConfig", lambda: limits)
     endless = {"problem": "how many?", "answer": r"\binom{1000000000}{500000000}"}
     source = problems_file([endless, {"problem": "2+2", "answer": r"\sqrt{16}"}])
     dataset = make(store, source, drop_unparsable=True, limit=10)

@@ -11,12 +11,12 @@ import json
 import random
 from dataclasses import dataclass, replace
 
-from ..data.sources.arithmetic import answer_text, column, digit_pairs, operands, problem_row
-from ..schemas.labels import DiagnosticType, Operation
-from ..trace.segment import segment
-from .annotators.prompting import AnnotationPrompt, ask
-from .annotators.rows import Item
-from .annotators.rule import by_line
+from ...data.sources.arithmetic import answer_text, column, digit_pairs, operands, problem_row
+from ...schemas.labels import DiagnosticType, Operation
+from ...trace.segment import segment
+from ..annotators.prompting import AnnotationPrompt, ask
+from ..annotators.rows import Item
+from ..annotators.rule import by_line
 
 STUDENT_TEMPLATE = "{problem}"
 TEACHER_TEMPLATE = "{problem}\nhint: {diagnostic_type}"

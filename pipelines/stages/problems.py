@@ -16,15 +16,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data import sources
-from ..data.store import Dataset, Draft, Store, content_hash
-from ..schemas.configs import ProblemsConfig, VerifyConfig
-from ..schemas.errors import InputError
-from ..schemas.labels import AnswerKind, VerdictStatus
-from ..schemas.tables import PROBLEMS
-from .stage import Plan, Stage, progress_bar
-from .verifiers.pool import Job, VerifierPool
-from .verifiers.reading import gold_parses
+from ...data import sources
+from ...data.store import Dataset, Draft, Store, content_hash
+from ...schemas.configs import ProblemsConfig, VerifyConfig
+from ...schemas.errors import InputError
+from ...schemas.labels import AnswerKind, VerdictStatus
+from ...schemas.tables import PROBLEMS
+from ..verifiers.pool import Job, VerifierPool
+from ..verifiers.reading import gold_parses
+from .base import Plan, Stage, progress_bar
 from .verify import math_matcher
 
 logger = logging.getLogger(__name__)

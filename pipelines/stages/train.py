@@ -16,33 +16,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.store import Dataset, Draft, Store, content_hash
-from ..schemas.configs import TrainConfig
-from ..schemas.errors import EngineEnded, InputError, Stopped
-from ..schemas.tables import PROBLEMS, ROUTED
-from ..trace.checkpoint import prune_checkpoints, resume, save_checkpoint, save_model
-from ..trace.identity import model_revision
-from ..trace.packing import PackedModel
-from ..trace.policy import (
-    Policy,
-    choose_device,
-    load_policy,
-    load_tokenizer,
-    vocab_fingerprint,
-)
-from ..trace.prompt import student_prompt
-from ..trace.ranks import Ranks, copy_weights, join_ranks
-from ..trace.rules import needs_annotations, rule_source
-from ..trace.trainer import Metrics, Online, Trainer
-from .annotators import engine_of
+from ...data.store import Dataset, Draft, Store, content_hash
+from ...schemas.configs import TrainConfig
+from ...schemas.errors import EngineEnded, InputError, Stopped
+from ...schemas.tables import PROBLEMS, ROUTED
+from ...trace.checkpoint import prune_checkpoints, resume, save_checkpoint, save_model
+from ...trace.identity import model_revision
+from ...trace.packing import PackedModel
+from ...trace.policy import Policy, choose_device, load_policy, load_tokenizer, vocab_fingerprint
+from ...trace.prompt import student_prompt
+from ...trace.ranks import Ranks, copy_weights, join_ranks
+from ...trace.rules import needs_annotations, rule_source
+from ...trace.trainer import Metrics, Online, Trainer
+from ..annotators import engine_of
+from ..models import resolve_policy
+from ..samplers.context_length import require_room, require_short_rows
+from ..training.offline import OfflineReader
+from ..training.online import OnlineTables
+from ..training.tracking import METRICS, Tracker, check_tracker, read_metrics
+from ..training.validation import FOLDER, LOOKS, Validation
+from .base import held, progress_bar
 from .convert import check_vocabulary
-from .models import resolve_policy
-from .samplers.context_length import require_room, require_short_rows
-from .stage import held, progress_bar
-from .training.offline import OfflineReader
-from .training.online import OnlineTables
-from .training.tracking import METRICS, Tracker, check_tracker, read_metrics
-from .training.validation import FOLDER, LOOKS, Validation
 
 FINAL = "checkpoints/final"
 

@@ -13,17 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.store import Dataset, Draft, Store, content_hash
-from ..schemas.configs import EvaluateConfig, OpenAISampler, PolicyConfig
-from ..schemas.errors import DamagedFile, InputError
-from ..schemas.labels import FinishReason
-from ..schemas.tables import EVALUATIONS, PROBLEMS
-from ..trace.identity import cached_sha256
-from .bootstrap import Estimate, bootstrap_mean, pass_at_k
-from .rollout import policy_identity, require_planned, rollouts_table
-from .samplers import open_sampler
-from .samplers.context_length import require_room
-from .stage import Plan, Stage
+from ...data.store import Dataset, Draft, Store, content_hash
+from ...schemas.configs import EvaluateConfig, OpenAISampler, PolicyConfig
+from ...schemas.errors import DamagedFile, InputError
+from ...schemas.labels import FinishReason
+from ...schemas.tables import EVALUATIONS, PROBLEMS
+from ...trace.identity import cached_sha256
+from ..samplers import open_sampler, policy_identity
+from ..samplers.context_length import require_room
+from ..statistics import Estimate, bootstrap_mean, pass_at_k
+from .base import Plan, Stage
+from .rollout import require_planned, rollouts_table
 from .verify import CHOICE_MATCHER, MathVerifier, math_matcher
 
 BASE, TRAINED = "base", "trained"

@@ -7,18 +7,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.store import Dataset, Draft, Store, content_hash
-from ..schemas.configs import ConvertConfig
-from ..schemas.contract import outside
-from ..schemas.errors import InputError
-from ..schemas.labels import Route
-from ..schemas.tables import ANNOTATIONS, ROUTED
-from ..trace.align import byte_table
-from ..trace.convert import routed_table
-from ..trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
-from ..trace.rules import needs_annotations, rule_source
-from .models import resolve_policy
-from .stage import Plan, Stage
+from ...data.store import Dataset, Draft, Store, content_hash
+from ...schemas.configs import ConvertConfig
+from ...schemas.contract import outside
+from ...schemas.errors import InputError
+from ...schemas.labels import Route
+from ...schemas.tables import ANNOTATIONS, ROUTED
+from ...trace.align import byte_table
+from ...trace.convert import routed_table
+from ...trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
+from ...trace.rules import needs_annotations, rule_source
+from ..models import resolve_policy
+from .base import Plan, Stage
 
 
 def _resolve(config: ConvertConfig, store: Store) -> Plan:

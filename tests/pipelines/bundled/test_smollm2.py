@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trace_opd.pipelines.smollm2 import prepare
+from trace_opd.pipelines.bundled.smollm2 import prepare
 from trace_opd.schemas.errors import InputError
 from trace_opd.trace.align import byte_table
 from trace_opd.trace.policy import Policy, end_token_ids, load_policy

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from ..data.locks import locked
-from ..schemas.errors import InputError
-from ..trace.loading import require_complete, require_finite
+from ...data.locks import locked
+from ...schemas.errors import InputError
+from ...trace.loading import require_complete, require_finite
 
 logger = logging.getLogger(__name__)
 

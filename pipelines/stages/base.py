@@ -24,10 +24,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..data.store import Dataset, Draft, Store
-from ..schemas.configs import Config
-from ..schemas.contract import TableContract
-from .terminal import Terminal
+from ...data.store import Dataset, Draft, Store
+from ...schemas.configs import Config
+from ...schemas.contract import TableContract
+from ..terminal import Terminal
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from trace_opd.data.store import Dataset, Store
-from trace_opd.pipelines.stages import CONFIG_TYPES, run_stage
+from trace_opd.pipelines.pipeline import CONFIG_TYPES, run_stage
 from trace_opd.pipelines.training.tracking import read_metrics
 from trace_opd.schemas.configs import Config
 from trace_opd.schemas.settings import load_config
 
-CONFIG = Path(__file__).parents[2] / "configs" / "micro.yaml"
+CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
 COMMAND = str(Path(sys.executable).with_name("trace-opd"))
 PROBLEMS = ["limit=12", "rows_per_part=3"]
 ROLLOUT = ["group_size=4"]
@@ -158,7 +158,7 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one(rolled, tmp_path):
 
 def test_training_changes_the_weights(rolled):
     trained = make("train", rolled, *TRAIN)
-    base = Path(__file__).parents[2] / "data" / "micro" / "model.safetensors"
+    base = Path(__file__).parents[3] / "data" / "micro" / "model.safetensors"
     assert final_weights(trained) != base.read_bytes()
     assert {line["phase"] for line in untimed(trained.path())} == {"offline", "online"}
     weights = [line["kl_weight"] for line in untimed(trained.path())]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from trace_opd.pipelines.micro import arithmetic_problems
+from trace_opd.pipelines.bundled.micro import arithmetic_problems
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.study.mechanism import label_effect
 from trace_opd.schemas.contract import validate

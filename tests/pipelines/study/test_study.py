@@ -18,7 +18,7 @@ from trace_opd.schemas.configs import StudyConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config, override
 
-CONFIG = Path(__file__).parents[2] / "studies" / "micro.yaml"
+CONFIG = Path(__file__).parents[3] / "studies" / "micro.yaml"
 SMALL = [
     "name=small",
     "problems.limit=8",

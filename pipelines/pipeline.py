@@ -8,14 +8,14 @@ from ..schemas import configs
 from ..schemas.configs import Config, NoAnnotator, PipelineConfig
 from ..schemas.environment import whole_number
 from ..trace.rules import needs_annotations
-from . import train
-from .annotate import ANNOTATE_STAGE
-from .convert import CONVERT_STAGE
-from .evaluate import EVALUATE_STAGE
-from .problems import PROBLEMS_STAGE
-from .rollout import ROLLOUT_STAGE
-from .stage import Stage
-from .verify import VERIFY_STAGE
+from .stages import train
+from .stages.annotate import ANNOTATE_STAGE
+from .stages.base import Stage
+from .stages.convert import CONVERT_STAGE
+from .stages.evaluate import EVALUATE_STAGE
+from .stages.problems import PROBLEMS_STAGE
+from .stages.rollout import ROLLOUT_STAGE
+from .stages.verify import VERIFY_STAGE
 from .viewer import report
 
 TABLE_STAGES: dict[str, Stage] = {
