@@ -19,8 +19,9 @@ from ...schemas.labels import FinishReason
 from ...schemas.tables import ANNOTATIONS
 from ...trace.prompt import render_chat
 from ...trace.protocols import PolicyInfo, Prompt, Sampler
-from ..samplers import open_sampler, policy_identity
+from ..samplers import open_sampler
 from ..samplers.constrained import require_writable
+from ..samplers.rollouts import policy_identity
 from . import Engine
 from .bounds import bounded_schema
 from .dialogue import Answer, Question, replay, usage

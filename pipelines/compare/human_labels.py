@@ -28,9 +28,9 @@ from ...schemas.labels import AnnotationStatus, AnswerKind, FinishReason, Verdic
 from ...schemas.tables import ANNOTATIONS, CONTRACTS, PROBLEMS, ROLLOUTS, VERDICTS
 from ..annotators.rows import SKIPPED, Identity, Item, Reading, annotation_row, items
 from ..stages.base import held
-from ..stages.verify import math_matcher
 from ..verifiers.pool import Job, Outcome, VerifierPool
 from ..verifiers.reading import exact_match
+from ..verifiers.verdicts import math_matcher
 
 # Raise it when the same file and options make other rows.
 READER_VERSION = 1

@@ -13,12 +13,9 @@ from ...schemas.configs import (
     VllmSampler,
 )
 from ...schemas.errors import InputError
-from ...trace.identity import model_revision
 from ...trace.policy import Policy, load_policy, load_tokenizer
-from ...trace.prompt import render_chat
 from ...trace.protocols import Sampler as SamplerProtocol
-from ..endpoint import read_key
-from ..models import resolve_policy, served_model
+from ..models import resolve_policy
 from .probe import Probe
 
 
@@ -36,23 +33,6 @@ class Follower(SamplerProtocol, Protocol):
     def rest(self) -> None:
         """Nothing is sampled until the next `follow`."""
         ...
-
-
-def policy_identity(sampler: Sampler, policy: PolicyConfig) -> list[str]:
-    """The sampling policy in a dataset id: hashes of the model's files; behind an endpoint its
-    address, the model's name, and the files that are on this machine too.
-
-    Raises:
-        InputError: no policy there, a tokenizer without a chat template, a missing key: found
-            before a model is loaded.
-    """
-    if isinstance(sampler, OpenAISampler):
-        read_key(sampler.api_key_env, "sampler.api_key_env")
-        served = served_model(policy.path)  # its tokenizer makes text and fingerprints of the rows
-        return [*sampler.servers, policy.path, *([] if served is None else served[1:])]
-    path = resolve_policy(policy.path)
-    render_chat(load_tokenizer(path, policy.trust_remote_code), [{"role": "user", "content": ""}])
-    return [model_revision(path, policy.trust_remote_code)]
 
 
 def open_sampler(

@@ -19,12 +19,12 @@ from ...schemas.errors import DamagedFile, InputError
 from ...schemas.labels import FinishReason
 from ...schemas.tables import EVALUATIONS, PROBLEMS
 from ...trace.identity import cached_sha256
-from ..samplers import open_sampler, policy_identity
+from ..samplers import open_sampler
 from ..samplers.context_length import require_room
+from ..samplers.rollouts import policy_identity, require_planned, rollouts_table
 from ..statistics import Estimate, bootstrap_mean, pass_at_k
+from ..verifiers.verdicts import CHOICE_MATCHER, MathVerifier, math_matcher
 from .base import Plan, Stage
-from .rollout import require_planned, rollouts_table
-from .verify import CHOICE_MATCHER, MathVerifier, math_matcher
 
 BASE, TRAINED = "base", "trained"
 

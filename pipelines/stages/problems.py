@@ -24,8 +24,8 @@ from ...schemas.labels import AnswerKind, VerdictStatus
 from ...schemas.tables import PROBLEMS
 from ..verifiers.pool import Job, VerifierPool
 from ..verifiers.reading import gold_parses
+from ..verifiers.verdicts import math_matcher
 from .base import Plan, Stage, progress_bar
-from .verify import math_matcher
 
 logger = logging.getLogger(__name__)
 

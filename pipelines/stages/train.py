@@ -31,12 +31,12 @@ from ...trace.trainer import Metrics, Online, Trainer
 from ..annotators import engine_of
 from ..models import resolve_policy
 from ..samplers.context_length import require_room, require_short_rows
+from ..samplers.vocabulary import check_vocabulary
 from ..training.offline import OfflineReader
 from ..training.online import OnlineTables
 from ..training.tracking import METRICS, Tracker, check_tracker, read_metrics
 from ..training.validation import FOLDER, LOOKS, Validation
 from .base import held, progress_bar
-from .convert import check_vocabulary
 
 FINAL = "checkpoints/final"
 

@@ -9,9 +9,8 @@ import pytest
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.models import MICRO, resolve_policy, served_model
 from trace_opd.pipelines.pipeline import CONFIG_TYPES, TABLE_STAGES, run_stage
-from trace_opd.pipelines.samplers import policy_identity
+from trace_opd.pipelines.samplers.rollouts import policy_identity, require_planned
 from trace_opd.pipelines.stages.convert import CONVERT_STAGE
-from trace_opd.pipelines.stages.rollout import require_planned
 from trace_opd.pipelines.stages.train import begin
 from trace_opd.schemas.configs import OpenAISampler, PolicyConfig, TransformersSampler
 from trace_opd.schemas.errors import InputError

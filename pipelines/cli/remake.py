@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..data.store import MANIFEST, Dataset, Store
-from ..schemas.errors import InputError
-from .pipeline import CONFIG_TYPES, DEFAULT_ALIAS
-from .stages.train import FINAL
+from ...data.store import MANIFEST, Dataset, Store
+from ...schemas.errors import InputError
+from ..pipeline import CONFIG_TYPES, DEFAULT_ALIAS
+from ..stages.train import FINAL
 
 # Stage: field of its config -> role of the input that it names.
 _INPUTS = {
