@@ -1,7 +1,7 @@
 """The calls of OpenAI's Batch API (https://platform.openai.com/docs/guides/batch), with retries.
 
-Called by openai_batch.py, and by `trace-opd batches` for a look at jobs. Bodies are read leniently: what
-is answered is paid for.
+Called by openai_batch.py, and by `trace-opd batches`. Bodies are read leniently: what is
+answered is paid for.
 """
 
 import json
@@ -118,7 +118,7 @@ class BatchClient:
             batch = self._try(lambda: self._created(file.job))
             file.update(batch_id=batch.id, status=batch.status)
 
-    def look(self, file: JobFile) -> Batch:
+    def refresh(self, file: JobFile) -> Batch:
         """The batch's state, written to the job's file."""
         batch = self._try(lambda: _batch(self._batches.retrieve(_submitted(file))))
         counts = batch.request_counts

@@ -198,7 +198,7 @@ class BatchAnnotator:
         waiting = list(jobs)
         while waiting:
             for file in list(waiting):
-                batch = self._client.look(file)
+                batch = self._client.refresh(file)
                 if batch.status in FINAL:
                     waiting.remove(file)
                     outcomes += self._keep(file, batch)

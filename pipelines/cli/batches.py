@@ -25,7 +25,7 @@ def batches_table(stores: Sequence[Store], cancel: bool) -> Table:
         client = BatchClient(job.base_url, job.api_key_env, _ATTEMPTS, _TIMEOUT_S, _TIMEOUT_S)
         try:
             if job.batch_id is not None:
-                client.look(file)
+                client.refresh(file)
                 if cancel and file.job.status not in (*FINAL, "cancelling"):
                     client.cancel(file)
         finally:
