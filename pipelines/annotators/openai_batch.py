@@ -25,7 +25,7 @@ from .budget import BudgetSpent
 from .completion import bounded, question_key, read_record, request_body
 from .dialogue import Answer, Question, replay
 from .journal import Journal
-from .journal_lines import Record, Reserved
+from .journal_lines import Answered, Record, Reserved
 from .prompting import AnnotationPrompt
 from .rows import KEPT, NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
 from .spending import Spending, exclusive
@@ -225,13 +225,13 @@ class BatchAnnotator:
             kept = [(key, outcome) for key, outcome in lines if not isinstance(outcome, Exception)]
             # After a kill the journal may have a part of them, already counted as spent.
             fresh = [
-                (key, bounded(record, lambda key=key: file.bounds.get(key)))
+                Answered(key, bounded(record, lambda key=key: file.bounds.get(key)))
                 for key, record in kept
                 if self._journal.get(key) is None
             ]
             lost = self._lost(file, lines)
-            self._journal.append(fresh, lost)
-            costs += [self._billed_usd(record) for _, record in fresh]
+            self._journal.append([*fresh, *lost])
+            costs += [self._billed_usd(answer.record) for answer in fresh]
             costs += [reserved.usd for reserved in lost]
             counts["answered"] += len(kept)
             for key, outcome in lines:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...data.store import MANIFEST, Dataset, Store
-from ...schemas.configs import Config
+from ...schemas.configs import Config, TrainConfig
 from ...schemas.errors import DamagedFile, InputError
 from ...schemas.tables import ANNOTATIONS, ROUTED
 from ..annotators.spending import dollars
@@ -42,8 +42,8 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
         InputError: whatever the stage would refuse before its work.
     """
     print_config(config)
-    if name == "train":
-        _, target = train.begin(config, store)  # type: ignore[arg-type]
+    if isinstance(config, TrainConfig):
+        _, target = train.begin(config, store)
         parts = ""
     elif name in TABLE_STAGES:
         plan, target = TABLE_STAGES[name].begin(config, store)

@@ -24,8 +24,9 @@ from ..annotators import engine_of, open_annotator
 from ..annotators.batch_jobs import read_jobs
 from ..annotators.rows import NO_ANSWER, Usage
 from ..annotators.spending import Spending, count, dollars, open_spending, plus
+from ..progress import show_fields
 from .attempts import UNANSWERED, attempt_figures, current_attempt, first_attempt
-from .base import Plan, Stage, tell
+from .base import Plan, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,9 @@ class _Maker:
         folders: dict[str, Any] = {}
         if self._asks_endpoint:
             folders = _folders(config, first_attempt(plan, draft))
-            self._spending = open_spending(annotator, folders["journal"], rows, tell)
+            self._spending = open_spending(annotator, folders["journal"], rows, show_fields)
         else:
-            self._spending = Spending(rows=rows, tell=tell)
+            self._spending = Spending(rows=rows, tell=show_fields)
         for part in filter(draft.has_sound_part, range(plan.parts)):
             self._spending.count(*part_usage(draft.read_part(part)))
         self._annotator = open_annotator(
@@ -218,6 +219,4 @@ def _check(config: AnnotateConfig, dataset: Dataset) -> None:
     )
 
 
-ANNOTATE_STAGE = Stage(
-    "annotate", AnnotateConfig, ANNOTATIONS, _resolve, _Maker, _summarize, check=_check
-)
+STAGE = Stage("annotate", AnnotateConfig, ANNOTATIONS, _resolve, _Maker, _summarize, check=_check)
