@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...schemas.labels import AnnotationStatus
+from ..statistics import percentiles, resampled
 from .marks import NO_ERROR, STATUSES, TYPES, UNKNOWN, Marks, Units, row_sums
 
 # Of a rollout's two annotations.
@@ -221,26 +222,14 @@ def intervals(sums: np.ndarray, resamples: int, seed: int) -> dict[str, tuple[fl
     problems = len(sums)
     if problems < 2:
         return dict.fromkeys(FIGURES, (np.nan, np.nan))
-    rng = np.random.default_rng(seed)
-    drawn = np.empty((resamples, len(SHARED)))
-    step = max(1, 4_000_000 // problems)  # bounds the memory of the weights
-    for start in range(0, resamples, step):
-        chosen = (
-            np.bincount(rng.integers(0, problems, problems), minlength=problems)
-            for _ in range(start, min(start + step, resamples))
-        )
-        weights = np.stack(list(chosen)).astype(float)
-        drawn[start : start + len(weights)] = weights @ sums
+
+    def drawn_sums(index: np.ndarray) -> np.ndarray:
+        weights = np.stack([np.bincount(drawn, minlength=problems) for drawn in index])
+        return weights.astype(float) @ sums
+
+    drawn = resampled(drawn_sums, [problems], resamples, np.random.default_rng(seed))
     values = figures(dict(zip(SHARED, drawn.T, strict=True)))
-    return {name: _percentiles(values[name]) for name in FIGURES}
-
-
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
-    defined = values[~np.isnan(values)]
-    if not len(defined):
-        return np.nan, np.nan
-    low, high = np.quantile(defined, [0.025, 0.975])
-    return float(low), float(high)
+    return {name: percentiles(values[name]) for name in FIGURES}
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

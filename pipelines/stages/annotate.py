@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
@@ -279,4 +280,12 @@ def _check(config: AnnotateConfig, dataset: Dataset) -> None:
     )
 
 
-STAGE = Stage("annotate", AnnotateConfig, ANNOTATIONS, _resolve, _Maker, _summarize, check=_check)
+STAGE = Stage(
+    "annotate",
+    AnnotateConfig,
+    ANNOTATIONS,
+    _resolve,
+    lambda plan, draft: closing(_Maker(plan, draft)),
+    _summarize,
+    check=_check,
+)

@@ -1,14 +1,14 @@
 """Stage problems: a source becomes a problems table, without repeats, every gold answer parsable.
 
-The source is read once per process, when the request is resolved: what is wrong with it shows
-before work begins, and parts are slices of the table.
+The registry loads its `STAGE`. The source is read once per process, when the request is resolved:
+its faults show before work begins, and parts are slices of the table.
 """
 
 import logging
 import math
 import random
-from collections.abc import Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,41 +26,29 @@ from ..progress import progress_bar
 from ..verifiers.pool import Job, VerifierPool
 from ..verifiers.reading import gold_parses
 from ..verifiers.verdicts import math_matcher
-from .base import Plan, Stage
+from .base import PartMaker, Plan, Stage
 
 logger = logging.getLogger(__name__)
 
-# An endless source that brings nothing new for so many rows is taken to be exhausted.
+# An endless source counts as exhausted after so many rows without a new problem.
 _BARREN_ROWS = 10_000
 
 
 @dataclass(frozen=True)
 class Collection:
-    """All problems of a request, and how many rows of the source were left out and why."""
+    """All problems of a request, and how many rows of the source were left out, by reason."""
 
     table: pa.Table
     duplicates: int
     unparsable: int
 
 
-@dataclass(frozen=True)
-class _Slices:
-    table: pa.Table
-    rows_per_part: int
-
-    def __call__(self, part: int) -> pa.Table:
-        return self.table.slice(part * self.rows_per_part, self.rows_per_part)
-
-    def close(self) -> None:
-        """Holds nothing open."""
-
-
-def resolve(config: ProblemsConfig, store: Store) -> Plan:
-    """Read and check the source, unless the dataset is there already.
+def _resolve(config: ProblemsConfig, store: Store) -> Plan:
+    """Read and check the source, unless the dataset is finished.
 
     Raises:
-        InputError: an endless source without a limit, a source that is not there or holds
-            nothing, a gold answer that does not parse.
+        InputError: an endless source without a limit, a missing or empty source, a gold answer that
+            does not parse.
     """
     if config.limit is None and sources.is_endless(config.source):
         raise InputError(
@@ -78,11 +66,13 @@ def resolve(config: ProblemsConfig, store: Store) -> Plan:
     return Plan(config, {}, semantic, parts, left_out)
 
 
-def open_slices(plan: Plan, draft: Draft) -> _Slices:
-    return _Slices(_collection(plan.config, plan.semantic).table, plan.config.rows_per_part)
+@contextmanager
+def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
+    table, rows = _collection(plan.config, plan.semantic).table, plan.config.rows_per_part
+    yield lambda part: table.slice(part * rows, rows)
 
 
-def summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
+def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     figures = {"problems": 0, "with_solution": 0, "with_steps": 0}
     for table in tables:
         figures["problems"] += table.num_rows
@@ -91,7 +81,15 @@ def summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     return figures
 
 
-STAGE = Stage("problems", ProblemsConfig, PROBLEMS, resolve, open_slices, summarize)
+STAGE = Stage(
+    "problems",
+    ProblemsConfig,
+    PROBLEMS,
+    _resolve,
+    _open,
+    _summarize,
+    ("solution", "steps"),
+)
 
 
 def _collection(config: ProblemsConfig, semantic: dict[str, Any]) -> Collection:
@@ -100,7 +98,7 @@ def _collection(config: ProblemsConfig, semantic: dict[str, Any]) -> Collection:
 
 @lru_cache(maxsize=2)
 def _collect(config_json: str, content: str) -> Collection:
-    """Read the source. `content` is there for the key: files may change under one path."""
+    """Read the source. `content` is part of the cache key: a file may change under its path."""
     config = ProblemsConfig.model_validate_json(config_json)
     kept: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -108,7 +106,7 @@ def _collect(config_json: str, content: str) -> Collection:
     rows, total = _ordered(config)
     with (
         progress_bar("problems: reading", total, "problems") as advance,
-        closing(_Golds()) as golds,
+        _gold_parser() as parses,
     ):
         for index, row in rows:
             if barren == _BARREN_ROWS and sources.is_endless(config.source):
@@ -123,7 +121,7 @@ def _collect(config_json: str, content: str) -> Collection:
                 duplicates += 1
                 continue
             seen.add(problem_id)
-            if not golds.parses(row["answer"], row["answer_kind"]):
+            if not parses(row["answer"], row["answer_kind"]):
                 if not config.drop_unparsable:
                     raise InputError(
                         f"{row['source']}, row {place}: gold answer {row['answer']!r:.200} does not "
@@ -148,28 +146,26 @@ def _collect(config_json: str, content: str) -> Collection:
     return Collection(PROBLEMS.table(kept), duplicates, unparsable)
 
 
-class _Golds:
-    """Reads gold answers; a worker process reads those that strings do not decide."""
+@contextmanager
+def _gold_parser() -> Iterator[Callable[[str, AnswerKind], bool]]:
+    """Whether a gold answer parses; a worker process reads what string comparison cannot decide."""
+    limits = VerifyConfig()
+    pool = VerifierPool(1, limits.timeout_s, limits.memory_mib, limits.recycle_every)
 
-    def __init__(self) -> None:
-        limits = VerifyConfig()
-        self._pool = VerifierPool(1, limits.timeout_s, limits.memory_mib, limits.recycle_every)
-
-    def parses(self, answer: str, kind: AnswerKind) -> bool:
-        decided = gold_parses(answer, kind)
-        if decided is not None:
+    def parses(answer: str, kind: AnswerKind) -> bool:
+        if (decided := gold_parses(answer, kind)) is not None:
             return decided
-        (outcome,) = self._pool.judge([Job(answer, answer)])
+        (outcome,) = pool.judge([Job(answer, answer)])
         return outcome.status is VerdictStatus.OK
 
-    def close(self) -> None:
-        self._pool.close()
+    with closing(pool):
+        yield parses
 
 
 def _ordered(config: ProblemsConfig) -> tuple[Iterable[tuple[int, dict[str, Any]]], int]:
-    """The source's rows, numbered, in the order that the limit cuts; how many will be kept.
+    """The source's numbered rows, in the order in which the limit cuts, and how many are kept.
 
-    An endless source is in random order already: shuffling changes nothing there.
+    An endless source is in random order already, so it is not shuffled.
     """
     rows = enumerate(sources.rows(config.source, config.seed))
     if sources.is_endless(config.source):

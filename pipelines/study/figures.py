@@ -1,9 +1,7 @@
-"""What a study's tables say: means with intervals over seeds and problems, and a curve's summary.
+"""Figures of a study's tables: pass rates by arm, and a curve's summary; page.py and plots.py draw.
 
-The unit of resampling is the pair of a seed and a problem: seeds are drawn with replacement, and
-problems too, the same ones for all seeds, so an interval covers both that another seed would have
-trained another policy and that other problems would have been asked. Differences to a method are
-paired: same seeds, same problems, same samples' seeds.
+Differences between arms are paired: same seeds, same problems, same sampling seeds. Intervals are
+`statistics.bootstrap_crossed` over seeds and problems.
 """
 
 from dataclasses import dataclass
@@ -11,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from ..statistics import Estimate
 from ..training.validation import SAMPLED
 
 RATE = pl.col("correct") / pl.col("k")
@@ -76,16 +73,3 @@ def curves(answers: pl.DataFrame, split: str, decoding: str) -> Curves:
     rates = wide["rate"].to_numpy().reshape(seeds, steps, problems)
     scored = np.isfinite(rates).all(axis=(0, 1))
     return Curves(rates[:, :, scored], wide["step"].unique().sort().to_numpy())
-
-
-def bootstrap(values: np.ndarray, resamples: int, seed: int = 0) -> Estimate:
-    """Mean and percentile interval of values (seeds, problems)."""
-    rng = np.random.default_rng(seed)
-    seeds, problems = values.shape
-    draws = np.empty(resamples)
-    for at in range(resamples):
-        rows = rng.integers(0, seeds, seeds)
-        columns = rng.integers(0, problems, problems)
-        draws[at] = values[np.ix_(rows, columns)].mean()
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(float(values.mean()), float(low), float(high))

@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from trace_opd.pipelines.cli.commands import app
-from trace_opd.pipelines.study.figures import bootstrap, curves
+from trace_opd.pipelines.statistics import bootstrap_crossed
+from trace_opd.pipelines.study.figures import curves
 from trace_opd.schemas.configs import StudyConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config, override
@@ -206,7 +207,7 @@ def test_curves_and_their_summaries_by_hand():
     np.testing.assert_allclose(drawn.area, [[0.5, 0], [0.5, 1]])
     assert drawn.first_step(0.7) == 4
     assert drawn.first_step(0.8) is None
-    estimate = bootstrap(drawn.final, 500)
+    estimate = bootstrap_crossed(drawn.final, 500)
     assert estimate.value == 0.75
     assert estimate.low < 0.75 < estimate.high == 1.0
 
