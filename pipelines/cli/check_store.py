@@ -34,7 +34,7 @@ class Finding:
     file: str | None = None
 
 
-def verify_store(store: Store, refs: Sequence[str] = ()) -> tuple[Group, bool]:
+def check_store(store: Store, refs: Sequence[str] = ()) -> tuple[Group, bool]:
     """Read all that manifests list, or that of some datasets; what was found, for the terminal, and
     whether all is as it was written.
 

@@ -90,7 +90,7 @@ class _Joined:
 Chunk = tuple[np.ndarray, pa.Array | None]
 
 
-def compare(
+def compare_annotations(
     names: Sequence[str], store: Store, reference: str | None = None, alpha: float = 0.25
 ) -> Comparison:
     """Count how every pair of annotations datasets agrees on the rollouts that all of them hold.
