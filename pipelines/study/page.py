@@ -34,9 +34,7 @@ def page(
     """
     first, *later = config.ablations
     # The arms of later tables may start from other bases.
-    base = answers.filter(
-        (pl.col("step") == 0) & (pl.col("decoding") == SAMPLED) & (pl.col("ablation") == first)
-    )
+    base = answers.filter(step=0, decoding=SAMPLED, ablation=first)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=False,  # noqa: S701  Markdown of our own figures and config
@@ -52,8 +50,7 @@ def page(
         runs=answers["run"].n_unique(),
         steps=answers["step"].max(),
         starts=[
-            f"{split} {_percent(pass_rate(base.filter(pl.col('split') == split)))}"
-            for split in config.splits
+            f"{split} {_percent(pass_rate(base.filter(split=split)))}" for split in config.splits
         ],
         arms=partial(_arms, config, answers, results),
         exposure=partial(_exposure, config, answers),
@@ -84,11 +81,10 @@ def _arms(config: StudyConfig, answers: pl.DataFrame, results: pl.DataFrame, abl
         if config.train.validation.greedy:
             means = curves(own, main, GREEDY).mean
             greedy = f"{_percent(means[0])} to {_percent(means[-1])}"
-        last = of_arm(results, ablation, method).filter(
-            (pl.col("step") == pl.col("step").max()) & (pl.col("decoding") == SAMPLED)
-        )
-        here = last.filter(pl.col("split") == main)
-        elsewhere = [last.filter(pl.col("split") == o)["pass_rate"].mean() for o in others]
+        last = of_arm(results, ablation, method).filter(pl.col("step") == pl.col("step").max())
+        last = last.filter(decoding=SAMPLED)
+        here = last.filter(split=main)
+        elsewhere = [last.filter(split=other)["pass_rate"].mean() for other in others]
         cells = [
             method,
             _percent(sampled.mean[0]),
@@ -166,8 +162,7 @@ def _mechanism(steps: pl.DataFrame) -> dict[str, Any]:
 def _choices(config: StudyConfig, results: pl.DataFrame, tuning: pl.DataFrame) -> str:
     assert config.tuning is not None
     first = next(iter(config.ablations))
-    own = results.filter(pl.col("ablation") == first)
-    chosen = dict(own.select("method", "choice").iter_rows())
+    chosen = dict(results.filter(ablation=first).select("method", "choice").iter_rows())
     choices = [" ".join(choice) for choice in config.tuning.choices]
     rows = []
     for method in config.ablations[first]:

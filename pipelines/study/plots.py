@@ -1,4 +1,4 @@
-"""A study's plots as SVG: the same figures, the same bytes."""
+"""A study's plots as SVG, which study.py writes; equal figures make equal bytes."""
 
 import io
 from pathlib import Path
@@ -13,12 +13,12 @@ from .figures import curves, of_arm
 
 
 def plot_curves(config: StudyConfig, answers: pl.DataFrame, ablation: str, path: Path) -> None:
-    """Sampled pass rate over steps on the main split, a line per arm: mean over seeds, their range."""
+    """Sampled pass rate over steps on the main split: each arm's mean and range over seeds."""
     main = next(iter(config.splits))
     figure, axes = _axes(config)
     for index, method in enumerate(config.ablations[ablation]):
         drawn = curves(of_arm(answers, ablation, method), main, SAMPLED)
-        by_seed = drawn.rates.mean(axis=2)  # (seeds, looks)
+        by_seed = drawn.rates.mean(axis=2)  # (seeds, evaluations)
         style = "-" if index < 10 else "--"
         (line,) = axes.plot(drawn.steps, drawn.mean, style, label=method)
         axes.fill_between(
@@ -37,7 +37,7 @@ def plot_exposure(config: StudyConfig, answers: pl.DataFrame, ablation: str, pat
         exposures, changes = [], []
         for method in config.ablations[ablation]:
             own = of_arm(answers, ablation, method)
-            rates = curves(own, split, SAMPLED).rates.mean(axis=2)  # (seeds, looks)
+            rates = curves(own, split, SAMPLED).rates.mean(axis=2)  # (seeds, evaluations)
             changes += (100 * (rates[:, -1] - rates[:, 0])).tolist()
             exposures += [own["kl_exposure"].max()] * len(rates)
         axes.plot(exposures, changes, "o", alpha=0.7, label=split)

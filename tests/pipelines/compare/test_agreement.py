@@ -20,11 +20,11 @@ from trace_opd.pipelines.compare.agreement import (
 )
 from trace_opd.pipelines.compare.marks import (
     TYPES,
+    capped_mask,
     character_units,
-    kept_units,
-    marked_units,
     marks_of,
     row_sums,
+    unit_mask,
 )
 from trace_opd.schemas.configs import RoutingConfig
 from trace_opd.schemas.labels import SpanKind
@@ -81,9 +81,9 @@ def annotations(rows: list[dict]) -> pa.Table:
 def side(rows: list[dict], alpha: float = 0.25) -> Side:
     marks = marks_of(annotations(rows))
     units = character_units(marks)
-    marked = marked_units(marks, units)
+    mask = unit_mask(marks, units)
     bills = {name: np.zeros(marks.rows) for name in BILLS}
-    return Side(marks, units, marked, kept_units(marks, units, marked, alpha), bills)
+    return Side(marks, units, mask, capped_mask(marks, units, mask, alpha), bills)
 
 
 def agreed(first: list[dict], second: list[dict], alpha: float = 0.25) -> dict[str, float]:
@@ -252,7 +252,7 @@ def marked_rows(draw):
 @settings(max_examples=200)
 @given(st.lists(marked_rows(), min_size=1, max_size=4), st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]))
 def test_the_cap_is_the_one_of_training(rows, alpha):
-    capped = side(rows, alpha)
+    own = side(rows, alpha)
     kept = []
     for one in rows:
         token_segment = np.repeat(np.arange(len(one["lengths"])), one["lengths"])
@@ -266,7 +266,7 @@ def test_the_cap_is_the_one_of_training(rows, alpha):
             alpha,
         )
         kept.append(route_tokens(response, RoutingConfig(alpha=alpha)).span_id >= 0)
-    assert np.array_equal(capped.kept, np.concatenate(kept))
+    assert np.array_equal(own.capped, np.concatenate(kept))
 
 
 def test_row_sums_know_empty_rows():
