@@ -146,7 +146,7 @@ def _lost_aliases(store: Store) -> Iterator[Finding]:
 def _unfinished(store: Store) -> Iterator[Finding]:
     """Datasets that are not finished, files that killed writers left, and links."""
     active = set()
-    for stage in (name for name, entry in REGISTRY.items() if entry.alias):
+    for stage in REGISTRY:
         for ref in (f"{stage}/{name}" for name in _names(store, stage)):
             if not is_ref(ref) or _is_there(store, ref):
                 continue

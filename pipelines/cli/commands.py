@@ -136,7 +136,7 @@ def _report(
 
 
 for _entry in REGISTRY.values():
-    _command = _stage_command(_entry) if _entry.alias else _report
+    _command = _report if _entry.name == "report" else _stage_command(_entry)
     app.command(_entry.name, help=_entry.summary)(_command)
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)

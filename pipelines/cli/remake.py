@@ -89,13 +89,13 @@ def _command(dataset: Dataset) -> str:
         return shlex.join(["trace-opd", *words, "--store", store.root])
     entry = REGISTRY.get(dataset.stage)
     try:
-        if entry is None or entry.alias is None:
+        if entry is None:
             raise ValueError
         loaded = entry.config_type.model_validate(_with_inputs(dataset))
     except (ValueError, LookupError, TypeError, AttributeError, ValidationError):
         return f"# then make it again as before: no command of this release makes {dataset.ref}"
     words = [dataset.stage, *overrides(loaded)]
-    if entry.alias not in names:  # the default of a run
+    if (entry.alias or entry.name) not in names:  # the default of a run
         words += ["--alias", names[0] if names else dataset.id]
     return shlex.join(["trace-opd", *words, "--store", store.root])
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from ...data.files import sweep_siblings, write_whole, writing
 from ...data.store import Dataset, content_hash
 from ...schemas.configs import SamplingConfig, TrainConfig
-from ...schemas.tables import VALIDATIONS
+from ...schemas.results import VALIDATIONS
 from ...trace.protocols import Verifier
 from ..statistics import answers_by_problem
 
