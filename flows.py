@@ -5,9 +5,9 @@
 
 `trace-opd serve` runs this file, and Prefect's workers import it. Prefect orchestrates one task per
 part; the store's manifests decide what is finished, and a finished part is not made again.
-TRACE_OPD_TASK_RUNNER chooses where parts run (threads, processes, ray, dask). TRACE_OPD_WORKERS sets
-how many processes or cluster workers make parts at once. With threads it hardly matters, because a
-process makes one part at a time (`task_runner`; docs/scaling.md).
+TRACE_OPD_TASK_RUNNER chooses where parts run (threads, processes, ray, dask). TRACE_OPD_WORKERS
+sets how many processes or cluster workers make parts at once. With threads it hardly matters, because
+a process makes one part at a time (`task_runner`; docs/scaling.md).
 """
 
 import argparse
@@ -19,7 +19,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
-from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -45,16 +44,9 @@ from prefect.artifacts import (
     create_markdown_artifact,
     create_table_artifact,
 )
-from prefect.automations import (
-    AutomationCore,
-    ChangeFlowRunState,
-    EventTrigger,
-    Posture,
-    ResourceSpecification,
-)
+from prefect.automations import AutomationCore
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture, wait
@@ -69,12 +61,7 @@ from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.pipeline import STAGES, TABLE_STAGES, run_pipeline
 from trace_opd.pipelines.stages import REGISTRY, StageEntry
 from trace_opd.pipelines.stages.base import Plan, close_idle_engine
-from trace_opd.schemas.configs import (
-    AnnotateConfig,
-    Config,
-    OpenAIAnnotator,
-    PipelineConfig,
-)
+from trace_opd.schemas.configs import AnnotateConfig, Config, OpenAIAnnotator, PipelineConfig
 from trace_opd.schemas.settings import load_config, override
 
 _IDLE_S = 60.0
@@ -157,15 +144,17 @@ def train_run(config: Config, root: str) -> str:
 
 
 def _asks_endpoint(config: Config) -> bool:
-    """Whether an annotator asks an endpoint. It then runs in the flow's process under any runner: one
-    process keeps its journal, budget, batches and pace, and sends many requests at once."""
+    """Whether an annotator asks an endpoint.
+
+    It then runs in the flow's process under any runner: one process keeps its journal, budget,
+    batches and pace, and sends many requests at once.
+    """
     return isinstance(config, AnnotateConfig) and isinstance(config.annotator, OpenAIAnnotator)
 
 
 @contextmanager
 def _server_for_workers() -> Iterator[None]:
-    """Make tasks report to this run's server; each worker process would start one of its own if
-    this one is temporary."""
+    """Make tasks report to this run's server; worker processes would start temporary ones."""
     with get_client(sync_client=True) as client:
         url = str(client.api_url)
     with temporary_settings({PREFECT_API_URL: url}):
@@ -219,12 +208,8 @@ def _make_on_workers(stage: str, plan: Plan, draft: Draft, parts: list[int]) -> 
     pool, fruitless, lost = nullcontext(context.task_runner), 0, []
     while True:
         with pool as runner, _server_for_workers():
-            futures = [
-                runner.submit(
-                    make_part, {"stage": stage, "plan": plan, "draft": draft, "part": part}
-                )
-                for part in parts
-            ]
+            given = {"stage": stage, "plan": plan, "draft": draft}
+            futures = [runner.submit(make_part, given | {"part": part}) for part in parts]
             try:
                 wait(futures)
                 for future in futures:
@@ -241,11 +226,8 @@ def _make_on_workers(stage: str, plan: Plan, draft: Draft, parts: list[int]) -> 
                 "(killed, or out of memory); use fewer TRACE_OPD_WORKERS or fewer rows_per_part, "
                 "and start the run again: it continues from the finished parts"
             )
-        get_run_logger().warning(
-            "%s: a worker process died (killed, or out of memory); a new pool makes %d parts",
-            draft.ref,
-            len(missing),
-        )
+        sentence = "%s: a worker process died (killed, or out of memory); a new pool makes %d parts"
+        get_run_logger().warning(sentence, draft.ref, len(missing))
         parts, pool = missing, context.task_runner.duplicate()
     _mark_crashed(lost)
 
@@ -328,37 +310,33 @@ def crash_dead_runs(after_s: float = 300) -> None:
     kept, with a person's changes, unless another release made it.
     """
     name = "trace-opd: runs whose process died are Crashed"
+    died = f"No heartbeat for {after_s:g} s"
     with get_client(sync_client=True) as client:
         flows = [
             f"prefect.flow.{client.create_flow(one)}" for one in (*STAGE_FLOWS.values(), pipeline)
         ]
-        wanted = AutomationCore(
-            name=name,
-            description=f"No heartbeat for {after_s:g} s. Run the deployment again: it continues "
-            "from the finished parts.",
-            trigger=EventTrigger(
-                posture=Posture.Proactive,
-                # The first heartbeat of a run that is killed at its start never arrives.
-                after={"prefect.flow-run.Running", "prefect.flow-run.heartbeat"},
-                expect={"prefect.flow-run.heartbeat"}
-                | {f"prefect.flow-run.{end}" for end in _ENDS},
-                match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-                match_related=ResourceSpecification(
-                    {"prefect.resource.role": ["flow"], "prefect.resource.id": flows}
-                ),
-                for_each={"prefect.resource.id"},
-                threshold=1,
-                within=timedelta(seconds=after_s),
-            ),
-            actions=[
-                ChangeFlowRunState(
-                    name=None,
-                    force=False,
-                    state=StateType.CRASHED,
-                    message=f"No heartbeat for {after_s:g} s: its process died. Run it again; it "
-                    "continues from the finished parts.",
-                )
-            ],
+        trigger = {
+            "type": "event",
+            "posture": "Proactive",
+            # The first heartbeat of a run that is killed at its start never arrives.
+            "after": ["prefect.flow-run.Running", "prefect.flow-run.heartbeat"],
+            "expect": [f"prefect.flow-run.{event}" for event in ("heartbeat", *_ENDS)],
+            "match": {"prefect.resource.id": ["prefect.flow-run.*"]},
+            "match_related": {"prefect.resource.role": ["flow"], "prefect.resource.id": flows},
+            "for_each": ["prefect.resource.id"],
+            "threshold": 1,
+            "within": after_s,
+        }
+        message = f"{died}: its process died. Run it again; it continues from the finished parts."
+        action = {"type": "change-flow-run-state", "state": "CRASHED", "message": message}
+        again = "Run the deployment again: it continues from the finished parts."
+        wanted = AutomationCore.model_validate(
+            {
+                "name": name,
+                "description": f"{died}. {again}",
+                "trigger": trigger,
+                "actions": [action],
+            }
         )
         found = client.read_automations_by_name(name)
         if not found:

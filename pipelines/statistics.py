@@ -91,14 +91,15 @@ def bootstrap_crossed(values: np.ndarray, resamples: int, seed: int = 0) -> Esti
     return Estimate(float(values.mean()), *percentiles(draws))
 
 
-def pass_at_k(samples: int, correct: np.ndarray, k: int) -> np.ndarray:
-    """Chance that one of k samples is right, per problem, estimated from `samples` of them.
+def pass_at_k(samples: np.ndarray, correct: np.ndarray, k: int) -> np.ndarray:
+    """Chance that one of k samples is right, per problem, or of all samples where there are fewer.
 
-    1 − C(n − c, k) / C(n, k) (Chen et al., arXiv 2107.03374, eq. 1). correct: (problems,) int.
+    1 − C(n − c, k) / C(n, k) (Chen et al., arXiv 2107.03374, eq. 1). samples, correct: (problems,)
+    int.
     """
-    draws = samples - correct[:, None] - np.arange(k)[None, :]
-    shares = np.clip(draws, 0, None) / (samples - np.arange(k))[None, :]
-    return 1.0 - shares.prod(axis=1)
+    left = samples[:, None] - np.arange(k)[None, :]  # samples before each of k draws
+    wrong = np.clip(left - correct[:, None], 0, None)
+    return 1.0 - np.where(left > 0, wrong / np.maximum(left, 1), 1.0).prod(axis=1)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import re
 
-# Controls except newline and tab, characters that show nothing or change the reading direction (soft
-# hyphen, fillers, zero-width and bidirectional marks, separators, interlinear marks, tags and
+# Controls except newline and tab, characters that show nothing or change the reading direction
+# (soft hyphen, fillers, zero-width and bidirectional marks, separators, interlinear marks, tags and
 # supplementary variation selectors), and lone surrogates, which no encoding can write.
 INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"

@@ -188,7 +188,7 @@ def test_a_part_that_fails_for_now_is_retried_on_its_own(own):
     assert attempts["convert-part-0"] == attempts["convert-part-2"] == 1
 
 
-# For a process of its own: one to kill; or one whose process pool finds the server by the environment.
+# For a process of its own: to kill it, or so that its process pool gets the server's address.
 CONVERT = """
 import sys
 from trace_opd import flows

@@ -98,9 +98,10 @@ def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_r
             processes = whole_number("WORLD_SIZE", 1)
             console.print(memory_line(config, processes), soft_wrap=True)
     made = run_stage(name, config, store, alias)
-    if first:
-        assert isinstance(made, Dataset), "the report has a command of its own"
+    if first and isinstance(made, Dataset):
         show_dataset(made, console)
+    elif first:
+        console.print(made, soft_wrap=True)
 
 
 def _load(
@@ -258,7 +259,7 @@ def serve(
 
 
 def run() -> NoReturn:
-    """Run the command of sys.argv. Bad input is one sentence and exit code 2, without a traceback."""
+    """Run the command of sys.argv; bad input is one sentence and exit code 2, no traceback."""
     end_at_second_interrupt()
     log_thread_failures()
     # Read when transformers and datasets are first imported: no progress bars besides ours.

@@ -36,7 +36,6 @@ from .marks import (
 
 SCOPES = (*(kind.value for kind in KINDS), "all")
 
-_ROWS_PER_CHUNK = 4096
 _BILLS = ("prompt_tokens", "completion_tokens", "cost_usd")
 # Counts of rollouts, not of a kind of span.
 _OF_ROLLOUTS = ("wrong", "wrong_hit", "right", "right_hit", "unlabelled")
@@ -117,7 +116,7 @@ def compare_annotations(
     joined = _join([read_marks(dataset) for dataset in datasets.values()], list(datasets))
     rollouts = find_tables(datasets[lead], store).by_role["rollouts"]
     table, reason = _byte_table(rollouts, joined)
-    chunks = _token_chunks(rollouts, joined) if table is not None else _row_chunks(joined)
+    chunks = _chunks(rollouts, joined, with_tokens=table is not None)
     coded = joined.first("problem_id").combine_chunks().dictionary_encode()
     problem_ids: list[Any] = coded.dictionary.to_pylist()
     return Comparison(
@@ -161,22 +160,19 @@ def _byte_table(rollouts: Dataset, joined: _Joined) -> tuple[ByteTable | None, s
     return table, ""
 
 
-def _row_chunks(joined: _Joined) -> Iterator[Chunk]:
-    count = joined.rows.shape[1]
-    for start in range(0, count, _ROWS_PER_CHUNK):
-        yield np.arange(start, min(start + _ROWS_PER_CHUNK, count)), None
-
-
-def _token_chunks(rollouts: Dataset, joined: _Joined) -> Iterator[Chunk]:
-    """Part by part of the rollouts, whose token ids are most of what a comparison reads."""
+def _chunks(rollouts: Dataset, joined: _Joined, with_tokens: bool) -> Iterator[Chunk]:
+    """The common rollouts part by part; their token ids are most of what a comparison reads."""
     common = places(rollouts.read(["rollout_id"])["rollout_id"], joined.first("rollout_id"))
     start = 0
-    for part in range(rollouts.parts):
-        token_ids = rollouts.read_part(part, ["token_ids"])["token_ids"].combine_chunks()
-        here = common[start : start + len(token_ids)]
-        start += len(token_ids)
+    for index, part in enumerate(rollouts.manifest["parts"]):
+        here = common[start : start + part["rows"]]
+        start += part["rows"]
         if (here >= 0).any():
-            yield here[here >= 0], token_ids.filter(pa.array(here >= 0))
+            token_ids = None
+            if with_tokens:
+                token_ids = rollouts.read_part(index, ["token_ids"])["token_ids"].combine_chunks()
+                token_ids = token_ids.filter(pa.array(here >= 0))
+            yield here[here >= 0], token_ids
 
 
 def _count(

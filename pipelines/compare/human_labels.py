@@ -86,12 +86,8 @@ def import_labels(
         raise InputError(f"{path}: holds no response whose first wrong step is known")
     parts = _by_problem(rows)
     fs, (found,) = find_files(path, "a JSON or JSONL file")
-    read = {
-        "layout": layout,
-        "sha256": digest(fs, found),
-        "limit": limit,
-        "reader": READER_VERSION,
-    }
+    sha256 = digest(fs, found)
+    read = {"layout": layout, "sha256": sha256, "limit": limit, "reader": READER_VERSION}
     made: dict[str, Dataset] = {}
 
     def make(
@@ -113,18 +109,17 @@ def import_labels(
 
         return make_dataset(target, complete)
 
+    distinct = len({row.problem_id for row in rows})
+    wrong = sum(row.labelled.first_wrong is not None for row in rows)
     made["problems"] = make(
         "problems",
         PROBLEMS,
         lambda i: _problems(parts[i]),
-        {"problems": len({row.problem_id for row in rows}), "left_out": dict(left_out)},
+        {"problems": distinct, "left_out": dict(left_out)},
     )
+    counts = {"rollouts": len(rows), "off_policy": len(rows)}
     made["rollouts"] = make(
-        "rollout",
-        ROLLOUTS,
-        lambda i: _rollouts(parts[i]),
-        {"rollouts": len(rows), "off_policy": len(rows)},
-        ["problems"],
+        "rollout", ROLLOUTS, lambda i: _rollouts(parts[i]), counts, ["problems"]
     )
     made["verdicts"] = make(
         "verify",
@@ -134,8 +129,7 @@ def import_labels(
         ["rollouts"],
         hide_verdict=hide_verdict,
     )
-    judged = [made[role] for role in ("problems", "rollouts", "verdicts")]
-    wrong = sum(row.labelled.first_wrong is not None for row in rows)
+    judged = list(made.values())
     made["human"] = make(
         "annotate",
         ANNOTATIONS,
@@ -201,25 +195,18 @@ def _problems(part: Iterable[_Row]) -> pa.Table:
 
 def _rollouts(part: Iterable[_Row]) -> pa.Table:
     """Text alone: neither token ids nor sampling parameters are known."""
+    lists = {name: [] for name in ("prompt_token_ids", "token_ids", "logprobs")}
+    numbers = dict.fromkeys(("policy_step", "top_k", "max_new_tokens", "seed"), 0)
+    texts = dict.fromkeys(("policy_revision", "vocab_fingerprint"), "")
+    unknown = lists | numbers | texts | {"temperature": 1.0, "top_p": 1.0, "on_policy": False}
     return ROLLOUTS.table(
         row.ids
+        | unknown
         | {
             "sample_index": row.sample_index,
-            "prompt_token_ids": [],
-            "token_ids": [],
-            "logprobs": [],
             "response": row.labelled.response,
             "finish_reason": FinishReason.STOP,
             "policy_name": row.labelled.generator,
-            "policy_revision": "",
-            "policy_step": 0,
-            "vocab_fingerprint": "",
-            "temperature": 1.0,
-            "top_p": 1.0,
-            "top_k": 0,
-            "max_new_tokens": 0,
-            "seed": 0,
-            "on_policy": False,
         }
         for row in part
     )
@@ -235,14 +222,14 @@ def _verdicts(part: list[_Row], hidden: bool) -> pa.Table:
             "correct": outcome.correct,
             "parsed_answer": row.labelled.stated,
             "status": outcome.status,
-            "verifier": "hidden" if hidden else _verifier(row.labelled),
+            "verifier": "hidden" if hidden else _judge(row.labelled),
             "seconds": outcome.seconds,
         }
         for row, outcome in zip(part, outcomes, strict=True)
     )
 
 
-def _verifier(one: LabelledResponse) -> str:
+def _judge(one: LabelledResponse) -> str:
     return math_matcher() if one.correct is None else "human"
 
 
@@ -268,13 +255,13 @@ def _outcomes(part: list[_Row]) -> list[Outcome]:
 def _annotations(
     part: list[_Row], problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table
 ) -> pa.Table:
-    work = list(items(problems, rollouts, verdicts, SegmentConfig()))
-    rows = []
-    for row, item in zip(part, work, strict=True):
+    work = items(problems, rollouts, verdicts, SegmentConfig())
+    return ANNOTATIONS.table(
         # People marked errors, whatever the final answer, so the row is made as for a wrong one.
-        marked = annotation_row(replace(item, correct=False), HUMAN, _reading(row.labelled, item))
-        rows.append(marked | {"correct": item.correct})
-    return ANNOTATIONS.table(rows)
+        annotation_row(replace(item, correct=False), HUMAN, _reading(row.labelled, item))
+        | {"correct": item.correct}
+        for row, item in zip(part, work, strict=True)
+    )
 
 
 def _reading(one: LabelledResponse, item: Item) -> Reading:

@@ -1,8 +1,8 @@
 """Marks of annotators as arrays, per segment and per unit (token or character), before and after α.
 
-compare.py reads and aligns them, agreement.py counts them. A chunk of rollouts is flat: the segments
-(or units) of all its rows concatenated, with offsets per row, so figures over 100,000 rollouts are
-a few array operations.
+compare.py reads and aligns them, agreement.py counts them. A chunk of rollouts is flat: the
+segments (or units) of all its rows concatenated, with offsets per row, so figures over 100,000
+rollouts are a few array operations.
 """
 
 from collections.abc import Sequence

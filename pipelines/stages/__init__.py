@@ -17,8 +17,8 @@ class StageEntry:
     """A stage without its code.
 
     summary: help of the command and description of the flow. alias: default name of its dataset,
-    the next stage's default input; None: it makes no dataset. gpu: its Kubernetes deployment
-    requests a GPU.
+    the next stage's default input; None: the stage's name, or no dataset. gpu: its Kubernetes
+    deployment requests a GPU.
     """
 
     name: str

@@ -1,9 +1,9 @@
 """A stage as data, and the driver that makes its dataset part by part.
 
-pipeline.py calls `Stage.run`, flows.py `Stage.make` with tasks that call `make_part`, and the import
-of human labels (compare/human_labels.py) `make_dataset`. One input part makes one output part, and
-finished parts are kept. The arguments of `make_part` can be pickled, so threads, processes and
-workers on other machines can call it.
+pipeline.py calls `Stage.run`, flows.py `Stage.make` with tasks that call `make_part`, and the
+import of human labels (compare/human_labels.py) `make_dataset`. One input part makes one output
+part, and finished parts are kept. The arguments of `make_part` can be pickled, so threads,
+processes and workers on other machines can call it.
 """
 
 import atexit

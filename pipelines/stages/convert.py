@@ -1,4 +1,4 @@
-"""Stage convert: annotated rollouts become routed training sequences; the registry loads `STAGE`."""
+"""Stage convert: annotated rollouts become routed sequences; the registry loads its `STAGE`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -201,12 +201,7 @@ def _per_problem(samples: int, rows: pl.DataFrame) -> Values:
     }
     if samples >= 4:
         half = samples // 2
-        values[f"pass@{half}"] = np.array(
-            [
-                pass_at_k(int(n), np.array([c]), min(half, int(n)))[0]
-                for n, c in zip(k, correct, strict=True)
-            ]
-        )
+        values[f"pass@{half}"] = pass_at_k(k, correct, half)
     return values
 
 

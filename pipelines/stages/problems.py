@@ -124,9 +124,9 @@ def _collect(config_json: str, content: str) -> Collection:
             if not parses(row["answer"], row["answer_kind"]):
                 if not config.drop_unparsable:
                     raise InputError(
-                        f"{row['source']}, row {place}: gold answer {row['answer']!r:.200} does not "
-                        f"parse as {row['answer_kind']}; mend it, or set drop_unparsable=true to "
-                        "leave such problems out"
+                        f"{row['source']}, row {place}: gold answer {row['answer']!r:.200} does "
+                        f"not parse as {row['answer_kind']}; mend it, or set drop_unparsable=true "
+                        "to leave such problems out"
                     )
                 unparsable += 1
                 continue

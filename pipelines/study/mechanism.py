@@ -2,16 +2,16 @@
 
 study.py calls `first_step` and `one_step`, pipelines/micro.py `label_effect`. `one_step` takes the
 rollouts of a run's first step and, from the run's own base and settings, makes one step each with
-GRPO and with TRACE-FKL under each form of the KL clip. Per objective, means over key tokens of right
-responses, in nats:
+GRPO and with TRACE-FKL under each form of the KL clip. Per objective, means over key tokens of
+right responses, in nats:
 
 - lift: rise of the sampled token's log-probability, over teacher-supported tokens alone, those to
   which the teacher with the type label gives more probability than the student does (the paper
   reports +0.145 for TRACE-FKL and +0.054 for GRPO on Qwen3-8B, METHOD.md);
 - kl_clipped: share of the KL's tokens at which the clip bound;
 - to_right, to_wrong: change of KL(teacher ‖ student), with the teacher of before the step, for the
-  right type and for another type of the same annotations. A student that learns the label's content,
-  not only its sharpening, comes nearer to the right one and not to the wrong one.
+  right type and for another type of the same annotations. A student that learns the label's
+  content, not only its sharpening, comes nearer to the right one and not to the wrong one.
 """
 
 from collections.abc import Sequence
@@ -87,7 +87,7 @@ class Teachers:
         self.right_types = [DiagnosticType(x) for x in routed["diagnostic_type"].to_pylist()]
         self.wrong_types = [other_kind(kinds, kind) for kind in self.right_types]
 
-    def logprobs(self, types: list[DiagnosticType]) -> torch.Tensor:
+    def logprobs(self, types: Sequence[DiagnosticType]) -> torch.Tensor:
         """(routed tokens, vocab) of the teacher with these types, one per row."""
         prompts = [
             render_chat(self._policy.tokenizer, teacher_messages(self._prompt, problem, kind))
@@ -102,7 +102,7 @@ class Teachers:
     @torch.no_grad()
     def _after(self, policy: Policy, prompts: list[list[int]]) -> torch.Tensor:
         logits = []
-        for at in range(0, len(self.sequences), 16):
+        for at in range(0, len(prompts), 16):
             chunk = self.sequences[at : at + 16]
             keep = [s.routed_positions for s in chunk]
             responses = [s.token_ids[: s.routed_end] for s in chunk]

@@ -42,7 +42,8 @@ STAGES = {
     "convert": ["convert", CONFIG],
     "train": [
         "train", CONFIG, "offline.steps=1", "online.steps=2", "online.group_size=2",
-        "groups_per_step=2", "schedule.hold_steps=2", "schedule.decay_steps=1", "checkpoint_every=1",
+        "groups_per_step=2", "schedule.hold_steps=2", "schedule.decay_steps=1",
+        "checkpoint_every=1",
     ],
     "evaluate": ["evaluate", CONFIG, "k=1", "bootstrap=100"],
 }  # fmt: skip

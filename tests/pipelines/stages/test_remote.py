@@ -1,4 +1,4 @@
-"""Every stage on a store in memory and on S3: the datasets of a folder, and all commands read them."""
+"""Every stage on a store in memory and on S3 makes a folder's datasets; all commands read them."""
 
 import os
 import sys

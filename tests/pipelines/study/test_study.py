@@ -62,9 +62,9 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_study_has_a_row_per_run_look_split_and_decoding(made):
+def test_a_study_has_a_row_per_run_evaluation_split_and_decoding(made):
     table = pl.read_parquet(made / "small" / "results.parquet")
-    # Two arms by two seeds, two of the ablation by one; looks before the first step and after the last.
+    # Two arms by two seeds, two of the ablation by one; evaluations before and after the steps.
     assert len(table) == (2 * 2 + 2) * 2 * 2 * 2
     assert table["step"].unique().sort().to_list() == [0, 2]
     assert set(table["decoding"]) == {"sampled", "greedy"}
@@ -76,7 +76,7 @@ def test_a_study_has_a_row_per_run_look_split_and_decoding(made):
     )
 
 
-def test_the_page_says_what_the_files_say(made):
+def test_the_page_shows_the_figures_of_the_files(made):
     page = (made / "small" / "STUDY.md").read_text()
     table = pl.read_parquet(made / "small" / "results.parquet")
     last = table.filter((pl.col("step") == 2) & (pl.col("decoding") == "sampled"))
