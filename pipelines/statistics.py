@@ -50,7 +50,7 @@ def resampled(
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of resampled values; NaN values are left out, NaN if no other is there."""
+    """The 95 % interval of resampled values; without NaN values; NaN if all are."""
     defined = values[~np.isnan(values)]
     if not len(defined):
         return np.nan, np.nan

@@ -74,9 +74,9 @@ def _stage_command(entry: StageEntry) -> Callable[..., None]:
         _run_stage(entry.name, loaded, Store(store), alias, dry_run)
 
     left_out = {"keep_failed", "preset"} - {_STAGE_OPTIONS.get(entry.name)}
-    whole = inspect.signature(command)
-    kept = [one for name, one in whole.parameters.items() if name not in left_out]
-    command.__signature__ = whole.replace(parameters=kept)  # pyright: ignore[reportFunctionMemberAccess]
+    full = inspect.signature(command)
+    kept = [one for name, one in full.parameters.items() if name not in left_out]
+    command.__signature__ = full.replace(parameters=kept)  # pyright: ignore[reportFunctionMemberAccess]
     return command
 
 

@@ -225,9 +225,9 @@ def intervals(sums: np.ndarray, resamples: int, seed: int) -> dict[str, tuple[fl
     return {name: percentiles(values[name]) for name in FIGURES}
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    part, whole = np.asarray(part, dtype=float), np.asarray(whole, dtype=float)
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole != 0)
+def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+    part, total = np.asarray(part, dtype=float), np.asarray(total, dtype=float)
+    return np.divide(part, total, out=np.full(np.shape(total), np.nan), where=total != 0)
 
 
 def _harmonic(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -224,8 +224,8 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def _chunk(column: pa.ChunkedArray) -> pa.ListArray:
-    whole = column.combine_chunks()
-    return whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole  # type: ignore[return-value]
+    combined = column.combine_chunks()
+    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined  # type: ignore[return-value]
 
 
 def _codes(column: pa.Array | pa.ChunkedArray, labels: Sequence[str]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The command line: bad input stops early with one sentence, and the store can be looked into."""
+"""The command line: bad input stops early with one sentence, and commands show the store's contents."""
 
 import json
 import shutil
@@ -417,10 +417,10 @@ def test_annotator_none_marks_nothing_and_serves_only_routing_that_looks_at_no_a
 
 
 def test_training_asks_for_an_annotator_where_its_routing_needs_one(run, made):
-    nobody = "online.annotator.engine=none"
-    sentence = refused(run, made, "train", CONFIG, nobody)
+    no_annotator = "online.annotator.engine=none"
+    sentence = refused(run, made, "train", CONFIG, no_annotator)
     assert "online.annotator.engine is none, and online.routing looks at annotations" in sentence
-    result = run("train", CONFIG, "--preset", "opsd", nobody, "--dry-run", "--store", made)
+    result = run("train", CONFIG, "--preset", "opsd", no_annotator, "--dry-run", "--store", made)
     assert result.code == 0, result.err
 
 

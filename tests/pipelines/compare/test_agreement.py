@@ -179,7 +179,7 @@ def test_first_errors_are_scored_as_in_processbench():
         row([2, 2, 2], [1], **wrong),
         row([2, 2, 2], [1], **wrong),
         row([2, 2, 2], [1], **wrong),
-        row([2, 2, 2], **wrong),  # looked and saw no error
+        row([2, 2, 2], **wrong),  # answered, without an error
         row([2, 2, 2], [0], correct=True),  # key spans: right
     ]
     said = [

@@ -97,12 +97,12 @@ def annotated(
 ) -> Dataset:
     """Annotations of the rollouts named in `marks`, one character to a segment."""
     texts = {r["rollout_id"]: r["response"] for r in verdicts.input("rollouts").read().to_pylist()}
-    told = {row["rollout_id"]: row for row in verdicts.read().to_pylist()}
+    judged = {row["rollout_id"]: row for row in verdicts.read().to_pylist()}
     rows = [
-        {name: told[rollout_id][name] for name in ("problem_id", "group_id", "correct")}
+        {name: judged[rollout_id][name] for name in ("problem_id", "group_id", "correct")}
         | {"rollout_id": rollout_id, "diagnostic_type": "setup" if spans else None,
            "segments": [{"start": i, "end": i + 1} for i in range(len(texts[rollout_id]))],
-           "spans": [{"segments": span, "kind": "key" if told[rollout_id]["correct"] else "error",
+           "spans": [{"segments": span, "kind": "key" if judged[rollout_id]["correct"] else "error",
                       "rank": rank, "start": span[0], "end": span[-1] + 1, "text": "x"}
                      for rank, span in enumerate(spans)],
            "status": "ok" if spans else "empty", "annotator_name": name, "annotator_model": name,
@@ -336,7 +336,7 @@ def test_units_are_characters_without_token_ids(store, texts):
     annotated(store, texts, "a", FIRST)
     annotated(store, texts, "b", SECOND)
     made = compare_annotations(("a", "b"), store)
-    assert (made.unit, made.unit_reason) == ("characters", "some responses came without token ids")
+    assert (made.unit, made.unit_reason) == ("characters", "some responses have no token ids")
 
 
 # --- what it says --------------------------------------------------------------------------------

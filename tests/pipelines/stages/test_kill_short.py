@@ -201,14 +201,14 @@ def test_a_budget_holds_over_kills(paid_server: PaidServer, runs, undisturbed, t
 
 
 def journalled(folder: Path) -> Counter[bytes]:
-    """Whole records in a journal's files, by key."""
-    whole = [
+    """Complete records in a journal's files, by key."""
+    complete = [
         line
         for path in folder.glob("*.jsonl")
         for line in path.read_bytes().splitlines(keepends=True)
         if line.endswith(b"\n")
     ]
-    return Counter(re.findall(rb'^{"key": ?"([^"]+)"', line)[0] for line in whole)
+    return Counter(re.findall(rb'^{"key": ?"([^"]+)"', line)[0] for line in complete)
 
 
 def test_a_full_disk_ends_in_a_sentence_and_the_stage_goes_on(runs, undisturbed, tmp_path):

@@ -1,4 +1,4 @@
-"""One optimiser step, looked at closely."""
+"""The effect of one optimiser step."""
 
 import pyarrow as pa
 import pytest
