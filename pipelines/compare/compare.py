@@ -236,6 +236,7 @@ def _add(pair: Pair, reference: Side, other: Side, problem: np.ndarray) -> None:
     """Add a chunk's counts to each scope's sums by problem."""
     first, second = reference.marks, other.marks
     shared = shared_counts(reference, other)
+    of_first, of_second = own_counts(reference), own_counts(other)
     # Where one was not asked, the kind that the other was asked for.
     kind = np.where(first.kind >= 0, first.kind, second.kind)
     kind = np.where(shared["asked_differently"], -1, kind)
@@ -243,8 +244,8 @@ def _add(pair: Pair, reference: Side, other: Side, problem: np.ndarray) -> None:
         every = name == "all"
         columns = [
             *_masked(shared, every | (kind == scope), () if every else _OF_ROLLOUTS),
-            *_masked(own_counts(reference), every | (first.kind == scope)),
-            *_masked(own_counts(other), every | (second.kind == scope)),
+            *_masked(of_first, every | (first.kind == scope)),
+            *_masked(of_second, every | (second.kind == scope)),
         ]
         np.add.at(pair.sums[scope], problem, np.stack(columns, axis=1))
         pair.types[scope] += confusion(first, second, shared["judged"] & (every | (kind == scope)))

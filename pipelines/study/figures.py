@@ -1,14 +1,20 @@
-"""Figures of a study's tables: pass rates by arm, and a curve's summary; page.py and plots.py draw.
+"""Figures and plots of a study's tables: pass rates by arm, curves and their summaries.
 
+page.py takes the figures, study.py writes the plots (SVG; equal figures make equal bytes).
 Differences between arms are paired: same seeds, same problems, same sampling seeds. Intervals are
 `statistics.bootstrap_crossed` over seeds and problems.
 """
 
+import io
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
+from ...data.files import write_whole
+from ...schemas.configs import StudyConfig
 from ..training.validation import SAMPLED
 
 
@@ -64,3 +70,54 @@ def curves(answers: pl.DataFrame, split: str, decoding: str) -> Curves:
     rates = (rows["correct"] / rows["k"]).to_numpy().reshape(shape)
     scored = np.isfinite(rates).all(axis=(0, 1))
     return Curves(rates[:, :, scored], rows["step"].unique().sort().to_numpy())
+
+
+def plot_curves(config: StudyConfig, answers: pl.DataFrame, ablation: str, path: Path) -> None:
+    """Sampled pass rate over steps on the main split: each arm's mean and range over seeds."""
+    main = next(iter(config.splits))
+    figure, axes = _axes(config)
+    for index, method in enumerate(config.ablations[ablation]):
+        drawn = curves(of_arm(answers, ablation, method), main, SAMPLED)
+        by_seed = drawn.rates.mean(axis=2)  # (seeds, evaluations)
+        style = "-" if index < 10 else "--"
+        (line,) = axes.plot(drawn.steps, drawn.mean, style, label=method)
+        axes.fill_between(
+            drawn.steps, by_seed.min(0), by_seed.max(0), color=line.get_color(), alpha=0.1
+        )
+    axes.set_xlabel("optimiser steps")
+    axes.set_ylabel(f"sampled pass rate, {main}")
+    axes.legend(fontsize=7, loc="lower right")
+    _write(figure, axes, path)
+
+
+def plot_exposure(config: StudyConfig, answers: pl.DataFrame, ablation: str, path: Path) -> None:
+    """Σλ² against the change of the pass rate on the other splits, a point per run."""
+    figure, axes = _axes(config)
+    for split in list(config.splits)[1:]:
+        exposures, changes = [], []
+        for method in config.ablations[ablation]:
+            own = of_arm(answers, ablation, method)
+            rates = curves(own, split, SAMPLED).rates.mean(axis=2)  # (seeds, evaluations)
+            changes += (100 * (rates[:, -1] - rates[:, 0])).tolist()
+            exposures += [own["kl_exposure"].max()] * len(rates)
+        axes.plot(exposures, changes, "o", alpha=0.7, label=split)
+    axes.set_xlabel("Σλ²")
+    axes.set_ylabel("change of the sampled pass rate, points")
+    axes.legend(fontsize=7)
+    _write(figure, axes, path)
+
+
+def _axes(config: StudyConfig) -> tuple[Any, Any]:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = config.name
+    figure = Figure(figsize=(7, 4))
+    return figure, figure.subplots()
+
+
+def _write(figure: Any, axes: Any, path: Path) -> None:
+    axes.grid(alpha=0.3)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    write_whole(path, drawn.getvalue())

@@ -10,9 +10,9 @@ from ...data.files import write_whole
 from ...data.store import Dataset, Store
 from ...schemas.configs import StudyConfig
 from ...schemas.settings import dump_config
+from .figures import plot_curves, plot_exposure
 from .mechanism import first_step, one_step
 from .page import page
-from .plots import plot_curves, plot_exposure
 from .runs import (
     Run,
     answers,
