@@ -58,10 +58,11 @@ from prefect.types.entrypoint import EntrypointType
 
 from trace_opd.data.remote import require_reachable
 from trace_opd.data.store import Dataset, Draft, Store
+from trace_opd.pipelines.annotators import engine_of
 from trace_opd.pipelines.pipeline import STAGES, TABLE_STAGES, run_pipeline
 from trace_opd.pipelines.stages import REGISTRY, StageEntry
 from trace_opd.pipelines.stages.base import Plan, close_idle_engine
-from trace_opd.schemas.configs import AnnotateConfig, Config, OpenAIAnnotator, PipelineConfig
+from trace_opd.schemas.configs import AnnotateConfig, Config, PipelineConfig
 from trace_opd.schemas.settings import load_config, override
 
 _IDLE_S = 60.0
@@ -149,7 +150,7 @@ def _asks_endpoint(config: Config) -> bool:
     It then runs in the flow's process under any runner: one process keeps its journal, budget,
     batches and pace, and sends many requests at once.
     """
-    return isinstance(config, AnnotateConfig) and isinstance(config.annotator, OpenAIAnnotator)
+    return isinstance(config, AnnotateConfig) and engine_of(config.annotator).asks_endpoint
 
 
 @contextmanager
