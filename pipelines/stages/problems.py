@@ -9,7 +9,6 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -34,15 +33,6 @@ logger = logging.getLogger(__name__)
 _BARREN_ROWS = 10_000
 
 
-@dataclass(frozen=True)
-class Collection:
-    """All problems of a request, and how many rows of the source were left out, by reason."""
-
-    table: pa.Table
-    duplicates: int
-    unparsable: int
-
-
 def _resolve(config: ProblemsConfig, store: Store) -> Plan:
     """Read and check the source, unless the dataset is finished.
 
@@ -60,15 +50,15 @@ def _resolve(config: ProblemsConfig, store: Store) -> Plan:
     found = store.begin("problems", semantic, {}, PROBLEMS)
     if isinstance(found, Dataset):
         return Plan(config, {}, semantic, found.parts)
-    collection = _collection(config, semantic)
-    parts = math.ceil(collection.table.num_rows / config.rows_per_part)
-    left_out = {"duplicates": collection.duplicates, "unparsable": collection.unparsable}
-    return Plan(config, {}, semantic, parts, left_out)
+    table, left_out = _collect(config.model_dump_json(), content_hash(semantic))
+    parts = math.ceil(table.num_rows / config.rows_per_part)
+    return Plan(config, {}, semantic, parts, dict(left_out))
 
 
 @contextmanager
 def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
-    table, rows = _collection(plan.config, plan.semantic).table, plan.config.rows_per_part
+    table, _ = _collect(plan.config.model_dump_json(), content_hash(plan.semantic))
+    rows = plan.config.rows_per_part
     yield lambda part: table.slice(part * rows, rows)
 
 
@@ -92,17 +82,16 @@ STAGE = Stage(
 )
 
 
-def _collection(config: ProblemsConfig, semantic: dict[str, Any]) -> Collection:
-    return _collect(config.model_dump_json(), content_hash(semantic))
-
-
 @lru_cache(maxsize=2)
-def _collect(config_json: str, content: str) -> Collection:
-    """Read the source. `content` is part of the cache key: a file may change under its path."""
+def _collect(config_json: str, content: str) -> tuple[pa.Table, dict[str, int]]:
+    """All problems of a request, and how many rows of the source were left out, by reason.
+
+    content: part of the cache key, because a file may change under its path.
+    """
     config = ProblemsConfig.model_validate_json(config_json)
     kept: list[dict[str, Any]] = []
     seen: set[str] = set()
-    duplicates = unparsable = barren = 0
+    left_out, barren = {"duplicates": 0, "unparsable": 0}, 0
     rows, total = _ordered(config)
     with (
         progress_bar("problems: reading", total, "problems") as advance,
@@ -118,7 +107,7 @@ def _collect(config_json: str, content: str) -> Collection:
             place = row.pop("row", index)
             problem_id = content_hash([row["source"], row["problem"], row["answer"]])
             if problem_id in seen:
-                duplicates += 1
+                left_out["duplicates"] += 1
                 continue
             seen.add(problem_id)
             if not parses(row["answer"], row["answer_kind"]):
@@ -128,7 +117,7 @@ def _collect(config_json: str, content: str) -> Collection:
                         f"not parse as {row['answer_kind']}; mend it, or set drop_unparsable=true "
                         "to leave such problems out"
                     )
-                unparsable += 1
+                left_out["unparsable"] += 1
                 continue
             kept.append({"problem_id": problem_id, "split": config.split} | row)
             barren = 0
@@ -137,13 +126,14 @@ def _collect(config_json: str, content: str) -> Collection:
                 break
     if not kept:
         raise InputError(
-            f"source {config.source.kind}: none of its {unparsable} gold answers parses; mend the "
+            f"source {config.source.kind}: none of its {left_out['unparsable']} gold answers parses; mend the "
             "answers or the column map"
         )
-    logger.info("problems: %d kept, %d repeated, %d unparsable", len(kept), duplicates, unparsable)
+    counts = (len(kept), *left_out.values())
+    logger.info("problems: %d kept, %d repeated, %d unparsable", *counts)
     if config.limit is not None and len(kept) < config.limit:
         logger.warning("problems: limit is %d, the source has %d", config.limit, len(kept))
-    return Collection(PROBLEMS.table(kept), duplicates, unparsable)
+    return PROBLEMS.table(kept), left_out
 
 
 @contextmanager

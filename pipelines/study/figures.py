@@ -60,7 +60,7 @@ def tuning_rate(results: pl.DataFrame, method: str, choice: str) -> float:
 
 def pass_rate(answers: pl.DataFrame) -> float:
     """Share of all scored answers that are right; 0 without any."""
-    return answers["correct"].sum() / max(answers["k"].sum(), 1)
+    return sum(answers["correct"]) / max(sum(answers["k"]), 1)
 
 
 def curves(answers: pl.DataFrame, split: str, decoding: str) -> Curves:

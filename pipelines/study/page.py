@@ -57,7 +57,7 @@ def page(
         mechanism=None if mechanism is None else _mechanism(mechanism),
         tuning=None if tuning is None else _choices(config, results, tuning),
         like=[name for name in later if any(arm.like for arm in config.ablations[name].values())],
-        reported=partial(_reported, config.reported),
+        reported=None if config.reported is None else _reported(config.reported),
     )
 
 
