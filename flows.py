@@ -6,8 +6,8 @@
 `trace-opd serve` runs this file, and Prefect's workers import it. Prefect orchestrates one task per
 part; the store's manifests decide what is finished, and a finished part is not made again.
 TRACE_OPD_TASK_RUNNER chooses where parts run (threads, processes, ray, dask). TRACE_OPD_WORKERS
-sets how many processes or cluster workers make parts at once. With threads it hardly matters, because
-a process makes one part at a time (`task_runner`; docs/scaling.md).
+sets how many processes or cluster workers make parts at once. With threads it hardly matters,
+because a process makes one part at a time (`task_runner`; docs/scaling.md).
 """
 
 import argparse

@@ -57,7 +57,7 @@ _STAGE_OPTIONS = {"annotate": "keep_failed", "convert": "preset", "train": "pres
 
 
 def _stage_command(entry: StageEntry) -> Callable[..., None]:
-    """The command of a stage that makes a dataset."""
+    """A stage's command, with the options of that stage."""
 
     def command(
         config: ConfigPath = None,

@@ -126,8 +126,8 @@ def _collect(config_json: str, content: str) -> tuple[pa.Table, dict[str, int]]:
                 break
     if not kept:
         raise InputError(
-            f"source {config.source.kind}: none of its {left_out['unparsable']} gold answers parses; mend the "
-            "answers or the column map"
+            f"source {config.source.kind}: none of its {left_out['unparsable']} gold answers "
+            "parses; mend the answers or the column map"
         )
     counts = (len(kept), *left_out.values())
     logger.info("problems: %d kept, %d repeated, %d unparsable", *counts)

@@ -1,4 +1,4 @@
-"""The command line: bad input stops early with one sentence, and commands show the store's contents."""
+"""The command line: bad input stops early with one sentence; commands show a store."""
 
 import json
 import shutil
@@ -249,7 +249,7 @@ def test_the_installed_command_ends_without_a_traceback(tmp_path, args):
 # --- looking into the store ---
 
 
-def test_ls_lists_datasets_with_whole_ids_and_aliases(run, made):
+def test_ls_lists_datasets_with_full_ids_and_aliases(run, made):
     lines = run("ls", "--store", made).out.splitlines()
     store = Store(made)
     assert len(lines) == 1 + len(PIPELINE)
@@ -395,13 +395,13 @@ def test_an_unknown_preset_is_refused(run, made, stage):
     )
 
 
-def test_a_stage_that_a_preset_sets_nothing_of_takes_none(run):
+def test_a_stage_without_preset_fields_takes_no_preset(run):
     result = run("verify", CONFIG, "--preset", "sdpo")
     assert result.code == 2
     assert "No such option" in result.err
 
 
-def test_annotator_none_marks_nothing_and_serves_only_routing_that_looks_at_no_annotation(run, own):
+def test_annotator_none_marks_nothing_and_serves_only_routing_without_annotations(run, own):
     result = run("annotate", CONFIG, "annotator.engine=none", "--store", own)
     assert result.code == 0, result.err
     annotations = Store(own).get("annotations")

@@ -104,7 +104,7 @@ def test_a_worked_example():
     assert figure["kappa"] == pytest.approx((0.7 - 0.5) / (1 - 0.5))
     assert figure["iou"] == pytest.approx(3 / 6)
     assert figure["segment_precision"] == figure["segment_recall"] == 1 / 2
-    # α = 0.25 keeps 2 characters of each: 0 whole and no more; the first two of segment 1.
+    # α = 0.25 keeps 2 characters: only segment 0 of one, the first two of segment 1 of the other.
     assert (figure["reference_kept"], figure["other_kept"], figure["both_kept"]) == (1, 2, 0)
 
 
@@ -201,7 +201,7 @@ def test_a_step_of_several_segments_is_found_by_any_of_them():
     assert agreed(truth, said)["wrong_hit"] == 2
 
 
-def test_a_reference_that_says_nothing_of_a_wrong_response_is_no_measure():
+def test_a_reference_without_an_answer_on_a_wrong_response_is_no_measure():
     truth = [row([2], status="abstained", correct=False), row([2], status="failed", correct=True)]
     figure = agreed(truth, [row([2], [0], correct=False), row([2], correct=True)])
     assert (figure["unlabelled"], figure["wrong"], figure["right"]) == (2, 0, 0)
@@ -290,7 +290,7 @@ def problem_sums(problems: int) -> np.ndarray:
     return sums
 
 
-def test_intervals_resample_problems_whole():
+def test_intervals_resample_problems():
     sums = problem_sums(40)
     low, high = intervals(sums, 500, seed=3)["iou"]
     rng = np.random.default_rng(3)

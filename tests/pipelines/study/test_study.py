@@ -122,7 +122,7 @@ def test_the_page_shows_one_step_as_its_file_has_it(made):
     assert f" | {100 * clipped['trace-fkl, clip token']:.1f} % |" in page
 
 
-def test_coverage_is_the_share_of_tokens_that_the_kl_was_on(made):
+def test_coverage_is_the_share_of_tokens_under_the_kl(made):
     table = pl.read_parquet(made / "small" / "results.parquet").filter(pl.col("step") == 2)
     coverage = {method: own["coverage"].to_numpy() for (method,), own in table.group_by("method")}
     assert (coverage["grpo"] == 0).all()
@@ -222,7 +222,7 @@ def test_curves_and_their_summaries_by_hand():
         ("ablations.clip={a: {like: nobody}}", "nobody"),
     ],
 )
-def test_a_study_that_does_not_hold_together_is_refused(change, message):
+def test_a_study_with_contradictions_is_refused(change, message):
     config = load_config(StudyConfig, CONFIG)
     with pytest.raises(InputError, match=message):
         override(config, [change])
