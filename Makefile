@@ -123,7 +123,7 @@ study-quick: setup  ## a smaller study, studies/micro-quick/study.md
 
 bases: setup  ## pre-train the study's bundled bases again, in models/micro-bases
 	$(BIN)/python -m trace_opd.pipelines.micro --output models/micro-bases \
-		--subtraction 0.3 --marking 0.15 --snapshots 500 550 800 \
+		--subtraction 0.3 --marking 0.15 --snapshot 500 --snapshot 550 --snapshot 800 \
 		--prompt studies/micro-annotate.md --answer-schema studies/micro-answer.schema.json
 
 micro: setup  ## train the bundled micro policy again

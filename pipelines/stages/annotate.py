@@ -7,6 +7,7 @@ attempts, its money and its summary.
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
@@ -219,4 +220,12 @@ def _check(config: AnnotateConfig, dataset: Dataset) -> None:
     )
 
 
-STAGE = Stage("annotate", AnnotateConfig, ANNOTATIONS, _resolve, _Maker, _summarize, check=_check)
+STAGE = Stage(
+    "annotate",
+    AnnotateConfig,
+    ANNOTATIONS,
+    _resolve,
+    lambda plan, draft: closing(_Maker(plan, draft)),
+    _summarize,
+    check=_check,
+)

@@ -38,7 +38,7 @@ from trace_opd.pipelines.annotators.prices import load_prices
 from trace_opd.pipelines.annotators.prompting import ask, load_prompt
 from trace_opd.pipelines.annotators.rows import SKIPPED, Identity, Item, annotation_row
 from trace_opd.pipelines.annotators.spending import open_spending
-from trace_opd.pipelines.cli.check_store import verify_store
+from trace_opd.pipelines.cli.check_store import check_store
 from trace_opd.pipelines.cli.show import show_dataset
 from trace_opd.pipelines.endpoint import NotACompletion
 from trace_opd.pipelines.models import MICRO, resolve_policy
@@ -387,7 +387,7 @@ def aliases(content: bytes) -> None:
 
 
 def _verified(store: Store) -> None:
-    found, _ = verify_store(store)
+    found, _ = check_store(store)
     for line in found.renderables:
         if isinstance(line, Text):
             assert line.plain.isprintable()

@@ -169,6 +169,6 @@ def test_rotten_files_are_found_and_made_again(runs: Launcher, undisturbed, tmp_
         assert program == "trace-opd"
         run = runs.start(*args)
         assert run.wait() == 0, run.err
-    assert "whole" in Path(runs.done("verify-store", store=root).output[0]).read_text()
+    assert "intact" in Path(runs.done("verify-store", store=root).output[0]).read_text()
     shutil.copy(after / "aliases.json", root)
     assert_same_datasets(root, after)

@@ -12,7 +12,7 @@ from trace_opd.tests.soak.invariants import Broken
 # Paths to remove, as sentences name them.
 _ADVICE = (
     re.compile(r"(/\S+): does not hold what was written(?: \([^;]*\))?; remove it"),
-    re.compile(r"remove (/\S+) and give the command again"),
+    re.compile(r"remove (/\S+) and (?:give|run) the command again"),
 )
 _FOLDER = re.compile(r"(/\S+): .*remove its folder")
 _VERIFY = re.compile(r"`trace-opd (verify-store \S+)`")
