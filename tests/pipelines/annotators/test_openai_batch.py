@@ -222,7 +222,7 @@ def test_a_run_killed_while_polling_finds_its_batch_again(
         [sys.executable, "-c", _RUN_STAGE, request.model_dump_json(), str(tmp_path)]
     )
     deadline = time.monotonic() + 60
-    while paid_server.looks < 3 and time.monotonic() < deadline:
+    while paid_server.polled < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
