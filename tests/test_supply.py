@@ -461,10 +461,13 @@ def test_an_audit_without_data_reads_not_audited(verdict):
     lines, code = verdict({"dependencies": [SKIPPED, SKIPPED]})
     assert (code, lines[-1][:12]) == (0, "NOT AUDITED:")
     assert verdict({"dependencies": [CLEAN, SKIPPED]})[0][-1] == "NOT AUDITED: b"
-    assert verdict({"dependencies": [CLEAN]}) == (["audit: 1 of 1 packages looked up, 0 flaws"], 0)
+    assert verdict({"dependencies": [CLEAN]}) == (
+        ["audit: 1 of 1 packages checked, 0 vulnerabilities"],
+        0,
+    )
 
 
 def test_an_audit_fails_on_a_flaw(verdict):
     lines, code = verdict({"dependencies": [FLAWED, SKIPPED]})
     assert code == 1
-    assert lines[0] == "c 2: PYSEC-1, mended in 3"
+    assert lines[0] == "c 2: PYSEC-1, fixed in 3"

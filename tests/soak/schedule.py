@@ -125,9 +125,8 @@ def _variant(chance: random.Random, engine: str | None) -> Variant:
         lies=chance.random() < 0.25,
         tracker=chance.choice(("none", "none", "tensorboard")),
     )
-    if (
-        variant.engine == "rule"
-    ):  # equal except for unused fields, so one undisturbed run serves all
+    if variant.engine == "rule":
+        # Equal except for unused fields, so one undisturbed run serves all.
         return replace(variant, concurrency=1, max_attempts=2, lies=False)
     return variant
 
