@@ -1,9 +1,9 @@
 """TRL 1.16's GRPOTrainer, one optimiser step per turn: the peer in step.py.
 
-step.py runs it in its own process. Everything is TRL's code, from dataloader to optimiser. Without generation the case provides the
-rollouts through TRL's hook (`rollout_func`). A turn lasts from TRL's callback `on_step_begin` to
-`on_step_end`. It includes padding, decoding and rewarding the rollouts, as ours includes making
-sequences; logging is excluded.
+step.py runs it in its own process. Everything is TRL's code, from dataloader to optimiser. Without
+generation the case provides the rollouts through TRL's hook (`rollout_func`). A turn lasts from
+TRL's callback `on_step_begin` to `on_step_end`. It includes padding, decoding and rewarding the
+rollouts, as ours includes making sequences; logging is excluded.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Prices: a dated file with sources, the user's own before it, and unknown where nobody knows."""
+"""Prices: a dated file with sources, overridden by the user's; unknown for other models."""
 
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def test_one_number_without_the_other_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("a: [", "is not YAML"),
         ("- 1", "the file: Input should be a valid dictionary"),
@@ -82,10 +82,10 @@ def test_one_number_without_the_other_is_refused():
         ("h: {as_of: 2026-01-01, source: s, models: {m: {prompt: -1, completion: 1}}}", "m.prompt"),
     ],
 )
-def test_a_bad_file_of_prices_is_told_in_a_sentence(tmp_path: Path, text: str, told: str):
+def test_a_bad_file_of_prices_is_one_sentence(tmp_path: Path, text: str, message: str):
     path = tmp_path / "prices.yaml"
     path.write_text(text)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         find_price(config(prices=str(path)))
     with pytest.raises(InputError, match="No such file"):
         find_price(config(prices=str(tmp_path / "none.yaml")))
