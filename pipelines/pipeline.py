@@ -9,7 +9,7 @@ from typing import Any
 from ..data.store import Dataset, Store
 from ..schemas.configs import Config, NoAnnotator, PipelineConfig
 from ..schemas.environment import whole_number
-from ..trace.rules import needs_annotations
+from ..trace.route import needs_annotations
 from .stages import REGISTRY
 from .stages.base import Stage
 

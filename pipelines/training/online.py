@@ -18,14 +18,12 @@ from ...schemas.configs import (
 )
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
-from ...trace.ahead import Ahead, Following
 from ...trace.align import byte_table
-from ...trace.online import OnlineSource
+from ...trace.online import Ahead, Following, OnlineSource, SharedOnline
 from ...trace.policy import Policy
 from ...trace.ranks import Ranks
-from ...trace.rules import needs_annotations
+from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
-from ...trace.shared_online import SharedOnline
 from ...trace.trainer import Online
 from ..annotators import open_annotator
 from ..annotators.own_policy import annotating_policy
