@@ -167,7 +167,7 @@ def serving(case: Case) -> Iterator[str]:
                     break
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit("vllm serve did not start; why stands above") from None
+                    raise SystemExit("vllm serve did not start; its log is above") from None
                 time.sleep(1)
         yield f"http://127.0.0.1:{port}/v1"
     finally:

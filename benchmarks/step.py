@@ -152,7 +152,7 @@ def measure(
             try:
                 return pipes[name].recv()
             except EOFError:
-                raise SystemExit(f"{name} has ended early; why stands above") from None
+                raise SystemExit(f"{name} ended early; its error is above") from None
 
     samples: dict[tuple[str, Mode], list[Measured]] = {}
     norms = {name: turn(name, "warm-up").grad_norm for name in names}

@@ -81,7 +81,7 @@ def environment(tmp_path_factory) -> Iterator[dict[str, str]]:
         deadline = time.monotonic() + 90
         while True:
             assert server.poll() is None, (home / "server.log").read_text()
-            assert time.monotonic() < deadline, "the server did not come up"
+            assert time.monotonic() < deadline, "the server did not start"
             with contextlib.suppress(URLError, ConnectionError), urlopen(f"{url}/health"):
                 break
             time.sleep(0.2)

@@ -1,6 +1,6 @@
-"""The slow cluster tests: a killed Ray worker, and clusters without a Prefect server (minutes).
+"""The slow cluster tests: a killed Ray worker, and clusters without a Prefect server.
 
-make test-cluster
+Run by `make test-cluster`; takes minutes.
 """
 
 import shutil

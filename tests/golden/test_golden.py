@@ -1,6 +1,6 @@
 """A refactoring changes no dataset id, no row and no loss of the micro pipeline (record.py).
 
-python -m pytest tests/golden
+Run by `make test`, or in seconds by `python -m pytest tests/golden`.
 """
 
 import json

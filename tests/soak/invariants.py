@@ -153,7 +153,9 @@ def as_undisturbed(root: Path, expected: Path) -> None:
             assert_no_leftovers(root)
             assert_same_datasets(root, expected)
     except (AssertionError, InputError) as error:
-        raise Broken(f"not as undisturbed: {error}\n{_differences(root, expected)}") from error
+        raise Broken(
+            f"differs from the undisturbed run: {error}\n{_differences(root, expected)}"
+        ) from error
 
 
 def _remove_superseded(root: Path) -> list[str]:

@@ -150,7 +150,7 @@ class Trial:
         if file_faults.fingerprint(self._outside) != self._untouched:
             raise Broken(f"{args[0]}: changed {self._outside}, which is not in the store")
         if self._endpoint.strangers:
-            raise Broken(f"{args[0]}: followed a redirect and sent a prompt to a stranger")
+            raise Broken(f"{args[0]}: followed a redirect and sent a prompt to another origin")
         asked = log[begin:]
         self.toll["requests"] += len(asked)
         invariants.not_paid_again(known, asked, loss)
@@ -219,7 +219,7 @@ class Trial:
                 for name in left_out:
                     row.pop(name, None)
             if tables[0] != tables[1]:
-                raise Broken("two annotations of the same rollouts at once hold other rows")
+                raise Broken("two annotations of the same rollouts at once hold different rows")
             shutil.rmtree(self._root / rival.ref)
         kept = {
             name: ref for name, ref in names.items() if name != "rival" and not ref.endswith(name)

@@ -1,6 +1,6 @@
 """Engines that sample for a trainer: five online steps each, and failures that must not be silent.
 
-make test-vllm
+Run by `make test-vllm`.
 """
 
 import os

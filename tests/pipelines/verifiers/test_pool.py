@@ -54,7 +54,7 @@ def warm(pool: VerifierPool) -> None:
 def wait_until(condition, seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "still not so"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.05)
 
 
