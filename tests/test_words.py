@@ -54,7 +54,7 @@ PHRASES = {
 
 
 def prose(file: Path) -> list[str]:
-    """A file's lines, stripped; those of a Python file without its comments and docstrings empty."""
+    """A file's lines, stripped; of a Python file only its comments and docstrings."""
     text = file.read_text()
     if file.suffix == ".md":
         return [line.strip() for line in text.splitlines()]
