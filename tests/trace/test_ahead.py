@@ -1,4 +1,4 @@
-"""Sampling one step ahead: whose weights make which step, and how it ends."""
+"""Sampling one step ahead: which weights sample each step, and how it ends."""
 
 import threading
 
@@ -11,7 +11,7 @@ STEPS = 5
 
 
 class Trail:
-    """A source that says which weights made each step's table, and a trainer's weights."""
+    """A source that records the weights of each step's table, and a trainer's weights."""
 
     def __init__(self) -> None:
         self.weights = self.sampler = 0
@@ -39,7 +39,7 @@ class Trail:
 
 
 def train(trail: Trail, source, first: int = 0) -> list[dict]:
-    """Steps as the trainer makes them; the weights after step k are k + 1."""
+    """Runs steps like the trainer; the weights after step k are k + 1."""
     counts = []
     for step in range(first, STEPS):
         trail.weights = step
@@ -73,14 +73,14 @@ def test_a_resumed_run_begins_on_policy():
     assert [more["staleness"] for more in counts] == [0, 1, 1]
 
 
-def test_without_it_every_step_is_on_policy_and_the_sampler_rests():
+def test_with_staleness_0_every_step_is_on_policy_and_the_sampler_rests():
     trail = Trail()
     counts = train(trail, Following(trail, trail.follow, trail.rest))
     assert {more["staleness"] for more in counts} == {0}
     assert trail.rests == STEPS
 
 
-def test_an_error_beside_training_comes_up_at_the_step_that_needs_the_table():
+def test_an_error_in_the_sampling_thread_is_raised_at_the_step_that_needs_the_table():
     trail = Trail()
     trail.fails_at = 2
     source = ahead(trail)
@@ -90,7 +90,7 @@ def test_an_error_beside_training_comes_up_at_the_step_that_needs_the_table():
     assert trail.teachers == [(0, True), (1, True)]
 
 
-def test_a_run_that_is_stopped_while_it_waits_ends_and_so_does_the_step_in_the_making():
+def test_a_run_stopped_while_it_waits_ends_together_with_the_step_being_sampled():
     trail = Trail()
     gate, phases = threading.Event(), []
     collect = trail.collect

@@ -1,4 +1,4 @@
-"""Prices: the user's own, a dated file with sources, a catalogue, and unknown where none lists it."""
+"""Prices: the user's own, a dated file with sources, a catalogue; unknown for other models."""
 
 import socket
 from importlib.metadata import requires, version
@@ -140,7 +140,7 @@ def test_one_number_without_the_other_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("a: [", "is not YAML"),
         ("- 1", "the file: Input should be a valid dictionary"),
@@ -149,10 +149,10 @@ def test_one_number_without_the_other_is_refused():
         ("h: {as_of: 2026-01-01, source: s, models: {m: {prompt: -1, completion: 1}}}", "m.prompt"),
     ],
 )
-def test_a_bad_file_of_prices_is_told_in_a_sentence(tmp_path: Path, text: str, told: str):
+def test_a_bad_file_of_prices_is_one_sentence(tmp_path: Path, text: str, message: str):
     path = tmp_path / "prices.yaml"
     path.write_text(text)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         find_price(config(prices=str(path)))
     with pytest.raises(InputError, match="No such file"):
         find_price(config(prices=str(tmp_path / "none.yaml")))
