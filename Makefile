@@ -129,5 +129,11 @@ bases: setup  ## pre-train the study's bundled bases again, in models/micro-base
 micro: setup  ## train the bundled micro policy again
 	$(BIN)/python -m trace_opd.pipelines.micro
 
+docs: setup  ## build the documentation site in site/, strict
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python .ci/commands.py
+	@# Without --quiet, under which mkdocs counts no warnings.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:  ## remove the environments and everything that runs have made
-	rm -rf $(VENV) $(VENV)-* runs store models
+	rm -rf $(VENV) $(VENV)-* runs store models site
