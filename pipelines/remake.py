@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ..data.dataset import find_dataset
 from ..data.store import MANIFEST, Dataset, Store
 from ..schemas.errors import InputError
 from .stages import CONFIG_TYPES, DEFAULT_ALIAS
@@ -26,7 +27,7 @@ _INPUTS = {
 _STAGES = ("problems", "rollout", "verify", "annotate", "convert", "train", "evaluate")
 
 
-def remake_commands(damaged: Sequence[tuple[Dataset, Sequence[str]]]) -> list[str]:
+def remake_commands(store: Store, damaged: Sequence[tuple[Dataset, Sequence[str]]]) -> list[str]:
     """What to type, in this order: damaged files are removed, then each stage goes on from the whole
     ones. Journals of paid answers stay.
 
@@ -38,15 +39,15 @@ def remake_commands(damaged: Sequence[tuple[Dataset, Sequence[str]]]) -> list[st
     for dataset, names in damaged:
         online = dataset.manifest["config"].get("online")
         if isinstance(online, str):  # a table of a training run's steps
-            run = _found(dataset.store, online)
+            run = _found(dataset, online)
             commands[online] = f"# {online}, which made {dataset.ref}, is gone"
             if run is not None:
-                commands[online] = _train_again(run)
+                commands[online] = _train_again(store, run)
         elif dataset.stage == "train" and not all(name.startswith(FINAL) for name in names):
-            commands[dataset.ref] = _train_again(dataset)
+            commands[dataset.ref] = _train_again(store, dataset)
         else:
             removed = [_path(dataset, MANIFEST, *names)]
-            commands.setdefault(dataset.ref, _then(dataset.store, removed, _command(dataset)))
+            commands.setdefault(dataset.ref, _then(store, removed, _command(store, dataset)))
     ordered = [(ref, commands[ref]) for ref in sorted(commands, key=_order)]
     return [
         command if command.isprintable() else f"# {ref}: its config holds what no command line can"
@@ -54,9 +55,9 @@ def remake_commands(damaged: Sequence[tuple[Dataset, Sequence[str]]]) -> list[st
     ]
 
 
-def _found(store: Store, ref: str) -> Dataset | None:
+def _found(dataset: Dataset, ref: str) -> Dataset | None:
     try:
-        return store.find(*ref.split("/"))
+        return find_dataset(dataset.files, ref)
     except InputError:  # damaged itself, which is a finding of its own
         return None
 
@@ -66,25 +67,28 @@ def _order(ref: str) -> tuple[int, str]:
     return (_STAGES.index(stage) if stage in _STAGES else len(_STAGES)), ref
 
 
-def _train_again(run: Dataset) -> str:
+def _train_again(store: Store, run: Dataset) -> str:
     """From the first step: what the steps before the last checkpoint made is made by them alone."""
-    store = run.store
-    tables = [store.url(ref) for ref in run.summary.get("tables", {}).values()]
-    return _then(store, [_path(run, MANIFEST, "checkpoints"), tables], _command(run))
+    tables = [store.files.url(ref) for ref in run.summary.get("tables", {}).values()]
+    return _then(store, [_path(run, MANIFEST, "checkpoints"), tables], _command(store, run))
 
 
 def _path(dataset: Dataset, *names: str) -> list[str]:
-    kept = (name for name in names if dataset.store.exists(f"{dataset.ref}/{name}"))
+    kept = (name for name in names if dataset.files.exists(f"{dataset.ref}/{name}"))
     return [dataset.path(name) for name in kept]
 
 
 def _then(store: Store, removed: Sequence[Sequence[str]], command: str) -> str:
     paths = shlex.join(path for group in removed for path in group)
-    return f"rm -r {paths} && {command}" if store.is_local else f"{command}  # first remove {paths}"
+    return (
+        f"rm -r {paths} && {command}"
+        if store.files.is_local
+        else f"{command}  # first remove {paths}"
+    )
 
 
-def _command(dataset: Dataset) -> str:
-    store, config = dataset.store, dataset.manifest["config"]
+def _command(store: Store, dataset: Dataset) -> str:
+    config = dataset.manifest["config"]
     names = [name for name, ref in store.aliases().items() if ref == dataset.ref]
     if isinstance(read := config.get("import"), dict):
         stem = names[0].rpartition("-")[0] if names else "ALIAS"
@@ -109,7 +113,7 @@ def _command(dataset: Dataset) -> str:
 def _hidden(dataset: Dataset) -> bool:
     """Whether imported annotations are of verdicts that were hidden."""
     verdicts = dataset.manifest["inputs"].get("verdicts")
-    found = _found(dataset.store, verdicts) if verdicts else None
+    found = _found(dataset, verdicts) if verdicts else None
     return found is not None and bool(found.manifest["config"].get("hide_verdict"))
 
 

@@ -136,7 +136,7 @@ _parts_begun = 0
 
 def _open_engine(stage: Stage, plan: Plan, draft: Draft) -> PartMaker:
     global _engine
-    key = draft.store.url(draft.ref)
+    key = draft.files.url(draft.ref)
     if _engine is None or _engine[0] != key:
         close_engine()
         _engine = (key, stage.open(plan, draft))

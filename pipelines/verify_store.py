@@ -9,12 +9,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..data.dataset import CHECKSUM, manifest_checksum
 from ..data.files import is_temporary
 from ..data.links import entries_in
 from ..data.locks import holder
-from ..data.manifest import is_ref, one_line
+from ..data.manifest import CHECKSUM, is_ref, manifest_checksum, one_line
 from ..data.store import MANIFEST, Dataset, Store
+from ..data.store_files import StoreFiles
 from ..schemas.errors import InputError
 from .remake import remake_commands
 from .stage import progress_bar
@@ -63,7 +63,7 @@ def verify_store(store: Store, refs: Sequence[str] = ()) -> tuple[Group, bool]:
     broken = [finding for finding in found if finding.state == "broken"]
     counted = f"{len(chosen)} datasets, {total} files, {size:,} bytes"
     said = f"{counted}: " + (f"{len(broken)} faults" if broken else "whole")
-    commands = _commands(chosen, broken)
+    commands = _commands(store, chosen, broken)
     return Group(*([_table(found)] if found else []), *commands, Text(said)), not broken
 
 
@@ -76,7 +76,7 @@ def _table(found: Sequence[Finding]) -> Table:
     return table
 
 
-def _commands(chosen: Sequence[Dataset], broken: Sequence[Finding]) -> list[Text]:
+def _commands(store: Store, chosen: Sequence[Dataset], broken: Sequence[Finding]) -> list[Text]:
     """Commands that make broken datasets again; none where the manifest is not to be trusted."""
     damaged: dict[str, list[str]] = {}
     for finding in broken:
@@ -84,22 +84,22 @@ def _commands(chosen: Sequence[Dataset], broken: Sequence[Finding]) -> list[Text
         if finding.file is not None:
             damaged[finding.about].append(finding.file)
     known = [d for d in chosen if damaged.get(d.ref) and MANIFEST not in damaged[d.ref]]
-    commands = remake_commands([(dataset, damaged[dataset.ref]) for dataset in known])
+    commands = remake_commands(store, [(dataset, damaged[dataset.ref]) for dataset in known])
     return [Text(command) for command in commands]
 
 
 def _manifest_faults(dataset: Dataset) -> Iterator[Finding]:
     told = dataset.manifest.get(CHECKSUM)
     if told is not None and told != manifest_checksum(dataset.manifest):
-        yield _bad_manifest(dataset.store, dataset.ref)
+        yield _bad_manifest(dataset.files, dataset.ref)
     for role, ref in dataset.manifest["inputs"].items():
-        if not _is_there(dataset.store, ref):
+        if not _is_there(dataset.files, ref):
             yield Finding(dataset.ref, "broken", f"its input {role}, {ref}, is gone")
 
 
-def _is_there(store: Store, ref: str) -> bool:
+def _is_there(files: StoreFiles, ref: str) -> bool:
     try:
-        return store.exists(f"{ref}/{MANIFEST}")
+        return files.exists(f"{ref}/{MANIFEST}")
     except InputError:  # a link
         return False
 
@@ -107,10 +107,10 @@ def _is_there(store: Store, ref: str) -> bool:
 def _file_faults(dataset: Dataset, listed: dict[str, Any]) -> Iterator[Finding]:
     name = listed["name"]
     try:
-        if not dataset.store.exists(f"{dataset.ref}/{name}"):
+        if not dataset.files.exists(f"{dataset.ref}/{name}"):
             yield Finding(dataset.ref, "broken", f"{name}: is gone", name)
             return
-        size, digest = dataset.store.checksum(f"{dataset.ref}/{name}")
+        size, digest = dataset.files.checksum(f"{dataset.ref}/{name}")
     except InputError as error:  # a link, or no regular file
         yield Finding(dataset.ref, "broken", str(error))
         return
@@ -124,9 +124,9 @@ def _file_faults(dataset: Dataset, listed: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(dataset.ref, "broken", f"{name}: not the bytes that were written", name)
 
 
-def _bad_manifest(store: Store, ref: str) -> Finding:
+def _bad_manifest(files: StoreFiles, ref: str) -> Finding:
     what = (
-        f"{MANIFEST}: not what was written; remove {store.url(f'{ref}/{MANIFEST}')} and give the "
+        f"{MANIFEST}: not what was written; remove {files.url(f'{ref}/{MANIFEST}')} and give the "
         "command again that made it: it goes on from the parts"
     )
     return Finding(ref, "broken", what, MANIFEST)
@@ -139,7 +139,7 @@ def _lost_aliases(store: Store) -> Iterator[Finding]:
         yield Finding("aliases", "broken", str(error))
         return
     for name, ref in aliases.items():
-        if not _is_there(store, ref):
+        if not _is_there(store.files, ref):
             what = f"names {ref}, which is not there; name another dataset: trace-opd alias"
             yield Finding(f"alias {name}", "broken", what)
 
@@ -148,18 +148,18 @@ def _unfinished(store: Store) -> Iterator[Finding]:
     """Datasets that are not finished, files that killed writers left, and links."""
     worked_on = set()
     for stage in (*TABLE_STAGES, "train"):
-        for ref in (f"{stage}/{name}" for name in _names(store, stage)):
-            if not is_ref(ref) or _is_there(store, ref):
+        for ref in (f"{stage}/{name}" for name in _names(store.files, stage)):
+            if not is_ref(ref) or _is_there(store.files, ref):
                 continue
-            parts = sum(name.endswith(".parquet") for name in _names(store, ref))
-            who = holder(store.local_root(), ref) if store.is_local else None
+            parts = sum(name.endswith(".parquet") for name in _names(store.files, ref))
+            who = holder(store.files.local_root(), ref) if store.files.is_local else None
             if who is not None:
                 worked_on.add(ref)
                 what = f"{parts} parts so far; {who} makes it"
             else:
                 what = f"{parts} parts; its command goes on from there"
             yield Finding(ref, "half-made", what)
-    for name, is_link in _strangers(store):
+    for name, is_link in _strangers(store.files):
         if is_link:
             what = "is a symbolic link, which nothing here follows; put a copy in its place"
             yield Finding(name, "broken", what)
@@ -168,21 +168,21 @@ def _unfinished(store: Store) -> Iterator[Finding]:
             yield Finding(name, "left over", what)
 
 
-def _names(store: Store, folder: str) -> list[str]:
+def _names(files: StoreFiles, folder: str) -> list[str]:
     try:
-        return store.names(folder)
+        return files.names(folder)
     except InputError:  # a link, which `_strangers` finds
         return []
 
 
-def _strangers(store: Store) -> list[tuple[str, bool]]:
+def _strangers(files: StoreFiles) -> list[tuple[str, bool]]:
     """Paths below the root of links, and of files and folders that were never finished, topmost
     names alone; and whether it is a link."""
-    root = f"{store.base}/"
-    if store.is_local:
-        paths = [(entry.path, entry.is_symlink()) for entry in entries_in(Path(store.base))]
+    root = f"{files.base}/"
+    if files.is_local:
+        paths = [(entry.path, entry.is_symlink()) for entry in entries_in(Path(files.base))]
     else:
-        paths = [(str(path), False) for path in store.fs.find(store.base)]
+        paths = [(str(path), False) for path in files.fs.find(files.base)]
     out = {}
     for path, is_link in paths:
         names = path.removeprefix(root).split("/")

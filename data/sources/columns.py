@@ -8,7 +8,7 @@ from typing import Any
 from ...schemas.configs import Columns
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind
-from ..store import content_hash
+from ..manifest import content_hash
 
 _MOST_CELL_CHARS = 4 << 20  # no model reads as much
 

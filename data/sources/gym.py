@@ -12,7 +12,7 @@ from reasoning_gym.factory import DATASETS
 from ...schemas.configs import GymSource
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind
-from ..store import content_hash
+from ..manifest import content_hash
 
 INSTRUCTION = "Put your final answer within \\boxed{}."
 # Some tasks make all problems when they open, or refuse a large size: open them batch by batch.

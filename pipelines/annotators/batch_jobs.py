@@ -150,7 +150,7 @@ class JobFile:
     def update(self, **changes: Any) -> None:
         """Change fields; on disk before this returns."""
         self.job = self.job.model_copy(update=changes)
-        Store(self.path.parent).write_json(self.path.name, self.job.model_dump())
+        Store(self.path.parent).files.write_json(self.path.name, self.job.model_dump())
 
 
 class RequestFile:

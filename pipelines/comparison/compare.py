@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ...data.dataset import get_dataset
 from ...data.store import Dataset, Store
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS
@@ -156,7 +157,7 @@ def _policy_folder(rollouts: Dataset) -> str:
     """Raises InputError if the policy that sampled the rollouts is not on this machine."""
     config = rollouts.manifest["config"]
     if "online" in config:  # sampled in training: the run's config names the policy
-        config = rollouts.store.get(config["online"]).manifest["config"]
+        config = get_dataset(rollouts.files, config["online"]).manifest["config"]
     return resolve_policy(config["policy"]["path"], weights=False, download=False)
 
 

@@ -52,7 +52,7 @@ def default_output(comparison: Comparison, store: Store) -> Path:
         InputError: the store is not local.
     """
     refs = [dataset.ref for dataset in comparison.datasets.values()]
-    return store.beside(f"compare/{content_hash([refs, comparison.alpha])}")
+    return store.files.local_path(f"compare/{content_hash([refs, comparison.alpha])}")
 
 
 def write(comparison: Comparison, table: pa.Table, store: Store, output: Path) -> list[Path]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from ...data.dataset import get_dataset
 from ...data.store import Dataset
 from ...schemas.configs import (
     PromptConfig,
@@ -157,7 +158,7 @@ def first_step(run: Dataset) -> pa.Table:
     tables = run.summary["tables"]
     if "routed" not in tables:
         raise InputError(f"{run.ref}: has no online steps to look at; mechanism needs an arm with")
-    return run.store.get(tables["routed"]).read_part(0)
+    return get_dataset(run.files, tables["routed"]).read_part(0)
 
 
 def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:

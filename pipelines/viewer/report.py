@@ -47,7 +47,7 @@ def run(config: ReportConfig, store: Store, output: Path | None = None) -> Path:
 
 def _default_output(dataset: Dataset, against: Dataset | None, store: Store) -> Path:
     name = f"against-{against.id}.html" if against is not None else "report.html"
-    return store.beside(f"{dataset.ref}/{name}")
+    return store.files.local_path(f"{dataset.ref}/{name}")
 
 
 def _render(

@@ -85,7 +85,7 @@ class RowReader:
         return table
 
     def _open(self, part: int):
-        return self._dataset.store.open(f"{self._dataset.ref}/{self._parts[part]['name']}")
+        return self._dataset.files.open(f"{self._dataset.ref}/{self._parts[part]['name']}")
 
 
 def _dictionaries(table: pa.Table) -> list[dict[str, Any]]:

@@ -90,9 +90,9 @@ def test_a_source_and_a_part_refuse_a_bomb(bombs, name, tmp_path):
     with pytest.raises(InputError, match=r"unfolds from|claims|give text or a number"):
         list(sources.rows(FilesSource(kind="files", path=str(path)), 0))
     store = Store(tmp_path)
-    store.write("rollouts/x/part-00000.parquet", path.read_bytes())
+    store.files.write("rollouts/x/part-00000.parquet", path.read_bytes())
     with pytest.raises(DamagedFile, match=r"unfolds from|claims"):
-        Dataset(store, "rollouts", "x", {"table": "rollouts"}).read_part(0)
+        Dataset(store.files, "rollouts", "x", {"table": "rollouts"}).read_part(0)
 
 
 def test_what_repeats_within_bounds_is_read_as_it_is():

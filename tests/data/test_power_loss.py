@@ -74,12 +74,12 @@ def assert_consistent(root: Path, promised: list[tuple[str, str]]) -> None:
     for ref, dataset in found.items():
         assert isinstance(dataset, Dataset), (ref, dataset)
         for listed in dataset.listed:
-            size, digest = store.checksum(f"{ref}/{listed['name']}")
+            size, digest = store.files.checksum(f"{ref}/{listed['name']}")
             assert (size, digest) == (listed["bytes"], listed["sha256"]), listed
         assert found.keys() >= set(dataset.manifest["inputs"].values())
     aliases = store.aliases()
     assert found.keys() >= set(aliases.values())
-    journals = store.folders_beside("annotate", "journal")
+    journals = store.files.local_folders("annotate", "journal")
     for kind, what in promised:
         if kind == "dataset":
             assert what in found

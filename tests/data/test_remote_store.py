@@ -46,7 +46,7 @@ def test_what_another_process_writes_is_seen_at_once(root):
     assert not draft.has_part(0)
     assert store.aliases() == {}
     draft.write_part(1, PROBLEMS.table([problem("q")]))
-    store.fs.ls(f"{store.base}/{draft.ref}")  # a listing that must not be remembered
+    store.files.fs.ls(f"{store.files.base}/{draft.ref}")  # a listing that must not be remembered
     elsewhere(
         "import sys, fsspec\n"
         "fs, base = fsspec.core.url_to_fs(sys.argv[1])\n"
@@ -66,7 +66,9 @@ def test_a_part_is_one_object_and_nothing_else_is_written(root):
     store = Store(root)
     draft = begun(store)
     draft.write_part(0, PROBLEMS.table([problem("p")]))
-    assert store.fs.find(store.base) == [f"{store.base}/{draft.ref}/part-00000.parquet"]
+    assert store.files.fs.find(store.files.base) == [
+        f"{store.files.base}/{draft.ref}/part-00000.parquet"
+    ]
 
 
 def test_a_store_travels_to_other_processes(root):
@@ -104,7 +106,7 @@ def test_a_manifest_fetches_nothing_to_a_place_outside(root, tmp_path, monkeypat
     assert isinstance(draft, Draft)
     (draft.local_path("final") / "weights").write_bytes(b"w")
     made = draft.finish(0, {}, ["final/weights"])
-    Store(root).write(f"{made.ref}/stolen", b"s")
+    Store(root).files.write(f"{made.ref}/stolen", b"s")
     made.manifest["files"][0]["name"] = "final/../stolen"
     monkeypatch.setenv("TRACE_OPD_LOCAL", str(tmp_path / "two"))
     with pytest.raises(InputError, match=r"final/\.\./stolen leads out of it"):
@@ -115,8 +117,8 @@ def test_a_manifest_fetches_nothing_to_a_place_outside(root, tmp_path, monkeypat
 def test_stores_do_not_share_a_local_folder(s3_server, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACE_OPD_LOCAL", str(tmp_path))
     roots = ["s3://bucket/a", "s3://bucket/a/b", "s3://other/a", "memory://bucket/a"]
-    assert len({Store(root).local_root() for root in roots}) == len(roots)
-    assert Store("s3://bucket/a/").local_root() == Store("s3://bucket/a").local_root()
+    assert len({Store(root).files.local_root() for root in roots}) == len(roots)
+    assert Store("s3://bucket/a/").files.local_root() == Store("s3://bucket/a").files.local_root()
 
 
 def test_two_runs_that_share_a_local_folder_wait_for_each_other(root, tmp_path, monkeypatch):
@@ -157,7 +159,7 @@ def test_a_bucket_that_is_not_there_is_told_and_not_made(s3_server, capsys, monk
         == "trace-opd: store s3://typo/store: there is no bucket typo; make it, or name another\n"
     )
     with pytest.raises(FileNotFoundError, match="bucket does not exist"):
-        Store("s3://typo/store").write("a", b"")
+        Store("s3://typo/store").files.write("a", b"")
     assert not fsspec.filesystem("s3", use_listings_cache=False).exists("typo")
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trace_opd.data.dataset import CHECKSUM, manifest_checksum
+from trace_opd.data.manifest import CHECKSUM, manifest_checksum
 from trace_opd.data.store import MANIFEST, Dataset, Draft, Store, content_hash
 from trace_opd.schemas.configs import PolicyConfig, RolloutConfig
 from trace_opd.schemas.contract import VERSION_KEY
@@ -119,7 +119,7 @@ def test_the_manifest_can_be_read_without_us(store):
     (part,) = manifest["parts"]
     assert (manifest["table"], manifest["schema_version"]) == ("problems", PROBLEMS.version)
     assert (part["rows"], part["bytes"]) == (2, Path(made.path(part["name"])).stat().st_size)
-    assert store.checksum(f"{made.ref}/{part['name']}") == (part["bytes"], part["sha256"])
+    assert store.files.checksum(f"{made.ref}/{part['name']}") == (part["bytes"], part["sha256"])
     assert manifest["config"] == {"a": 1}
     assert manifest["packages"]["pyarrow"] == pa.__version__
     assert manifest["started_at"] <= manifest["finished_at"]
@@ -163,7 +163,7 @@ def test_a_finished_dataset_whose_part_is_gone_says_so(store):
 def test_a_leftover_temporary_file_is_no_part(store):
     draft = begin(store, {"a": 1})
     draft.write_part(0, problems_table("p"))
-    folder = Path(store.base) / draft.ref
+    folder = Path(store.files.base) / draft.ref
     (folder / "part-00001.parquet.tmp-1-2").write_bytes(b"PAR1 torn")
     assert not draft.has_part(1)
     made = draft.finish(1)
@@ -191,7 +191,7 @@ def test_a_damaged_part_of_an_unfinished_dataset_is_removed_to_be_made_again(sto
     draft = begin(store, {"a": 1})
     for part, name in enumerate(("p", "q")):
         draft.write_part(part, problems_table(name))
-    path = Path(store.base) / draft.ref / "part-00001.parquet"
+    path = Path(store.files.base) / draft.ref / "part-00001.parquet"
     path.write_bytes(damage(path.read_bytes()))
     resumed = begin(Store(store.root), {"a": 1})
     assert [resumed.has_sound_part(part) for part in range(3)] == [True, False, False]
@@ -203,7 +203,7 @@ def test_a_damaged_part_of_an_unfinished_dataset_is_removed_to_be_made_again(sto
 def test_each_flipped_byte_of_an_unfinished_part_is_found_or_mended(store):
     draft = begin(store, {"a": 1})
     draft.write_part(0, problems_table("p", "q"))
-    path = Path(store.base) / draft.ref / "part-00000.parquet"
+    path = Path(store.files.base) / draft.ref / "part-00000.parquet"
     content = path.read_bytes()
     for at in random.Random(0).sample(range(len(content)), 150):
         path.write_bytes(flipped(content, at))
@@ -253,7 +253,7 @@ def test_a_writer_killed_at_any_moment_leaves_no_torn_part(tmp_path):
 def test_a_kill_between_the_last_part_and_the_manifest_leaves_a_draft(store):
     begin(store, {"a": 1}).write_part(0, problems_table("p"))
     resumed = begin(store, {"a": 1})
-    mtime = (Path(store.base) / resumed.ref / "part-00000.parquet").stat().st_mtime_ns
+    mtime = (Path(store.files.base) / resumed.ref / "part-00000.parquet").stat().st_mtime_ns
     made = resumed.finish(1)
     assert isinstance(store.begin("problems", {"a": 1}, {}, PROBLEMS), Dataset)
     assert Path(made.path("part-00000.parquet")).stat().st_mtime_ns == mtime
@@ -339,7 +339,7 @@ def test_lineage_goes_depth_first_to_the_roots_and_names_each_once(store):
     root = finished(store, {"a": 1}, problems_table("p"))
     middle = finished(store, {"a": 2}, problems_table("q"), problems=root)
     leaf = finished(store, {"a": 3}, problems_table("r"), rollouts=middle, problems=root)
-    assert [(depth, role, node.id) for depth, role, node in store.lineage(leaf)] == [
+    assert [(depth, role, node.id) for depth, role, node in leaf.lineage()] == [
         (0, "", leaf.id),
         (1, "rollouts", middle.id),
         (2, "problems", root.id),
@@ -371,7 +371,7 @@ def test_a_store_lives_on_any_fsspec_file_system():
     assert isinstance(store.begin("problems", {"a": 1}, {}, PROBLEMS), Dataset)
     assert [dataset.ref for dataset in store.datasets()] == [made.ref]
     assert len(fsspec.open_files(found.glob)) == 1
-    assert [path for path in store.fs.find(store.base) if ".tmp-" in path] == []
+    assert [path for path in store.files.fs.find(store.files.base) if ".tmp-" in path] == []
 
 
 def test_files_beside_tables_need_a_local_store(tmp_path):
@@ -407,7 +407,7 @@ def test_a_full_disk_is_told_in_a_sentence_and_work_goes_on_when_there_is_room(s
             draft.write_part(0, problems_table("p"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert files(Path(store.base)) == set()
+    assert files(Path(store.files.base)) == set()
     draft.write_part(0, problems_table("p"))
     assert draft.finish(1).rows == 1
 
@@ -437,7 +437,10 @@ def test_a_part_that_is_not_as_written_is_told_or_reads_as_written(store, how):
     whole, told = path.read_bytes(), 0
     for at in range(4, len(whole), 97):
         damaged(path, at, how)
-        assert store.checksum(f"{made.ref}/{path.name}")[1] != made.manifest["parts"][0]["sha256"]
+        assert (
+            store.files.checksum(f"{made.ref}/{path.name}")[1]
+            != made.manifest["parts"][0]["sha256"]
+        )
         try:
             # A flipped bit in what the file says about itself may not matter for its rows.
             assert made.read() == tables

@@ -49,7 +49,7 @@ def work(store: Store) -> None:
             file.write("{}\n")
         (folder / "tensorboard").mkdir(exist_ok=True)
         (folder / "tensorboard" / "events").write_text("")
-        store.beside(".looks").mkdir(exist_ok=True)
+        store.files.local_path(".looks").mkdir(exist_ok=True)
         dataset = draft.finish(1, files=["metrics.jsonl"])
     store.set_alias("named", dataset)
 
@@ -93,12 +93,12 @@ def test_no_link_in_a_store_is_followed(place, inside, victim, tmp_path):
     operations = [
         lambda: work(store),
         lambda: work(Store(root)),
-        lambda: remove_unheld(store.local_root()),
+        lambda: remove_unheld(store.files.local_root()),
         lambda: sweep(root / "numbers"),
         lambda: sweep_siblings(root / "aliases.json"),
-        lambda: store.set_alias("again", Dataset(store, "numbers", draft.id, {})),
-        lambda: [store.url(dataset.ref) for dataset in store.datasets()],
-        lambda: store.folders_beside("numbers", "journal"),
+        lambda: store.set_alias("again", Dataset(store.files, "numbers", draft.id, {})),
+        lambda: [store.files.url(dataset.ref) for dataset in store.datasets()],
+        lambda: store.files.local_folders("numbers", "journal"),
     ]
     refused = 0
     for operation in operations:

@@ -195,7 +195,7 @@ def test_the_second_run_goes_on_where_the_first_was_killed(tmp_path, first):
 
 def test_reading_takes_no_lock(tmp_path):
     dataset = made(tmp_path)
-    with Store(tmp_path).locked(dataset.ref):
+    with Store(tmp_path).files.locked(dataset.ref):
         assert Store(tmp_path).get(dataset.ref).read().equals(TABLE)
 
 
@@ -248,7 +248,7 @@ def test_a_living_writers_file_stays(tmp_path):
 
 def die_naming(root: Path, dataset: Dataset) -> None:
     (root / f"aliases.json.tmp-{os.getpid()}-1").write_text("{")
-    with suppress(BaseException), Store(root).locked("aliases.json"):
+    with suppress(BaseException), Store(root).files.locked("aliases.json"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 

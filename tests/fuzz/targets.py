@@ -341,10 +341,10 @@ def _names(error: InputError, file: str, lines: int | None = None) -> None:
 def parquet(content: bytes, contract: TableContract) -> None:
     """A part is refused, or is a table of its contract."""
     store = Store(_folder() / "store")
-    store.write("stage/id/part-00000.parquet", content)
+    store.files.write("stage/id/part-00000.parquet", content)
     manifest = {"table": contract.name, "parts": [{"rows": 0}], "inputs": {}, "summary": {}}
     try:
-        table = Dataset(store, "stage", "id", manifest).read_part(0)
+        table = Dataset(store.files, "stage", "id", manifest).read_part(0)
     except InputError as error:
         _names(error, "part-00000.parquet")
         return
@@ -361,13 +361,13 @@ def manifest(content: bytes) -> None:
     or a line of its own."""
     store = Store(_folder() / "foreign")
     for ref in STORED.values():
-        store.write(f"{ref}/{MANIFEST}", content)
+        store.files.write(f"{ref}/{MANIFEST}", content)
         try:
             dataset = store.get(ref)
         except DamagedFile as error:
             _names(error, MANIFEST, lines=1)
             continue
-        store.lineage(dataset)
+        dataset.lineage()
         with suppress(InputError):
             show_dataset(dataset, Terminal(file=StringIO()))
     _verified(store)
@@ -376,7 +376,7 @@ def manifest(content: bytes) -> None:
 def aliases(content: bytes) -> None:
     """Aliases are refused in a sentence, or each has the form of ours."""
     store = Store(_folder() / "named")
-    store.write("aliases.json", content)
+    store.files.write("aliases.json", content)
     try:
         found = store.aliases()
     except DamagedFile as error:
@@ -394,7 +394,7 @@ def _verified(store: Store) -> None:
             if line.plain.startswith("rm -r "):
                 for path in shlex.split(line.plain.split(" && ")[0])[2:]:
                     # A dataset's folder or something in it, never the store or what is outside.
-                    assert len(Path(path).relative_to(store.base).parts) >= 2
+                    assert len(Path(path).relative_to(store.files.base).parts) >= 2
                     assert ".." not in path
     Terminal(file=StringIO()).print(found)
 

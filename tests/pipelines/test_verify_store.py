@@ -123,12 +123,12 @@ def test_nothing_in_a_store_becomes_a_line_among_the_commands(run, root):
         ref = f"{changes.get('stage', 'problems')}/{index:016x}"
         changed = manifest | changes | {"id": ref.partition("/")[2]}
         del changed["manifest_sha256"]
-        store.write_json(f"{ref}/{MANIFEST}", changed)  # and no part
+        store.files.write_json(f"{ref}/{MANIFEST}", changed)  # and no part
     (root / folder).with_name(HOSTILE.replace("/", "")).mkdir()
     shutil.copy(made.path(MANIFEST), (root / folder).with_name(HOSTILE.replace("/", "")))
     (root / "problems" / f"{HOSTILE.replace('/', '')}.tmp-1-2").write_text("")
     aliases = {"mine": made.ref, HOSTILE: made.ref, "other": HOSTILE}
-    store.write_json("aliases.json", aliases)
+    store.files.write_json("aliases.json", aliases)
     code, said = run("verify-store", "--store", root)
     assert code == 1
     lines = [line.lstrip() for line in said.splitlines()]
@@ -165,7 +165,7 @@ def test_drafts_leftovers_and_names_of_nothing_are_told(run, root):
     assert "half-made" in said
     assert "1 parts; its command goes on from there" in " ".join(said.split())
     assert "left over" in said
-    with Store(root).locked(draft.ref):
+    with Store(root).files.locked(draft.ref):
         assert "makes it" in run("verify-store", "--store", root)[1]
     shutil.rmtree(Path(Store(root).get("mine").path()))
     code, said = run("verify-store", "--store", root)

@@ -158,7 +158,7 @@ def _remove_superseded(root: Path) -> list[str]:
     """Remove annotations with unanswered rows and all that was made from them; their refs."""
     store, removed = Store(root), list[str]()
     datasets = {dataset.ref: dataset for dataset in store.datasets()}
-    lineages = {ref: [n for _, _, n in store.lineage(made)] for ref, made in datasets.items()}
+    lineages = {ref: [n for _, _, n in made.lineage()] for ref, made in datasets.items()}
 
     def is_old(node: Dataset) -> bool:
         tables_of = node.manifest["config"].get("online")  # of a training, where it is one's table
