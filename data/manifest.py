@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from .json_text import read_json
+from .input_files import read_json
 
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest_sha256"

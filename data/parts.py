@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from ..schemas.contract import TableContract, check_columns, validate
 from ..schemas.errors import InputError
-from .foreign_parquet import read_table
+from .parquet_reader import read_table
 from .store_files import StoreFiles
 
 

@@ -18,9 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..data.foreign_files import digest, find_files
-from ..data.labelled import LabelledResponse
-from ..data.sources import prm800k, processbench
+from ..data.human_labels import LabelledResponse, prm800k, processbench
+from ..data.input_files import digest, find_files
 from ..data.store import Dataset, Store, content_hash
 from ..schemas.configs import SegmentConfig, VerifyConfig
 from ..schemas.errors import InputError

@@ -1,4 +1,7 @@
-"""What compressed files unfold to, measured before a library unpacks them to disk."""
+"""A limit on the unpacked size of compressed files, checked before a library unpacks them to disk.
+
+The source of kind `hub` calls this for local folders.
+"""
 
 import bz2
 import gzip
@@ -15,10 +18,10 @@ _STREAMS = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.o
 
 
 def require_bounded_archive(path: Path) -> None:
-    """Check a compressed file by its suffix; other files pass.
+    """Check the unpacked size of a file with a compressed format's suffix; other files pass.
 
     Raises:
-        InputError: it is damaged, unfolds to too much, or is of a kind that is not measured.
+        InputError: it is damaged, above the limit, or in a format that can't be measured.
     """
     most = max(_MOST_BYTES, _MOST_TIMES * path.stat().st_size)
     try:
@@ -37,4 +40,4 @@ def require_bounded_archive(path: Path) -> None:
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: is damaged ({error!s:.200}); copy it again") from None
     if size > most:
-        raise InputError(f"{path}: unpacks to more than {most:,} bytes; unpack it and look at it")
+        raise InputError(f"{path}: unpacks to more than {most:,} bytes; unpack it and check it")

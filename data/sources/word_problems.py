@@ -1,8 +1,8 @@
-"""Arithmetic word problems with known intermediate steps: the built-in generator.
+"""Arithmetic word problems with known intermediate steps: a built-in generator.
 
-A template is a story, the numbers it may hold, and the operations that solve it. A problem's
-steps are the operations as equations (`3 * 4 = 12`); its solution puts each into a sentence and
-boxes the last result.
+The source of kind `word-problems`, called through `sources.rows` by stage problems. A template is a
+story, the range of its numbers, and the operations that solve it. A problem's steps are the
+operations as equations (`3 * 4 = 12`); its solution is a sentence for each and the boxed result.
 """
 
 import random
@@ -26,7 +26,7 @@ _NOTES = (20, 50, 100)
 class Operation:
     """One step: operands are numbers of the story or earlier results (r1, r2).
 
-    key: whether the step is where the solution is decided.
+    key: whether the solution depends on getting this step right.
     """
 
     meaning: str
@@ -39,7 +39,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Template:
-    """A story with fields for names, items and numbers; the values that each number may take."""
+    """A story with fields for names, items and numbers, and the possible values of each number."""
 
     story: str
     numbers: dict[str, Sequence[int]]
@@ -225,7 +225,7 @@ def rows(source: WordProblemsSource, seed: int) -> Iterator[dict[str, Any]]:
 def _solvable(
     rng: random.Random, template: Template
 ) -> tuple[dict[str, int], list[tuple[str, int]]]:
-    """Numbers for which every operation comes out, and the operations as (equation, result)."""
+    """Numbers for which every operation is valid, and the operations as (equation, result)."""
     while True:
         numbers = {name: rng.choice(values) for name, values in template.numbers.items()}
         if (equations := _equations(template.operations, numbers)) is not None:
@@ -235,9 +235,9 @@ def _solvable(
 def _equations(
     operations: tuple[Operation, ...], numbers: dict[str, int]
 ) -> list[tuple[str, int]] | None:
-    """None unless all results are whole, distinct, positive and at most LARGEST.
+    """None unless all results are distinct positive integers, at most LARGEST.
 
-    Distinct results let a rule tell by its value which step a sentence states.
+    Because results are distinct, the rule annotator can match a sentence to a step by its value.
     """
     known = dict(numbers)
     equations: list[tuple[str, int]] = []

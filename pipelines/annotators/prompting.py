@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator, SchemaError
 
-from ...data.json_text import read_json
+from ...data.input_files import read_json
 from ...schemas.errors import InputError
 from ...schemas.labels import DiagnosticType
 from ...schemas.text_files import read_text_file

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ...data.foreign_parquet import require_bounded
+from ...data.parquet_reader import require_bounded
 from ...data.store import Dataset
 
 # Lists of one number per token: as numpy arrays they take a tenth of a Python list's time.

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trace_opd.data import sources
-from trace_opd.data.foreign_parquet import read_batches, read_table, require_bounded
+from trace_opd.data.parquet_reader import read_batches, read_table, require_bounded
 from trace_opd.data.store import Dataset, Store
 from trace_opd.schemas.configs import FilesSource
 from trace_opd.schemas.errors import DamagedFile, InputError
@@ -56,7 +56,7 @@ def bombs(tmp_path_factory):
 PROGRAM = """
 import resource, sys
 from pathlib import Path
-from trace_opd.data.foreign_parquet import read_batches, read_table, require_bounded
+from trace_opd.data.parquet_reader import read_batches, read_table, require_bounded
 from trace_opd.schemas.errors import InputError
 
 limit = 1500 << 20

@@ -10,9 +10,9 @@ import zipfile
 
 import pytest
 
-from trace_opd.data import foreign_files, sources
-from trace_opd.data.foreign_files import digest, find_files
-from trace_opd.data.labelled import json_rows
+from trace_opd.data import input_files, sources
+from trace_opd.data.human_labels import json_rows
+from trace_opd.data.input_files import digest, find_files
 from trace_opd.data.sources import archives
 from trace_opd.schemas.configs import FilesSource, HubSource
 from trace_opd.schemas.errors import InputError
@@ -85,7 +85,7 @@ def test_a_file_of_the_kernel_that_would_block_is_read_as_empty(tmp_path):
 
 
 def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(foreign_files, "_MOST_LINE_CHARS", 1000)
+    monkeypatch.setattr(input_files, "_MOST_LINE_CHARS", 1000)
     path = tmp_path / "p.jsonl"
     path.write_text(ROW + '{"problem": "' + "x" * 1000)
     for read in (json_rows, lambda p: sources.rows(FilesSource(kind="files", path=p), 0)):
@@ -97,7 +97,7 @@ def test_a_stream_without_an_end_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "p.jsonl"
     path.write_text(ROW * 10)
     fs, (found,) = find_files(str(path), "a file")
-    monkeypatch.setattr(foreign_files, "_MOST_FILE_BYTES", 100)
+    monkeypatch.setattr(input_files, "_MOST_FILE_BYTES", 100)
     with pytest.raises(InputError, match="is larger than"):
         digest(fs, found)
 

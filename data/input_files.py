@@ -1,6 +1,11 @@
-"""Files of others, opened and read within bounds: a path, a URL that fsspec knows, or a glob of them."""
+"""Files that users name, read within limits: a path, a URL that fsspec knows, or a glob of them.
+
+Sources of problems and readers of human labels open their files here. Manifests and prompts use
+`read_json`.
+"""
 
 import hashlib
+import json
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,22 +18,20 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ..schemas.errors import InputError
 
-# What is read is held in memory or becomes a table: more than this is no file of problems.
+# Content is held in memory or becomes a table; a larger file does not hold problems.
 _MOST_FILE_BYTES = 16 << 30
 _MOST_LINE_CHARS = 16 << 20
 _BLOCK_BYTES = 1 << 20
 
 
 def find_files(pattern: str, kinds: str) -> tuple[Any, list[str]]:
-    """The file system, and the paths on it in order. kinds: what the files should be, for the sentence.
+    """The file system and the sorted paths of a pattern. kinds: what to give, for error messages.
 
     Raises:
         InputError: an unknown protocol, a file system that does not answer, no such file, a folder, a
             device, a pipe, or a file that is too large.
     """
-    for part in pattern.split(
-        "::"
-    ):  # file systems of archives read what they are chained to at once
+    for part in pattern.split("::"):  # fsspec opens the inner file of a chained URL at once
         _require_no_device(part, kinds)
     with _file_system_errors(pattern, kinds):
         fs, base = fsspec.core.url_to_fs(pattern)
@@ -38,7 +41,9 @@ def find_files(pattern: str, kinds: str) -> tuple[Any, list[str]]:
         raise InputError(f"{pattern}: no such file; give {kinds}")
     for path, info in zip(paths, about, strict=True):
         if info["type"] != "file":
-            raise InputError(f"{path}: is a {_kind(info)}, no regular file; give {kinds}")
+            folder = info["type"] == "directory"
+            kind = "folder" if folder else _kind_of_mode(info.get("mode", 0))
+            raise InputError(f"{path}: is a {kind}, no regular file; give {kinds}")
         if (info.get("size") or 0) > _MOST_FILE_BYTES:
             raise _too_large(path)
     return fs, paths
@@ -49,24 +54,24 @@ def opened(fs: Any, path: str) -> Iterator[Any]:
     """A file open for reading bytes.
 
     Raises:
-        InputError: it cannot be opened, or cannot be read where it is read in the `with` block.
+        InputError: it cannot be opened, or reading it in the `with` block fails.
     """
     local = isinstance(fs, LocalFileSystem)
     if local and Path(path).is_file() and not Path(path).stat().st_size:
-        yield BytesIO()  # the kernel's own files (/proc/kmsg) state no size, and may block
+        yield BytesIO()  # kernel files such as /proc/kmsg state size 0, and reading them may block
         return
     with _file_system_errors(path, "another file", local), fs.open(path, "rb") as file:
         yield file
 
 
 def digest(fs: Any, path: str) -> str:
-    """SHA-256 of a file. Raises InputError if it cannot be read or does not end."""
+    """SHA-256 of a file. Raises InputError if it cannot be read or is too large."""
     found, size = hashlib.sha256(), 0
     with opened(fs, path) as file:
         while block := file.read(_BLOCK_BYTES):
             found.update(block)
             size += len(block)
-            if size > _MOST_FILE_BYTES:  # the size of a stream is not known before
+            if size > _MOST_FILE_BYTES:  # a stream states no size
                 raise _too_large(path)
     return found.hexdigest()
 
@@ -75,7 +80,7 @@ def text_lines(file: Any, name: str) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 file, numbered from 0.
 
     Raises:
-        InputError: no UTF-8, or a line of more than 16 million characters.
+        InputError: not UTF-8, or a line of more than 16 million characters.
     """
     text = TextIOWrapper(file, encoding="utf-8")
     row = 0
@@ -92,25 +97,54 @@ def text_lines(file: Any, name: str) -> Iterator[tuple[int, str]]:
         raise InputError(f"{name}: is not UTF-8 text; give a Parquet or JSONL file") from None
 
 
+def json_objects(
+    lines: Iterator[tuple[int, str]], name: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of numbered JSON lines; blank lines are skipped.
+
+    Raises:
+        InputError: a line is not JSON, or not an object.
+    """
+    for row, line in lines:
+        if not line.strip():
+            continue
+        try:
+            value = read_json(line)
+        except ValueError as error:
+            raise InputError(f"{name}, row {row}: is not JSON ({error}); mend the line") from None
+        if not isinstance(value, dict):
+            raise InputError(f"{name}, row {row}: is no JSON object; write one object per line")
+        yield row, value
+
+
+def read_json(text: str) -> Any:
+    """The value of a JSON text; what Python's reader accepts but no table can hold is refused.
+
+    Raises:
+        ValueError: not JSON, nested too deep, a number of thousands of digits, or half of a surrogate
+            pair; the message says which.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a surrogate pair") from None
+    return value
+
+
 def _require_no_device(path: str, kinds: str) -> None:
-    """Refuse what may block or never end, before anything is opened."""
+    """Refuse files that may block or never end, before anything is opened."""
     local = path.removeprefix("file://").removeprefix("local://")
     try:
         mode = Path(local).expanduser().stat().st_mode
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ):  # not there, or no local path: the file system says so
-        return
+    except (OSError, ValueError, RuntimeError):
+        return  # absent, or not a local path: the file system reports that
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise InputError(f"{path}: is a {_kind_of_mode(mode)}, no regular file; give {kinds}")
-
-
-def _kind(info: dict[str, Any]) -> str:
-    if info["type"] == "directory":
-        return "folder"
-    return _kind_of_mode(info.get("mode", 0))
 
 
 def _kind_of_mode(mode: int) -> str:
@@ -125,7 +159,7 @@ def _too_large(path: str) -> InputError:
 
 @contextmanager
 def _file_system_errors(path: str, kinds: str, local: bool = False) -> Iterator[None]:
-    """Turns a file system's errors into one sentence. Remote ones have exceptions of their own."""
+    """Turn a file system's errors into an InputError. Remote ones have exception types of their own."""
     try:
         yield
     except InputError:
