@@ -284,7 +284,10 @@ class Draft:
             # Of the run that finishes the dataset, by a clock that never jumps.
             "seconds": round(time.monotonic() - self.began, 3),
             "packages": package_versions(),
-            "parts": [self._part_entry(index) for index in range(parts)],
+            "parts": [
+                {"rows": count_rows(self.files, f"{self.ref}/{name}")} | self._entry(name)
+                for name in map(part_name, range(parts))
+            ],
             "files": [self._entry(name) for name in files],
             "summary": summary or {},
         }
@@ -300,11 +303,6 @@ class Draft:
         elif not self.files.create(path, content):
             return get_dataset(self.files, self.ref)
         return Dataset(self.files, self.stage, self.id, manifest)
-
-    def _part_entry(self, index: int) -> dict[str, Any]:
-        name = part_name(index)
-        rows = count_rows(self.files, f"{self.ref}/{name}")
-        return {"name": name, "rows": rows} | self._entry(name)
 
     def _entry(self, name: str) -> dict[str, Any]:
         size, digest = self.files.checksum(f"{self.ref}/{name}")

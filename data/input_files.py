@@ -4,9 +4,14 @@ Sources of problems and readers of human labels open their files here. Manifests
 `read_json`.
 """
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
 import stat
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO, TextIOWrapper
@@ -22,6 +27,9 @@ from ..schemas.errors import InputError
 _MOST_FILE_BYTES = 16 << 30
 _MOST_LINE_CHARS = 16 << 20
 _BLOCK_BYTES = 1 << 20
+# The limit on what a compressed file unpacks to, in bytes or times its own size.
+_MOST_UNPACKED_BYTES, _MOST_UNPACKED_TIMES = 256 << 20, 100
+_STREAMS = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def find_files(pattern: str, kinds: str) -> tuple[Any, list[str]]:
@@ -134,6 +142,32 @@ def read_json(text: str) -> Any:
         except UnicodeEncodeError:
             raise ValueError("it holds half of a surrogate pair") from None
     return value
+
+
+def require_bounded_archive(path: Path) -> None:
+    """Check the unpacked size of a file with a compressed format's suffix; other files pass.
+
+    Raises:
+        InputError: it is damaged, above the limit, or in a format that can't be measured.
+    """
+    most = max(_MOST_UNPACKED_BYTES, _MOST_UNPACKED_TIMES * path.stat().st_size)
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+        elif path.suffix in _STREAMS:
+            size = 0
+            with _STREAMS[path.suffix](path) as file:
+                while size <= most and (block := file.read(_BLOCK_BYTES)):
+                    size += len(block)
+        elif path.suffix in (".zst", ".lz4", ".7z", ".rar"):
+            raise InputError(f"{path}: is compressed; unpack it")
+        else:
+            return
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: is damaged ({error!s:.200}); copy it again") from None
+    if size > most:
+        raise InputError(f"{path}: unpacks to more than {most:,} bytes; unpack it and check it")
 
 
 def _require_no_device(path: str, kinds: str) -> None:

@@ -11,9 +11,10 @@ import re
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from .input_files import read_json
 
@@ -85,7 +86,7 @@ def read_manifest(content: bytes, stage: str, dataset_id: str) -> dict[str, Any]
     """
     value = _value(content)
     try:
-        _Manifest.model_validate(value)
+        _MANIFEST.validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         at = ".".join(map(str, first["loc"]))
@@ -117,18 +118,13 @@ def _value(content: bytes) -> Any:
     if len(content) > LARGEST:
         raise ValueError(f"it is longer than {LARGEST >> 20} MiB")
     value = read_json(content.decode())
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > _DEEPEST:
-            raise ValueError("it is nested too deep")
-        level = [child for node in level for child in _children(node)]
+    level = [value]
+    for _ in range(_DEEPEST):
+        nested = [node for node in level if isinstance(node, dict | list)]
+        level = [v for n in nested for v in (n.values() if isinstance(n, dict) else n)]
+    if any(isinstance(node, dict | list) for node in level):
+        raise ValueError("it is nested too deep")
     return value
-
-
-def _children(node: Any) -> list[Any]:
-    values = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    return [value for value in values if isinstance(value, dict | list)]
 
 
 # --- the fields of a manifest that the program reads; others may hold anything ---
@@ -154,58 +150,61 @@ _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+class _Part(TypedDict):
+    name: Annotated[str, Field(pattern=r"^part-[0-9]{5,}\.parquet$")]
+    rows: _Count
+    bytes: _Count
+    sha256: _Sha256
 
 
-class _File(_Strict):
+class _File(TypedDict):
     name: _Relative
     bytes: _Count
     sha256: _Sha256
 
 
-class _Part(_File):
-    name: Annotated[str, Field(pattern=r"^part-[0-9]{5,}\.parquet$")]
-    rows: _Count
+class _Policy(TypedDict):
+    path: NotRequired[str | None]
 
 
-class _Policy(_Strict):
-    path: str | None = None
+class _Annotator(TypedDict):
+    engine: NotRequired[str | None]
+    name: NotRequired[str | None]
 
 
-class _Annotator(_Strict):
-    engine: str | None = None
-    name: str | None = None
+class _Routing(TypedDict):
+    rule: NotRequired[str | None]
 
 
-class _Routing(_Strict):
-    rule: str | None = None
+class _Online(TypedDict):
+    routing: NotRequired[_Routing | None]
 
 
-class _Online(_Strict):
-    routing: _Routing | None = None
-
-
-class _Import(_Strict):
+class _Import(TypedDict):
     layout: str
     file: str
-    limit: int | None = None
+    limit: NotRequired[int | None]
 
 
-class _Config(_Strict):
-    policy: _Policy | None = None
-    annotator: _Annotator | None = None
-    routing: _Routing | None = None
-    online: _Online | _Ref | None = None  # a training's settings, or the run that made this table
-    imported: Annotated[_Import | None, Field(alias="import")] = None
+_Config = TypedDict(
+    "_Config",
+    {
+        "policy": _Policy | None,
+        "annotator": _Annotator | None,
+        "routing": _Routing | None,
+        "online": _Online | _Ref | None,  # a training's settings, or the run that made this table
+        "import": _Import | None,
+    },
+    total=False,
+)
 
 
-class _Summary(_Strict):
-    tables: dict[str, _Ref] = {}
-    checkpoint: _Relative | None = None
+class _Summary(TypedDict, total=False):
+    tables: dict[str, _Ref]
+    checkpoint: _Relative | None
 
 
-class _Manifest(_Strict):
+class _Manifest(TypedDict):
     stage: str
     id: str
     table: str | None
@@ -217,6 +216,9 @@ class _Manifest(_Strict):
     seconds: float
     packages: dict[str, str]
     parts: list[_Part]
-    files: list[_File] = []
+    files: NotRequired[list[_File]]
     summary: _Summary
-    manifest_sha256: _Sha256 | None = None
+    manifest_sha256: NotRequired[_Sha256 | None]
+
+
+_MANIFEST = TypeAdapter(_Manifest)

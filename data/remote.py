@@ -187,14 +187,6 @@ def _conditionally(fs: Any, path: str, content: bytes, put: Callable[[], object]
     return True
 
 
-def local_side(fs: Any, base: str) -> Path | None:
-    """The local folder of a remote store: $TRACE_OPD_LOCAL/<its URL>, None if that is not set."""
-    folder = os.environ.get("TRACE_OPD_LOCAL")
-    if not folder:
-        return None
-    return Path(folder).resolve() / fs.unstrip_protocol(base).replace("://", "/").lstrip("/")
-
-
 def upload(fs: Any, folder: Path, names: Iterable[str], base: str) -> None:
     """Copy files of a local folder to the same names below a remote one."""
     for name in names:

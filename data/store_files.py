@@ -77,8 +77,11 @@ class StoreFiles:
     def _local_root(self) -> Path | None:
         if self.is_local:
             return Path(self.base)
-        root = remote.local_side(self.fs, self.base)
-        return None if root is None else real_root(root)
+        folder = os.environ.get("TRACE_OPD_LOCAL")
+        if not folder:
+            return None
+        url = self.fs.unstrip_protocol(self.base).replace("://", "/").lstrip("/")
+        return real_root(Path(folder).resolve() / url)
 
     def local_path(self, path: str) -> Path:
         """A file or folder below `local_root`.

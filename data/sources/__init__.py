@@ -1,28 +1,17 @@
-"""Where problems come from: one module per kind of source, found by the config's `kind`.
+"""Where problems come from: one module per kind of source, named after the config's `kind`.
 
-Stage problems calls `rows` and `identity` here. Each module has `rows(source, seed)`; a row is a
-dictionary with problem, answer, answer_kind, solution, steps and source as in table problems, and
-optionally `row`, its number in the source. A module is imported when its source is first used, so no
-source needs the packages of another.
+Stage problems calls the functions here. Each module has `rows(source, seed)`, `identity(source)` and,
+if its rows never end, `ENDLESS`. A row is a dictionary with problem, answer, answer_kind, solution,
+steps and source as in table problems, and optionally `row`, its number in the source. A module is
+imported when its source is first used, so no source needs the packages of another.
 """
 
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-from ...schemas.configs import ArithmeticSource, GymSource, Source, WordProblemsSource
+from ...schemas.configs import Source
 from ...schemas.errors import InputError
-
-# Increase it when a built-in generator changes its rows for the same config and seed.
-GENERATOR_VERSION = 1
-_MODULES = {
-    "files": "files",
-    "hub": "hub",
-    "reasoning-gym": "gym",
-    "champ": "champ",
-    "arithmetic": "arithmetic",
-    "word-problems": "word_problems",
-}
 
 
 def rows(source: Source, seed: int) -> Iterator[dict[str, Any]]:
@@ -36,7 +25,7 @@ def rows(source: Source, seed: int) -> Iterator[dict[str, Any]]:
 
 def is_endless(source: Source) -> bool:
     """Whether `rows` never ends, so the caller must limit it."""
-    return isinstance(source, GymSource | ArithmeticSource | WordProblemsSource)
+    return getattr(_module(source), "ENDLESS", False)
 
 
 def identity(source: Source) -> dict[str, Any]:
@@ -47,14 +36,12 @@ def identity(source: Source) -> dict[str, Any]:
     Raises:
         InputError: the source does not exist.
     """
-    if isinstance(source, ArithmeticSource | WordProblemsSource):
-        return source.semantic() | {"generator": GENERATOR_VERSION}
     return _module(source).identity(source)
 
 
 def _module(source: Source) -> Any:
     try:
-        return import_module(f".{_MODULES[source.kind]}", __package__)
+        return import_module(f".{source.kind.replace('-', '_')}", __package__)
     except ModuleNotFoundError as error:
         raise InputError(
             f"source {source.kind}: package {error.name} is not installed; "

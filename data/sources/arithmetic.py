@@ -19,6 +19,10 @@ from typing import Any
 from ...schemas.configs import ArithmeticSource
 from ...schemas.labels import AnswerKind, DiagnosticType, Operation
 
+ENDLESS = True
+# Increase it when the rows of a config and seed change.
+_GENERATOR_VERSION = 1
+
 
 @dataclass(frozen=True)
 class Step:
@@ -125,6 +129,10 @@ def rows(source: ArithmeticSource, seed: int) -> Iterator[dict]:
         yield problem_row(left, right, operation) | {
             "source": f"arithmetic/{name}{source.min_digits}-{source.max_digits}"
         }
+
+
+def identity(source: ArithmeticSource) -> dict[str, Any]:
+    return source.semantic() | {"generator": _GENERATOR_VERSION}
 
 
 def problem_row(left: int, right: int, operation: Operation) -> dict[str, Any]:

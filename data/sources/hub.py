@@ -19,9 +19,8 @@ from ...schemas.configs import Columns, HubSource
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind
 from ..boxed import last_boxed
-from ..input_files import digest, opened
+from ..input_files import digest, opened, require_bounded_archive
 from ..parquet_reader import require_bounded
-from .archives import require_bounded_archive
 from .columns import mapped, problem_row, require
 
 _LOCAL = fsspec.filesystem("file")

@@ -13,7 +13,6 @@ import pytest
 from trace_opd.data import input_files, sources
 from trace_opd.data.human_labels import json_rows
 from trace_opd.data.input_files import digest, find_files
-from trace_opd.data.sources import archives
 from trace_opd.schemas.configs import FilesSource, HubSource
 from trace_opd.schemas.errors import InputError
 
@@ -113,8 +112,8 @@ def test_a_cell_that_no_model_reads_is_refused(tmp_path):
 def test_a_folder_of_the_hubs_layout_with_an_archive_that_unfolds_too_far_is_refused(
     tmp_path, monkeypatch, pack
 ):
-    monkeypatch.setattr(archives, "_MOST_BYTES", 1000)
-    monkeypatch.setattr(archives, "_MOST_TIMES", 2)
+    monkeypatch.setattr(input_files, "_MOST_UNPACKED_BYTES", 1000)
+    monkeypatch.setattr(input_files, "_MOST_UNPACKED_TIMES", 2)
     path = tmp_path / f"train.jsonl.{pack}"
     content = ROW.encode() * 1000
     if pack == "zip":

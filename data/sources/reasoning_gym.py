@@ -15,6 +15,7 @@ from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind
 from ..manifest import content_hash
 
+ENDLESS = True
 INSTRUCTION = "Put your final answer within \\boxed{}."
 # Some tasks generate all problems at once or refuse a large size, so create them in batches.
 _BATCH = 256
