@@ -37,7 +37,7 @@ lock: setup  ## write requirements/*.lock from constraints.txt
 	$(BIN)/python .ci/lock.py
 
 demo: setup  ## run the whole method (MODEL=micro or smollm2), results in runs/demo
-	$(BIN)/python -m trace_opd.pipelines.demo $(MODEL)
+	$(BIN)/python -m trace_opd.pipelines.bundled.demo $(MODEL)
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -65,7 +65,7 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
 
 test-vllm: $(VLLM_VENV)/.installed  ## train online with real vLLM, in process and as servers
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm --durations=10
-	$(VLLM_VENV)/bin/python -m pytest tests/pipelines/test_sampler_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest tests/pipelines/samplers/test_vllm.py
 
 check: setup  ## lint, format check and type check
 	$(BIN)/ruff check .

@@ -69,9 +69,9 @@ from prefect.types.entrypoint import EntrypointType
 
 from trace_opd.data.remote import require_reachable
 from trace_opd.data.store import Dataset, Draft, Store
-from trace_opd.pipelines import train as train_stage
-from trace_opd.pipelines.stage import Plan, close_engine, close_idle_engine, held
-from trace_opd.pipelines.stages import DEFAULT_ALIAS, TABLE_STAGES, run_pipeline
+from trace_opd.pipelines.pipeline import DEFAULT_ALIAS, TABLE_STAGES, run_pipeline
+from trace_opd.pipelines.stages import train as train_stage
+from trace_opd.pipelines.stages.base import Plan, close_engine, close_idle_engine, held
 from trace_opd.pipelines.viewer import report as report_stage
 from trace_opd.schemas.configs import (
     AnnotateConfig,

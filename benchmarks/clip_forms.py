@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trace_opd.data.store import Store
-from trace_opd.pipelines.stages import run_stage
+from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.schemas.configs import PipelineConfig
 from trace_opd.schemas.labels import KlClip
 from trace_opd.schemas.settings import load_config, override

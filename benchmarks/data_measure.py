@@ -45,7 +45,7 @@ class Clock:
 
 def convert(root: str) -> dict[str, Any]:
     from trace_opd.data.store import Store
-    from trace_opd.pipelines.stages import run_stage
+    from trace_opd.pipelines.pipeline import run_stage
     from trace_opd.schemas.configs import ConvertConfig, PolicyConfig, RoutingConfig
 
     store = Store(root)
@@ -66,7 +66,7 @@ def reader(root: str) -> dict[str, Any]:
     import pyarrow.compute as pc
 
     from trace_opd.data.store import Store
-    from trace_opd.pipelines.offline import OfflineReader
+    from trace_opd.pipelines.training.offline import OfflineReader
     from trace_opd.schemas.configs import OfflineConfig, TrainConfig
 
     store = Store(root)

@@ -24,11 +24,11 @@ from loss import MIB, kib_of
 
 from trace_opd.data.store import Store
 from trace_opd.pipelines.annotators.rows import Identity, Item, Reading, annotation_row, items
-from trace_opd.pipelines.demonstrations import STUDENT_TEMPLATE, TEACHER_TEMPLATE
+from trace_opd.pipelines.bundled.demonstrations import STUDENT_TEMPLATE, TEACHER_TEMPLATE
 from trace_opd.pipelines.models import resolve_policy
-from trace_opd.pipelines.rollout import rollouts_table
+from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.samplers.transformers import TransformersPolicySampler
-from trace_opd.pipelines.stages import run_stage
+from trace_opd.pipelines.stages.rollout import rollouts_table
 from trace_opd.schemas.configs import (
     ProblemsConfig,
     PromptConfig,

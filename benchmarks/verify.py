@@ -10,7 +10,7 @@ one core, parent and worker together, warmed by other pairs; the median of the r
 second here is one of CPU, of all processes together (Linux), so that what else runs on the machine
 counts for nobody; `seconds` is the wall clock's.
 
-Hostile, by the wall clock: every row of tests/pipelines/hostile_answers.jsonl. math-verify's process is killed after
+Hostile, by the wall clock: every row of tests/pipelines/verifiers/hostile_answers.jsonl. math-verify's process is killed after
 KILL_S of one row, since its alarm cannot stop an integer's power, and has MEMORY_MIB of its own.
 wrong: answers called right that are not; peak_mib: most memory mapped by the process that compares.
 
@@ -37,8 +37,8 @@ from rich.console import Console
 from rich.table import Table
 from verify_pairs import hostile_rows, ordinary_pairs
 
-from trace_opd.pipelines.answers import exact_match
-from trace_opd.pipelines.verifier import Job, VerifierPool
+from trace_opd.pipelines.verifiers.pool import Job, VerifierPool
+from trace_opd.pipelines.verifiers.reading import exact_match
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3
@@ -49,7 +49,7 @@ TIMEOUT_S, MEMORY_MIB, KILL_S, MAX_CHARS = 1.0, 2048, 12.0, 50_000
 
 
 def ours(pool: VerifierPool, jobs: list[Job]) -> list[bool | None]:
-    """As pipelines/verify.py does: no worker for what plain numbers and words decide."""
+    """As pipelines/stages/verify.py does: no worker for what plain numbers and words decide."""
     known = {job: exact_match(job.gold, job.answer) for job in jobs}
     asked = [job for job in jobs if known[job] is None]
     known |= {job: outcome.correct for job, outcome in zip(asked, pool.judge(asked), strict=True)}

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from trace_opd.pipelines.verifier import Job
+from trace_opd.pipelines.verifiers.pool import Job
 
 ROOT = Path(__file__).parents[1]
 GOLDS, ANSWERS = 300, 4
@@ -109,7 +109,8 @@ _KINDS: dict[str, Callable[[random.Random, int], tuple[str, list[str]]]] = {
 
 def hostile_rows() -> list[tuple[Job, bool]]:
     """Gold and answer, and whether the answer may be called right."""
-    lines = (ROOT / "tests" / "pipelines" / "hostile_answers.jsonl").read_text().splitlines()
+    file = ROOT / "tests" / "pipelines" / "verifiers" / "hostile_answers.jsonl"
+    lines = file.read_text().splitlines()
     return [
         (Job(row["gold"], "".join(text * times for text, times in row["answer"])), "right" in row)
         for row in map(json.loads, lines)

@@ -97,16 +97,16 @@ def _annotate_command(name: str, config_type: type[Config], summary: str) -> Non
 
 def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_run: bool) -> None:
     # Imports torch: a bad config has been refused before.
+    from .pipeline import run_stage
     from .show import show_dataset, show_plan
-    from .stages import run_stage
 
     if dry_run:
         show_plan(name, config, store, console)
         return
     first = whole_number("RANK", 0) == 0  # of torchrun's processes one talks
     if isinstance(config, TrainConfig) and first:
-        from .plan import memory_line
-        from .train import begin
+        from .stages.train import begin
+        from .training.plan import memory_line
 
         _, target = begin(config, store)  # bad input is refused before anything is said
         if not isinstance(target, Dataset):
@@ -193,7 +193,7 @@ def pipeline(
     kept = ["annotate.annotator.keep_failed=true"] if keep_failed else []
     loaded = _load(PipelineConfig, config, [*(overrides or []), *kept], None, preset)
     opened = Store(store)
-    from .stages import run_pipeline, run_stage
+    from .pipeline import run_pipeline, run_stage
 
     def run(stage: str, stage_config: Config, alias: str) -> str:
         result = run_stage(stage, stage_config, opened, alias)
@@ -238,7 +238,7 @@ def config(
     ] = False,
 ) -> None:
     """Print a stage's whole config as YAML, defaults included, or its JSON schema."""
-    from .stages import CONFIG_TYPES
+    from .pipeline import CONFIG_TYPES
 
     kinds = CONFIG_TYPES | {"pipeline": PipelineConfig, "study": StudyConfig}
     if stage not in kinds:
@@ -276,7 +276,7 @@ def plan(
     ] = None,
 ) -> None:
     """Predict a training run's memory and seconds per step; load no weights."""
-    from .plan import plan_table
+    from .training.plan import plan_table
 
     loaded = _load(TrainConfig, config, overrides, "train")
     console.print(plan_table(loaded, gpus, tflops, bandwidth, response_tokens=response_tokens))

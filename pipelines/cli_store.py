@@ -132,7 +132,7 @@ def import_(
     store: StoreRoot = "store",
 ) -> None:
     """Human labels of steps become problems, rollouts, verdicts and annotations."""
-    from .labelled import import_labels
+    from .compare.human_labels import import_labels
 
     made = import_labels(layout, file, Store(store), alias, limit, hide_verdict)
     for name, dataset in made.items():
@@ -159,9 +159,9 @@ def compare(
     store: StoreRoot = "store",
 ) -> None:
     """Hold annotations of the same rollouts against one another."""
-    from .comparison import report
-    from .comparison.compare import compare as compare_annotations
-    from .comparison.table import comparison_table
+    from .compare import page as report
+    from .compare.compare import compare as compare_annotations
+    from .compare.table import comparison_table
 
     opened = Store(store)
     compared = compare_annotations(datasets, opened, reference, alpha)

@@ -27,7 +27,7 @@ def resolve_policy(path: str, weights: bool = True, download: bool = True) -> st
     if path == "micro":
         return str(MICRO)
     if path == "smollm2":
-        from .smollm2 import prepare
+        from .bundled.smollm2 import prepare
 
         folder = Path(os.environ.get("TRACE_OPD_MODELS", "models")) / "smollm2"
         return str(prepare(folder.resolve()))

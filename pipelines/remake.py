@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 from ..data.dataset import find_dataset
 from ..data.store import MANIFEST, Dataset, Store
 from ..schemas.errors import InputError
-from .stages import CONFIG_TYPES, DEFAULT_ALIAS
-from .train import FINAL
+from .pipeline import CONFIG_TYPES, DEFAULT_ALIAS
+from .stages.train import FINAL
 
 # Stage: field of its config -> role of the input that it names.
 _INPUTS = {

@@ -13,10 +13,10 @@ from ..data.store import MANIFEST, Dataset, Store
 from ..schemas.configs import Config
 from ..schemas.errors import DamagedFile, InputError
 from ..schemas.tables import ANNOTATIONS, ROUTED
-from . import train
 from .annotators.spending import dollars
 from .estimate import estimate, estimate_view
-from .stages import TABLE_STAGES
+from .pipeline import TABLE_STAGES
+from .stages import train
 from .terminal import print_config
 from .viewer.paint import Paint, Piece
 from .viewer.rollout_tables import find_byte_table, find_tables

@@ -16,9 +16,9 @@ from ..data.manifest import CHECKSUM, is_ref, manifest_checksum, one_line
 from ..data.store import MANIFEST, Dataset, Store
 from ..data.store_files import StoreFiles
 from ..schemas.errors import InputError
+from .pipeline import TABLE_STAGES
 from .remake import remake_commands
-from .stage import progress_bar
-from .stages import TABLE_STAGES
+from .stages.base import progress_bar
 
 
 @dataclass(frozen=True)

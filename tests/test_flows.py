@@ -23,7 +23,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 
 from trace_opd import flows
 from trace_opd.data.store import Dataset, Draft, Store
-from trace_opd.pipelines.stages import run_stage
+from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.schemas.configs import Config, PipelineConfig
 from trace_opd.schemas.settings import load_config, override
 

@@ -60,7 +60,7 @@ def open_annotator(
             kept = Journal(journal, elsewhere, is_answer, shared)
         spending = spending or open_spending(config, journal)
         if config.batch:
-            from .batch import BatchAnnotator
+            from .openai_batch import BatchAnnotator
 
             if kept is None or batches is None:
                 raise ValueError("engine openai asks in batches only where it has folders")
@@ -68,7 +68,7 @@ def open_annotator(
         from .openai import EndpointAnnotator
 
         return EndpointAnnotator(config, prompt, segment, kept, spending)
-    from .policy import PolicyAnnotator
+    from .own_policy import PolicyAnnotator
 
     if sampler is None:
         raise ValueError("engine self needs the policy's sampler")

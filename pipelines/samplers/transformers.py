@@ -19,8 +19,8 @@ from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
 from ...trace.policy import Policy, end_token_ids
 from ...trace.protocols import Completion, PolicyInfo, Prompt
-from ..room import context_length
 from .constrained import Grammars
+from .context_length import context_length
 
 _COMPACT_BELOW = 0.75
 

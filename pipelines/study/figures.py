@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from ..bootstrap import Estimate
-from ..validation import SAMPLED
+from ..statistics import Estimate
+from ..training.validation import SAMPLED
 
 RATE = pl.col("correct") / pl.col("k")
 

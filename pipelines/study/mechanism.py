@@ -42,11 +42,11 @@ from ...trace.policy import Policy, load_policy
 from ...trace.prompt import render_chat, teacher_messages
 from ...trace.trainer import Trainer
 from ..annotators.rule import StepsAnnotator
-from ..demonstrations import NOISE, STUDENT_TEMPLATE, TEACHER_TEMPLATE, UNINFORMATIVE
-from ..micro import exact_verdicts
+from ..bundled.demonstrations import NOISE, STUDENT_TEMPLATE, TEACHER_TEMPLATE, UNINFORMATIVE
+from ..bundled.micro import exact_verdicts
 from ..models import resolve_policy
-from ..rollout import rollouts_table
 from ..samplers.transformers import TransformersPolicySampler
+from ..stages.rollout import rollouts_table
 
 PROMPT = PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE)
 OBJECTIVES = {"grpo": ["schedule.w0=0"]} | {

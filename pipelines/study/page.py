@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import polars as pl
 
 from ...schemas.configs import ReportedConfig, StudyConfig
-from ..bootstrap import Estimate
-from ..validation import GREEDY, SAMPLED
+from ..statistics import Estimate
+from ..training.validation import GREEDY, SAMPLED
 from .figures import bootstrap, curves, pass_rate, tuning_rate
 from .figures import of_arm as _of
 

@@ -8,7 +8,7 @@ import polars as pl
 
 from ...data.files import write_whole
 from ...schemas.configs import StudyConfig
-from ..validation import SAMPLED
+from ..training.validation import SAMPLED
 from .figures import curves, of_arm
 
 

@@ -20,11 +20,11 @@ from ...data.store import Dataset, Store
 from ...schemas.configs import StudyConfig, TrainConfig
 from ...schemas.presets import preset_data
 from ...schemas.settings import overlaid, override
-from .. import train
-from ..stage import progress_bar
-from ..stages import run_stage
-from ..tracking import METRICS, read_metrics
-from ..validation import read_validation
+from ..pipeline import run_stage
+from ..stages import train
+from ..stages.base import progress_bar
+from ..training.tracking import METRICS, read_metrics
+from ..training.validation import read_validation
 from .figures import tuning_rate
 
 

@@ -11,7 +11,7 @@ import torch
 
 from trace_opd import flows
 from trace_opd.data.store import Dataset, Store
-from trace_opd.pipelines.stages import run_stage
+from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.schemas.configs import Config, PipelineConfig
 from trace_opd.schemas.settings import load_config, override
 

@@ -14,8 +14,8 @@ import pytest
 
 from trace_opd import flows
 from trace_opd.data.store import Draft, Store
-from trace_opd.pipelines.stage import Plan, close_engine, close_idle_engine
-from trace_opd.pipelines.stages import TABLE_STAGES
+from trace_opd.pipelines.pipeline import TABLE_STAGES
+from trace_opd.pipelines.stages.base import Plan, close_engine, close_idle_engine
 from trace_opd.schemas.errors import InputError
 from trace_opd.tests.cluster.conftest import (
     STAGES,

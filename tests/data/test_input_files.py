@@ -11,8 +11,8 @@ import zipfile
 import pytest
 
 from trace_opd.data import input_files, sources
-from trace_opd.data.human_labels import json_rows
 from trace_opd.data.input_files import digest, find_files
+from trace_opd.data.step_labels import json_rows
 from trace_opd.schemas.configs import FilesSource, HubSource
 from trace_opd.schemas.errors import InputError
 

@@ -25,9 +25,9 @@ from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from trace_opd.data.human_labels import json_rows, prm800k, processbench
 from trace_opd.data.parquet_reader import read_batches, read_table
 from trace_opd.data.sources import files
+from trace_opd.data.step_labels import json_rows, prm800k, processbench
 from trace_opd.data.store import MANIFEST, Dataset, Store
 from trace_opd.pipelines.annotators.answers import read_answer
 from trace_opd.pipelines.annotators.completion import checked_body, is_answer, read_record

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import torch
 
 from trace_opd.data.store import Dataset, Store
-from trace_opd.pipelines.stages import run_pipeline, run_stage
+from trace_opd.pipelines.pipeline import run_pipeline, run_stage
 from trace_opd.schemas.configs import Config, PipelineConfig
 from trace_opd.schemas.settings import load_config
 

@@ -2,7 +2,7 @@
 
     make test-kill
 
-Minutes; the short form is tests/pipelines/test_kill_short.py. Prints kills, starts and seconds.
+Minutes; the short form is tests/pipelines/stages/test_kill_short.py. Prints kills, starts and seconds.
 """
 
 import json

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from trace_opd.data.store import Store
-from trace_opd.pipelines.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
-from trace_opd.pipelines.stage import close_engine
+from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import (
     AnnotateConfig,
     OpenAIAnnotator,

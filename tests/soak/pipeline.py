@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trace_opd.data.store import Store
-from trace_opd.pipelines.stages import DEFAULT_ALIAS
+from trace_opd.pipelines.pipeline import DEFAULT_ALIAS
 from trace_opd.tests.kill.harness import CONFIG, Launcher
 from trace_opd.tests.soak import invariants
 from trace_opd.tests.soak.answers import MAX_NEW_TOKENS, PATIENCE_S, TIMEOUT_S, USD_PER_MILLION

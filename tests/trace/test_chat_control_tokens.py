@@ -16,7 +16,7 @@ MOST_CHARS = 50_000
 
 
 def hostile_texts() -> list[str]:
-    file = Path(__file__).parents[1] / "pipelines" / "hostile_rollouts.jsonl"
+    file = Path(__file__).parents[1] / "pipelines" / "stages" / "hostile_rollouts.jsonl"
     rows = map(json.loads, file.read_text().splitlines())
     return [
         row["response"] for row in rows if len(row["response"]) * row.get("times", 1) < MOST_CHARS

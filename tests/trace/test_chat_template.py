@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 
-from trace_opd.pipelines.micro import CHAT_TEMPLATE
+from trace_opd.pipelines.bundled.micro import CHAT_TEMPLATE
 from trace_opd.pipelines.models import MICRO
 from trace_opd.schemas.errors import InputError
 from trace_opd.trace import chat_template

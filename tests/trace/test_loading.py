@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trace_opd.pipelines.model_shape import model_shape
+from trace_opd.pipelines.training.model_shape import model_shape
 from trace_opd.schemas.errors import InputError
 from trace_opd.trace.loading import check_model, load_config, load_model, load_tokenizer
 from trace_opd.trace.policy import load_policy

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from trace_opd.pipelines.annotators.rule import StepsAnnotator
-from trace_opd.pipelines.micro import arithmetic_problems, exact_verdicts
+from trace_opd.pipelines.bundled.micro import arithmetic_problems, exact_verdicts
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import RoutingConfig, RuleAnnotator, SegmentConfig
 from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS

@@ -20,13 +20,13 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from trace_opd.data.store import Store
-from trace_opd.pipelines import train
 from trace_opd.pipelines.annotators.rule import StepsAnnotator
-from trace_opd.pipelines.convert import CONVERT_STAGE
-from trace_opd.pipelines.demonstrations import STUDENT_TEMPLATE, TEACHER_TEMPLATE
-from trace_opd.pipelines.micro import arithmetic_problems, exact_verdicts
+from trace_opd.pipelines.bundled.demonstrations import STUDENT_TEMPLATE, TEACHER_TEMPLATE
+from trace_opd.pipelines.bundled.micro import arithmetic_problems, exact_verdicts
 from trace_opd.pipelines.models import resolve_policy
-from trace_opd.pipelines.stage import close_engine
+from trace_opd.pipelines.stages import train
+from trace_opd.pipelines.stages.base import close_engine
+from trace_opd.pipelines.stages.convert import CONVERT_STAGE
 from trace_opd.schemas.configs import (
     ConvertConfig,
     OfflineConfig,

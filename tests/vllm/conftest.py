@@ -21,7 +21,7 @@ import torch
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.models import resolve_policy
-from trace_opd.pipelines.stages import CONFIG_TYPES, run_stage
+from trace_opd.pipelines.pipeline import CONFIG_TYPES, run_stage
 from trace_opd.schemas.settings import load_config
 from trace_opd.trace.policy import Policy
 

@@ -14,7 +14,7 @@ from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.probe import Probe
 from trace_opd.pipelines.samplers.vllm import VllmPolicySampler
 from trace_opd.pipelines.samplers.vllm_servers import VllmServersSampler
-from trace_opd.pipelines.validation import read_validation
+from trace_opd.pipelines.training.validation import read_validation
 from trace_opd.schemas.configs import OpenAISampler, PromptConfig, SamplingConfig, VllmSampler
 from trace_opd.schemas.errors import InputError
 from trace_opd.trace.policy import Policy, load_policy

@@ -1,0 +1,162 @@
+"""Train the bundled `micro` policy from scratch (the command is pipelines/micro.py).
+
+A Qwen3-architecture model of about 1 M parameters with a character tokenizer learns multi-digit
+addition, step by step, from noisy demonstrations (demonstrations.py). At temperature 1 it repeats that
+noise, so its pass rate leaves room for reinforcement learning; the noise of a hinted type is left out,
+so the label really changes what the teacher predicts (`--measure` prints by how much), and tells no
+answer.
+"""
+
+import copy
+import math
+import random
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from ...data.sources.arithmetic import answer_text, rows
+from ...data.store import content_hash
+from ...schemas.configs import ArithmeticSource
+from ...schemas.labels import VerdictStatus
+from ...schemas.tables import PROBLEMS, VERDICTS
+from .demonstrations import Mixture, sample_chat, sample_marking
+
+SPECIALS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character and newline, four special tokens."""
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocab = {token: index for index, token in enumerate(SPECIALS + characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        additional_special_tokens=SPECIALS[1:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+
+
+def build_model(vocab_size: int) -> Qwen3ForCausalLM:
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def batch(
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, size: int, mixture: Mixture
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and labels, both (rows, length) int64; prompt and padding are −100 in labels.
+
+    Markings are longer, so a batch of them has half the rows.
+    """
+    prompts, responses = [], []
+    if mixture.prompt is not None and rng.random() < mixture.marking:
+        for _ in range(size // 2):
+            system, user, answer = sample_marking(rng, mixture.prompt, mixture.subtraction)
+            prompts.append(f"<|system|>{system}<|user|>{user}<|assistant|>")
+            responses.append(f"{answer}<|end|>")
+    else:
+        for _ in range(size):
+            user, response = sample_chat(rng, subtraction=mixture.subtraction)
+            prompts.append(f"<|user|>{user}<|assistant|>")
+            responses.append(f"{response}<|end|>")
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    response_ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    length = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    labels = torch.full((len(prompts), length), -100)
+    for row, (p, r) in enumerate(zip(prompt_ids, response_ids, strict=True)):
+        ids[row, : len(p) + len(r)] = torch.tensor(p + r)
+        labels[row, len(p) : len(p) + len(r)] = torch.tensor(r)
+    return ids, labels
+
+
+def pretrain(
+    output: Path,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    snapshots: Sequence[int],
+    mixture: Mixture,
+) -> None:
+    """Train from scratch into `output`; snapshots: steps after which a copy goes to step-<n> in it."""
+    torch.manual_seed(seed)
+    rng = random.Random(f"micro/{seed}")
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    started = time.perf_counter()
+    for step in range(steps):
+        warmup, cosine = min(1.0, (step + 1) / 100), 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warmup * (0.02 + 0.98 * cosine)
+        ids, labels = batch(rng, tokenizer, batch_size, mixture)
+        logits = model(input_ids=ids).logits  # (rows, length, vocab)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step} loss {loss.item():.4f} {time.perf_counter() - started:.0f} s")
+            _save(model, tokenizer, output)
+        if step + 1 in snapshots:
+            _save(model, tokenizer, output / f"step-{step + 1}")
+
+
+def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    # bfloat16: half the size on disk; loading it as float32 is exact.
+    copy.deepcopy(model).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def exact_verdicts(problems: pa.Table, rollouts: pa.Table) -> pa.Table:
+    """Verdicts by the last line, character for character: all that this policy's answers need."""
+    gold = {row["problem_id"]: row["answer"] for row in problems.to_pylist()}
+    verdict = {"status": VerdictStatus.OK, "verifier": "exact", "seconds": 0.0}
+    judged = []
+    for row in rollouts.select(["rollout_id", "problem_id", "group_id", "response"]).to_pylist():
+        last_line = row.pop("response").rpartition("\n")[2]
+        correct = last_line == answer_text(gold[row["problem_id"]])
+        judged.append(row | verdict | {"reward": float(correct), "correct": correct})
+    return VERDICTS.table(judged)
+
+
+def arithmetic_problems(count: int, seed: int) -> pa.Table:
+    """Distinct additions of three to five digits as a problems table."""
+    source = ArithmeticSource(kind="arithmetic")
+    return PROBLEMS.table(
+        row | {"problem_id": content_hash([row["source"], row["problem"]]), "split": "test"}
+        for row in islice(rows(source, seed), count)
+    )

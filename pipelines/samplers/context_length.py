@@ -1,0 +1,116 @@
+"""Prompts that leave no room for a response in the policy's context, found before any work."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...data.store import Dataset
+from ...schemas.configs import OpenAISampler, PolicyConfig, PromptConfig, VllmSampler
+from ...schemas.configs import Sampler as SamplerConfig
+from ...schemas.errors import InputError
+from ...trace.loading import load_config
+from ...trace.policy import load_tokenizer
+from ...trace.prompt import student_prompt
+from ..models import resolve_policy
+
+# A normaliser may write several characters for one, and a token stands for a byte at least.
+_TOKENS_PER_BYTE = 4
+_OTHER_LENGTHS = (
+    "default",
+    "llama3",
+    "longrope",
+    "su",
+)  # max_position_embeddings is the end itself
+
+
+def require_room(
+    problems: Dataset,
+    policy: PolicyConfig,
+    sampler: SamplerConfig,
+    prompt: PromptConfig,
+    max_new_tokens: int,
+) -> None:
+    """Check that each problem's prompt and a response of full length fit into the context.
+
+    A server's context is its own to check.
+
+    Raises:
+        InputError: one does not fit; says which, and how many tokens it has.
+    """
+    if isinstance(sampler, OpenAISampler):
+        return
+    path = resolve_policy(policy.path)
+    context = context_length(load_config(path, policy.trust_remote_code))
+    if isinstance(sampler, VllmSampler):
+        context = sampler.max_model_len or context
+    if context is None:
+        return
+    room = context - max_new_tokens
+    tokenizer = load_tokenizer(path, policy.trust_remote_code)
+
+    def tokens(problem: str) -> int:
+        ids = student_prompt(tokenizer, prompt, problem).token_ids
+        assert ids is not None, "the tokenizer is here"
+        return len(ids)
+
+    spare = room - tokens("")
+    per_byte = _TOKENS_PER_BYTE * prompt.student.count("{problem}")
+    for part in range(problems.parts):
+        for problem_id, problem in _longer(problems.read_part(part), spare / per_byte):
+            if (count := tokens(problem)) > room:
+                raise InputError(
+                    f"dataset {problems.ref}, problem {problem_id}: its prompt of {count} tokens and "
+                    f"a response of max_new_tokens={max_new_tokens} do not fit into the context of "
+                    f"{context} tokens of policy {policy.path}; lower max_new_tokens or drop the "
+                    "problem"
+                )
+
+
+def require_short_rows(routed: Dataset, policy: PolicyConfig) -> None:
+    """Check that the sequences of a routed dataset, of another policy maybe, fit into the context.
+
+    Raises:
+        InputError: one does not fit; says which, and how many tokens it has.
+    """
+    path = resolve_policy(policy.path)
+    context = context_length(load_config(path, policy.trust_remote_code))
+    if context is None:
+        return
+    for part in range(routed.parts):
+        table = routed.read_part(part, ["rollout_id", "prompt_token_ids", "token_ids"])
+        lengths: Any = pc.add(
+            pc.list_value_length(table["prompt_token_ids"]),
+            pc.list_value_length(table["token_ids"]),
+        )
+        if (longest := pc.max(lengths).as_py() or 0) > context:
+            row = pc.index(lengths, longest).as_py()
+            raise InputError(
+                f"dataset {routed.ref}, rollout {table['rollout_id'][row]}: its {longest} tokens do "
+                f"not fit into the context of {context} tokens of policy {policy.path}; train the "
+                "policy that sampled it, or sample again with a lower max_new_tokens"
+            )
+
+
+def context_length(config: Any) -> int | None:
+    """Most tokens that a model has positions for; None: unbounded (no position embeddings).
+
+    Scaled rotary embeddings (YaRN, linear) stretch max_position_embeddings, as vLLM reads them.
+    """
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None)
+    if length is None or not isinstance(rope, dict):
+        return length
+    kind, factor = rope.get("rope_type", "default"), rope.get("factor")
+    if kind in _OTHER_LENGTHS or not isinstance(factor, int | float):
+        return length
+    return max(length, int(rope.get("original_max_position_embeddings", length) * factor))
+
+
+def _longer(problems: pa.Table, most_bytes: float) -> Iterable[tuple[str, str]]:
+    """Ids and texts of the problems that may be too long; the others need no tokenizing."""
+    long = problems.filter(pc.greater(pc.binary_length(problems["problem"]), pa.scalar(most_bytes)))
+    columns = (long[name].to_pylist() for name in ("problem_id", "problem"))
+    return zip(*columns, strict=True)

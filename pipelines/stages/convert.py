@@ -1,0 +1,135 @@
+"""Stage convert: annotated rollouts become routed training sequences."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...data.store import Dataset, Draft, Store, content_hash
+from ...schemas.configs import ConvertConfig
+from ...schemas.contract import outside
+from ...schemas.errors import InputError
+from ...schemas.labels import Route
+from ...schemas.tables import ANNOTATIONS, ROUTED
+from ...trace.align import byte_table
+from ...trace.convert import routed_table
+from ...trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
+from ...trace.rules import needs_annotations, rule_source
+from ..models import resolve_policy
+from .base import Plan, Stage
+
+
+def _resolve(config: ConvertConfig, store: Store) -> Plan:
+    annotations = store.get(config.annotations, ANNOTATIONS)
+    if needs_annotations(config.routing):
+        _check_annotator(annotations)
+    verdicts = annotations.input("verdicts")
+    rollouts = verdicts.input("rollouts")
+    policy = config.policy
+    tokenizer = load_tokenizer(resolve_policy(policy.path, weights=False), policy.trust_remote_code)
+    makers = rollouts.read_part(0, ["policy_name", "vocab_fingerprint"])
+    check_vocabulary(makers, vocab_fingerprint(tokenizer), policy.path)
+    inputs = {
+        "annotations": annotations,
+        "verdicts": verdicts,
+        "rollouts": rollouts,
+        "problems": rollouts.input("problems"),
+    }
+    pieces = [piece.hex() for piece in byte_table(tokenizer).pieces]
+    semantic: dict[str, Any] = {
+        "routing": config.routing.semantic(),
+        "tokens": content_hash(pieces),  # which segment a token belongs to follows from its bytes
+    }
+    if (source := rule_source(config.routing.rule)) is not None:
+        semantic["rule"] = content_hash(source)
+    return Plan(config, inputs, semantic, annotations.parts)
+
+
+def _check_annotator(annotations: Dataset) -> None:
+    annotator = annotations.manifest["config"].get("annotator", {})
+    if annotator.get("engine") == "none":
+        raise InputError(
+            f"dataset {annotations.ref}: annotator none marked nothing, and this routing looks at "
+            "annotations; annotate with another engine, or set routing.rule and teacher_context to "
+            "what needs none"
+        )
+
+
+def check_vocabulary(table: pa.Table, expected: str, policy: str) -> None:
+    """Raises InputError unless the table's token ids belong to the policy's vocabulary."""
+    makers = {
+        row["policy_name"]: row["vocab_fingerprint"]
+        for row in table.select(["policy_name", "vocab_fingerprint"]).to_pylist()
+    }
+    if set(makers.values()) - {"", expected}:
+        raise InputError(
+            f"policy {policy}: has another vocabulary than the one that made the token ids "
+            f"({', '.join(sorted(makers))}); name that policy or sample again"
+        )
+
+
+def check_token_ids(table: pa.Table, vocab_size: int, where: str) -> None:
+    """Raises InputError unless the policy knows all token ids of the prompts and responses."""
+    for name in ("prompt_token_ids", "token_ids"):
+        if (row := outside(table.column(name), 0, vocab_size - 1)) is not None:
+            raise InputError(
+                f"{where}, row {row}: {name} has a token id that the policy does not know, which "
+                f"are 0 … {vocab_size - 1}; name the policy that sampled it, or sample again"
+            )
+
+
+class _Maker:
+    """Converts one part at a time."""
+
+    def __init__(self, plan: Plan, draft: Draft) -> None:
+        config: ConvertConfig = plan.config
+        self._inputs = plan.inputs
+        self._routing = config.routing
+        path = resolve_policy(config.policy.path, weights=False)
+        self._bytes = byte_table(load_tokenizer(path, config.policy.trust_remote_code))
+        self._vocab_size = vocab_size(path, config.policy.trust_remote_code)
+
+    def __call__(self, part: int) -> pa.Table:
+        problems, rollouts, verdicts, annotations = (
+            self._inputs[role].read_part(part)
+            for role in ("problems", "rollouts", "verdicts", "annotations")
+        )
+        check_token_ids(rollouts, self._vocab_size, f"{self._inputs['rollouts'].ref}, part {part}")
+        return routed_table(problems, rollouts, verdicts, annotations, self._bytes, self._routing)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
+    rows = signal = 0
+    routed = np.zeros(len(Route), dtype=np.int64)
+    coverage = [np.empty(0, dtype=np.float32)]
+    for table in tables:
+        rows += len(table)
+        routes = pc.list_flatten(table["route"]).to_numpy()
+        routed += [np.count_nonzero(routes == int(route)) for route in Route]
+        coverage.append(table["coverage"].to_numpy())
+        signal += int(np.count_nonzero(table["advantage"].to_numpy()))
+    return {
+        "sequences": rows,
+        "tokens": int(routed.sum()),
+        "tokens_per_route": {r.name.lower(): int(routed[r]) for r in Route},
+        "mean_coverage": round(float(np.mean(np.concatenate(coverage), dtype=np.float64)), 4)
+        if rows
+        else 0.0,
+        "sequences_with_advantage": signal,
+    }
+
+
+CONVERT_STAGE = Stage(
+    "convert",
+    ConvertConfig,
+    ROUTED,
+    _resolve,
+    _Maker,
+    _summarize,
+    ("route", "coverage", "advantage"),
+)

@@ -1,0 +1,1 @@
+"""What a training has around the trainer: its readers, online source, validation, tracking, plan."""

@@ -1,0 +1,66 @@
+"""Groups of a routed dataset, step by step: what offline training reads."""
+
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...data.store import Dataset
+from ...schemas.configs import TrainConfig
+from ...schemas.errors import InputError
+from ...trace.ragged import rows_of
+from ..stages.convert import check_token_ids
+
+
+class OfflineReader:
+    """Groups of a routed dataset by step: parts in shuffled order, groups shuffled within a part.
+
+    Stateless in the step, so a resumed run reads what an undisturbed one would. All parts are read
+    and checked before the first step: a bad row would end a training days later.
+    """
+
+    def __init__(self, routed: Dataset, config: TrainConfig, vocab_size: int) -> None:
+        """vocab_size: token ids that the policy knows.
+
+        Raises:
+            InputError: no rows, or one that breaks the contract or has another token id.
+        """
+        self._routed = routed
+        self._per_step = config.groups_per_step
+        self._seed = config.seed
+        groups = []
+        for part in range(routed.parts):
+            table = routed.read_part(part)
+            check_token_ids(table, vocab_size, f"{routed.ref}, part {part}")
+            groups.append(pc.count_distinct(table["group_id"]).as_py())
+        self._groups = np.array(groups)  # (parts,) groups of each part
+        if not self._groups.sum():
+            raise InputError(f"dataset {routed.ref} has no rows; make rollouts that can be scored")
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+        self._part = lru_cache(maxsize=2)(routed.read_part)
+
+    def __call__(self, step: int) -> pa.Table:
+        size = int(self._groups.sum())
+        wanted = range(step * self._per_step, (step + 1) * self._per_step)
+        by_part: dict[int, list[int]] = {}
+        for position in wanted:
+            parts, groups = self._order(position // size)
+            part = int(parts[position % size])
+            by_part.setdefault(part, []).append(int(groups[position % size]))
+        return pa.concat_tables(
+            _groups_of(self._part(part), groups) for part, groups in by_part.items()
+        )
+
+    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Part of each group in the epoch's order, and its number within the part."""
+        rng = np.random.default_rng([self._seed, epoch])
+        parts = rng.permutation(len(self._groups))
+        groups = [rng.permutation(self._groups[part]) for part in parts.tolist()]
+        return np.repeat(parts, self._groups[parts]), np.concatenate(groups)
+
+
+def _groups_of(table: pa.Table, groups: list[int]) -> pa.Table:
+    """The rows of some groups, numbered in the order in which they appear."""
+    ids = table["group_id"]
+    return rows_of(table, np.flatnonzero(pc.is_in(ids, ids.unique().take(pa.array(groups)))))

@@ -1,0 +1,157 @@
+"""Validation on the way: what the policy answers to held-out problems every few steps.
+
+Each look is a file of the run, `validation/step-000020.parquet`, a row per problem, split and
+decoding (schemas.tables.VALIDATIONS): small enough to keep, enough to draw curves with intervals over
+problems afterwards. A resumed run makes the looks after its checkpoint again, with the same answers.
+Before the first step runs of one base would all see the same: the first of them looks, and the others take
+its file from the store's `.looks`.
+"""
+
+import io
+from collections import defaultdict
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ...data.files import sweep_siblings, write_whole, writing
+from ...data.store import Dataset, content_hash
+from ...schemas.configs import SamplingConfig, TrainConfig
+from ...schemas.labels import FinishReason
+from ...schemas.tables import VALIDATIONS
+from ...trace.protocols import Verifier
+
+FOLDER = "validation"
+LOOKS = ".looks"
+SAMPLED, GREEDY = "sampled", "greedy"
+
+# (problems, sampling, answers per problem, seed) -> rollouts by the current weights
+Sample = Callable[[pa.Table, SamplingConfig, int, int], pa.Table]
+
+
+class Validation:
+    """Asks the splits' problems and keeps what came."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        splits: dict[str, pa.Table],
+        sample: Sample,
+        verifier: Verifier,
+        run: Path,
+    ) -> None:
+        """splits: problems by name; run: the run's folder."""
+        assert config.validation is not None
+        self._config = config.validation
+        self._sample, self._verifier = sample, verifier
+        # All splits are asked together: few large batches are faster than many small ones.
+        self._problems = _distinct(pa.concat_tables(splits.values()))
+        self._splits = {split: pc.unique(table["problem_id"]) for split, table in splits.items()}
+        self._folder = run / FOLDER
+        same = config.model_dump(include={"policy", "prompt", "sampler"}, mode="json")
+        online = config.online.model_dump(include={"sampling", "verify"}, mode="json")
+        look = self._config.model_dump(include={"k", "greedy", "seed"})
+        asked = {split: ids.to_pylist() for split, ids in self._splits.items()}
+        self._identity = [same, online, look, asked, version("trace-opd")]
+        sampling = config.online.sampling
+        self._decodings = {SAMPLED: (sampling, self._config.k)}
+        if self._config.greedy:
+            greedy = sampling.model_copy(update={"temperature": 0.0})
+            self._decodings[GREEDY] = (greedy, 1)
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether to look after so many steps of `last`."""
+        return step % self._config.every == 0 or step == last
+
+    def look_at_base(self, revision: str, looks: Path) -> None:
+        """The look before the first step; revision: of the base's weights, looks: the shared files."""
+        shared = looks / f"{content_hash([revision, *self._identity])}.parquet"
+        if shared.exists():
+            self._keep(0, shared.read_bytes())
+            return
+        self.look(0)
+        with writing(looks):
+            looks.mkdir(exist_ok=True)
+        write_whole(shared, (self._folder / _file(0)).read_bytes())
+        sweep_siblings(shared)
+
+    def look(self, step: int) -> dict[str, float]:
+        """Ask all problems; the pass rates by `validation_<split>_<decoding>`."""
+        tables, figures = [], {}
+        for decoding, (sampling, k) in self._decodings.items():
+            rollouts = self._sample(self._problems, sampling, k, self._config.seed)
+            verdicts = self._verifier.verify(self._problems, rollouts)
+            for split, ids in self._splits.items():
+                own = pc.is_in(rollouts["problem_id"], value_set=ids)
+                rows = validation_rows(
+                    step, split, decoding, rollouts.filter(own), verdicts.filter(own)
+                )
+                tables.append(VALIDATIONS.table(rows))
+                asked = sum(row["k"] for row in rows)
+                right = sum(row["correct"] for row in rows)
+                figures[f"validation_{split}_{decoding}"] = right / max(asked, 1)
+        buffer = io.BytesIO()
+        pq.write_table(pa.concat_tables(tables), buffer)
+        self._keep(step, buffer.getvalue())
+        return figures
+
+    def _keep(self, step: int, table: bytes) -> None:
+        with writing(self._folder):
+            self._folder.mkdir(exist_ok=True)
+        write_whole(self._folder / _file(step), table)
+
+
+def _file(step: int) -> str:
+    return f"step-{step:06}.parquet"
+
+
+def _distinct(problems: pa.Table) -> pa.Table:
+    """The first row of each problem: splits may share some."""
+    ids = problems["problem_id"].to_pylist()
+    first = {problem_id: row for row, problem_id in reversed(list(enumerate(ids)))}
+    return problems.take(sorted(first.values()))
+
+
+def validation_rows(
+    step: int, split: str, decoding: str, rollouts: pa.Table, verdicts: pa.Table
+) -> list[dict[str, Any]]:
+    """One row per problem from its answers and their verdicts."""
+    answers: dict[str, list[tuple[dict, dict]]] = defaultdict(list)
+    names = ["problem_id", "response", "token_ids", "logprobs", "finish_reason"]
+    for rollout, verdict in zip(
+        rollouts.select(names).to_pylist(), verdicts.select(["correct"]).to_pylist(), strict=True
+    ):
+        answers[rollout["problem_id"]].append((rollout, verdict))
+    rows = []
+    for problem_id, pairs in answers.items():
+        logprobs = np.concatenate([rollout["logprobs"] for rollout, _ in pairs])
+        scored = [verdict["correct"] for _, verdict in pairs if verdict["correct"] is not None]
+        sampled = decoding == SAMPLED and len(logprobs)
+        tokens = sum(len(rollout["token_ids"]) for rollout, _ in pairs)
+        known = all(rollout["token_ids"] or not rollout["response"] for rollout, _ in pairs)
+        rows.append(
+            {
+                "validation_id": content_hash([step, split, decoding, problem_id]),
+                "step": step,
+                "split": split,
+                "decoding": decoding,
+                "problem_id": problem_id,
+                "k": len(scored),
+                "correct": sum(scored),
+                "tokens": tokens if known else None,
+                "entropy": -float(logprobs.mean()) if sampled else None,
+                "truncated": sum(r["finish_reason"] == FinishReason.LENGTH for r, _ in pairs),
+            }
+        )
+    return rows
+
+
+def read_validation(run: Dataset) -> pa.Table:
+    """All looks of a finished train dataset, in the order of steps."""
+    paths = sorted(run.local_path(FOLDER).glob("step-*.parquet"))
+    return pa.concat_tables([pq.read_table(path) for path in paths])

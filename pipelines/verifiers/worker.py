@@ -1,0 +1,76 @@
+"""One verification worker: a process that judges (gold, answer) pairs until its pipe closes.
+
+Started by pool.py as `python -m trace_opd.pipelines.verifiers.worker <fd> <memory MiB> <seconds>`,
+so it imports neither the parent's main module nor torch.
+"""
+
+import resource
+import signal
+import sys
+from contextlib import suppress
+from multiprocessing.connection import Connection
+
+from ...schemas.labels import VerdictStatus
+from .math import equal, read
+from .notation import conflict
+
+READY = "ready"
+Judgement = tuple[VerdictStatus, bool | None, str]
+
+# ru_maxrss counts KiB, but bytes on macOS.
+_UNITS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10
+
+
+def judge(gold: str, answer: str) -> Judgement:
+    """Status, whether the answer equals the gold, and what went wrong if something did."""
+    try:
+        parsed_gold = read(gold)
+        if parsed_gold is None:
+            return VerdictStatus.GOLD_UNPARSED, None, ""
+        if gold.strip() == answer.strip():
+            return VerdictStatus.OK, True, ""
+        if conflict(gold, answer):
+            return VerdictStatus.OK, False, ""
+        parsed_answer = read(answer)
+        if parsed_answer is None:
+            return VerdictStatus.PRED_UNPARSED, False, ""
+        correct = equal(parsed_gold, parsed_answer)
+    except MemoryError:
+        return VerdictStatus.OOM, None, ""
+    except Exception as error:  # whatever sympy raises on an odd answer is a row, not a crash
+        return VerdictStatus.ERROR, None, f"{type(error).__name__}: {str(error)[:200]}"
+    return VerdictStatus.OK, correct, ""
+
+
+def peak_mib() -> int:
+    """Most memory that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // _UNITS_PER_MIB
+
+
+def serve(connection: Connection, memory_mib: int, orphan_s: float) -> None:
+    """Answer jobs (gold, answer) until the other end closes."""
+    limit = memory_mib * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    judge("\\frac{1}{2}", "0.25+x")  # the first comparison fills sympy's tables
+    connection.send(READY)
+    while True:
+        try:
+            gold, answer = connection.recv()
+        except EOFError:
+            return
+        # The parent kills a worker at its deadline. If the parent was killed itself, nobody reads
+        # the pipe's end while sympy computes: the alarm's default action ends the process.
+        signal.setitimer(signal.ITIMER_REAL, orphan_s)
+        suspicious_mib = max(memory_mib // 2, peak_mib())
+        judgement = judge(gold, answer)
+        # sympy and math-verify swallow MemoryError and go on to "not equal". Such a verdict says
+        # nothing; half of the limit is far above what any honest comparison takes.
+        if not judgement[1] and peak_mib() > suspicious_mib:
+            judgement = (VerdictStatus.OOM, None, "")
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        connection.send(judgement)
+
+
+if __name__ == "__main__":
+    with suppress(BrokenPipeError, ConnectionResetError):  # the parent was killed: nobody listens
+        serve(Connection(int(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3]))

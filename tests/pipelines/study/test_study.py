@@ -1,0 +1,238 @@
+"""A small study from end to end: its files, its page, and that the two agree."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from trace_opd.pipelines.cli import app
+from trace_opd.pipelines.study.figures import bootstrap, curves
+from trace_opd.schemas.configs import StudyConfig
+from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.settings import load_config, override
+
+CONFIG = Path(__file__).parents[3] / "studies" / "micro.yaml"
+SMALL = [
+    "name=small",
+    "problems.limit=8",
+    "splits={test: {source: {kind: arithmetic}, limit: 6, seed: 1},"
+    " other: {source: {kind: arithmetic, operation: subtract}, limit: 4, seed: 1}}",
+    "seeds=[0, 1]",
+    "ablation_seeds=1",
+    "tuning={problems: {source: {kind: arithmetic}, limit: 4, seed: 2},"
+    " choices: [[optim.lr=1.0e-4], [optim.lr=1.0e-3]]}",
+    "train.policy.path=micro",
+    "train.online.steps=2",
+    "train.online.group_size=4",
+    "train.groups_per_step=2",
+    "train.validation.every=2",
+    "train.validation.k=2",
+    "ablations={methods: {grpo: {preset: grpo}, trace-fkl: {preset: trace-fkl}},"
+    " alpha: {all: {preset: all-token-fkl, like: trace-fkl, against: half},"
+    " half: {preset: trace-fkl, like: trace-fkl, set: [online.routing.alpha=0.5]}}}",
+    "exposure=alpha",
+    "mean=true",
+    "bootstrap=100",
+    "workers=1",
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    arguments = [
+        "study",
+        str(CONFIG),
+        *SMALL,
+        "--store",
+        f"{folder}/store",
+        "--output",
+        str(folder),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_a_study_has_a_row_per_run_look_split_and_decoding(made):
+    table = pl.read_parquet(made / "small" / "results.parquet")
+    # Two arms by two seeds, two of the ablation by one; looks before the first step and after the last.
+    assert len(table) == (2 * 2 + 2) * 2 * 2 * 2
+    assert table["step"].unique().sort().to_list() == [0, 2]
+    assert set(table["decoding"]) == {"sampled", "greedy"}
+    assert table["pass_rate"].is_between(0, 1).all()
+    assert table.filter(pl.col("decoding") == "greedy")["entropy"].null_count() == len(table) // 2
+    exposed = table.filter(pl.col("step") == 2).group_by("method").agg(pl.col("kl_exposure").max())
+    assert dict(exposed.iter_rows()) == {"grpo": 0.0} | dict.fromkeys(
+        ("trace-fkl", "all", "half"), 0.5
+    )
+
+
+def test_the_page_says_what_the_files_say(made):
+    page = (made / "small" / "STUDY.md").read_text()
+    table = pl.read_parquet(made / "small" / "results.parquet")
+    last = table.filter((pl.col("step") == 2) & (pl.col("decoding") == "sampled"))
+    for method in ("grpo", "trace-fkl", "all"):
+        (row,) = re.findall(rf"^\| {method} \| (.+)$", page, re.M)[:1]
+        rates = last.filter(pl.col("method") == method)
+        test = rates.filter(pl.col("split") == "test")["pass_rate"].mean()
+        other = rates.filter(pl.col("split") == "other")["pass_rate"].mean()
+        coverage = rates["coverage"].mean()
+        assert re.match(rf"\d+\.\d % \| {100 * test:.1f} % \(", row)
+        assert row.endswith(
+            f"{100 * coverage:.1f} % | {100 * other:.1f} % | {50 * (test + other):.1f} % |"
+        )
+    for picture in re.findall(r"\]\((.+\.svg)\)", page):
+        assert (made / "small" / picture).read_text().startswith("<?xml")
+
+
+def test_the_page_names_what_an_arm_is_compared_with(made):
+    page = (made / "small" / "STUDY.md").read_text()
+    assert re.search(r"^\| all \| .+ to half \| ", page, re.M)
+    assert re.search(r"^\| half \| [^|]+\| [^|]+\| – \| ", page, re.M)  # all are compared with it
+    assert re.search(r"^\| grpo \| [^|]+ \| [^|]+ \| – \| ", page, re.M)
+
+
+def test_the_page_sets_exposure_against_what_other_splits_lost(made):
+    page = (made / "small" / "STUDY.md").read_text()
+    section = page.split("## exposure")[1].split("##")[0]
+    answers = pl.read_parquet(made / "small" / "answers.parquet").filter(
+        (pl.col("method") == "half") & (pl.col("decoding") == "sampled")
+    )
+    assert re.search(rf"^\| half \| {answers['kl_exposure'].max():.2f} \| [+-]", section, re.M)
+
+
+def test_the_page_shows_one_step_as_its_file_has_it(made):
+    page = (made / "small" / "STUDY.md").read_text()
+    table = pl.read_parquet(made / "small" / "mechanism.parquet")
+    assert table["seed"].unique().sort().to_list() == [0, 1]
+    for (objective,), own in table.group_by("objective"):
+        assert f"| {objective} | {own['lift'].mean():+.4f} ± " in page
+    clipped = dict(table.group_by("objective").agg(pl.col("kl_clipped").mean()).iter_rows())
+    assert clipped["grpo"] is None
+    assert clipped["trace-fkl, clip none"] == 0.0
+    assert f" | {100 * clipped['trace-fkl, clip token']:.1f} % |" in page
+
+
+def test_coverage_is_the_share_of_tokens_that_the_kl_was_on(made):
+    table = pl.read_parquet(made / "small" / "results.parquet").filter(pl.col("step") == 2)
+    coverage = {method: own["coverage"].to_numpy() for (method,), own in table.group_by("method")}
+    assert (coverage["grpo"] == 0).all()
+    # All tokens of what has a label: a response without a carry has none.
+    assert ((coverage["all"] > 0.5) & (coverage["all"] < 1)).all()
+    assert ((coverage["trace-fkl"] > 0) & (coverage["trace-fkl"] <= 0.25)).all()
+
+
+def test_the_choice_is_the_one_whose_runs_did_best_and_the_page_shows_both(made):
+    tuning = pl.read_parquet(made / "small" / "tuning.parquet")
+    assert set(tuning["split"]) == {"tuning"}
+    assert set(tuning["seed"]) == {1000}
+    page = (made / "small" / "STUDY.md").read_text().split("## What tuning chose")[1]
+    table = pl.read_parquet(made / "small" / "results.parquet")
+    for method in ("grpo", "trace-fkl"):
+        choices = ("optim.lr=1.0e-4", "optim.lr=1.0e-3")
+        rates = [
+            tuning.filter(
+                (pl.col("method") == method)
+                & (pl.col("choice") == choice)
+                & (pl.col("decoding") == "sampled")
+            )["pass_rate"].to_numpy().mean()
+            for choice in choices
+        ]  # fmt: skip
+        best = int(np.argmax(rates))
+        assert set(table.filter(pl.col("method") == method)["choice"]) == {choices[best]}
+        cells = [f"{100 * rate:.1f} %" for rate in rates]
+        cells[best] = f"**{cells[best]}**"
+        assert f"| {method} | {cells[0]} | {cells[1]} |" in page
+
+
+def test_an_arm_of_an_ablation_takes_the_choice_of_the_arm_that_it_is_like(made):
+    table = pl.read_parquet(made / "small" / "results.parquet")
+    choice = dict(table.select("method", "choice").unique().iter_rows())
+    assert choice["all"] == choice["trace-fkl"]
+    assert choice["grpo"] in ("optim.lr=1.0e-4", "optim.lr=1.0e-3")
+
+
+def test_a_study_goes_on_from_the_runs_that_its_store_has(made):
+    before = {path: path.stat().st_mtime_ns for path in made.glob("store/train/*/manifest.json")}
+    page = (made / "small" / "STUDY.md").read_bytes()
+    arguments = ["study", str(CONFIG), *SMALL, "--store", f"{made}/store", "--output", str(made)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    after = {path: path.stat().st_mtime_ns for path in made.glob("store/train/*/manifest.json")}
+    assert after == before
+    assert (made / "small" / "STUDY.md").read_bytes() == page
+
+
+def test_a_study_leaves_the_names_of_the_users_own_datasets_alone(made):
+    names = json.loads((made / "store" / "aliases.json").read_text())
+    assert set(names) == {"small-problems", "small-test", "small-tuning", "small-other"}
+
+
+def test_processes_that_train_end_with_a_study_that_was_killed():
+    program = (
+        "import os, time\n"
+        "from trace_opd.pipelines.study.runs import open_pool\n"
+        "with open_pool(1) as pool:\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600).result()\n"
+    )
+    study = subprocess.Popen([sys.executable, "-Pc", program], stdout=subprocess.PIPE, text=True)
+    assert study.stdout is not None
+    worker = psutil.Process(int(study.stdout.readline()))
+    study.kill()
+    study.wait()
+    worker.wait(timeout=60)
+
+
+def test_curves_and_their_summaries_by_hand():
+    rows = [
+        {"seed": seed, "step": step, "split": "test", "decoding": "sampled", "problem_id": problem,
+         "k": 2, "correct": correct}
+        for seed, step, problem, correct in [
+            (0, 0, "a", 0), (0, 0, "b", 0), (0, 4, "a", 2), (0, 4, "b", 0),
+            (1, 0, "a", 0), (1, 0, "b", 2), (1, 4, "a", 2), (1, 4, "b", 2),
+        ]
+    ]  # fmt: skip
+    drawn = curves(pl.DataFrame(rows), "test", "sampled")
+    np.testing.assert_allclose(drawn.mean, [0.25, 0.75])
+    np.testing.assert_allclose(drawn.final, [[1, 0], [1, 1]])
+    np.testing.assert_allclose(drawn.area, [[0.5, 0], [0.5, 1]])
+    assert drawn.first_step(0.7) == 4
+    assert drawn.first_step(0.8) is None
+    estimate = bootstrap(drawn.final, 500)
+    assert estimate.value == 0.75
+    assert estimate.low < 0.75 < estimate.high == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("tuning.seed=0", "one of seeds"),
+        ("splits.problems={source: {kind: arithmetic}}", "give it another"),
+        ("splits.tuning={source: {kind: arithmetic}}", "give it another"),
+        ("train.validation=null", "set it"),
+        ("ablations.clip={a: {like: nobody}}", "nobody"),
+    ],
+)
+def test_a_study_that_does_not_hold_together_is_refused(change, message):
+    config = load_config(StudyConfig, CONFIG)
+    with pytest.raises(InputError, match=message):
+        override(config, [change])
+
+
+def test_the_shipped_study_names_presets_and_fields_that_exist():
+    from trace_opd.pipelines.study.runs import arms, study_runs
+
+    config = load_config(StudyConfig, CONFIG)
+    for size in (config, override(config, config.quick)):
+        rows = arms(size, "problems", dict.fromkeys(size.splits, "problems"))
+        runs = study_runs(size, rows, {})
+        main = [run for run in runs if run.arm.ablation == "methods"]
+        assert len(main) == len(config.ablations["methods"]) * len(size.seeds)

@@ -1,0 +1,139 @@
+"""Online steps in the store: which problems they ask, and tables that hold together."""
+
+from pathlib import Path
+
+import pytest
+
+from trace_opd.data.store import Dataset, Draft, Store
+from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.pipeline import CONFIG_TYPES, run_stage
+from trace_opd.pipelines.stages import train
+from trace_opd.pipelines.training.online import OnlineTables
+from trace_opd.schemas.configs import TrainConfig
+from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.settings import load_config
+from trace_opd.trace.policy import load_policy
+
+CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A store with ten problems."""
+    root = tmp_path_factory.mktemp("online")
+    overrides = ["limit=10", "rows_per_part=5"]
+    run_stage(
+        "problems", load_config(CONFIG_TYPES["problems"], CONFIG, overrides, "problems"),
+        Store(root),
+    )  # fmt: skip
+    return root
+
+
+def config_of(*overrides: str) -> TrainConfig:
+    fixed = ["offline.steps=0", f"online.steps={STEPS}", "groups_per_step=3", "online.group_size=2"]
+    return load_config(TrainConfig, CONFIG, [*fixed, *overrides], "train")
+
+
+def tables_of(root: Path, config: TrainConfig) -> tuple[OnlineTables, Store]:
+    store = Store(root)
+    inputs, draft = train.begin(config, store)
+    assert isinstance(draft, Draft)
+    policy = load_policy(resolve_policy("micro"), "cpu")
+    return OnlineTables(config, store, draft, inputs, policy), store
+
+
+def asked(online: OnlineTables, step: int, refill: int) -> list[str]:
+    return online.source.problems(step, refill)["problem_id"].to_pylist()
+
+
+def test_a_step_never_asks_a_problem_twice_and_runs_out_of_them_in_the_end(root):
+    online, _ = tables_of(root, config_of("seed=1"))
+    for step in range(2 * STEPS):
+        rounds = [asked(online, step, refill) for refill in range(5)]
+        assert [len(ids) for ids in rounds] == [3, 3, 3, 1, 0]
+        assert len(set(sum(rounds, []))) == 10  # noqa: RUF017
+    online.close()
+
+
+def test_what_a_step_asks_depends_on_step_round_and_seed_alone(root):
+    online, _ = tables_of(root, config_of("seed=2"))
+    again, _ = tables_of(root, config_of("seed=2"))
+    order = [(step, refill) for step in range(STEPS) for refill in range(3)]
+    first = {at: asked(online, *at) for at in order}
+    assert {at: asked(again, *at) for at in reversed(order)} == first
+    # A pass goes over all problems before it asks one again; a refill is each step's own draw.
+    own = [first[step, 0] for step in range(STEPS)]
+    assert len({problem for ids in own for problem in ids}) == 9
+    assert len({tuple(first[step, 1]) for step in range(STEPS)}) > 1
+    online.close()
+    again.close()
+
+
+def test_replaced_groups_are_in_the_tables_and_their_annotations_are_skipped(root):
+    online, store = tables_of(root, config_of("seed=3", "online.refill_rounds=2"))
+    replaced = 0
+    for step in range(STEPS):
+        _, counts = online.source.collect(step, True, lambda _: None)
+        replaced += counts["groups_replaced"]
+    online.close()
+    assert replaced > 0
+    made = {role: store.get(ref) for role, ref in online.finish().items()}
+    for step in range(STEPS):
+        tables = {role: dataset.read_part(step) for role, dataset in made.items()}
+        rollouts = tables["rollouts"]["rollout_id"].to_pylist()
+        for role in ("verdicts", "annotations"):
+            assert tables[role]["rollout_id"].to_pylist() == rollouts
+        assert set(tables["rollouts"]["problem_id"].to_pylist()) == set(
+            tables["problems"]["problem_id"].to_pylist()
+        )
+        trained = tables["routed"]["rollout_id"].to_pylist()
+        assert trained == rollouts[: len(trained)]
+        assert len(set(tables["routed"]["group_id"].to_pylist())) == 3
+        statuses = tables["annotations"]["status"].to_pylist()
+        assert "skipped" not in statuses[: len(trained)]
+        assert set(statuses[len(trained) :]) <= {"skipped"}
+
+
+def test_a_routing_that_looks_at_no_annotation_opens_no_annotator(root, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    paid = [
+        "online.annotator={engine: openai, model: m, api_key_env: NO_SUCH_KEY}",
+        "online.routing.rule=all",
+        "online.routing.teacher_context=peer",
+        "online.routing.error=jsd",
+    ]
+    online, store = tables_of(root, config_of("seed=4", *paid))
+    for step in range(STEPS):
+        online.source.collect(step, True, lambda _: None)
+    online.close()
+    annotations: Dataset = store.get(online.finish()["annotations"])
+    assert set(annotations.read()["status"].to_pylist()) == {"skipped"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["sampler={engine: vllm}", "online.sampling.top_k=5"], "set top_p=1, top_k=0"),
+        (["sampler={engine: openai, base_url: 'http://127.0.0.1:9/v1'}"], "can't be used"),
+    ],
+)
+def test_a_sampler_that_cannot_serve_training_is_refused_before_the_first_step(
+    root, overrides, said
+):
+    with pytest.raises(InputError, match=said):
+        tables_of(root, config_of("seed=5", *overrides))
+
+
+def test_one_step_ahead_needs_a_sampler_with_weights_of_its_own():
+    with pytest.raises(InputError, match="samples with the weights that train"):
+        config_of("online.max_staleness=1")
+
+
+def test_where_an_engine_runs_is_not_what_is_made(root):
+    refs = set()
+    for url in ("http://one:1/v1", "[http://two:2/v1, http://three:3/v1]"):
+        sampler = f"sampler={{engine: openai, base_url: {url}, timeout_s: 9}}"
+        _, draft = train.begin(config_of("seed=6", sampler), Store(root))
+        refs.add(draft.ref)
+    assert len(refs) == 1

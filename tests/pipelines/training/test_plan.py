@@ -1,0 +1,285 @@
+"""The plan of a run: counts are exact, memory is what real steps take."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from trace_opd.pipelines.training.model_shape import model_shape
+from trace_opd.pipelines.training.plan import (
+    activation_bytes,
+    memory_line,
+    plan_table,
+    predict_memory,
+    predict_seconds,
+    setting,
+)
+from trace_opd.pipelines.training.throughput import measured_rates
+from trace_opd.schemas.configs import LoraConfig, TrainConfig
+from trace_opd.schemas.errors import InputError
+from trace_opd.trace.lora import add_adapters
+from trace_opd.trace.packing import PackedModel, pack
+
+QWEN = {
+    "vocab_size": 8000,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+SMALL = QWEN | {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 200,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+}
+
+
+def folder_of(tmp_path, kind=Qwen3Config, **sizes):
+    kind(**(SMALL | sizes)).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def train_config(path, **fields):
+    return TrainConfig.model_validate(
+        {"policy": {"path": path, "device": "cpu"}, "offline": {"steps": 3}} | fields
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", [Qwen3Config, LlamaConfig])
+def test_parameters_are_counted_exactly(kind, tied, tmp_path):
+    path = folder_of(tmp_path, kind, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(kind.from_pretrained(path))
+    shape = model_shape(path)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.trainable == shape.parameters
+    assert shape.tied is tied
+    embeddings = (1 if tied else 2) * 300 * 64
+    norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    assert shape.linear == shape.parameters - embeddings - norms
+
+
+def test_trained_adapters_are_counted_exactly(tmp_path):
+    pytest.importorskip("peft")
+    path, lora = folder_of(tmp_path), LoraConfig(rank=5, target_modules=["q_proj", "down_proj"])
+    model = add_adapters(AutoModelForCausalLM.from_config(Qwen3Config.from_pretrained(path)), lora)
+    shape = model_shape(path, lora)
+    assert shape.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert shape.trainable == 2 * 5 * (64 + 96 + 200 + 64)
+    assert shape.parameters == model_shape(path).parameters
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=8)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [Qwen3Config, LlamaConfig])
+def test_activation_bytes_are_what_autograd_keeps_of_a_layer(kind, precision, lora, tmp_path):
+    """Exact for the float32 and frozen parts; counted as the difference of 3 and 2 layers."""
+    if lora is not None:
+        pytest.importorskip("peft")
+    kept, tokens = {}, 256
+    for layers in (2, 3):
+        path = folder_of(tmp_path / str(layers), kind, num_hidden_layers=layers)
+        model = AutoModelForCausalLM.from_config(kind.from_pretrained(path)).eval()
+        if lora is not None:
+            model = add_adapters(model.to(getattr(torch, precision)), lora)
+        row = pack([[1] * 8], [np.arange(tokens - 8)])
+        kept[layers] = kept_bytes(PackedModel(model, getattr(torch, precision)), row, tokens)
+    policy = {"path": path, "device": "cpu", "precision": precision}
+    config = TrainConfig.model_validate(
+        {"policy": policy, "offline": {"steps": 1}, "lora": lora and lora.model_dump()}
+    )
+    assert (kept[3] - kept[2]) / tokens == activation_bytes(setting(config))
+
+
+def kept_bytes(model, row, tokens):
+    """Bytes of what autograd keeps per token: no parameters, no low-precision copies of them."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack_hook(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters and {tokens, tokens - 8} & set(tensor.shape):
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+        model(row, lambda states, head: states)
+    return sum(size for size, _ in kept.values())
+
+
+# Large blocks go back to the system as they are freed, so that the resident set is what is in use.
+NO_HOARDING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import numpy as np, torch
+torch.set_num_threads(1)
+from transformers import AutoConfig, AutoModelForCausalLM
+from trace_opd.schemas.configs import TrainConfig
+from trace_opd.trace.batch import TrainingSequence
+from trace_opd.trace.policy import Policy, checkpoint_layers, choose_dtype
+from trace_opd.trace.protocols import PolicyInfo
+from trace_opd.trace.trainer import Trainer
+
+config = TrainConfig.model_validate_json(sys.argv[1])
+groups, responses, length, prompt = config.groups_per_step, 4, int(sys.argv[2]), int(sys.argv[3])
+
+def step(trainer, vocab):
+    rng = np.random.default_rng(0)
+    rows = []
+    for at in range(groups * responses):
+        route = np.zeros(length, np.uint8)
+        route[: length // 4] = 1
+        ids, group = rng.integers(1, vocab, length), at // responses
+        rows.append(TrainingSequence(
+            rollout_id=f"r{at}", group_id=f"g{group}", prompt_ids=[group + 1] * prompt,
+            token_ids=ids, logprobs=np.full(length, -9.0, np.float32), route=route,
+            advantage=1.0 if at % 2 else -1.0, reward=float(at % 2), correct=bool(at % 2),
+            temperature=1.0, truncated=False, teacher_prompt_ids=[group + 1] * prompt))
+    trainer.train_step(rows)
+
+def trainer(model_config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(model_config).eval()
+    if config.gradient_checkpointing:
+        checkpoint_layers(model)
+    dtype = choose_dtype(config.policy.precision, torch.device("cpu"))
+    return Trainer(Policy(model, None, PolicyInfo("random", ""), dtype), config)
+
+def resident(name):
+    (line,) = [l for l in open("/proc/self/status") if l.startswith(name)]
+    return int(line.split()[1]) * 1024
+
+full = AutoConfig.from_pretrained(config.policy.path)
+small = AutoConfig.from_pretrained(config.policy.path)
+small.hidden_size, small.intermediate_size, small.num_hidden_layers, small.vocab_size = 16, 16, 1, 64
+small.layer_types = None
+for _ in range(2):  # libraries' own memory
+    step(trainer(AutoConfig.for_model(**small.to_dict())), 64)
+before = resident("VmRSS")
+trained = trainer(full)
+for _ in range(2):  # the second one has the optimiser's states
+    step(trained, full.vocab_size)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"gradient_checkpointing": True, "schedule": {"w0": 0.0}},
+        {"policy": {"precision": "bfloat16"}},
+    ],
+    ids=["plain", "checkpointing-grpo", "bfloat16"],
+)
+def test_predicted_memory_is_within_a_tenth_of_what_real_steps_take(fields, tmp_path):
+    path = folder_of(tmp_path, **QWEN)
+    policy = {"path": path, "device": "cpu"} | fields.get("policy", {})
+    config = train_config(
+        path, groups_per_step=2, micro_batch_tokens=672, online={"group_size": 4},
+        **(fields | {"policy": policy}),
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, config.model_dump_json(), "160", "32"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | NO_HOARDING | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    measured = int(done.stdout)
+    predicted = predict_memory(setting(config, prompt_tokens=32, response_tokens=160)).peak
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_checkpointing_lora_and_the_end_of_the_kl_take_memory_away(tmp_path):
+    path = folder_of(tmp_path, **QWEN)
+
+    def peak(**fields):
+        return predict_memory(setting(train_config(path, **fields))).peak
+
+    assert peak(gradient_checkpointing=True) < peak()
+    weights = 4 * model_shape(path).parameters
+    assert peak() - peak(schedule={"w0": 0.0}) == weights
+    assert peak(loss={"reference_kl": 0.1}) - peak() == weights
+
+
+def test_what_is_sharded_is_divided_by_the_gpus_and_what_is_not_stays(tmp_path):
+    config = train_config(folder_of(tmp_path, **QWEN), micro_batch_tokens=512)
+    one, four = (predict_memory(setting(config, gpus)) for gpus in (1, 4))
+    assert {name: size // 4 for name, size in one.held.items()} == four.held
+    assert four.training["gradients"] == one.training["gradients"] // 4
+    assert four.training["activations"] == one.training["activations"]
+    assert "gathered weights" in four.training
+    assert "gathered weights" not in one.training
+
+
+def test_seconds_follow_from_operations(tmp_path):
+    """A step of 2 groups: 2 · (10 + 4 · 90) tokens, worked out by hand."""
+    config = train_config(
+        folder_of(tmp_path), groups_per_step=2, online={"group_size": 4}, schedule={"w0": 0.0}
+    )
+    where = setting(config, prompt_tokens=10, response_tokens=90)
+    shape = where.shape
+    forward = 2 * shape.linear + 2 * 2 * 96 * 100
+    expected = 740 * (3 * forward + 6 * 300 * 64) / 1e9
+    assert predict_seconds(where, 1e9, 1e9) == {"training": pytest.approx(expected)}
+    checkpointed = config.model_copy(update={"gradient_checkpointing": True})
+    more = predict_seconds(setting(checkpointed, None, 10, 90), 1e9, 1e9)["training"]
+    assert more - expected == pytest.approx(740 * forward / 1e9)
+
+
+def test_online_steps_have_a_cache_and_decoding_reads_the_weights_once_per_token(tmp_path):
+    config = train_config(
+        folder_of(tmp_path), offline={"steps": 0}, groups_per_step=2,
+        online={"steps": 1, "group_size": 4, "sampling": {"max_new_tokens": 90}},
+    )  # fmt: skip
+    where = setting(config, prompt_tokens=10)
+    # Keys and values of 48 numbers in float32, two layers and a copy of one, 8 rows of 100.
+    assert predict_memory(where).sampling["key-value cache"] == 3 * 8 * 48 * 8 * 100
+    weights = 4 * (where.shape.linear + where.shape.head)
+    seconds = predict_seconds(where, 1e15, 1e9)["sampling"]
+    assert seconds == pytest.approx(90 * weights / 1e9)
+
+
+def test_the_table_and_the_line_name_the_peak(tmp_path):
+    config = train_config(folder_of(tmp_path))
+    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    console.print(plan_table(config))
+    text = console.export_text()
+    peak = f"{predict_memory(setting(config)).peak / 2**20:.1f} MiB"
+    assert "AdamW states" in text
+    assert peak in text
+    assert "seconds per step" in text
+    assert memory_line(config).startswith(f"memory: {peak} at its peak (weights ")
+
+
+def test_throughput_is_measured_where_it_is_not_given():
+    flops, bandwidth = measured_rates("cpu", False, seconds=0.05)
+    assert 1e8 < flops < 1e14
+    assert 1e8 < bandwidth < 1e13
+
+
+def test_a_model_that_is_no_such_decoder_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json cannot be loaded"):
+        model_shape(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(InputError, match="no intermediate_size"):
+        model_shape(str(tmp_path))
+    # A run of it goes on without a plan.
+    assert memory_line(train_config(str(tmp_path))).startswith("memory: not planned (policy ")

@@ -1,0 +1,144 @@
+"""What ends a training run early costs nothing: SIGTERM, a full disk; and torchrun's many processes."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from trace_opd.data.store import Dataset, Store
+from trace_opd.pipelines.pipeline import CONFIG_TYPES, run_stage
+from trace_opd.pipelines.training.tracking import read_metrics
+from trace_opd.schemas.settings import load_config
+
+CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
+TRAIN = [
+    "offline.steps=3",
+    "online.steps=3",
+    "online.group_size=4",
+    "groups_per_step=4",
+    "schedule.hold_steps=2",
+    "schedule.decay_steps=3",
+    "teacher.sync_steps=2",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Runs in processes of their own and in this one sum in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def stage(name: str, root: Path, *overrides: str) -> Dataset:
+    made = run_stage(
+        name, load_config(CONFIG_TYPES[name], CONFIG, list(overrides), name), Store(root)
+    )
+    assert isinstance(made, Dataset)
+    return made
+
+
+def routed_store(root: Path) -> Path:
+    stage("problems", root, "limit=12", "rows_per_part=6")
+    stage("rollout", root, "group_size=4")
+    for name in ("verify", "annotate", "convert"):
+        stage(name, root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Dataset:
+    return stage("train", routed_store(tmp_path_factory.mktemp("undisturbed")), *TRAIN)
+
+
+def start(
+    root: Path, *overrides: str, ranks: int = 1, before: Callable[[], None] | None = None
+) -> subprocess.Popen:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.Popen(
+        [*launcher, "-m", "trace_opd.pipelines.cli", "train", CONFIG, *TRAIN, *overrides, "--store", root],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=before,
+    )  # fmt: skip
+
+
+def lines(root: Path) -> list[dict]:
+    (folder,) = root.glob("train/*")
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def final_weights(run: Dataset) -> bytes:
+    return Path(run.path("checkpoints/final/model.safetensors")).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 4], ids=["offline", "online"])
+def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_to_the_same_end(
+    undisturbed, tmp_path, after
+):
+    root = routed_store(tmp_path)
+    process = start(root)
+    deadline = time.monotonic() + 120
+    while not list(root.glob("train/*/metrics.jsonl")) or len(lines(root)) < after:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    done = len(lines(root))
+    assert after <= done < 6
+    assert f"stopped after {done} of 6 steps" in said
+    assert "Traceback" not in said
+    assert [path.name for path in root.glob("train/*/checkpoints/*")] == [f"step-{done:05d}"]
+    resumed = stage("train", root, *TRAIN)
+    assert final_weights(resumed) == final_weights(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_with_one_sentence_and_loses_no_checkpoint(undisturbed, tmp_path):
+    root = routed_store(tmp_path)
+    # A file may not grow beyond this: the model's float32 weights are larger.
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # noqa: E731
+    process = start(root, "checkpoint_every=2", before=limit)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "could not be written" in said
+    assert "Traceback" not in said
+    assert list(root.glob("train/*/checkpoints/*")) == []
+    assert final_weights(stage("train", root, *TRAIN)) == final_weights(undisturbed)
+
+
+@pytest.mark.slow
+def test_under_torchrun_two_processes_make_the_dataset_that_one_makes(undisturbed, tmp_path):
+    root = routed_store(tmp_path)
+    process = start(root, ranks=2)
+    out, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert out.count("  0 rows") == 1  # one of them talks
+    together = Store(root).get("train")
+    assert together.ref == undisturbed.ref
+    ours, theirs = (
+        read_metrics(Path(run.path()) / "metrics.jsonl") for run in (together, undisturbed)
+    )
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for name in ("loss", "reward", "tokens", "entropy"):
+        assert ours[0][name] == pytest.approx(theirs[0][name], rel=1e-4, abs=1e-6)
+    store_of = {id(together): Store(root), id(undisturbed): undisturbed.store}
+    for run in (together, undisturbed):
+        rollouts = store_of[id(run)].get(run.summary["tables"]["rollouts"])
+        assert (rollouts.parts, rollouts.rows) == (3, 48)
+        assert set(rollouts.read()["policy_step"].to_pylist()) == {3, 4, 5}
