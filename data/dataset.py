@@ -17,7 +17,7 @@ import pyarrow as pa
 from ..schemas.contract import TableContract, validate
 from ..schemas.errors import InputError
 from ..schemas.tables import CONTRACTS
-from .files import make_folders, sweep, writing
+from .atomic import make_folders, sweep, writing
 from .manifest import (
     CHECKSUM,
     MANIFEST,

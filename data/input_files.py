@@ -51,7 +51,7 @@ def find_files(pattern: str, kinds: str) -> tuple[Any, list[str]]:
         if info["type"] != "file":
             folder = info["type"] == "directory"
             kind = "folder" if folder else _kind_of_mode(info.get("mode", 0))
-            raise InputError(f"{path}: is a {kind}, no regular file; give {kinds}")
+            raise InputError(f"{path}: is a {kind}, not a regular file; give {kinds}")
         if (info.get("size") or 0) > _MOST_FILE_BYTES:
             raise _too_large(path)
     return fs, paths
@@ -121,7 +121,7 @@ def json_objects(
         except ValueError as error:
             raise InputError(f"{name}, row {row}: is not JSON ({error}); mend the line") from None
         if not isinstance(value, dict):
-            raise InputError(f"{name}, row {row}: is no JSON object; write one object per line")
+            raise InputError(f"{name}, row {row}: is not a JSON object; write one object per line")
         yield row, value
 
 
@@ -178,7 +178,7 @@ def _require_no_device(path: str, kinds: str) -> None:
     except (OSError, ValueError, RuntimeError):
         return  # absent, or not a local path: the file system reports that
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise InputError(f"{path}: is a {_kind_of_mode(mode)}, no regular file; give {kinds}")
+        raise InputError(f"{path}: is a {_kind_of_mode(mode)}, not a regular file; give {kinds}")
 
 
 def _kind_of_mode(mode: int) -> str:

@@ -127,7 +127,7 @@ def open_file(root: Path, path: str) -> BinaryIO:
         descriptor = open_below(folder, name, _READ, root / path)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise DamagedFile(f"{root / path}: is no regular file; remove it or put the file there")
+        raise DamagedFile(f"{root / path}: is not a regular file; remove it or put the file there")
     return os.fdopen(descriptor, "rb")
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..schemas.errors import InputError
-from .files import make_folders, writing
+from .atomic import make_folders, writing
 from .links import open_below, opened_folder
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def _acquire(root: Path, name: str, waits: Callable[[str], None] | None) -> int:
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
             if not _is_ours(descriptor):
                 raise InputError(
-                    f"{path}: is no lock file of this program; move it elsewhere and give the same "
+                    f"{path}: is not a lock file of this program; move it elsewhere and give the same "
                     "command again"
                 )
             if _is_at(descriptor, folder, path.name):

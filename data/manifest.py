@@ -104,7 +104,7 @@ def read_aliases(content: bytes) -> tuple[dict[str, str], list[str]]:
     """
     value = _value(content)
     if not isinstance(value, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not a JSON object")
     good = {
         name: ref
         for name, ref in value.items()
@@ -138,7 +138,7 @@ def _moment(text: str) -> str:
 def _relative(name: str) -> str:
     path = PurePosixPath(name)
     if str(path) != name or path.is_absolute() or ".." in path.parts or not name.isprintable():
-        raise ValueError("is no path below the dataset's folder")
+        raise ValueError("is not a path below the dataset's folder")
     return name
 
 

@@ -10,7 +10,7 @@ import socket
 import uuid
 
 from ..schemas.errors import InputError
-from .files import write_whole
+from .atomic import write_atomic
 from .store_files import StoreFiles, as_json
 
 CLAIM = "claim.json"
@@ -28,7 +28,7 @@ def claim(files: StoreFiles, ref: str) -> None:
     if not owner_path.exists():
         with files.locked(f"{ref}.owner"):  # ranks of one training call this at the same time
             if not owner_path.exists():
-                write_whole(owner_path, uuid.uuid4().hex.encode())
+                write_atomic(owner_path, uuid.uuid4().hex.encode())
     owner = owner_path.read_text()
     path = f"{ref}/{CLAIM}"
     claimed = {"owner": owner, "host": socket.gethostname(), "folder": str(folder)}

@@ -21,7 +21,7 @@ from fsspec import asyn
 from fsspec.implementations.local import LocalFileSystem
 
 from ..schemas.errors import InputError
-from .files import sync, temporary_name
+from .atomic import sync, temporary_name
 
 _S3 = {"s3", "s3a"}
 # `pipe_file(mode="create")` is one conditional request.
@@ -76,7 +76,7 @@ def require_reachable(root: str) -> None:
         raise InputError(f"store {root}: there is no bucket {bucket}; make it, or name another")
 
 
-def put_whole(fs: Any, path: str, content: bytes) -> None:
+def put(fs: Any, path: str, content: bytes) -> None:
     """Write a file; atomic on object stores and where the file system's rename is."""
     if _is_one_of(fs, _OBJECT_STORES):
         fs.pipe_file(path, content)
@@ -100,7 +100,7 @@ def put_new(fs: Any, path: str, content: bytes) -> bool:
     if not _is_one_of(fs, _CREATE_ATOMICALLY):
         if fs.exists(path):
             return False
-        put_whole(fs, path, content)
+        put(fs, path, content)
         return True
 
     def attempt() -> bool | None:
@@ -125,7 +125,7 @@ def update(fs: Any, path: str, change: Callable[[bytes | None], bytes]) -> None:
             content = fs.cat_file(path)
         except FileNotFoundError:
             content = None
-        put_whole(fs, path, change(content))
+        put(fs, path, change(content))
         return
     bucket, key, _ = fs.split_path(path)
 
@@ -165,10 +165,10 @@ async def _read_with_etag(fs: Any, bucket: str, key: str) -> tuple[bytes, str] |
         return await body.read(), answer["ETag"]
 
 
-def _conditionally(fs: Any, path: str, content: bytes, put: Callable[[], object]) -> bool:
+def _conditionally(fs: Any, path: str, content: bytes, send: Callable[[], object]) -> bool:
     """Whether a conditional write succeeded. A server without such writes gets a plain one."""
     try:
-        put()
+        send()
     except FileExistsError:
         return False
     except OSError as error:

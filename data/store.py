@@ -159,7 +159,7 @@ class Store:
         path = f"{self.files.base}/{ref}"
         if not self.files.fs.lexists(f"{path}/{MANIFEST}"):
             return None
-        return DamagedFile(f"{path!r}: is no dataset's name; rename it to the id in its manifest")
+        return DamagedFile(f"{path!r}: is not a dataset id; rename it to the id in its manifest")
 
     # --- aliases ---
 
@@ -181,7 +181,9 @@ class Store:
             raise self.files.damaged(_ALIASES, error, mend) from None
         for name in bad:
             logger.warning(
-                "%s: skipped %r, which names no dataset", self.files.url(_ALIASES), name[:100]
+                "%s: skipped %r, which does not name a dataset",
+                self.files.url(_ALIASES),
+                name[:100],
             )
         return good
 

@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ..schemas.errors import DamagedFile, InputError
 from . import remote
-from .files import make_folders, sweep_siblings, sync, write_whole, writing
+from .atomic import make_folders, sweep_siblings, sync, write_atomic, writing
 from .links import open_file, real_root, refuse_links, refuse_links_in
 from .locks import locked
 from .manifest import LARGEST, one_line
@@ -187,7 +187,7 @@ class StoreFiles:
         nearest = next(path for path in (root, *root.parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise InputError(
-                f"store {self.root}: {nearest} is no folder that can be written; pass --store with "
+                f"store {self.root}: {nearest} is not a writable folder; pass --store with "
                 "another path"
             )
 
@@ -199,9 +199,9 @@ class StoreFiles:
         """
         target = self.safe_path(path)
         if self.is_local:
-            write_whole(Path(target), content, Path(self.base))
+            write_atomic(Path(target), content, Path(self.base))
         else:
-            remote.put_whole(self.fs, target, content)
+            remote.put(self.fs, target, content)
 
     def create(self, path: str, content: bytes) -> bool:
         """Write a file of a remote store unless it exists; False if it does (`remote.put_new`)."""

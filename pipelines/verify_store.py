@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..data.files import is_temporary
+from ..data.atomic import is_temporary
 from ..data.links import entries_in
 from ..data.locks import holder
 from ..data.manifest import CHECKSUM, is_ref, manifest_checksum, one_line

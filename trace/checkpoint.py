@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from ..data.files import sync
+from ..data.atomic import sync
 from ..schemas.errors import InputError
 from .checksums import damage, write_checksums
 from .identity import TRAINER_FILE

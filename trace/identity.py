@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..data.files import write_whole
+from ..data.atomic import write_atomic
 from ..schemas.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def cached_sha256(file: Path) -> str:
     same = known == [after.st_size, after.st_mtime_ns, after.st_ctime_ns, after.st_ino]
     if settled and same:
         with suppress(OSError, InputError):  # a cache that cannot be written costs time alone
-            write_whole(entry, json.dumps([known, digest]).encode())
+            write_atomic(entry, json.dumps([known, digest]).encode())
     return digest
 
 

@@ -63,7 +63,7 @@ def _check(source: GymSource) -> None:
     if source.task not in DATASETS:
         near = get_close_matches(source.task, DATASETS, n=5, cutoff=0.4) or sorted(DATASETS)[:5]
         raise InputError(
-            f"source.task {source.task!r} is no reasoning-gym task; near names: {', '.join(near)}"
+            f"source.task {source.task!r} is not a reasoning-gym task; near names: {', '.join(near)}"
         )
     for name, field in (("seed", "seed"), ("size", "limit")):
         if name in source.settings:

@@ -90,7 +90,7 @@ def _array(lines: Iterator[tuple[int, str]], name: str) -> Iterator[tuple[int, d
         raise InputError(f"{name}: is not JSON ({error}); load it again") from None
     for row, value in enumerate(values):
         if not isinstance(value, dict):
-            raise InputError(f"{name}, row {row}: is no JSON object; write one object per row")
+            raise InputError(f"{name}, row {row}: is not a JSON object; write one object per row")
         yield row, value
 
 

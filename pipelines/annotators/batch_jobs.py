@@ -16,7 +16,7 @@ import openai
 from pydantic import BaseModel
 from tenacity import Retrying, retry_if_exception
 
-from ...data.store import Store
+from ...data.store_files import StoreFiles
 from ...schemas.configs import OpenAIAnnotator
 from ...schemas.errors import InputError
 from .. import endpoint, transport
@@ -150,7 +150,7 @@ class JobFile:
     def update(self, **changes: Any) -> None:
         """Change fields; on disk before this returns."""
         self.job = self.job.model_copy(update=changes)
-        Store(self.path.parent).files.write_json(self.path.name, self.job.model_dump())
+        StoreFiles(self.path.parent).write_json(self.path.name, self.job.model_dump())
 
 
 class RequestFile:

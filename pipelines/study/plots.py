@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from ...data.files import write_whole
+from ...data.atomic import write_atomic
 from ...schemas.configs import StudyConfig
 from ..training.validation import SAMPLED
 from .figures import curves, of_arm
@@ -60,4 +60,4 @@ def _write(figure: Any, axes: Any, path: Path) -> None:
     axes.grid(alpha=0.3)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None})
-    write_whole(path, drawn.getvalue())
+    write_atomic(path, drawn.getvalue())

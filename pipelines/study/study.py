@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ...data.files import write_whole
+from ...data.atomic import write_atomic
 from ...data.store import Dataset, Store
 from ...schemas.configs import StudyConfig
 from ...schemas.settings import dump_config
@@ -51,7 +51,7 @@ def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) 
         _write(folder / "tuning.parquet", tuning)
     if mechanism is not None:
         _write(folder / "mechanism.parquet", mechanism)
-    write_whole(folder / "study.yaml", dump_config(config).encode())
+    write_atomic(folder / "study.yaml", dump_config(config).encode())
     for ablation in config.ablations:
         plot_curves(config, per_problem, ablation, folder / f"{ablation}.svg")
     if config.exposure is not None:
@@ -59,7 +59,7 @@ def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) 
     page_path.parent.mkdir(parents=True, exist_ok=True)
     files = os.path.relpath(folder, page_path.parent)
     text = page(config, per_problem, table, mechanism, tuning, files)
-    write_whole(page_path, text.encode())
+    write_atomic(page_path, text.encode())
     return table
 
 
@@ -93,4 +93,4 @@ def _mechanism(config: StudyConfig, runs: list[Run], made: list[Dataset]) -> pl.
 def _write(path: Path, table: pl.DataFrame) -> None:
     written = io.BytesIO()
     table.write_parquet(written)
-    write_whole(path, written.getvalue())
+    write_atomic(path, written.getvalue())

@@ -1,4 +1,4 @@
-"""Stores of others: a bad manifest or alias is one sentence, and hides nothing else."""
+"""Damaged and foreign stores: a bad manifest or alias is one sentence and hides nothing else."""
 
 import json
 import os
@@ -162,7 +162,7 @@ def test_a_folder_with_a_foreign_name_is_no_dataset(three, caplog):
     assert len(list(store.datasets())) == 3
     (record,) = caplog.records
     assert record.getMessage().isprintable()
-    assert "is no dataset's name" in record.getMessage()
+    assert "is not a dataset id" in record.getMessage()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
@@ -170,5 +170,5 @@ def test_a_part_that_is_no_file_is_a_sentence(make, tmp_path):
     draft = Store(tmp_path).begin("numbers", {}, {}, None)
     assert isinstance(draft, Draft)
     make(draft.local_path() / "part-00000.parquet")
-    with pytest.raises(DamagedFile, match="is no regular file"):
+    with pytest.raises(DamagedFile, match="is not a regular file"):
         draft.read_part(0)

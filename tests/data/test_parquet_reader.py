@@ -76,10 +76,10 @@ def test_a_bomb_is_refused_within_little_memory(bombs):
         [sys.executable, "-c", PROGRAM, str(bombs)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert len(said) == 3 * len(BOMBS)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 * len(BOMBS)
     for name in BOMBS:
-        about = [line for line in said if line.startswith(f"{name}.parquet: ")]
+        about = [line for line in lines if line.startswith(f"{name}.parquet: ")]
         assert len(about) == 3
         assert all("unfolds from" in line or "claims 2,000,000 rows" in line for line in about)
 

@@ -1,4 +1,4 @@
-"""Power loss at any moment: what is visible is right, what was promised is there, the command goes on."""
+"""Power loss at any moment: what is visible is intact, what was promised is there, the command resumes."""
 
 import os
 import random
@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from trace_opd.data import files, locks
+from trace_opd.data import atomic, locks
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.annotators.journal import Journal
 from trace_opd.tests.data.power import Killed, Record, recorded
@@ -140,6 +140,6 @@ def test_after_a_kill_a_second_run_and_a_power_loss_nothing_is_wrong(
             command(root, record.promise)
         record.left = None
         locks._let_go()  # as the kernel does for a process that ends
-        monkeypatch.setattr(files, "_synced", set())  # the second run is another process
+        monkeypatch.setattr(atomic, "_synced", set())  # the second run is another process
         command(root, record.promise)
     assert_survives(record, 6, seed, tmp_path)

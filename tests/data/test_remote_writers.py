@@ -1,4 +1,4 @@
-"""Two writers of one store on S3, each a process, against moto's server on loopback."""
+"""Two processes write to one store on S3 (moto's server on loopback)."""
 
 import json
 import subprocess

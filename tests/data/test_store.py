@@ -1,4 +1,4 @@
-"""The store: identity, parts whole or not at all, aliases, references, lineage, other file systems."""
+"""The store: identity, atomic parts, aliases, references, lineage, other file systems."""
 
 import hashlib
 import json
@@ -374,7 +374,7 @@ def test_a_store_lives_on_any_fsspec_file_system():
     assert [path for path in store.files.fs.find(store.files.base) if ".tmp-" in path] == []
 
 
-def test_files_beside_tables_need_a_local_store(tmp_path):
+def test_local_files_need_a_local_folder(tmp_path):
     with pytest.raises(InputError, match="need a local folder; set TRACE_OPD_LOCAL"):
         begin(Store(f"memory://{uuid.uuid4().hex}"), {"a": 1}).local_path("checkpoints")
     assert begin(Store(tmp_path), {"a": 1}).local_path("checkpoints").is_dir()
@@ -382,7 +382,7 @@ def test_files_beside_tables_need_a_local_store(tmp_path):
 
 def test_a_store_that_cannot_be_written_stops_before_work(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"is no folder that can be written; pass --store"):
+    with pytest.raises(InputError, match=r"is not a writable folder; pass --store"):
         begin(Store(tmp_path / "file" / "store"), {"a": 1})
 
 
@@ -396,7 +396,7 @@ def test_asking_for_a_dataset_writes_nothing(store, tmp_path):
 # --- disks that are full, clocks that jump, bytes that rot ---
 
 
-def test_a_full_disk_is_told_in_a_sentence_and_work_goes_on_when_there_is_room(store):
+def test_a_full_disk_is_one_sentence_and_work_resumes_when_there_is_room(store):
     draft = begin(store, {"a": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
@@ -413,7 +413,7 @@ def test_a_full_disk_is_told_in_a_sentence_and_work_goes_on_when_there_is_room(s
 
 
 def test_a_clock_that_jumps_does_not_make_a_run_long_or_negative(store):
-    # The wall clock said so when the run began; it has been set since, back or forth.
+    # The wall clock showed this when the run began, and has been set since.
     for started in ("2099-01-01T00:00:00.000+00:00", "1999-01-01T00:00:00.000+00:00"):
         draft = begin(store, {"started": started})
         draft = replace(draft, header=draft.header | {"started_at": started})
@@ -430,12 +430,12 @@ def damaged(path: Path, at: int, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "bit"])
-def test_a_part_that_is_not_as_written_is_told_or_reads_as_written(store, how):
+def test_a_damaged_part_is_an_error_or_reads_as_written(store, how):
     tables = problems_table(*map(str, range(50)))
     made = finished(store, {"a": 1}, tables)
     path = Path(made.path("part-00000.parquet"))
-    whole, told = path.read_bytes(), 0
-    for at in range(4, len(whole), 97):
+    intact, found = path.read_bytes(), 0
+    for at in range(4, len(intact), 97):
         damaged(path, at, how)
         assert (
             store.files.checksum(f"{made.ref}/{path.name}")[1]
@@ -445,14 +445,14 @@ def test_a_part_that_is_not_as_written_is_told_or_reads_as_written(store, how):
             # A flipped bit in what the file says about itself may not matter for its rows.
             assert made.read() == tables
         except InputError as error:
-            told += isinstance(error, DamagedFile)
-        path.write_bytes(whole)
-    assert told > 0
+            found += isinstance(error, DamagedFile)
+        path.write_bytes(intact)
+    assert found > 0
     if how == "cut":
-        assert told == len(range(4, len(whole), 97))
+        assert found == len(range(4, len(intact), 97))
 
 
-def test_a_damaged_manifest_is_told_and_hides_no_other_dataset(store, caplog):
+def test_a_damaged_manifest_is_logged_and_hides_no_other_dataset(store, caplog):
     first = finished(store, {"a": 1}, problems_table("p"))
     second = finished(store, {"a": 2}, problems_table("q"))
     Path(first.path(MANIFEST)).write_text('{"stage": "prob')
@@ -469,7 +469,7 @@ def test_a_manifest_knows_its_own_checksum(store):
     assert found.manifest[CHECKSUM] != manifest_checksum(found.manifest | {"seconds": 99.0})
 
 
-def test_files_beside_the_parts_are_listed_with_their_checksums(tmp_path):
+def test_files_of_a_dataset_are_listed_with_their_checksums(tmp_path):
     draft = begin(Store(tmp_path), {"a": 1})
     (draft.local_path() / "metrics.jsonl").write_text("{}\n")
     made = draft.finish(0, files=["metrics.jsonl"])

@@ -1,4 +1,4 @@
-"""Links in a store of somebody else's: nothing outside it is read, written or removed."""
+"""Links in a store: nothing outside it is read, written or removed."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from trace_opd.data.files import sweep, sweep_siblings
+from trace_opd.data.atomic import sweep, sweep_siblings
 from trace_opd.data.locks import holder, locked, remove_unheld
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.schemas.errors import InputError
@@ -127,7 +127,7 @@ def test_only_a_lock_file_of_our_own_is_written_or_removed(kind, tmp_path):
     }
     makers[kind]()
     before = path.lstat()
-    sentence = r"\.locks/x: (is no lock file|can't be made)"
+    sentence = r"\.locks/x: (is not a lock file|can't be made)"
     with pytest.raises(InputError, match=sentence), locked(root, "x"):
         pass
     with locked(root, "y"):
@@ -174,7 +174,7 @@ def test_a_root_that_is_a_link_to_a_folder_is_a_store(tmp_path):
     assert Store(tmp_path / "real").get("named").read().equals(TABLE)
 
 
-def test_a_board_may_keep_links_of_its_own_in_a_run(tmp_path):
+def test_a_tracker_may_keep_links_of_its_own_in_a_run(tmp_path):
     draft = begin(Store(tmp_path))
     board = draft.local_path() / "wandb"
     (board / "run-1").mkdir(parents=True)

@@ -59,7 +59,7 @@ def writing(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, content: bytes, root: Path | None = None) -> None:
+def write_atomic(path: Path, content: bytes, root: Path | None = None) -> None:
     """Write a file atomically and durably: temporary name, fsync, rename, fsync of the folder.
 
     A link at the path is replaced, not followed. root: see `make_folders`.
