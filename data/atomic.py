@@ -1,7 +1,7 @@
 """Atomic, durable writes, and removal of the files that killed writers leave.
 
-`StoreFiles` and the lock files build on this, and so does everything that writes reports, metrics and
-checkpoints.
+`StoreFiles` and the lock files build on this, and so does everything that writes reports, metrics
+and checkpoints.
 """
 
 import errno
@@ -123,7 +123,7 @@ def _identity(path: Path) -> tuple[int, int]:
 def sweep(folder: Path) -> None:
     """Remove what killed writers left in a folder and below it, without following links.
 
-    The caller must hold the dataset's lock: a temporary folder does not show whether its writer lives.
+    The caller must hold the dataset's lock: a folder does not show whether its writer is alive.
     """
     with suppress(FileNotFoundError):
         for _, folders, files, descriptor in os.fwalk(folder):

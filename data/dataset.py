@@ -194,8 +194,8 @@ class Draft:
         """Hold the dataset while a run works on it; yields the Dataset if another run finished it.
 
         The process that began the draft holds the lock, its workers hold nothing. Runs on two
-        machines with a remote store do not see each other: both make the parts, and the first writer
-        of each part and of the manifest wins. Only one of them may have local files (`local_path`).
+        machines with a remote store do not see each other: both make the parts, and the first
+        writer of each part and of the manifest wins. Only one may have local files (`local_path`).
 
         waits: called with a line that names the holder, before this blocks; may raise.
 
@@ -215,9 +215,9 @@ class Draft:
     def has_sound_part(self, index: int) -> bool:
         """Whether a part exists and reads in full. A damaged part is removed, to be made again.
 
-        Called when a run resumes: no manifest holds a checksum of these parts yet. Parquet pages have
-        checksums but the footer has none: if the file differs from its rows encoded again, it is
-        rewritten from the rows.
+        Called when a run resumes: no manifest holds a checksum of these parts yet. Parquet pages
+        have checksums but the footer has none: if the file differs from its rows encoded again, it
+        is rewritten from the rows.
         """
         path = f"{self.ref}/{part_name(index)}"
         if not self.has_part(index):
@@ -249,7 +249,7 @@ class Draft:
         write(path, encoded(table))
 
     def local_path(self, name: str = "") -> Path:
-        """Local folder for files that are not tables (checkpoints, journals), made durably if needed.
+        """Local folder for files that are not tables (checkpoints, journals), made if needed.
 
         In a remote store the first such folder owns the dataset: another machine would pay for the
         same answers and train other weights under the same id.
@@ -275,8 +275,7 @@ class Draft:
         and its dataset is returned: it lists the same parts, since the first writer of each part
         wins too.
 
-        files: names within `local_path()` of files that belong to the dataset; uploaded if the store
-            is remote.
+        files: names of the dataset's files in `local_path()`; a remote store gets copies.
         """
         self.files.upload(self.ref, files)
         manifest = self.header | {

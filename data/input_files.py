@@ -36,8 +36,8 @@ def find_files(pattern: str, kinds: str) -> tuple[Any, list[str]]:
     """The file system and the sorted paths of a pattern. kinds: what to give, for error messages.
 
     Raises:
-        InputError: an unknown protocol, a file system that does not answer, no such file, a folder, a
-            device, a pipe, or a file that is too large.
+        InputError: an unknown protocol, a file system that does not answer, no such file, a file
+            that is not regular (folder, device, pipe), or one that is too large.
     """
     for part in pattern.split("::"):  # fsspec opens the inner file of a chained URL at once
         _require_no_device(part, kinds)
@@ -129,8 +129,8 @@ def read_json(text: str) -> Any:
     """The value of a JSON text; what Python's reader accepts but no table can hold is refused.
 
     Raises:
-        ValueError: not JSON, nested too deep, a number of thousands of digits, or half of a surrogate
-            pair; the message says which.
+        ValueError: not JSON, nested too deep, a number of thousands of digits, or half of a
+            surrogate pair; the message says which.
     """
     try:
         value = json.loads(text)
@@ -193,7 +193,7 @@ def _too_large(path: str) -> InputError:
 
 @contextmanager
 def _file_system_errors(path: str, kinds: str, local: bool = False) -> Iterator[None]:
-    """Turn a file system's errors into an InputError. Remote ones have exception types of their own."""
+    """Turn a file system's errors, of whatever type, into an InputError."""
     try:
         yield
     except InputError:

@@ -35,8 +35,8 @@ def real_root(root: str | Path) -> Path:
     if not os.path.exists(nearest):  # noqa: PTH110 - False for every error, as lexists
         leads = f"a link to {str(nearest.readlink())!r}" if nearest.is_symlink() else "a place"
         raise InputError(
-            f"store {root}: {nearest} is {leads} that is not there; mount or make that folder, or pass "
-            "--store with another path"
+            f"store {root}: {nearest} is {leads} that is not there; mount or make that folder, or "
+            "pass --store with another path"
         )
     return path.resolve()
 
@@ -133,6 +133,6 @@ def open_file(root: Path, path: str) -> BinaryIO:
 
 def _link(path: Path) -> InputError:
     return InputError(
-        f"{str(path)!r}: is a symbolic link, and a store holds none; put a copy of the file or folder "
-        "in its place, or remove it"
+        f"{str(path)!r}: is a symbolic link, and a store holds none; put a copy of the file or "
+        "folder in its place, or remove it"
     )

@@ -3,7 +3,7 @@
 A lock is flock(2) on a file that names its holder. The kernel drops it when the process ends, so no
 lock is ever stale. A lock file that a killed process left is removed by the next release in its
 folder. A store may come from somebody else: no link is followed, and only a file with the content
-that `_acquire` writes is written or removed. `StoreFiles.locked` and the download of models lock here.
+that `_acquire` writes is written or removed. `StoreFiles.locked` and model downloads lock here.
 """
 
 import errno
@@ -124,8 +124,8 @@ def _acquire(root: Path, name: str, waits: Callable[[str], None] | None) -> int:
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
             if not _is_ours(descriptor):
                 raise InputError(
-                    f"{path}: is not a lock file of this program; move it elsewhere and give the same "
-                    "command again"
+                    f"{path}: is not a lock file of this program; move it elsewhere and give the "
+                    "same command again"
                 )
             if _is_at(descriptor, folder, path.name):
                 os.ftruncate(descriptor, 0)

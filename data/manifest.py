@@ -1,8 +1,8 @@
 """Manifests and aliases: ids, checksums, and validation when they are read.
 
 A store may be damaged, or come from somebody else. A value that passes here has the types that the
-rest of the program relies on, and every name that becomes a path or part of a command has the form of
-our own names. `Store`, `Dataset` and `verify-store` call this.
+rest of the program relies on, and every name that becomes a path or part of a command has the form
+of our own names. `Store`, `Dataset` and `verify-store` call this.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """One local folder owns a dataset of a remote store whose journal or checkpoints lie on a machine.
 
-`Draft.local_path` calls `claim`. The claim is `claim.json` in the dataset's remote folder, created by
-a conditional write. It names the owner by an id that is kept in the local folder itself, so machines
-may share that folder and it may move.
+`Draft.local_path` calls `claim`. The claim is `claim.json` in the dataset's remote folder, created
+by a conditional write. It names the owner by an id that is kept in the local folder itself, so
+machines may share that folder and it may move.
 """
 
 import json
@@ -43,5 +43,6 @@ def claim(files: StoreFiles, ref: str) -> None:
         where = "its content is damaged"
     raise InputError(
         f"{files.url(path)}: another local folder has the journal and checkpoints of {ref} "
-        f"({where[:300]}); give the command again there, or remove this object if the folder is gone"
+        f"({where[:300]}); give the command again there, or remove this object if the folder is "
+        "gone"
     )

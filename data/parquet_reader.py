@@ -1,9 +1,9 @@
 """Parquet read within memory limits: a small file may claim gigabytes.
 
-Compression, dictionaries and run lengths let a kilobyte stand for gigabytes. So the sizes that a file
-states are checked first. Text is read as dictionaries and indices, which takes no more memory than it
-takes in the file, and its full size is summed before it becomes text. Parts of a store, problem files
-and the viewer's rows are read here.
+Compression, dictionaries and run lengths let a kilobyte stand for gigabytes. So the sizes that a
+file states are checked first. Text is read as dictionaries and indices, which takes no more memory
+than it takes in the file, and its full size is summed before it becomes text. Parts of a store,
+problem files and the viewer's rows are read here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from ..schemas.contract import parquet_errors
 from ..schemas.errors import InputError
 from .parquet_footer import column_chunks
 
-# The limit on what a file unfolds to, in bytes or times its own size. Our own parts stay below 20 times.
+# Limits on the unfolded size, in bytes and times the file's size. Our parts stay below 20 times.
 _MOST_BYTES, _MOST_TIMES = 256 << 20, 100
 # Distinct rows take more than a byte of the file each.
 _MOST_ROWS = 1_000_000
@@ -95,28 +95,28 @@ class _Folded:
     def check(self, unfolded: int) -> None:
         if unfolded > self.most:
             raise InputError(
-                f"{self.where}: unfolds from {self.size:,} to more than {self.most:,} bytes; write it "
-                "anew without what repeats, or split it"
+                f"{self.where}: unfolds from {self.size:,} to more than {self.most:,} bytes; "
+                "write it anew without what repeats, or split it"
             )
 
     def schema_of(self, names: Sequence[str]) -> pa.Schema:
-        """The unfolded fields of some names, in order; duplicate names take their fields in order."""
+        """The unfolded fields of some names; a duplicate name takes its fields in order."""
         held = {name: iter(self.schema.get_all_field_indices(name)) for name in names}
         fields = [self.schema.field(next(held[name])) for name in names]
         return pa.schema(fields).with_metadata(self.schema.metadata)
 
 
 def _open(file: Any, where: str, columns: Sequence[str] | None = None, **options: Any) -> _Folded:
-    """Open a file and check the sizes that it states. A file with false page sizes costs at most 2 GiB
-    for each column, the format's limit for a page."""
+    """Open a file and check the sizes that it states. A file with false page sizes costs at most 2
+    GiB for each column, the format's limit for a page."""
     with parquet_errors(where):
         size = file.seek(0, 2)
         plain = pq.ParquetFile(file)
         metadata = plain.metadata
         if metadata.num_rows > max(_MOST_ROWS, size):
             raise InputError(
-                f"{where}: claims {metadata.num_rows:,} rows in {size:,} bytes; it is damaged, or made "
-                "to fill the memory"
+                f"{where}: claims {metadata.num_rows:,} rows in {size:,} bytes; it is damaged, or "
+                "made to fill the memory"
             )
         leaves = _leaves(metadata, columns)
         texts = [path for path, kind in leaves.values() if kind == "BYTE_ARRAY"]

@@ -42,8 +42,8 @@ def read_part(
             if isinstance(error, OSError) and error.errno == errno.EIO:
                 raise  # the disk failed; the file may be intact
             mend = (
-                f"`trace-opd verify-store {ref}` says how to make a finished dataset again, and the "
-                "command that makes an unfinished one makes the part again"
+                f"`trace-opd verify-store {ref}` says how to make a finished dataset again, and "
+                "the command that makes an unfinished one makes the part again"
             )
             raise files.damaged(f"{ref}/{name}", error, mend) from error
     if contract is None:
@@ -66,9 +66,9 @@ def count_rows(files: StoreFiles, path: str) -> int:
 def encoded(table: pa.Table) -> bytes:
     """A table as a Parquet file; equal tables give equal bytes.
 
-    Dictionaries and statistics are limited to flat columns: for lists of tokens and log-probabilities
-    they are slow and save nothing. Lists of 4-byte numbers are split into byte streams, because the
-    upper bytes of token ids are mostly alike.
+    Dictionaries and statistics are limited to flat columns: for lists of tokens and
+    log-probabilities they are slow and save nothing. Lists of 4-byte numbers are split into byte
+    streams, because the upper bytes of token ids are mostly alike.
     """
     flat = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
     split = {

@@ -1,8 +1,8 @@
 """Reads and writes of remote stores: S3 and other object stores, any fsspec file system.
 
 `StoreFiles` calls this for stores that are not on a local disk. Concurrent writers on S3 are kept
-apart by conditional writes: `put_new` creates (If-None-Match: *), `update` replaces what it has read
-(If-Match). docs/reliability.md says what holds on other file systems.
+apart by conditional writes: `put_new` creates (If-None-Match: *), `update` replaces what it has
+read (If-Match). docs/reliability.md says what holds on other file systems.
 """
 
 import logging

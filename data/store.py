@@ -35,7 +35,7 @@ class Store:
     """Datasets and aliases below one root. Holds no state but the root."""
 
     def __init__(self, root: str | Path) -> None:
-        """Raises InputError if no file system opens the root, or it is a link that leads nowhere."""
+        """Raises InputError if no file system opens the root, or it is a dangling link."""
         self.files = StoreFiles(root)
         self.root = self.files.root
 

@@ -1,8 +1,9 @@
 """The files of a store, on a local disk or on any fsspec file system: paths, reads, writes, locks.
 
 `Store`, `Dataset` and `Draft` do all their reading and writing through `StoreFiles`, which knows
-nothing of datasets. Two kinds of paths: a safe path is a file's full path in the store; a local path
-is a file on this machine, which a remote store keeps below $TRACE_OPD_LOCAL (journals, checkpoints).
+nothing of datasets. Two kinds of paths: a safe path is a file's full path in the store; a local
+path is a file on this machine, which a remote store keeps below $TRACE_OPD_LOCAL (journals,
+checkpoints).
 """
 
 import hashlib
@@ -30,7 +31,7 @@ class StoreFiles:
     """Files below one root. Holds no state but the root, so it may be opened and pickled freely."""
 
     def __init__(self, root: str | Path) -> None:
-        """Raises InputError if no file system opens the root, or it is a link that leads nowhere."""
+        """Raises InputError if no file system opens the root, or it is a dangling link."""
         self.root = str(root)
         self.fs, base = remote.open_file_system(self.root)
         self.is_local = isinstance(self.fs, LocalFileSystem)
@@ -86,8 +87,8 @@ class StoreFiles:
     def local_path(self, path: str) -> Path:
         """A file or folder below `local_root`.
 
-        Neither a component of the path nor anything in the folder is a symbolic link, so callers may
-        follow paths below it.
+        Neither a component of the path nor anything in the folder is a symbolic link, so callers
+        may follow paths below it.
 
         Raises:
             InputError: there is no local root, the path leaves the store, or there is a link.
@@ -140,11 +141,12 @@ class StoreFiles:
             return self.fs.open(self.safe_path(path), "rb")
         except FileNotFoundError:
             raise InputError(
-                f"{self.url(path)}: file is gone; `trace-opd verify-store` says how to make it again"
+                f"{self.url(path)}: file is gone; `trace-opd verify-store` says how to make it "
+                "again"
             ) from None
 
     def read(self, path: str) -> bytes | None:
-        """The content of a small file (up to `manifest.LARGEST`), by one request; None if it is absent.
+        """A small file (up to `manifest.LARGEST`), read by one request; None if it is absent.
 
         Raises:
             DamagedFile: it is not a regular file, or can't be read.
@@ -160,7 +162,8 @@ class StoreFiles:
             if not self.is_local:
                 raise
             raise DamagedFile(
-                f"{self.url(path)}: can't be read ({error.strerror}); make it readable, or restore it"
+                f"{self.url(path)}: can't be read ({error.strerror}); make it readable, or restore "
+                "it"
             ) from None
 
     def checksum(self, path: str) -> tuple[int, str]:
@@ -229,8 +232,8 @@ class StoreFiles:
             self.fs.rm_file(self.safe_path(path))
 
     def sync(self, folder: str, names: Iterable[str] = ()) -> None:
-        """Make a folder's names, and the content of some of its files, durable: their writer may have
-        been killed before its own sync. Local stores only."""
+        """Make a folder's names, and the content of some of its files, durable: their writer may
+        have been killed before its own sync. Local stores only."""
         path = Path(self.safe_path(folder))
         if not self.is_local or not path.is_dir():
             return
@@ -262,8 +265,8 @@ class StoreFiles:
     def locked(
         self, name: str, waits: Callable[[str], None] | None = None
     ) -> AbstractContextManager[None]:
-        """Hold a name exclusively (`locks.locked`). For a remote store the lock covers the processes
-        that share $TRACE_OPD_LOCAL; without that variable there is no lock."""
+        """Hold a name exclusively (`locks.locked`). For a remote store the lock covers the
+        processes that share $TRACE_OPD_LOCAL; without that variable there is no lock."""
         root = self._local_root()
         return nullcontext() if root is None else locked(root, name, waits)
 

@@ -1,9 +1,9 @@
 """Where problems come from: one module per kind of source, named after the config's `kind`.
 
-Stage problems calls the functions here. Each module has `rows(source, seed)`, `identity(source)` and,
-if its rows never end, `ENDLESS`. A row is a dictionary with problem, answer, answer_kind, solution,
-steps and source as in table problems, and optionally `row`, its number in the source. A module is
-imported when its source is first used, so no source needs the packages of another.
+Stage problems calls the functions here. Each module has `rows(source, seed)`, `identity(source)`
+and, if its rows never end, `ENDLESS`. A row is a dictionary with problem, answer, answer_kind,
+solution, steps and source as in table problems, and optionally `row`, its number in the source. A
+module is imported when its source is first used, so no source needs the packages of another.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def is_endless(source: Source) -> bool:
 def identity(source: Source) -> dict[str, Any]:
     """JSON-able data that together with the seed determines the rows.
 
-    It holds content hashes instead of paths, resolved revisions of dataset ids, versions of packages.
+    It holds content hashes instead of paths, resolved revisions, and versions of packages.
 
     Raises:
         InputError: the source does not exist.

@@ -1,7 +1,7 @@
 """Multi-digit addition and subtraction with known intermediate steps: a built-in generator.
 
-The source of kind `arithmetic`; the micro model is pretrained on it too. A right response writes one
-line per digit, least significant first, with its carry or borrow, and boxes the result; for
+The source of kind `arithmetic`; the micro model is pretrained on it too. A right response writes
+one line per digit, least significant first, with its carry or borrow, and boxes the result; for
 `4821+3977` and `4821-3977`:
 
     1+7+0=8 c0          11-7-0=4 b1

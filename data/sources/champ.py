@@ -35,6 +35,5 @@ def identity(source: ChampSource) -> dict[str, Any]:
 
 
 def gold_answer(text: str) -> str:
-    """One comparable form: `C(10, 5), or equivalently 252` gives 252, `0 (i.e., no real zeros)` gives
-    0."""
+    """One form to compare: 252 for "C(10, 5), or equivalently 252", 0 for "0 (i.e., none)"."""
     return _ASIDE.sub("", _EVALUATED.sub("", text)).strip()

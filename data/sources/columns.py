@@ -47,8 +47,8 @@ def problem_row(
 ) -> dict[str, Any]:
     """One foreign row as a problems row.
 
-    `final_answer` extracts the answer from a longer text. It returns "" if there is none: such a row
-    is kept, and the parser of gold answers decides about it.
+    `final_answer` extracts the answer from a longer text. It returns "" if there is none: such a
+    row is kept, and the parser of gold answers decides about it.
 
     Raises:
         InputError: the problem, the answer or a choice is empty, or neither text nor number.

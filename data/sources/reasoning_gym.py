@@ -1,5 +1,7 @@
-"""Problems from reasoning-gym's procedural tasks: the source of kind `reasoning-gym`, called through
-`sources.rows` by stage problems."""
+"""Problems from reasoning-gym's procedural tasks.
+
+The source of kind `reasoning-gym`, called through `sources.rows` by stage problems.
+"""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -63,7 +65,8 @@ def _check(source: GymSource) -> None:
     if source.task not in DATASETS:
         near = get_close_matches(source.task, DATASETS, n=5, cutoff=0.4) or sorted(DATASETS)[:5]
         raise InputError(
-            f"source.task {source.task!r} is not a reasoning-gym task; near names: {', '.join(near)}"
+            f"source.task {source.task!r} is not a reasoning-gym task; near names: "
+            f"{', '.join(near)}"
         )
     for name, field in (("seed", "seed"), ("size", "limit")):
         if name in source.settings:

@@ -81,8 +81,8 @@ def _array(lines: Iterator[tuple[int, str]], name: str) -> Iterator[tuple[int, d
         size += len(line)
         if size > _MOST_ARRAY_CHARS:
             raise InputError(
-                f"{name}: is a JSON array of more than {_MOST_ARRAY_CHARS:,} characters; write JSON "
-                "lines"
+                f"{name}: is a JSON array of more than {_MOST_ARRAY_CHARS:,} characters; write "
+                "JSON lines"
             )
     try:
         values = read_json("".join(held))

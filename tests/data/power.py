@@ -1,9 +1,9 @@
 """Power loss: the states that a disk may be in afterwards, from a record of what a program did.
 
 The model is that of ALICE (OSDI 2014) and of SQLite's crash tests. An fsync of a file puts its
-content on the disk, an fsync of a folder the names in it, and neither puts anything else there. What
-was not synced may be there or not: changes of names in any order, a rename as one change; content as
-it was, cut, or with zeros in it. A state is drawn from a seed.
+content on the disk, an fsync of a folder the names in it, and neither puts anything else there.
+What was not synced may be there or not: changes of names in any order, a rename as one change;
+content as it was, cut, or with zeros in it. A state is drawn from a seed.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Power loss at any moment: what is visible is intact, what was promised is there, the command resumes."""
+"""Power loss at any moment: visible data is intact, promises hold, and the command resumes."""
 
 import os
 import random

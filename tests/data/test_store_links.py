@@ -16,7 +16,8 @@ from trace_opd.schemas.errors import InputError
 TABLE = pa.table({"n": [1, 2, 3]})
 # Places of a store, by whether what lies there is a folder.
 FOLDERS = [
-    ".locks", ".looks", "numbers", "numbers/{id}", "numbers/{id}/journal", "numbers/{id}/checkpoints",
+    ".locks", ".looks", "numbers", "numbers/{id}", "numbers/{id}/journal",
+    "numbers/{id}/checkpoints",
     "numbers/{id}/checkpoints/step-00001", "numbers/{id}/checkpoints/.tmp-step-00002",
     "numbers/{id}/tensorboard", "numbers/{id}/.tmp-half", "numbers/{id}/a.tmp-1-2",
 ]  # fmt: skip
