@@ -12,7 +12,7 @@ from werkzeug import Request, Response
 
 from trace_opd.data.remote import put_new, update
 from trace_opd.data.store import Draft, Store
-from trace_opd.pipelines.verify_store import verify_store
+from trace_opd.pipelines.cli.check_store import verify_store
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.tables import PROBLEMS
 

@@ -38,12 +38,12 @@ from trace_opd.pipelines.annotators.prices import load_prices
 from trace_opd.pipelines.annotators.prompting import ask, load_prompt
 from trace_opd.pipelines.annotators.rows import SKIPPED, Identity, Item, annotation_row
 from trace_opd.pipelines.annotators.spending import open_spending
+from trace_opd.pipelines.cli.check_store import verify_store
+from trace_opd.pipelines.cli.show import show_dataset
 from trace_opd.pipelines.endpoint import NotACompletion
 from trace_opd.pipelines.models import MICRO, resolve_policy
 from trace_opd.pipelines.samplers.reply import read_completion
-from trace_opd.pipelines.show import show_dataset
 from trace_opd.pipelines.terminal import Terminal
-from trace_opd.pipelines.verify_store import verify_store
 from trace_opd.pipelines.viewer import view
 from trace_opd.schemas import configs
 from trace_opd.schemas.configs import FilesSource, OpenAIAnnotator, SegmentConfig

@@ -30,8 +30,11 @@ import torch.utils.tensorboard
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401
 
-from trace_opd.pipelines import pipeline, show, verify_store  # noqa: F401
-from trace_opd.pipelines.cli import main
+from trace_opd.pipelines import pipeline  # noqa: F401
+from trace_opd.pipelines.cli import (
+    main,
+    show,  # noqa: F401
+)
 from trace_opd.pipelines.training import plan  # noqa: F401
 from trace_opd.pipelines.viewer import report  # noqa: F401
 

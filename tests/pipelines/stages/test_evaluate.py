@@ -255,7 +255,7 @@ def test_a_shown_evaluation_has_a_column_per_policy_and_the_paired_difference(
     dataset = draft.finish(0, summary([0, 4, 8, 4], [4, 8, 8, 4]))
     command = ["trace-opd", "show", dataset.id, "--store", str(tmp_path)]
     monkeypatch.setattr("sys.argv", command)
-    monkeypatch.setattr("trace_opd.pipelines.cli.console", Console(width=120))
+    monkeypatch.setattr("trace_opd.pipelines.cli.commands.console", Console(width=120))
     with pytest.raises(SystemExit):
         main()
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "avg@8" in line)

@@ -26,7 +26,7 @@ from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.annotators.answers import read_answer
 from trace_opd.pipelines.annotators.prompting import ask, load_prompt
 from trace_opd.pipelines.annotators.rows import Identity, Item, annotation_row
-from trace_opd.pipelines.show import show_rollout
+from trace_opd.pipelines.cli.show import show_rollout
 from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.pipelines.stages.convert import CONVERT_STAGE

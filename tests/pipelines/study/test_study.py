@@ -12,7 +12,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from trace_opd.pipelines.cli import app
+from trace_opd.pipelines.cli.commands import app
 from trace_opd.pipelines.study.figures import bootstrap, curves
 from trace_opd.schemas.configs import StudyConfig
 from trace_opd.schemas.errors import InputError

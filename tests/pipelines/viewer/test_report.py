@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trace_opd.data.store import Dataset, Store, content_hash
-from trace_opd.pipelines.show import response_text, show_rollout
+from trace_opd.pipelines.cli.show import response_text, show_rollout
 from trace_opd.pipelines.viewer import report
 from trace_opd.pipelines.viewer.page import csp_hash
 from trace_opd.pipelines.viewer.paint import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trace_opd.pipelines.ending import exit_code
+from trace_opd.pipelines.cli.ending import exit_code
 from trace_opd.schemas.environment import whole_number
 from trace_opd.schemas.errors import InputError, Stopped
 
@@ -51,7 +51,7 @@ def raising(error):
     ids=lambda value: repr(value)[:20],
 )  # fmt: skip
 def test_a_failure_is_one_sentence(error, code, what, capfd, monkeypatch):
-    monkeypatch.setattr("trace_opd.pipelines.ending._drop_output", lambda: None)
+    monkeypatch.setattr("trace_opd.pipelines.cli.ending._drop_output", lambda: None)
     assert exit_code(raising(error)) == code
     said = capfd.readouterr().err
     assert what in said
@@ -74,7 +74,7 @@ def test_a_fault_of_the_program_keeps_its_traceback():
     ],
 )
 def test_a_variable_of_nonsense_is_one_sentence(variable, value, args):
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     code, _, said = trace_opd(*args, environment={variable: value}, cwd=root)
     assert code == 2
     assert "Traceback" not in said
@@ -117,7 +117,7 @@ def test_an_encoding_without_the_characters_still_prints():
 
 PROGRAM = """
 import sys, time
-from trace_opd.pipelines.ending import end_at_second_interrupt, exit_code
+from trace_opd.pipelines.cli.ending import end_at_second_interrupt, exit_code
 end_at_second_interrupt()
 def run():
     try:
@@ -151,3 +151,18 @@ def test_the_first_interrupt_drains_and_the_second_ends_at_once(times):
     assert "Traceback" not in said
     assert ("drained" in out) == (times == 1)
     assert ("second Ctrl-C" in said) == (times == 2)
+
+
+def test_an_interrupt_while_the_commands_are_imported_is_no_traceback():
+    program = """
+import sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "trace_opd.pipelines.cli.commands":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from trace_opd.pipelines.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")

@@ -9,19 +9,19 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..data.store import Draft
-from ..schemas.configs import AnnotateConfig, OpenAIAnnotator, SelfAnnotator
-from ..schemas.labels import AnnotationStatus
-from .annotators.batch_jobs import read_jobs
-from .annotators.completion import is_answer, question_key, read_record, request_body
-from .annotators.dialogue import RAISED_LIMIT, Answer, Question, replay
-from .annotators.journal import Journal
-from .annotators.prices import Price, find_price, most_prompt_tokens
-from .annotators.prompting import AnnotationPrompt, correct, load_prompt
-from .annotators.rows import Item, items
-from .annotators.spending import count, dollars
-from .stages.attempts import first_attempt
-from .stages.base import Plan, progress_bar
+from ...data.store import Draft
+from ...schemas.configs import AnnotateConfig, OpenAIAnnotator, SelfAnnotator
+from ...schemas.labels import AnnotationStatus
+from ..annotators.batch_jobs import read_jobs
+from ..annotators.completion import is_answer, question_key, read_record, request_body
+from ..annotators.dialogue import RAISED_LIMIT, Answer, Question, replay
+from ..annotators.journal import Journal
+from ..annotators.prices import Price, find_price, most_prompt_tokens
+from ..annotators.prompting import AnnotationPrompt, correct, load_prompt
+from ..annotators.rows import Item, items
+from ..annotators.spending import count, dollars
+from ..stages.attempts import first_attempt
+from ..stages.base import Plan, progress_bar
 
 _BYTES_PER_TOKEN = 4.0  # of English prose in common tokenizers, until an answer tells better
 _MOST_ERROR_CHARS = 300  # what a correction may say about an answer

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from ..data.store import Store
-from .annotators.batch_jobs import FINAL, BatchClient, JobFile, read_jobs
+from ...data.store import Store
+from ..annotators.batch_jobs import FINAL, BatchClient, JobFile, read_jobs
 
 _ATTEMPTS, _TIMEOUT_S = 3, 30.0
 

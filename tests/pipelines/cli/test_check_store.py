@@ -12,13 +12,13 @@ import yaml
 
 from trace_opd.data.store import MANIFEST, Store
 from trace_opd.pipelines.cli import main
+from trace_opd.pipelines.cli.remake import overrides
 from trace_opd.pipelines.pipeline import CONFIG_TYPES
-from trace_opd.pipelines.remake import overrides
 from trace_opd.schemas.configs import PipelineConfig, TrainConfig
 from trace_opd.schemas.presets import PRESETS
 from trace_opd.schemas.settings import load_config
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 PROBLEMS = ["problems", "source={kind: arithmetic}", "limit=6", "rows_per_part=2"]
 
 

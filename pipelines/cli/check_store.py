@@ -9,16 +9,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..data.atomic import is_temporary
-from ..data.links import entries_in
-from ..data.locks import holder
-from ..data.manifest import CHECKSUM, is_ref, manifest_checksum, one_line
-from ..data.store import MANIFEST, Dataset, Store
-from ..data.store_files import StoreFiles
-from ..schemas.errors import InputError
-from .pipeline import TABLE_STAGES
+from ...data.atomic import is_temporary
+from ...data.links import entries_in
+from ...data.locks import holder
+from ...data.manifest import CHECKSUM, is_ref, manifest_checksum, one_line
+from ...data.store import MANIFEST, Dataset, Store
+from ...data.store_files import StoreFiles
+from ...schemas.errors import InputError
+from ..pipeline import TABLE_STAGES
+from ..stages.base import progress_bar
 from .remake import remake_commands
-from .stages.base import progress_bar
 
 
 @dataclass(frozen=True)

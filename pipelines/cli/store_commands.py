@@ -9,12 +9,12 @@ import typer
 from rich.table import Table
 from rich.tree import Tree
 
-from ..data.manifest import one_line
-from ..data.remote import require_reachable
-from ..data.store import Store
-from ..schemas.configs import RoutingConfig
-from ..schemas.errors import InputError
-from .terminal import console, print_json
+from ...data.manifest import one_line
+from ...data.remote import require_reachable
+from ...data.store import Store
+from ...schemas.configs import RoutingConfig
+from ...schemas.errors import InputError
+from ..terminal import console, print_json
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def view(
     store: StoreRoot = "store",
 ) -> None:
     """Look at rollouts, any number of them, in a browser on this machine; Ctrl-C ends."""
-    from .viewer.view import HOST, Viewer, open_server
+    from ..viewer.view import HOST, Viewer, open_server
 
     with open_server(Viewer(Store(store), ref, against), port) as server:
         address = f"http://{HOST}:{server.server_port}/"
@@ -132,7 +132,7 @@ def import_(
     store: StoreRoot = "store",
 ) -> None:
     """Human labels of steps become problems, rollouts, verdicts and annotations."""
-    from .compare.human_labels import import_labels
+    from ..compare.human_labels import import_labels
 
     made = import_labels(layout, file, Store(store), alias, limit, hide_verdict)
     for name, dataset in made.items():
@@ -159,9 +159,9 @@ def compare(
     store: StoreRoot = "store",
 ) -> None:
     """Hold annotations of the same rollouts against one another."""
-    from .compare import page as report
-    from .compare.compare import compare as compare_annotations
-    from .compare.table import comparison_table
+    from ..compare import page as report
+    from ..compare.compare import compare as compare_annotations
+    from ..compare.table import comparison_table
 
     opened = Store(store)
     compared = compare_annotations(datasets, opened, reference, alpha)
@@ -190,7 +190,7 @@ def verify_store(
     store: StoreRoot = "store",
 ) -> None:
     """Read every file that manifests list; say what is not as written and how to make it again."""
-    from .verify_store import verify_store as verify
+    from .check_store import verify_store as verify
 
     found, whole = verify(Store(store), datasets or [])
     console.print(found, soft_wrap=True, highlight=False)

@@ -17,7 +17,7 @@ from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.presets import PRESETS
 from trace_opd.schemas.settings import dump_config, load_config
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.yaml")
+CONFIG = str(Path(__file__).parents[3] / "configs" / "micro.yaml")
 COMMAND = Path(sys.executable).with_name("trace-opd")
 PIPELINE = (
     ["problems", CONFIG, "limit=4", "rows_per_part=2"],

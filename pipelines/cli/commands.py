@@ -4,19 +4,19 @@ import os
 import sys
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ..data.store import Dataset, Store
-from ..schemas.configs import Config, PipelineConfig, ReportConfig, StudyConfig, TrainConfig
-from ..schemas.environment import whole_number
-from ..schemas.errors import InputError
-from ..schemas.presets import PRESETS
-from ..schemas.settings import load_config, override
-from .cli_store import COMMANDS, StoreRoot
+from ...data.store import Dataset, Store
+from ...schemas.configs import Config, PipelineConfig, ReportConfig, StudyConfig, TrainConfig
+from ...schemas.environment import whole_number
+from ...schemas.errors import InputError
+from ...schemas.presets import PRESETS
+from ...schemas.settings import load_config, override
+from ..terminal import console, log_to_terminal, print_config, print_json
 from .ending import end_at_second_interrupt, end_threads_with_a_line, exit_code
-from .terminal import console, log_to_terminal, print_config, print_json
+from .store_commands import COMMANDS, StoreRoot
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -97,7 +97,7 @@ def _annotate_command(name: str, config_type: type[Config], summary: str) -> Non
 
 def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_run: bool) -> None:
     # Imports torch: a bad config has been refused before.
-    from .pipeline import run_stage
+    from ..pipeline import run_stage
     from .show import show_dataset, show_plan
 
     if dry_run:
@@ -105,8 +105,8 @@ def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_r
         return
     first = whole_number("RANK", 0) == 0  # of torchrun's processes one talks
     if isinstance(config, TrainConfig) and first:
-        from .stages.train import begin
-        from .training.plan import memory_line
+        from ..stages.train import begin
+        from ..training.plan import memory_line
 
         _, target = begin(config, store)  # bad input is refused before anything is said
         if not isinstance(target, Dataset):
@@ -138,7 +138,7 @@ def _load(
 
 
 def _register_stages() -> None:
-    from ..schemas import configs
+    from ...schemas import configs
 
     for name, kind, summary in (
         ("problems", configs.ProblemsConfig, "A source becomes a problems table."),
@@ -171,7 +171,7 @@ def _report_command(
     if dry_run:
         print_config(loaded)
         return
-    from .viewer import report
+    from ..viewer import report
 
     console.print(report.run(loaded, Store(store), output), soft_wrap=True)
 
@@ -193,7 +193,7 @@ def pipeline(
     kept = ["annotate.annotator.keep_failed=true"] if keep_failed else []
     loaded = _load(PipelineConfig, config, [*(overrides or []), *kept], None, preset)
     opened = Store(store)
-    from .pipeline import run_pipeline, run_stage
+    from ..pipeline import run_pipeline, run_stage
 
     def run(stage: str, stage_config: Config, alias: str) -> str:
         result = run_stage(stage, stage_config, opened, alias)
@@ -216,7 +216,7 @@ def study(
     """Train every arm of a study over its seeds; tables, plots and a page of what came out."""
     loaded = _load(StudyConfig, config, None, None)
     loaded = override(loaded, [*(loaded.quick if quick else []), *(overrides or [])])
-    from .study.study import planned, run_study
+    from ..study.study import planned, run_study
 
     if dry_run:
         print_config(loaded)
@@ -238,7 +238,7 @@ def config(
     ] = False,
 ) -> None:
     """Print a stage's whole config as YAML, defaults included, or its JSON schema."""
-    from .pipeline import CONFIG_TYPES
+    from ..pipeline import CONFIG_TYPES
 
     kinds = CONFIG_TYPES | {"pipeline": PipelineConfig, "study": StudyConfig}
     if stage not in kinds:
@@ -276,7 +276,7 @@ def plan(
     ] = None,
 ) -> None:
     """Predict a training run's memory and seconds per step; load no weights."""
-    from .training.plan import plan_table
+    from ..training.plan import plan_table
 
     loaded = _load(TrainConfig, config, overrides, "train")
     console.print(plan_table(loaded, gpus, tflops, bandwidth, response_tokens=response_tokens))
@@ -297,8 +297,8 @@ def serve(
     os.execv(sys.executable, command)
 
 
-def main() -> None:
-    """Entry point: bad input is one sentence and exit code 2, without a traceback."""
+def run() -> NoReturn:
+    """Run the command of sys.argv: bad input is one sentence and exit code 2, without a traceback."""
     end_at_second_interrupt()
     end_threads_with_a_line()
     # Read when transformers and datasets are first imported; their bars would tear ours.
@@ -315,7 +315,3 @@ def main() -> None:
 def _run() -> None:
     log_to_terminal()
     app()
-
-
-if __name__ == "__main__":
-    main()

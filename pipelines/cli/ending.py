@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from ..schemas.errors import InputError, Stopped
-from ..schemas.settings import shortened
-from .terminal import Terminal
+from ...schemas.errors import InputError, Stopped
+from ...schemas.settings import shortened
+from ..terminal import Terminal
 
 logger = logging.getLogger(__name__)
 

@@ -9,18 +9,18 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..data.store import MANIFEST, Dataset, Store
-from ..schemas.configs import Config
-from ..schemas.errors import DamagedFile, InputError
-from ..schemas.tables import ANNOTATIONS, ROUTED
-from .annotators.spending import dollars
+from ...data.store import MANIFEST, Dataset, Store
+from ...schemas.configs import Config
+from ...schemas.errors import DamagedFile, InputError
+from ...schemas.tables import ANNOTATIONS, ROUTED
+from ..annotators.spending import dollars
+from ..pipeline import TABLE_STAGES
+from ..stages import train
+from ..terminal import print_config
+from ..viewer.paint import Paint, Piece
+from ..viewer.rollout_tables import find_byte_table, find_tables
+from ..viewer.rollout_view import RolloutView, load_rollouts
 from .estimate import estimate, estimate_view
-from .pipeline import TABLE_STAGES
-from .stages import train
-from .terminal import print_config
-from .viewer.paint import Paint, Piece
-from .viewer.rollout_tables import find_byte_table, find_tables
-from .viewer.rollout_view import RolloutView, load_rollouts
 
 # Underlines beside colours: a route must be told apart without seeing colour.
 _STYLES = {

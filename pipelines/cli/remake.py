@@ -8,11 +8,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..data.dataset import find_dataset
-from ..data.store import MANIFEST, Dataset, Store
-from ..schemas.errors import InputError
-from .pipeline import CONFIG_TYPES, DEFAULT_ALIAS
-from .stages.train import FINAL
+from ...data.dataset import find_dataset
+from ...data.store import MANIFEST, Dataset, Store
+from ...schemas.errors import InputError
+from ..pipeline import CONFIG_TYPES, DEFAULT_ALIAS
+from ..stages.train import FINAL
 
 # Stage: field of its config -> role of the input that it names.
 _INPUTS = {

@@ -1,0 +1,5 @@
+"""Entry point of `python -m trace_opd.pipelines.cli` and of torchrun."""
+
+from . import main
+
+main()
