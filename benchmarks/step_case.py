@@ -27,8 +27,8 @@ from trace_opd.pipelines.annotators.rows import Identity, Item, Reading, annotat
 from trace_opd.pipelines.bundled.demonstrations import STUDENT_TEMPLATE, TEACHER_TEMPLATE
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.pipeline import run_stage
+from trace_opd.pipelines.samplers.rollouts import rollouts_table
 from trace_opd.pipelines.samplers.transformers import TransformersPolicySampler
-from trace_opd.pipelines.stages.rollout import rollouts_table
 from trace_opd.schemas.configs import (
     ProblemsConfig,
     PromptConfig,

@@ -49,7 +49,7 @@ TIMEOUT_S, MEMORY_MIB, KILL_S, MAX_CHARS = 1.0, 2048, 12.0, 50_000
 
 
 def ours(pool: VerifierPool, jobs: list[Job]) -> list[bool | None]:
-    """As pipelines/stages/verify.py does: no worker for what plain numbers and words decide."""
+    """As pipelines/verifiers/verdicts.py does: no worker for what plain numbers and words decide."""
     known = {job: exact_match(job.gold, job.answer) for job in jobs}
     asked = [job for job in jobs if known[job] is None]
     known |= {job: outcome.correct for job, outcome in zip(asked, pool.judge(asked), strict=True)}

@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 
 from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import ConvertConfig
-from ...schemas.contract import outside
 from ...schemas.errors import InputError
 from ...schemas.labels import Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
@@ -18,6 +17,7 @@ from ...trace.convert import routed_table
 from ...trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
 from ...trace.rules import needs_annotations, rule_source
 from ..models import resolve_policy
+from ..samplers.vocabulary import check_token_ids, check_vocabulary
 from .base import Plan, Stage
 
 
@@ -55,29 +55,6 @@ def _check_annotator(annotations: Dataset) -> None:
             "annotations; annotate with another engine, or set routing.rule and teacher_context to "
             "what needs none"
         )
-
-
-def check_vocabulary(table: pa.Table, expected: str, policy: str) -> None:
-    """Raises InputError unless the table's token ids belong to the policy's vocabulary."""
-    makers = {
-        row["policy_name"]: row["vocab_fingerprint"]
-        for row in table.select(["policy_name", "vocab_fingerprint"]).to_pylist()
-    }
-    if set(makers.values()) - {"", expected}:
-        raise InputError(
-            f"policy {policy}: has another vocabulary than the one that made the token ids "
-            f"({', '.join(sorted(makers))}); name that policy or sample again"
-        )
-
-
-def check_token_ids(table: pa.Table, vocab_size: int, where: str) -> None:
-    """Raises InputError unless the policy knows all token ids of the prompts and responses."""
-    for name in ("prompt_token_ids", "token_ids"):
-        if (row := outside(table.column(name), 0, vocab_size - 1)) is not None:
-            raise InputError(
-                f"{where}, row {row}: {name} has a token id that the policy does not know, which "
-                f"are 0 … {vocab_size - 1}; name the policy that sampled it, or sample again"
-            )
 
 
 class _Maker:
@@ -124,7 +101,7 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
     }
 
 
-CONVERT_STAGE = Stage(
+STAGE = Stage(
     "convert",
     ConvertConfig,
     ROUTED,

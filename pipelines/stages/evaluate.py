@@ -21,10 +21,10 @@ from ...schemas.tables import EVALUATIONS, PROBLEMS
 from ...trace.identity import cached_sha256
 from ..samplers import open_sampler
 from ..samplers.context_length import require_room
+from ..samplers.rollouts import policy_identity, require_planned, rollouts_table
 from ..statistics import Estimate, bootstrap_mean, pass_at_k
+from ..verifiers.verdicts import CHOICE_MATCHER, MathVerifier, math_matcher
 from .base import Plan, Stage
-from .rollout import policy_identity, require_planned, rollouts_table
-from .verify import CHOICE_MATCHER, MathVerifier, math_matcher
 
 BASE, TRAINED = "base", "trained"
 
@@ -240,4 +240,4 @@ def _estimate(config: EvaluateConfig, values: np.ndarray, sources: np.ndarray) -
     return bootstrap_mean(values, sources, config.bootstrap, config.seed)
 
 
-EVALUATE_STAGE = Stage("evaluate", EvaluateConfig, EVALUATIONS, _resolve, _Maker, summarize)
+STAGE = Stage("evaluate", EvaluateConfig, EVALUATIONS, _resolve, _Maker, summarize)

@@ -29,14 +29,15 @@ from ...trace.ranks import Ranks, copy_weights, join_ranks
 from ...trace.rules import needs_annotations, rule_source
 from ...trace.trainer import Metrics, Online, Trainer
 from ..models import resolve_policy
+from ..progress import progress_bar
 from ..samplers.context_length import require_room, require_short_rows
+from ..samplers.vocabulary import check_vocabulary
 from ..training.offline import OfflineReader
 from ..training.online import OnlineTables
 from ..training.tracking import METRICS, Tracker, check_tracker, read_metrics
 from ..training.validation import FOLDER, LOOKS, Validation
 from .annotate import annotator_identity
-from .base import held, progress_bar
-from .convert import check_vocabulary
+from .base import SingleStage, print_waiting
 
 FINAL = "checkpoints/final"
 
@@ -116,8 +117,10 @@ def _hold(
 ) -> tuple[dict[str, Dataset], Draft | Dataset]:
     inputs, target = begin(config, store)
     # Ranks that wait for a broadcast give up after minutes; another run may take days.
-    waits = None if ranks.count == 1 else _refuse
-    return inputs, stack.enter_context(held(target, waits))
+    waits = print_waiting if ranks.count == 1 else _refuse
+    if isinstance(target, Draft):
+        target = stack.enter_context(target.locked(waits))
+    return inputs, target
 
 
 def _refuse(who: str) -> None:
@@ -330,3 +333,6 @@ def _summary(run: Draft, trainer: Trainer, tables: dict[str, str]) -> dict[str, 
         "checkpoint": FINAL,
         "tables": tables,
     }
+
+
+STAGE = SingleStage("train", TrainConfig, run)

@@ -1,14 +1,10 @@
 """Stage verify: each response's final answer against the gold answer, one verdict per rollout.
 
-    trace-opd verify configs/verify.yaml rollouts=<dataset>
-
-The same `MathVerifier` judges fresh rollouts inside online training.
+trace-opd verify configs/verify.yaml rollouts=<dataset>
 """
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
@@ -16,137 +12,9 @@ import pyarrow as pa
 from ...data.store import Draft, Store
 from ...schemas.configs import VerifyConfig
 from ...schemas.errors import InputError
-from ...schemas.labels import AnswerKind, FinishReason, VerdictStatus
 from ...schemas.tables import ROLLOUTS, VERDICTS
-from ..verifiers.pool import Job, Outcome, VerifierPool
-from ..verifiers.reading import choice_letter, exact_match, final_answer, letter_of
+from ..verifiers.verdicts import CHOICE_MATCHER, JUDGED_COLUMNS, MathVerifier, math_matcher
 from .base import Plan, Stage
-
-CHOICE_MATCHER = "choice-matcher 1"
-_ROLLOUT_COLUMNS = ["rollout_id", "problem_id", "group_id", "response", "finish_reason"]
-
-
-def math_matcher() -> str:
-    """Name and version of what compares mathematics, as recorded in the verdicts.
-
-    The second number rises when notation.py, mathematics.py or answers.py say otherwise than before.
-    """
-    return f"math-verify {version('math-verify')}, guarded 1"
-
-
-class MathVerifier:
-    """Judges rollouts (trace.protocols.Verifier); holds worker processes until closed.
-
-    Rewards: 1 right, 0 wrong. A response without an answer that parses is wrong: a policy must not
-    learn to say nothing. gold_unparsed, timeout, oom and error say nothing about the response: no
-    reward. A truncated response has reward 0, or none with `truncated="mask"`, even if a right
-    answer is boxed somewhere in it: it never came to an end, that box may be a trial on the way,
-    and rewarding it would teach to answer early and ramble on. The answer found is recorded.
-
-    The verdicts' seconds are time in a worker: 0 where strings decide, or where an equal pair was
-    judged before.
-    """
-
-    def __init__(self, config: VerifyConfig) -> None:
-        self._config = config
-        self._math = math_matcher()
-        self._pool = VerifierPool(
-            config.workers, config.timeout_s, config.memory_mib, config.recycle_every
-        )
-
-    def verify(self, problems: pa.Table, rollouts: pa.Table) -> pa.Table:
-        """One verdicts row per rollout, in order.
-
-        problems: columns problem_id, answer, answer_kind; rollouts: columns rollout_id, problem_id,
-        group_id, response, finish_reason.
-
-        Raises:
-            InputError: a rollout's problem is not among the problems.
-        """
-        golds = {
-            row["problem_id"]: (row["answer"], AnswerKind(row["answer_kind"]))
-            for row in problems.select(["problem_id", "answer", "answer_kind"]).to_pylist()
-        }
-        readings = []
-        for index, row in enumerate(rollouts.select(_ROLLOUT_COLUMNS).to_pylist()):
-            if row["problem_id"] not in golds:
-                raise InputError(
-                    f"rollouts, row {index}: problem {row['problem_id']} is not among the problems; "
-                    "verify rollouts with the problems that they were sampled for"
-                )
-            readings.append(self._read(row, *golds[row["problem_id"]]))
-        jobs = [reading.verdict for reading in readings if isinstance(reading.verdict, Job)]
-        outcomes = iter(self._pool.judge(jobs))
-        return VERDICTS.table(
-            self._row(
-                reading,
-                next(outcomes) if isinstance(reading.verdict, Job) else reading.verdict,
-            )
-            for reading in readings
-        )
-
-    def close(self) -> None:
-        self._pool.close()
-
-    def _read(self, rollout: dict[str, Any], gold: str, kind: AnswerKind) -> "_Reading":
-        """Find the response's answer, and the verdict if it takes no computer algebra."""
-        if kind == AnswerKind.CHOICE:
-            answer = choice_letter(rollout["response"])
-            verdict = _choice_verdict(letter_of(gold), answer)
-            matcher = CHOICE_MATCHER
-        else:
-            answer = final_answer(rollout["response"])
-            if answer is not None and len(answer) > self._config.max_answer_chars:
-                answer = None
-            verdict = _math_verdict(gold, answer)
-            matcher = self._math
-        if rollout["finish_reason"] == FinishReason.LENGTH:
-            verdict = Outcome(VerdictStatus.TRUNCATED, False, 0.0)
-        return _Reading(rollout, answer, matcher, verdict)
-
-    def _row(self, reading: "_Reading", outcome: Outcome) -> dict[str, Any]:
-        correct = outcome.correct
-        if outcome.status == VerdictStatus.TRUNCATED and self._config.truncated == "mask":
-            correct = None
-        return {
-            "rollout_id": reading.rollout["rollout_id"],
-            "problem_id": reading.rollout["problem_id"],
-            "group_id": reading.rollout["group_id"],
-            "reward": None if correct is None else float(correct),
-            "correct": correct,
-            "parsed_answer": reading.answer,
-            "status": outcome.status,
-            "verifier": reading.matcher,
-            "seconds": outcome.seconds,
-        }
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """A rollout, the answer read from it, and its verdict or the job that will give it."""
-
-    rollout: dict[str, Any]
-    answer: str | None
-    matcher: str
-    verdict: Outcome | Job
-
-
-def _choice_verdict(gold: str | None, answer: str | None) -> Outcome:
-    if gold is None:
-        return Outcome(VerdictStatus.GOLD_UNPARSED, None, 0.0)
-    if answer is None:
-        return Outcome(VerdictStatus.PRED_UNPARSED, False, 0.0)
-    return Outcome(VerdictStatus.OK, gold == answer, 0.0)
-
-
-def _math_verdict(gold: str, answer: str | None) -> Outcome | Job:
-    if answer is None:
-        return Outcome(VerdictStatus.PRED_UNPARSED, False, 0.0)
-    equal = exact_match(gold, answer)
-    return Job(gold, answer) if equal is None else Outcome(VerdictStatus.OK, equal, 0.0)
-
-
-# --- the stage -----------------------------------------------------------------------------------
 
 
 def _resolve(config: VerifyConfig, store: Store) -> Plan:
@@ -174,7 +42,7 @@ class _VerdictParts:
 
     def __call__(self, part: int) -> pa.Table:
         return self._verifier.verify(
-            self._problems.read_part(part), self._rollouts.read_part(part, _ROLLOUT_COLUMNS)
+            self._problems.read_part(part), self._rollouts.read_part(part, JUDGED_COLUMNS)
         )
 
     def close(self) -> None:
@@ -200,7 +68,7 @@ def summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     }
 
 
-VERIFY_STAGE = Stage(
+STAGE = Stage(
     name="verify",
     config_type=VerifyConfig,
     contract=VERDICTS,

@@ -45,8 +45,8 @@ from ..annotators.rule import StepsAnnotator
 from ..bundled.demonstrations import NOISE, STUDENT_TEMPLATE, TEACHER_TEMPLATE, UNINFORMATIVE
 from ..bundled.micro import exact_verdicts
 from ..models import resolve_policy
+from ..samplers.rollouts import rollouts_table
 from ..samplers.transformers import TransformersPolicySampler
-from ..stages.rollout import rollouts_table
 
 PROMPT = PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE)
 OBJECTIVES = {"grpo": ["schedule.w0=0"]} | {

@@ -10,7 +10,7 @@ from ...data.store import Dataset
 from ...schemas.configs import TrainConfig
 from ...schemas.errors import InputError
 from ...trace.ragged import rows_of
-from ..stages.convert import check_token_ids
+from ..samplers.vocabulary import check_token_ids
 
 
 class OfflineReader:

@@ -32,9 +32,9 @@ from ..annotators.own_policy import annotating_policy
 from ..annotators.rows import skipped_annotations
 from ..samplers import Follower, open_follower, open_sampler
 from ..samplers.probe import Probe
+from ..samplers.rollouts import rollouts_table
 from ..samplers.transformers import TransformersPolicySampler
-from ..stages.rollout import rollouts_table
-from ..stages.verify import MathVerifier
+from ..verifiers.verdicts import MathVerifier
 from .validation import Validation
 
 # Online tables: role, stage, contract, and the roles that the dataset names as its inputs.

@@ -14,8 +14,8 @@ from trace_opd.pipelines.annotators.rule import StepsAnnotator
 from trace_opd.pipelines.bundled.demonstrations import STUDENT_TEMPLATE, TEACHER_TEMPLATE
 from trace_opd.pipelines.bundled.micro import arithmetic_problems, exact_verdicts
 from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.samplers.rollouts import rollouts_table
 from trace_opd.pipelines.samplers.transformers import TransformersPolicySampler
-from trace_opd.pipelines.stages.rollout import rollouts_table
 from trace_opd.schemas.configs import (
     PromptConfig,
     RoutingConfig,

@@ -12,7 +12,7 @@ from trace_opd.pipelines.endpoint import NotACompletion
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
 from trace_opd.pipelines.samplers.reply import read_completion
-from trace_opd.pipelines.stages.rollout import rollouts_table
+from trace_opd.pipelines.samplers.rollouts import rollouts_table
 from trace_opd.schemas.configs import OpenAISampler, PromptConfig, SamplingConfig
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError

@@ -6,12 +6,8 @@ import pyarrow as pa
 import pytest
 
 from trace_opd.data.store import Dataset, Draft, Store
-from trace_opd.pipelines.stages.verify import (
-    CHOICE_MATCHER,
-    VERIFY_STAGE,
-    MathVerifier,
-    math_matcher,
-)
+from trace_opd.pipelines.stages.verify import STAGE as VERIFY_STAGE
+from trace_opd.pipelines.verifiers.verdicts import CHOICE_MATCHER, MathVerifier, math_matcher
 from trace_opd.schemas.configs import VerifyConfig
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from trace_opd.pipelines.stages.verify import MathVerifier
+from trace_opd.pipelines.verifiers.verdicts import MathVerifier
 from trace_opd.schemas.configs import VerifyConfig
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.labels import AnswerKind, VerdictStatus

@@ -1,0 +1,104 @@
+"""Rollouts of a policy: the table that any sampler fills, and the policy's identity.
+
+Stages rollout and evaluate, online training and the study sample through `rollouts_table`.
+"""
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from ...data.store import content_hash
+from ...schemas.configs import OpenAISampler, PolicyConfig, PromptConfig, SamplingConfig
+from ...schemas.configs import Sampler as SamplerConfig
+from ...schemas.errors import InputError
+from ...schemas.tables import ROLLOUTS
+from ...trace.identity import model_revision
+from ...trace.policy import load_tokenizer
+from ...trace.prompt import render_chat, student_prompt
+from ...trace.protocols import PolicyInfo, Sampler
+from ..endpoint import read_key
+from ..models import resolve_policy, served_model
+
+
+def sample_seed(base: int, problem_id: str, sample_index: int) -> int:
+    """A sample's own seed: 31 bits from the base seed, the problem and the index."""
+    return int(content_hash([base, problem_id, sample_index], 8), 16) & 0x7FFFFFFF
+
+
+def rollouts_table(
+    problems: pa.Table,
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: PromptConfig,
+    sampling: SamplingConfig,
+    group_size: int,
+    seed: int,
+) -> pa.Table:
+    """Sample a group per problem: a rollouts table, groups in the problems' order."""
+    asked = problems.select(["problem_id", "problem"]).to_pylist()
+    ids = [row["problem_id"] for row in asked]
+    seeds = [[sample_seed(seed, i, k) for k in range(group_size)] for i in ids]
+    prompts = [student_prompt(tokenizer, prompt, row["problem"]) for row in asked]
+    policy = sampler.policy
+    who = [policy.name, policy.revision, policy.step]
+    how = sampling.semantic()
+    rows = []
+    groups = sampler.sample(prompts, sampling, seeds)
+    for problem_id, group, group_seeds in zip(ids, groups, seeds, strict=True):
+        for index, (completion, sample) in enumerate(zip(group, group_seeds, strict=True)):
+            known = (
+                completion.token_ids,
+                completion.logprobs,
+                completion.prompt_token_ids or None,
+                policy.vocab_fingerprint or None,
+            )
+            on_policy = None not in known
+            rows.append(
+                {
+                    "rollout_id": content_hash([problem_id, who, how, seed, index]),
+                    "problem_id": problem_id,
+                    "group_id": content_hash([problem_id, who, how, seed]),
+                    "sample_index": index,
+                    "prompt_token_ids": completion.prompt_token_ids or [],
+                    "token_ids": completion.token_ids if on_policy else [],
+                    "logprobs": completion.logprobs if on_policy else [],
+                    "response": completion.text,
+                    "finish_reason": completion.finish_reason,
+                    "policy_name": policy.name,
+                    "policy_revision": policy.revision,
+                    "policy_step": policy.step,
+                    "vocab_fingerprint": policy.vocab_fingerprint,
+                    "temperature": sampling.temperature,
+                    "top_p": sampling.top_p,
+                    "top_k": sampling.top_k,
+                    "max_new_tokens": sampling.max_new_tokens,
+                    "seed": sample,
+                    "on_policy": on_policy,
+                }
+            )
+    return ROLLOUTS.table(rows)
+
+
+def policy_identity(sampler: SamplerConfig, policy: PolicyConfig) -> list[str]:
+    """Who samples, for the dataset id: the model's files; behind an endpoint its address, the
+    model's name, and the files that are on this machine too.
+
+    Raises:
+        InputError: no policy there, a tokenizer without a chat template, a missing key. So these
+            stop a stage before a model is loaded.
+    """
+    if isinstance(sampler, OpenAISampler):
+        read_key(sampler.api_key_env, "sampler.api_key_env")
+        served = served_model(policy.path)  # its tokenizer makes text and fingerprints of the rows
+        return [*sampler.servers, policy.path, *([] if served is None else served[1:])]
+    path = resolve_policy(policy.path)
+    render_chat(load_tokenizer(path, policy.trust_remote_code), [{"role": "user", "content": ""}])
+    return [model_revision(path, policy.trust_remote_code)]
+
+
+def require_planned(planned: list[str], opened: PolicyInfo) -> None:
+    """Raises InputError unless the opened policy is the one that the dataset id stands for."""
+    if len(planned) == 1 and planned != [opened.revision]:
+        raise InputError(
+            f"policy {opened.name}: its files have changed since this run began; give the same "
+            "command again, and leave the folder alone until it ends"
+        )
