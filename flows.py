@@ -64,13 +64,13 @@ from prefect.types.entrypoint import EntrypointType
 
 from trace_opd.data.remote import require_reachable
 from trace_opd.data.store import Dataset, Draft, Store
+from trace_opd.pipelines.annotators import engine_of
 from trace_opd.pipelines.pipeline import STAGES, TABLE_STAGES, run_pipeline
 from trace_opd.pipelines.stages import REGISTRY, StageEntry
 from trace_opd.pipelines.stages.base import Plan, close_idle_engine
 from trace_opd.schemas.configs import (
     AnnotateConfig,
     Config,
-    OpenAIAnnotator,
     PipelineConfig,
 )
 from trace_opd.schemas.settings import load_config, override
@@ -153,7 +153,7 @@ def train_run(config: Config, root: str) -> str:
 def _asks_endpoint(config: Config) -> bool:
     """Such an annotator runs in the flow's process, whatever the task runner: its journal, its budget,
     its batches and its pace are one process's, which asks for many answers at once."""
-    return isinstance(config, AnnotateConfig) and isinstance(config.annotator, OpenAIAnnotator)
+    return isinstance(config, AnnotateConfig) and engine_of(config.annotator).asks_endpoint
 
 
 @contextmanager

@@ -18,16 +18,7 @@ from ..schemas.contract import TableContract, validate
 from ..schemas.errors import InputError
 from ..schemas.tables import CONTRACTS
 from .atomic import make_folders, sweep, writing
-from .manifest import (
-    CHECKSUM,
-    MANIFEST,
-    content_hash,
-    is_ref,
-    manifest_checksum,
-    now,
-    package_versions,
-    read_manifest,
-)
+from .manifest import MANIFEST, content_hash, finished_manifest, is_ref, now, read_manifest
 from .owner import claim
 from .parts import count_rows, encoded, part_name, read_part
 from .store_files import StoreFiles, as_json
@@ -278,19 +269,14 @@ class Draft:
         files: names of the dataset's files in `local_path()`; a remote store gets copies.
         """
         self.files.upload(self.ref, files)
-        manifest = self.header | {
-            "finished_at": now(),
-            # Of the run that finishes the dataset, by a clock that never jumps.
-            "seconds": round(time.monotonic() - self.began, 3),
-            "packages": package_versions(),
-            "parts": [
-                {"rows": count_rows(self.files, f"{self.ref}/{name}")} | self._entry(name)
-                for name in map(part_name, range(parts))
-            ],
-            "files": [self._entry(name) for name in files],
-            "summary": summary or {},
-        }
-        manifest[CHECKSUM] = manifest_checksum(manifest)
+        listed = [
+            {"rows": count_rows(self.files, f"{self.ref}/{name}")} | self._entry(name)
+            for name in map(part_name, range(parts))
+        ]
+        seconds = time.monotonic() - self.began
+        manifest = finished_manifest(
+            self.header, seconds, listed, [self._entry(name) for name in files], summary or {}
+        )
         path, content = f"{self.ref}/{MANIFEST}", as_json(manifest)
         if self.files.is_local:
             sweep(self.files.local_path(self.ref))

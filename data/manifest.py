@@ -8,6 +8,7 @@ of our own names. `Store`, `Dataset` and `verify-store` call this.
 import hashlib
 import json
 import re
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePosixPath
@@ -49,14 +50,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the installed packages that a manifest records."""
+def _package_versions() -> dict[str, str]:
     found = {}
     for name in _RECORDED_PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -76,6 +74,25 @@ def is_alias(text: str) -> bool:
 def one_line(text: str) -> str:
     """A text with line breaks and other unprintable characters escaped."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def finished_manifest(
+    header: dict[str, Any],
+    seconds: float,
+    parts: list[dict[str, Any]],
+    files: list[dict[str, Any]],
+    summary: dict[str, Any],
+) -> dict[str, Any]:
+    """A draft's header completed to a manifest. seconds: of the run that finishes the dataset."""
+    manifest = header | {
+        "finished_at": now(),
+        "seconds": round(seconds, 3),
+        "packages": _package_versions(),
+        "parts": parts,
+        "files": files,
+        "summary": summary,
+    }
+    return manifest | {CHECKSUM: manifest_checksum(manifest)}
 
 
 def read_manifest(content: bytes, stage: str, dataset_id: str) -> dict[str, Any]:

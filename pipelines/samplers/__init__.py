@@ -79,7 +79,7 @@ def open_follower(
         InputError: a missing package or key, a server that can't be reached or can't follow,
             sampling parameters under which vLLM gives no log-probabilities for a ratio.
     """
-    if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k > 0:
+    if not sampling.untruncated:
         raise InputError(
             "online.sampling: vLLM gives log-probabilities after top_p, top_k and greedy choice, "
             "which no ratio can be formed with; set top_p=1, top_k=0 and a temperature above 0, or "

@@ -1,4 +1,7 @@
-"""Prompts that leave no room for a response in the policy's context, found before any work."""
+"""Find prompts and sequences that are longer than the policy's context before any work.
+
+Called by the rollout and train stages when they resolve their inputs.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -17,12 +20,8 @@ from ..models import resolve_policy
 
 # A normaliser may write several characters for one, and a token stands for a byte at least.
 _TOKENS_PER_BYTE = 4
-_OTHER_LENGTHS = (
-    "default",
-    "llama3",
-    "longrope",
-    "su",
-)  # max_position_embeddings is the end itself
+# For these kinds max_position_embeddings is the context length already.
+_OTHER_LENGTHS = ("default", "llama3", "longrope", "su")
 
 
 def require_room(
@@ -69,7 +68,9 @@ def require_room(
 
 
 def require_short_rows(routed: Dataset, policy: PolicyConfig) -> None:
-    """Check that the sequences of a routed dataset, of another policy maybe, fit into the context.
+    """Check that the sequences of a routed dataset fit into the policy's context.
+
+    Another policy may have sampled them.
 
     Raises:
         InputError: one does not fit; says which, and how many tokens it has.
@@ -96,7 +97,7 @@ def require_short_rows(routed: Dataset, policy: PolicyConfig) -> None:
 def context_length(config: Any) -> int | None:
     """Most tokens that a model has positions for; None: unbounded (no position embeddings).
 
-    Scaled rotary embeddings (YaRN, linear) stretch max_position_embeddings, as vLLM reads them.
+    Scaled rotary embeddings (YaRN, linear) multiply max_position_embeddings, as in vLLM.
     """
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None)
@@ -110,7 +111,7 @@ def context_length(config: Any) -> int | None:
 
 
 def _longer(problems: pa.Table, most_bytes: float) -> Iterable[tuple[str, str]]:
-    """Ids and texts of the problems that may be too long; the others need no tokenizing."""
+    """Ids and texts of problems that may be too long; the others need no tokenizer."""
     long = problems.filter(pc.greater(pc.binary_length(problems["problem"]), pa.scalar(most_bytes)))
     columns = (long[name].to_pylist() for name in ("problem_id", "problem"))
     return zip(*columns, strict=True)

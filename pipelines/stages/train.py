@@ -26,8 +26,9 @@ from ...trace.packing import PackedModel
 from ...trace.policy import Policy, choose_device, load_policy, load_tokenizer, vocab_fingerprint
 from ...trace.prompt import student_prompt
 from ...trace.ranks import Ranks, copy_weights, join_ranks
-from ...trace.rules import needs_annotations, rule_source
+from ...trace.route import needs_annotations, rule_source
 from ...trace.trainer import Metrics, Online, Trainer
+from ..annotators import engine_of
 from ..models import resolve_policy
 from ..progress import progress_bar
 from ..samplers.context_length import require_room, require_short_rows
@@ -36,7 +37,6 @@ from ..training.offline import OfflineReader
 from ..training.online import OnlineTables
 from ..training.tracking import METRICS, Tracker, check_tracker, read_metrics
 from ..training.validation import FOLDER, LOOKS, Validation
-from .annotate import annotator_identity
 from .base import SingleStage, print_waiting
 
 FINAL = "checkpoints/final"
@@ -65,8 +65,9 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
     if config.online.steps:
         inputs["problems"] = problems = store.get(config.online.problems, PROBLEMS)
         if needs_annotations(config.online.routing):
-            semantic["online"]["annotator"] |= annotator_identity(
-                config.online.annotator, problems, in_training=True
+            annotator = config.online.annotator
+            semantic["online"]["annotator"] |= engine_of(annotator).identity(
+                annotator, problems, True
             )
         else:
             del semantic["online"]["annotator"]

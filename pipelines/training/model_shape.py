@@ -1,4 +1,4 @@
-"""What a model's config alone says about its size: no weights are read and none are made."""
+"""The size of a model from its config alone, without its weights. Called by the plan (`--dry-run`)."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ from ...trace.policy import backbone, output_head
 class ModelShape:
     """Sizes of a decoder with a gated MLP (Llama, Qwen and their kin).
 
-    Counts of numbers: parameters: all weights, tied ones once, adapters left out; trainable: those
-    that get gradients; linear: the matrices that each token is multiplied by, the head left out.
+    parameters: number of weights, tied ones once, without adapters. trainable: those with gradients.
+    linear: weights of the matrices that each token is multiplied by, without the head.
     """
 
     parameters: int

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from ...data.store import Dataset
 from ...schemas.configs import TrainConfig
 from ...schemas.errors import InputError
-from ...trace.ragged import rows_of
+from ...trace.convert import rows_of
 from ..samplers.vocabulary import check_token_ids
 
 

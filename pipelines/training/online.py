@@ -12,25 +12,21 @@ from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import (
     OpenAISampler,
     SamplingConfig,
-    SelfAnnotator,
     TrainConfig,
     TransformersSampler,
 )
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
-from ...trace.ahead import Ahead, Following
 from ...trace.align import byte_table
-from ...trace.online import OnlineSource
+from ...trace.online import Ahead, Following, OnlineSource, SharedOnline
 from ...trace.policy import Policy
 from ...trace.ranks import Ranks
-from ...trace.rules import needs_annotations
+from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
-from ...trace.shared_online import SharedOnline
 from ...trace.trainer import Online
-from ..annotators import open_annotator
-from ..annotators.own_policy import annotating_policy
+from ..annotators import engine_of, open_annotator
 from ..annotators.rows import skipped_annotations
-from ..samplers import Follower, open_follower, open_sampler
+from ..samplers import Follower, open_follower
 from ..samplers.probe import Probe
 from ..samplers.rollouts import rollouts_table
 from ..samplers.transformers import TransformersPolicySampler
@@ -164,10 +160,9 @@ class OnlineTables:
         Before the student's: of vLLM's engines the one in this process has to be the last.
         """
         online = self._config.online
-        if not needs_annotations(online.routing) or not isinstance(online.annotator, SelfAnnotator):
+        if not needs_annotations(online.routing):
             return None
-        beside = annotating_policy(online.annotator, self._config.policy)
-        return None if beside is None else open_sampler(online.annotator.sampler, beside)
+        return engine_of(online.annotator).open_sampler(online.annotator, self._config.policy)
 
     def _open_engines(self, run: Draft, beside: tuple[Any, Any] | None) -> _Engines:
         online = self._config.online

@@ -23,7 +23,7 @@ from ...data.atomic import sweep_siblings, write_atomic, writing
 from ...data.store import Dataset, content_hash
 from ...schemas.configs import SamplingConfig, TrainConfig
 from ...schemas.labels import FinishReason
-from ...schemas.tables import VALIDATIONS
+from ...schemas.results import VALIDATIONS
 from ...trace.protocols import Verifier
 
 FOLDER = "validation"

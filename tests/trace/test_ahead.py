@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from trace_opd.schemas.errors import InputError, Stopped
-from trace_opd.trace.ahead import Ahead, Following
+from trace_opd.trace.online import Ahead, Following
 
 STEPS = 5
 

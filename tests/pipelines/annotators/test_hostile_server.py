@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from trace_opd.pipelines import endpoint, transport
 from trace_opd.pipelines.annotators import open_annotator
-from trace_opd.pipelines.annotators.batch_jobs import BatchClient, Job, JobFile
+from trace_opd.pipelines.annotators.batch_client import BatchClient
+from trace_opd.pipelines.annotators.batch_jobs import Job, JobFile
 from trace_opd.pipelines.endpoint import refill_s, seconds_asked
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
@@ -131,7 +132,7 @@ def sample(url: str, timeout_s: float = 3.0, **changes: Any) -> Any:
     return OpenAIPolicySampler(config, "m").sample([prompt], SamplingConfig(), [[1]])
 
 
-def look(url: str, timeout_s: float = 3.0, api_key_env: str | None = None) -> Any:
+def refresh(url: str, timeout_s: float = 3.0, api_key_env: str | None = None) -> Any:
     """A batch's state, by the synchronous client."""
     job = Job(
         base_url=url, api_key_env=None, requests=1, worst_case_usd=0.0, refused=[],
@@ -139,7 +140,7 @@ def look(url: str, timeout_s: float = 3.0, api_key_env: str | None = None) -> An
     )  # fmt: skip
     client = BatchClient(url, api_key_env, 1, timeout_s, timeout_s)
     try:
-        return client.look(JobFile(Path("/nowhere/job.json"), job))
+        return client.refresh(JobFile(Path("/nowhere/job.json"), job))
     finally:
         client.close()
 
@@ -163,7 +164,7 @@ def tables() -> tuple[Any, Any, Any]:
     return PROBLEMS.table([problem]), ROLLOUTS.table([rollout]), VERDICTS.table([verdict])
 
 
-CLIENTS = pytest.mark.parametrize("ask", [annotate, sample, look])
+CLIENTS = pytest.mark.parametrize("ask", [annotate, sample, refresh])
 
 
 def refusal(ask: Callable[..., Any], server: Server, **changes: Any) -> str:

@@ -244,7 +244,7 @@ def test_a_run_killed_before_it_remembered_a_step_submits_nothing_twice(
         def stop(self, job) -> None:
             raise KeyboardInterrupt
 
-        stopping.setattr("trace_opd.pipelines.annotators.batch_jobs.BatchClient.look", stop)
+        stopping.setattr("trace_opd.pipelines.annotators.batch_client.BatchClient.refresh", stop)
         with pytest.raises(KeyboardInterrupt):
             run(config(paid_server.url), store)
     (path,) = tmp_path.glob("annotate/*/batches/*.json")
