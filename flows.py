@@ -254,7 +254,7 @@ def _published(store: Store, dataset: Dataset, alias: str) -> str:
     create_table_artifact(summary, key=key, description=f"{alias}: {dataset.path()}")
     lines = [
         f"{'  ' * depth}- {role + ': ' if role else ''}`{node.ref}` ({node.rows} rows)"
-        for depth, role, node in store.lineage(dataset)
+        for depth, role, node in dataset.lineage()
     ]
     create_markdown_artifact("\n".join(lines), key=f"{key}-lineage", description="Lineage")
     get_run_logger().info("%s is %s (%d rows)", alias, dataset.ref, dataset.rows)

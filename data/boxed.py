@@ -1,4 +1,7 @@
-"""The final answer in a box, as solutions and responses of mathematics problems write it."""
+"""The final answer in a `\\boxed{}`, in solutions and responses of mathematics problems.
+
+The presets of source `hub` and the verifier call this.
+"""
 
 import re
 
@@ -8,9 +11,9 @@ _VISIBLE = re.compile(r"\S")
 
 
 def last_boxed(response: str) -> str | None:
-    """Content of the last balanced, non-empty `\\boxed{…}`; of nested boxes the outer one.
+    """Content of the last balanced, non-empty `\\boxed{…}`; the outer one if they are nested.
 
-    A box that never closes hides neither an earlier one nor one inside it.
+    An unclosed box hides neither an earlier box nor one inside it.
     """
     found = None
     stack: list[int | None] = []  # where a box's content starts; None for other braces
@@ -21,8 +24,7 @@ def last_boxed(response: str) -> str | None:
             stack.append(None)
         elif match["close"] and stack:
             start = stack.pop()
-            # The content is cut out once, after the scan: cutting here would be quadratic for
-            # deeply nested boxes.
+            # Slice once, after the scan: slicing here would be quadratic for deeply nested boxes.
             if start is not None and _VISIBLE.search(response, start, match.start()):
                 found = (start, match.start())
     return response[slice(*found)].strip() if found else None

@@ -1,9 +1,9 @@
 """Locks between processes: one run at a time works on a dataset.
 
-flock(2) on a file that names its holder. The lock dies with its process, however that ends, so none
-is ever stale; a file that a kill left behind is removed by the next release in its folder. A store
-may be somebody else's work: no link is followed, and only a file that holds what `_acquire` writes
-is written or removed.
+A lock is flock(2) on a file that names its holder. The kernel drops it when the process ends, so no
+lock is ever stale. A lock file that a killed process left is removed by the next release in its
+folder. A store may come from somebody else: no link is followed, and only a file with the content
+that `_acquire` writes is written or removed. `StoreFiles.locked` and model downloads lock here.
 """
 
 import errno
@@ -19,15 +19,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..schemas.errors import InputError
-from .files import make_folders, writing
+from .atomic import make_folders, writing
 from .links import open_below, opened_folder
 
 logger = logging.getLogger(__name__)
 
-_FOLDER = ".locks"  # holds nothing else
+_FOLDER = ".locks"  # for lock files alone
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_SWEEP_S = 0.05  # longer than `remove_unheld` holds a lock that is nobody's
-# Process and host. A power loss may leave any first part of it, and zero bytes for the rest.
+_SWEEP_S = 0.05  # longer than `remove_unheld` holds a lock while it removes the file
+# Process and host. A power loss may leave any prefix of it, padded with zero bytes.
 _CONTENT = re.compile(rb"(?:(\d{1,10})(?: ([!-~]{0,255}))?)?\0*")
 _LONGEST = 300
 
@@ -36,14 +36,13 @@ _held: set[int] = set()
 
 @contextmanager
 def locked(root: Path, name: str, waits: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold a name under a root; a file `<root>/.locks/<name>` is made, and removed again.
+    """Hold a name under a root exclusively; the file `<root>/.locks/<name>` exists meanwhile.
 
-    root: a path without links. waits: called once with who holds it, if somebody does, before this
-    waits for them; whatever it raises ends the attempt. A file system without locks is worked on
-    without one, with a warning.
+    root: a path without links. waits: called once with the holder before this blocks; an exception
+    from it ends the attempt. On a file system without locks this warns and locks nothing.
 
     Raises:
-        InputError: the lock's file can't be written, or is a link or a file of somebody else's.
+        InputError: the lock file can't be written, is a link, or is not a lock file.
     """
     path = root / _FOLDER / _file_name(name)
     try:
@@ -63,7 +62,7 @@ def locked(root: Path, name: str, waits: Callable[[str], None] | None = None) ->
     try:
         yield
     finally:
-        # In this order: who opens the file from now on makes another one.
+        # Unlink before release: a process that opens the path from now on creates another file.
         with suppress(OSError, InputError), opened_folder(root, _FOLDER) as folder:
             if _is_at(descriptor, folder, path.name):
                 os.unlink(path.name, dir_fd=folder)
@@ -73,12 +72,12 @@ def locked(root: Path, name: str, waits: Callable[[str], None] | None = None) ->
 
 
 def holder(root: Path, name: str) -> str | None:
-    """Who holds a name now: "process 123", with the machine if it is another one."""
+    """The current holder of a name: "process 123", with the host if it is another one."""
     path = root / _FOLDER / _file_name(name)
     try:
         with opened_folder(root, _FOLDER) as folder:
             descriptor = open_below(folder, path.name, os.O_RDONLY | os.O_NONBLOCK, path)
-    except (OSError, InputError):  # a link is no lock
+    except (OSError, InputError):  # absent, or a link, which is not a lock
         return None
     try:
         return None if _try(descriptor) else _named(descriptor)
@@ -87,7 +86,7 @@ def holder(root: Path, name: str) -> str | None:
 
 
 def remove_unheld(root: Path) -> None:
-    """Remove the files of locks whose holders were killed, and their folder with the last one."""
+    """Remove the lock files of killed holders, and their folder if it is empty then."""
     with suppress(OSError, InputError), opened_folder(root) as parent:
         with opened_folder(root, _FOLDER) as folder:
             for name in os.listdir(folder):  # noqa: PTH208 - a descriptor
@@ -110,7 +109,7 @@ def _file_name(name: str) -> str:
 
 
 def _acquire(root: Path, name: str, waits: Callable[[str], None] | None) -> int:
-    """A descriptor of the lock's file, locked, with this process's name in the file."""
+    """A locked descriptor of the lock file, which now names this process."""
     path = root / _FOLDER / _file_name(name)
     waited = False
     while True:
@@ -125,8 +124,8 @@ def _acquire(root: Path, name: str, waits: Callable[[str], None] | None) -> int:
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
             if not _is_ours(descriptor):
                 raise InputError(
-                    f"{path}: is no lock file of this program; move it elsewhere and give the same "
-                    "command again"
+                    f"{path}: is not a lock file of this program; move it elsewhere and give the "
+                    "same command again"
                 )
             if _is_at(descriptor, folder, path.name):
                 os.ftruncate(descriptor, 0)
@@ -137,14 +136,14 @@ def _acquire(root: Path, name: str, waits: Callable[[str], None] | None) -> int:
             raise
         finally:
             os.close(folder)
-        os.close(descriptor)  # its holder removed it: the lock is another file's by now
+        os.close(descriptor)  # the holder unlinked it, so the path may be another file by now
 
 
 def _open(root: Path, path: Path) -> tuple[int, int]:
-    """Descriptors of a lock's file and of its folder, both made if they are not there."""
+    """Descriptors of the lock file and its folder, both created if needed."""
     try:
         while True:
-            # The folder may be removed with its last lock, between any two of these.
+            # Another process may remove the empty folder between any two of these calls.
             with suppress(FileNotFoundError):
                 make_folders(root, root)
                 with opened_folder(root) as parent, suppress(FileExistsError):
@@ -176,7 +175,7 @@ def _is_at(descriptor: int, folder: int, name: str) -> bool:
 
 
 def _is_ours(descriptor: int) -> bool:
-    """Whether a file is one that `_acquire` made: regular, under one name, with its content."""
+    """Whether `_acquire` wrote the file: regular, without hard links, with its form of content."""
     about = os.fstat(descriptor)
     if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1 or about.st_size > _LONGEST:
         return False
@@ -192,7 +191,7 @@ def _named(descriptor: int) -> str:
 
 
 def _let_go() -> None:
-    """A forked child has its parent's descriptors, and would hold its locks beyond its death."""
+    """Close inherited descriptors, through which a forked child would keep its parent's locks."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

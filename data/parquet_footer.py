@@ -1,9 +1,9 @@
-"""The sizes that a Parquet file's footer states, read from its bytes.
+"""The sizes that a Parquet file's footer states, parsed from its bytes for `parquet_reader`.
 
-pyarrow's `RowGroupMetaData.column` ends the process on a damaged footer: a C++ exception passes
-through it. The footer is a Thrift struct in the compact protocol
-(github.com/apache/thrift, doc/specs/thrift-compact-protocol.md); its fields are those of
-parquet.thrift (github.com/apache/parquet-format).
+pyarrow's `RowGroupMetaData.column` aborts the process on a damaged footer, because it lets a C++
+exception escape. The footer is a Thrift struct in the compact protocol (github.com/apache/thrift,
+doc/specs/thrift-compact-protocol.md) with the fields of parquet.thrift
+(github.com/apache/parquet-format).
 """
 
 import struct
@@ -19,7 +19,7 @@ _TRUE, _FALSE, _BYTE, _I64, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 1, 2, 3, 6,
 
 @dataclass(frozen=True)
 class ColumnChunk:
-    """What the footer states of one column in one row group."""
+    """What the footer states about one column in one row group."""
 
     rows: int
     values: int
@@ -27,10 +27,10 @@ class ColumnChunk:
 
 
 def column_chunks(file: Any, columns: int) -> Iterator[list[ColumnChunk]]:
-    """Each row group's column chunks, in the schema's order. columns: how many the schema has.
+    """Each row group's column chunks, in the schema's order. columns: their number in the schema.
 
     Raises:
-        ValueError: no footer, or one that is not what Parquet writes.
+        ValueError: the footer is missing or damaged.
     """
     try:
         groups = _Reader(_footer(file)).struct(0)[4]
@@ -55,7 +55,7 @@ def _footer(file: Any) -> bytes:
 
 
 class _Reader:
-    """Reads values of the compact protocol; a struct is a dict by field id."""
+    """Parses values of the compact protocol; a struct becomes a dict by field id."""
 
     def __init__(self, content: bytes) -> None:
         self._content, self._at = content, 0
@@ -71,7 +71,7 @@ class _Reader:
         return fields
 
     def _value(self, kind: int, depth: int, boolean: bool | None = None) -> Any:
-        """boolean: the value of a struct's boolean field, which stands in its type."""
+        """boolean: the value of a struct's boolean field, which its type encodes."""
         if kind in (_TRUE, _FALSE):
             return self._byte() == _TRUE if boolean is None else boolean
         if kind == _BYTE:
@@ -91,7 +91,7 @@ class _Reader:
     def _list(self, depth: int) -> list[Any]:
         head = self._byte()
         count = head >> 4 if head >> 4 != 15 else self._varint()
-        if count > len(self._content) - self._at:  # each element takes a byte at least
+        if count > len(self._content) - self._at:  # an element takes at least a byte
             raise ValueError("its footer states a list longer than itself")
         return [self._value(head & 15, depth) for _ in range(count)]
 

@@ -101,7 +101,7 @@ def test_artifacts_sum_up_each_dataset(made):
             assert f'"{figure}"' in table.data
         lineage = artifact(f"{dataset.stage}-{dataset.id}-lineage")
         assert lineage.type == "markdown"
-        for _, _, node in Store(made).lineage(dataset):
+        for _, _, node in dataset.lineage():
             assert f"`{node.ref}` ({node.rows} rows)" in lineage.data
 
 
@@ -410,5 +410,5 @@ def test_the_pipeline_flow_goes_from_problems_to_a_report(environment, tmp_path)
     assert report.read_text().lstrip().startswith("<!")
     for role, ref in refs.items():
         assert store.get(f"{CONFIG.name}-{role}").ref == ref
-    roots = {node.ref for _, _, node in store.lineage(store.get(refs["evaluation"]))}
+    roots = {node.ref for _, _, node in store.get(refs["evaluation"]).lineage()}
     assert set(refs.values()) <= roots

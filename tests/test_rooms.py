@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,21 @@ def test_arrows_point_down(room):
     for file in files_of(room):
         ours = {room_of(module) for module in imports(file)} - {None}
         assert ours <= OURS[room], file
+
+
+def test_the_modules_of_data_have_no_import_cycle():
+    names = {
+        ".".join(["trace_opd", *file.relative_to(ROOT).with_suffix("").parts]): file
+        for file in files_of("data")
+    }
+    # `imports` yields what an import binds: a module, or a name in one.
+    graph = {
+        name: {module if module in names else module.rpartition(".")[0] for module in imports(file)}
+        & set(names)
+        for name, file in names.items()
+    }
+    assert "trace_opd.data.store_files" in graph["trace_opd.data.dataset"]
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_only_flows_imports_prefect():

@@ -296,7 +296,7 @@ def test_a_name_that_leads_out_of_the_store_names_nothing(stores, ref):
     ref = ref.format(id=outside.name, path=outside)
     with pytest.raises(InputError, match=r"is not in store|leads out of it"):
         store.get(ref)
-    store.write_json("aliases.json", {"planted": ref})
+    store.files.write_json("aliases.json", {"planted": ref})
     with pytest.raises(InputError, match=r"is not in store|leads out of it"):
         store.get("planted")
 
@@ -315,7 +315,7 @@ def test_a_name_that_leads_out_of_the_store_names_nothing(stores, ref):
 def test_a_manifest_that_was_edited_leads_nowhere_else(stores, change):
     store, _ = stores
     (dataset,) = store.datasets()
-    store.write_json(f"{dataset.ref}/manifest.json", dataset.manifest | change)
+    store.files.write_json(f"{dataset.ref}/manifest.json", dataset.manifest | change)
     with pytest.raises(DamagedFile, match="does not hold what was written"):
         store.get(dataset.ref)
 
@@ -337,7 +337,7 @@ def test_a_link_in_the_store_is_neither_read_nor_written(stores, link):
     with pytest.raises(InputError, match=r"is a symbolic link|is not in store"):
         store.get(dataset.ref).read_part(0)
     with pytest.raises(InputError, match="is a symbolic link"):
-        store.write_json(f"{dataset.ref}/{link or 'manifest.json'}", {})
+        store.files.write_json(f"{dataset.ref}/{link or 'manifest.json'}", {})
     assert hashlib.sha256((outside / "manifest.json").read_bytes()).digest() == before
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from ..data.files import sync
+from ..data.atomic import sync
 from ..schemas.errors import InputError
 from .identity import TRAINER_FILE, damage, write_checksums
 from .lora import has_adapters, save_adapters, save_merged, set_adapters, transformers_model

@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..data.files import write_whole
+from ..data.atomic import write_atomic
 from ..schemas.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def cached_sha256(file: Path) -> str:
     same = known == [after.st_size, after.st_mtime_ns, after.st_ctime_ns, after.st_ino]
     if settled and same:
         with suppress(OSError, InputError):  # without a cache the file is hashed again
-            write_whole(entry, json.dumps([known, digest]).encode())
+            write_atomic(entry, json.dumps([known, digest]).encode())
     return digest
 
 

@@ -1,60 +1,47 @@
-"""Where problems come from: one module per kind of source, found by the config's `kind`.
+"""Where problems come from: one module per kind of source, named after the config's `kind`.
 
-Each module has `rows(source, seed)`. A row is a dictionary with problem, answer, answer_kind,
-solution, steps and source as in table problems, and optionally `row`, its place in the source.
-A module is imported when its source is first asked for, so that no source needs the packages of
-another.
+Stage problems calls the functions here. Each module has `rows(source, seed)`, `identity(source)`
+and, if its rows never end, `ENDLESS`. A row is a dictionary with problem, answer, answer_kind,
+solution, steps and source as in table problems, and optionally `row`, its number in the source. A
+module is imported when its source is first used, so no source needs the packages of another.
 """
 
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-from ...schemas.configs import ArithmeticSource, GymSource, Source, WordProblemsSource
+from ...schemas.configs import Source
 from ...schemas.errors import InputError
-
-# Raise it when a built-in generator gives other rows for the same config and seed.
-GENERATOR_VERSION = 1
-_MODULES = {
-    "files": "files",
-    "hub": "hub",
-    "reasoning-gym": "gym",
-    "champ": "champ",
-    "arithmetic": "arithmetic",
-    "word-problems": "word_problems",
-}
 
 
 def rows(source: Source, seed: int) -> Iterator[dict[str, Any]]:
-    """The source's problems in its own order; generators are endless and follow the seed.
+    """The source's problems in its own order; generators are endless and depend on the seed.
 
     Raises:
-        InputError: nothing there, a column is missing, a cell is empty, an unknown task or preset.
+        InputError: no rows, a missing column, an empty cell, an unknown task or preset.
     """
     return _module(source).rows(source, seed)
 
 
 def is_endless(source: Source) -> bool:
-    """Whether `rows` never ends, so that the caller must bound it."""
-    return isinstance(source, GymSource | ArithmeticSource | WordProblemsSource)
+    """Whether `rows` never ends, so the caller must limit it."""
+    return getattr(_module(source), "ENDLESS", False)
 
 
 def identity(source: Source) -> dict[str, Any]:
-    """JSON-able data that together with the seed fixes what `rows` yields.
+    """JSON-able data that together with the seed determines the rows.
 
-    Content hashes stand for paths, resolved revisions for dataset ids, versions for packages.
+    It holds content hashes instead of paths, resolved revisions, and versions of packages.
 
     Raises:
-        InputError: the source is not there.
+        InputError: the source does not exist.
     """
-    if isinstance(source, ArithmeticSource | WordProblemsSource):
-        return source.semantic() | {"generator": GENERATOR_VERSION}
     return _module(source).identity(source)
 
 
 def _module(source: Source) -> Any:
     try:
-        return import_module(f".{_MODULES[source.kind]}", __package__)
+        return import_module(f".{source.kind.replace('-', '_')}", __package__)
     except ModuleNotFoundError as error:
         raise InputError(
             f"source {source.kind}: package {error.name} is not installed; "

@@ -1,7 +1,8 @@
-"""Multi-digit addition and subtraction with known intermediate steps: the built-in generator.
+"""Multi-digit addition and subtraction with known intermediate steps: a built-in generator.
 
-A right response writes one line per digit, least significant first, with what it carries or borrows,
-and boxes the result; to `4821+3977` and to `4821-3977`:
+The source of kind `arithmetic`; the micro model is pretrained on it too. A right response writes
+one line per digit, least significant first, with its carry or borrow, and boxes the result; for
+`4821+3977` and `4821-3977`:
 
     1+7+0=8 c0          11-7-0=4 b1
     2+7+0=9 c0          12-7-1=4 b1
@@ -18,10 +19,14 @@ from typing import Any
 from ...schemas.configs import ArithmeticSource
 from ...schemas.labels import AnswerKind, DiagnosticType, Operation
 
+ENDLESS = True
+# Increase it when the rows of a config and seed change.
+_GENERATOR_VERSION = 1
+
 
 @dataclass(frozen=True)
 class Step:
-    """One line of a response: its text, the value it sets, its label, whether it is critical."""
+    """One line of a response: its text, its value, its label, whether it is critical."""
 
     text: str
     value: str
@@ -31,9 +36,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Column:
-    """One digit's column: what is on its line, and what the next one takes over.
+    """One digit's column.
 
-    result: sum with its carry, or the difference's digit.
+    taken: carry or borrow from the column before; passed: carry or borrow to the next column;
+    result: sum including the carry, or the digit of the difference.
     """
 
     a: int
@@ -65,9 +71,9 @@ def column(a: int, b: int, taken: int, operation: Operation) -> Column:
 
 
 def steps(left: int, right: int, operation: Operation = Operation.ADD) -> list[Step]:
-    """The lines of a right response, the boxed result last; to subtract, left >= right.
+    """The lines of a right response, the boxed result last; a subtraction needs left >= right.
 
-    Lines that carry or borrow are the key steps: their label is case_analysis, that of the others
+    Lines that carry or borrow are the key steps, labelled case_analysis; the others are labelled
     arithmetic.
     """
     lines, taken = [], 0
@@ -83,7 +89,7 @@ def steps(left: int, right: int, operation: Operation = Operation.ADD) -> list[S
 
 
 def digit_pairs(left: int, right: int) -> Iterator[tuple[int, int]]:
-    """Digits of both numbers by column, least significant first."""
+    """The digits of both numbers by column, least significant first."""
     width = max(len(str(left)), len(str(right)))
     columns = zip(reversed(str(left).zfill(width)), reversed(str(right).zfill(width)), strict=True)
     return ((int(a), int(b)) for a, b in columns)
@@ -96,8 +102,8 @@ def answer_text(answer: str) -> str:
 def operands(
     rng: random.Random, min_digits: int, max_digits: int, operation: Operation = Operation.ADD
 ) -> tuple[int, int]:
-    """Two numbers of the same number of digits, drawn evenly from the range of lengths; to
-    subtract, the larger one first."""
+    """Two numbers of equal length, which is uniform over the range; for a subtraction the larger
+    number is first."""
     width = rng.randint(min_digits, max_digits)
     low, high = 10 ** (width - 1), 10**width - 1
     left, right = rng.randint(low, high), rng.randint(low, high)
@@ -107,7 +113,7 @@ def operands(
 
 
 def rows(source: ArithmeticSource, seed: int) -> Iterator[dict]:
-    """Distinct problems until there are no more; the same seed gives the same stream."""
+    """Distinct problems until all are drawn; the same seed gives the same stream."""
     operation = source.operation
     name = "" if operation is Operation.ADD else f"{operation}/"
     rng = random.Random(f"arithmetic/{name}{source.min_digits}/{source.max_digits}/{seed}")
@@ -125,8 +131,12 @@ def rows(source: ArithmeticSource, seed: int) -> Iterator[dict]:
         }
 
 
+def identity(source: ArithmeticSource) -> dict[str, Any]:
+    return source.semantic() | {"generator": _GENERATOR_VERSION}
+
+
 def problem_row(left: int, right: int, operation: Operation) -> dict[str, Any]:
-    """A problem and what is known of it, without its source."""
+    """A row of table problems, without its source."""
     written = steps(left, right, operation)
     return {
         "problem": f"{left}{operation.sign}{right}",

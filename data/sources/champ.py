@@ -1,4 +1,7 @@
-"""CHAMP: competition problems with step-by-step reference solutions (package champ-dataset)."""
+"""CHAMP: competition problems with step-by-step reference solutions (package champ-dataset).
+
+The source of kind `champ`, called through `sources.rows` by stage problems.
+"""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ _ASIDE = re.compile(r" \((?:i\.e\., |none of ).*\)$|, or (?:approximately|an equ
 
 
 def rows(source: ChampSource, seed: int) -> Iterator[dict[str, Any]]:
-    """All problems in the package's order; `seed` changes nothing."""
+    """All problems in the package's order; `seed` has no effect."""
     for problem in champ_dataset.load("v0").problems.values():
         yield {
             "problem": problem.text.strip(),
@@ -32,6 +35,5 @@ def identity(source: ChampSource) -> dict[str, Any]:
 
 
 def gold_answer(text: str) -> str:
-    """The one form to compare with: `C(10, 5), or equivalently 252` is 252, and `0 (i.e., no real
-    zeros)` is 0."""
+    """One form to compare: 252 for "C(10, 5), or equivalently 252", 0 for "0 (i.e., none)"."""
     return _ASIDE.sub("", _EVALUATED.sub("", text)).strip()

@@ -1,4 +1,7 @@
-"""Rows of foreign tables become problems rows: the column map, applied and checked."""
+"""The column map: rows of other tables become rows of table problems.
+
+The sources of kind `files` and `hub` call this.
+"""
 
 import random
 from collections.abc import Callable, Iterable
@@ -8,13 +11,13 @@ from typing import Any
 from ...schemas.configs import Columns
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind
-from ..store import content_hash
+from ..manifest import content_hash
 
-_MOST_CELL_CHARS = 4 << 20  # no model reads as much
+_MOST_CELL_CHARS = 4 << 20  # more than any model reads
 
 
 def mapped(columns: Columns) -> list[str]:
-    """Names of the foreign columns that the map reads, each once."""
+    """Names of the columns that the map reads, without duplicates."""
     names = [columns.problem, columns.answer, columns.solution, *(columns.choices or [])]
     return list(dict.fromkeys(name for name in names if name is not None))
 
@@ -44,11 +47,11 @@ def problem_row(
 ) -> dict[str, Any]:
     """One foreign row as a problems row.
 
-    `final_answer` reads the answer out of a longer text. It returns "" where it finds none: such
-    a row is kept, and whoever parses gold answers decides on it.
+    `final_answer` extracts the answer from a longer text. It returns "" if there is none: such a
+    row is kept, and the parser of gold answers decides about it.
 
     Raises:
-        InputError: the problem, the answer or a choice is empty or no text or number.
+        InputError: the problem, the answer or a choice is empty, or neither text nor number.
     """
     where = f"{source}, row {row}"
     problem = _filled(foreign, columns.problem, where)
@@ -75,7 +78,7 @@ def problem_row(
 def multiple_choice(problem: str, right: str, wrong: list[str]) -> tuple[str, str]:
     """The problem with its choices as (A), (B), …, and the letter of the right one.
 
-    The order depends on the texts alone, so that a problem keeps its id wherever it stands.
+    The order depends on the texts alone, so a problem has the same id in every file.
     """
     choices = [right, *wrong]
     order = list(range(len(choices)))
@@ -95,7 +98,7 @@ def _filled(foreign: dict[str, Any], name: str, where: str) -> str:
 
 
 def _text(foreign: dict[str, Any], name: str, where: str) -> str:
-    """A cell as text without surrounding blanks; whole floats lose their `.0`, null is ""."""
+    """A cell as stripped text; integral floats lose their `.0`, null is ""."""
     value = foreign[name]
     if value is None:
         return ""

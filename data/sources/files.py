@@ -1,4 +1,7 @@
-"""Problems from Parquet and JSONL files: a path, a URL that fsspec knows, or a glob of them."""
+"""Problems from Parquet and JSONL files: a path, a URL that fsspec knows, or a glob of them.
+
+The source of kind `files`, called through `sources.rows` by stage problems.
+"""
 
 import posixpath
 from collections.abc import Iterator
@@ -10,16 +13,15 @@ import pyarrow.parquet as pq
 from ...schemas.configs import Columns, FilesSource
 from ...schemas.contract import parquet_errors
 from ...schemas.errors import InputError
-from ..foreign_files import digest, find_files, opened, text_lines
-from ..foreign_parquet import read_batches
-from ..json_text import read_json
+from ..input_files import digest, find_files, json_objects, opened, text_lines
+from ..parquet_reader import read_batches
 from .columns import mapped, problem_row, require
 
 _LARGE_BATCH_BYTES = 64 << 20
 
 
 def rows(source: FilesSource, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows of all files in the order of their names; `seed` changes nothing.
+    """Rows of all files, sorted by name; `seed` has no effect.
 
     Raises:
         InputError: names the file, the row (from 0) and the column at fault.
@@ -36,7 +38,7 @@ def rows(source: FilesSource, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def identity(source: FilesSource) -> dict[str, Any]:
-    """Names and content hashes of the files in place of their path."""
+    """The source's config with names and content hashes of the files in place of their path."""
     fs, files = _files(source)
     hashes = [[name, digest(fs, path)] for name, path in files.items()]
     semantic = source.semantic()
@@ -45,7 +47,8 @@ def identity(source: FilesSource) -> dict[str, Any]:
 
 
 def _files(source: FilesSource) -> tuple[Any, dict[str, str]]:
-    """The file system, and paths by name: the path below the files' common folder, so that no id holds a machine's."""
+    """The file system, and paths by name. Names are relative to the files' common folder, so no id
+    depends on a machine's folders."""
     fs, paths = find_files(source.path, "a Parquet or JSONL file, or a glob of them")
     folder = posixpath.commonpath([posixpath.dirname(path) for path in paths])
     return fs, {posixpath.relpath(path, folder or "."): path for path in paths}
@@ -74,23 +77,15 @@ def _parquet_rows(file: Any, name: str, columns: Columns) -> Iterator[dict[str, 
                 f"{name}: column {field.name!r} holds {field.type!s:.80}; give text or a number"
             )
     for batch in read_batches(file, name, mapped(columns)):
-        # Row by row where cells are large: their text is held twice.
+        # Row by row if cells are large, since their text is held twice.
         step = 1 if batch.nbytes > _LARGE_BATCH_BYTES else batch.num_rows
         for first in range(0, batch.num_rows, step):
             yield from batch.slice(first, step).to_pylist()
 
 
 def _jsonl_rows(file: Any, name: str, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Line by line, since Arrow's JSON reader wants one type per column: answers are often a
-    # number in one line and text in the next.
-    for row, line in text_lines(file, name):
-        if not line.strip():
-            continue
-        try:
-            foreign = read_json(line)
-        except ValueError as error:
-            raise InputError(f"{name}, row {row}: is not JSON ({error}); mend the line") from None
-        if not isinstance(foreign, dict):
-            raise InputError(f"{name}, row {row}: is no JSON object; write one object per line")
+    # Arrow's JSON reader needs one type per column, but answers are often a number in one line and
+    # text in the next.
+    for row, foreign in json_objects(text_lines(file, name), name):
         require(foreign, columns, f"{name}, row {row}")
         yield row, foreign

@@ -1,6 +1,7 @@
-"""Problems from Hugging Face datasets, by id or from a local folder laid out as the hub's.
+"""Problems from Hugging Face datasets, by id or from a local folder in the hub's layout.
 
-Presets know the datasets that the method trains and is evaluated on.
+The source of kind `hub`, called through `sources.rows` by stage problems. Presets describe the
+datasets that the method is trained and evaluated on.
 """
 
 import hashlib
@@ -18,9 +19,8 @@ from ...schemas.configs import Columns, HubSource
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind
 from ..boxed import last_boxed
-from ..foreign_files import digest, opened
-from ..foreign_parquet import require_bounded
-from .archives import require_bounded_archive
+from ..input_files import digest, opened, require_bounded_archive
+from ..parquet_reader import require_bounded
 from .columns import mapped, problem_row, require
 
 _LOCAL = fsspec.filesystem("file")
@@ -30,8 +30,8 @@ _LOCAL = fsspec.filesystem("file")
 class Preset:
     """A known dataset.
 
-    final_answer: reads the answer out of its column's text; keep: column and value of the rows
-    that belong to the preset.
+    final_answer: extracts the answer from its column's text; keep: column and value that select the
+    preset's rows.
     """
 
     dataset: str
@@ -49,7 +49,7 @@ def boxed_or_empty(text: str) -> str:
 
 
 def after_hashes(text: str) -> str:
-    """GSM8K's final answer: what follows `#### `, without thousands separators."""
+    """GSM8K's final answer: the text after `#### `, without thousands separators."""
     return text.rpartition("#### ")[2].replace(",", "").strip() if "#### " in text else ""
 
 
@@ -86,7 +86,7 @@ PRESETS = {
 
 
 def rows(source: HubSource, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows of one split in the dataset's order; `seed` changes nothing.
+    """Rows of one split in the dataset's order; `seed` has no effect.
 
     Raises:
         InputError: names the dataset, the row (from 0) and the column at fault.
@@ -135,9 +135,9 @@ def identity(source: HubSource) -> dict[str, Any]:
 
 
 def _preset(source: HubSource) -> tuple[str, Preset]:
-    """What to read, and the name that problems carry as their source.
+    """The name that problems carry as their source, and what to read.
 
-    Beside a preset, fields that differ from their default win: gsm8k with split=test.
+    Config fields that differ from their default override the preset's: gsm8k with split=test.
     """
     if source.preset is None:
         assert source.dataset is not None  # the config's validator: exactly one of the two
@@ -161,8 +161,8 @@ def _preset(source: HubSource) -> tuple[str, Preset]:
 
 @contextmanager
 def _load_errors(preset: Preset) -> Iterator[None]:
-    """A dataset, subset or split that is not there is the user's mistake; so is one that is a
-    script, which is a RuntimeError: scripts are not run."""
+    """Turn a missing dataset, subset or split into an InputError. A dataset that is a script raises
+    RuntimeError: scripts are not run."""
     try:
         yield
     except (FileNotFoundError, ConnectionError, ValueError, RuntimeError, DatasetsError) as error:
@@ -174,10 +174,10 @@ def _load_errors(preset: Preset) -> Iterator[None]:
 
 
 def _require_bounded(folder: Path) -> None:
-    """Check what the files of a folder unfold to, before datasets writes it all to its cache.
+    """Check the unfolded size of a folder's files, before `datasets` writes them to its cache.
 
     Raises:
-        InputError: names the file that is too large, or unfolds to too much.
+        InputError: names the file that is too large.
     """
     for path in _files(folder):
         if path.suffix == ".parquet":
@@ -187,7 +187,7 @@ def _require_bounded(folder: Path) -> None:
 
 
 def _folder_hash(folder: Path) -> str:
-    """Digest of the names and contents of a folder's files, hidden ones left out."""
+    """Digest of the names and contents of a folder's files, without hidden ones."""
     found = hashlib.sha256()
     for path in _files(folder):
         content = digest(_LOCAL, str(path))
@@ -196,7 +196,7 @@ def _folder_hash(folder: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """A folder's regular files in order, hidden ones left out."""
+    """A folder's regular files in order, without hidden ones."""
     return [
         path
         for path in sorted(folder.rglob("*"))

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from pydantic import BaseModel
 
-from ...data.store import Store
+from ...data.store_files import StoreFiles
 from ...schemas.configs import OpenAIAnnotator
 from .budget import Reservation
 from .prices import most_tokens
@@ -72,7 +72,7 @@ class JobFile:
     def update(self, **changes: Any) -> None:
         """Change fields; on disk before this returns."""
         self.job = self.job.model_copy(update=changes)
-        Store(self.path.parent).write_json(self.path.name, self.job.model_dump())
+        StoreFiles(self.path.parent).write_json(self.path.name, self.job.model_dump())
 
 
 class RequestFile:

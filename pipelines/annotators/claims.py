@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from ...data.files import writing
+from ...data.atomic import writing
 from ...schemas.errors import InputError
 
 _POLL_S = 0.05

@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from ...data.files import sync
+from ...data.atomic import sync
 from ...data.store import content_hash
 from ...schemas.errors import InputError
 from .claims import Claims

@@ -21,7 +21,7 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
-from ...data.json_text import read_json
+from ...data.input_files import read_json
 from ...schemas.errors import InputError
 from ...schemas.labels import DiagnosticType
 from ...schemas.text_files import read_text_file

@@ -37,6 +37,6 @@ def batches_table(stores: Sequence[Store], cancel: bool) -> Table:
 
 def _jobs(stores: Sequence[Store]) -> Iterator[tuple[str, JobFile]]:
     for store in stores:
-        for folder in store.folders_beside("annotate", "batches"):
+        for folder in store.files.local_folders("annotate", "batches"):
             for file in read_jobs(folder):
                 yield f"annotate/{folder.parent.name}", file

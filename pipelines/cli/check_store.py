@@ -12,12 +12,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ...data.dataset import CHECKSUM, manifest_checksum
-from ...data.files import is_temporary
+from ...data.atomic import is_temporary
 from ...data.links import entries_in
 from ...data.locks import holder
-from ...data.manifest import is_ref, one_line
+from ...data.manifest import CHECKSUM, is_ref, manifest_checksum, one_line
 from ...data.store import MANIFEST, Dataset, Store
+from ...data.store_files import StoreFiles
 from ...schemas.errors import InputError
 from ..progress import progress_bar
 from ..stages import REGISTRY
@@ -75,19 +75,19 @@ def check_store(store: Store, refs: Sequence[str] = ()) -> tuple[Group, bool]:
         report.append(table)
     broken = [finding for finding in found if finding.state == "broken"]
     result = f"{len(broken)} faults" if broken else "intact"
-    report += _commands(chosen, broken)
+    report += _commands(store, chosen, broken)
     report.append(Text(f"{len(chosen)} datasets, {total} files, {size:,} bytes: {result}"))
     return Group(*report), not broken
 
 
-def _commands(chosen: Sequence[Dataset], broken: Sequence[Finding]) -> list[Text]:
+def _commands(store: Store, chosen: Sequence[Dataset], broken: Sequence[Finding]) -> list[Text]:
     """Commands that make damaged datasets again; none for a damaged manifest."""
     damaged: dict[str, list[str]] = {}
     for finding in broken:
         if finding.file is not None:
             damaged.setdefault(finding.subject, []).append(finding.file)
     known = [(d, damaged[d.ref]) for d in chosen if d.ref in damaged]
-    commands = remake_commands([(d, files) for d, files in known if MANIFEST not in files])
+    commands = remake_commands(store, [(d, files) for d, files in known if MANIFEST not in files])
     return [Text(command) for command in commands]
 
 
@@ -100,13 +100,13 @@ def _manifest_faults(dataset: Dataset) -> Iterator[Finding]:
         )
         yield Finding(dataset.ref, "broken", text, MANIFEST)
     for role, ref in dataset.manifest["inputs"].items():
-        if not _is_there(dataset.store, ref):
+        if not _is_there(dataset.files, ref):
             yield Finding(dataset.ref, "broken", f"its input {role}, {ref}, is missing")
 
 
-def _is_there(store: Store, ref: str) -> bool:
+def _is_there(files: StoreFiles, ref: str) -> bool:
     try:
-        return store.exists(f"{ref}/{MANIFEST}")
+        return files.exists(f"{ref}/{MANIFEST}")
     except InputError:  # a link
         return False
 
@@ -114,10 +114,10 @@ def _is_there(store: Store, ref: str) -> bool:
 def _file_faults(dataset: Dataset, listed: dict[str, Any]) -> Iterator[Finding]:
     name = listed["name"]
     try:
-        if not dataset.store.exists(f"{dataset.ref}/{name}"):
+        if not dataset.files.exists(f"{dataset.ref}/{name}"):
             yield Finding(dataset.ref, "broken", f"{name}: is missing", name)
             return
-        size, digest = dataset.store.checksum(f"{dataset.ref}/{name}")
+        size, digest = dataset.files.checksum(f"{dataset.ref}/{name}")
     except InputError as error:  # a link, or no regular file
         yield Finding(dataset.ref, "broken", str(error))
         return
@@ -138,7 +138,7 @@ def _lost_aliases(store: Store) -> Iterator[Finding]:
         yield Finding("aliases", "broken", str(error))
         return
     for name, ref in aliases.items():
-        if not _is_there(store, ref):
+        if not _is_there(store.files, ref):
             text = f"names {ref}, which is missing; name another dataset: trace-opd alias"
             yield Finding(f"alias {name}", "broken", text)
 
@@ -147,16 +147,16 @@ def _unfinished(store: Store) -> Iterator[Finding]:
     """Datasets that are not finished, files that killed writers left, and links."""
     active = set()
     for stage in REGISTRY:
-        for ref in (f"{stage}/{name}" for name in _names(store, stage)):
-            if not is_ref(ref) or _is_there(store, ref):
+        for ref in (f"{stage}/{name}" for name in _names(store.files, stage)):
+            if not is_ref(ref) or _is_there(store.files, ref):
                 continue
-            parts = sum(name.endswith(".parquet") for name in _names(store, ref))
+            parts = sum(name.endswith(".parquet") for name in _names(store.files, ref))
             text = f"{parts} parts; its command continues from there"
-            if store.is_local and (run := holder(store.local_root(), ref)) is not None:
+            if store.files.is_local and (run := holder(store.files.local_root(), ref)) is not None:
                 active.add(ref)
                 text = f"{parts} parts so far; {run} makes it"
             yield Finding(ref, "unfinished", text)
-    for name, is_link in _foreign_paths(store):
+    for name, is_link in _foreign_paths(store.files):
         if is_link:
             text = "is a symbolic link, which trace-opd does not follow; replace it by a copy"
             yield Finding(name, "broken", text)
@@ -165,20 +165,20 @@ def _unfinished(store: Store) -> Iterator[Finding]:
             yield Finding(name, "leftover", text)
 
 
-def _names(store: Store, folder: str) -> list[str]:
+def _names(files: StoreFiles, folder: str) -> list[str]:
     try:
-        return store.names(folder)
+        return files.names(folder)
     except InputError:  # a link, which `_foreign_paths` finds
         return []
 
 
-def _foreign_paths(store: Store) -> list[tuple[str, bool]]:
+def _foreign_paths(files: StoreFiles) -> list[tuple[str, bool]]:
     """Topmost paths below the root of links and of unfinished files, and whether each is a link."""
-    root = f"{store.base}/"
-    if store.is_local:
-        paths = [(entry.path, entry.is_symlink()) for entry in entries_in(Path(store.base))]
+    root = f"{files.base}/"
+    if files.is_local:
+        paths = [(entry.path, entry.is_symlink()) for entry in entries_in(Path(files.base))]
     else:
-        paths = [(str(path), False) for path in store.fs.find(store.base)]
+        paths = [(str(path), False) for path in files.fs.find(files.base)]
     out = {}
     for path, is_link in paths:
         names = path.removeprefix(root).split("/")

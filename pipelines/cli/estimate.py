@@ -151,7 +151,7 @@ def _notes(found: Estimate) -> Iterator[str]:
 
 def _money(annotator: Any, price: Price | None, draft: Draft) -> Iterator[str]:
     yield f"Price: {price or 'unknown'}."
-    if jobs := read_jobs(draft.store.beside(f"{draft.ref}/batches")):
+    if jobs := read_jobs(draft.files.local_path(f"{draft.ref}/batches")):
         asked = sum(file.job.requests for file in jobs)
         yield f"{len(jobs)} batches with {asked} of these requests are out already."
     limit = annotator.budget_usd
@@ -171,7 +171,7 @@ class _Asking:
     def of(cls, annotator: Any, engine: Engine, draft: Draft) -> "_Asking":
         assert engine.request_body is not None, "engines that ask no model have no estimate"
         prompt = load_prompt(annotator.prompt, annotator.answer_schema)
-        folders = draft.store.folders_beside(draft.stage, "journal")
+        folders = draft.files.local_folders(draft.stage, "journal")
         if not engine.asks_endpoint or not folders:
             return cls(annotator, prompt, engine.request_body, lambda question: None)
         journal = Journal(folders[0], lambda: folders[1:], is_answer)  # read, not written

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ...data.dataset import find_dataset
 from ...data.store import MANIFEST, Dataset, Store
 from ...schemas.errors import InputError
 from ..stages import REGISTRY
@@ -20,7 +21,7 @@ from ..stages.train import FINAL
 _STAGES = list(REGISTRY)
 
 
-def remake_commands(damaged: Sequence[tuple[Dataset, Sequence[str]]]) -> list[str]:
+def remake_commands(store: Store, damaged: Sequence[tuple[Dataset, Sequence[str]]]) -> list[str]:
     """Shell commands, to run in order: each removes damaged files, then its stage makes them again
     from the intact ones. Journals of paid answers stay.
 
@@ -32,15 +33,15 @@ def remake_commands(damaged: Sequence[tuple[Dataset, Sequence[str]]]) -> list[st
     for dataset, names in damaged:
         online = dataset.manifest["config"].get("online")
         if isinstance(online, str):  # a table of a training run's steps
-            run = _found(dataset.store, online)
+            run = _found(dataset, online)
             commands[online] = f"# {online}, which made {dataset.ref}, is missing"
             if run is not None:
-                commands[online] = _train_again(run)
+                commands[online] = _train_again(store, run)
         elif dataset.stage == "train" and not all(name.startswith(FINAL) for name in names):
-            commands[dataset.ref] = _train_again(dataset)
+            commands[dataset.ref] = _train_again(store, dataset)
         else:
             removed = _paths(dataset, MANIFEST, *names)
-            commands.setdefault(dataset.ref, _then(dataset.store, removed, _command(dataset)))
+            commands.setdefault(dataset.ref, _then(store, removed, _command(store, dataset)))
     return [
         commands[ref]
         if commands[ref].isprintable()
@@ -49,9 +50,9 @@ def remake_commands(damaged: Sequence[tuple[Dataset, Sequence[str]]]) -> list[st
     ]
 
 
-def _found(store: Store, ref: str) -> Dataset | None:
+def _found(dataset: Dataset, ref: str) -> Dataset | None:
     try:
-        return store.find(*ref.split("/"))
+        return find_dataset(dataset.files, ref)
     except InputError:  # damaged itself, which is a finding of its own
         return None
 
@@ -62,23 +63,27 @@ def _order(ref: str) -> tuple[int, str]:
     return (_STAGES.index(stage) if stage in _STAGES else len(_STAGES)), ref
 
 
-def _train_again(run: Dataset) -> str:
+def _train_again(store: Store, run: Dataset) -> str:
     """From the first step: what the steps before the last checkpoint made, only they can make."""
-    tables = [run.store.url(ref) for ref in run.summary.get("tables", {}).values()]
-    return _then(run.store, [*_paths(run, MANIFEST, "checkpoints"), *tables], _command(run))
+    tables = [store.files.url(ref) for ref in run.summary.get("tables", {}).values()]
+    return _then(store, [*_paths(run, MANIFEST, "checkpoints"), *tables], _command(store, run))
 
 
 def _paths(dataset: Dataset, *names: str) -> list[str]:
-    return [dataset.path(n) for n in names if dataset.store.exists(f"{dataset.ref}/{n}")]
+    return [dataset.path(n) for n in names if dataset.files.exists(f"{dataset.ref}/{n}")]
 
 
 def _then(store: Store, removed: Sequence[str], command: str) -> str:
     paths = shlex.join(removed)
-    return f"rm -r {paths} && {command}" if store.is_local else f"{command}  # first remove {paths}"
+    return (
+        f"rm -r {paths} && {command}"
+        if store.files.is_local
+        else f"{command}  # first remove {paths}"
+    )
 
 
-def _command(dataset: Dataset) -> str:
-    store, config = dataset.store, dataset.manifest["config"]
+def _command(store: Store, dataset: Dataset) -> str:
+    config = dataset.manifest["config"]
     names = [name for name, ref in store.aliases().items() if ref == dataset.ref]
     if isinstance(read := config.get("import"), dict):
         stem = names[0].rpartition("-")[0] if names else "ALIAS"
@@ -103,7 +108,7 @@ def _command(dataset: Dataset) -> str:
 def _hidden(dataset: Dataset) -> bool:
     """Whether imported annotations belong to hidden verdicts."""
     verdicts = dataset.manifest["inputs"].get("verdicts")
-    found = _found(dataset.store, verdicts) if verdicts else None
+    found = _found(dataset, verdicts) if verdicts else None
     return found is not None and bool(found.manifest["config"].get("hide_verdict"))
 
 

@@ -106,7 +106,7 @@ def lineage(
     """Show the datasets that a dataset was made from."""
     opened = Store(store)
     trees: list[Tree] = []
-    for depth, role, dataset in opened.lineage(opened.get(ref)):
+    for depth, role, dataset in opened.get(ref).lineage():
         text = f"{one_line(role) + ': ' if role else ''}{dataset.ref}  {dataset.rows} rows"
         node = trees[depth - 1].add(text) if depth else Tree(text)
         trees[depth:] = [node]

@@ -19,9 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ...data.foreign_files import digest, find_files
-from ...data.labelled import LabelledResponse
-from ...data.sources import prm800k, processbench
+from ...data.input_files import digest, find_files
+from ...data.step_labels import LabelledResponse, prm800k, processbench
 from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import SegmentConfig, VerifyConfig
 from ...schemas.contract import TableContract

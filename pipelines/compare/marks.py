@@ -38,7 +38,7 @@ def read_marks(dataset: Dataset) -> pa.Table:
     """An annotations dataset without its texts, which a comparison keeps in memory."""
     parts = []
     for part in dataset.manifest["parts"]:
-        with dataset.store.open(f"{dataset.ref}/{part['name']}") as file:
+        with dataset.files.open(f"{dataset.ref}/{part['name']}") as file:
             parts.append(pq.ParquetFile(file).read(columns=_COLUMNS))
     return pa.concat_tables(parts).combine_chunks()
 

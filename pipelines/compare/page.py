@@ -15,7 +15,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from ...data.files import write_whole
+from ...data.atomic import write_atomic
 from ...data.store import Store, content_hash
 from ...schemas.labels import AnnotationStatus
 from ..viewer.page import csp_hash, page_template
@@ -53,7 +53,7 @@ def default_output(comparison: Comparison, store: Store) -> Path:
         InputError: the store is not local.
     """
     refs = [dataset.ref for dataset in comparison.datasets.values()]
-    return store.beside(f"compare/{content_hash([refs, comparison.alpha])}")
+    return store.files.local_path(f"compare/{content_hash([refs, comparison.alpha])}")
 
 
 def write(comparison: Comparison, table: pa.Table, store: Store, output: Path) -> list[Path]:
@@ -62,8 +62,8 @@ def write(comparison: Comparison, table: pa.Table, store: Store, output: Path) -
     paths = [output / "comparisons.parquet", output / "compare.html"]
     columns = io.BytesIO()
     pq.write_table(table, columns, compression="zstd")
-    write_whole(paths[0], columns.getvalue())
-    write_whole(paths[1], page(comparison, table, store).encode())
+    write_atomic(paths[0], columns.getvalue())
+    write_atomic(paths[1], page(comparison, table, store).encode())
     return paths
 
 

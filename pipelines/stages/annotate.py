@@ -47,7 +47,7 @@ def _resolve(config: AnnotateConfig, store: Store) -> Plan:
     del semantic["verdicts"]  # the dataset's id stands for it
     semantic["annotator"] |= engine.identity(config.annotator, inputs["problems"], False)
     if engine.asks_endpoint:
-        store.local_root()  # for its journal
+        store.files.local_root()  # for its journal
         semantic = current_attempt(store, semantic, inputs, _keeps_failed(config))
     return Plan(config, inputs, semantic, verdicts.parts, attempt_figures(semantic))
 
@@ -124,13 +124,13 @@ def _folders(config: AnnotateConfig, draft: Draft) -> dict[str, Any]:
         raise InputError(
             f"{draft.ref}: {len(jobs)} batches of its questions are out; run with "
             "annotator.batch=true, which waits for their answers, or cancel them "
-            f"(`trace-opd batches {draft.store.root} --cancel`) and run so once for what is there"
+            f"(`trace-opd batches {draft.files.root} --cancel`) and run so once for what is there"
         )
     journal = draft.local_path("journal")
     stage = journal.parent.parent
 
     def elsewhere() -> list[Path]:  # a dataset may be begun while this one is made
-        others = draft.store.folders_beside(draft.stage, "journal")
+        others = draft.files.local_folders(draft.stage, "journal")
         return [folder for folder in others if folder != journal]
 
     return {

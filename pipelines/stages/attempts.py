@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ...data.dataset import dataset_id
 from ...data.store import Dataset, Draft, Store
 from ...schemas.tables import ANNOTATIONS
 from .base import Plan
@@ -44,5 +45,4 @@ def attempt_figures(semantic: dict[str, Any]) -> dict[str, Any]:
 def first_attempt(plan: Plan, draft: Draft) -> Draft:
     """The draft in whose folder all attempts keep their journal and batches."""
     semantic = {name: value for name, value in plan.semantic.items() if name != _ATTEMPT}
-    first = draft.store.begin("annotate", semantic, plan.inputs, ANNOTATIONS)
-    return replace(draft, id=first.id)
+    return replace(draft, id=dataset_id("annotate", semantic, plan.inputs, ANNOTATIONS))

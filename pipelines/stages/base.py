@@ -159,7 +159,7 @@ _idle_timer: threading.Timer | None = None
 
 def _open_engine(stage: Stage, plan: Plan, draft: Draft) -> PartMaker:
     global _engine
-    key = draft.store.url(draft.ref)
+    key = draft.files.url(draft.ref)
     if _engine is None or _engine[0] != key:
         close_engine()
         stack = ExitStack()

@@ -90,7 +90,7 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
     for role, asked in inputs.items():
         if role != "routed":
             require_room(asked, config.policy, config.sampler, config.prompt, limit)
-    store.local_root()
+    store.files.local_root()
     return inputs, store.begin("train", semantic, inputs, None, config.model_dump(mode="json"))
 
 
@@ -206,7 +206,7 @@ def _train(
         try:
             if validation is not None and trainer.state.step == 0:
                 base = trainer.policy.info.revision
-                validation.look_at_base(base, target.store.beside(LOOKS))
+                validation.look_at_base(base, target.files.local_path(LOOKS))
             for metrics in trainer.run(offline, online, stopping):
                 done = trainer.state.step
                 if validation is not None and validation.due(done, trainer.total_steps):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ...data.files import write_whole
+from ...data.atomic import write_atomic
 from ...schemas.configs import StudyConfig
 from ..training.validation import SAMPLED
 
@@ -120,4 +120,4 @@ def _write(figure: Any, axes: Any, path: Path) -> None:
     axes.grid(alpha=0.3)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None})
-    write_whole(path, drawn.getvalue())
+    write_atomic(path, drawn.getvalue())

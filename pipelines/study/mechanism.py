@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from ...data.dataset import get_dataset
 from ...data.store import Dataset
 from ...schemas.configs import (
     PromptConfig,
@@ -161,7 +162,7 @@ def first_step(run: Dataset) -> pa.Table:
         raise InputError(
             f"{run.ref}: has no online steps; mechanism needs an arm with online steps"
         )
-    return run.store.get(tables["routed"]).read_part(0)
+    return get_dataset(run.files, tables["routed"]).read_part(0)
 
 
 def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:

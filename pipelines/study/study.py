@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ...data.files import write_whole
+from ...data.atomic import write_atomic
 from ...data.store import Dataset, Store
 from ...schemas.configs import StudyConfig
 from ...schemas.settings import dump_config
@@ -49,8 +49,8 @@ def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) 
         if one is not None:
             written = io.BytesIO()
             one.write_parquet(written)
-            write_whole(folder / f"{name}.parquet", written.getvalue())
-    write_whole(folder / "study.yaml", dump_config(config).encode())
+            write_atomic(folder / f"{name}.parquet", written.getvalue())
+    write_atomic(folder / "study.yaml", dump_config(config).encode())
     for ablation in config.ablations:
         plot_curves(config, per_problem, ablation, folder / f"{ablation}.svg")
     if config.exposure is not None:
@@ -58,7 +58,7 @@ def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) 
     page_path.parent.mkdir(parents=True, exist_ok=True)
     files = os.path.relpath(folder, page_path.parent)
     text = page(config, per_problem, table, mechanism, tuning, files)
-    write_whole(page_path, text.encode())
+    write_atomic(page_path, text.encode())
     return table
 
 

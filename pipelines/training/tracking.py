@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from ...data.files import write_whole, writing
+from ...data.atomic import write_atomic, writing
 from ...schemas.errors import InputError
 
 TrackerKind = Literal["tensorboard", "trackio", "wandb", "none"]
@@ -48,7 +48,7 @@ class Tracker:
         self._path = folder / METRICS
         kept = [line for line in read_metrics(self._path) if line["step"] < first_step]
         # Replaced whole: a kill here must not lose the steps before the checkpoint.
-        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         with writing(folder):
             self._board = _open_board(kind, folder, first_step, ref, config or {})
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ...data.files import sweep_siblings, write_whole, writing
+from ...data.atomic import sweep_siblings, write_atomic, writing
 from ...data.store import Dataset, content_hash
 from ...schemas.configs import SamplingConfig, TrainConfig
 from ...schemas.results import VALIDATIONS
@@ -76,7 +76,7 @@ class Validation:
         self.look(0)
         with writing(looks):
             looks.mkdir(exist_ok=True)
-        write_whole(shared, (self._folder / _file(0)).read_bytes())
+        write_atomic(shared, (self._folder / _file(0)).read_bytes())
         sweep_siblings(shared)
 
     def look(self, step: int) -> dict[str, float]:
@@ -102,7 +102,7 @@ class Validation:
     def _keep(self, step: int, table: bytes) -> None:
         with writing(self._folder):
             self._folder.mkdir(exist_ok=True)
-        write_whole(self._folder / _file(step), table)
+        write_atomic(self._folder / _file(step), table)
 
 
 def _file(step: int) -> str:

@@ -28,12 +28,7 @@ _FACTS = {
 
 def lineage_chain(*datasets: Dataset | None) -> list[Dataset]:
     """The datasets and all their inputs, direct and indirect, each once, sources first."""
-    chain = [
-        entry
-        for dataset in datasets
-        if dataset is not None
-        for entry in dataset.store.lineage(dataset)
-    ]
+    chain = [entry for dataset in datasets if dataset is not None for entry in dataset.lineage()]
     unique = {entry.ref: entry for _, _, entry in sorted(chain, key=lambda item: -item[0])}
     return list(unique.values())
 

@@ -7,7 +7,7 @@ stages/report.py makes a stage of `run`. `trace-opd view` shows datasets of any 
 from pathlib import Path
 from typing import Any
 
-from ...data.files import sweep_siblings, write_whole
+from ...data.atomic import sweep_siblings, write_atomic
 from ...data.store import Dataset, Store
 from ...schemas.configs import ReportConfig
 from .lineage_view import lineage_chain, lineage_entry
@@ -43,14 +43,14 @@ def run(config: ReportConfig, store: Store, output: Path | None = None) -> Path:
     index = build_index(tables, against, choose_groups(tables.lead, config.limit))
     views = RolloutReader(tables, find_byte_table(dataset, tables), against).read(index.rows)
     html = _render(dataset, tables, against, index, views, read_metrics(dataset, store))
-    write_whole(output, html.encode())
+    write_atomic(output, html.encode())
     sweep_siblings(output)
     return output
 
 
 def _default_output(dataset: Dataset, against: Dataset | None, store: Store) -> Path:
     name = f"against-{against.id}.html" if against is not None else "report.html"
-    return store.beside(f"{dataset.ref}/{name}")
+    return store.files.local_path(f"{dataset.ref}/{name}")
 
 
 def _render(

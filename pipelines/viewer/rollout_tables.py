@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...data.dataset import find_dataset
 from ...data.store import Dataset, Store
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, ROUTED
@@ -182,7 +183,7 @@ def made_by(dataset: Dataset) -> dict[str, Any]:
     config = dataset.manifest["config"]
     if (run := config.get("online")) is None:
         return config
-    found = dataset.store.find(*run.split("/"))
+    found = find_dataset(dataset.files, run)
     return found.manifest["config"] if found is not None else {}
 
 

@@ -37,9 +37,9 @@ _CHARTS = (
 def read_metrics(dataset: Dataset, store: Store) -> list[dict[str, Any]]:
     """A train run's metrics per step; [] for other datasets. NaN and infinities become None."""
     path = f"{dataset.ref}/metrics.jsonl"
-    if dataset.stage != "train" or not store.exists(path):
+    if dataset.stage != "train" or not store.files.exists(path):
         return []
-    with store.open(path) as file:
+    with store.files.open(path) as file:
         rows = [json.loads(line) for line in file.read().decode().splitlines() if line.strip()]
     return [
         {

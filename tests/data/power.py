@@ -1,9 +1,9 @@
 """Power loss: the states that a disk may be in afterwards, from a record of what a program did.
 
 The model is that of ALICE (OSDI 2014) and of SQLite's crash tests. An fsync of a file puts its
-content on the disk, an fsync of a folder the names in it, and neither puts anything else there. What
-was not synced may be there or not: changes of names in any order, a rename as one change; content as
-it was, cut, or with zeros in it. A state is drawn from a seed.
+content on the disk, an fsync of a folder the names in it, and neither puts anything else there.
+What was not synced may be there or not: changes of names in any order, a rename as one change;
+content as it was, cut, or with zeros in it. A state is drawn from a seed.
 """
 
 import os
@@ -139,7 +139,7 @@ class Record:
             if self.left < 0:
                 raise Killed
 
-    def look(self) -> None:
+    def observe(self) -> None:
         tree, numbers = _Tree(), {}
 
         def walk(path: Path) -> int:
@@ -187,14 +187,14 @@ def recorded(root: Path) -> Iterator[Record]:
     record = Record(root)
 
     def changed(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        record.look()
+        record.observe()
         record.called()
         done = call(*args, **kwargs)
-        record.look()
+        record.observe()
         return done
 
     def synced(call: Callable[[int], None], descriptor: int) -> None:
-        record.look()
+        record.observe()
         record.called()
         call(descriptor)
         if (number := record.number(descriptor)) is not None:
@@ -204,6 +204,6 @@ def recorded(root: Path) -> Iterator[Record]:
         for name in _CHANGES:
             patch.setattr(os, name, partial(changed, getattr(os, name)))
         patch.setattr(os, "fsync", partial(synced, os.fsync))
-        record.look()
+        record.observe()
         yield record
-        record.look()
+        record.observe()

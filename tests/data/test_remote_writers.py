@@ -1,4 +1,4 @@
-"""Two writers of one store on S3, each a process, against moto's server on loopback."""
+"""Two processes write to one store on S3 (moto's server on loopback)."""
 
 import json
 import subprocess
@@ -115,20 +115,20 @@ def test_a_writer_that_comes_late_changes_nothing_of_a_finished_dataset(root):
 
 def test_an_alias_file_that_goes_or_comes_while_it_is_changed_is_read_again(root):
     store = Store(root)
-    path = store.inside("aliases.json")
+    path = store.files.safe_path("aliases.json")
     seen: list[bytes | None] = []
 
     def change(content: bytes | None) -> bytes:
         seen.append(content)
         if len(seen) == 1:
-            store.write("aliases.json", b'{"first": "a/1"}')
+            store.files.write("aliases.json", b'{"first": "a/1"}')
         elif len(seen) == 2:
-            store.fs.rm_file(path)
+            store.files.fs.rm_file(path)
         elif len(seen) == 3:
-            store.write("aliases.json", b'{"second": "a/2"}')
+            store.files.write("aliases.json", b'{"second": "a/2"}')
         return json.dumps(json.loads(content or b"{}") | {"mine": "a/3"}).encode()
 
-    update(store.fs, path, change)
+    update(store.files.fs, path, change)
     assert seen == [None, b'{"first": "a/1"}', None, b'{"second": "a/2"}']
     assert store.aliases() == {"second": "a/2", "mine": "a/3"}
 
@@ -144,7 +144,7 @@ def test_a_dataset_with_a_journal_has_one_owner(root, tmp_path, monkeypatch):
     journal("one")
     (tmp_path / "one").rename(tmp_path / "moved")
     journal("moved")
-    Store(root).fs.rm_file(f"{Store(root).base}/{begun(Store(root)).ref}/claim.json")
+    Store(root).files.fs.rm_file(f"{Store(root).files.base}/{begun(Store(root)).ref}/claim.json")
     journal("two")
 
 
@@ -152,7 +152,7 @@ def test_a_dataset_with_a_journal_has_one_owner(root, tmp_path, monkeypatch):
 def test_a_damaged_claim_is_one_sentence(root, tmp_path, monkeypatch, content):
     monkeypatch.setenv("TRACE_OPD_LOCAL", str(tmp_path))
     draft = begun(Store(root))
-    Store(root).write(f"{draft.ref}/claim.json", content)
+    Store(root).files.write(f"{draft.ref}/claim.json", content)
     with pytest.raises(InputError, match=r"remove this object if the folder is gone"):
         draft.local_path("journal")
 

@@ -110,7 +110,7 @@ def test_an_answer_that_is_a_list_is_an_error(tmp_path):
     [
         ("p.jsonl", "", "holds no rows"),
         ("p.jsonl", '{"problem": "a", "answer": 1}\n{"problem"', "row 1: is not JSON"),
-        ("p.jsonl", "[1]\n", "row 0: is no JSON object"),
+        ("p.jsonl", "[1]\n", "row 0: is not a JSON object"),
         ("p.parquet", "no parquet", "is no complete Parquet file"),
         ("p.csv", "problem,answer\n", "give a .parquet or .jsonl"),
     ],
@@ -335,7 +335,7 @@ def test_gym_streams_of_neighbouring_seeds_share_no_problems():
 
 
 def test_gym_mistakes_are_input_errors():
-    with pytest.raises(InputError, match=r"'chainsum' is no reasoning-gym task.*chain_sum"):
+    with pytest.raises(InputError, match=r"'chainsum' is not a reasoning-gym task.*chain_sum"):
         read(GymSource(kind="reasoning-gym", task="chainsum"), limit=1)
     for settings in ({"nonsense": 1}, {"min_terms": 5, "max_terms": 2}):
         with pytest.raises(InputError, match="settings of reasoning-gym task 'chain_sum'"):

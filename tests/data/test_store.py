@@ -1,4 +1,4 @@
-"""The store: identity, parts whole or not at all, aliases, references, lineage, other file systems."""
+"""The store: identity, atomic parts, aliases, references, lineage, other file systems."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trace_opd.data.dataset import CHECKSUM, manifest_checksum
+from trace_opd.data.manifest import CHECKSUM, manifest_checksum
 from trace_opd.data.store import MANIFEST, Dataset, Draft, Store, content_hash
 from trace_opd.schemas.configs import PolicyConfig, RolloutConfig
 from trace_opd.schemas.contract import VERSION_KEY
@@ -119,7 +119,7 @@ def test_the_manifest_can_be_read_without_us(store):
     (part,) = manifest["parts"]
     assert (manifest["table"], manifest["schema_version"]) == ("problems", PROBLEMS.version)
     assert (part["rows"], part["bytes"]) == (2, Path(made.path(part["name"])).stat().st_size)
-    assert store.checksum(f"{made.ref}/{part['name']}") == (part["bytes"], part["sha256"])
+    assert store.files.checksum(f"{made.ref}/{part['name']}") == (part["bytes"], part["sha256"])
     assert manifest["config"] == {"a": 1}
     assert manifest["packages"]["pyarrow"] == pa.__version__
     assert manifest["started_at"] <= manifest["finished_at"]
@@ -163,7 +163,7 @@ def test_a_finished_dataset_whose_part_is_gone_says_so(store):
 def test_a_leftover_temporary_file_is_no_part(store):
     draft = begin(store, {"a": 1})
     draft.write_part(0, problems_table("p"))
-    folder = Path(store.base) / draft.ref
+    folder = Path(store.files.base) / draft.ref
     (folder / "part-00001.parquet.tmp-1-2").write_bytes(b"PAR1 torn")
     assert not draft.has_part(1)
     made = draft.finish(1)
@@ -191,7 +191,7 @@ def test_a_damaged_part_of_an_unfinished_dataset_is_removed_to_be_made_again(sto
     draft = begin(store, {"a": 1})
     for part, name in enumerate(("p", "q")):
         draft.write_part(part, problems_table(name))
-    path = Path(store.base) / draft.ref / "part-00001.parquet"
+    path = Path(store.files.base) / draft.ref / "part-00001.parquet"
     path.write_bytes(damage(path.read_bytes()))
     resumed = begin(Store(store.root), {"a": 1})
     assert [resumed.has_sound_part(part) for part in range(3)] == [True, False, False]
@@ -203,7 +203,7 @@ def test_a_damaged_part_of_an_unfinished_dataset_is_removed_to_be_made_again(sto
 def test_each_flipped_byte_of_an_unfinished_part_is_found_or_mended(store):
     draft = begin(store, {"a": 1})
     draft.write_part(0, problems_table("p", "q"))
-    path = Path(store.base) / draft.ref / "part-00000.parquet"
+    path = Path(store.files.base) / draft.ref / "part-00000.parquet"
     content = path.read_bytes()
     for at in random.Random(0).sample(range(len(content)), 150):
         path.write_bytes(flipped(content, at))
@@ -253,7 +253,7 @@ def test_a_writer_killed_at_any_moment_leaves_no_torn_part(tmp_path):
 def test_a_kill_between_the_last_part_and_the_manifest_leaves_a_draft(store):
     begin(store, {"a": 1}).write_part(0, problems_table("p"))
     resumed = begin(store, {"a": 1})
-    mtime = (Path(store.base) / resumed.ref / "part-00000.parquet").stat().st_mtime_ns
+    mtime = (Path(store.files.base) / resumed.ref / "part-00000.parquet").stat().st_mtime_ns
     made = resumed.finish(1)
     assert isinstance(store.begin("problems", {"a": 1}, {}, PROBLEMS), Dataset)
     assert Path(made.path("part-00000.parquet")).stat().st_mtime_ns == mtime
@@ -339,7 +339,7 @@ def test_lineage_goes_depth_first_to_the_roots_and_names_each_once(store):
     root = finished(store, {"a": 1}, problems_table("p"))
     middle = finished(store, {"a": 2}, problems_table("q"), problems=root)
     leaf = finished(store, {"a": 3}, problems_table("r"), rollouts=middle, problems=root)
-    assert [(depth, role, node.id) for depth, role, node in store.lineage(leaf)] == [
+    assert [(depth, role, node.id) for depth, role, node in leaf.lineage()] == [
         (0, "", leaf.id),
         (1, "rollouts", middle.id),
         (2, "problems", root.id),
@@ -371,10 +371,10 @@ def test_a_store_lives_on_any_fsspec_file_system():
     assert isinstance(store.begin("problems", {"a": 1}, {}, PROBLEMS), Dataset)
     assert [dataset.ref for dataset in store.datasets()] == [made.ref]
     assert len(fsspec.open_files(found.glob)) == 1
-    assert [path for path in store.fs.find(store.base) if ".tmp-" in path] == []
+    assert [path for path in store.files.fs.find(store.files.base) if ".tmp-" in path] == []
 
 
-def test_files_beside_tables_need_a_local_store(tmp_path):
+def test_local_files_need_a_local_folder(tmp_path):
     with pytest.raises(InputError, match="need a local folder; set TRACE_OPD_LOCAL"):
         begin(Store(f"memory://{uuid.uuid4().hex}"), {"a": 1}).local_path("checkpoints")
     assert begin(Store(tmp_path), {"a": 1}).local_path("checkpoints").is_dir()
@@ -382,7 +382,7 @@ def test_files_beside_tables_need_a_local_store(tmp_path):
 
 def test_a_store_that_cannot_be_written_stops_before_work(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"is no folder that can be written; pass --store"):
+    with pytest.raises(InputError, match=r"is not a writable folder; pass --store"):
         begin(Store(tmp_path / "file" / "store"), {"a": 1})
 
 
@@ -396,7 +396,7 @@ def test_asking_for_a_dataset_writes_nothing(store, tmp_path):
 # --- disks that are full, clocks that jump, bytes that rot ---
 
 
-def test_a_full_disk_is_told_in_a_sentence_and_work_goes_on_when_there_is_room(store):
+def test_a_full_disk_is_one_sentence_and_work_resumes_when_there_is_room(store):
     draft = begin(store, {"a": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
@@ -407,13 +407,13 @@ def test_a_full_disk_is_told_in_a_sentence_and_work_goes_on_when_there_is_room(s
             draft.write_part(0, problems_table("p"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert files(Path(store.base)) == set()
+    assert files(Path(store.files.base)) == set()
     draft.write_part(0, problems_table("p"))
     assert draft.finish(1).rows == 1
 
 
 def test_a_clock_that_jumps_does_not_make_a_run_long_or_negative(store):
-    # The wall clock said so when the run began; it has been set since, back or forth.
+    # The wall clock showed this when the run began, and has been set since.
     for started in ("2099-01-01T00:00:00.000+00:00", "1999-01-01T00:00:00.000+00:00"):
         draft = begin(store, {"started": started})
         draft = replace(draft, header=draft.header | {"started_at": started})
@@ -430,26 +430,29 @@ def damaged(path: Path, at: int, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "bit"])
-def test_a_part_that_is_not_as_written_is_told_or_reads_as_written(store, how):
+def test_a_damaged_part_is_an_error_or_reads_as_written(store, how):
     tables = problems_table(*map(str, range(50)))
     made = finished(store, {"a": 1}, tables)
     path = Path(made.path("part-00000.parquet"))
-    whole, told = path.read_bytes(), 0
-    for at in range(4, len(whole), 97):
+    intact, found = path.read_bytes(), 0
+    for at in range(4, len(intact), 97):
         damaged(path, at, how)
-        assert store.checksum(f"{made.ref}/{path.name}")[1] != made.manifest["parts"][0]["sha256"]
+        assert (
+            store.files.checksum(f"{made.ref}/{path.name}")[1]
+            != made.manifest["parts"][0]["sha256"]
+        )
         try:
             # A flipped bit in what the file says about itself may not matter for its rows.
             assert made.read() == tables
         except InputError as error:
-            told += isinstance(error, DamagedFile)
-        path.write_bytes(whole)
-    assert told > 0
+            found += isinstance(error, DamagedFile)
+        path.write_bytes(intact)
+    assert found > 0
     if how == "cut":
-        assert told == len(range(4, len(whole), 97))
+        assert found == len(range(4, len(intact), 97))
 
 
-def test_a_damaged_manifest_is_told_and_hides_no_other_dataset(store, caplog):
+def test_a_damaged_manifest_is_logged_and_hides_no_other_dataset(store, caplog):
     first = finished(store, {"a": 1}, problems_table("p"))
     second = finished(store, {"a": 2}, problems_table("q"))
     Path(first.path(MANIFEST)).write_text('{"stage": "prob')
@@ -466,7 +469,7 @@ def test_a_manifest_knows_its_own_checksum(store):
     assert found.manifest[CHECKSUM] != manifest_checksum(found.manifest | {"seconds": 99.0})
 
 
-def test_files_beside_the_parts_are_listed_with_their_checksums(tmp_path):
+def test_files_of_a_dataset_are_listed_with_their_checksums(tmp_path):
     draft = begin(Store(tmp_path), {"a": 1})
     (draft.local_path() / "metrics.jsonl").write_text("{}\n")
     made = draft.finish(0, files=["metrics.jsonl"])

@@ -1,4 +1,4 @@
-"""Links in a store of somebody else's: nothing outside it is read, written or removed."""
+"""Links in a store: nothing outside it is read, written or removed."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from trace_opd.data.files import sweep, sweep_siblings
+from trace_opd.data.atomic import sweep, sweep_siblings
 from trace_opd.data.locks import holder, locked, remove_unheld
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.schemas.errors import InputError
@@ -16,7 +16,8 @@ from trace_opd.schemas.errors import InputError
 TABLE = pa.table({"n": [1, 2, 3]})
 # Places of a store, by whether what lies there is a folder.
 FOLDERS = [
-    ".locks", ".looks", "numbers", "numbers/{id}", "numbers/{id}/journal", "numbers/{id}/checkpoints",
+    ".locks", ".looks", "numbers", "numbers/{id}", "numbers/{id}/journal",
+    "numbers/{id}/checkpoints",
     "numbers/{id}/checkpoints/step-00001", "numbers/{id}/checkpoints/.tmp-step-00002",
     "numbers/{id}/tensorboard", "numbers/{id}/.tmp-half", "numbers/{id}/a.tmp-1-2",
 ]  # fmt: skip
@@ -49,7 +50,7 @@ def work(store: Store) -> None:
             file.write("{}\n")
         (folder / "tensorboard").mkdir(exist_ok=True)
         (folder / "tensorboard" / "events").write_text("")
-        store.beside(".looks").mkdir(exist_ok=True)
+        store.files.local_path(".looks").mkdir(exist_ok=True)
         dataset = draft.finish(1, files=["metrics.jsonl"])
     store.set_alias("named", dataset)
 
@@ -93,12 +94,12 @@ def test_no_link_in_a_store_is_followed(place, inside, victim, tmp_path):
     operations = [
         lambda: work(store),
         lambda: work(Store(root)),
-        lambda: remove_unheld(store.local_root()),
+        lambda: remove_unheld(store.files.local_root()),
         lambda: sweep(root / "numbers"),
         lambda: sweep_siblings(root / "aliases.json"),
-        lambda: store.set_alias("again", Dataset(store, "numbers", draft.id, {})),
-        lambda: [store.url(dataset.ref) for dataset in store.datasets()],
-        lambda: store.folders_beside("numbers", "journal"),
+        lambda: store.set_alias("again", Dataset(store.files, "numbers", draft.id, {})),
+        lambda: [store.files.url(dataset.ref) for dataset in store.datasets()],
+        lambda: store.files.local_folders("numbers", "journal"),
     ]
     refused = 0
     for operation in operations:
@@ -127,7 +128,7 @@ def test_only_a_lock_file_of_our_own_is_written_or_removed(kind, tmp_path):
     }
     makers[kind]()
     before = path.lstat()
-    sentence = r"\.locks/x: (is no lock file|can't be made)"
+    sentence = r"\.locks/x: (is not a lock file|can't be made)"
     with pytest.raises(InputError, match=sentence), locked(root, "x"):
         pass
     with locked(root, "y"):
@@ -174,7 +175,7 @@ def test_a_root_that_is_a_link_to_a_folder_is_a_store(tmp_path):
     assert Store(tmp_path / "real").get("named").read().equals(TABLE)
 
 
-def test_a_board_may_keep_links_of_its_own_in_a_run(tmp_path):
+def test_a_tracker_may_keep_links_of_its_own_in_a_run(tmp_path):
     draft = begin(Store(tmp_path))
     board = draft.local_path() / "wandb"
     (board / "run-1").mkdir(parents=True)

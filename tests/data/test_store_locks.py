@@ -1,4 +1,4 @@
-"""Several processes on one store: locks, aliases, and what killed writers leave."""
+"""Several processes on one store: locks, aliases, and the leftovers of killed writers."""
 
 import fcntl
 import multiprocessing
@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from trace_opd.data.files import sweep, sweep_siblings
+from trace_opd.data.atomic import sweep, sweep_siblings
 from trace_opd.data.locks import holder, locked
 from trace_opd.data.store import Dataset, Draft, Store
 
@@ -53,7 +53,7 @@ def end(pipe: Any) -> None:
 
 @pytest.fixture
 def held(tmp_path):
-    """A process that holds the name "x"; it ends when it is killed or told to."""
+    """A process that holds the name "x"; it ends when it is killed or gets a message."""
     ours, theirs = FORK.Pipe()
     process = in_process(hold, tmp_path, "x", theirs)
     theirs.close()
@@ -80,20 +80,20 @@ def test_of_aliases_given_at_once_none_is_lost(tmp_path):
 def test_a_lock_is_waited_for_and_its_holder_named(tmp_path, held):
     process, pipe = held
     assert holder(tmp_path, "x") == f"process {process.pid}"
-    told: list[str] = []
+    holders: list[str] = []
 
     def waits(who: str) -> None:
-        told.append(who)
+        holders.append(who)
         end(pipe)
 
     with locked(tmp_path, "x", waits):
-        assert told == [f"process {process.pid}"]
+        assert holders == [f"process {process.pid}"]
         assert holder(tmp_path, "x") == f"process {os.getpid()}"
     assert holder(tmp_path, "x") is None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_will_not_wait_is_let_go(tmp_path, held):
+def test_a_run_may_refuse_to_wait(tmp_path, held):
     def waits(who: str) -> None:
         raise InterruptedError(who)
 
@@ -160,7 +160,7 @@ def make_slowly(root: Path, pipe: Any) -> None:
 
 @pytest.fixture
 def first(tmp_path):
-    """A run that has written its only part and finishes the dataset when it is told to."""
+    """A run that has written its only part and finishes the dataset when it gets a message."""
     ours, theirs = FORK.Pipe()
     process = in_process(make_slowly, tmp_path, theirs)
     theirs.close()
@@ -172,16 +172,16 @@ def first(tmp_path):
 
 def test_the_second_run_waits_and_finds_what_the_first_made(tmp_path, first):
     process, pipe = first
-    told: list[str] = []
+    holders: list[str] = []
 
     def waits(who: str) -> None:
-        told.append(who)
+        holders.append(who)
         end(pipe)
 
     with begin(tmp_path).locked(waits) as found:
         assert isinstance(found, Dataset)
         assert found.read().equals(TABLE)
-    assert told == [f"{found.ref} is being made by process {process.pid}"]
+    assert holders == [f"{found.ref} is being made by process {process.pid}"]
 
 
 def test_the_second_run_goes_on_where_the_first_was_killed(tmp_path, first):
@@ -195,7 +195,7 @@ def test_the_second_run_goes_on_where_the_first_was_killed(tmp_path, first):
 
 def test_reading_takes_no_lock(tmp_path):
     dataset = made(tmp_path)
-    with Store(tmp_path).locked(dataset.ref):
+    with Store(tmp_path).files.locked(dataset.ref):
         assert Store(tmp_path).get(dataset.ref).read().equals(TABLE)
 
 
@@ -248,7 +248,7 @@ def test_a_living_writers_file_stays(tmp_path):
 
 def die_naming(root: Path, dataset: Dataset) -> None:
     (root / f"aliases.json.tmp-{os.getpid()}-1").write_text("{")
-    with suppress(BaseException), Store(root).locked("aliases.json"):
+    with suppress(BaseException), Store(root).files.locked("aliases.json"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 

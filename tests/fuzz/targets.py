@@ -25,9 +25,9 @@ from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from trace_opd.data.foreign_parquet import read_batches, read_table
-from trace_opd.data.labelled import json_rows
-from trace_opd.data.sources import files, prm800k, processbench
+from trace_opd.data.parquet_reader import read_batches, read_table
+from trace_opd.data.sources import files
+from trace_opd.data.step_labels import json_rows, prm800k, processbench
 from trace_opd.data.store import MANIFEST, Dataset, Store
 from trace_opd.pipelines.annotators.answers import read_answer
 from trace_opd.pipelines.annotators.completion import checked_body, is_answer, read_record
@@ -344,10 +344,10 @@ def _names(error: InputError, file: str, lines: int | None = None) -> None:
 def parquet(content: bytes, contract: TableContract) -> None:
     """A part is refused, or is a table of its contract."""
     store = Store(_folder() / "store")
-    store.write("stage/id/part-00000.parquet", content)
+    store.files.write("stage/id/part-00000.parquet", content)
     manifest = {"table": contract.name, "parts": [{"rows": 0}], "inputs": {}, "summary": {}}
     try:
-        table = Dataset(store, "stage", "id", manifest).read_part(0)
+        table = Dataset(store.files, "stage", "id", manifest).read_part(0)
     except InputError as error:
         _names(error, "part-00000.parquet")
         return
@@ -365,13 +365,13 @@ def manifest(content: bytes) -> None:
     """
     store = Store(_folder() / "foreign")
     for ref in STORED.values():
-        store.write(f"{ref}/{MANIFEST}", content)
+        store.files.write(f"{ref}/{MANIFEST}", content)
         try:
             dataset = store.get(ref)
         except DamagedFile as error:
             _names(error, MANIFEST, lines=1)
             continue
-        store.lineage(dataset)
+        dataset.lineage()
         with suppress(InputError):
             show_dataset(dataset, Terminal(file=StringIO()))
     _verified(store)
@@ -380,7 +380,7 @@ def manifest(content: bytes) -> None:
 def aliases(content: bytes) -> None:
     """Aliases are refused in a sentence, or each has the form that this package writes."""
     store = Store(_folder() / "named")
-    store.write("aliases.json", content)
+    store.files.write("aliases.json", content)
     try:
         found = store.aliases()
     except DamagedFile as error:
@@ -399,7 +399,7 @@ def _verified(store: Store) -> None:
                 for path in shlex.split(line.plain.split(" && ")[0])[2:]:
                     # A dataset's folder or a file in it, never the store itself or a path outside
                     # it.
-                    assert len(Path(path).relative_to(store.base).parts) >= 2
+                    assert len(Path(path).relative_to(store.files.base).parts) >= 2
                     assert ".." not in path
     Terminal(file=StringIO()).print(found)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from trace_opd.data.files import is_temporary
+from trace_opd.data.atomic import is_temporary
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.training.tracking import read_metrics
 

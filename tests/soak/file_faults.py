@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from trace_opd.data.files import is_temporary
+from trace_opd.data.atomic import is_temporary
 from trace_opd.data.store import MANIFEST, Store
 
 SHIM = Path(__file__).with_name("shim.c")

@@ -162,7 +162,7 @@ def _remove_superseded(root: Path) -> list[str]:
     """Remove annotations with unanswered rows and everything made from them; return their refs."""
     store, removed = Store(root), list[str]()
     datasets = {dataset.ref: dataset for dataset in store.datasets()}
-    lineages = {ref: [n for _, _, n in store.lineage(made)] for ref, made in datasets.items()}
+    lineages = {ref: [n for _, _, n in made.lineage()] for ref, made in datasets.items()}
 
     def is_old(node: Dataset) -> bool:
         tables_of = node.manifest["config"].get("online")  # the training of an online table

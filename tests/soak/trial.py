@@ -224,7 +224,7 @@ class Trial:
         kept = {
             name: ref for name, ref in names.items() if name != "rival" and not ref.endswith(name)
         }
-        store.write_json("aliases.json", kept)
+        store.files.write_json("aliases.json", kept)
 
 
 def _same(one: bytes, other: bytes) -> bool:

@@ -123,12 +123,12 @@ def test_nothing_in_a_store_becomes_a_line_among_the_commands(run, root):
         ref = f"{changes.get('stage', 'problems')}/{index:016x}"
         changed = manifest | changes | {"id": ref.partition("/")[2]}
         del changed["manifest_sha256"]
-        store.write_json(f"{ref}/{MANIFEST}", changed)  # and no part
+        store.files.write_json(f"{ref}/{MANIFEST}", changed)  # and no part
     (root / folder).with_name(HOSTILE.replace("/", "")).mkdir()
     shutil.copy(made.path(MANIFEST), (root / folder).with_name(HOSTILE.replace("/", "")))
     (root / "problems" / f"{HOSTILE.replace('/', '')}.tmp-1-2").write_text("")
     aliases = {"mine": made.ref, HOSTILE: made.ref, "other": HOSTILE}
-    store.write_json("aliases.json", aliases)
+    store.files.write_json("aliases.json", aliases)
     code, printed = run("verify-store", "--store", root)
     assert code == 1
     lines = [line.lstrip() for line in printed.splitlines()]
@@ -165,7 +165,7 @@ def test_drafts_leftovers_and_dangling_aliases_are_reported(run, root):
     assert "unfinished" in printed
     assert "1 parts; its command continues from there" in " ".join(printed.split())
     assert "leftover" in printed
-    with Store(root).locked(draft.ref):
+    with Store(root).files.locked(draft.ref):
         assert "makes it" in run("verify-store", "--store", root)[1]
     shutil.rmtree(Path(Store(root).get("mine").path()))
     code, printed = run("verify-store", "--store", root)

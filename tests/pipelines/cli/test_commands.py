@@ -220,7 +220,7 @@ def test_a_store_that_cannot_be_written_stops_before_work(run, tmp_path):
     (tmp_path / "file").write_text("")
     result = run("problems", CONFIG, "limit=2", "--store", tmp_path / "file" / "store")
     assert result.code == 2
-    assert "is no folder that can be written; pass --store" in result.err
+    assert "is not a writable folder; pass --store" in result.err
 
 
 def test_an_ambiguous_prefix_asks_for_more(run, tmp_path):

@@ -294,7 +294,7 @@ def without(row: dict, name: str) -> dict:
         (SUE | {"steps": ["a", 2]}, ["row 1", "steps"]),
         (SUE | {"final_answer_correct": "no"}, ["row 1", "final_answer_correct", "bool"]),
         (FOUND, ["row 1", "steps is missing"]),
-        ([SUE], ["row 1", "no JSON object"]),
+        ([SUE], ["row 1", "not a JSON object"]),
     ],
 )
 def test_processbench_rows_at_fault_are_named(store, tmp_path, row, words):

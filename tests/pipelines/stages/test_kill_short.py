@@ -229,4 +229,4 @@ def test_a_store_that_cannot_be_written_serves_what_is_finished(runs, undisturbe
         frozen.writable(False)
         runs.done(*STAGES["convert"], store=frozen.root)
         changed = [*STAGES["convert"], "routing.alpha=0.5"]
-        assert_refused(runs.start(*changed, store=frozen.root), "no folder that can be written")
+        assert_refused(runs.start(*changed, store=frozen.root), "is not a writable folder")

@@ -129,7 +129,7 @@ def test_a_stage_goes_on_from_its_finished_parts(store):
     undisturbed = texts(PROBLEMS_STAGE.run(config, Store(store.root + "-undisturbed")))
     plan, draft = PROBLEMS_STAGE.begin(config, store)
     PROBLEMS_STAGE.make_part(plan, draft, 1)
-    finished = store.local_root() / draft.ref / "part-00001.parquet"
+    finished = store.files.local_root() / draft.ref / "part-00001.parquet"
     written = finished.stat().st_mtime_ns
     assert texts(PROBLEMS_STAGE.run(config, store)) == undisturbed
     assert finished.stat().st_mtime_ns == written

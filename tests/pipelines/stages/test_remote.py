@@ -150,7 +150,7 @@ def on_s3(make_verdicts, tmp_path: Path) -> Store:
     """A store on S3 with verdicts to annotate, copied from a folder."""
     local = make_verdicts(tmp_path / "made", 2, 4)
     store = Store(f"s3://bucket/{uuid.uuid4().hex}")
-    store.fs.put(f"{local.base}/", f"{store.base}/", recursive=True)
+    store.files.fs.put(f"{local.files.base}/", f"{store.files.base}/", recursive=True)
     return store
 
 
@@ -164,12 +164,14 @@ def test_an_endpoint_annotates_a_remote_store_and_is_paid_once(
     ANNOTATE_STAGE.make_part(plan, draft, 0)
     close_engine()
     assert len(paid_server.chats) == 4
-    store.fs.rm(f"{store.base}/{draft.ref}/part-00000.parquet")  # as if it had not come so far
+    store.files.fs.rm(
+        f"{store.files.base}/{draft.ref}/part-00000.parquet"
+    )  # as if it had not come so far
     made = ANNOTATE_STAGE.run(config, store)
     assert made.rows == len(paid_server.chats) == 8
     journal = list((tmp_path / "local").rglob("journal/*.jsonl"))
     assert sum(len(path.read_text().splitlines()) for path in journal) == 8
-    assert not [path for path in store.fs.find(store.base) if "journal" in path]
+    assert not [path for path in store.files.fs.find(store.files.base) if "journal" in path]
 
 
 def test_a_paid_annotator_needs_a_place_for_its_journal_before_it_asks(

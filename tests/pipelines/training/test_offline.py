@@ -86,7 +86,7 @@ def dataset_of(folder, contract, *parts) -> Dataset:
     for index, part in enumerate(parts):
         sink = pa.BufferOutputStream()
         pq.write_table(part, sink)
-        draft.store.write(f"{draft.ref}/part-{index:05d}.parquet", sink.getvalue().to_pybytes())
+        draft.files.write(f"{draft.ref}/part-{index:05d}.parquet", sink.getvalue().to_pybytes())
     return draft.finish(len(parts))
 
 

@@ -120,4 +120,4 @@ def test_runs_of_one_base_share_the_validation_before_the_first_step(validated, 
     # Another question makes another validation.
     trained(store, *same, "validation.k=2", "optim.lr=1.0e-3")
     assert steps == [2, 3, 0, 2, 3]
-    assert len(list(Path(store.base, ".looks").iterdir())) == 2
+    assert len(list(Path(store.files.base, ".looks").iterdir())) == 2

@@ -769,7 +769,7 @@ def test_browser_prints_the_rollout_without_controls(browser, page):
 
 def test_browser_holds_only_the_rows_in_sight(browser, tmp_path):
     many = make_many(tmp_path, 3000)
-    with serving(Viewer(many.store, many.ref)) as address:
+    with serving(Viewer(Store(many.files.root), many.ref)) as address:
         browser.open(address)
         browser.until("document.querySelectorAll('.row .what').length > 10")
         browser.js("document.getElementById('list').focus()")

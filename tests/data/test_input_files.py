@@ -10,10 +10,9 @@ import zipfile
 
 import pytest
 
-from trace_opd.data import foreign_files, sources
-from trace_opd.data.foreign_files import digest, find_files
-from trace_opd.data.labelled import json_rows
-from trace_opd.data.sources import archives
+from trace_opd.data import input_files, sources
+from trace_opd.data.input_files import digest, find_files
+from trace_opd.data.step_labels import json_rows
 from trace_opd.schemas.configs import FilesSource, HubSource
 from trace_opd.schemas.errors import InputError
 
@@ -38,13 +37,13 @@ def odd_places(tmp_path):
 @pytest.mark.parametrize(
     ("path", "what"),
     [
-        ("/dev/zero", "is a device, no regular file"),
-        ("file:///dev/zero", "is a device, no regular file"),
-        ("zip://x.jsonl::/dev/zero", "is a device, no regular file"),
-        ("{}/zero.jsonl", "is a device, no regular file"),
-        ("{}/fifo.jsonl", "is a pipe, no regular file"),
-        ("{}/socket.jsonl", "is a socket, no regular file"),
-        ("{}/folder.jsonl", "is a folder, no regular file"),
+        ("/dev/zero", "is a device, not a regular file"),
+        ("file:///dev/zero", "is a device, not a regular file"),
+        ("zip://x.jsonl::/dev/zero", "is a device, not a regular file"),
+        ("{}/zero.jsonl", "is a device, not a regular file"),
+        ("{}/fifo.jsonl", "is a pipe, not a regular file"),
+        ("{}/socket.jsonl", "is a socket, not a regular file"),
+        ("{}/folder.jsonl", "is a folder, not a regular file"),
         ("{}/sparse.jsonl", "is larger than 16 GiB; split it"),
         ("{}/dangling.jsonl", "no such file"),
         ("{}/loop.jsonl", "no such file"),
@@ -85,7 +84,7 @@ def test_a_file_of_the_kernel_that_would_block_is_read_as_empty(tmp_path):
 
 
 def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(foreign_files, "_MOST_LINE_CHARS", 1000)
+    monkeypatch.setattr(input_files, "_MOST_LINE_CHARS", 1000)
     path = tmp_path / "p.jsonl"
     path.write_text(ROW + '{"problem": "' + "x" * 1000)
     for read in (json_rows, lambda p: sources.rows(FilesSource(kind="files", path=p), 0)):
@@ -97,7 +96,7 @@ def test_a_stream_without_an_end_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "p.jsonl"
     path.write_text(ROW * 10)
     fs, (found,) = find_files(str(path), "a file")
-    monkeypatch.setattr(foreign_files, "_MOST_FILE_BYTES", 100)
+    monkeypatch.setattr(input_files, "_MOST_FILE_BYTES", 100)
     with pytest.raises(InputError, match="is larger than"):
         digest(fs, found)
 
@@ -113,8 +112,8 @@ def test_a_cell_that_no_model_reads_is_refused(tmp_path):
 def test_a_folder_of_the_hubs_layout_with_an_archive_that_unfolds_too_far_is_refused(
     tmp_path, monkeypatch, pack
 ):
-    monkeypatch.setattr(archives, "_MOST_BYTES", 1000)
-    monkeypatch.setattr(archives, "_MOST_TIMES", 2)
+    monkeypatch.setattr(input_files, "_MOST_UNPACKED_BYTES", 1000)
+    monkeypatch.setattr(input_files, "_MOST_UNPACKED_TIMES", 2)
     path = tmp_path / f"train.jsonl.{pack}"
     content = ROW.encode() * 1000
     if pack == "zip":

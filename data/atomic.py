@@ -1,4 +1,8 @@
-"""Atomic, durable writes, and removal of what killed writers leave."""
+"""Atomic, durable writes, and removal of the files that killed writers leave.
+
+`StoreFiles` and the lock files build on this, and so does everything that writes reports, metrics
+and checkpoints.
+"""
 
 import errno
 import fcntl
@@ -14,36 +18,32 @@ from pathlib import Path
 from ..schemas.errors import InputError
 from .links import opened_folder
 
-# A file's name while it is written, and a folder's (trace/checkpoint.py).
+# Names of files while they are written, and of folders (trace/checkpoint.py).
 _TEMPORARY = re.compile(r".+\.tmp-\d+-\d+|\.tmp-.+", re.DOTALL)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
-# Some network file systems sync no folders.
+# Some network file systems can't sync folders.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 
-# Folders whose names this process has seen to be on the disk, by device and inode.
+# Folders whose names this process knows to be durable, by device and inode.
 _synced: set[tuple[int, int]] = set()
 
 
 def temporary_name(path: str) -> str:
-    """Where a file is written before it gets its name; no two writers share one."""
+    """The name of a file until it is renamed to `path`; no two writers share one."""
     return f"{path}.tmp-{os.getpid()}-{time.monotonic_ns()}"
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file's or folder's name says that it was never finished."""
+    """Whether a name is that of a file or folder that was never finished."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Says what an error of the file system means for a run.
-
-    Raises:
-        InputError: no room, or not writable; other errors pass through.
-    """
+    """Turn a full disk and missing permissions into an InputError; other errors pass through."""
     try:
         yield
     except OSError as error:
@@ -59,20 +59,20 @@ def writing(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes, root: Path | None = None) -> None:
     """Write a file atomically and durably: temporary name, fsync, rename, fsync of the folder.
 
-    A link at the path is replaced, not followed.
+    A link at the path is replaced, not followed. root: see `make_folders`.
 
     Raises:
-        InputError: no room, or not writable; whatever had the name before is unharmed.
+        InputError: the disk is full or the path is not writable; an older file is unharmed.
     """
     temporary = Path(temporary_name(str(path)))
     with writing(path):
-        make_folders(path.parent)
+        make_folders(path.parent, root)
         try:
             with os.fdopen(os.open(temporary, _NEW_FILE, 0o666), "wb") as file:
-                # While it is held nobody takes the file for a dead writer's.
+                # The lock tells `sweep` that the writer is alive.
                 with suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 file.write(content)
@@ -86,7 +86,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return when a file's content, or a folder's names, are on the disk."""
+    """Make a file's content, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,10 +98,10 @@ def sync(path: Path) -> None:
 
 
 def make_folders(folder: Path, root: Path | None = None) -> None:
-    """Make a folder and those above it, and return when their names are on the disk.
+    """Make a folder and its parents, durably.
 
-    root: it and the folders below it are synced into their parents even if they are there already:
-    the process that made them may have been killed before it did that. Once in a process is enough.
+    root: sync existing folders from the root downwards too, once per process. The process that made
+    them may have been killed before its own sync.
     """
     if not folder.exists():
         make_folders(folder.parent, root)
@@ -110,7 +110,7 @@ def make_folders(folder: Path, root: Path | None = None) -> None:
         return
     else:
         make_folders(folder.parent, root)
-    with suppress(PermissionError):  # a parent that is not ours
+    with suppress(PermissionError):  # a parent that belongs to another user
         sync(folder.parent)
     _synced.add(_identity(folder))
 
@@ -121,34 +121,31 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in a folder and below it; links are not followed.
+    """Remove what killed writers left in a folder and below it, without following links.
 
-    The caller holds the dataset's lock: a folder does not tell that somebody is filling it.
+    The caller must hold the dataset's lock: a folder does not show whether its writer is alive.
     """
     with suppress(FileNotFoundError):
         for _, folders, files, descriptor in os.fwalk(folder):
             for name in [name for name in folders if is_temporary(name)]:
                 folders.remove(name)
-                if _is_folder(descriptor, name):
+                about = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+                if stat.S_ISDIR(about.st_mode):
                     shutil.rmtree(name, dir_fd=descriptor)
             for name in filter(is_temporary, files):
                 _unlink_abandoned(descriptor, name)
 
 
 def sweep_siblings(path: Path) -> None:
-    """Remove what killed writers of a file left in its folder."""
+    """Remove the temporary files that killed writers of one file left in its folder."""
     with opened_folder(path.parent) as folder:
         for name in os.listdir(folder):  # noqa: PTH208 - a descriptor
             if name.startswith(f"{path.name}.tmp-") and is_temporary(name):
                 _unlink_abandoned(folder, name)
 
 
-def _is_folder(folder: int, name: str) -> bool:
-    return stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
-
-
 def _unlink_abandoned(folder: int, name: str) -> None:
-    """Remove a regular file of a folder unless its writer lives, who holds a lock on it."""
+    """Remove a regular file unless its writer is alive and holds a lock on it."""
     with suppress(OSError):
         descriptor = os.open(name, _READ, dir_fd=folder)
         try:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trace_opd.data import sources
-from trace_opd.data.foreign_parquet import read_batches, read_table, require_bounded
+from trace_opd.data.parquet_reader import read_batches, read_table, require_bounded
 from trace_opd.data.store import Dataset, Store
 from trace_opd.schemas.configs import FilesSource
 from trace_opd.schemas.errors import DamagedFile, InputError
@@ -56,7 +56,7 @@ def bombs(tmp_path_factory):
 PROGRAM = """
 import resource, sys
 from pathlib import Path
-from trace_opd.data.foreign_parquet import read_batches, read_table, require_bounded
+from trace_opd.data.parquet_reader import read_batches, read_table, require_bounded
 from trace_opd.schemas.errors import InputError
 
 limit = 1500 << 20
@@ -76,10 +76,10 @@ def test_a_bomb_is_refused_within_little_memory(bombs):
         [sys.executable, "-c", PROGRAM, str(bombs)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert len(said) == 3 * len(BOMBS)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 * len(BOMBS)
     for name in BOMBS:
-        about = [line for line in said if line.startswith(f"{name}.parquet: ")]
+        about = [line for line in lines if line.startswith(f"{name}.parquet: ")]
         assert len(about) == 3
         assert all("unfolds from" in line or "claims 2,000,000 rows" in line for line in about)
 
@@ -90,9 +90,9 @@ def test_a_source_and_a_part_refuse_a_bomb(bombs, name, tmp_path):
     with pytest.raises(InputError, match=r"unfolds from|claims|give text or a number"):
         list(sources.rows(FilesSource(kind="files", path=str(path)), 0))
     store = Store(tmp_path)
-    store.write("rollouts/x/part-00000.parquet", path.read_bytes())
+    store.files.write("rollouts/x/part-00000.parquet", path.read_bytes())
     with pytest.raises(DamagedFile, match=r"unfolds from|claims"):
-        Dataset(store, "rollouts", "x", {"table": "rollouts"}).read_part(0)
+        Dataset(store.files, "rollouts", "x", {"table": "rollouts"}).read_part(0)
 
 
 def test_what_repeats_within_bounds_is_read_as_it_is():

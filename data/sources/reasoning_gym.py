@@ -1,4 +1,7 @@
-"""Problems from reasoning-gym's procedural tasks."""
+"""Problems from reasoning-gym's procedural tasks.
+
+The source of kind `reasoning-gym`, called through `sources.rows` by stage problems.
+"""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -12,23 +15,24 @@ from reasoning_gym.factory import DATASETS
 from ...schemas.configs import GymSource
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind
-from ..store import content_hash
+from ..manifest import content_hash
 
+ENDLESS = True
 INSTRUCTION = "Put your final answer within \\boxed{}."
-# Some tasks make all problems when they open, or refuse a large size: open them batch by batch.
+# Some tasks generate all problems at once or refuse a large size, so create them in batches.
 _BATCH = 256
 
 
 def rows(source: GymSource, seed: int) -> Iterator[dict[str, Any]]:
     """An endless stream; the same seed gives the same stream. Problems may repeat.
 
-    A task whose answers only its own scorer can judge yields empty answers.
+    A task whose answers only its own scorer can judge yields "" as answers.
 
     Raises:
-        InputError: unknown task (lists near names) or settings that the task refuses.
+        InputError: an unknown task (lists similar names), or settings that the task refuses.
     """
     _check(source)
-    # The task seeds problem i with seed + i, so that neighbouring seeds would share problems.
+    # The task seeds problem i with seed + i, so neighbouring seeds would share problems.
     first_seed = int(content_hash(["reasoning-gym", source.task, seed], 7), 16)
     for start in count(0, _BATCH):
         try:
@@ -61,7 +65,8 @@ def _check(source: GymSource) -> None:
     if source.task not in DATASETS:
         near = get_close_matches(source.task, DATASETS, n=5, cutoff=0.4) or sorted(DATASETS)[:5]
         raise InputError(
-            f"source.task {source.task!r} is no reasoning-gym task; near names: {', '.join(near)}"
+            f"source.task {source.task!r} is not a reasoning-gym task; near names: "
+            f"{', '.join(near)}"
         )
     for name, field in (("seed", "seed"), ("size", "limit")):
         if name in source.settings:

@@ -9,8 +9,9 @@ phase1_train, phase1_test, phase2_train, phase2_test:
                           "human_completion", "chosen_completion"}, …],
                "finish_reason": "found_error"}}
 
-Phase 2 rates the steps of a whole response until the first wrong one: the response is
-`pre_generated_steps`. Phase 1 has none: its response is the path that the labeller chose.
+Phase 2 rates the steps of a complete response until the first wrong one: the response is
+`pre_generated_steps`. Phase 1 has no such field: its response is the path that the labeller chose.
+`trace-opd import prm800k` reads these files.
 """
 
 from collections import Counter
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...schemas.errors import InputError
-from ..labelled import LabelledResponse, json_rows, take
+from . import LabelledResponse, json_rows, take
 
 _SEPARATOR = "\n"
 _FINISHED = ("solution", "found_error")
@@ -29,9 +30,9 @@ _GENERATOR = "prm800k"
 def labelled_responses(path: str, left_out: Counter[str]) -> Iterator[LabelledResponse]:
     """The rows whose first wrong step is known, in order; the others are counted in `left_out`.
 
-    Left out: rows that the labeller gave up or called a bad problem (by their finish_reason), rows
-    with a step before the first wrong one that is unrated or flagged ("unrated"), and rows that
-    end on an error that the response does not contain ("other path").
+    Skipped: rows that the labeller gave up or called a bad problem (counted by finish_reason), rows
+    with an unrated or flagged step before the first wrong one ("unrated"), and rows whose error is
+    not in the response ("other path").
 
     Raises:
         InputError: names the file, the row and the field at fault.
@@ -77,20 +78,19 @@ def labelled_responses(path: str, left_out: Counter[str]) -> Iterator[LabelledRe
 def _texts(generated: Any, where: str) -> list[str]:
     if not isinstance(generated, list) or not all(isinstance(text, str) for text in generated):
         raise InputError(
-            f"{where}: question.pre_generated_steps holds something else than texts; leave the row "
-            "out"
+            f"{where}: question.pre_generated_steps is not a list of texts; leave the row out"
         )
     return generated
 
 
 def _rated(text: str, step: Any, where: str) -> tuple[str, int | None]:
-    """The rating of the response's own step among the alternatives that were rated beside it."""
+    """The rating of the response's own step among the rated alternatives."""
     own = [c for c in _completions(step, where) if take(c, "text", str, where) == text]
     return text, _rating(own[0], where) if own else None
 
 
 def _chosen(step: Any, where: str) -> tuple[str, int | None]:
-    """The step that the labeller went on with; one that they wrote themselves is right."""
+    """The step that the labeller continued with; a step that they wrote themselves is right."""
     completions = _completions(step, where)
     if (chosen := step.get("chosen_completion")) is not None:
         if not isinstance(chosen, int) or not 0 <= chosen < len(completions):

@@ -7,15 +7,15 @@ math, olympiadbench, omnimath: a JSON array or JSON lines of
      "steps": ["To find out …", …], "final_answer_correct": false, "label": 1}
 
 label: index of the first wrong step, −1 if all are right. There is no gold answer. A response whose
-final answer is right may have a wrong step.
+final answer is right may have a wrong step. `trace-opd import processbench` reads these files.
 """
 
 from collections.abc import Iterator
 
 from ...schemas.errors import InputError
-from ..labelled import LabelledResponse, json_rows, take
+from . import LabelledResponse, json_rows, take
 
-# The benchmark's unit is a paragraph (its section on solution reformatting).
+# A step is a paragraph (the paper's section on solution reformatting).
 _SEPARATOR = "\n\n"
 
 
@@ -28,7 +28,7 @@ def labelled_responses(path: str) -> Iterator[LabelledResponse]:
     for where, row in json_rows(path):
         steps = take(row, "steps", list, where)
         if not steps or not all(isinstance(step, str) and step.strip() for step in steps):
-            raise InputError(f"{where}: steps holds something else than texts; leave the row out")
+            raise InputError(f"{where}: steps is not a list of texts; leave the row out")
         label = take(row, "label", int, where)
         if not -1 <= label < len(steps):
             raise InputError(
