@@ -41,15 +41,26 @@ DEFAULT_ALIAS = {name: stage.contract.name for name, stage in TABLE_STAGES.items
 }
 
 
-def run_stage(name: str, config: Any, store: Store, alias: str | None = None) -> Dataset | str:
+def run_stage(
+    name: str,
+    config: Any,
+    store: Store,
+    alias: str | None = None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> Dataset | str:
     """Run one stage here and name its dataset; the report stage returns its file's path.
+
+    announce: gets a line about the work before it begins (`train.run`).
 
     Raises:
         TooManyFailed: the dataset is there and named, but too much of it failed.
     """
     if name == "report":
         return str(report.run(config, store))
-    dataset = train.run(config, store) if name == "train" else TABLE_STAGES[name].run(config, store)
+    if name == "train":
+        dataset = train.run(config, store, announce)
+    else:
+        dataset = TABLE_STAGES[name].run(config, store)
     if whole_number("RANK", 0) == 0:  # of torchrun's processes one gives the name
         store.set_alias(alias or DEFAULT_ALIAS[name], dataset)
     if name in TABLE_STAGES:

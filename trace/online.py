@@ -1,18 +1,33 @@
-"""One online step's data: sample, verify, annotate, route, from the current weights."""
+"""The online source: makes each step's routed table from the current weights.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+The trainer calls `OnlineSource.collect` at every online step (`trainer.Online`);
+pipelines/training/online.py builds it from the engines and keeps its tables in the store. One class
+serves one rank and many, samplers with weights of their own, and steps that are made ahead.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..schemas.configs import RoutingConfig
+from ..schemas.errors import Stopped
 from .advantage import groups_without_signal
 from .align import ByteTable
 from .convert import routed_table
 from .protocols import Annotator, Verifier
+from .ranks import Ranks
 from .rules import needs_annotations
+
+Made = tuple[pa.Table, dict[str, float]]  # a step's routed table, and counts for its metrics
+Phase = Callable[[str], None]  # called with a phase's name when that phase begins
+
+_POLL_S = 0.5  # between checks for a stop while a step that is made ahead is not ready
 
 
 @dataclass(frozen=True)
@@ -37,15 +52,23 @@ class Judged:
         return Judged(self.rollouts.filter(mask), self.verdicts.filter(mask))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class OnlineSource:
-    """What the trainer needs to make its own tables.
+    """Makes the tables of online steps; every rank has one.
 
     problems: (step, round) -> the problems of that step (round 0) and those that may replace them;
-    no problem comes twice in a step. sample: (problems, step) -> rollouts by the current weights,
-    a group per problem. annotator: may be None where the routing looks at no annotation. write:
-    (step, tables) keeps the step's tables, by table name.
-    refill_rounds: times that groups without signal are replaced.
+        no problem appears twice in a step.
+    sample: (problems, step) -> rollouts by the current weights, a group per problem.
+    annotator: None where the routing needs no annotation, and on ranks other than the first.
+    write: (step, tables) keeps the step's tables, by table name.
+    refill_rounds: how often groups without signal are replaced.
+    follow: gives the sampler the current weights; every rank calls it at each step. None: the
+        sampler uses the weights that are trained.
+    rest: called after each step that is not made ahead; the sampler is idle until `follow`.
+    ranks: the first rank does everything but sampling.
+    share: whether all ranks sample, each its slice of the problems; otherwise only the first does.
+    ahead: steps to make, on the first rank, while the step before trains, and whether each has a
+        teacher.
     """
 
     problems: Callable[[int, int], pa.Table]
@@ -56,20 +79,54 @@ class OnlineSource:
     routing: RoutingConfig
     write: Callable[[int, dict[str, pa.Table]], None]
     refill_rounds: int = 0
+    follow: Callable[[], None] | None = None
+    rest: Callable[[], None] | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    share: bool = True
+    ahead: Mapping[int, bool] = field(default_factory=dict)
 
-    def spread(self, sample: Callable[[pa.Table, int], pa.Table]) -> "OnlineSource":
-        """The same source with another way to sample."""
-        return replace(self, sample=sample)
+    def __post_init__(self) -> None:
+        # Where steps are made ahead this thread alone uses the engines, but for the first step.
+        self._thread = ThreadPoolExecutor(1, "ahead")
+        self._coming: dict[int, Future[Made]] = {}
+        self._closing = False
 
-    def collect(
-        self, step: int, with_teacher: bool, phase: Callable[[str], None]
-    ) -> tuple[pa.Table, dict[str, float]]:
-        """The routed table of one step, and counts for its metrics.
+    def collect(self, step: int, with_teacher: bool, phase: Phase) -> Made:
+        """The routed table of one step and counts for its metrics, the same on every rank.
 
-        Without a teacher (λ is 0) nothing is annotated and the table is plain GRPO's. All that was
-        sampled is written: first the rollouts that the step trains on, then those of groups that
-        were replaced; only the former have rows in the annotations and in the routed table.
-        phase: called with the name of each phase as it begins, for the step's timings.
+        Without a teacher (λ is 0) nothing is annotated and the table is plain GRPO's.
+
+        A step that is made ahead is one step off-policy, never more: the weights pass to the sampler
+        when it is idle, between the end of that step's sampling and the start of the next one's. The
+        first step of a run, and of a resumed one, is on-policy. The counts of a step made ahead hold
+        the seconds of its phases, which ran during training; waiting for it is a phase of the
+        trainer's step.
+        """
+        coming = self._coming.pop(step, None)
+        made = None if coming is None else _wait(coming, phase)
+        if self.follow is not None:
+            phase("weights")
+            self.follow()
+        if not self.ranks.first:
+            made = self._assist()
+        elif made is None:
+            made = self._make(step, with_teacher, phase)
+        if self.ranks.first and step + 1 in self.ahead:
+            self._coming[step + 1] = self._thread.submit(self._make_ahead, step + 1)
+        elif self.rest is not None:
+            self.rest()
+        if self.ranks.first:
+            self.ranks.broadcast((None, made))
+        return made
+
+    def close(self) -> None:
+        """Stop a step that is being made ahead at its next phase, and wait for that."""
+        self._closing = True
+        self._thread.shutdown(wait=True)
+
+    def _make(self, step: int, with_teacher: bool, phase: Phase) -> Made:
+        """All rollouts are written: first those that the step trains on, then those of replaced
+        groups. Only the former have rows in the annotations and in the routed table.
         """
         problems, judged, replaced = self._dynamic_sample(step, phase)
         annotations = None
@@ -100,10 +157,26 @@ class OnlineSource:
             "staleness": step - pc.min(judged.rollouts["policy_step"]).as_py(),
         }
 
-    def _dynamic_sample(
-        self, step: int, phase: Callable[[str], None]
-    ) -> tuple[pa.Table, Judged, Judged]:
-        """Problems asked, groups to train on, and those that they replaced (dynamic sampling, DAPO,
+    def _make_ahead(self, step: int) -> Made:
+        """`_make` in the thread, with the seconds of its phases among the counts."""
+        seconds: dict[str, float] = defaultdict(float)
+        current, since = "", time.perf_counter()
+
+        def phase(name: str) -> None:
+            nonlocal current, since
+            if self._closing:
+                raise Stopped
+            now = time.perf_counter()
+            if current:
+                seconds[f"seconds_{current}"] += now - since
+            current, since = name, now
+
+        table, counts = self._make(step, self.ahead[step], phase)
+        phase("")
+        return table, counts | seconds
+
+    def _dynamic_sample(self, step: int, phase: Phase) -> tuple[pa.Table, Judged, Judged]:
+        """Problems, groups to train on, and the groups that were replaced (dynamic sampling, DAPO,
         arXiv 2503.14476). A group without signal stays if no problem is left to replace it.
         """
         problems = self.problems(step, 0)
@@ -119,8 +192,34 @@ class OnlineSource:
             problems = pa.concat_tables([problems, fresh])
         return problems, judged, replaced
 
-    def _judge(self, problems: pa.Table, step: int, phase: Callable[[str], None]) -> Judged:
+    def _judge(self, problems: pa.Table, step: int, phase: Phase) -> Judged:
         phase("sample")
-        rollouts = self.sample(problems, step)
+        if self.share and self.ranks.count > 1:
+            self.ranks.broadcast((problems, step))
+            rollouts = self._sample_share(problems, step)
+        else:
+            rollouts = self.sample(problems, step)
         phase("verify")
         return Judged(rollouts, self.verifier.verify(problems, rollouts))
+
+    def _assist(self) -> Made:
+        """On the other ranks: sample whenever the first rank does, until it sends the step."""
+        while True:
+            problems, sent = self.ranks.broadcast(None)
+            if problems is None:
+                return sent
+            self._sample_share(problems, sent)
+
+    def _sample_share(self, problems: pa.Table, step: int) -> pa.Table:
+        """Sample this rank's slice of the problems; the rollouts of all slices, on every rank."""
+        index, count = self.ranks.index, self.ranks.count
+        begin, end = (len(problems) * edge // count for edge in (index, index + 1))
+        rollouts = self.sample(problems.slice(begin, end - begin), step) if end > begin else None
+        return pa.concat_tables(part for part in self.ranks.gather(rollouts) if part is not None)
+
+
+def _wait(coming: Future[Made], phase: Phase) -> Made:
+    phase("wait")
+    while not wait([coming], timeout=_POLL_S).done:
+        phase("wait")  # raises Stopped if the run has to stop
+    return coming.result()

@@ -103,17 +103,8 @@ def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_r
     if dry_run:
         show_plan(name, config, store, console)
         return
-    first = whole_number("RANK", 0) == 0  # of torchrun's processes one talks
-    if isinstance(config, TrainConfig) and first:
-        from ..stages.train import begin
-        from ..training.plan import memory_line
-
-        _, target = begin(config, store)  # bad input is refused before anything is said
-        if not isinstance(target, Dataset):
-            processes = whole_number("WORLD_SIZE", 1)
-            console.print(memory_line(config, processes), soft_wrap=True)
-    result = run_stage(name, config, store, alias)
-    if not first:
+    result = run_stage(name, config, store, alias, lambda line: console.print(line, soft_wrap=True))
+    if whole_number("RANK", 0) != 0:  # only the first of torchrun's processes prints
         return
     if isinstance(result, Dataset):
         show_dataset(result, console)

@@ -1,4 +1,7 @@
-"""Prompts that leave no room for a response in the policy's context, found before any work."""
+"""Context lengths: refuse prompts and rows that do not fit before any work starts.
+
+Stages rollout, evaluate and train call the checks; samplers call `context_length`.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,8 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data.store import Dataset
-from ...schemas.configs import OpenAISampler, PolicyConfig, PromptConfig, VllmSampler
-from ...schemas.configs import Sampler as SamplerConfig
+from ...schemas.configs import PolicyConfig, PromptConfig
 from ...schemas.errors import InputError
 from ...trace.loading import load_config
 from ...trace.policy import load_tokenizer
@@ -17,38 +19,28 @@ from ..models import resolve_policy
 
 # A normaliser may write several characters for one, and a token stands for a byte at least.
 _TOKENS_PER_BYTE = 4
-_OTHER_LENGTHS = (
-    "default",
-    "llama3",
-    "longrope",
-    "su",
-)  # max_position_embeddings is the end itself
+# Kinds of rotary embeddings whose max_position_embeddings already is the stretched length.
+_STRETCHED = ("default", "llama3", "longrope", "su")
 
 
 def require_room(
     problems: Dataset,
     policy: PolicyConfig,
-    sampler: SamplerConfig,
+    context: int | None,
     prompt: PromptConfig,
     max_new_tokens: int,
 ) -> None:
     """Check that each problem's prompt and a response of full length fit into the context.
 
-    A server's context is its own to check.
+    context: tokens; None: unbounded, or a server checks it (`Engine.context`).
 
     Raises:
-        InputError: one does not fit; says which, and how many tokens it has.
+        InputError: a prompt that does not fit, with its number of tokens.
     """
-    if isinstance(sampler, OpenAISampler):
-        return
-    path = resolve_policy(policy.path)
-    context = context_length(load_config(path, policy.trust_remote_code))
-    if isinstance(sampler, VllmSampler):
-        context = sampler.max_model_len or context
     if context is None:
         return
     room = context - max_new_tokens
-    tokenizer = load_tokenizer(path, policy.trust_remote_code)
+    tokenizer = load_tokenizer(resolve_policy(policy.path), policy.trust_remote_code)
 
     def tokens(problem: str) -> int:
         ids = student_prompt(tokenizer, prompt, problem).token_ids
@@ -69,10 +61,10 @@ def require_room(
 
 
 def require_short_rows(routed: Dataset, policy: PolicyConfig) -> None:
-    """Check that the sequences of a routed dataset, of another policy maybe, fit into the context.
+    """Check that the sequences of a routed dataset fit into the context of the policy.
 
     Raises:
-        InputError: one does not fit; says which, and how many tokens it has.
+        InputError: a sequence that does not fit, with its number of tokens.
     """
     path = resolve_policy(policy.path)
     context = context_length(load_config(path, policy.trust_remote_code))
@@ -104,13 +96,13 @@ def context_length(config: Any) -> int | None:
     if length is None or not isinstance(rope, dict):
         return length
     kind, factor = rope.get("rope_type", "default"), rope.get("factor")
-    if kind in _OTHER_LENGTHS or not isinstance(factor, int | float):
+    if kind in _STRETCHED or not isinstance(factor, int | float):
         return length
     return max(length, int(rope.get("original_max_position_embeddings", length) * factor))
 
 
 def _longer(problems: pa.Table, most_bytes: float) -> Iterable[tuple[str, str]]:
-    """Ids and texts of the problems that may be too long; the others need no tokenizing."""
+    """Ids and texts of problems that may be too long; the others need not be tokenized."""
     long = problems.filter(pc.greater(pc.binary_length(problems["problem"]), pa.scalar(most_bytes)))
     columns = (long[name].to_pylist() for name in ("problem_id", "problem"))
     return zip(*columns, strict=True)

@@ -32,8 +32,7 @@ from ..annotators.rows import NO_ANSWER, Usage
 from ..annotators.rule import require_steps
 from ..annotators.spending import Spending, count, dollars, open_spending, plus
 from ..endpoint import read_key
-from ..samplers import open_sampler
-from ..samplers.rollouts import policy_identity
+from ..samplers import sampling_engine
 from .attempts import UNANSWERED, attempt_figures, current_attempt, first_attempt
 from .base import Plan, Stage, tell
 
@@ -93,7 +92,8 @@ def annotator_identity(
             )
         return identity
     if annotator.policy is not None:
-        return identity | {"policy": policy_identity(annotator.sampler, annotator.policy)}
+        engine = sampling_engine(annotator.sampler, annotator.policy)
+        return identity | {"policy": engine.identity()}
     if not in_training:
         raise InputError(
             "annotator.policy is not set; name the policy that annotates (only in training it may "
@@ -111,9 +111,8 @@ class _Maker:
         self._sampler = tokenizer = None
         rows = plan.inputs["verdicts"].rows
         if isinstance(config.annotator, SelfAnnotator) and config.annotator.policy is not None:
-            self._sampler, tokenizer = open_sampler(
-                config.annotator.sampler, config.annotator.policy
-            )
+            engine = sampling_engine(config.annotator.sampler, config.annotator.policy)
+            self._sampler, tokenizer = engine.open()
         self._asks_endpoint = isinstance(config.annotator, OpenAIAnnotator)
         folders: dict[str, Any] = {}
         if isinstance(config.annotator, OpenAIAnnotator):

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data.store import Dataset, Draft, Store, content_hash
-from ...schemas.configs import EvaluateConfig, OpenAISampler, PolicyConfig
+from ...schemas.configs import EvaluateConfig, PolicyConfig
 from ...schemas.errors import DamagedFile, InputError
 from ...schemas.labels import FinishReason
 from ...schemas.tables import EVALUATIONS, PROBLEMS
 from ...trace.identity import cached_sha256
-from ..samplers import open_sampler
+from ..samplers import sampling_engine
 from ..samplers.context_length import require_room
-from ..samplers.rollouts import policy_identity, require_planned, rollouts_table
+from ..samplers.rollouts import require_planned, rollouts_table
 from ..statistics import Estimate, bootstrap_mean, pass_at_k
 from ..verifiers.verdicts import CHOICE_MATCHER, MathVerifier, math_matcher
 from .base import Plan, Stage
@@ -36,11 +36,12 @@ def _resolve(config: EvaluateConfig, store: Store) -> Plan:
     del semantic["problems"], semantic["trained"]
     semantic["verifiers"] = [math_matcher(), CHOICE_MATCHER]
     del semantic["policy"]
-    semantic["base"] = policy_identity(config.sampler, config.policy)
+    engine = sampling_engine(config.sampler, config.policy)
+    semantic["base"] = engine.identity()
     limit = config.sampling.max_new_tokens
-    require_room(problems, config.policy, config.sampler, config.prompt, limit)
+    require_room(problems, config.policy, engine.context(), config.prompt, limit)
     if config.trained is not None:
-        if isinstance(config.sampler, OpenAISampler):
+        if engine.served:
             raise InputError(
                 "trained: a checkpoint cannot be evaluated through an endpoint; use sampler.engine "
                 "transformers or vllm"
@@ -102,7 +103,7 @@ class _Maker:
         role, policy = self._policies[index]
         if self._open is None or self._open[0] != index:
             self._close_sampler()
-            self._open = (index, *open_sampler(self._config.sampler, policy))
+            self._open = (index, *sampling_engine(self._config.sampler, policy).open())
             if role == BASE:
                 require_planned(self._planned, self._open[1].policy)
         _, sampler, tokenizer = self._open

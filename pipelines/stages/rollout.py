@@ -11,9 +11,9 @@ from ...schemas.configs import (
 )
 from ...schemas.labels import FinishReason
 from ...schemas.tables import PROBLEMS, ROLLOUTS
-from ..samplers import open_sampler
+from ..samplers import sampling_engine
 from ..samplers.context_length import require_room
-from ..samplers.rollouts import policy_identity, require_planned, rollouts_table
+from ..samplers.rollouts import require_planned, rollouts_table
 from .base import Plan, Stage
 
 
@@ -21,9 +21,10 @@ def _resolve(config: RolloutConfig, store: Store) -> Plan:
     problems = store.get(config.problems, PROBLEMS)
     semantic = config.semantic()
     del semantic["problems"]  # the dataset's id stands for it
-    semantic["policy"] = policy_identity(config.sampler, config.policy)
+    engine = sampling_engine(config.sampler, config.policy)
+    semantic["policy"] = engine.identity()
     limit = config.sampling.max_new_tokens
-    require_room(problems, config.policy, config.sampler, config.prompt, limit)
+    require_room(problems, config.policy, engine.context(), config.prompt, limit)
     return Plan(config, {"problems": problems}, semantic, problems.parts)
 
 
@@ -33,7 +34,8 @@ class _Maker:
     def __init__(self, plan: Plan, draft: Draft) -> None:
         self._config: RolloutConfig = plan.config
         self._problems = plan.inputs["problems"]
-        self._sampler, self._tokenizer = open_sampler(self._config.sampler, self._config.policy)
+        engine = sampling_engine(self._config.sampler, self._config.policy)
+        self._sampler, self._tokenizer = engine.open()
         require_planned(plan.semantic["policy"], self._sampler.policy)
 
     def __call__(self, part: int) -> pa.Table:

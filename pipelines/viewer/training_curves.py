@@ -1,11 +1,11 @@
 """Training curves of a run: which of its metrics stand in which chart."""
 
-import json
 import math
 import re
 from typing import Any
 
 from ...data.store import Dataset, Store
+from ..run_metrics import METRICS, parse_metrics
 
 # Title, unit, names of the metrics in metrics.jsonl. Metrics named nowhere get a chart each.
 _CHARTS = (
@@ -29,19 +29,19 @@ _CHARTS = (
 )
 
 
-def read_metrics(dataset: Dataset, store: Store) -> list[dict[str, Any]]:
-    """A train run's metrics per step; [] for other datasets. What is not finite becomes None."""
-    path = f"{dataset.ref}/metrics.jsonl"
+def metrics_of(dataset: Dataset, store: Store) -> list[dict[str, Any]]:
+    """A train run's metrics per step; [] for other datasets. Values that are not finite become None."""
+    path = f"{dataset.ref}/{METRICS}"
     if dataset.stage != "train" or not store.exists(path):
         return []
     with store.open(path) as file:
-        rows = [json.loads(line) for line in file.read().decode().splitlines() if line.strip()]
+        steps = parse_metrics(file.read())
     return [
         {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in row.items()
+            for name, value in step.items()
         }
-        for row in rows
+        for step in steps
     ]
 
 

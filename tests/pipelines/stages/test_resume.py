@@ -15,7 +15,7 @@ import torch
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.pipeline import CONFIG_TYPES, run_stage
-from trace_opd.pipelines.training.tracking import read_metrics
+from trace_opd.pipelines.run_metrics import read_metrics
 from trace_opd.schemas.configs import Config
 from trace_opd.schemas.settings import load_config
 
