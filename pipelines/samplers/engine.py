@@ -55,16 +55,15 @@ class Training:
 class Engine(Protocol):
     """A sampling engine for one config and policy, not opened yet.
 
-    served: servers sample, so one rank is enough to ask them, and no local folder can be sampled.
-    follows: in training it has weights of its own (`Follower`); otherwise it samples with the
-    weights that are trained, in their memory.
+    served: servers sample; one rank is enough to ask them, and they can't sample a local folder.
+    follows: in training it has its own copy of the weights (`Follower`); otherwise it samples with
+    the weights that are trained, in their memory.
+    batch_tokens: tokens of prompts and responses in flight at once; None: no limit known here.
     """
 
-    @property
-    def served(self) -> bool: ...
-
-    @property
-    def follows(self) -> bool: ...
+    served: bool
+    follows: bool
+    batch_tokens: int | None
 
     def identity(self) -> list[str]:
         """Who samples, for the dataset id: the hash of the model's files; for an endpoint its
@@ -77,10 +76,6 @@ class Engine(Protocol):
 
     def context(self) -> int | None:
         """Most tokens of a prompt and its response; None: unbounded, or the server checks it."""
-        ...
-
-    def rows_at_once(self, tokens: int) -> int | None:
-        """Responses sampled together if each has so many tokens with its prompt; None: no limit."""
         ...
 
     def open(self) -> tuple[Sampler, PreTrainedTokenizerBase | None]:

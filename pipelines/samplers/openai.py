@@ -41,6 +41,7 @@ class OpenAIEngine:
 
     served = True
     follows = True
+    batch_tokens = None
 
     def __init__(self, config: OpenAISampler, policy: PolicyConfig) -> None:
         self._config, self._policy = config, policy
@@ -52,9 +53,6 @@ class OpenAIEngine:
         return [*self._config.servers, model, *([] if local is None else local[1:])]
 
     def context(self) -> int | None:
-        return None
-
-    def rows_at_once(self, tokens: int) -> int | None:
         return None
 
     def open(self) -> tuple["OpenAIPolicySampler", None]:

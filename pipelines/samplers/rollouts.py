@@ -1,4 +1,4 @@
-"""Rollouts of a policy: the table that any sampler fills, and the policy's identity.
+"""The rollouts table of a policy, for any sampler.
 
 Stages rollout and evaluate, online training and the study sample through `rollouts_table`.
 """

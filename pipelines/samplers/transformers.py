@@ -45,6 +45,7 @@ class TransformersEngine:
     follows = False
 
     def __init__(self, config: TransformersSampler, policy: PolicyConfig) -> None:
+        self.batch_tokens: int | None = config.batch_tokens
         self._config, self._policy = config, policy
 
     def identity(self) -> list[str]:
@@ -52,9 +53,6 @@ class TransformersEngine:
 
     def context(self) -> int | None:
         return local_context(self._policy)
-
-    def rows_at_once(self, tokens: int) -> int | None:
-        return max(1, self._config.batch_tokens // tokens)
 
     def open(self) -> tuple["TransformersPolicySampler", PreTrainedTokenizerBase]:
         policy = load_policy(

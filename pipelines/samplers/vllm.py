@@ -39,6 +39,7 @@ class VllmEngine:
 
     served = False
     follows = True
+    batch_tokens = None
 
     def __init__(self, config: VllmSampler, policy: PolicyConfig) -> None:
         self._config, self._policy = config, policy
@@ -48,9 +49,6 @@ class VllmEngine:
 
     def context(self) -> int | None:
         return self._config.max_model_len or local_context(self._policy)
-
-    def rows_at_once(self, tokens: int) -> int | None:
-        return None
 
     def open(self) -> tuple["VllmPolicySampler", PreTrainedTokenizerBase]:
         sampler = self._open()

@@ -1,4 +1,4 @@
-"""What a model's config alone says about its size: no weights are read and none are made."""
+"""A model's sizes from its config alone, without weights; the training plan calls it."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,10 @@ from ...trace.policy import backbone, output_head
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder with a gated MLP (Llama, Qwen and their kin).
+    """Sizes of a decoder with a gated MLP (Llama, Qwen and similar).
 
-    Counts of numbers: parameters: all weights, tied ones once, adapters left out; trainable: those
-    that get gradients; linear: the matrices that each token is multiplied by, the head left out.
+    parameters: number of weights, tied ones once, without adapters; trainable: of those with
+    gradients; linear: of the matrices that each token is multiplied by, without the head.
     """
 
     parameters: int
@@ -51,7 +51,7 @@ def model_shape(
     """The shape of the model at a path (folder or hub id) from its config.json.
 
     Raises:
-        InputError: no config there, or an architecture without the sizes of a decoder.
+        InputError: no config, or an architecture without the sizes of a decoder.
     """
     config = load_config(path, trust_remote_code)
     sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")

@@ -72,8 +72,9 @@ class Setting:
     def rows_at_once(self) -> float:
         """Responses that a GPU's sampler works on together."""
         responses = self.config.groups_per_step * self.config.online.group_size
-        limit = self.engine.rows_at_once(self.most_tokens)
-        return min(responses / self.gpus, responses if limit is None else limit)
+        budget = self.engine.batch_tokens
+        limit = responses if budget is None else max(1, budget // self.most_tokens)
+        return min(responses / self.gpus, limit)
 
     @property
     def weight_bytes(self) -> int:
