@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-kill test-soak test-cluster test-vllm check audit fuzz bench-annotate bench-clip bench-data bench-loss bench-overlap bench-rollout bench-step bench-verify bases micro study study-quick clean
+.PHONY: help peers setup setup-locked lock demo test test-kill test-soak test-cluster test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-loss bench-overlap bench-rollout bench-step bench-verify bases micro study study-quick clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -67,9 +67,13 @@ test-vllm: $(VLLM_VENV)/.installed  ## train online with real vLLM, in process a
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm --durations=10
 	$(VLLM_VENV)/bin/python -m pytest tests/pipelines/samplers/test_vllm.py
 
-check: setup  ## lint, format check and type check
+deployments: setup  ## write the stages' deployments into prefect.yaml and deploy/kubernetes/prefect.yaml
+	$(BIN)/python .ci/deployments.py
+
+check: setup  ## lint, format check, import rules and type check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	@# The root is the package trace_opd: a link gives the type checker that name.
 	@mkdir -p $(VENV)/types && ln -sfn $(CURDIR) $(VENV)/types/trace_opd
 	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -23,24 +23,19 @@ from pathlib import Path
 from typing import Any
 
 from trace_opd.pipelines.visible import visible
+from trace_opd.schemas.environment import PREFECT_DEFAULTS
 from trace_opd.schemas.errors import DamagedFile, InputError
 
 if __name__ == "__main__":
-    # Under the module's own name: what is sent to other processes is looked up there by name.
+    for _name, _value in PREFECT_DEFAULTS.items():  # Prefect reads them when it is imported
+        os.environ.setdefault(_name, _value)
+    # Imported by its own name: other processes look tasks up by module and name.
     try:
         import_module("trace_opd.flows").main()
     except InputError as error:
         print(f"trace-opd: {visible(str(error))}", file=sys.stderr)
         sys.exit(2)
     sys.exit()
-
-# Modules in the folder where a run is started: rules of the user's own (routing.rule).
-sys.path.append(str(Path.cwd()))
-# Read by Prefect when it is imported: what the stages log (tokens and cost of a part) joins the run's
-# log, and the embedded server may take its time on a busy machine.
-os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "trace_opd")
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
-os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # seconds; of `crash_dead_runs`
 
 from prefect import Flow, flow, get_run_logger, task
 from prefect.artifacts import (
@@ -69,26 +64,16 @@ from prefect.types.entrypoint import EntrypointType
 
 from trace_opd.data.remote import require_reachable
 from trace_opd.data.store import Dataset, Draft, Store
-from trace_opd.pipelines.pipeline import DEFAULT_ALIAS, TABLE_STAGES, run_pipeline
-from trace_opd.pipelines.stages import train as train_stage
-from trace_opd.pipelines.stages.base import Plan, close_engine, close_idle_engine, held
-from trace_opd.pipelines.viewer import report as report_stage
+from trace_opd.pipelines.pipeline import STAGES, TABLE_STAGES, run_pipeline
+from trace_opd.pipelines.stages import REGISTRY, StageEntry
+from trace_opd.pipelines.stages.base import Plan, close_idle_engine
 from trace_opd.schemas.configs import (
     AnnotateConfig,
     Config,
-    ConvertConfig,
-    EvaluateConfig,
     OpenAIAnnotator,
     PipelineConfig,
-    ProblemsConfig,
-    ReportConfig,
-    RolloutConfig,
-    TrainConfig,
-    VerifyConfig,
 )
 from trace_opd.schemas.settings import load_config, override
-
-logging.getLogger("trace_opd").setLevel(logging.INFO)
 
 _IDLE_S = 60.0
 _FRUITLESS_POOLS = 3
@@ -160,9 +145,9 @@ def make_part(stage: str, plan: Plan, draft: Draft, part: int) -> int:
 
 
 @task(name="train", retry_condition_fn=_worth_retrying, retries=1, cache_policy=NO_CACHE)
-def train_run(config: TrainConfig, root: str) -> str:
-    """The whole training; a retry goes on from its last checkpoint."""
-    return train_stage.run(config, Store(root)).ref
+def train_run(config: Config, root: str) -> str:
+    """Train; a retry goes on from the last checkpoint."""
+    return STAGES["train"].run(config, Store(root)).ref
 
 
 def _asks_endpoint(config: Config) -> bool:
@@ -181,31 +166,37 @@ def _server_for_workers() -> Iterator[None]:
         yield
 
 
-def run_table_stage(stage: str, config: Config, root: str, alias: str | None) -> str:
-    """One task per part that is not there yet, then the manifest and the artifacts."""
-    store, log = Store(root), get_run_logger()
-    plan, target = TABLE_STAGES[stage].begin(config, store)
-    with held(target, lambda who: log.warning("%s; waiting for its end", who)) as target:
-        if isinstance(target, Draft):
-            target = _make(stage, plan, target)
-    ref = _published(store, target, alias or DEFAULT_ALIAS[stage])
-    TABLE_STAGES[stage].check(config, target)
+def run_table_stage(entry: StageEntry, config: Config, root: str, alias: str) -> str:
+    """One task per part that is missing, then the manifest and the artifacts."""
+    store, log, stage = Store(root), get_run_logger(), TABLE_STAGES[entry.name]
+
+    def make_parts(plan: Plan, draft: Draft) -> None:
+        """This process holds the dataset; the tasks make parts for it, wherever they run."""
+        parts = [part for part in range(plan.parts) if not draft.has_sound_part(part)]
+        log.info("%s: %d of %d parts to make", draft.ref, len(parts), plan.parts)
+        if _asks_endpoint(plan.config):
+            for part in parts:
+                make_part(entry.name, plan, draft, part)
+        else:
+            _make_on_workers(entry.name, plan, draft, parts)
+
+    dataset = stage.make(
+        config, store, make_parts, lambda holder: log.warning("%s; waiting for its end", holder)
+    )
+    ref = _published(store, dataset, alias)
+    stage.check(config, dataset)
     return ref
 
 
-def _make(stage: str, plan: Plan, draft: Draft) -> Dataset:
-    """This process holds the dataset; the tasks, wherever they run, make parts for it."""
-    parts = [part for part in range(plan.parts) if not draft.has_sound_part(part)]
-    get_run_logger().info("%s: %d of %d parts to make", draft.ref, len(parts), plan.parts)
-    try:
-        if _asks_endpoint(plan.config):
-            for part in parts:
-                make_part(stage, plan, draft, part)
-        else:
-            _make_on_workers(stage, plan, draft, parts)
-    finally:
-        close_engine()
-    return TABLE_STAGES[stage].finish(plan, draft)
+def _run_train(entry: StageEntry, config: Config, root: str, alias: str) -> str:
+    store = Store(root)
+    return _published(store, store.get(train_run(config, root)), alias)
+
+
+def _run_report(entry: StageEntry, config: Config, root: str, alias: str) -> str:
+    path = STAGES[entry.name].run(config, Store(root))
+    create_link_artifact(Path(path).resolve().as_uri(), link_text="report", key="report")
+    return str(path)
 
 
 def _make_on_workers(stage: str, plan: Plan, draft: Draft, parts: list[int]) -> None:
@@ -281,73 +272,33 @@ def _published(store: Store, dataset: Dataset, alias: str) -> str:
     return dataset.ref
 
 
-@flow(name="problems", task_runner=task_runner())
-def problems(
-    config: ProblemsConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
-) -> str:
-    """A source becomes a problems table."""
-    return run_table_stage("problems", override(config, overrides), store or default_store(), alias)
+_SINGLE_STAGES = {"train": _run_train, "report": _run_report}
 
 
-@flow(name="rollout", task_runner=task_runner())
-def rollout(
-    config: RolloutConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
-) -> str:
-    """A group of responses per problem."""
-    return run_table_stage("rollout", override(config, overrides), store or default_store(), alias)
+def _stage_flow(entry: StageEntry) -> Flow[Any, Any]:
+    """The flow of a stage: parameters config, overrides, store and alias."""
+    run = _SINGLE_STAGES.get(entry.name, run_table_stage)
+
+    def stage_flow(
+        config: entry.config_type,  # pyright: ignore[reportInvalidTypeForm]
+        overrides: list[str] | None = None,
+        store: str = "",
+        alias: str = "",
+    ) -> str:
+        logging.getLogger("trace_opd").setLevel(logging.INFO)
+        named = alias or entry.alias or ""
+        return run(entry, override(config, overrides), store or default_store(), named)
+
+    # Prefect validates parameters by the annotations, and finds a deployment's flow by its name.
+    stage_flow.__name__ = stage_flow.__qualname__ = entry.name
+    stage_flow.__doc__ = entry.summary
+    if entry.name in _SINGLE_STAGES:
+        return flow(name=entry.name)(stage_flow)
+    return flow(name=entry.name, task_runner=task_runner())(stage_flow)
 
 
-@flow(name="verify", task_runner=task_runner())
-def verify(
-    config: VerifyConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
-) -> str:
-    """Final answers against gold answers."""
-    return run_table_stage("verify", override(config, overrides), store or default_store(), alias)
-
-
-@flow(name="annotate", task_runner=task_runner())
-def annotate(
-    config: AnnotateConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
-) -> str:
-    """Key spans of correct responses, error spans of wrong ones."""
-    return run_table_stage("annotate", override(config, overrides), store or default_store(), alias)
-
-
-@flow(name="convert", task_runner=task_runner())
-def convert(
-    config: ConvertConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
-) -> str:
-    """Annotated rollouts become routed training sequences."""
-    return run_table_stage("convert", override(config, overrides), store or default_store(), alias)
-
-
-@flow(name="train")
-def train(
-    config: TrainConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
-) -> str:
-    """Offline steps over routed tables, then online steps on fresh rollouts."""
-    root = store or default_store()
-    opened = Store(root)
-    ref = train_run(override(config, overrides), root)
-    return _published(opened, opened.get(ref), alias or DEFAULT_ALIAS["train"])
-
-
-@flow(name="evaluate", task_runner=task_runner())
-def evaluate(
-    config: EvaluateConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
-) -> str:
-    """avg@k, pass@k and maj@k, base against checkpoint."""
-    return run_table_stage("evaluate", override(config, overrides), store or default_store(), alias)
-
-
-@flow(name="report")
-def report(
-    config: ReportConfig, overrides: list[str] | None = None, store: str = "", alias: str = ""
-) -> str:
-    """One self-contained HTML file."""
-    path = report_stage.run(override(config, overrides), Store(store or default_store()))
-    create_link_artifact(Path(path).resolve().as_uri(), link_text="report", key="report")
-    return str(path)
+STAGE_FLOWS = {name: _stage_flow(entry) for name, entry in REGISTRY.items()}
+globals().update(STAGE_FLOWS)  # entrypoints name them: `trace_opd.flows.annotate`
 
 
 @flow(name="pipeline")
@@ -362,18 +313,6 @@ def pipeline(
         return ref
 
     return run_pipeline(override(config, overrides), run)
-
-
-STAGE_FLOWS: dict[str, Flow[Any, Any]] = {
-    "problems": problems,
-    "rollout": rollout,
-    "verify": verify,
-    "annotate": annotate,
-    "convert": convert,
-    "train": train,
-    "evaluate": evaluate,
-    "report": report,
-}
 
 
 def crash_dead_runs(after_s: float = 300) -> None:

@@ -1,71 +1,38 @@
-"""All stages by name, and how a request of any of them is run in this process."""
+"""All stages in this process: one by name, or the pipeline of them in order.
+
+The command line and the study call `run_stage`; flows.py passes its subflows to `run_pipeline`.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 from ..data.store import Dataset, Store
-from ..schemas import configs
 from ..schemas.configs import Config, NoAnnotator, PipelineConfig
 from ..schemas.environment import whole_number
 from ..trace.rules import needs_annotations
-from .stages import train
-from .stages.annotate import ANNOTATE_STAGE
+from .stages import REGISTRY
 from .stages.base import Stage
-from .stages.convert import CONVERT_STAGE
-from .stages.evaluate import EVALUATE_STAGE
-from .stages.problems import PROBLEMS_STAGE
-from .stages.rollout import ROLLOUT_STAGE
-from .stages.verify import VERIFY_STAGE
-from .viewer import report
 
+STAGES = {name: entry.load() for name, entry in REGISTRY.items()}
 TABLE_STAGES: dict[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        PROBLEMS_STAGE,
-        ROLLOUT_STAGE,
-        VERIFY_STAGE,
-        ANNOTATE_STAGE,
-        CONVERT_STAGE,
-        EVALUATE_STAGE,
-    )
-}
-CONFIG_TYPES: dict[str, type[Config]] = {
-    **{name: stage.config_type for name, stage in TABLE_STAGES.items()},
-    "train": configs.TrainConfig,
-    "report": configs.ReportConfig,
-}
-# The alias that a finished dataset gets unless the request names one: what the next stage's
-# config takes by default.
-DEFAULT_ALIAS = {name: stage.contract.name for name, stage in TABLE_STAGES.items()} | {
-    "train": "train"
+    name: stage for name, stage in STAGES.items() if isinstance(stage, Stage)
 }
 
 
-def run_stage(
-    name: str,
-    config: Any,
-    store: Store,
-    alias: str | None = None,
-    announce: Callable[[str], None] = lambda line: None,
-) -> Dataset | str:
+def run_stage(name: str, config: Any, store: Store, alias: str | None = None) -> Dataset | str:
     """Run one stage here and name its dataset; the report stage returns its file's path.
-
-    announce: gets a line about the work before it begins (`train.run`).
 
     Raises:
         TooManyFailed: the dataset is there and named, but too much of it failed.
     """
-    if name == "report":
-        return str(report.run(config, store))
-    if name == "train":
-        dataset = train.run(config, store, announce)
-    else:
-        dataset = TABLE_STAGES[name].run(config, store)
-    if whole_number("RANK", 0) == 0:  # of torchrun's processes one gives the name
-        store.set_alias(alias or DEFAULT_ALIAS[name], dataset)
-    if name in TABLE_STAGES:
-        TABLE_STAGES[name].check(config, dataset)
-    return dataset
+    stage = STAGES[name]
+    made = stage.run(config, store)
+    if not isinstance(made, Dataset):
+        return str(made)
+    if whole_number("RANK", 0) == 0:  # one of torchrun's processes gives the name
+        store.set_alias(alias or REGISTRY[name].alias, made)
+    stage.check(config, made)
+    return made
 
 
 RunStage = Callable[[str, Config, str], str]

@@ -20,3 +20,12 @@ def whole_number(variable: str, default: int) -> int:
             "with torchrun, which sets it"
         )
     return int(text)
+
+
+# Settings of Prefect: what the stages log (tokens and cost of a part) joins the flow run's log, and
+# the embedded server may start slowly on a busy machine. prefect.yaml sets them for work pools.
+PREFECT_DEFAULTS = {
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "trace_opd",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds
+}

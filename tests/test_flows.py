@@ -1,6 +1,7 @@
 """Flows against a real Prefect server: called here, served, and started by its command line."""
 
 import contextvars
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -191,10 +192,11 @@ def test_a_part_that_fails_for_now_is_retried_on_its_own(own):
 CONVERT = """
 import sys
 from trace_opd import flows
+from trace_opd.schemas.configs import ConvertConfig
 from trace_opd.schemas.settings import load_config
 
 state = flows.convert(
-    load_config(flows.ConvertConfig, None), sys.argv[2:], store=sys.argv[1], return_state=True
+    load_config(ConvertConfig, None), sys.argv[2:], store=sys.argv[1], return_state=True
 )
 print(state.name, state.state_details.flow_run_id)
 """
@@ -280,6 +282,17 @@ def test_every_deployment_of_the_work_pool_is_a_flow_with_valid_parameters():
         getattr(flows, name).validate_parameters(deployment["parameters"])
         names.add(name)
     assert names == {*flows.STAGE_FLOWS, "pipeline"}
+
+
+def test_the_deployments_follow_from_the_registry_of_stages():
+    spec = importlib.util.spec_from_file_location("deployments", ROOT / ".ci" / "deployments.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for file in module.FILES:
+        assert file.read_text() == module.generated(file), f"{file}: run `make deployments`"
+        deployed = {one["entrypoint"] for one in yaml.safe_load(file.read_text())["deployments"]}
+        made = {name for name, entry in module.REGISTRY.items() if entry.alias is not None}
+        assert {f"trace_opd.flows.{name}" for name in made} <= deployed
 
 
 def prefect(environment: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:

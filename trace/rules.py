@@ -16,6 +16,7 @@ What the routed tokens get is not a rule's to say: it is `routing.key` or `routi
 
 import importlib
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,8 @@ def load_rule(name: str) -> Rule:
             f"routing.rule {name!r}: is none of {', '.join(RULES)}; name one of them, or "
             "module:function of your own"
         )
+    if (folder := str(Path.cwd())) not in sys.path:  # where a run starts, in its workers too
+        sys.path.append(folder)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

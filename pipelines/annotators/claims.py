@@ -1,10 +1,9 @@
-"""Questions in flight, shared by the annotators that run on one store at once.
+"""Locks on questions in flight, so that processes on one store ask each question once.
 
-A claim is a lock on one byte of a file, at an offset that the question's key gives. The kernel
-releases it with its process, however that ends, so no claim is ever stale. A task holds one claim
-at a time and waits for none while it holds one, so no two runs can wait for each other.
-
-The file's size counts what has been journalled: if it has not changed, no journal has.
+`Journal` holds a `Claims`; engine `openai` claims each question before it asks. A claim locks one byte of
+a file, at an offset derived from the question's key. The kernel releases it when its process ends, so no
+claim is ever stale. A task holds one claim at a time and waits for none while it holds one, so there are
+no deadlocks. The file grows by a byte per write to any journal: an unchanged size means no new answers.
 """
 
 import errno
@@ -20,13 +19,11 @@ from ...schemas.errors import InputError
 
 _POLL_S = 0.05
 _HELD = (errno.EAGAIN, errno.EACCES)
-_KEY_DIGITS = (
-    15  # hexadecimal: 60 bits fit a file's offset, and equal ones only wait for each other
-)
+_KEY_DIGITS = 15  # hexadecimal: 60 bits fit a file offset; a collision only makes one wait
 
 
 class Claims:
-    """One process's claims. One object per process and file: POSIX locks end with any `close` of it."""
+    """One process's claims. Open a file once per process: any `close` of it drops its POSIX locks."""
 
     def __init__(self, path: Path) -> None:
         """Raises InputError: the file can't be opened, or is a link."""
@@ -40,14 +37,14 @@ class Claims:
             ) from error
         self._ours = self._theirs = 0
 
-    def news(self) -> bool:
-        """Whether others have journalled anything since the last call."""
+    def changed(self) -> bool:
+        """Whether other processes have announced answers since the last call."""
         assert self._file is not None, "open"
         before, self._theirs = self._theirs, os.fstat(self._file).st_size - self._ours
         return self._theirs != before
 
-    def tell(self) -> None:
-        """Something new is in our journal, and on the disk."""
+    def announce(self) -> None:
+        """New answers of ours are durable."""
         assert self._file is not None, "open"
         self._ours += os.write(self._file, b"\n")
 
@@ -55,10 +52,10 @@ class Claims:
     async def held(
         self, key: str, sleep: Callable[[float], Awaitable[None]], patience_s: float
     ) -> AsyncIterator[None]:
-        """Hold a question's claim. While another live process holds it, wait, but no longer than
-        `patience_s`: a process may be suspended for days."""
+        """Hold a question's claim. Wait while another process holds it, at most `patience_s`: a
+        process may be suspended for days."""
         until = time.monotonic() + patience_s
-        while not self._try(key) and time.monotonic() < until:
+        while not self._lock(key, fcntl.LOCK_EX | fcntl.LOCK_NB) and time.monotonic() < until:
             await sleep(_POLL_S)
         try:
             yield
@@ -70,11 +67,8 @@ class Claims:
             os.close(self._file)
             self._file = None
 
-    def _try(self, key: str) -> bool:
-        return self._lock(key, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
     def _lock(self, key: str, operation: int) -> bool:
-        """False if another process holds it. A file system without locks shares nothing."""
+        """False if another process holds it. On a file system without locks nothing is shared."""
         if self._file is None:
             return True
         try:

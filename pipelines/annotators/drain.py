@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM while requests are in flight: they are paid for, so they end first."""
+"""Graceful stop at Ctrl-C and SIGTERM: requests in flight are paid for, so they end first.
+
+Engine `openai` wraps its requests in `drained`.
+"""
 
 import signal
 import threading
@@ -11,11 +14,10 @@ from ...schemas.errors import Stopped
 
 @contextmanager
 def drained(drain: Callable[[], object], sentence: str) -> Iterator[None]:
-    """At the first SIGINT or SIGTERM call `drain`, which makes the work within end soon; only then
-    does the signal take its effect. A second signal takes it at once.
+    """Call `drain` at the first SIGINT or SIGTERM; let the signal take effect after the block.
 
-    Handlers that were there (a training's, Prefect's) get the signal after the work. Outside the main
-    thread signals stay theirs.
+    drain: makes the block end soon. A second signal takes effect at once. Earlier handlers (a training's,
+    Prefect's) get the signal after the block. Outside the main thread signals are left alone.
 
     Raises:
         KeyboardInterrupt: after SIGINT; Stopped, with the sentence: after SIGTERM.
@@ -23,13 +25,12 @@ def drained(drain: Callable[[], object], sentence: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+    before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     received: list[int] = []
 
     def restore() -> None:
         for number, handler in before.items():
-            if handler is not None:  # a handler that is not Python's stays in place
+            if handler is not None:  # None: a handler that C code installed, which stays in place
                 signal.signal(number, handler)
 
     def first(number: int, _: Any) -> None:

@@ -1,10 +1,9 @@
-"""Paid answers on disk before they count: append-only files, keyed by all that decides an answer.
+"""The journal of paid answers. Engines `openai` and `openai_batch` write it; the estimate reads it.
 
-A stage that is killed at any moment finds here what it has paid for. Each journal appends to a file
-of its own, so annotators that run at once, in one process or several, can't tear each other's
-lines, and a line torn by a kill is the last one of its file. A key that is not found is searched for
-in what the others have written since, so one payment serves all. Lines that hold something else (a
-disk's damage, a foreign file) are skipped with a warning.
+An answer is durable in the journal before it counts, under a key of everything that decides it, so a
+killed stage pays for nothing twice. Each process appends to a file of its own. Writers therefore need no
+lock, and a torn line is always the last of its file. Damage costs only the lines that it touches.
+docs/decisions/paid-journal.md compares this with SQLite.
 """
 
 import asyncio
@@ -15,16 +14,17 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from ...data.files import sync
 from ...data.store import content_hash
 from ...schemas.errors import InputError
 from .claims import Claims
 from .journal_lines import (
     Answered,
+    Line,
     Record,
     Reserved,
     Settled,
@@ -36,7 +36,7 @@ from .journal_lines import (
 
 logger = logging.getLogger(__name__)
 
-_GATHER_S = 0.002  # a task that waits sends nothing meanwhile
+_GATHER_S = 0.002  # a waiting task sends nothing meanwhile
 
 
 def request_key(
@@ -48,27 +48,16 @@ def request_key(
     prompt_version: str,
     sample_index: int = 0,
 ) -> str:
-    """SHA-256 of all that decides an answer; another model or endpoint is another key."""
-    return content_hash(
-        {
-            "base_url": base_url,
-            "model": model,
-            "messages": messages,
-            "schema": schema,
-            "sampling": sampling,
-            "prompt_version": prompt_version,
-            "sample_index": sample_index,
-        },
-        length=64,
-    )
+    """SHA-256 of everything that decides an answer; another model or endpoint gives another key."""
+    return content_hash(locals(), length=64)
 
 
 class Journal:
-    """Records by key in a folder. Holds places in files, not records: memory stays small.
+    """Answers by key in a folder. Memory holds file offsets, not answers.
 
-    elsewhere: lists the folders of other journals, whose records serve too; never written.
-    readable: whether a record is one that the caller can use; others are skipped.
-    claims: of the annotators that write these journals at once; closed with this one.
+    elsewhere: lists the folders of other journals, which are read but never written.
+    readable: whether the caller can use a record; others are skipped.
+    claims: shared with the other processes that write these journals; closed with this journal.
     """
 
     def __init__(
@@ -81,75 +70,72 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._elsewhere, self._readable = folder, elsewhere, readable
         self.claims = claims
-        self._places: dict[str, tuple[Path, int]] = {}
-        # Of the files of others: bytes that are indexed, and the size when they were.
-        self._seen: dict[str, tuple[int, int]] = {}
-        self._lock = threading.Lock()
+        self._offsets: dict[str, tuple[Path, int]] = {}  # by key
+        self._indexed: dict[
+            str, tuple[int, int]
+        ] = {}  # by file: end of the index, size at the time
+        self._indexing, self._writing = threading.Lock(), threading.Lock()
         self._path: Path | None = None
         self._file: FileIO | None = None
         if claims is not None:
-            claims.news()  # before the first look: what is written during it is news
-        self._look(*elsewhere(), folder)
+            claims.changed()  # resets it: what others write during the first index counts as a change
+        self._index(*elsewhere(), folder)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def get(self, key: str) -> Record | None:
-        """The record of a key, if a journal has one by now and it is still there.
+        """The record of a key, including what other processes have written by now.
 
-        Without claims only this folder is searched again.
+        Without claims only this folder is indexed again.
         """
-        place = self._places.get(key)
-        if place is None:
-            with self._lock:
+        if key not in self._offsets:
+            with self._indexing:
                 if self.claims is None:
-                    self._look(self._folder)
-                elif self.claims.news():
-                    self._look(*self._elsewhere(), self._folder)
-            place = self._places.get(key)
-        if place is None:
+                    self._index(self._folder)
+                elif self.claims.changed():
+                    self._index(*self._elsewhere(), self._folder)
+        if key not in self._offsets:
             return None
-        path, offset = place
+        path, offset = self._offsets[key]
         try:
             with path.open("rb") as file:
                 file.seek(offset)
                 line = read_line(file.readline())
-        except OSError as error:  # another dataset's journal may be removed at any time
-            logger.warning("%s: an answer that was there is gone (%s)", path, error.strerror)
+        except OSError as error:  # the other dataset may have been removed
+            logger.warning("%s: a journalled answer is gone (%s)", path, error.strerror)
             return None
         return line.record if isinstance(line, Answered) and line.key == key else None
 
-    def append(
-        self, records: Sequence[tuple[str, Record]], notes: Sequence[Reserved | Settled] = ()
-    ) -> None:
-        """Write records by key, then notes; return when all are on the disk. Any thread may call it.
+    def append(self, lines: Sequence[Line]) -> None:
+        """Write lines in this order and return when they are durable. Thread-safe.
 
         Raises:
-            InputError: they can't be written.
+            InputError: the file system refuses them.
         """
-        if not records and not notes:
+        if not lines:
             return
-        lines = [write_line(Answered(key, record)) for key, record in records]
-        noted = [write_line(note) for note in notes]
-        with self._lock:
+        encoded = [write_line(line) for line in lines]
+        with self._writing:
             try:
                 path, file = self._opened()
                 offset = file.tell()
-                left = memoryview(b"".join(lines + noted))
+                left = memoryview(b"".join(encoded))
                 while left:
                     left = left[file.write(left) :]
                 os.fsync(file.fileno())
             except OSError as error:
-                self._file = None  # its last line may be torn: the next record begins another file
+                self._file = None  # its last line may be torn, so continue in a new file
                 raise InputError(
-                    f"{self._folder}: {error.strerror}; answers can't be kept there, so no more are "
-                    "asked for: make room and run again"
+                    f"{self._folder}: answers can't be written ({error.strerror}), so no more are "
+                    "requested; make room and run again"
                 ) from error
-            for (key, _), line in zip(records, lines, strict=True):
-                self._places[key] = (path, offset)
-                offset += len(line)
-            if self.claims is not None and records:
-                self.claims.tell()
+            for line, raw in zip(lines, encoded, strict=True):
+                if isinstance(line, Answered):
+                    self._offsets[line.key] = (path, offset)
+                offset += len(raw)
+            if self.claims is not None and any(isinstance(line, Answered) for line in lines):
+                self.claims.announce()
 
     def close(self) -> None:
         if self._file is not None:
@@ -159,107 +145,96 @@ class Journal:
             self.claims.close()
 
     def _opened(self) -> tuple[Path, FileIO]:
-        """This journal's own file, made with its first record."""
+        """This journal's own file, created with the first line."""
         if self._path is None or self._file is None:
             self._path = self._folder / f"{os.getpid()}-{uuid.uuid4().hex[:12]}.jsonl"
-            # Unbuffered: what a full disk didn't take must not follow later, after other lines.
+            # Unbuffered: a buffer would write what a full disk refused after later lines.
             self._file = self._path.open("xb", buffering=0)
-            folder = os.open(self._folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # without it a power cut may lose the file's name
-            finally:
-                os.close(folder)
+            sync(self._folder)  # without it a power loss may remove the file's name
         return self._path, self._file
 
-    def _look(self, *folders: Path) -> None:
-        """Index what others have written since the last look; one stat per file if that is nothing."""
-        own = str(self._path)
+    def _index(self, *folders: Path) -> None:
+        """Index what others have appended; one `stat` per unchanged file."""
         for folder in folders:
             with suppress(FileNotFoundError):  # a dataset may be removed at any time
                 for entry in journal_files(folder):
-                    if entry.path == own:
-                        continue
-                    indexed, size = self._seen.get(entry.path, (0, 0))
-                    if (now := entry.stat().st_size) != size:
-                        self._seen[entry.path] = self._index(Path(entry.path), indexed), now
+                    end, size = self._indexed.get(entry.path, (0, 0))
+                    if entry.path != str(self._path) and (now := entry.stat().st_size) != size:
+                        self._indexed[entry.path] = self._index_file(Path(entry.path), end), now
 
-    def _index(self, path: Path, offset: int) -> int:
-        """Index the lines from a byte on; returns where they end."""
+    def _index_file(self, path: Path, offset: int) -> int:
+        """Index a file's lines from a byte offset on; returns the end of the last complete line."""
         skipped = 0
         for start, end, line in read_lines(path, offset):
             if isinstance(line, Answered) and self._readable(line.record):
-                self._places[line.key] = (path, start)
+                self._offsets[line.key] = (path, start)
             elif line is None or isinstance(line, Answered):
                 skipped += 1
             offset = end
         if skipped:
-            logger.warning("%s: skipped %d lines that hold no answer", path, skipped)
+            logger.warning("%s: skipped %d damaged lines", path, skipped)
         return offset
 
 
 class GroupCommit:
-    """Appends to a journal for the tasks of one event loop: one fsync for all lines that wait.
+    """Appends to a journal for the tasks of one event loop, with one fsync for all waiting lines.
 
-    The first one waits a little for others: a thread and an fsync for each would cost more CPU than
-    all else that is done for an answer but sending the request.
+    The first task waits `_GATHER_S` for others. A thread and an fsync per line would cost more CPU than
+    everything else about an answer except sending the request.
     """
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._waiting = _Batch()
+        self._waiting: list[Line] = []
         self._writing = asyncio.Lock()
         self._failure: InputError | None = None
         self._names = (f"{uuid.uuid4().hex[:16]}-{number}" for number in itertools.count())
 
     async def append(self, key: str, record: Record, settles: str | None = None) -> None:
-        """Return when the record is on the disk. settles: the reservation of its request.
+        """Return when the record is durable. settles: name of its request's reservation.
 
         Raises:
-            InputError: it, or a line before it, couldn't be written.
+            InputError: this line or an earlier one could not be written.
         """
-        self._waiting.records.append((key, record))
+        self._waiting.append(Answered(key, record))
         if settles is not None:
             self.settle(settles)
         await self._written()
 
     async def reserve(self, usd: float) -> str:
-        """Return a new reservation's name when it is on the disk.
+        """Return the name of a new reservation when it is durable.
 
         Raises:
             InputError: as `append`.
         """
         name = next(self._names)
-        self._waiting.notes.append(Reserved(name, usd))
+        self._waiting.append(Reserved(name, usd))
         await self._written()
         return name
 
     def settle(self, name: str) -> None:
-        """A request was surely not billed. Written with the next lines: until then it counts."""
-        self._waiting.notes.append(Settled(name))
+        """Release a reservation. It counts until the next lines are written."""
+        self._waiting.append(Settled(name))
 
     def close(self) -> None:
         """Write what still waits."""
-        batch, self._waiting = self._waiting, _Batch()
+        lines, self._waiting = self._waiting, []
         if self._failure is None:
-            self._journal.append(batch.records, batch.notes)
+            self._append(lines)
+
+    def _append(self, lines: list[Line]) -> None:
+        # Answers first: a torn write then counts too much money, never too little.
+        self._journal.append(sorted(lines, key=lambda line: not isinstance(line, Answered)))
 
     async def _written(self) -> None:
-        batch = self._waiting
+        lines = self._waiting
         async with self._writing:
-            if batch is self._waiting:  # no one wrote it meanwhile: write for all who joined
+            if lines is self._waiting:  # else another task has written them meanwhile
                 await asyncio.sleep(_GATHER_S)
-                self._waiting = _Batch()
+                self._waiting = []
                 try:
-                    await asyncio.to_thread(self._journal.append, batch.records, batch.notes)
+                    await asyncio.to_thread(self._append, lines)
                 except InputError as error:
                     self._failure = error
             if self._failure is not None:
                 raise self._failure
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Lines that are written together, records first: a tear then counts too much, never too little."""
-
-    records: list[tuple[str, Record]] = field(default_factory=list)
-    notes: list[Reserved | Settled] = field(default_factory=list)

@@ -1,10 +1,11 @@
-"""The lines of a journal's file: how they are written, and a reader that no file makes fail.
+"""The line format of a journal's files. The journal writes it; the journal and the budget read it.
 
 {"key": …, "record": …}     an answer
-{"reserved": …, "usd": …}   a request that is about to be sent, and the most that it may be billed
-{"settled": …}              that request's bill is known: its answer is in the journal, or it was refused
+{"reserved": …, "usd": …}   a request that is about to be sent, and the most that it may cost
+{"settled": …}              the cost of that request is known: it was answered or refused
 
-A reservation that is never settled is money that may have been billed: a kill, a broken connection.
+A reservation that is never settled may have been billed: the process was killed or the connection broke.
+The reader accepts any bytes.
 """
 
 import math
@@ -21,7 +22,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Answered:
-    """A paid answer by the key of its question."""
+    """A paid answer, under the key of its question."""
 
     key: str
     record: Record
@@ -29,7 +30,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Reserved:
-    """A request may be billed up to so much from now on."""
+    """A request that may be billed, and the most that it may cost."""
 
     name: str
     usd: float
@@ -37,7 +38,7 @@ class Reserved:
 
 @dataclass(frozen=True)
 class Settled:
-    """The reservation of that name no longer counts."""
+    """The reservation of this name no longer counts."""
 
     name: str
 
@@ -57,7 +58,7 @@ def write_line(line: Line) -> bytes:
 
 
 def read_line(raw: bytes) -> Line | None:
-    """The line in these bytes; None if they hold something else."""
+    """The parsed line; None if it is damaged or something else."""
     try:
         value = from_json(raw)
     except ValueError:
@@ -73,9 +74,9 @@ def read_line(raw: bytes) -> Line | None:
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, int, Line | None]]:
-    """First byte, end and content of each line from a byte on.
+    """Start, end and content of each line, from a byte offset on.
 
-    A last line without an end is left out: it is still being written, or a kill has torn it.
+    An unterminated last line is left out: its writer has not finished it, or was killed.
     """
     with path.open("rb") as file:
         file.seek(offset)
@@ -87,8 +88,6 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, int, Line | N
 
 
 def journal_files(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """The files of a journal's folder. A pipe or a folder of such a name is none."""
+    """The regular files of a journal, without pipes and folders of such a name."""
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.endswith(".jsonl") and entry.is_file():
-                yield entry
+        yield from (e for e in entries if e.name.endswith(".jsonl") and e.is_file())

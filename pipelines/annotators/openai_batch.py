@@ -33,7 +33,7 @@ from .budget import BudgetSpent
 from .completion import bounded, question_key, read_record, request_body
 from .dialogue import Answer, Question, replay
 from .journal import Journal
-from .journal_lines import Record, Reserved
+from .journal_lines import Answered, Record, Reserved
 from .prompting import AnnotationPrompt
 from .rows import NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
 from .spending import Spending, exclusive
@@ -234,14 +234,14 @@ class BatchAnnotator:
             kept = [(key, outcome) for key, outcome in lines if not isinstance(outcome, Exception)]
             # A kill may have come when a part of them was in the journal, and counted as spent.
             fresh = [
-                (key, bounded(record, lambda key=key: file.bounds.get(key)))
+                Answered(key, bounded(record, lambda key=key: file.bounds.get(key)))
                 for key, record in kept
                 if self._journal.get(key) is None
             ]
             lost = self._lost(file, lines)
-            self._journal.append(fresh, lost)
+            self._journal.append([*fresh, *lost])
             for usd in (
-                *(self._billed_usd(record) for _, record in fresh),
+                *(self._billed_usd(answer.record) for answer in fresh),
                 *(reserved.usd for reserved in lost),
             ):
                 cost = None if cost is None or usd is None else cost + usd

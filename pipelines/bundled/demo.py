@@ -42,7 +42,7 @@ def main() -> None:
     root = args.output / "store"
     resolve_policy(args.model)  # prepared before the clock of the run starts
     started = time.perf_counter()
-    command = [sys.executable, "-m", "trace_opd.flows", str(config_path), "--run"]
+    command = [sys.executable, "-P", "-m", "trace_opd.flows", str(config_path), "--run"]
     run = subprocess.run([*command, "--store", str(root.resolve())], env=os.environ | _QUIET)
     if run.returncode:
         sys.exit(run.returncode)  # it has said why

@@ -16,8 +16,8 @@ from ...data.locks import holder
 from ...data.manifest import is_ref, one_line
 from ...data.store import MANIFEST, Dataset, Store
 from ...schemas.errors import InputError
-from ..pipeline import TABLE_STAGES
-from ..stages.base import progress_bar
+from ..progress import progress_bar
+from ..stages import REGISTRY
 from .remake import remake_commands
 
 
@@ -147,7 +147,7 @@ def _lost_aliases(store: Store) -> Iterator[Finding]:
 def _unfinished(store: Store) -> Iterator[Finding]:
     """Datasets that are not finished, files that killed writers left, and links."""
     worked_on = set()
-    for stage in (*TABLE_STAGES, "train"):
+    for stage in (name for name, entry in REGISTRY.items() if entry.alias):
         for ref in (f"{stage}/{name}" for name in _names(store, stage)):
             if not is_ref(ref) or _is_there(store, ref):
                 continue

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -14,6 +15,7 @@ from ...schemas.environment import whole_number
 from ...schemas.errors import InputError
 from ...schemas.presets import PRESETS
 from ...schemas.settings import load_config, override
+from ..stages import REGISTRY, StageEntry
 from ..terminal import console, log_to_terminal, print_config, print_json
 from .ending import end_at_second_interrupt, end_threads_with_a_line, exit_code
 from .store_commands import COMMANDS, StoreRoot
@@ -45,8 +47,8 @@ KeepFailed = Annotated[
 ]
 
 
-def _stage_command(name: str, config_type: type[Config], summary: str) -> None:
-    """Register `trace-opd NAME`."""
+def _stage_command(entry: StageEntry) -> Callable[..., None]:
+    """The command of a stage."""
 
     def command(
         config: ConfigPath = None,
@@ -55,13 +57,14 @@ def _stage_command(name: str, config_type: type[Config], summary: str) -> None:
         alias: Alias = None,
         dry_run: DryRun = False,
     ) -> None:
-        _run_stage(name, _load(config_type, config, overrides, name), Store(store), alias, dry_run)
+        loaded = _load(entry.config_type, config, overrides, entry.name)
+        _run_stage(entry.name, loaded, Store(store), alias, dry_run)
 
-    app.command(name, help=summary)(command)
+    return command
 
 
-def _preset_command(name: str, config_type: type[Config], summary: str) -> None:
-    """Register `trace-opd NAME` for a stage that a preset sets something of."""
+def _preset_command(entry: StageEntry) -> Callable[..., None]:
+    """The command of a stage some of whose fields a preset sets."""
 
     def command(
         config: ConfigPath = None,
@@ -71,14 +74,14 @@ def _preset_command(name: str, config_type: type[Config], summary: str) -> None:
         alias: Alias = None,
         dry_run: DryRun = False,
     ) -> None:
-        loaded = _load(config_type, config, overrides, name, preset)
-        _run_stage(name, loaded, Store(store), alias, dry_run)
+        loaded = _load(entry.config_type, config, overrides, entry.name, preset)
+        _run_stage(entry.name, loaded, Store(store), alias, dry_run)
 
-    app.command(name, help=summary)(command)
+    return command
 
 
-def _annotate_command(name: str, config_type: type[Config], summary: str) -> None:
-    """Register `trace-opd annotate`."""
+def _annotate_command(entry: StageEntry) -> Callable[..., None]:
+    """The command of stage annotate."""
 
     def command(
         config: ConfigPath = None,
@@ -89,10 +92,10 @@ def _annotate_command(name: str, config_type: type[Config], summary: str) -> Non
         dry_run: DryRun = False,
     ) -> None:
         kept = ["annotator.keep_failed=true"] if keep_failed else []
-        loaded = _load(config_type, config, [*(overrides or []), *kept], name)
-        _run_stage(name, loaded, Store(store), alias, dry_run)
+        loaded = _load(entry.config_type, config, [*(overrides or []), *kept], entry.name)
+        _run_stage(entry.name, loaded, Store(store), alias, dry_run)
 
-    app.command(name, help=summary)(command)
+    return command
 
 
 def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_run: bool) -> None:
@@ -103,7 +106,7 @@ def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_r
     if dry_run:
         show_plan(name, config, store, console)
         return
-    result = run_stage(name, config, store, alias, lambda line: console.print(line, soft_wrap=True))
+    result = run_stage(name, config, store, alias)
     if whole_number("RANK", 0) != 0:  # only the first of torchrun's processes prints
         return
     if isinstance(result, Dataset):
@@ -128,27 +131,6 @@ def _load(
     return load_config(kind, path, changes, section, preset)
 
 
-def _register_stages() -> None:
-    from ...schemas import configs
-
-    for name, kind, summary in (
-        ("problems", configs.ProblemsConfig, "A source becomes a problems table."),
-        ("rollout", configs.RolloutConfig, "Sample a group of responses per problem."),
-        ("verify", configs.VerifyConfig, "Judge final answers against gold answers."),
-        ("annotate", configs.AnnotateConfig, "Mark key spans and error spans."),
-        ("convert", configs.ConvertConfig, "Spans to routed training sequences."),
-        ("train", configs.TrainConfig, "Offline steps, then online steps."),
-        ("evaluate", configs.EvaluateConfig, "avg@k, pass@k, maj@k; base against checkpoint."),
-    ):
-        registers = {
-            "annotate": _annotate_command,
-            "convert": _preset_command,
-            "train": _preset_command,
-        }
-        registers.get(name, _stage_command)(name, kind, summary)
-    app.command("report", help="One self-contained HTML file.")(_report_command)
-
-
 def _report_command(
     config: ConfigPath = None,
     overrides: Overrides = None,
@@ -167,7 +149,16 @@ def _report_command(
     console.print(report.run(loaded, Store(store), output), soft_wrap=True)
 
 
-_register_stages()
+# Stages whose commands have options of their own.
+_STAGE_COMMANDS = {
+    "annotate": _annotate_command,
+    "convert": _preset_command,
+    "train": _preset_command,
+    "report": lambda entry: _report_command,
+}
+for _entry in REGISTRY.values():
+    _make_command = _STAGE_COMMANDS.get(_entry.name, _stage_command)
+    app.command(_entry.name, help=_entry.summary)(_make_command(_entry))
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
@@ -229,15 +220,14 @@ def config(
     ] = False,
 ) -> None:
     """Print a stage's whole config as YAML, defaults included, or its JSON schema."""
-    from ..pipeline import CONFIG_TYPES
-
-    kinds = CONFIG_TYPES | {"pipeline": PipelineConfig, "study": StudyConfig}
+    kinds = {name: entry.config_type for name, entry in REGISTRY.items()}
+    kinds |= {"pipeline": PipelineConfig, "study": StudyConfig}
     if stage not in kinds:
         raise InputError(f"stage {stage!r}: is none of {', '.join(kinds)}")
     if schema:
         print_json(kinds[stage].model_json_schema(), console)
         return
-    section = stage if stage in CONFIG_TYPES else None
+    section = stage if stage in REGISTRY else None
     print_config(_load(kinds[stage], path, overrides, section))
 
 
@@ -284,7 +274,7 @@ def serve(
     root = store if "://" in store else str(Path(store).resolve())
     arguments = [str(config)] if config is not None else []
     # flows.py is the only file that imports Prefect, so it is a process of its own.
-    command = [sys.executable, "-m", "trace_opd.flows", *arguments, "--store", root]
+    command = [sys.executable, "-P", "-m", "trace_opd.flows", *arguments, "--store", root]
     os.execv(sys.executable, command)
 
 
@@ -295,8 +285,6 @@ def run() -> NoReturn:
     # Read when transformers and datasets are first imported; their bars would tear ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Modules in the folder where the command runs: rules of the user's own (routing.rule).
-    sys.path.append(str(Path.cwd()))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # an encoding may lack the characters of a response
             stream.reconfigure(errors="backslashreplace")

@@ -20,8 +20,9 @@ from ..annotators.prices import Price, find_price, most_prompt_tokens
 from ..annotators.prompting import AnnotationPrompt, correct, load_prompt
 from ..annotators.rows import Item, items
 from ..annotators.spending import count, dollars
+from ..progress import progress_bar
 from ..stages.attempts import first_attempt
-from ..stages.base import Plan, progress_bar
+from ..stages.base import Plan
 
 _BYTES_PER_TOKEN = 4.0  # of English prose in common tokenizers, until an answer tells better
 _MOST_ERROR_CHARS = 300  # what a correction may say about an answer

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from ...data.store import MANIFEST, Dataset, Store
 from ...schemas.errors import InputError
-from ..pipeline import CONFIG_TYPES, DEFAULT_ALIAS
+from ..stages import REGISTRY
 from ..stages.train import FINAL
 
 # Stage: field of its config -> role of the input that it names.
@@ -93,15 +93,15 @@ def _command(dataset: Dataset) -> str:
         hidden = config.get("hide_verdict") or _hidden(dataset)
         words += ["--hide-verdict"] if hidden else []
         return shlex.join(["trace-opd", *words, "--store", store.root])
-    kind = CONFIG_TYPES.get(dataset.stage)
+    entry = REGISTRY.get(dataset.stage)
     try:
-        if kind is None:
+        if entry is None or entry.alias is None:
             raise ValueError
-        loaded = kind.model_validate(_with_inputs(dataset))
+        loaded = entry.config_type.model_validate(_with_inputs(dataset))
     except (ValueError, LookupError, TypeError, ValidationError):
         return f"# then make it again as before: no command of this release makes {dataset.ref}"
     words = [dataset.stage, *overrides(loaded)]
-    if DEFAULT_ALIAS[dataset.stage] not in names:  # a run takes that one unless it is given another
+    if entry.alias not in names:  # a run takes that one unless it is given another
         words += ["--alias", names[0] if names else dataset.id]
     return shlex.join(["trace-opd", *words, "--store", store.root])
 

@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ...data.store import MANIFEST, Dataset, Store
-from ...schemas.configs import Config
+from ...schemas.configs import Config, TrainConfig
 from ...schemas.errors import DamagedFile, InputError
+from ...schemas.labels import Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
 from ..annotators.spending import dollars
 from ..pipeline import TABLE_STAGES
@@ -22,15 +23,17 @@ from ..viewer.rollout_tables import find_byte_table, find_tables
 from ..viewer.rollout_view import RolloutView, load_rollouts
 from .estimate import estimate, estimate_view
 
-# Underlines beside colours: a route must be told apart without seeing colour.
-_STYLES = {
-    Paint.PLAIN: "",
-    Paint.FKL: "bold bright_blue underline",
-    Paint.RKL: "bold dark_orange underline2",
-    Paint.JSD: "bold italic medium_purple1 underline",
-    Paint.REWEIGHT: "bold italic spring_green3",
-    Paint.MARKED: "underline",
-    Paint.DROPPED: "dim strike",
+# Underlines as well as colours: readers must tell routes apart without seeing colour.
+_ROUTE_STYLES = (
+    "bold bright_blue underline",
+    "bold dark_orange underline2",
+    "bold italic medium_purple1 underline",
+    "bold italic spring_green3",
+    "bold italic bright_cyan underline2",
+    "italic deep_pink2 underline",
+)
+_STYLES = {Paint.PLAIN: "", Paint.MARKED: "underline", Paint.DROPPED: "dim strike"} | {
+    Paint(route): _ROUTE_STYLES[(route - 1) % len(_ROUTE_STYLES)] for route in list(Route)[1:]
 }
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -42,8 +45,8 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
         InputError: whatever the stage would refuse before its work.
     """
     print_config(config)
-    if name == "train":
-        _, target = train.begin(config, store)  # type: ignore[arg-type]
+    if isinstance(config, TrainConfig):
+        _, target = train.begin(config, store)
         parts = ""
     elif name in TABLE_STAGES:
         plan, target = TABLE_STAGES[name].begin(config, store)

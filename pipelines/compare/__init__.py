@@ -1,1 +1,1 @@
-"""Annotations of the same rollouts held against one another: trace-opd compare."""
+"""`trace-opd compare`: how far annotators of the same rollouts agree."""

@@ -16,9 +16,8 @@ from ...data.store import Dataset, Store
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS
 from ...trace.align import ByteTable, byte_table
-from ...trace.policy import load_tokenizer, vocab_fingerprint
-from ..models import resolve_policy
-from ..viewer.rollout_tables import find_tables
+from ...trace.policy import vocab_fingerprint
+from ..viewer.rollout_tables import find_tables, load_policy_tokenizer
 from .agreement import COUNTS, Counts, Side, confusion, own_counts, shared_counts
 from .marks import (
     KINDS,
@@ -144,7 +143,7 @@ def _byte_table(rollouts: Dataset, joined: _Joined) -> tuple[ByteTable | None, s
     if not pc.all(header["on_policy"]).as_py():
         return None, "some responses came without token ids"
     try:
-        tokenizer = load_tokenizer(_policy_folder(rollouts))
+        tokenizer = load_policy_tokenizer(_policy(rollouts))
     except InputError:
         return None, "the policy's tokenizer is not at hand"
     if set(pc.unique(header["vocab_fingerprint"]).to_pylist()) != {vocab_fingerprint(tokenizer)}:
@@ -152,12 +151,12 @@ def _byte_table(rollouts: Dataset, joined: _Joined) -> tuple[ByteTable | None, s
     return byte_table(tokenizer), ""
 
 
-def _policy_folder(rollouts: Dataset) -> str:
-    """Raises InputError if the policy that sampled the rollouts is not on this machine."""
+def _policy(rollouts: Dataset) -> dict[str, Any]:
+    """The config of the policy that sampled the rollouts."""
     config = rollouts.manifest["config"]
     if "online" in config:  # sampled in training: the run's config names the policy
         config = rollouts.store.get(config["online"]).manifest["config"]
-    return resolve_policy(config["policy"]["path"], weights=False, download=False)
+    return config["policy"]
 
 
 def _row_chunks(joined: _Joined) -> Iterator[Chunk]:

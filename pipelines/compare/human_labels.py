@@ -21,13 +21,13 @@ import pyarrow as pa
 from ...data.foreign_files import digest, find_files
 from ...data.labelled import LabelledResponse
 from ...data.sources import prm800k, processbench
-from ...data.store import Dataset, Store, content_hash
+from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import SegmentConfig, VerifyConfig
 from ...schemas.errors import InputError
 from ...schemas.labels import AnnotationStatus, AnswerKind, FinishReason, VerdictStatus
 from ...schemas.tables import ANNOTATIONS, CONTRACTS, PROBLEMS, ROLLOUTS, VERDICTS
 from ..annotators.rows import SKIPPED, Identity, Item, Reading, annotation_row, items
-from ..stages.base import held
+from ..stages.base import make_dataset
 from ..verifiers.pool import Job, Outcome, VerifierPool
 from ..verifiers.reading import exact_match
 from ..verifiers.verdicts import math_matcher
@@ -99,12 +99,13 @@ def import_labels(
     ) -> Dataset:
         told = {"import": read | {"file": PurePosixPath(path).name}} | options
         target = store.begin(stage, {"import": read} | options, inputs, CONTRACTS[table], told)
-        with held(target) as target:
-            if isinstance(target, Dataset):
-                return target
-            for index in filterfalse(target.has_sound_part, range(len(parts))):
-                target.write_part(index, part_table(index))
-            return target.finish(len(parts), summary)
+
+        def complete(draft: Draft) -> Dataset:
+            for index in filterfalse(draft.has_sound_part, range(len(parts))):
+                draft.write_part(index, part_table(index))
+            return draft.finish(len(parts), summary)
+
+        return make_dataset(target, complete)
 
     problems = make(
         "problems",

@@ -1,6 +1,7 @@
-"""What `trace-opd compare` leaves and shows: Parquet, one HTML page, tables in the terminal.
+"""The output of `trace-opd compare`: Parquet, one HTML page, tables in the terminal.
 
-The page holds its style and loads nothing; its content security policy allows no script at all.
+The command line calls `write` and `show`. The page contains its style and loads nothing; its
+content security policy allows no script.
 """
 
 import io
@@ -29,7 +30,7 @@ Row = dict[str, Any]
 _HERE = Path(__file__).parent
 _PROBLEMS_SHOWN = 20
 _PROBLEM_CHARS = 240
-# Figure: label and what it says in a few words.
+# Figure: label and a short explanation.
 LABELS = {
     "kappa": ("κ", "Cohen's kappa over {unit}"),
     "iou": ("IoU", "marked by both over marked by either"),
@@ -46,7 +47,7 @@ LABELS = {
 
 
 def default_output(comparison: Comparison, store: Store) -> Path:
-    """A folder beside the data, the same for the same request.
+    """A folder in the store, the same for the same request.
 
     Raises:
         InputError: the store is not local.
@@ -56,7 +57,7 @@ def default_output(comparison: Comparison, store: Store) -> Path:
 
 
 def write(comparison: Comparison, table: pa.Table, store: Store, output: Path) -> list[Path]:
-    """Write comparisons.parquet and compare.html into a folder; returns their paths."""
+    """Write comparisons.parquet and compare.html into a folder; return their paths."""
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / "comparisons.parquet", output / "compare.html"]
     columns = io.BytesIO()
@@ -70,11 +71,11 @@ def write(comparison: Comparison, table: pa.Table, store: Store, output: Path) -
 
 
 def show(comparison: Comparison, table: pa.Table, console: Console) -> None:
-    """Print each pair's figures with their 95 % intervals, and what each annotator said and cost."""
+    """Print each pair's figures with 95 % intervals, and each annotator's answers and cost."""
     console.print(summary_line(comparison), soft_wrap=True, highlight=False)
     for scopes in pair_rows(comparison, table):
-        whole = scopes["all"]
-        title = f"{whole['other']} against {whole['reference']}"
+        total = scopes["all"]
+        title = f"{total['other']} against {total['reference']}"
         shown = Table(title, *SCOPES, box=None, title_justify="left")
         for name in ("judged", "both_empty"):
             shown.add_row(name.replace("_", " "), *(f"{scopes[s][name]:,}" for s in SCOPES))
@@ -112,7 +113,7 @@ def summary_line(comparison: Comparison) -> str:
 
 
 def pair_rows(comparison: Comparison, table: pa.Table) -> list[dict[str, Row]]:
-    """Of each pair its overall rows by scope."""
+    """The overall rows of each pair, by scope."""
     overall = table.filter(pc.is_null(table["problem_id"])).to_pylist()
     by_key = {(row["reference"], row["other"], row["kind"]): row for row in overall}
     return [
@@ -122,7 +123,7 @@ def pair_rows(comparison: Comparison, table: pa.Table) -> list[dict[str, Row]]:
 
 
 def estimate(row: Row, name: str) -> str:
-    """A figure with its interval; – where it is undefined."""
+    """A figure with its interval; – if it is undefined."""
     if row[name] is None:
         return "–"
     low, high = row[f"{name}_low"], row[f"{name}_high"]
@@ -130,7 +131,7 @@ def estimate(row: Row, name: str) -> str:
 
 
 def annotators(comparison: Comparison, table: pa.Table) -> dict[str, list[tuple[str, str]]]:
-    """What each annotator said and cost over the common rollouts: (label, value) by name."""
+    """Each annotator's answers and cost over the common rollouts: (label, value) by name."""
     facts = {}
     for scopes in pair_rows(comparison, table):
         for side in ("reference", "other"):
@@ -182,10 +183,10 @@ def page(comparison: Comparison, table: pa.Table, store: Store) -> str:
 def _pair(
     comparison: Comparison, table: pa.Table, store: Store, scopes: dict[str, Row]
 ) -> dict[str, Any]:
-    whole = scopes["all"]
+    total = scopes["all"]
     problems = table.filter(
-        (pc.field("reference") == whole["reference"])
-        & (pc.field("other") == whole["other"])
+        (pc.field("reference") == total["reference"])
+        & (pc.field("other") == total["other"])
         & (pc.field("kind") == "all")
         & pc.field("problem_id").is_valid()
     )
@@ -195,14 +196,14 @@ def _pair(
     texts = _problem_texts(comparison, store, [row["problem_id"] for row in worst])
     return {
         "scopes": scopes,
-        "types": _matrix(whole["confusion"]),
+        "types": _matrix(total["confusion"]),
         "problems": [(row, texts.get(row["problem_id"], "")) for row in worst],
         "problem_count": len(problems),
     }
 
 
 def _matrix(cells: list[Row]) -> tuple[list[str], list[tuple[str, list[tuple[int, int]]]]]:
-    """Types that occur, and a row per reference's type of (rollouts, shade 0 to 9 in its row)."""
+    """The types that occur, and per type of the reference a row of (rollouts, shade 0 to 9)."""
     counts = {(cell["reference_type"], cell["other_type"]): cell["rollouts"] for cell in cells}
     used = [str(label) for label in TYPES if any(label in pair for pair in counts)]
     rows = []

@@ -1,4 +1,7 @@
-"""A comparison as a table (schemas/comparisons.py): figures per problem, and overall with intervals."""
+"""A comparison as a table (schemas/comparisons.py): figures per problem, and in all with intervals.
+
+`trace-opd compare` calls it; page.py writes and shows the table.
+"""
 
 from typing import Any
 
@@ -15,9 +18,9 @@ _SIDES = ("reference", "other")
 
 
 def comparison_table(comparison: Comparison, resamples: int = 1000, seed: int = 0) -> pa.Table:
-    """COMPARISONS: for each pair and scope the overall row, then a row per problem that has rollouts.
+    """COMPARISONS: for each pair and scope the overall row, then a row per problem with rollouts.
 
-    resamples: bootstrap resamples of problems behind each interval.
+    resamples: number of bootstrap resamples of problems for each interval.
     """
     tables = [
         table
@@ -54,14 +57,14 @@ def _by_problem(comparison: Comparison, pair: Pair, scope: int) -> pa.Table:
 
 
 def _columns(sums: np.ndarray) -> dict[str, Any]:
-    """Counts and figures of some rows of summed COUNTS, (rows,) each."""
+    """Counts and figures from rows of summed COUNTS, (rows,) each."""
     counts = dict(zip(COUNTS, sums.T, strict=True))
     columns: dict[str, Any] = {name: counts[name] for name in SHARED}
     columns["rollouts"] = _rollouts(sums)
     columns |= figures(counts)
     for side in _SIDES:
         own = {name: counts[f"{side}.{name}"] for name in OWN}
-        with np.errstate(invalid="ignore"):  # 0 / 0: this annotator answered nothing
+        with np.errstate(invalid="ignore"):  # 0 / 0 if this annotator answered nothing
             own["coverage"] = own.pop("marked") / own["units"]
             own["capped_coverage"] = own.pop("kept") / own.pop("units")
         columns |= {f"{side}_{name}": values for name, values in own.items()}
@@ -87,7 +90,7 @@ def _table(
     problem_ids: list[Any],
     columns: dict[str, Any],
 ) -> pa.Table:
-    """Columns of the contract; what is not given is null, and so is NaN."""
+    """A table of the contract; missing columns and NaN become null."""
     rows = len(problem_ids)
     datasets = [comparison.datasets[name].ref for name in (pair.reference, pair.other)]
     same: dict[str, Any] = {

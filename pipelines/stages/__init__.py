@@ -1,1 +1,69 @@
-"""The stages: each file resolves its inputs, makes parts and sums them up (base.py)."""
+"""The registry of stages. The command line, flows.py and prefect.yaml follow from it.
+
+A new stage is a file in this folder that exports `STAGE`, and a line in `REGISTRY`. The registry
+imports no stage: `trace-opd --help` must not wait for torch.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from ...schemas import configs
+from ...schemas.configs import Config
+
+
+@dataclass(frozen=True)
+class StageEntry:
+    """What is known of a stage without its code.
+
+    summary: help of the command and description of the flow. alias: of its dataset unless a request
+    names one, which the next stage's config takes by default; None: it makes no dataset.
+    gpu: its Kubernetes deployment asks for a GPU.
+    """
+
+    name: str
+    config_type: type[Config]
+    summary: str
+    alias: str | None
+    gpu: bool = False
+
+    def load(self) -> Any:
+        """The file's `STAGE`: `base.Stage`, or `base.SingleStage` if it is not made of parts."""
+        return import_module(f".{self.name}", __package__).STAGE
+
+
+REGISTRY: dict[str, StageEntry] = {
+    entry.name: entry
+    for entry in (
+        StageEntry(
+            "problems", configs.ProblemsConfig, "A source becomes a problems table.", "problems"
+        ),
+        StageEntry(
+            "rollout",
+            configs.RolloutConfig,
+            "Sample a group of responses per problem.",
+            "rollouts",
+            gpu=True,
+        ),
+        StageEntry(
+            "verify", configs.VerifyConfig, "Judge final answers against gold answers.", "verdicts"
+        ),
+        StageEntry(
+            "annotate", configs.AnnotateConfig, "Mark key spans and error spans.", "annotations"
+        ),
+        StageEntry(
+            "convert", configs.ConvertConfig, "Spans to routed training sequences.", "routed"
+        ),
+        StageEntry(
+            "train", configs.TrainConfig, "Offline steps, then online steps.", "train", gpu=True
+        ),
+        StageEntry(
+            "evaluate",
+            configs.EvaluateConfig,
+            "avg@k, pass@k, maj@k; base against checkpoint.",
+            "evaluations",
+            gpu=True,
+        ),
+        StageEntry("report", configs.ReportConfig, "One self-contained HTML file.", None),
+    )
+}

@@ -32,9 +32,10 @@ from ..annotators.rows import NO_ANSWER, Usage
 from ..annotators.rule import require_steps
 from ..annotators.spending import Spending, count, dollars, open_spending, plus
 from ..endpoint import read_key
+from ..progress import show_fields
 from ..samplers import sampling_engine
 from .attempts import UNANSWERED, attempt_figures, current_attempt, first_attempt
-from .base import Plan, Stage, tell
+from .base import Plan, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -117,9 +118,9 @@ class _Maker:
         folders: dict[str, Any] = {}
         if isinstance(config.annotator, OpenAIAnnotator):
             folders = _folders(config.annotator, first_attempt(plan, draft))
-            self._spending = open_spending(config.annotator, folders["journal"], rows, tell)
+            self._spending = open_spending(config.annotator, folders["journal"], rows, show_fields)
         else:
-            self._spending = Spending(rows=rows, tell=tell)
+            self._spending = Spending(rows=rows, tell=show_fields)
         for part in filter(draft.has_sound_part, range(plan.parts)):
             self._spending.count(*part_usage(draft.read_part(part)))
         self._annotator = open_annotator(
@@ -277,6 +278,4 @@ def _check(config: AnnotateConfig, dataset: Dataset) -> None:
     )
 
 
-ANNOTATE_STAGE = Stage(
-    "annotate", AnnotateConfig, ANNOTATIONS, _resolve, _Maker, _summarize, check=_check
-)
+STAGE = Stage("annotate", AnnotateConfig, ANNOTATIONS, _resolve, _Maker, _summarize, check=_check)

@@ -1,32 +1,23 @@
-"""What all table stages share: one input part makes one output part, finished parts are kept.
+"""What the stages share: a stage is data, and one driver makes its dataset.
 
-A stage is data: its name, config model, contract, and two functions. `resolve` finds its inputs
-and checks everything that can be checked before work begins; `open` builds the engine that turns
-one input part into one output part. The same `make_part` serves a plain loop, Prefect tasks on
-threads and processes, and workers on other machines: its arguments are a stage's name, a config,
-a store's root and a part's number.
+One input part makes one output part, and finished parts are kept. The command line runs a stage by
+`Stage.run`; flows.py calls `make_dataset` with its own way to make parts, and so does the import of
+human labels (compare/human_labels.py). The arguments of `make_part` can be pickled, so threads,
+processes and workers on other machines call it alike.
 """
 
 import atexit
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from ...data.store import Dataset, Draft, Store
 from ...schemas.configs import Config
 from ...schemas.contract import TableContract
+from ..progress import progress_bar
 from ..terminal import Terminal
 
 
@@ -46,22 +37,45 @@ class Plan:
 
 
 class PartMaker(Protocol):
-    """The engine of a stage, open: turns part numbers into tables until closed."""
+    """The open engine of a stage: turns part numbers into tables until closed."""
 
     def __call__(self, part: int) -> pa.Table: ...
 
     def close(self) -> None: ...
 
 
+def make_dataset(
+    target: Draft | Dataset,
+    make: Callable[[Draft], Dataset],
+    waits: Callable[[str], None] | None = None,
+) -> Dataset:
+    """The dataset of a request, made unless it is finished.
+
+    target: what `Store.begin` returned. make: makes all missing parts of the draft and finishes it;
+    this process holds the draft's lock meanwhile (`Draft.locked`). waits: called with a sentence if
+    another run holds it; the default prints it.
+    """
+    if isinstance(target, Dataset):
+        return target
+    with target.locked(waits or print_waiting) as held:
+        return held if isinstance(held, Dataset) else make(held)
+
+
+def print_waiting(holder: str) -> None:
+    """Say on standard error which run holds a dataset."""
+    line = f"trace-opd: {holder}; waiting for its end"
+    Terminal(stderr=True).print(line, soft_wrap=True, highlight=False)
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the way of the data.
+    """A stage that turns parts into parts.
 
     resolve: finds and checks inputs (raises InputError before any work).
-    open: builds the engine for a plan; `draft` tells where it may keep a journal.
+    open: builds the engine for a plan; an engine that pays for answers keeps them with the draft.
     summarize: figures for the manifest, from the plan and the finished parts.
-    summarized: the columns that it reads of them; None: all.
-    check: raises InputError if a finished dataset should stop what follows; the dataset stays.
+    summarized: the columns that `summarize` reads; None: all.
+    check: raises InputError if a finished dataset should stop the next stage; the dataset stays.
     """
 
     name: str
@@ -82,16 +96,17 @@ class Stage:
         return plan, target
 
     def make_part(self, plan: Plan, draft: Draft, part: int) -> int:
-        """Make one part unless it is there. The engine stays open for the next one.
+        """Make one part unless it is there. The engine stays open for the next part.
 
-        Any thread or process may call it. A process holds one open engine, used by one part at a
-        time: engines batch inside, and two of them would share the same cores.
+        Any thread or process may call it. A process has one open engine, which makes one part at a
+        time: engines batch inside, and two of them would share the same cores. Another thread may
+        write the previous part meanwhile.
         """
-        global _parts_begun
         if not draft.has_sound_part(part):
             with _engine_lock:
-                _parts_begun += 1
-                draft.write_part(part, _open_engine(self, plan, draft)(part))
+                _keep_engine_open()
+                table = _open_engine(self, plan, draft)(part)
+            draft.write_part(part, table)
         return part
 
     def finish(self, plan: Plan, draft: Draft) -> Dataset:
@@ -99,39 +114,50 @@ class Stage:
         tables = (draft.read_part(part, self.summarized) for part in range(plan.parts))
         return draft.finish(plan.parts, plan.figures | self.summarize(plan, tables))
 
-    def run(self, config: Config, store: Store) -> Dataset:
-        """The whole stage in this process, with a progress bar on a terminal."""
+    def make(
+        self,
+        config: Config,
+        store: Store,
+        make_parts: Callable[[Plan, Draft], None],
+        waits: Callable[[str], None] | None = None,
+    ) -> Dataset:
+        """The dataset of a request; `make_parts` makes those that are missing, anywhere."""
         plan, target = self.begin(config, store)
-        with held(target) as target:
-            if isinstance(target, Dataset):
-                return target
+
+        def complete(draft: Draft) -> Dataset:
             try:
-                with progress_bar(self.name, plan.parts) as advance:
-                    for part in range(plan.parts):
-                        self.make_part(plan, target, part)
-                        advance()
+                make_parts(plan, draft)
             finally:
                 close_engine()
-            return self.finish(plan, target)
+            return self.finish(plan, draft)
+
+        return make_dataset(target, complete, waits)
+
+    def run(self, config: Config, store: Store) -> Dataset:
+        """Make the dataset in this process, with a progress bar on a terminal."""
+
+        def make_parts(plan: Plan, draft: Draft) -> None:
+            with progress_bar(self.name, plan.parts) as advance:
+                for part in range(plan.parts):
+                    self.make_part(plan, draft, part)
+                    advance()
+
+        return self.make(config, store, make_parts)
 
 
-def held(
-    target: Draft | Dataset, waits: Callable[[str], None] | None = None
-) -> AbstractContextManager[Draft | Dataset]:
-    """What `Store.begin` gave: a draft is held while this run works on it (`Draft.locked`)."""
-    if isinstance(target, Dataset):
-        return nullcontext(target)
-    return target.locked(waits or _say_waiting)
+@dataclass(frozen=True)
+class SingleStage:
+    """A stage that is not made of parts: training, or a report, which makes no dataset."""
 
-
-def _say_waiting(who: str) -> None:
-    line = f"trace-opd: {who}; waiting for its end"
-    Terminal(stderr=True).print(line, soft_wrap=True, highlight=False)
+    name: str
+    config_type: type[Config]
+    run: Callable[[Any, Store], Any]
+    check: Callable[[Any, Dataset], None] = lambda config, dataset: None
 
 
 _engine_lock = threading.Lock()
 _engine: tuple[str, PartMaker] | None = None
-_parts_begun = 0
+_idle_timer: threading.Timer | None = None
 
 
 def _open_engine(stage: Stage, plan: Plan, draft: Draft) -> PartMaker:
@@ -146,67 +172,38 @@ def _open_engine(stage: Stage, plan: Plan, draft: Draft) -> PartMaker:
 def close_engine() -> None:
     """Close this process's open engine, if any."""
     global _engine
+    _keep_engine_open()
     if _engine is not None:
         _engine[1].close()
         _engine = None
 
 
+def _keep_engine_open() -> None:
+    global _idle_timer
+    if _idle_timer is not None:
+        _idle_timer.cancel()
+        _idle_timer = None
+
+
 def close_idle_engine(after_s: float) -> None:
-    """Close this process's engine once no part has begun for so many seconds."""
-    begun = _parts_begun
+    """Close this process's engine after so many seconds in which no part begins.
+
+    There is one timer: each call replaces that of the call before.
+    """
+    global _idle_timer
 
     def close() -> None:
         with _engine_lock:
-            if _parts_begun == begun:
+            if _idle_timer is timer:  # a part that began meanwhile has replaced or cancelled it
                 close_engine()
 
-    timer = threading.Timer(after_s, close)
-    timer.daemon = True
-    timer.start()
+    with _engine_lock:
+        _keep_engine_open()
+        if _engine is None:
+            return
+        _idle_timer = timer = threading.Timer(after_s, close)
+        timer.daemon = True
+        timer.start()
 
 
 atexit.register(close_engine)
-
-
-_bars: list[Callable[..., None]] = []
-
-
-def tell(**fields: object) -> None:
-    """Show fields beside the open progress bar, between its steps. Any thread may call it."""
-    if _bars:
-        _bars[-1](0, **fields)
-
-
-@contextmanager
-def progress_bar(name: str, total: int, unit: str = "parts") -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error; silent when that is no terminal.
-
-    Yields `advance(count=1, **fields)`; fields are shown beside the bar, where they stay until others
-    are.
-    """
-    console = Terminal(stderr=True)
-    progress = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit, markup=False),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with progress:
-        task = progress.add_task(name, total=total, note="")
-
-        def advance(count: int = 1, **fields: object) -> None:
-            progress.update(task, advance=count)
-            if fields:
-                note = "  ".join(f"{key} {value}" for key, value in fields.items())
-                progress.update(task, note=note)
-
-        _bars.append(advance)
-        try:
-            yield advance
-        finally:
-            _bars.remove(advance)

@@ -101,7 +101,7 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
     }
 
 
-CONVERT_STAGE = Stage(
+STAGE = Stage(
     "convert",
     ConvertConfig,
     ROUTED,

@@ -241,4 +241,4 @@ def _estimate(config: EvaluateConfig, values: np.ndarray, sources: np.ndarray) -
     return bootstrap_mean(values, sources, config.bootstrap, config.seed)
 
 
-EVALUATE_STAGE = Stage("evaluate", EvaluateConfig, EVALUATIONS, _resolve, _Maker, summarize)
+STAGE = Stage("evaluate", EvaluateConfig, EVALUATIONS, _resolve, _Maker, summarize)

@@ -22,10 +22,11 @@ from ...schemas.configs import ProblemsConfig, VerifyConfig
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind, VerdictStatus
 from ...schemas.tables import PROBLEMS
+from ..progress import progress_bar
 from ..verifiers.pool import Job, VerifierPool
 from ..verifiers.reading import gold_parses
 from ..verifiers.verdicts import math_matcher
-from .base import Plan, Stage, progress_bar
+from .base import Plan, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     return figures
 
 
-PROBLEMS_STAGE = Stage("problems", ProblemsConfig, PROBLEMS, resolve, open_slices, summarize)
+STAGE = Stage("problems", ProblemsConfig, PROBLEMS, resolve, open_slices, summarize)
 
 
 def _collection(config: ProblemsConfig, semantic: dict[str, Any]) -> Collection:

@@ -69,4 +69,4 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
     }
 
 
-ROLLOUT_STAGE = Stage("rollout", RolloutConfig, ROLLOUTS, _resolve, _Maker, _summarize)
+STAGE = Stage("rollout", RolloutConfig, ROLLOUTS, _resolve, _Maker, _summarize)

@@ -27,10 +27,12 @@ from ...trace.ranks import Ranks, copy_weights, join_ranks
 from ...trace.rules import needs_annotations, rule_source
 from ...trace.trainer import Trainer
 from ..models import resolve_policy
+from ..progress import progress_bar
 from ..run_metrics import METRICS, read_metrics
 from ..samplers import sampling_engine
 from ..samplers.context_length import require_room, require_short_rows
 from ..samplers.vocabulary import check_vocabulary
+from ..terminal import console
 from ..training.loop import train_steps
 from ..training.offline import OfflineReader
 from ..training.online import OnlineTables
@@ -38,7 +40,7 @@ from ..training.plan import memory_line
 from ..training.tracking import check_tracker
 from ..training.validation import FOLDER
 from .annotate import annotator_identity
-from .base import held, progress_bar
+from .base import SingleStage, print_waiting
 
 FINAL = "checkpoints/final"
 
@@ -116,7 +118,9 @@ def run(
         if ranks.first:
             inputs, target = begin(config, store)
             # Ranks that wait for a broadcast time out after minutes; another run may take days.
-            target = stack.enter_context(held(target, None if ranks.count == 1 else _refuse))
+            waits = print_waiting if ranks.count == 1 else _refuse
+            if isinstance(target, Draft):
+                target = stack.enter_context(target.locked(waits))
             if isinstance(target, Draft):
                 announce(memory_line(config, ranks.count))
             opened = inputs, target
@@ -235,3 +239,10 @@ def _summary(run: Draft, trainer: Trainer, tables: dict[str, str]) -> dict[str, 
         "checkpoint": FINAL,
         "tables": tables,
     }
+
+
+def _run_and_print(config: TrainConfig, store: Store) -> Dataset:
+    return run(config, store, lambda line: console.print(line, soft_wrap=True))
+
+
+STAGE = SingleStage("train", TrainConfig, _run_and_print)

@@ -68,7 +68,7 @@ def summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     }
 
 
-VERIFY_STAGE = Stage(
+STAGE = Stage(
     name="verify",
     config_type=VerifyConfig,
     contract=VERDICTS,

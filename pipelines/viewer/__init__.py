@@ -1,1 +1,1 @@
-"""Looking at rollouts: the HTML report, the served viewer, and what both are drawn from."""
+"""The HTML report, the served viewer, and the rollouts that both draw."""

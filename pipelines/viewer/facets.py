@@ -1,22 +1,24 @@
-"""What a list of rollouts is filtered by: per facet a small code for each rollout."""
+"""What a list of rollouts is filtered by: each facet holds a small code per rollout.
 
-from collections.abc import Iterable
+rollout_index.py makes the facets, rollout_search.py filters by them, page.py shows their counts.
+"""
+
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...data.store import Dataset
 from ...schemas.labels import AnnotationStatus, Route
 
 _JUDGED = pa.array([AnnotationStatus.OK, AnnotationStatus.EMPTY], pa.string())
+_BITS = np.min_scalar_type((1 << len(Route)) - 1)
 NOT_ANNOTATED = "not annotated"
 
 
 @dataclass(frozen=True)
 class Facet:
-    """One thing to filter by. codes: (rollouts,) int16 into values."""
+    """codes: (rollouts,) int16 into values."""
 
     name: str
     label: str
@@ -29,7 +31,7 @@ class Facet:
 
 
 def text_facet(name: str, label: str, column: pa.ChunkedArray, missing: str = "none") -> Facet:
-    """A facet of a column's values in their order; null becomes `missing`."""
+    """A facet of a column's distinct values, sorted; null becomes `missing`, the last value."""
     if pa.types.is_boolean(column.type):
         column = pc.if_else(column, "yes", "no")
     values = [value for value in pc.unique(column).to_pylist() if value is not None]
@@ -37,46 +39,41 @@ def text_facet(name: str, label: str, column: pa.ChunkedArray, missing: str = "n
     if column.null_count:
         values.append(missing)
     codes = pc.index_in(column.cast(pa.string()), value_set=pa.array(values, pa.string()))
-    # Null becomes NaN, and stands for the last value.
-    numbers = np.nan_to_num(codes.to_numpy(), nan=len(values) - 1)
+    numbers = np.nan_to_num(codes.to_numpy(), nan=len(values) - 1)  # null becomes NaN
     return Facet(name, label, values, numbers.astype(np.int16))
 
 
 def annotation_facets(annotations: pa.Table, side: str = "") -> list[Facet]:
-    """Type, status and annotator. side: which of two annotators, at the end of their labels."""
-    suffix = "_b" if side.endswith("B") else ""
+    """Type, status and annotator. side: " A" or " B", which of two annotators."""
     return [
-        text_facet(f"type{suffix}", f"Type{side}", annotations["diagnostic_type"], "no type"),
-        text_facet(f"status{suffix}", f"Annotation{side}", annotations["status"], NOT_ANNOTATED),
-        text_facet(
-            f"annotator{suffix}",
-            f"Annotator{side}",
-            annotations["annotator_name"],
-            NOT_ANNOTATED,
-        ),
+        text_facet(f"{name}{'_b' if side == ' B' else ''}", f"{label}{side}", column, missing)
+        for name, label, column, missing in (
+            ("type", "Type", annotations["diagnostic_type"], "no type"),
+            ("status", "Annotation", annotations["status"], NOT_ANNOTATED),
+            ("annotator", "Annotator", annotations["annotator_name"], NOT_ANNOTATED),
+        )
     ]
 
 
-def route_facets(routed: Dataset, rows: np.ndarray, dropped: pa.ChunkedArray) -> list[Facet]:
-    """Which routes a response's tokens are on, and whether the rule left marked tokens out."""
-    masks = np.concatenate([_route_masks(routed, part) for part in range(routed.parts)])[rows]
-    values = {mask: _route_names(mask) for mask in np.unique(masks).tolist()}
-    kept = np.where(dropped.to_numpy() > 0, "marks dropped", "marks kept")
+def route_facets(routed: pa.Table) -> list[Facet]:
+    """Which routes a response's tokens take, and whether the rule dropped marked tokens."""
+    masks = routed["routes"].to_numpy()
+    names = {mask: _route_names(mask) for mask in np.unique(masks).tolist()}
+    kept = np.where(routed["dropped_tokens"].to_numpy() > 0, "marks dropped", "marks kept")
     return [
-        _coded("route", "Tokens", (values[mask] for mask in masks.tolist())),
+        _coded("route", "Tokens", [names[mask] for mask in masks.tolist()]),
         _coded("cap", "Cap", kept.tolist()),
     ]
 
 
-def _route_masks(routed: Dataset, part: int) -> np.ndarray:
-    """Per response of a part the routes of its tokens, a bit each."""
-    column = routed.read_part(part, ["route"])["route"].combine_chunks()
-    counts = pc.list_value_length(column).to_numpy()
-    bits = np.left_shift(1, pc.list_flatten(column).to_numpy().astype(np.uint8))
-    # Where a segment is empty, reduceat gives the element that follows instead of nothing.
+def route_masks(route: pa.ListArray) -> pa.Array:
+    """The routes of each response's tokens, one bit per route: (responses,) unsigned."""
+    counts = pc.list_value_length(route).to_numpy()
+    bits = np.left_shift(_BITS.type(1), pc.list_flatten(route).to_numpy().astype(_BITS))
+    # For an empty segment, reduceat returns the element that follows it.
     starts = np.cumsum(counts) - counts
-    bits = np.append(bits, 0).astype(np.uint8)
-    return np.where(counts > 0, np.bitwise_or.reduceat(bits, starts), 0)
+    masks = np.bitwise_or.reduceat(np.append(bits, _BITS.type(0)), starts)
+    return pa.array(np.where(counts > 0, masks, _BITS.type(0)))
 
 
 def _route_names(mask: int) -> str:
@@ -84,7 +81,7 @@ def _route_names(mask: int) -> str:
     return " + ".join(names) or Route.GRPO.name.lower()
 
 
-def _coded(name: str, label: str, texts: Iterable[str]) -> Facet:
+def _coded(name: str, label: str, texts: list[str]) -> Facet:
     return text_facet(name, label, pa.chunked_array([pa.array(texts, pa.string())]))
 
 
@@ -92,22 +89,22 @@ def _coded(name: str, label: str, texts: Iterable[str]) -> Facet:
 
 
 def judged(annotations: pa.Table) -> np.ndarray:
-    """Whether the annotator looked and answered: (rollouts,) bool."""
+    """(rollouts,) bool: whether the annotator answered."""
     return pc.is_in(annotations["status"], value_set=_JUDGED).to_numpy()
 
 
 def types_differ(first: pa.Table, second: pa.Table) -> np.ndarray:
-    """Whether both name a type, and not the same: (rollouts,) bool."""
+    """(rollouts,) bool: whether both name a type, and not the same one."""
     differ = pc.not_equal(first["diagnostic_type"], second["diagnostic_type"])
-    return differ.to_numpy().astype(bool)  # null, where one names none, is no difference
+    return np.equal(differ.to_numpy(), True)  # null, where one names none, is no difference
 
 
 def agreement_facets(
     both: np.ndarray, either: np.ndarray, differ: np.ndarray, comparable: np.ndarray
 ) -> list[Facet]:
-    """How two annotators' marks lie to each other, and whether their types are the same.
+    """How two annotators' marks overlap, and whether their types are the same. All (rollouts,).
 
-    both, either: marked characters; differ: types_differ; comparable: judged by both. (rollouts,)
+    both, either: marked characters; differ: `types_differ`; comparable: judged by both.
     """
     marks = np.select(
         [~comparable, both == either, both > 0], ["not comparable", "same", "partly"], "apart"

@@ -1,4 +1,4 @@
-"""What a dataset and its rollouts were made from, as the report's head shows it."""
+"""The lineage of a dataset and its rollouts, as the head of report.py's page shows it."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import yaml
 from ...data.store import Dataset
 from ..visible import visible
 
-# Stage: path into its config and label of what the lineage shows without unfolding.
+# Stage: the config fields that the lineage shows without unfolding, with their labels.
 _FACTS = {
     "rollout": {"policy.path": "policy", "group_size": "G", "sampling.temperature": "temperature"},
     "annotate": {
@@ -27,7 +27,7 @@ _FACTS = {
 
 
 def lineage_chain(*datasets: Dataset | None) -> list[Dataset]:
-    """Everything that some datasets were made from and they themselves, each once, sources first."""
+    """The datasets and all their inputs, direct and indirect, each once, sources first."""
     chain = [
         entry
         for dataset in datasets
@@ -65,7 +65,7 @@ def _pick(config: Any, path: str) -> Any:
 
 
 def _short(value: Any) -> Any:
-    """A policy's folder by its last name; everything else as it is."""
+    """The last name of a path; any other value unchanged."""
     return Path(value).name if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""Figures over all rollouts of a dataset: the report's tiles and bars."""
+"""Figures over all rollouts of a dataset: the tiles and bars of the page that report.py writes."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from .rollout_tables import Tables
 
 @dataclass(frozen=True)
 class Bars:
-    """A small bar list: labels with counts, and the filter that a click sets (empty: none)."""
+    """A bar chart: labels with counts, and the filter that a click on a bar sets."""
 
     title: str
     filter: str
@@ -24,10 +24,10 @@ class Bars:
 
 @dataclass(frozen=True)
 class Overview:
-    """Figures over the whole dataset, also where the page shows only a part of its rollouts.
+    """Figures over all rollouts, including those that the page leaves out.
 
-    tiles: (label, value, note). route_tokens: tokens per route that occurs, None for a dataset that
-    is not routed.
+    tiles: (label, value, note). route_tokens: tokens of each route that occurs, None for a dataset
+    that is not routed.
     """
 
     rollouts: int
@@ -37,7 +37,7 @@ class Overview:
 
 
 def overview(tables: Tables) -> Overview:
-    """Sum up a dataset's rollouts; only the columns that it needs are read."""
+    """Summarise a dataset's rollouts; reads only the columns that it needs."""
     lead = tables.lead
     rows = lead.read(["problem_id", "correct", "diagnostic_type"])
     judged = [value for value in rows["correct"].to_pylist() if value is not None]
@@ -94,7 +94,7 @@ def _cost_tile(rows: list[dict[str, Any]]) -> tuple[str, str, str]:
 
 
 def _token_counts(tables: Tables) -> np.ndarray:
-    """Response lengths of the rollouts whose token ids are known."""
+    """Response lengths in tokens, of the rollouts with known token ids."""
     source = tables.by_role.get("routed", tables.by_role["rollouts"])
     lengths = [
         pc.list_value_length(source.read_part(part, ["token_ids"])["token_ids"]).to_numpy()

@@ -1,7 +1,8 @@
-"""The HTML page that `report` writes and `view` serves: markup, style and script of web/ in one.
+"""The HTML page that report.py writes and view.py serves: markup, style and script of web/ in one.
 
-The page loads nothing but, where it is served, its own server's data; by its content security
-policy it runs no script but its own, whatever a response contains.
+The page loads nothing except, when it is served, its own server's data. Its content security policy
+allows no script but its own, whatever a response contains. compare/page.py uses the template
+loader and the hashes too.
 """
 
 import base64
@@ -13,21 +14,19 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from ...schemas.labels import Route
 from .paint import Paint
 from .rollout_index import RolloutIndex
 from .side_by_side import Agreement
 
 _HERE = Path(__file__).parent / "web"
-_STYLES = ("page.css", "rollouts.css", "print.css")
+_STYLES = ("page.css", "rollouts.css", "routes.css.j2", "print.css")
 _SCRIPTS = ("page.js", "sources.js", "list.js", "rollout.js", "curves.js", "start.js")
-STYLE, SCRIPT = (
-    "\n".join((_HERE / name).read_text(encoding="utf-8") for name in names)
-    for names in (_STYLES, _SCRIPTS)
-)
+ROUTES = [route.name.lower() for route in Route if route is not Route.GRPO]
 
 
 def page_template(file: Path) -> Template:
-    """A page's markup; whatever is put into it is escaped, and what is missing is an error."""
+    """A template that escapes every value and raises an error for a missing one."""
     environment = Environment(
         loader=FileSystemLoader(file.parent),
         autoescape=True,
@@ -38,10 +37,14 @@ def page_template(file: Path) -> Template:
     return environment.get_template(file.name)
 
 
+STYLE = "\n".join(page_template(_HERE / name).render(routes=ROUTES) for name in _STYLES)
+SCRIPT = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+
+
 def render_page(data: dict[str, Any], served: bool, **context: Any) -> str:
     """The page as HTML.
 
-    data: what the page's script reads, see `page_data`; context: what the markup shows besides.
+    data: what the page's script reads, see `page_data`; context: the template's other variables.
     """
     return page_template(_HERE / "page.html.j2").render(
         data=data,
@@ -54,9 +57,9 @@ def render_page(data: dict[str, Any], served: bool, **context: Any) -> str:
 
 
 def page_data(index: RolloutIndex, labels: tuple[str, str] | None) -> dict[str, Any]:
-    """What the page's script needs of any dataset, as JSON-able data.
+    """What the page's script needs for any dataset, as JSON-able data.
 
-    labels: what two compared annotators are called.
+    labels: the names of two compared annotators.
     """
     return {
         "total": len(index),
@@ -66,17 +69,18 @@ def page_data(index: RolloutIndex, labels: tuple[str, str] | None) -> dict[str, 
         ],
         "labels": labels,
         "paints": paint_names(Paint),
+        "routes": ROUTES,
         "agreements": [agreement.name.lower() for agreement in Agreement],
     }
 
 
 def paint_names(paints: Iterable[Paint]) -> list[str]:
-    """The names under which style and script know them, in their own order."""
+    """The names that style and script use, in the order of the paints."""
     return [paint.name.lower() for paint in sorted(paints)]
 
 
 def content_security_policy(served: bool) -> str:
-    """Nothing but the page's own style and script; where it is served, its server's data."""
+    """Allows the page's own style and script, and when it is served, its server's data."""
     return "; ".join(
         [
             "default-src 'none'",

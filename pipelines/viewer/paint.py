@@ -1,8 +1,8 @@
-"""A response in pieces, each with the paint of its route: what the report and the terminal draw.
+"""Cuts a response into pieces, each with the paint of its route.
 
-With the tokenizer at hand the paint is exact per token. Without it, it is an estimate: under rule
-spans a span that the α cap cut in two is painted up to its share of kept tokens, under other rules
-every token counts as long as any other.
+rollout_view.py paints the rollouts that the page and the terminal draw. With the policy's tokenizer
+the paint is exact per token. Without it, it is an estimate: under rule spans a span that the α cap
+cut is painted up to its share of kept tokens, under other rules all tokens count as equally long.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,22 +21,25 @@ if TYPE_CHECKING:
 
 
 class Paint(IntEnum):
-    """FKL, RKL, JSD, REWEIGHT: routed there, in a span or not; MARKED: marked by the annotator, and
-    the action is none or nothing is routed yet; DROPPED: marked, and left out by the rule (under
-    rule spans by the α cap); PLAIN: all else. Routes have the number of their paint."""
+    """What a character's background shows; a route has the number and the name of its paint.
 
+    PLAIN: the ordinary loss, unmarked. A member per other route, by its name: routed there, inside
+    a span or not. MARKED: marked by the annotator, and nothing is routed yet or the action is none.
+    DROPPED: marked, and left out by the rule (under rule spans by the α cap).
+    """
+
+    _ignore_ = "route"
     PLAIN = 0
-    FKL = 1
-    RKL = 2
-    JSD = 3
-    REWEIGHT = 4
-    MARKED = 5
-    DROPPED = 6
+    for route in Route:
+        if route is not Route.GRPO:
+            vars()[route.name] = route.value
+    MARKED = len(Route)
+    DROPPED = len(Route) + 1
 
 
 class Piece(NamedTuple):
-    """A run of characters of one paint. span: rank of the annotator's span, −1 outside; segment:
-    index of the segment that begins with this piece, else None."""
+    """A run of characters with one paint. span: rank of the annotator's span, −1 outside;
+    segment: index of the segment that begins with this piece, else None."""
 
     text: str
     paint: Paint
@@ -74,7 +77,7 @@ def paint_tokens(
 
     token_ids: as long as route and span_id, which are (tokens,) as in the routed table.
     """
-    # One more entry for tokens without bytes, whose segment is −1.
+    # The last entry is for tokens without bytes, whose segment is −1.
     marked = np.full(len(segments) + 1, -1, dtype=np.int16)
     for span in _least_important_first(spans):
         marked[span["segments"]] = span["rank"]
@@ -106,7 +109,7 @@ def paint_kept_spans(
     span_id: np.ndarray,
     dropped_tokens: int,
 ) -> CharPaint:
-    """Paint of a response routed by rule spans, without its tokenizer: spans as far as kept."""
+    """Paint of a response routed by rule spans, without its tokenizer: spans up to their cut."""
     painted = _blank(length)
     ends = _kept_ends(segments, spans, span_id, dropped_tokens)
     for span in _least_important_first(spans):
@@ -126,9 +129,9 @@ def _kept_ends(
 ) -> dict[int, int]:
     """One past the last kept character of each kept span, by rank.
 
-    The cap fills spans in order of rank, so only the last kept one can be cut; where, follows from
-    its kept tokens and the tokens per character of all that is marked from it on. Whole segments
-    are kept, but for a first segment that alone exceeds the cap.
+    The cap fills spans in order of rank, so only the last kept span can be cut. Where it is cut
+    follows from its kept tokens and the tokens per character of all marks from it on. The cap keeps
+    entire segments, except for a first segment that alone exceeds it.
     """
     kept = [span for span in spans if (span_id == span["rank"]).any()]
     ends = {span["rank"]: span["end"] for span in kept}
@@ -157,7 +160,7 @@ def pieces(text: str, segments: Sequence[dict], painted: CharPaint) -> list[Piec
 def cut(
     text: str, segments: Sequence[dict], painted: CharPaint
 ) -> Iterator[tuple[str, int, int, int | None]]:
-    """(visible text, paint, span, index of the segment that begins here or None), run by run."""
+    """Per run: (visible text, paint, span, index of the segment that begins here or None)."""
     starts = {segment["start"]: index for index, segment in enumerate(segments)}
     edges = {first for first, _ in _runs(painted.paint, painted.span)} | set(starts)
     for a, b in pairwise(sorted(edges | {len(text)})):
@@ -169,19 +172,19 @@ def _blank(length: int) -> CharPaint:
 
 
 def _least_important_first(spans: Sequence[dict]) -> list[dict]:
-    """Where spans share a segment the more important one paints over the other."""
+    """Where spans share a segment, the more important one is painted last."""
     return sorted(spans, key=lambda span: -span["rank"])
 
 
 def _routed_paint(route: np.ndarray, span_id: np.ndarray, rank: np.ndarray) -> np.ndarray:
-    """Paint where a response is routed, uint8; rank: the annotator's span there, −1 outside."""
+    """Paint of a routed response, uint8; rank: the annotator's span at each place, −1 outside."""
     marked = np.where(span_id >= 0, Paint.MARKED, Paint.DROPPED)
     paint = np.where(rank >= 0, marked, Paint.PLAIN)
     return np.where(route == Route.GRPO, paint, route).astype(np.uint8)
 
 
 def _runs(*arrays: np.ndarray) -> list[tuple[int, int]]:
-    """(first, one past the last) of the runs in which none of some equally long arrays changes."""
+    """(first, one past the last) of each run in which none of the equally long arrays changes."""
     length = len(arrays[0])
     if not length:
         return []

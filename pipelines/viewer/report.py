@@ -1,5 +1,8 @@
-"""Stage report: one self-contained HTML file that shows a dataset's rollouts, token by token, or
-two annotators of the same rollouts side by side. `trace-opd view` shows datasets of any size."""
+"""Stage report: one self-contained HTML file with a dataset's rollouts, token by token, or with two
+annotators of the same rollouts side by side.
+
+stages/report.py makes a stage of `run`. `trace-opd view` shows datasets of any size.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -26,12 +29,12 @@ from .training_curves import charts, metrics_of
 def run(config: ReportConfig, store: Store, output: Path | None = None) -> Path:
     """Write the report of a routed or annotations dataset or of a train run; returns its path.
 
-    output: HTML file; None: report.html, or against-<id>.html, beside the data. It is no part of
-    the config: one that comes from elsewhere writes inside the store alone.
+    output: HTML file; None: report.html, or against-<id>.html, in the dataset's folder. It is not
+    in the config, so that someone else's config can write only inside the store.
 
     Raises:
-        InputError: the dataset is of another kind, the one it is compared with annotates other
-            rollouts, or the store is not local and no output is set.
+        InputError: the dataset is of another kind, the second one annotates different rollouts, or
+            the store is not local and no output is set.
     """
     dataset = store.get(config.dataset)
     tables = find_tables(dataset, store)
@@ -58,12 +61,12 @@ def _render(
     views: list[RolloutView],
     metrics: list[dict[str, Any]],
 ) -> str:
-    """The page as HTML. metrics: a train run's steps in order, else []."""
+    """The page as HTML. metrics: a train run's steps in order, [] for other datasets."""
     labels = annotator_labels(dataset, against) if against is not None else None
     rollouts = [rollout_data(view) for view in views]
     data = page_data(index, labels) | {
         "rows": index.entries(range(len(index))),
-        # Rollouts of a group share their problem: it stands in the page once.
+        # Rollouts of a group share their problem, so the page holds it once.
         "problems": {rollout["problem_id"]: rollout.pop("problem") for rollout in rollouts},
         "rollouts": rollouts,
         "steps": [row["step"] for row in metrics],
@@ -77,7 +80,7 @@ def _render(
         against=against,
         labels=labels,
         lineage=[lineage_entry(entry) for entry in lineage_chain(dataset, tables.lead, against)],
-        # Figures of two annotators: `trace-opd compare`.
+        # `trace-opd compare` has the figures of two annotators.
         overview=overview(tables) if against is None else None,
         shown=len(views),
         rollouts=tables.lead.rows,

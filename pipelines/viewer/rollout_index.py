@@ -1,4 +1,9 @@
-"""All rollouts of a dataset as a list shows, sorts and filters them: a few bytes for each."""
+"""All rollouts of a dataset as a list shows, sorts and filters them: a few bytes per rollout.
+
+view.py keeps one index per server, report.py makes one of the rollouts it draws, and
+rollout_view.load_rollouts one of the rollouts that the terminal shows. Why not SQL over the parts:
+docs/decisions/viewer-index.md.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,23 +21,32 @@ from .facets import (
     annotation_facets,
     judged,
     route_facets,
+    route_masks,
     text_facet,
     types_differ,
 )
 from .rollout_tables import Tables
-from .row_reader import row_numbers
-from .span_overlap import disagreement, overlap, read_span_ends
+from .span_overlap import disagreement, overlap, span_ends
 
 _SNIPPET_CHARS = 160
+_MARKS = ["rollout_id", "diagnostic_type", "status", "annotator_name"]
+_COLUMNS = {
+    "routed": ["rollout_id", "dropped_tokens", "route"],
+    "annotations": _MARKS,
+    "verdicts": ["rollout_id", "correct", "status"],
+    "rollouts": ["rollout_id", "problem_id", "group_id", "sample_index", "policy_step"],
+    "problems": ["problem_id", "problem"],
+}
+_SPAN_ENDS = pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))
 
 
 @dataclass(frozen=True)
 class RolloutIndex:
     """Rollouts in the order of policy step, group and sample; all arrays are (rollouts,).
 
-    rows: each rollout's row number by role of the table, −1 where a table does not hold it.
-    problems: beginnings of the problems' texts, by row number of their table.
-    disagreement: NaN where the annotators are not comparable; None without a second one.
+    rows: each rollout's row number in the table of each role, −1 if the table does not hold it.
+    problems: the first characters of each problem, by row number of the problems table.
+    disagreement: NaN where the annotators are not comparable; None without a second annotator.
     """
 
     ids: pa.Array
@@ -48,7 +62,7 @@ class RolloutIndex:
         return len(self.ids)
 
     def entries(self, positions: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """What a list shows of some rollouts, as JSON-able data; facets by their codes."""
+        """What a list shows of some rollouts, as JSON-able data; facets as codes."""
         return [
             {
                 "id": self.ids[i].as_py(),
@@ -79,53 +93,35 @@ class RolloutIndex:
 def build_index(
     tables: Tables, against: Dataset | None = None, ids: Sequence[str] | None = None
 ) -> RolloutIndex:
-    """Index a dataset's rollouts. Reads no response and no column of tokens but the routes.
+    """Index a dataset's rollouts. Reads no response, and of the tokens' columns only the routes.
 
     against: a second annotations dataset of the same rollouts; ids: only these rollouts.
+
+    Raises:
+        InputError: a part is missing; DamagedFile: a part is damaged.
     """
-    chosen = _ids(tables.lead) if ids is None else pa.array(ids, pa.string())
-    rows: dict[str, np.ndarray] = {}
-    columns = ["problem_id", "group_id", "sample_index", "policy_step"]
-    _, sampled = _aligned(tables.by_role["rollouts"], columns, chosen)
-    group = _codes(sampled["group_id"])
-    sample, step = (sampled[name].to_numpy() for name in ("sample_index", "policy_step"))
+    columns = _COLUMNS | ({"annotations": [*_MARKS, "spans"]} if against is not None else {})
+    held = {role: _read(dataset, columns[role]) for role, dataset in tables.by_role.items()}
+    if against is not None:
+        held["against"] = _read(against, columns["annotations"])
+    lead = next(iter(held.values()))["rollout_id"].combine_chunks()
+    chosen = lead if ids is None else pa.array(ids, pa.string())
+    problems = held.pop("problems")
+    aligned = _aligned(held["rollouts"], chosen)
+    group = aligned["group_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    sample, step = (aligned[name].to_numpy() for name in ("sample_index", "policy_step"))
     order = np.lexsort((sample, group, step))
-    chosen, sampled = chosen.take(order), sampled.take(order)
-
-    def aligned(role: str, dataset: Dataset, names: list[str]) -> pa.Table:
-        rows[role], found = _aligned(dataset, names, chosen)
-        return found
-
-    aligned("rollouts", tables.by_role["rollouts"], [])
-    verdicts = aligned("verdicts", tables.by_role["verdicts"], ["correct", "status"])
-    facets = [text_facet("correct", "Correct", verdicts["correct"], "unscored")]
-    if "routed" in tables.by_role:
-        routed = aligned("routed", tables.by_role["routed"], ["dropped_tokens"])
-        facets += route_facets(tables.by_role["routed"], rows["routed"], routed["dropped_tokens"])
-    marked = ["diagnostic_type", "status", "annotator_name"]
-    scores = None
-    if "annotations" in tables.by_role:
-        first = aligned("annotations", tables.by_role["annotations"], marked)
-        facets += annotation_facets(first, " A" if against else "")
-        if against is not None:
-            second = aligned("against", against, marked)
-            both, either = overlap(
-                read_span_ends(tables.by_role["annotations"], rows["annotations"]),
-                read_span_ends(against, rows["against"]),
-                len(chosen),
-            )
-            comparable, differ = judged(first) & judged(second), types_differ(first, second)
-            scores = disagreement(both, either, differ, comparable)
-            facets += annotation_facets(second, " B")
-            facets += agreement_facets(both, either, differ, comparable)
-    facets.append(text_facet("verdict", "Verdict", verdicts["status"]))
-    facets.append(text_facet("step", "Policy step", sampled["policy_step"]))
-    problems = tables.by_role["problems"].read(["problem_id", "problem"])
-    rows["problems"] = row_numbers(sampled["problem_id"].combine_chunks(), problems["problem_id"])
+    chosen = chosen.take(order)
+    found = {role: _aligned(table, chosen) for role, table in held.items()}
+    rows = {role: table["row"].to_numpy() for role, table in found.items()}
+    rows["problems"] = row_numbers(
+        found["rollouts"]["problem_id"].combine_chunks(), problems["problem_id"]
+    )
+    facets, scores = _facets(found)
     return RolloutIndex(
         ids=chosen,
         rows=rows,
-        problems=pc.utf8_slice_codeunits(problems["problem"], 0, _SNIPPET_CHARS).combine_chunks(),
+        problems=problems["problem"].combine_chunks(),
         group=group[order],
         sample=sample[order],
         step=step[order],
@@ -134,17 +130,57 @@ def build_index(
     )
 
 
-def _ids(dataset: Dataset) -> pa.Array:
-    return dataset.read(["rollout_id"])["rollout_id"].combine_chunks()
+def _facets(found: dict[str, pa.Table]) -> tuple[list[Facet], np.ndarray | None]:
+    """The page's facets in its order, and the disagreement of two annotators."""
+    facets = [text_facet("correct", "Correct", found["verdicts"]["correct"], "unscored")]
+    scores = None
+    if "routed" in found:
+        facets += route_facets(found["routed"])
+    if "against" in found:
+        first, second = found["annotations"], found["against"]
+        ends = [span_ends(side["spans"].combine_chunks()) for side in (first, second)]
+        both, either = overlap(ends[0], ends[1], len(first))
+        comparable, differ = judged(first) & judged(second), types_differ(first, second)
+        scores = disagreement(both, either, differ, comparable)
+        facets += annotation_facets(first, " A") + annotation_facets(second, " B")
+        facets += agreement_facets(both, either, differ, comparable)
+    elif "annotations" in found:
+        facets += annotation_facets(found["annotations"])
+    facets.append(text_facet("verdict", "Verdict", found["verdicts"]["status"]))
+    facets.append(text_facet("step", "Policy step", found["rollouts"]["policy_step"]))
+    return facets, scores
 
 
-def _aligned(dataset: Dataset, columns: list[str], ids: pa.Array) -> tuple[np.ndarray, pa.Table]:
-    """Row number of each id, −1 if the dataset does not hold it, and columns in the ids' order."""
-    held = dataset.read(["rollout_id", *columns])
+def _read(dataset: Dataset, columns: list[str]) -> pa.Table:
+    """Some columns of a table, each part read once; lists and long texts keep what a list needs."""
+    return pa.concat_tables(
+        _shortened(dataset.read_part(part, columns)) for part in range(dataset.parts)
+    )
+
+
+def _shortened(part: pa.Table) -> pa.Table:
+    shorter = {
+        "route": lambda column: ("routes", route_masks(column)),
+        "spans": lambda column: ("spans", column.cast(_SPAN_ENDS)),
+        "problem": lambda column: ("problem", pc.utf8_slice_codeunits(column, 0, _SNIPPET_CHARS)),
+    }
+    for index, name in enumerate(part.column_names):
+        if name in shorter:
+            part = part.set_column(index, *shorter[name](part[name].combine_chunks()))
+    return part
+
+
+def _aligned(held: pa.Table, ids: pa.Array) -> pa.Table:
+    """A table's rows in the order of some ids, and their numbers as column row.
+
+    Where the table does not hold an id, row is −1 and every other column null.
+    """
     rows = row_numbers(ids, held["rollout_id"])
-    return rows, held.select(columns).take(pa.array(rows, pa.int64(), mask=rows < 0))
+    taken = held.take(pa.array(rows, pa.int64(), mask=rows < 0))
+    return taken.append_column("row", pa.array(rows))
 
 
-def _codes(values: pa.ChunkedArray) -> np.ndarray:
-    """A number per value, in the order in which they first occur."""
-    return values.combine_chunks().dictionary_encode().indices.to_numpy()
+def row_numbers(ids: pa.Array, held: pa.ChunkedArray) -> np.ndarray:
+    """Where ids are in a table's id column: (ids,) int64, −1 for those it does not hold."""
+    found = pc.index_in(ids, value_set=held).to_numpy(zero_copy_only=False)  # null becomes NaN
+    return np.nan_to_num(found, nan=-1).astype(np.int64)

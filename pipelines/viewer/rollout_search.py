@@ -1,4 +1,7 @@
-"""Which rollouts a list shows, and in what order: filters, text search, sorting."""
+"""Which rollouts a list shows, and in what order: filters, text search, sorting.
+
+view.py calls it for every request that names a list.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +18,8 @@ SORT_DISAGREEMENT = "disagreement"
 
 @dataclass(frozen=True)
 class Query:
-    """filters: (facet, value); text: in problem, response or id, in any case; sort: empty for the
-    index's own order, or `disagreement`, the largest first."""
+    """filters: (facet, value); text: found in problem, response or id, ignoring case; sort: empty
+    for the index's own order, or `disagreement`, the largest first."""
 
     filters: tuple[tuple[str, str], ...] = ()
     text: str = ""
@@ -24,7 +27,7 @@ class Query:
 
 
 def read_query(parameters: Mapping[str, str], index: RolloutIndex) -> Query:
-    """The query that an address asks for; other parameters than a query's are left alone."""
+    """The query in a request's parameters; ignores parameters that are not part of a query."""
     facets = [facet.name for facet in index.facets]
     return Query(
         filters=tuple((name, parameters[name]) for name in facets if parameters.get(name)),
@@ -34,14 +37,14 @@ def read_query(parameters: Mapping[str, str], index: RolloutIndex) -> Query:
 
 
 def select(index: RolloutIndex, tables: Tables, query: Query) -> np.ndarray:
-    """Positions in the index of the rollouts that a query asks for, in its order."""
+    """Positions in the index of the rollouts that match a query, in the query's order."""
     matches = np.ones(len(index), dtype=bool)
     facets = {facet.name: facet for facet in index.facets}
     for name, value in query.filters:
         values = facets[name].values
         matches &= facets[name].codes == (values.index(value) if value in values else -1)
     if query.text:
-        matches &= _holds_text(index, tables, query.text)
+        matches &= _contains(index, tables, query.text)
     positions = np.flatnonzero(matches)
     if query.sort == SORT_DISAGREEMENT and index.disagreement is not None:
         scores = np.nan_to_num(index.disagreement[positions], nan=-1.0)
@@ -50,22 +53,22 @@ def select(index: RolloutIndex, tables: Tables, query: Query) -> np.ndarray:
 
 
 def next_disagreement(index: RolloutIndex, positions: np.ndarray, after: int) -> int | None:
-    """The next place in a selection, after one of its places, whose annotators disagree."""
+    """The next place in a selection, after one of its places, where the annotators disagree."""
     if index.disagreement is None:
         return None
     later = np.flatnonzero(index.disagreement[positions[after + 1 :]] > 0)
     return after + 1 + int(later[0]) if len(later) else None
 
 
-def _holds_text(index: RolloutIndex, tables: Tables, text: str) -> np.ndarray:
-    """Whether problem, response or id holds a text: (rollouts,) bool. One part at a time."""
-    problems = _column_holds(tables.by_role["problems"], "problem", text)
-    responses = _column_holds(tables.by_role["rollouts"], "response", text)
+def _contains(index: RolloutIndex, tables: Tables, text: str) -> np.ndarray:
+    """(rollouts,) bool: whether problem, response or id contains a text. Reads part by part."""
+    problems = _column_contains(tables.by_role["problems"], "problem", text)
+    responses = _column_contains(tables.by_role["rollouts"], "response", text)
     ids = pc.match_substring(index.ids, text, ignore_case=True).to_numpy(zero_copy_only=False)
     return ids | problems[index.rows["problems"]] | responses[index.rows["rollouts"]]
 
 
-def _column_holds(dataset: Dataset, column: str, text: str) -> np.ndarray:
+def _column_contains(dataset: Dataset, column: str, text: str) -> np.ndarray:
     parts = [
         pc.match_substring(dataset.read_part(part, [column])[column], text, ignore_case=True)
         for part in range(dataset.parts)

@@ -1,6 +1,10 @@
-"""Which tables tell of a dataset's rollouts, what routed them, and which of them a page shows."""
+"""Finds the tables behind a dataset's rollouts, the policy's tokenizer, and a page's rollouts.
+
+Called by view.py and report.py, by `trace-opd show`, and by compare/.
+"""
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +14,13 @@ from ...schemas.tables import ANNOTATIONS, ROUTED
 from ..visible import visible
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ...trace.align import ByteTable
 
 logger = logging.getLogger(__name__)
 
+TRUST = "TRACE_OPD_TRUST_REMOTE_CODE"
 _ROLES = ("routed", "annotations", "verdicts", "rollouts", "problems")
 
 
@@ -29,10 +36,10 @@ class Tables:
 
 
 def find_tables(dataset: Dataset, store: Store) -> Tables:
-    """The tables that tell a dataset's rollouts.
+    """The tables behind a dataset's rollouts.
 
-    dataset: routed, annotations, or a train run: its online tables, or if it has none the routed
-    table that it was trained on.
+    dataset: routed, annotations, or a train run. A train run gives its online tables, or if it has
+    none, the routed table that it was trained on.
 
     Raises:
         InputError: the dataset is of none of these kinds.
@@ -63,7 +70,7 @@ def find_counterpart(ref: str, tables: Tables, store: Store) -> Dataset:
     """The annotations dataset that a dataset's annotations are compared with.
 
     Raises:
-        InputError: one of the two is no annotations dataset, or they annotate other rollouts.
+        InputError: one of the two holds no annotations, or they annotate different rollouts.
     """
     against, lead = store.get(ref, ANNOTATIONS), tables.lead
     if lead.contract is not ANNOTATIONS:
@@ -79,14 +86,14 @@ def find_counterpart(ref: str, tables: Tables, store: Store) -> Dataset:
     )
     if ours != theirs:
         raise InputError(
-            f"datasets {lead.ref} and {against.ref} annotate different rollouts ({ours}, {theirs}); "
-            "name annotations of the same ones"
+            f"datasets {lead.ref} and {against.ref} annotate different rollouts ({ours}, "
+            f"{theirs}); name annotations of the same ones"
         )
     return against
 
 
 def annotator_labels(first: Dataset, second: Dataset) -> tuple[str, str]:
-    """What two annotations datasets are called beside each other: never the same."""
+    """Two different names for two annotations datasets."""
     names = [_annotator_name(dataset) for dataset in (first, second)]
     if names[0] == names[1]:
         names = [
@@ -102,31 +109,59 @@ def _annotator_name(dataset: Dataset) -> str:
 
 
 def find_byte_table(dataset: Dataset, tables: Tables) -> "tuple[ByteTable, str] | None":
-    """Bytes per token id and the vocabulary's fingerprint, if the policy is on this machine.
+    """Bytes per token id and the vocabulary's fingerprint; None if the tokenizer is not here.
 
-    None for what is not routed too: no token has a paint of its own there.
+    None also for a dataset that is not routed: its tokens have no paint of their own.
     """
     if "routed" not in tables.by_role:
         return None
-    # Import torch; a viewer of annotations starts without it.
-    from ...trace.align import byte_table
-    from ...trace.policy import load_tokenizer, vocab_fingerprint
-    from ..models import resolve_policy
-
     configs = [dataset.manifest["config"], _made_by(tables.by_role["rollouts"])]
-    paths = [config["policy"]["path"] for config in configs if "policy" in config]
-    if not paths:
+    policies = [config["policy"] for config in configs if "policy" in config]
+    if not policies:
         return None
+    # Imports torch: a viewer of annotations starts without it.
+    from ...trace.align import byte_table
+    from ...trace.policy import vocab_fingerprint
+
     try:
-        tokenizer = load_tokenizer(resolve_policy(paths[0], weights=False, download=False))
-        return byte_table(tokenizer), vocab_fingerprint(tokenizer)
+        tokenizer = load_policy_tokenizer(policies[0])
     except InputError as error:
         logger.info("painting by estimate, not by token: %s", error)
         return None
+    return byte_table(tokenizer), vocab_fingerprint(tokenizer)
+
+
+def load_policy_tokenizer(policy: dict[str, Any]) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a manifest's policy, from files on this machine.
+
+    Python code that comes with it runs only if policy.trust_remote_code and the environment
+    variable TRACE_OPD_TRUST_REMOTE_CODE=1 both allow it: a store may be someone else's work, and
+    its manifest alone must not start a program.
+
+    Raises:
+        InputError: the tokenizer is not on this machine, or needs code that may not run.
+    """
+    from ...trace.policy import load_tokenizer
+    from ..models import resolve_policy
+
+    folder = resolve_policy(policy["path"], weights=False, download=False)
+    wanted = policy.get("trust_remote_code") is True
+    allowed = os.environ.get(TRUST) == "1"
+    try:
+        return load_tokenizer(folder, trust_remote_code=wanted and allowed)
+    except InputError:
+        if wanted and not allowed:
+            logger.warning(
+                "policy %s: its tokenizer may need Python code that comes with it; read that code, "
+                "then set %s=1 to run it",
+                folder,
+                TRUST,
+            )
+        raise
 
 
 def routing_rule(tables: Tables) -> str:
-    """`routing.rule` of the routed table; spans where nothing is routed or nothing tells it."""
+    """`routing.rule` of the routed table; spans if nothing is routed or the rule is unknown."""
     if "routed" not in tables.by_role:
         return "spans"
     config = _made_by(tables.by_role["routed"])
@@ -134,7 +169,7 @@ def routing_rule(tables: Tables) -> str:
 
 
 def _made_by(dataset: Dataset) -> dict[str, Any]:
-    """A dataset's config; of a table made in training the run's, once the run is finished."""
+    """A dataset's config; for a table made in training, the config of its finished run."""
     config = dataset.manifest["config"]
     if (run := config.get("online")) is None:
         return config
@@ -143,7 +178,7 @@ def _made_by(dataset: Dataset) -> dict[str, Any]:
 
 
 def choose_groups(lead: Dataset, limit: int) -> list[str]:
-    """Rollout ids of whole groups, evenly spread over the dataset, about `limit` at most."""
+    """Rollout ids of complete groups, evenly spread over the dataset, at most `limit`."""
     table = lead.read(["rollout_id", "group_id"])
     groups: dict[str, list[str]] = {}
     for rollout_id, group_id in zip(*(column.to_pylist() for column in table), strict=True):

@@ -1,4 +1,7 @@
-"""A rollout with all that the stages say of it, joined and ready to be drawn."""
+"""Joins what all stages recorded about a rollout and makes it ready to draw.
+
+view.py and report.py send it to the page as JSON; `trace-opd show` prints it.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +49,7 @@ _NO_ANNOTATION: dict[str, Any] = {"segments": [], "spans": []}
 
 @dataclass(frozen=True)
 class SpanView:
-    """One marked span; kept_tokens: how many the cap let through, None but under rule spans."""
+    """One marked span; kept_tokens: how many the cap kept, None unless the rule is spans."""
 
     rank: int
     kind: str
@@ -56,8 +59,8 @@ class SpanView:
 
 @dataclass(frozen=True)
 class SideView:
-    """One of two annotators' word on a rollout: its row of the annotations table, and the response
-    in pieces of agreement. None: the annotator has no row, or left that empty."""
+    """One of two annotators' answers: its row of the annotations table, and the response in pieces
+    of equal agreement. None: the annotator has no row, or an empty field."""
 
     annotator: str | None
     status: str | None
@@ -70,10 +73,10 @@ class SideView:
 
 @dataclass(frozen=True)
 class RolloutView:
-    """What is drawn of one rollout. Texts are made `visible`; None: not known of this rollout.
+    """One rollout as it is drawn. Texts are made `visible`; None: unknown for this rollout.
 
-    exact: whether the paint is exact per token, not an estimate. sides: the two annotators where
-    the rollout is compared, else empty; the fields above them are the first annotator's.
+    exact: whether the paint is exact per token, not an estimate. sides: the two annotators of a
+    comparison, else empty; the other fields are then the first annotator's.
     """
 
     id: str
@@ -106,7 +109,7 @@ class RolloutView:
 
 
 class RolloutReader:
-    """Reads rollouts by their row numbers and paints them. Any thread may call it."""
+    """Reads rollouts by row number and paints them. Thread-safe."""
 
     def __init__(
         self,
@@ -123,7 +126,7 @@ class RolloutReader:
         self._bytes_of = bytes_of
 
     def read(self, rows: Mapping[str, np.ndarray]) -> list[RolloutView]:
-        """Rollouts by their row numbers in the table of each role, −1 where it has none."""
+        """Rollouts by their row number in the table of each role; −1 if the table has no row."""
         found = {role: reader.rows(rows[role]) for role, reader in self._readers.items()}
         return [
             _view({role: column[i] for role, column in found.items()}, self._rule, self._bytes_of)
@@ -132,11 +135,11 @@ class RolloutReader:
 
 
 def rollout_data(view: RolloutView) -> dict[str, Any]:
-    """What the page draws of a rollout, as JSON-able data."""
+    """A rollout as the page draws it, as JSON-able data."""
     row: dict[str, Any] = vars(view) | {"spans": [vars(span) for span in view.spans]}
     row["sides"] = [vars(side) | {"spans": [vars(s) for s in side.spans]} for side in view.sides]
     row["problem"] = {name: row.pop(name) for name in ("problem", "answer", "source")}
-    if view.sides:  # they hold the response and the first annotator's word too
+    if view.sides:  # they hold the response and the first annotator's answer too
         for name in ("annotator", "status", "raw", "error", "type", "spans", "pieces"):
             del row[name]
     return row
@@ -145,14 +148,14 @@ def rollout_data(view: RolloutView) -> dict[str, Any]:
 def load_rollouts(
     tables: Tables, ids: Sequence[str], bytes_of: "tuple[ByteTable, str] | None"
 ) -> list[RolloutView]:
-    """The rollouts of some ids, by policy step, then group, then sample."""
+    """The rollouts with these ids, by policy step, then group, then sample."""
     return RolloutReader(tables, bytes_of).read(build_index(tables, ids=ids).rows)
 
 
 def _view(row: dict[str, Any], rule: str, bytes_of: "tuple[ByteTable, str] | None") -> RolloutView:
-    """row: the rollout's row of each table by role; None where a table has none."""
+    """row: the rollout's row in each table by role; None if a table has no row."""
     rollout, verdict, problem = row["rollouts"], row["verdicts"], row["problems"]
-    # Online steps without a KL are not annotated.
+    # Online steps without a KL term are not annotated.
     annotation = row.get("annotations") or _NO_ANNOTATION
     routed = row.get("routed")
     spans, segments = annotation["spans"], annotation["segments"]
@@ -183,7 +186,7 @@ def _view(row: dict[str, Any], rule: str, bytes_of: "tuple[ByteTable, str] | Non
         advantage=routed["advantage"] if routed else None,
         coverage=routed["coverage"] if routed else None,
         dropped=routed["dropped_tokens"] if routed else None,
-        exact=known or routed is None or _looks_the_same_everywhere(routed["route"], spans),
+        exact=known or routed is None or _needs_no_offsets(routed["route"], spans),
         spans=_spans(annotation, routed["span_id"] if routed and rule == "spans" else None),
         pieces=pieces(rollout["response"], segments, painted),
         sides=_sides(rollout["response"], annotation, row["against"] or _NO_ANNOTATION)
@@ -210,7 +213,7 @@ def _sides(response: str, first: dict, second: dict) -> list[SideView]:
 
 
 def _spans(annotation: dict, span_id: np.ndarray | None) -> list[SpanView]:
-    """span_id: of the routed tokens, where the rule routes the annotator's spans."""
+    """span_id: (tokens,) of the routed table under rule spans, else None."""
     return [
         SpanView(
             rank=span["rank"],
@@ -238,8 +241,8 @@ def _paint(
     return paint_even_tokens(length, spans, route, span_id)
 
 
-def _looks_the_same_everywhere(route: np.ndarray, spans: Sequence[dict]) -> bool:
-    """Whether no offset could move the paint: all tokens on one route, no span shining through."""
+def _needs_no_offsets(route: np.ndarray, spans: Sequence[dict]) -> bool:
+    """Whether no offset can change the paint: one route for all tokens, no span visible in it."""
     return len(np.unique(route)) <= 1 and (bool(route.any()) or not spans)
 
 

@@ -1,4 +1,7 @@
-"""A response as two annotators marked it, in pieces that say which of them marks what."""
+"""Cuts a response into pieces by which of two annotators marks them.
+
+rollout_view.py calls it for the two columns of a comparison.
+"""
 
 from enum import IntEnum
 from typing import NamedTuple
@@ -18,10 +21,10 @@ class Agreement(IntEnum):
 
 
 class ComparedPiece(NamedTuple):
-    """A run of characters of one agreement, as one annotator's side shows it.
+    """A run of characters with one agreement, as one annotator's column shows it.
 
-    span: rank of that annotator's span, −1 outside; segment: index of its segment that begins with
-    this piece, else None.
+    span: rank of that annotator's span, −1 outside; segment: index of the annotator's segment that
+    begins with this piece, else None.
     """
 
     text: str
@@ -33,9 +36,9 @@ class ComparedPiece(NamedTuple):
 def compare_marks(
     text: str, first: dict, second: dict
 ) -> tuple[list[ComparedPiece], list[ComparedPiece]]:
-    """A response in pieces as each of two annotators' sides shows it; texts are made `visible`.
+    """The pieces of a response in each of two annotators' columns; texts are made `visible`.
 
-    first, second: the rollout's rows of two annotations tables, which may be segmented differently.
+    first, second: the rollout's rows in two annotations tables; their segments may differ.
     """
     ranks = [paint_spans(len(text), row["spans"]).span for row in (first, second)]
     agreement = _AGREEMENT[(ranks[0] >= 0).astype(int), (ranks[1] >= 0).astype(int)]
@@ -51,7 +54,7 @@ def compare_marks(
     return a, b
 
 
-# By whether the first and whether the second annotator marks.
+# Indices: whether the first annotator marks, whether the second one does.
 _AGREEMENT = np.array(
     [[Agreement.NEITHER, Agreement.ONLY_B], [Agreement.ONLY_A, Agreement.BOTH]], dtype=np.uint8
 )

@@ -1,52 +1,37 @@
-"""How much of the responses two annotators mark alike, over whole tables at once."""
+"""How much of the responses two annotators mark alike, for all rollouts at once.
 
-from collections.abc import Sequence
+rollout_index.py calls it when a page compares two annotations datasets.
+"""
+
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
-from ...data.store import Dataset
-
 
 @dataclass(frozen=True)
 class SpanEnds:
-    """All spans of a list of rollouts: each one's row, first character and one past the last, int64."""
+    """Each span's rollout, first character and one past the last, (spans,) int64 each."""
 
     row: np.ndarray
     start: np.ndarray
     end: np.ndarray
 
 
-def read_span_ends(annotations: Dataset, numbers: np.ndarray) -> SpanEnds:
-    """The spans of an annotations dataset without their texts, read part by part.
-
-    numbers: (rows,) int64, the row number in the dataset of each row of a list, −1 for none.
-    """
-    row_of = np.full(annotations.rows, -1, dtype=np.int64)
-    row_of[numbers[numbers >= 0]] = np.flatnonzero(numbers >= 0)
-    rows, starts, ends, seen = [], [], [], 0
-    for part in range(annotations.parts):
-        spans = annotations.read_part(part, ["spans"])["spans"].combine_chunks()
-        flat = pc.list_flatten(spans)
-        rows.append(row_of[seen + pc.list_parent_indices(spans).to_numpy()])
-        starts.append(pc.struct_field(flat, "start").to_numpy())
-        ends.append(pc.struct_field(flat, "end").to_numpy())
-        seen += len(spans)
-    row, start, end = (_joined(arrays) for arrays in (rows, starts, ends))
-    kept = row >= 0
-    return SpanEnds(row[kept], start[kept], end[kept])
-
-
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays]).astype(np.int64)
+def span_ends(spans: Any) -> SpanEnds:
+    """The ends in a column of lists of spans, an Arrow array; a null list holds none."""
+    flat = pc.list_flatten(spans)
+    start, end = (pc.struct_field(flat, name).to_numpy() for name in ("start", "end"))
+    rows = pc.list_parent_indices(spans).to_numpy()
+    return SpanEnds(rows, start.astype(np.int64), end.astype(np.int64))
 
 
 def overlap(first: SpanEnds, second: SpanEnds, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Characters that both and that at least one of two annotators marks: two (rows,) int64 arrays.
 
-    A sweep over the spans' ends, whatever the length of the texts. Spans of one annotator may lie
-    over each other.
+    A sweep over the spans' ends, so the cost does not depend on text length. Spans of one annotator
+    may overlap.
     """
     sides = (first, second)
     row = np.concatenate([np.tile(side.row, 2) for side in sides])
@@ -69,8 +54,8 @@ def disagreement(
 ) -> np.ndarray:
     """1 − intersection over union of the marked characters, plus 1 where the types differ.
 
-    All (rows,); float32 from 0 to 2. Where neither marks anything the annotators agree. NaN where
-    they are not comparable: one of them did not judge.
+    All (rows,); float32 from 0 to 2. Annotators who both mark nothing agree. NaN where one of them
+    gave no judgement.
     """
     apart = 1 - np.divide(both, either, out=np.ones(len(both)), where=either > 0)
     return np.where(comparable, apart + types_differ, np.nan).astype(np.float32)

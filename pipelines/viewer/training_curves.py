@@ -1,24 +1,29 @@
-"""Training curves of a run: which of its metrics stand in which chart."""
+"""Training curves of a run: which metrics share a chart.
+
+report.py calls it for a train run; web/curves.js draws the charts.
+"""
 
 import math
 import re
 from typing import Any
 
 from ...data.store import Dataset, Store
+from ...schemas.labels import Route
 from ..run_metrics import METRICS, parse_metrics
 
-# Title, unit, names of the metrics in metrics.jsonl. Metrics named nowhere get a chart each.
+_ROUTES = "|".join(route.name.lower() for route in Route)
+# Title, unit, pattern of the names in metrics.jsonl. Every other metric gets a chart of its own.
 _CHARTS = (
     ("Reward", "share", "reward|pass_rate"),
     ("Entropy", "nats / token", "entropy"),
     ("Response length", "tokens", "response_tokens"),
     ("KL weight λ", "", "kl_weight"),
-    ("KL on routed tokens", "nats / token", "kl_(fkl|rkl|jsd)"),
+    ("KL on routed tokens", "nats / token", f"kl_({_ROUTES})"),
     ("Routed tokens", "share", "coverage(_.+)?"),
     ("Exposure Σλ²", "", "kl_exposure"),
     ("Truncated, no signal", "share", "truncated|groups_without_signal"),
     ("Clipped", "share of tokens", "ratio_clipped|kl_clipped"),
-    # The largest drift of a step's tokens would flatten their mean.
+    # A chart of its own: the largest drift of a step's tokens would flatten their mean.
     ("Sampler drift", "nats / token", "sampler_drift|sampler_kl"),
     ("Largest sampler drift", "nats", "sampler_drift_max"),
     ("KL to the base policy", "nats / token", "kl_reference"),
@@ -30,7 +35,7 @@ _CHARTS = (
 
 
 def metrics_of(dataset: Dataset, store: Store) -> list[dict[str, Any]]:
-    """A train run's metrics per step; [] for other datasets. Values that are not finite become None."""
+    """A train run's metrics per step; [] for other datasets. NaN and infinities become None."""
     path = f"{dataset.ref}/{METRICS}"
     if dataset.stage != "train" or not store.exists(path):
         return []
@@ -46,7 +51,7 @@ def metrics_of(dataset: Dataset, store: Store) -> list[dict[str, Any]]:
 
 
 def charts(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Titles, units and series of the training curves; a step without a value holds None."""
+    """Title, unit and series of each chart; None at a step without a value."""
     names = [
         name
         for name in dict.fromkeys(name for row in metrics for name in row)

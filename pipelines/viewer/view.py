@@ -1,7 +1,7 @@
-"""`trace-opd view`: a dataset's rollouts in the browser, of any number, served on loopback.
+"""`trace-opd view`: serves any number of a dataset's rollouts to a browser, on loopback.
 
-The server keeps an index of a few bytes per rollout; responses are read from the Parquet row groups
-that are looked at. It answers GET requests of this machine alone.
+The command line starts the server. It keeps an index of a few bytes per rollout, reads responses
+from the Parquet parts that a request needs, and answers only GET requests from this machine.
 """
 
 import json
@@ -30,12 +30,12 @@ from .rollout_view import RolloutReader, rollout_data
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
-_MOST_ROWS = 500  # of the list, in one answer
+_MOST_ROWS = 500  # of the list, per response
 _KEPT_QUERIES = 16
 _WHOLE_NUMBER = re.compile("-?[0-9]{1,15}")  # array positions have 64 bits
 _MOST_QUERY_CHARS = 10_000
 _HEADERS = {
-    # frame-ancestors counts in a header alone, not in the page's own policy.
+    # Browsers ignore frame-ancestors in a page's own policy; only the header works.
     "Content-Security-Policy": content_security_policy(served=True) + "; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -46,7 +46,7 @@ _HEADERS = {
 
 
 class BadRequest(Exception):
-    """A request that gets no data: its status, and why in a sentence."""
+    """A refused request: its HTTP status and the reason in one sentence."""
 
     def __init__(self, status: HTTPStatus, why: str) -> None:
         super().__init__(why)
@@ -54,11 +54,11 @@ class BadRequest(Exception):
 
 
 class Viewer:
-    """What the server answers: a page, pieces of its list, single rollouts.
+    """The server's responses: the page, ranges of its list, single rollouts.
 
     Raises:
-        InputError: no routed or annotations dataset or train run, or the one it is compared with
-            is no annotations dataset of the same rollouts.
+        InputError: the dataset is not routed, annotations or a train run, or the second dataset
+            does not annotate the same rollouts.
     """
 
     def __init__(self, store: Store, ref: str, against: str | None = None) -> None:
@@ -80,7 +80,7 @@ class Viewer:
         self._select = lru_cache(maxsize=_KEPT_QUERIES)(partial(select, self._index, self._tables))
 
     def rows(self, parameters: dict[str, str]) -> dict[str, Any]:
-        """`count` rows of the list from `from` on, and how many the query has in all."""
+        """`count` rows of the list, starting at `from`, and the number of all matches."""
         positions = self._select(self._query(parameters))
         first = _whole_number(parameters, "from", 0)
         count = min(_whole_number(parameters, "count", 100), _MOST_ROWS)
@@ -90,16 +90,16 @@ class Viewer:
         }
 
     def rollout(self, parameters: dict[str, str]) -> dict[str, Any]:
-        """The rollout `id`, and its group's members."""
+        """The rollout `id` and the members of its group."""
         position = self._position(parameters)
         here = slice(position, position + 1)
         (view,) = self._reader.read({role: rows[here] for role, rows in self._index.rows.items()})
         return rollout_data(view) | {"members": self._index.members(position)}
 
     def place(self, parameters: dict[str, str]) -> dict[str, int | None]:
-        """The place in the query's list of rollout `id`, or of the next disagreement `after` one.
+        """A place in the query's list: of rollout `id`, or of the next disagreement after `after`.
 
-        None where there is none.
+        None if there is none.
         """
         positions = self._select(self._query(parameters))
         if "id" not in parameters:
@@ -119,7 +119,7 @@ class Viewer:
 
 
 def _possible_paints(index: RolloutIndex) -> set[Paint]:
-    """The paints that the dataset's responses may have, told without painting them."""
+    """The paints that the dataset's responses may have, found without painting them."""
     values = {facet.name: set(facet.values) for facet in index.facets}
     if "route" not in values:
         return {Paint.MARKED}
@@ -135,27 +135,27 @@ def _parameters(query: str) -> dict[str, str]:
     try:
         return dict(parse_qsl(query, errors="strict", max_num_fields=100))
     except ValueError:  # UnicodeDecodeError among them
-        raise BadRequest(HTTPStatus.BAD_REQUEST, "the query is no UTF-8 text") from None
+        raise BadRequest(HTTPStatus.BAD_REQUEST, "the query is not UTF-8 text") from None
 
 
 def _whole_number(parameters: dict[str, str], name: str, default: int) -> int:
     value = parameters.get(name, str(default))
     if not _WHOLE_NUMBER.fullmatch(value) or int(value) < min(default, 0):
-        raise BadRequest(HTTPStatus.BAD_REQUEST, f"{name} is no whole number")
+        raise BadRequest(HTTPStatus.BAD_REQUEST, f"{name} is not a whole number")
     return int(value)
 
 
 def open_server(viewer: Viewer, port: int = 0) -> ThreadingHTTPServer:
-    """A server on loopback, listening; `serve_forever` runs it. port 0: any that is free.
+    """A listening server on loopback; `serve_forever` runs it. port 0: any free port.
 
     Raises:
-        InputError: the port is taken, or not to be had.
+        InputError: the port is taken or not permitted.
     """
     try:
         server = _Server((HOST, port), partial(_Handler, viewer))
     except OSError as error:
         raise InputError(
-            f"port {port} of {HOST}: {error.strerror}; give another with --port, or none for any"
+            f"port {port} of {HOST}: {error.strerror}; pass another --port, or none for any free one"
         ) from None
     return server
 
@@ -164,25 +164,27 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news; anything else is in the log, not on the terminal."""
+        """Clients that hang up are normal; other failures go to the log, not to the terminal."""
         logger.debug("a request failed", exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # one connection for all of a page's requests
     server_version, sys_version = "trace-opd", ""
-    disable_nagle_algorithm = True  # head and body are two writes; the second must not wait
-    timeout = 60  # seconds that an idle connection keeps its thread
+    disable_nagle_algorithm = True  # headers and body are two writes; the second must not wait
+    timeout = 60  # seconds after which an idle connection frees its thread
 
     def __init__(self, viewer: Viewer, *request: Any) -> None:
         self._viewer = viewer
         super().__init__(*request)
 
     def do_GET(self) -> None:
-        # A name that an attacker's page made to resolve to loopback is no name of this server.
+        # DNS rebinding: an attacker's page can make its own name resolve to loopback.
         port = self.connection.getsockname()[1]
         if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
-            self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this server is asked under another name")
+            self._refuse(
+                HTTPStatus.MISDIRECTED_REQUEST, "this server does not answer to this host name"
+            )
             return
         try:
             address = urlsplit(self.path)
@@ -203,20 +205,20 @@ class _Handler(BaseHTTPRequestHandler):
                 answer = answers[address.path](_parameters(address.query))
             except BadRequest as error:
                 self._refuse(error.status, str(error))
-            except InputError as error:  # a file of the store is gone or damaged
+            except InputError as error:  # a file of the store is missing or damaged
                 self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
             else:
                 self._send(HTTPStatus.OK, "application/json", json.dumps(answer))
 
     def _get_only(self) -> None:
-        self.close_connection = True  # what else the request holds is not read
+        self.close_connection = True  # the rest of the request is not read
         self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "GET only", {"Allow": "GET"})
 
     do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = _get_only
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the standard library refuses (a malformed request): as plain text too."""
-        self.close_connection = True  # where the next request begins is not known
+        """Requests that the standard library refuses (malformed ones) get plain text too."""
+        self.close_connection = True  # the start of the next request is unknown
         self._refuse(HTTPStatus(code), message or HTTPStatus(code).phrase)
 
     def _refuse(self, status: HTTPStatus, why: str, headers: dict[str, str] | None = None) -> None:

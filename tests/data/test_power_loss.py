@@ -12,6 +12,7 @@ import pytest
 from trace_opd.data import files, locks
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.annotators.journal import Journal
+from trace_opd.pipelines.annotators.journal_lines import Answered
 from trace_opd.tests.data.power import Killed, Record, recorded
 
 PARTS, QUESTIONS = 2, 2
@@ -62,7 +63,7 @@ def pay(draft: Draft, part: int, promise: Callable[[str, str], None]) -> None:
     journal = Journal(draft.local_path("journal"))
     for question in (f"{part}-{n}" for n in range(QUESTIONS)):
         if journal.get(question) is None:
-            journal.append([(question, {"answer": question})])
+            journal.append([Answered(question, {"answer": question})])
             promise("paid", question)
     journal.close()
 

@@ -22,7 +22,7 @@ import pytest
 
 from trace_opd.data.store import Store
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
-from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import (
     AnnotateConfig,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trace_opd.data.store import Store
-from trace_opd.pipelines.pipeline import DEFAULT_ALIAS
+from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.tests.kill.harness import CONFIG, Launcher
 from trace_opd.tests.soak import invariants
 from trace_opd.tests.soak.answers import MAX_NEW_TOKENS, PATIENCE_S, TIMEOUT_S, USD_PER_MILLION
@@ -72,5 +72,5 @@ def undisturbed(runs: Launcher, endpoint: Endpoint, variant: Variant, root: Path
     invariants.not_paid_again((), endpoint.log)
     invariants.not_lost(root, endpoint.log)
     aliases = Store(root).aliases()
-    refs = {stage: aliases[DEFAULT_ALIAS[stage]] for stage in STAGES}
+    refs = {stage: aliases[REGISTRY[stage].alias] for stage in STAGES}
     return Baseline(root, refs, counts, sum(request.usd for request in endpoint.log))

@@ -26,7 +26,7 @@ from trace_opd.pipelines.bundled.micro import arithmetic_problems, exact_verdict
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.stages import train
 from trace_opd.pipelines.stages.base import close_engine
-from trace_opd.pipelines.stages.convert import CONVERT_STAGE
+from trace_opd.pipelines.stages.convert import STAGE as CONVERT_STAGE
 from trace_opd.schemas.configs import (
     ConvertConfig,
     OfflineConfig,

@@ -21,7 +21,8 @@ import torch
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.models import resolve_policy
-from trace_opd.pipelines.pipeline import CONFIG_TYPES, run_stage
+from trace_opd.pipelines.pipeline import run_stage
+from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.schemas.settings import load_config
 from trace_opd.trace.policy import Policy
 
@@ -154,7 +155,7 @@ class Lab:
     def __init__(self, root: Path) -> None:
         self.root, self.store = root, Store(root)
         self._started: list[subprocess.Popen] = []
-        config = load_config(CONFIG_TYPES["problems"], CONFIG, ["limit=12"], "problems")
+        config = load_config(REGISTRY["problems"].config_type, CONFIG, ["limit=12"], "problems")
         self.problems = run_stage("problems", config, self.store).ref
 
     def train(self, *overrides: str) -> subprocess.Popen:

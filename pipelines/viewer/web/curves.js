@@ -1,14 +1,14 @@
-// Training curves as inline SVG: one crosshair over all of them.
+// Draws training curves as inline SVG, with one crosshair over all of them. start.js calls it.
 
 const FRONT_CHARTS = 6;
 const BOX = { width: 360, height: 168, left: 38, right: 6, top: 14, bottom: 18 };
 const cursors = [];
-const ROUTES = ["fkl", "rkl", "jsd", "reweight"]; // in the order of the styles s0 … s3
 
-// A route's series has the route's colour in every chart, any other one that of its place.
+// A route's series has the route's colour in every chart; any other series the colour of its place.
 function seriesStyle(name, index) {
-  const route = ROUTES.indexOf(name.split("_").pop());
-  return `s${route >= 0 ? route : Math.min(index, 4)}`;
+  const route = DATA.routes.indexOf(name.split("_").pop());
+  if (route >= 0) return `s${(route % 6) + 1}`;
+  return `s${index < 4 ? index + 1 : 0}`;
 }
 
 function niceTicks(low, high, count) {
@@ -35,7 +35,7 @@ function drawChart(chart) {
   const steps = DATA.steps;
   const values = chart.series.flatMap((series) => series.values).filter((value) => value !== null);
   const least = Math.min(...values), most = Math.max(...values);
-  // Near zero the axis starts there: a share of 0.9 to 0.95 must not look like a collapse.
+  // Values near zero get an axis that starts at zero; others, such as 0.9 to 0.95, get their own range.
   const ticks = niceTicks(least >= 0 && least < most / 2 ? 0 : least, most, 4);
   const [low, high] = [ticks[0], ticks[ticks.length - 1]];
   const first = steps[0], span = steps[steps.length - 1] - first || 1;
@@ -92,7 +92,7 @@ function drawChart(chart) {
     cursor.setAttribute("x2", x(steps[shown]));
     for (const { mark, reading, values: series } of marks) {
       reading.textContent = number(series[shown]);
-      // A lone step has no line: its mark stays.
+      // A single step has no line, so its mark stays.
       const hidden = series[shown] === null || (index === null && steps.length > 1);
       mark.style.opacity = hidden ? 0 : 1;
       mark.setAttribute("cx", x(steps[shown]));

@@ -1,18 +1,18 @@
-// The list of rollouts: as long as the query's, with only the rows in sight in the document.
+// The list of rollouts: it scrolls over all matches, but the document holds only the visible rows.
 
 const ROW_HEIGHT = 52; // pixels, as in the style
-const MARGIN = 8; // rows made beyond the visible ones
-const FETCHED = 100; // rows asked for at once
-const KEPT = 40; // pieces of FETCHED rows that stay in memory
+const MARGIN = 8; // rows drawn above and below the visible ones
+const FETCHED = 100; // rows per request
+const KEPT = 40; // requests whose rows stay in memory
 
 const list = byId("list");
 const spacer = el("div", { class: "spacer", role: "presentation" });
 list.append(spacer);
 let query = { filters: {}, q: "", sort: "" };
 let total = 0, current = -1, generation = 0;
-let fetched = new Map(); // index of a piece of rows → promise of them
+let fetched = new Map(); // index of a request → promise of its rows
 
-// Rows from a place on, of one piece; null once another query has taken over.
+// The rows of one request, from a place on; null if another query has replaced this one.
 async function rowAt(place) {
   const piece = Math.floor(place / FETCHED), mine = generation;
   if (!fetched.has(piece)) {
@@ -85,7 +85,7 @@ function rowContent(row) {
   ].filter(Boolean);
 }
 
-// How much of what either annotator marks only one of them marks.
+// The share of all marked characters that only one annotator marks.
 function meter(row) {
   if (row.disagreement === null) return el("span", { class: "meter none", title: "not comparable" }, "–");
   const apart = row.disagreement - (facet(row, "types") === "differ" ? 1 : 0);
@@ -94,7 +94,7 @@ function meter(row) {
   return el("span", { class: "meter", title: "marked by one annotator alone, of all that is marked" }, bar, percent(Math.max(0, apart), 0));
 }
 
-// Makes a place of the list the current one; returns its row, or null if it has none.
+// Selects a place of the list; returns its row, or null if it has none.
 async function choose(place) {
   if (!total) return null;
   place = Math.max(0, Math.min(place, total - 1));

@@ -1,5 +1,5 @@
 "use strict";
-// All text of the data goes into the page through textContent: it can never become markup.
+// Data enters the page only through textContent, so it can never become markup.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const COMPARED = DATA.labels !== null;
 
@@ -30,7 +30,7 @@ const signed = (value) => (value >= 0 ? "+" : "−") + Math.abs(value).toFixed(2
 const percent = (value, digits = 1) => (100 * value).toFixed(digits) + " %";
 const many = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 
-// The value of a list row's facet; undefined where the dataset has no such facet.
+// The value of a list row's facet; undefined if the dataset has no such facet.
 const FACET_AT = new Map(DATA.facets.map((facet, index) => [facet.name, index]));
 function facet(row, name) {
   const at = FACET_AT.get(name);

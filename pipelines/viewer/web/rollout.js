@@ -1,4 +1,4 @@
-// One rollout: its problem, what is known of it, and its response under one annotator or two.
+// Draws one rollout: its problem, its facts, and its response as one or two annotators marked it.
 
 const PLAIN = 0;
 const textOf = (pieces) => pieces.map((piece) => piece[0]).join("");
@@ -97,7 +97,7 @@ function ribbon(pieces, names) {
   return strip;
 }
 
-// Before each segment a slot as wide as all others, so that both columns break their lines alike:
+// A slot of fixed width before each segment, so that both columns break their lines alike:
 // it holds the segment's number, or the rank of the span that begins there.
 function response(pieces, names, spans, title) {
   const kinds = new Map(spans.map((span) => [span.rank, span.kind]));

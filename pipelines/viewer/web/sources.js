@@ -1,5 +1,5 @@
-// Where the list's rows and the rollouts come from: the page itself, or the server behind it.
-// Both answer the same four questions, of a query { filters: { facet: value }, q, sort }:
+// Two sources of rows and rollouts: the page's own data, or the server that sent the page.
+// Both have the same four functions of a query { filters: { facet: value }, q, sort }:
 //   rows(query, from, count) → { total, rows }      rollout(id) → the rollout
 //   placeOf(query, id) → place in the list or null   nextDisagreement(query, after) → the same
 
@@ -26,7 +26,7 @@ function pageSource() {
     const found = DATA.rows.filter(
       (row) => wanted.every(([name, value]) => facet(row, name) === value) && (!text || haystack(row).includes(text)),
     );
-    // Rows that can't be compared come last. The sort is stable: ties stay in the list's own order.
+    // Rows that cannot be compared are last. The sort is stable, so ties keep the list's order.
     if (query.sort === "disagreement") found.sort((a, b) => (b.disagreement ?? -1) - (a.disagreement ?? -1));
     last = { key, found };
     return found;

@@ -1,7 +1,7 @@
-// What the reader does: the address's hash holds the query, the rollout shown and the theme.
+// Handles the reader's input. The address's hash holds the query, the rollout and the theme.
 
 const browser = byId("browser");
-const SEARCH_PAUSE = 250; // ms of no typing before a search begins
+const SEARCH_PAUSE = 250; // ms without typing before a search begins
 let hash = new URLSearchParams();
 let typing = 0;
 
@@ -69,7 +69,7 @@ let wanted = null;
 async function show(id) {
   wanted = id;
   const rollout = await SOURCE.rollout(id);
-  if (wanted !== id) return; // the reader has gone on
+  if (wanted !== id) return; // the reader has selected another rollout
   byId("detail").replaceChildren(...(rollout ? drawRollout(rollout) : [el("p", { class: "empty" }, "This rollout is not here.")]));
   byId("place").textContent = current < 0 ? "" : `${(current + 1).toLocaleString("en")} of ${total.toLocaleString("en")}`;
 }

@@ -1,4 +1,4 @@
-"""Annotators that run on one store at once pay for each question once."""
+"""Simultaneous annotators on one store pay for each question once."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ import pytest
 from trace_opd.data.store import Store
 from trace_opd.pipelines.annotators.claims import Claims
 from trace_opd.pipelines.annotators.prices import Price
-from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator
 from trace_opd.schemas.errors import InputError
@@ -49,7 +49,7 @@ def start(request: AnnotateConfig, root: Path) -> Any:
 
 
 def slow(server: PaidServer, seconds: float = 0.1) -> Callable[[], Counter[str]]:
-    """Answers take their time, several at once. Returns what counts how often each was asked."""
+    """Make the server answer slowly and in parallel. Returns a counter of requests."""
     asked: list[str] = []
     hold = threading.Lock()
 
@@ -68,7 +68,7 @@ def slow(server: PaidServer, seconds: float = 0.1) -> Callable[[], Counter[str]]
 
 
 def reverse(store: Store) -> None:
-    """The same rollouts in the opposite order, as dataset `reversed`."""
+    """Add dataset `reversed`: the same rollouts in the opposite order."""
     inputs: dict[str, Any] = {}
     verdicts = store.get("verdicts")
     rollouts = verdicts.input("rollouts")
@@ -100,11 +100,11 @@ def test_two_runs_at_once_pay_for_each_question_once(
     assert set(asked().values()) == {1}
     made = list(store.datasets("annotate"))
     assert [dataset.summary["status"] for dataset in made] == [{"ok": 24}] * 2
-    if verdicts == "reversed":  # each began where the other ended
+    if verdicts == "reversed":  # each asked from its own end
         assert all(list(Path(dataset.path("journal")).glob("*.jsonl")) for dataset in made)
 
 
-def test_what_a_killed_run_was_asking_is_asked_by_the_other(
+def test_the_other_run_asks_what_a_killed_run_was_asking(
     tmp_path: Path, paid_server, make_verdicts
 ):
     make_verdicts(tmp_path, parts=1, count=8)
@@ -135,7 +135,7 @@ def test_the_run_that_asks_pays(tmp_path: Path, paid_server, make_verdicts):
 
 
 def hold(path: Path, key: str, claimed: Any) -> None:
-    """Claim a question and ask it for a minute."""
+    """Claim a question for a minute."""
 
     async def ask() -> None:
         async with Claims(path).held(key, asyncio.sleep, 1.0):
@@ -145,7 +145,7 @@ def hold(path: Path, key: str, claimed: Any) -> None:
     asyncio.run(ask())
 
 
-def test_a_run_that_is_suspended_is_not_waited_for_for_ever(tmp_path: Path):
+def test_waiting_for_a_suspended_run_ends(tmp_path: Path):
     path, key = tmp_path / "claims", "ab" * 32
     claimed = PROCESSES.Event()
     holder = PROCESSES.Process(target=hold, args=(path, key, claimed))

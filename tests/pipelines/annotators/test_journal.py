@@ -1,4 +1,4 @@
-"""The journal of paid answers: on disk before they count, shared, never torn."""
+"""The journal of paid answers: durable before they count, shared by processes, tolerant of damage."""
 
 import asyncio
 import multiprocessing
@@ -6,26 +6,29 @@ import os
 import resource
 import shutil
 import threading
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trace_opd.pipelines.annotators.journal import GroupCommit, Journal, request_key
-from trace_opd.pipelines.annotators.journal_lines import Reserved, Settled, read_lines
+from trace_opd.pipelines.annotators.journal_lines import Answered, Reserved, Settled, read_lines
 from trace_opd.schemas.errors import InputError
+from trace_opd.tests.soak.file_faults import damage
+from trace_opd.tests.soak.schedule import DAMAGES
 
 
-def test_a_torn_line_is_ignored_and_the_rest_is_kept(tmp_path: Path):
+def test_a_torn_line_costs_no_other_line(tmp_path: Path):
     first = Journal(tmp_path)
-    first.append([("a", {"n": 1})])
-    first.append([("b", {"n": 2})])
+    first.append([Answered("a", {"n": 1})])
+    first.append([Answered("b", {"n": 2})])
     first.close()
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-5])
     second = Journal(tmp_path)
     assert (second.get("a"), second.get("b")) == ({"n": 1}, None)
-    second.append([("b", {"n": 3})])
+    second.append([Answered("b", {"n": 3})])
     second.close()
     assert Journal(tmp_path).get("b") == {"n": 3}
 
@@ -47,44 +50,64 @@ def test_a_torn_line_is_ignored_and_the_rest_is_kept(tmp_path: Path):
     ],
     ids=lambda damage: repr(damage[:30]),
 )
-def test_lines_that_hold_no_record_are_skipped_and_counted(tmp_path: Path, damage: bytes, caplog):
+def test_damaged_lines_are_skipped_and_counted(tmp_path: Path, damage: bytes, caplog):
     lines = [b'{"key": "b", "record": {"n": 1}}\n', b'{"key": "c", "record": {"n": 2}}\n']
     path = tmp_path / "damaged.jsonl"
     path.write_bytes(lines[0] + damage + lines[1] + damage)
     kept = Journal(tmp_path)
     assert [kept.get(key) for key in "abc"] == [None, {"n": 1}, {"n": 2}]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path}: skipped 2 lines that hold no answer"
+        f"{path}: skipped 2 damaged lines"
     ]
 
 
-def test_a_record_that_cannot_be_used_hides_none_that_can(tmp_path: Path):
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damage_costs_only_the_lines_that_it_touches(tmp_path: Path, how: str):
+    keys = [sha256(bytes([n])).hexdigest() for n in range(60)]
+    first = Journal(tmp_path / "first")
+    first.append([Answered(key, {"n": n}) for n, key in enumerate(keys)])
+    first.close()
+    (undamaged,) = (tmp_path / "first").iterdir()
+    spans = [(start, end) for start, end, _ in read_lines(undamaged)]
+    size = spans[-1][1]
+    for trial in range(40):
+        path = Path(shutil.copytree(tmp_path / "first", tmp_path / f"{trial}")) / undamaged.name
+        damage(path, how, trial / 40)
+        begin = int(trial / 40 * size)
+        end = {"flip": begin + 1, "zeros": begin + 512, "cut": size}[how]
+        kept = Journal(path.parent)
+        for n, (line_begin, line_end) in enumerate(spans):
+            if line_end <= begin or line_begin > end:  # with the line end before it
+                assert kept.get(keys[n]) == {"n": n}
+
+
+def test_an_unreadable_record_hides_no_readable_one(tmp_path: Path):
     (tmp_path / "1.jsonl").write_text('{"key": "a", "record": {"n": 1}}\n')
     (tmp_path / "2.jsonl").write_text('{"key": "a", "record": {}}\n')
     (tmp_path / "0.jsonl").write_text('{"key": "a", "record": {}}\n')
     assert Journal(tmp_path, readable=lambda record: "n" in record).get("a") == {"n": 1}
 
 
-def test_a_folder_or_a_pipe_of_a_journals_name_is_none(tmp_path: Path):
+def test_a_folder_or_a_pipe_named_like_a_journal_is_ignored(tmp_path: Path):
     (tmp_path / "1.jsonl").mkdir()
     os.mkfifo(tmp_path / "2.jsonl")
     assert Journal(tmp_path).get("a") is None
 
 
-def test_an_answer_of_a_journal_that_was_removed_is_gone(tmp_path: Path):
+def test_an_answer_of_a_removed_journal_is_not_found(tmp_path: Path):
     theirs = Journal(tmp_path / "theirs")
-    theirs.append([("a", {"n": 1})])
+    theirs.append([Answered("a", {"n": 1})])
     ours = Journal(tmp_path / "ours", lambda: [tmp_path / "theirs"])
     shutil.rmtree(tmp_path / "theirs")
     assert ours.get("a") is None
 
 
-def test_records_come_back_as_they_were(tmp_path: Path):
+def test_records_are_read_as_they_were_written(tmp_path: Path):
     record = {
         "body": {"text": 'é\n"quoted" {"key":"b","record":1} \U0001f600', "n": 0.1, "null": None}
     }
     journal = Journal(tmp_path)
-    journal.append([("a", record)])
+    journal.append([Answered("a", record)])
     assert journal.get("a") == Journal(tmp_path).get("a") == record
     assert Journal(tmp_path).get("b") is None
 
@@ -97,6 +120,12 @@ SHARED: dict[str, Any] = {
     "sampling": {"temperature": 0.0, "max_new_tokens": 64},
     "prompt_version": "v1",
 }
+
+
+def test_a_key_stays_the_same_over_versions():
+    """Another key would pay for every journalled answer again."""
+    key = "7b8e60ac6fc8799555a1928addef44664ce581c4be28ed39c98473f23e0bf0ca"
+    assert request_key(**SHARED) == key
 
 
 @pytest.mark.parametrize(
@@ -114,28 +143,28 @@ SHARED: dict[str, Any] = {
         {"sample_index": 1},
     ],
 )
-def test_all_that_decides_an_answer_is_in_its_key(change: dict[str, Any]):
+def test_everything_that_decides_an_answer_is_in_its_key(change: dict[str, Any]):
     assert request_key(**SHARED) == request_key(**{k: SHARED[k] for k in reversed(SHARED)})
     assert request_key(**SHARED) != request_key(**(SHARED | change))
 
 
-def test_what_another_journal_writes_is_found_when_it_is_looked_for(tmp_path: Path):
+def test_get_finds_what_another_journal_has_written_meanwhile(tmp_path: Path):
     one, other = Journal(tmp_path), Journal(tmp_path)
     assert other.get("a") is None
-    one.append([("a", {"n": 1})])
+    one.append([Answered("a", {"n": 1})])
     assert other.get("a") == {"n": 1}
-    one.append([("b", {"n": 2})])
-    other.append([("c", {"n": 3})])
+    one.append([Answered("b", {"n": 2})])
+    other.append([Answered("c", {"n": 3})])
     assert (other.get("b"), one.get("c")) == ({"n": 2}, {"n": 3})
 
 
-def test_journals_elsewhere_serve_and_stay_as_they_are(tmp_path: Path):
+def test_other_journals_are_read_and_never_written(tmp_path: Path):
     theirs = Journal(tmp_path / "theirs")
-    theirs.append([("a", {"n": 1})])
+    theirs.append([Answered("a", {"n": 1})])
     theirs.close()
     before = {path: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
     ours = Journal(tmp_path / "ours", lambda: [tmp_path / "theirs"])
-    ours.append([("b", {"n": 2})])
+    ours.append([Answered("b", {"n": 2})])
     assert (ours.get("a"), ours.get("b")) == ({"n": 1}, {"n": 2})
     assert {path: path.read_bytes() for path in (tmp_path / "theirs").iterdir()} == before
 
@@ -143,11 +172,11 @@ def test_journals_elsewhere_serve_and_stay_as_they_are(tmp_path: Path):
 def write_and_read(folder: Path, name: str, count: int) -> None:
     journal = Journal(folder)
     for n in range(count):
-        journal.append([(f"{name}-{n}", {"n": n, "text": name * 500})])
-        journal.get(f"{name}-{n + 1}")  # not there: looks into what the others have written
+        journal.append([Answered(f"{name}-{n}", {"n": n, "text": name * 500})])
+        journal.get(f"{name}-{n + 1}")  # missing: indexes what the others have written
 
 
-def test_annotators_in_threads_and_processes_share_a_folder_unharmed(tmp_path: Path):
+def test_threads_and_processes_share_a_folder(tmp_path: Path):
     fork = multiprocessing.get_context("fork")
     workers: list[Any] = [
         fork.Process(target=write_and_read, args=(tmp_path, f"process{n}", 40)) for n in range(3)
@@ -168,12 +197,12 @@ def test_annotators_in_threads_and_processes_share_a_folder_unharmed(tmp_path: P
                 assert journal.get(f"{name}-{n}") == {"n": n, "text": name * 500}
 
 
-def test_one_journal_is_used_by_many_threads(tmp_path: Path):
+def test_threads_share_a_journal(tmp_path: Path):
     journal = Journal(tmp_path)
 
     def work(name: str) -> None:
         for n in range(20):
-            journal.append([(f"{name}-{n}", {"n": n})])
+            journal.append([Answered(f"{name}-{n}", {"n": n})])
             assert journal.get(f"{name}-{n}") == {"n": n}
 
     threads = [threading.Thread(target=work, args=(str(i),)) for i in range(4)]
@@ -187,17 +216,17 @@ def test_one_journal_is_used_by_many_threads(tmp_path: Path):
 class _Counted(Journal):
     writes = 0
 
-    def append(self, records, notes=()) -> None:
+    def append(self, lines) -> None:
         self.writes += 1
-        super().append(records, notes)
+        super().append(lines)
 
 
-def test_records_that_wait_together_reach_the_disk_together(tmp_path: Path):
+def test_waiting_records_share_a_write(tmp_path: Path):
     journal = _Counted(tmp_path)
 
     async def answer(commit: GroupCommit, n: int) -> None:
         await commit.append(str(n), {"n": n})
-        # It counts only now, so by now it is there for anyone.
+        # It counts from here on, so every other reader must find it.
         assert Journal(tmp_path).get(str(n)) == {"n": n}
 
     async def all_answers() -> None:
@@ -210,7 +239,7 @@ def test_records_that_wait_together_reach_the_disk_together(tmp_path: Path):
     assert journal.writes < 20
 
 
-def test_a_reservation_is_on_the_disk_before_it_returns_and_lasts_until_it_is_settled(
+def test_a_reservation_is_durable_before_it_returns_and_lasts_until_it_is_settled(
     tmp_path: Path,
 ):
     journal = _Counted(tmp_path)
@@ -248,9 +277,9 @@ def test_a_reservation_is_on_the_disk_before_it_returns_and_lasts_until_it_is_se
     assert journal.writes < 10
 
 
-def test_a_full_disk_is_told_to_all_who_wait_and_tears_nothing(tmp_path: Path):
+def test_a_full_disk_fails_every_waiting_append_and_harms_no_written_line(tmp_path: Path):
     journal = Journal(tmp_path)
-    journal.append([("a", {"n": 1})])
+    journal.append([Answered("a", {"n": 1})])
 
     async def two() -> list[BaseException | None]:
         commit = GroupCommit(journal)
@@ -265,6 +294,6 @@ def test_a_full_disk_is_told_to_all_who_wait_and_tears_nothing(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [type(outcome) for outcome in outcomes] == [InputError] * 3
     assert "make room and run again" in str(outcomes[0])
-    journal.append([("e", {"n": 5})])
+    journal.append([Answered("e", {"n": 5})])
     kept = Journal(tmp_path)
     assert [kept.get(key) for key in "abcde"] == [{"n": 1}, None, None, None, {"n": 5}]

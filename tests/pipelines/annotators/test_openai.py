@@ -25,7 +25,7 @@ from trace_opd.pipelines.annotators.prices import Price
 from trace_opd.pipelines.annotators.prompting import SHIPPED_PROMPT, SHIPPED_SCHEMA
 from trace_opd.pipelines.annotators.rows import Reading
 from trace_opd.pipelines.annotators.spending import open_spending
-from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator, SegmentConfig
 from trace_opd.schemas.contract import validate
@@ -464,10 +464,10 @@ def test_concurrency_is_used_and_not_exceeded():
 def test_a_slow_disk_holds_requests_back(tmp_path: Path, monkeypatch):
     append, kept, unkept = Journal.append, [], []
 
-    def append_slowly(journal, records, notes):
+    def append_slowly(journal, lines):
         time.sleep(0.05)
-        append(journal, records, notes)
-        kept.extend(records)
+        append(journal, lines)
+        kept.extend(lines)
 
     def answer(number: int, body: dict) -> Reply:
         unkept.append(number + 1 - len(kept))

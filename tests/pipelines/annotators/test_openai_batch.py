@@ -19,7 +19,7 @@ from trace_opd.pipelines.annotators.batch_jobs import read_jobs
 from trace_opd.pipelines.annotators.prices import Price
 from trace_opd.pipelines.annotators.spending import open_spending
 from trace_opd.pipelines.cli.batches import batches_table
-from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator
 from trace_opd.schemas.errors import InputError
@@ -206,7 +206,7 @@ def test_answers_that_were_asked_one_by_one_are_not_in_a_batch(
 _RUN_STAGE = """
 import sys
 from trace_opd.data.store import Store
-from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.schemas.configs import AnnotateConfig
 ANNOTATE_STAGE.run(AnnotateConfig.model_validate_json(sys.argv[1]), Store(sys.argv[2]))
 """

@@ -23,10 +23,10 @@ from trace_opd.pipelines.annotators.dialogue import RAISED_LIMIT
 from trace_opd.pipelines.annotators.own_policy import annotating_policy, turn_seed
 from trace_opd.pipelines.annotators.prompting import load_prompt
 from trace_opd.pipelines.models import resolve_policy
-from trace_opd.pipelines.pipeline import CONFIG_TYPES, run_stage
+from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.samplers import sampling_engine
-from trace_opd.pipelines.stages import train
-from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages import REGISTRY, train
+from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.schemas.configs import (
     AnnotateConfig,
     OpenAIAnnotator,
@@ -230,7 +230,9 @@ def test_online_the_current_weights_annotate_and_each_row_tells_which(tmp_path: 
     store = Store(tmp_path)
     overrides = ["limit=4", "rows_per_part=4"]
     run_stage(
-        "problems", load_config(CONFIG_TYPES["problems"], micro_yaml, overrides, "problems"), store
+        "problems",
+        load_config(REGISTRY["problems"].config_type, micro_yaml, overrides, "problems"),
+        store,
     )
     overrides = [
         "offline.steps=0", "online.steps=2", "groups_per_step=2", "online.group_size=2",

@@ -8,7 +8,7 @@ from trace_opd.data.sources.arithmetic import steps
 from trace_opd.data.store import Store
 from trace_opd.pipelines.annotators import open_annotator
 from trace_opd.pipelines.annotators.equations import equations
-from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.schemas.configs import AnnotateConfig, RuleAnnotator, SegmentConfig
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError

@@ -13,7 +13,7 @@ import yaml
 from trace_opd.data.store import MANIFEST, Store
 from trace_opd.pipelines.cli import main
 from trace_opd.pipelines.cli.remake import overrides
-from trace_opd.pipelines.pipeline import CONFIG_TYPES
+from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.schemas.configs import PipelineConfig, TrainConfig
 from trace_opd.schemas.presets import PRESETS
 from trace_opd.schemas.settings import load_config
@@ -185,14 +185,14 @@ def test_only_the_named_datasets_are_read(run, root):
 def sections():
     for path in sorted(CONFIGS.glob("*.yaml")):
         if yaml.safe_load(path.read_text()).keys() >= {"problems", "annotate"}:
-            for stage in sorted(CONFIG_TYPES.keys() - {"report"}):  # which makes no dataset
+            for stage in sorted(REGISTRY.keys() - {"report"}):  # which makes no dataset
                 yield pytest.param(path, stage, id=f"{path.stem}-{stage}")
 
 
 @pytest.mark.parametrize(("path", "stage"), sections())
 def test_words_of_a_config_make_that_config(path, stage):
     config = getattr(load_config(PipelineConfig, path), stage)
-    assert load_config(CONFIG_TYPES[stage], None, overrides(config)) == config
+    assert load_config(REGISTRY[stage].config_type, None, overrides(config)) == config
 
 
 @pytest.mark.parametrize("preset", PRESETS)

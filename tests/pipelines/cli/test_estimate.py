@@ -10,7 +10,7 @@ from rich.console import Console
 from trace_opd.data.store import Draft, Store
 from trace_opd.pipelines.cli.estimate import Estimate, estimate
 from trace_opd.pipelines.cli.show import show_plan
-from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator
 from trace_opd.schemas.errors import InputError

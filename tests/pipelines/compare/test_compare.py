@@ -1,6 +1,7 @@
-"""Command compare: what it joins, what it writes, and that capped figures are what training sees."""
+"""Command compare: what it joins and writes, and that capped figures are what training sees."""
 
 import json
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +16,7 @@ from trace_opd.pipelines.cli import main
 from trace_opd.pipelines.compare import page as comparison_report
 from trace_opd.pipelines.compare.compare import SCOPES, compare
 from trace_opd.pipelines.compare.table import comparison_table
+from trace_opd.pipelines.models import MICRO
 from trace_opd.schemas.comparisons import COMPARISONS
 from trace_opd.schemas.configs import RoutingConfig
 from trace_opd.schemas.contract import validate
@@ -38,7 +40,7 @@ def run(*args: object) -> int:
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory) -> Store:
-    """Real rollouts with token ids, annotated by both rules and by an annotator of other segments."""
+    """Real rollouts with token ids, annotated by both rules and with other segments."""
     root = tmp_path_factory.mktemp("sampled") / "store"
     for command in (
         ["problems", CONFIG, "limit=6", "rows_per_part=2"],
@@ -205,6 +207,45 @@ def test_annotators_that_cut_differently_are_compared_token_by_token(sampled):
     assert row["unit"] == "tokens"
     assert 0 < row["iou"] < 1
     assert row["same_segments"] < row["judged"]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_tokenizer_with_code_counts_tokens_only_where_the_code_may_run(
+    sampled, tmp_path, monkeypatch, allowed
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    if allowed:
+        monkeypatch.setenv("TRACE_OPD_TRUST_REMOTE_CODE", "1")
+    model = tmp_path / "model"
+    shutil.copytree(MICRO, model)
+    (model / "own_tokenizer.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    classes = {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]}
+    settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": classes}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "config.json").write_text("{}")  # no model type whose own tokenizer would do
+    line = sampled.get("line")
+    store = Store(tmp_path / "store")
+    config = {"policy": {"path": str(model), "trust_remote_code": True}}
+
+    def copied(stage: str, source: Dataset, contract, inputs, tag="") -> Dataset:
+        draft = store.begin(stage, {"tag": tag}, inputs, contract, config)
+        draft.write_part(0, source.read())
+        return draft.finish(1)
+
+    verdicts = line.input("verdicts")
+    rollouts = verdicts.input("rollouts")
+    made = copied("problems", rollouts.input("problems"), PROBLEMS, {})
+    made = copied("rollout", rollouts, ROLLOUTS, {"problems": made})
+    made = copied("verify", verdicts, VERDICTS, {"rollouts": made})
+    names = [
+        copied("annotate", sampled.get(name), ANNOTATIONS, {"verdicts": made}, name).ref
+        for name in ("line", "value")
+    ]
+    assert compare(names, store).unit == ("tokens" if allowed else "characters")
 
 
 def test_an_annotator_agrees_with_itself(store, texts):

@@ -9,7 +9,7 @@ from trace_opd.data.store import Store
 from trace_opd.pipelines.annotators.prompting import PROMPTS, ask, load_prompt
 from trace_opd.pipelines.annotators.rows import items
 from trace_opd.pipelines.compare.human_labels import import_labels
-from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.schemas.configs import AnnotateConfig, NoAnnotator, SegmentConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.trace.segment import segment

@@ -9,8 +9,9 @@ from transformers import Qwen3Config
 
 from trace_opd.data.store import Store
 from trace_opd.pipelines.models import MICRO
-from trace_opd.pipelines.pipeline import CONFIG_TYPES, TABLE_STAGES, run_stage
+from trace_opd.pipelines.pipeline import TABLE_STAGES, run_stage
 from trace_opd.pipelines.samplers.context_length import context_length
+from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.pipelines.stages.train import begin
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config
@@ -21,7 +22,7 @@ LONG = 300
 
 
 def config_of(stage: str, *overrides: str):
-    return load_config(CONFIG_TYPES[stage], CONFIG, list(overrides), stage)
+    return load_config(REGISTRY[stage].config_type, CONFIG, list(overrides), stage)
 
 
 @pytest.fixture

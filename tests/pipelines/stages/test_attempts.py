@@ -1,4 +1,4 @@
-"""Rows that an endpoint left unanswered are asked again by the same command, and nothing else is."""
+"""The same command asks again for rows that an endpoint left unanswered, and for nothing else."""
 
 import json
 from collections import Counter
@@ -68,9 +68,7 @@ def test_the_same_command_asks_again_for_what_was_left_unanswered(
     assert journals == {first.id}
 
 
-def test_rows_that_were_refused_or_answered_badly_are_not_asked_again(
-    tmp_path: Path, paid_server, make_verdicts
-):
+def test_refused_and_invalid_rows_are_not_asked_again(tmp_path: Path, paid_server, make_verdicts):
     def answer(body: dict[str, Any]) -> tuple[int, Any]:
         said = body["messages"][1]["content"]
         if "Pens: 1." in said:
@@ -86,7 +84,7 @@ def test_rows_that_were_refused_or_answered_badly_are_not_asked_again(
     assert (again.id, len(paid_server.chats)) == (first.id, asked)
 
 
-def test_failed_rows_are_kept_if_that_is_wanted(tmp_path: Path, paid_server, make_verdicts):
+def test_keep_failed_asks_nothing_again(tmp_path: Path, paid_server, make_verdicts):
     store = make_verdicts(tmp_path, parts=1, count=5)
     failing(paid_server, 503, 3)
     first: Any = annotate(store, paid_server.url)
@@ -109,7 +107,7 @@ def test_attempts_share_one_budget(tmp_path: Path, paid_server, make_verdicts):
     assert annotate(store, paid_server.url, budget_usd=1.0, **PRICE).summary["status"] == {"ok": 8}  # type: ignore[union-attr]
 
 
-def test_too_many_failures_end_the_command_with_a_sentence_and_exit_code_1(
+def test_too_many_failures_end_the_command_with_exit_code_1(
     tmp_path: Path, paid_server, make_verdicts
 ):
     store = make_verdicts(tmp_path, parts=1, count=10)
@@ -133,7 +131,7 @@ def test_too_many_failures_end_the_command_with_a_sentence_and_exit_code_1(
     assert len(paid_server.chats) == 11
 
 
-def test_datasets_that_were_made_of_an_attempt_stay_and_new_ones_follow_the_next(
+def test_earlier_datasets_stay_and_new_ones_use_the_next_attempt(
     tmp_path: Path, paid_server, make_verdicts
 ):
     store = make_verdicts(tmp_path, parts=1, count=4)

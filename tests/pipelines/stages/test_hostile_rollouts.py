@@ -27,9 +27,9 @@ from trace_opd.pipelines.annotators.answers import read_answer
 from trace_opd.pipelines.annotators.prompting import ask, load_prompt
 from trace_opd.pipelines.annotators.rows import Identity, Item, annotation_row
 from trace_opd.pipelines.cli.show import show_rollout
-from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
-from trace_opd.pipelines.stages.convert import CONVERT_STAGE
+from trace_opd.pipelines.stages.convert import STAGE as CONVERT_STAGE
 from trace_opd.pipelines.viewer import report
 from trace_opd.schemas.configs import (
     AnnotateConfig,

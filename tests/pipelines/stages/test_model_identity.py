@@ -8,10 +8,11 @@ import pytest
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.models import MICRO, resolve_policy, served_model
-from trace_opd.pipelines.pipeline import CONFIG_TYPES, TABLE_STAGES, run_stage
+from trace_opd.pipelines.pipeline import TABLE_STAGES, run_stage
 from trace_opd.pipelines.samplers import sampling_engine
 from trace_opd.pipelines.samplers.rollouts import require_planned
-from trace_opd.pipelines.stages.convert import CONVERT_STAGE
+from trace_opd.pipelines.stages import REGISTRY
+from trace_opd.pipelines.stages.convert import STAGE as CONVERT_STAGE
 from trace_opd.pipelines.stages.train import begin
 from trace_opd.schemas.configs import OpenAISampler, PolicyConfig, TransformersSampler
 from trace_opd.schemas.errors import InputError
@@ -25,7 +26,7 @@ COMMITS = ("a" * 40, "b" * 40)
 
 
 def config_of(stage: str, *overrides: str):
-    return load_config(CONFIG_TYPES[stage], CONFIG, list(overrides), stage)
+    return load_config(REGISTRY[stage].config_type, CONFIG, list(overrides), stage)
 
 
 def make(stage: str, root: Path, *overrides: str) -> Dataset:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from trace_opd.data.store import Store, content_hash
-from trace_opd.pipelines.stages.problems import PROBLEMS_STAGE
+from trace_opd.pipelines.stages.problems import STAGE as PROBLEMS_STAGE
 from trace_opd.schemas.configs import ProblemsConfig, VerifyConfig
 from trace_opd.schemas.errors import InputError
 

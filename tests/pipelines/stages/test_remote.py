@@ -15,7 +15,7 @@ import pytest
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.cli import main
 from trace_opd.pipelines.pipeline import run_stage
-from trace_opd.pipelines.stages.annotate import ANNOTATE_STAGE
+from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.pipelines.viewer.view import HOST, Viewer, open_server
 from trace_opd.schemas.configs import AnnotateConfig, PipelineConfig

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from trace_opd.data.store import Dataset, Store
-from trace_opd.pipelines.pipeline import CONFIG_TYPES, run_stage
+from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.run_metrics import read_metrics
+from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.schemas.configs import Config
 from trace_opd.schemas.settings import load_config
 
@@ -37,7 +38,7 @@ TRAIN = [
 
 
 def config_of(stage: str, overrides: list[str]) -> Config:
-    return load_config(CONFIG_TYPES[stage], CONFIG, overrides, stage)
+    return load_config(REGISTRY[stage].config_type, CONFIG, overrides, stage)
 
 
 def make(stage: str, root: Path, *overrides: str) -> Dataset:

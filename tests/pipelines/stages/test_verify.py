@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from trace_opd.data.store import Dataset, Draft, Store
-from trace_opd.pipelines.stages.verify import VERIFY_STAGE
+from trace_opd.pipelines.stages.verify import STAGE as VERIFY_STAGE
 from trace_opd.pipelines.verifiers.verdicts import CHOICE_MATCHER, MathVerifier, math_matcher
 from trace_opd.schemas.configs import VerifyConfig
 from trace_opd.schemas.contract import validate

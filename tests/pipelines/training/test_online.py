@@ -6,8 +6,8 @@ import pytest
 
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.models import resolve_policy
-from trace_opd.pipelines.pipeline import CONFIG_TYPES, run_stage
-from trace_opd.pipelines.stages import train
+from trace_opd.pipelines.pipeline import run_stage
+from trace_opd.pipelines.stages import REGISTRY, train
 from trace_opd.pipelines.training.online import OnlineTables
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.errors import InputError
@@ -24,7 +24,7 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("online")
     overrides = ["limit=10", "rows_per_part=5"]
     run_stage(
-        "problems", load_config(CONFIG_TYPES["problems"], CONFIG, overrides, "problems"),
+        "problems", load_config(REGISTRY["problems"].config_type, CONFIG, overrides, "problems"),
         Store(root),
     )  # fmt: skip
     return root

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from trace_opd.data.store import Dataset, Store
-from trace_opd.pipelines.pipeline import CONFIG_TYPES, run_stage
+from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.run_metrics import read_metrics
+from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.schemas.settings import load_config
 
 CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
@@ -40,7 +41,7 @@ def one_thread() -> Iterator[None]:
 
 def stage(name: str, root: Path, *overrides: str) -> Dataset:
     made = run_stage(
-        name, load_config(CONFIG_TYPES[name], CONFIG, list(overrides), name), Store(root)
+        name, load_config(REGISTRY[name].config_type, CONFIG, list(overrides), name), Store(root)
     )
     assert isinstance(made, Dataset)
     return made

@@ -2,9 +2,11 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -30,7 +32,7 @@ from trace_opd.pipelines.viewer.paint import (
     paint_tokens,
     pieces,
 )
-from trace_opd.pipelines.viewer.rollout_tables import choose_groups
+from trace_opd.pipelines.viewer.rollout_tables import choose_groups, load_policy_tokenizer
 from trace_opd.pipelines.viewer.training_curves import charts
 from trace_opd.pipelines.visible import visible
 from trace_opd.schemas.configs import ReportConfig, RoutingConfig
@@ -53,6 +55,12 @@ HOSTILE = (
     "turned \u202eright to left\n",
     "\x1b[31mred\x1b]0;pwned\x07\n",
 )
+TOKENIZER_CODE = """from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+Path({sprung!r}).touch()
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 
 
@@ -88,14 +96,23 @@ def make_run(
     tokenizer,
     responses: list[list[str]],
     with_policy: bool = True,
+    with_code: bool = False,
     **routing: Any,
 ) -> Run:
     """A store whose problem i has the given responses: first correct, others wrong, the first two
-    segments of each marked. routing: fields of RoutingConfig."""
+    segments of each marked. with_code: the tokenizer's class comes with the policy, which the
+    config trusts. routing: fields of RoutingConfig."""
     policy = root / "policy"
     if with_policy:
         tokenizer.save_pretrained(policy)
         (policy / "config.json").write_text("{}")
+    if with_code:
+        code = TOKENIZER_CODE.format(sprung=str(root / "sprung"))
+        (policy / "own_tokenizer.py").write_text(code)
+        settings = json.loads((policy / "tokenizer_config.json").read_text())
+        classes = {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]}
+        settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": classes}
+        (policy / "tokenizer_config.json").write_text(json.dumps(settings))
     store = Store(root / "store")
     problems, rollouts, verdicts, annotations = [], [], [], []
     for index, texts in enumerate(responses):
@@ -139,7 +156,7 @@ def make_run(
         "verdicts": VERDICTS.table(verdicts),
         "annotations": ANNOTATIONS.table(annotations),
     }
-    config = {"policy": {"path": str(policy)}}
+    config = {"policy": {"path": str(policy), "trust_remote_code": with_code}}
 
     def write(stage, contract, rows, inputs, settings) -> Dataset:
         draft = store.begin(stage, {}, inputs, contract, settings)
@@ -285,7 +302,7 @@ def test_routed_tokens_have_the_paint_of_their_route_outside_spans_too(
 
 
 @pytest.mark.parametrize("rule", ["random", "inverted"])
-def test_drawn_tokens_and_the_marks_that_they_leave_out_are_told_apart(tokenizer, table, rule):
+def test_drawn_tokens_and_the_marks_that_they_leave_out_differ(tokenizer, table, rule):
     text, bounds = "abcdefgh", [(0, 4), (4, 8)]
     spans = [span(0, [0], bounds)]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -410,6 +427,30 @@ def test_page_paints_exactly_where_the_policy_is_at_hand(tmp_path, tokenizer):
     assert "tokenizer that made their token ids" not in page
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_tokenizers_own_code_runs_only_if_config_and_environment_allow_it(
+    tmp_path, tokenizer, monkeypatch, caplog, allowed
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    if allowed:
+        monkeypatch.setenv("TRACE_OPD_TRUST_REMOTE_CODE", "1")
+    run = make_run(tmp_path, tokenizer, [["ab\ncd\nefghijklmnop\n"]], with_code=True)
+    page = report.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
+    (rollout,) = page_data(page)["rollouts"]
+    assert rollout["exact"] == (tmp_path / "sprung").exists() == allowed
+    assert ("set TRACE_OPD_TRUST_REMOTE_CODE=1 to run it" in caplog.text) != allowed
+
+
+def test_the_environment_alone_runs_no_code_of_a_tokenizer(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setenv("TRACE_OPD_TRUST_REMOTE_CODE", "1")
+    run = make_run(tmp_path, tokenizer, [["ab\ncd\n"]], with_code=True)
+    policy = run.routed.manifest["config"]["policy"] | {"trust_remote_code": False}
+    with pytest.raises(InputError, match="trust_remote_code"):
+        load_policy_tokenizer(policy)
+    assert not (tmp_path / "sprung").exists()
+
+
 def test_page_paints_by_spans_and_says_so_where_the_policy_is_gone(tmp_path, tokenizer):
     run = make_run(tmp_path, tokenizer, [["ab\ncd\nefghijklmnop\n"]], alpha=0.2, with_policy=False)
     page = report.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
@@ -531,8 +572,9 @@ def test_train_run_shows_curves_of_both_phases_and_its_rollouts(hostile_run):
 
 def test_curves_of_one_kind_stand_together():
     row = {
-        "step": 0, "coverage_fkl": 0.0, "coverage_jsd": 0.2, "coverage_reweight": 0.1, "kl_jsd": 0.3,
-        "sampler_drift": 0.01, "sampler_drift_max": 2.0, "sampler_kl": 0.02, "steps_skipped": 1.0,
+        "step": 0, "coverage_fkl": 0.0, "coverage_jsd": 0.2, "coverage_reweight": 0.1,
+        "kl_jsd": 0.3, "sampler_drift": 0.01, "sampler_drift_max": 2.0, "sampler_kl": 0.02,
+        "steps_skipped": 1.0,
     }  # fmt: skip
     drawn = {
         chart["title"]: [series["name"] for series in chart["series"]] for chart in charts([row])
@@ -544,6 +586,38 @@ def test_curves_of_one_kind_stand_together():
         "Largest sampler drift": ["sampler_drift_max"],
         "Steps skipped": ["steps_skipped"],
     }
+
+
+def test_a_new_route_needs_no_change_of_the_viewer(tmp_path):
+    root = Path(__file__).parents[3]
+    copy = tmp_path / "trace_opd"
+    for name in ("schemas", "data", "pipelines", "trace"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(root / "__init__.py", copy)
+    labels = copy / "schemas" / "labels.py"
+    text = labels.read_text(encoding="utf-8")
+    labels.write_text(text.replace("    REWEIGHT = 4\n", "    REWEIGHT = 4\n    CHI2 = 5\n", 1))
+    code = """
+import pyarrow as pa
+from trace_opd.pipelines.cli.show import _STYLES
+from trace_opd.pipelines.viewer import facets, page
+from trace_opd.pipelines.viewer.paint import Paint
+from trace_opd.pipelines.viewer.training_curves import charts
+from trace_opd.schemas.labels import Route
+assert [Paint.PLAIN, *Paint][Route.CHI2 + 1].name == "CHI2" and len(Paint) == 8
+assert set(_STYLES) == set(Paint)
+assert page.ROUTES[-1] == "chi2"
+assert ".p-chi2 { background: var(--c5-bg);" in page.STYLE and "rect.chi2" in page.STYLE
+(chart,) = charts([{"step": 0, "kl_fkl": 0.1, "kl_chi2": 0.2}])
+assert [series["name"] for series in chart["series"]] == ["kl_fkl", "kl_chi2"]
+routes = facets.route_masks(pa.array([[0, 1, 5], []], pa.list_(pa.uint8())))
+routed = pa.table({"routes": routes, "dropped_tokens": [0, 0]})
+assert facets.route_facets(routed)[0].values == ["fkl + chi2", "grpo"]
+"""
+    command = [sys.executable, "-P", "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_online_table_finds_the_policy_of_its_training_run(tmp_path, tokenizer):
@@ -622,7 +696,7 @@ def shown(prefix: str, store: Store, color: bool = False) -> str:
     return out.getvalue()
 
 
-def test_every_paint_is_told_apart_without_colours():
+def test_every_paint_differs_without_colours():
     looks = set()
     for paint in Paint:
         style = response_text([Piece("a", paint, -1, None)]).spans

@@ -269,7 +269,7 @@ def test_report_lists_how_far_the_annotators_are_apart(pair):
     }  # fmt: skip
 
 
-def test_annotators_of_one_name_are_told_apart_by_their_datasets(tmp_path, pair):
+def test_annotators_of_one_name_get_their_datasets_ids(tmp_path, pair):
     same = pair.store.begin(
         "annotate", {"n": 2}, {"verdicts": pair.a.input("verdicts")}, ANNOTATIONS
     )
@@ -481,7 +481,7 @@ def test_nothing_but_get_is_answered(address, method):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_bad_requests_are_told_in_plain_text(address, path, status):
+def test_bad_requests_get_plain_text(address, path, status):
     answer = httpx.get(address + path)
     assert answer.status_code == status
     assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
@@ -520,7 +520,28 @@ def test_a_part_that_is_gone_is_a_sentence(tmp_path):
     assert "file is gone" in answer.text
 
 
-def test_what_the_standard_library_refuses_is_told_in_plain_text_too(address):
+@pytest.mark.parametrize("damage", ["a bit", "rows"])
+def test_a_damaged_part_is_a_sentence(tmp_path, damage):
+    pair = make_pair(tmp_path / "store")
+    with serving(Viewer(pair.store, pair.a.ref)) as address:
+        part = Path(pair.a.input("verdicts").input("rollouts").path("part-00000.parquet"))
+        if damage == "rows":
+            pq.write_table(pq.read_table(part).slice(0, 1), part)
+        else:
+            group = pq.read_metadata(part).row_group(0)
+            columns = [group.column(index) for index in range(group.num_columns)]
+            (column,) = [c for c in columns if c.path_in_schema == "response"]
+            content = bytearray(part.read_bytes())
+            content[column.data_page_offset + 40] ^= 1
+            part.write_bytes(content)
+        answer = httpx.get(f"{address}/rollout?id={IDS[0]}")
+    assert answer.status_code == 500
+    assert answer.text.count("\n") == 1
+    assert re.search("does not hold what was written|part 0 holds 1 rows", answer.text)
+    assert "verify-store" in answer.text
+
+
+def test_requests_that_the_standard_library_refuses_get_plain_text(address):
     with socket.create_connection((HOST, int(address.rsplit(":", 1)[1]))) as connection:
         connection.sendall(b"<script> / HTTP/1.1\r\n\r\n")
         answer = connection.makefile("rb").read()
@@ -529,7 +550,7 @@ def test_what_the_standard_library_refuses_is_told_in_plain_text_too(address):
     assert b"nosniff" in answer
 
 
-def test_a_taken_port_is_told_in_a_sentence(pair):
+def test_a_taken_port_is_a_sentence(pair):
     viewer = Viewer(pair.store, pair.a.ref)
     with open_server(viewer) as server:
         port = server.server_address[1]
@@ -736,7 +757,10 @@ def test_browser_turns_dark_by_system_and_by_key(browser, page):
 def test_browser_prints_the_rollout_without_controls(browser, page):
     browser.open(page)
     browser.call("Emulation.setEmulatedMedia", media="print")
-    hidden = "['.finder', '.toolbar'].map((name) => getComputedStyle(document.querySelector(name)).display)"
+    hidden = (
+        "['.finder', '.toolbar'].map((name) =>"
+        " getComputedStyle(document.querySelector(name)).display)"
+    )
     seen = "document.querySelector('.sides').getBoundingClientRect().height > 0"
     assert browser.js(hidden) == ["none", "none"]
     assert browser.js(seen)
