@@ -99,7 +99,7 @@ def _figure(key: str, value: Any) -> str:
     """A figure of a summary; US dollars that nobody knows are unknown, not none."""
     if "usd" in key:
         return dollars(value)
-    return str(value)
+    return "n/a" if value is None else str(value)
 
 
 def _parts_table(parts: list[dict[str, Any]]) -> Table:

@@ -41,7 +41,7 @@ class OpenAIEngine:
 
     served = True
     follows = True
-    batch_tokens = None
+    batch_tokens: int | None = None
 
     def __init__(self, config: OpenAISampler, policy: PolicyConfig) -> None:
         self._config, self._policy = config, policy

@@ -39,7 +39,7 @@ class VllmEngine:
 
     served = False
     follows = True
-    batch_tokens = None
+    batch_tokens: int | None = None
 
     def __init__(self, config: VllmSampler, policy: PolicyConfig) -> None:
         self._config, self._policy = config, policy

@@ -85,7 +85,7 @@ class OnlineTables:
             self._sampler = engine.open_in_training(training)
         if engine.follows and self._sampler is not None:
             self._follower = cast(Follower, self._sampler)
-            texts = self._problems["problem"].slice(0, _PROBES).to_pylist()
+            texts = [str(text) for text in self._problems["problem"].slice(0, _PROBES).to_pylist()]
             self._probe = Probe(policy.tokenizer, config.prompt, texts)
         self._verifier = MathVerifier(online.verify)
         annotator = None

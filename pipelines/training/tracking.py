@@ -62,9 +62,13 @@ class Tracker:
             file.flush()
             os.fsync(file.fileno())  # before the checkpoint that follows
         if self._board is not None:
-            numbers = {n: v for n, v in metrics.items() if isinstance(v, int | float)}
+            numbers: dict[str, float] = {
+                name: value
+                for name, value in metrics.items()
+                if name != "step" and isinstance(value, int | float)
+            }
             with writing(self._path.parent):
-                self._board.log(numbers.pop("step"), numbers)
+                self._board.log(metrics["step"], numbers)
 
     def close(self) -> None:
         if self._board is not None:
