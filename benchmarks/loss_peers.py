@@ -32,7 +32,8 @@ from torch.nn import functional
 
 from trace_opd.schemas.configs import LossConfig
 from trace_opd.schemas.labels import KlClip, Route
-from trace_opd.trace.fused import Head, LossInputs, routed_loss
+from trace_opd.trace.fused import routed_loss
+from trace_opd.trace.losses import Head, LossInputs
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 KL_WEIGHT, GRPO_WEIGHT = 0.25, 0.5  # λ_k halfway down from w0 = 0.5

@@ -22,10 +22,10 @@ from trace_opd.schemas.configs import (
     VllmSampler,
 )
 from trace_opd.trace.align import byte_table
-from trace_opd.trace.batch import training_sequences
 from trace_opd.trace.policy import load_policy, load_tokenizer
 from trace_opd.trace.prompt import student_prompt
 from trace_opd.trace.protocols import Prompt, Sampler
+from trace_opd.trace.sequences import training_sequences
 from trace_opd.trace.trainer import Trainer
 
 ENGINE = VllmSampler(engine="vllm", max_model_len=1024, kv_cache_gib=1.0)

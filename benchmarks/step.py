@@ -56,12 +56,17 @@ from trace_opd.schemas.configs import (
     ScheduleConfig,
     TrainConfig,
 )
-from trace_opd.schemas.labels import Action
+from trace_opd.schemas.labels import Route
 from trace_opd.trace.align import byte_table
-from trace_opd.trace.batch import TrainingSequence, micro_batches, teacher_row, training_sequences
-from trace_opd.trace.fused import Head
+from trace_opd.trace.losses import Head
 from trace_opd.trace.packing import PackedModel
 from trace_opd.trace.policy import load_tokenizer
+from trace_opd.trace.sequences import (
+    TrainingSequence,
+    micro_batches,
+    teacher_row,
+    training_sequences,
+)
 from trace_opd.trace.trainer import Trainer
 
 IMPLEMENTATIONS = ("ours_grpo", "ours_trace", "trl_grpo")
@@ -264,7 +269,7 @@ def main() -> None:
         names.remove("trl_grpo")
         console.print("Left out: trl_grpo; pip install 'trace-opd[peers]' adds it.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    routing = RoutingConfig(alpha=0.25, key=Action.FKL, error=Action(options.error))
+    routing = RoutingConfig(alpha=0.25, key=Route.FKL, error=options.error)
     with console.status("sampling the batch"):
         case = make_case(
             options.model,

@@ -9,7 +9,7 @@ from typing import Any
 from ..data.store import Dataset, Store
 from ..schemas.configs import Config, NoAnnotator, PipelineConfig
 from ..schemas.environment import whole_number
-from ..trace.rules import needs_annotations
+from ..trace.route import needs_annotations
 from .stages import REGISTRY
 from .stages.base import Stage
 
@@ -30,7 +30,7 @@ def run_stage(name: str, config: Any, store: Store, alias: str | None = None) ->
     if not isinstance(made, Dataset):
         return str(made)
     if whole_number("RANK", 0) == 0:  # one of torchrun's processes gives the name
-        store.set_alias(alias or REGISTRY[name].alias, made)
+        store.set_alias(alias or REGISTRY[name].alias or name, made)
     stage.check(config, made)
     return made
 

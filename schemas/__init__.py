@@ -1,1 +1,1 @@
-"""The contracts: Arrow tables, closed label enumerations, one config model per stage."""
+"""Contracts: tables, labels and configs, and how they are read. Every other room imports them."""

@@ -1,7 +1,7 @@
-"""What a table's contract is, and the one function that checks a table against it.
+"""Table contracts and `validate`, which checks a table against one.
 
-Every field carries a `description` in its metadata; every schema carries its table's name and
-version. `validate` names the column and the row at fault.
+The store validates every table that it reads or writes. Every field has a `description` in its
+metadata, every schema its table's name and version. Errors name the column and the row at fault.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ VERSION_KEY = b"trace_opd.version"
 
 @dataclasses.dataclass(frozen=True)
 class TableContract:
-    """A table's name, version, Arrow schema and row id, and what holds beyond the types.
+    """A table's name, version, Arrow schema and row id, and its rules beyond types.
 
-    labels: closed string columns; codes: closed lists of integers; nested_labels: closed strings in
-    lists of structs, by (column, field); same_length: lists that are aligned; ranges: least and most
-    of numbers and of lists of them, which are finite too; filled: lists with an entry in every row;
-    faults: by column, what is wrong with its rows where the function's mask is true.
+    labels: string columns with values of an enumeration; codes: the same for lists of integers;
+    nested_labels: for strings in lists of structs, by (column, field); same_length: columns of lists
+    of equal length; ranges: (least, most) of finite numbers, or of lists of them; filled: lists that
+    are never empty; faults: (column, what is wrong, function that returns a mask of wrong rows).
     """
 
     name: str
@@ -51,24 +51,24 @@ class TableContract:
 
 
 def described(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
-    """A field that carries its description in its metadata."""
+    """A field with its description in its metadata."""
     return pa.field(name, kind, nullable, metadata={"description": description})
 
 
 def list_of(kind: pa.DataType) -> pa.ListType:
-    """Lists whose entries are never null: Parquet then stores no level for them."""
+    """Lists whose entries are never null, so Parquet stores no definition level for them."""
     return pa.list_(pa.field("element", kind, nullable=False))
 
 
 def description(field: pa.Field) -> str:
-    """The description that a contract's field carries in its metadata."""
+    """The description in a field's metadata."""
     return (field.metadata or {}).get(b"description", b"").decode()
 
 
 def make_contract(
     name: str, version: int, fields: list[pa.Field], row_id: str, **checks: Any
 ) -> TableContract:
-    """A contract whose schema carries its name and version; checks: see `TableContract`."""
+    """A contract whose schema's metadata has its name and version; checks: see `TableContract`."""
     metadata: dict[bytes | str, bytes | str] = {
         NAME_KEY: name.encode(),
         VERSION_KEY: str(version).encode(),
@@ -89,7 +89,7 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
         )
     if table.num_columns > len(contract.schema):
         twice = max(table.column_names, key=table.column_names.count)
-        raise InputError(f"{where}: column {twice} stands there twice; drop one of them")
+        raise InputError(f"{where}: column {twice} appears twice; drop one of them")
     columns = []
     for field in contract.schema:
         column = table.column(field.name)
@@ -103,7 +103,7 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
         if not field.nullable and column.null_count:
             raise _fault(where, field.name, pc.is_null(column), "is null; give it a value")
         never_null = pa.types.is_list(field.type) and not field.type.value_field.nullable
-        # Arrow's cast lets such entries through.
+        # Arrow's cast accepts null entries.
         if never_null and (row := _first_entry(column, pc.is_null)) is not None:
             raise InputError(
                 f"{where}, row {row}: {field.name} has an entry that is null; give it a value"
@@ -145,15 +145,15 @@ def check_columns(
 
 @contextmanager
 def parquet_errors(where: str) -> Iterator[None]:
-    """Turns what Arrow says of a file that is torn, false or no Parquet into one sentence."""
+    """Turn Arrow's errors on a file that is damaged or not Parquet into one sentence."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno == errno.EIO:
-            raise  # the disk failed: that says nothing about the file
+            raise  # the disk failed, not the file
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{where}: is no whole Parquet file ({reason:.200}); make it again, or copy it again"
+            f"{where}: is no complete Parquet file ({reason:.200}); make or copy it again"
         ) from None
 
 
@@ -186,7 +186,7 @@ def _check_labels(table: pa.Table, contract: TableContract, where: str) -> None:
 
 
 def _in_range(column: pa.ChunkedArray, codes: type[IntEnum]) -> bool:
-    """Whether all entries lie within codes that have no gap: the common case, told at once."""
+    """Whether all entries are within codes without gaps: a fast path for the common case."""
     low, high = int(min(codes)), int(max(codes))
     entries = pc.list_flatten(column)
     extremes = pc.min_max(entries)
@@ -196,7 +196,7 @@ def _in_range(column: pa.ChunkedArray, codes: type[IntEnum]) -> bool:
 
 
 def _first_outside(column: pa.ChunkedArray, inner: str | None, known: pa.Array) -> int | None:
-    """The first row with a list entry, or a field of one, that is not among those known."""
+    """The first row with a list entry, or a field of one, that is not in `known`."""
 
     def outside(entries: Any) -> Any:
         values = entries if inner is None else pc.struct_field(entries, inner)
@@ -206,7 +206,7 @@ def _first_outside(column: pa.ChunkedArray, inner: str | None, known: pa.Array) 
 
 
 def _first_entry(column: pa.ChunkedArray, bad: Callable[[Any], Any]) -> int | None:
-    """The first row with a list entry that is bad; bad: entries -> a mask of them."""
+    """The first row with a bad list entry; bad: entries -> mask."""
     before = 0
     for chunk in column.chunks:
         mask = bad(pc.list_flatten(chunk))
@@ -241,11 +241,11 @@ def _check_ranges(table: pa.Table, contract: TableContract, where: str) -> None:
 
 
 def outside(column: pa.ChunkedArray, least: float, most: float) -> int | None:
-    """The first row with a number, or a list entry, that is NaN or not in least … most."""
+    """The first row with a number, or list entry, that is NaN or not in least … most; None: none."""
     before = 0
     nested = pa.types.is_list(column.type)
     for chunk in column.chunks:
-        # numpy's extremes are NaN where there is one, and ten times as fast as Arrow's of floats.
+        # numpy's extremes propagate NaN, and are ten times as fast as Arrow's of floats.
         numbers = pc.drop_null(pc.list_flatten(chunk) if nested else chunk).to_numpy()
         if len(numbers) and not (numbers.min() >= least and numbers.max() <= most):
             entries = pc.list_flatten(chunk) if nested else chunk

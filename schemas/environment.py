@@ -1,4 +1,4 @@
-"""Environment variables that hold numbers."""
+"""Numbers in environment variables, such as torchrun's RANK; ranks.py and pipelines/ read them here."""
 
 import os
 
@@ -8,10 +8,10 @@ _MOST = 1_000_000
 
 
 def whole_number(variable: str, default: int) -> int:
-    """The number in an environment variable, such as torchrun's RANK and WORLD_SIZE.
+    """The integer in an environment variable; `default` if it is unset.
 
     Raises:
-        InputError: it is no whole number from 0 to a million.
+        InputError: the value is no integer from 0 to a million.
     """
     text = os.environ.get(variable, "").strip() or str(default)
     if not (text.isascii() and text.isdecimal() and len(text) < 8 and int(text) <= _MOST):

@@ -1,36 +1,39 @@
-"""The exceptions that are no fault of the program: bad input, and being asked to stop."""
+"""Exceptions that are not the program's fault: bad input, and a request to stop.
+
+Every room raises them; the command line prints the sentence and exits with `exit_code`.
+"""
 
 
 class InputError(Exception):
-    """Bad input from the user: one sentence that says what, where, and how to mend it.
+    """Bad input from the user: one sentence with what, where, and how to mend it.
 
-    The command line prints the sentence and exits with `exit_code`, without a traceback.
+    The command line prints it without a traceback.
     """
 
     exit_code = 2
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM) and kept everything that it had finished.
+    """The run received SIGTERM and kept everything that it had finished.
 
-    The command line prints the sentence and exits with code 143, as a shell reports SIGTERM.
+    143 is a shell's exit code for SIGTERM.
     """
 
     exit_code = 143
 
 
 class TooManyFailed(InputError):
-    """A stage's dataset is finished and kept, but too much of it failed to go on with it unasked."""
+    """A stage's dataset is finished and kept, but too many of its rows failed to continue."""
 
     exit_code = 1
 
 
 class EngineEnded(InputError):
-    """A sampler's engine ended while it was asked: killed, out of memory, or told to stop with the run."""
+    """A sampler's engine process ended during a call: killed, out of memory, or stopped with the run."""
 
 
 class DamagedFile(InputError):
     """A file of the store does not hold what was written.
 
-    It may pass where the store is on a network, as no other bad input does.
+    On a network store this may be temporary, unlike all other bad input.
     """

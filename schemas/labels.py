@@ -1,10 +1,19 @@
-"""Closed enumerations: every label that a table, a config or a prompt may hold."""
+"""Closed enumerations: every label in tables, configs and prompts. All rooms use them."""
 
 from enum import IntEnum, StrEnum
+from typing import Any
+
+from pydantic_core import core_schema
 
 
 class Route(IntEnum):
-    """Which loss a response token goes to (METHOD.md, "One rollout's way", step 6)."""
+    """Which loss a response token goes to (METHOD.md, "One rollout's way", steps 5 and 6).
+
+    FKL, RKL and JSD are divergences to the teacher: forward KL, reverse KL, generalised
+    Jensen-Shannon. REWEIGHT is GRPO whose advantage the teacher's likelihood ratio scales (RLSD).
+    Add a divergence by a member here and its formula in `trace.losses.DIVERGENCES`; config values,
+    table codes, metrics, charts and colours loop over the members.
+    """
 
     GRPO = 0
     FKL = 1
@@ -12,34 +21,37 @@ class Route(IntEnum):
     JSD = 3
     REWEIGHT = 4
 
-
-class Action(StrEnum):
-    """What routed tokens get: the "corner" of METHOD.md, step 5.
-
-    jsd is the generalised Jensen-Shannon divergence; reweight is GRPO whose advantage the teacher's
-    likelihood ratio scales (RLSD).
-    """
-
-    NONE = "none"
-    FKL = "fkl"
-    RKL = "rkl"
-    JSD = "jsd"
-    REWEIGHT = "reweight"
+    @property
+    def label(self) -> str:
+        """The name in metrics, pages and class names."""
+        return self.name.lower()
 
     @property
-    def route(self) -> Route:
-        return Route.GRPO if self is Action.NONE else Route[self.name]
+    def action(self) -> str:
+        """The name in a config, where "none" leaves tokens to GRPO."""
+        return "none" if self is Route.GRPO else self.label
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, *_: Any) -> core_schema.CoreSchema:
+        """A config field of this type holds the member; its JSON, which dataset ids hash, `action`."""
+        members = {route.action: route for route in cls}
+        names = core_schema.literal_schema(list(members))
+        return core_schema.no_info_before_validator_function(
+            lambda value: value.action if isinstance(value, cls) else value,
+            core_schema.no_info_after_validator_function(members.__getitem__, names),
+            serialization=core_schema.plain_serializer_function_ser_schema(lambda r: r.action),
+        )
 
 
 class SpanKind(StrEnum):
-    """KEY: a critical segment of a correct response; ERROR: the error of a wrong one."""
+    """KEY: a critical span of a correct response; ERROR: the error of a wrong one."""
 
     KEY = "key"
     ERROR = "error"
 
 
 class DiagnosticType(StrEnum):
-    """The coarse type of a key or error span: the only privileged thing that the teacher sees."""
+    """The coarse type of a key or error span: the only privileged input of TRACE's teacher."""
 
     CASE_ANALYSIS = "case_analysis"
     ALGEBRA_MANIPULATION = "algebra_manipulation"
@@ -63,7 +75,7 @@ class AnswerKind(StrEnum):
 
 
 class Operation(StrEnum):
-    """What a built-in arithmetic problem asks for."""
+    """Operation of a built-in arithmetic problem."""
 
     ADD = "add"
     SUBTRACT = "subtract"
@@ -74,12 +86,18 @@ class Operation(StrEnum):
 
 
 class FinishReason(StrEnum):
+    """Why sampling ended: STOP at an end token, LENGTH at the token limit."""
+
     STOP = "stop"
     LENGTH = "length"
 
 
 class VerdictStatus(StrEnum):
-    """What the verifier can say of a response; `scored` ones carry a reward."""
+    """How a verification ended.
+
+    OK: compared; PRED_UNPARSED: no answer found in the response; TRUNCATED: at the token limit;
+    GOLD_UNPARSED: the gold answer does not parse; TIMEOUT, OOM, ERROR: the verifier failed.
+    """
 
     OK = "ok"
     PRED_UNPARSED = "pred_unparsed"
@@ -91,10 +109,13 @@ class VerdictStatus(StrEnum):
 
 
 class AnnotationStatus(StrEnum):
-    """OK: spans found; EMPTY: the annotator looked and marked nothing; ABSTAINED: it declined;
-    INVALID: its answer did not parse or names segments that are not there; SKIPPED: the rollout
-    has no reward, or no annotator was asked; FAILED: the call never succeeded (its error begins with
-    "unanswered" where another attempt may succeed)."""
+    """How an annotation ended.
+
+    OK: spans found; EMPTY: the annotator marked nothing; ABSTAINED: it declined; INVALID: its answer
+    did not parse or names missing segments; SKIPPED: the rollout has no reward, or no annotator was
+    asked; FAILED: the call never succeeded (its error begins with "unanswered" if another attempt may
+    succeed).
+    """
 
     OK = "ok"
     EMPTY = "empty"

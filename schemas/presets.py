@@ -1,8 +1,8 @@
-"""Named presets: TRACE and the baselines of METHOD.md as choices over the same few fields.
+"""Named presets: TRACE and the baselines of METHOD.md as values of the same few fields.
 
-A preset is data: what it sets of `routing` (which tokens, what they get, what the teacher sees),
-`schedule` (λ), `teacher` (whose weights) and `loss`. It is laid over the config file, key=value
-overrides over it; what it does not name stays the file's, above all α, the clip and the optimiser.
+`--preset` and a study's arms apply them. A preset sets fields of `routing` (which tokens, which loss,
+what the teacher sees), `schedule` (λ), `teacher` (whose weights) and `loss`. It overrides the config
+file, and key=value overrides it. It leaves α, the clip and the optimiser to the file.
 """
 
 import json
@@ -19,7 +19,7 @@ Overrides = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Preset:
-    """summary: what it is in a line; source: where it comes from; sets: section → field → value."""
+    """summary: one line; source: paper; sets: section → field → value."""
 
     summary: str
     source: str
@@ -27,7 +27,7 @@ class Preset:
 
     @property
     def overrides(self) -> list[str]:
-        """What it sets, as `section.field=value`."""
+        """Its settings as `section.field=value`."""
         return [
             f"{section}.{field}={value if isinstance(value, str) else json.dumps(value)}"
             for section, values in self.sets.items()
@@ -40,7 +40,7 @@ _CONSTANT = {"w0": 1.0, "decay_steps": None}
 
 
 def _self_distillation(rule: str, **routing: str) -> Overrides:
-    """TRACE's teacher and objective on the tokens that a rule chooses."""
+    """TRACE's teacher and objective on the tokens chosen by a rule."""
     return {
         "routing": {"rule": rule, "teacher_context": "type", **routing},
         "teacher": {"sync": "periodic"},
@@ -142,8 +142,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset_data(name: str, model: type[BaseModel]) -> dict[str, Any]:
-    """What a preset sets of a config, nested as in its file: routing where that config keeps it,
-    the rest where it trains.
+    """A preset's settings of a config, nested as in its file.
 
     Raises:
         InputError: an unknown preset.

@@ -1,4 +1,7 @@
-"""Configs from YAML files with `key=value` overrides, and back to YAML."""
+"""Configs from YAML files with presets and `key=value` overrides, and back to YAML.
+
+The command line and the flows call `load_config`.
+"""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +23,7 @@ _PIPELINE_SECTIONS = {
 }
 
 
-# Keys that tell the members of a union apart.
+# Discriminators of unions.
 _TAGS = ("engine", "kind")
 _MOST_LEVELS = 64
 
@@ -32,10 +35,11 @@ def load_config(
     section: str | None = None,
     preset: str | None = None,
 ) -> C:
-    """Read a YAML file (or nothing), lay a preset over it, apply `a.b=value` overrides, validate.
+    """Read a YAML file (or nothing), apply a preset, then `a.b=value` overrides, and validate.
 
-    A pipeline's file (known by its required sections) serves each stage too: `section` names the
-    stage whose section is taken, empty if it is left out. Values of overrides are YAML: `3`, `true`, `null`, `[1, 2]`.
+    section: the stage whose section is taken if the file is a pipeline's (known by its required
+    sections); empty if the section is missing. Values of overrides are YAML: `3`, `true`, `null`,
+    `[1, 2]`.
 
     Raises:
         InputError: unreadable file, unknown preset, malformed override, unknown key or bad value.
@@ -69,7 +73,7 @@ def override(config: C, overrides: list[str] | None) -> C:
 
 
 def overlaid(config: C, data: dict[str, Any], overrides: list[str]) -> C:
-    """A config with nested data laid over it, then `a.b=value` overrides.
+    """A config with nested data merged over it, then `a.b=value` overrides.
 
     Raises:
         InputError: malformed override, unknown key or bad value.
@@ -79,7 +83,7 @@ def overlaid(config: C, data: dict[str, Any], overrides: list[str]) -> C:
 
 
 def _laid_over(base: Any, top: dict[str, Any]) -> dict[str, Any]:
-    """`top` over `base`, mapping by mapping; neither is changed."""
+    """`top` merged over `base`, mapping by mapping; neither is changed."""
     out = dict(base) if isinstance(base, dict) else {}
     for key, value in top.items():
         out[key] = _laid_over(out.get(key), value) if isinstance(value, dict) else value
@@ -97,9 +101,9 @@ def _validated(model: type[C], data: dict, overrides: list[str], where: str) -> 
 
 
 def explain(error: ValidationError, where: str) -> str:
-    """One sentence for the first fault of a pydantic error, and how many more there are."""
+    """One sentence for the first fault of a pydantic error, with the number of others."""
     first, *others = error.errors()
-    # Tags of discriminated unions stand in `loc` too; they are no keys, but they help to read.
+    # `loc` contains the tags of discriminated unions too; they are not keys, but help the reader.
     field = shortened(".".join(str(part) for part in first["loc"])) or "config"
     if first["type"] == "extra_forbidden":
         what = f"{field}: unknown key; see --help or `trace-opd config` for the known ones"
@@ -117,19 +121,19 @@ def explain(error: ValidationError, where: str) -> str:
     return f"{where}: {what}{more}"
 
 
-def shortened(said: object, most: int = 300) -> str:
-    """Text of unknown origin as one line of bounded length, to be quoted in a sentence."""
-    text = " ".join(str(said).split())
+def shortened(quoted: object, most: int = 300) -> str:
+    """Text of unknown origin as one line of bounded length, to quote in a sentence."""
+    text = " ".join(str(quoted).split())
     return text if len(text) <= most else text[:most] + "…"
 
 
 def dump_config(config: BaseModel) -> str:
-    """The whole config as YAML, defaults included."""
+    """The complete config as YAML, defaults included."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _fill_tags(data: dict, model: type[BaseModel]) -> None:
-    """Name the default engine where a mapping tunes it without naming it."""
+    """Add the default engine's tag to a mapping that sets its fields without naming it."""
     for name, field in model.model_fields.items():
         child, default = data.get(name), field.default
         kind = type(default) if isinstance(default, BaseModel) else field.annotation

@@ -1,4 +1,7 @@
-"""Arrow contracts of the tables that stages exchange."""
+"""Arrow contracts of the tables that stages exchange: problems to routed.
+
+Each stage writes one; `contract.validate` checks a table against it. See results.py for results.
+"""
 
 from typing import Any
 
@@ -16,8 +19,9 @@ from .labels import (
     SpanKind,
     VerdictStatus,
 )
+from .results import EVALUATIONS
 
-# A log-probability computed as a difference of floats may round to a little above 0.
+# A log-probability computed as a difference of floats may round to slightly above 0.
 MOST_LOGPROB = 1e-3
 MOST_TOKEN_ID = 2**31 - 1
 
@@ -56,6 +60,7 @@ _TOKENS = [
     ),
 ]
 
+_ROUTES = ", ".join(f"{route.label} {int(route)}" for route in Route)
 _MOST = float(np.finfo(np.float32).max)
 _TOKEN_RANGES = {
     "prompt_token_ids": (0, MOST_TOKEN_ID),
@@ -66,7 +71,7 @@ _TOKEN_RANGES = {
 
 
 def _untaught(table: pa.Table) -> Any:
-    """Rows with a routed token and nothing that their teacher could see."""
+    """Rows with a routed token but no context for their teacher."""
     bare = pc.and_(pc.is_null(table["diagnostic_type"]), pc.is_null(table["teacher_context"]))
     rows = np.flatnonzero(bare.to_numpy())
     routes = table["route"].combine_chunks().take(pa.array(rows, pa.int64()))
@@ -89,8 +94,8 @@ PROBLEMS = make_contract(
         described(
             "solution",
             _string,
-            "Reference solution: the annotator sees it, TRACE's teacher never, a baseline's where "
-            "routing.teacher_context says so.",
+            "Reference solution: the annotator sees it, TRACE's teacher never, a baseline's under "
+            "routing.teacher_context=solution.",
             True,
         ),
         described(
@@ -98,9 +103,7 @@ PROBLEMS = make_contract(
             pa.list_(
                 pa.struct(
                     [
-                        described(
-                            "text", _string, "The step, written as a right response writes it."
-                        ),
+                        described("text", _string, "The step as a correct response writes it."),
                         described("value", _string, "The value that the step establishes."),
                         described("type", _string, "The step's label of DiagnosticType."),
                         described("key", _bool, "Whether the step is critical to the solution."),
@@ -157,11 +160,11 @@ VERDICTS = make_contract(
         _PROBLEM_ID,
         _GROUP_ID,
         described(
-            "reward", _float32, "1 right, 0 wrong; null: says nothing about the response.", True
+            "reward", _float32, "1 correct, 0 wrong; null: the response is not scored.", True
         ),
         _CORRECT,
         described("parsed_answer", _string, "Final answer read from the response.", True),
-        described("status", _string, "What the verifier can say (VerdictStatus)."),
+        described("status", _string, "How the verification ended (VerdictStatus)."),
         described("verifier", _string, "Verifier and version."),
         described("seconds", _float32, "Time that the verification took."),
     ],
@@ -235,7 +238,7 @@ ROUTED = make_contract(
         _PROBLEM_ID,
         _GROUP_ID,
         described(
-            "problem", _string, "The problem: with the type label all that TRACE's teacher sees."
+            "problem", _string, "The problem; TRACE's teacher sees it and the type label only."
         ),
         *_TOKENS,
         described("temperature", _float32, "Sampling temperature that logprobs refer to."),
@@ -250,7 +253,7 @@ ROUTED = make_contract(
         described(
             "route",
             list_of(pa.uint8()),
-            "Route of each response token: grpo 0, fkl 1, rkl 2, jsd 3, reweight 4. A token belongs "
+            f"Route of each response token: {_ROUTES}. A token belongs "
             "to the segment that holds most of its bytes, ties to the earlier one.",
         ),
         described(
@@ -269,7 +272,7 @@ ROUTED = make_contract(
         described(
             "coverage",
             _float32,
-            "Share of response tokens with a span, at most α but for rule all and rules of your own.",
+            "Share of response tokens with a span; at most α except for rule all and your own rules.",
         ),
         described(
             "dropped_tokens",
@@ -287,65 +290,11 @@ ROUTED = make_contract(
     faults=(
         (
             "diagnostic_type",
-            "is null, and so is teacher_context, where route sends tokens to a teacher; give the "
-            "row its type, or route 0 to all of its tokens",
+            "is null, and so is teacher_context, in a row with routed tokens; give the row its type, "
+            "or route 0 to all its tokens",
             _untaught,
         ),
     ),
-)
-
-EVALUATIONS = make_contract(
-    "evaluations",
-    1,
-    [
-        described("evaluation_id", _string, "Hash of problem, policy and sampling parameters."),
-        _PROBLEM_ID,
-        described("source", _string, "Where the problem comes from."),
-        described("policy", _string, "Role of the policy in this evaluation."),
-        described("policy_name", _string, "Name of the policy."),
-        described(
-            "policy_revision",
-            _string,
-            "Hash of its model files.",
-        ),
-        described("k", _int32, "Scored samples of this problem."),
-        described("correct", _int32, "How many of them are right."),
-        described("majority_correct", _float32, "Probability that the majority answer is right."),
-        described("mean_tokens", _float32, "Mean response length in tokens."),
-        described("truncated", _int32, "Samples that hit the token limit."),
-        described("unscored", _int32, "Samples that the verifier could not score."),
-    ],
-    "evaluation_id",
-)
-
-VALIDATIONS = make_contract(
-    "validations",
-    1,
-    [
-        described("validation_id", _string, "Hash of step, split, decoding and problem."),
-        described("step", _int32, "Optimiser steps done."),
-        described("split", _string, "Name of the split in train.validation.problems."),
-        described("decoding", _string, "sampled (online.sampling) or greedy."),
-        _PROBLEM_ID,
-        described("k", _int32, "Scored answers to this problem."),
-        described("correct", _int32, "How many of them are right."),
-        described(
-            "tokens",
-            _int32,
-            "Response tokens, all answers together; null where the sampler keeps none (vLLM's greedy "
-            "answers).",
-            True,
-        ),
-        described(
-            "entropy",
-            _float32,
-            "Mean negative log-probability of the sampled tokens, nats: an estimate of the policy's "
-            "entropy under sampling; null for greedy, whose tokens are no samples.",
-            True,
-        ),
-        described("truncated", _int32, "Answers that hit the token limit."),
-    ],
-    "validation_id",
 )
 
 CONTRACTS = {c.name: c for c in (PROBLEMS, ROLLOUTS, VERDICTS, ANNOTATIONS, ROUTED, EVALUATIONS)}

@@ -1,4 +1,4 @@
-"""Small text files that a person writes: configs, prompts, prices."""
+"""Reading small text files that people write: configs (settings.py), prompts, prices (annotators)."""
 
 import stat
 from pathlib import Path
@@ -9,18 +9,18 @@ _MOST_BYTES = 1 << 20
 
 
 def read_text_file(path: str | Path, advice: str) -> str:
-    """The text of a UTF-8 file of at most 1 MiB. advice: ends the sentence if it cannot be read.
+    """The text of a UTF-8 file of at most 1 MiB. advice: the end of the sentence in an error.
 
     Raises:
-        InputError: no regular file, not readable, too large, or no UTF-8.
+        InputError: no regular file, not readable, too large, or not UTF-8.
     """
     shown = f"{path!s:.300}"
     try:
         about = Path(path).stat()
-        if not stat.S_ISREG(about.st_mode):  # a pipe may block, a device may never end
+        if not stat.S_ISREG(about.st_mode):  # a pipe may block, a device may be endless
             raise InputError(f"{shown}: is no regular file; {advice}")
         with Path(path).open("rb") as file:
-            # The kernel's own files (/proc/kmsg) state no size, and may block.
+            # Files of the kernel (/proc/kmsg) have size 0 and may block.
             content = file.read(_MOST_BYTES + 1) if about.st_size else b""
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)

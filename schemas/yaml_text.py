@@ -1,4 +1,4 @@
-"""YAML from people and from others: the safe loader, with limits on what a text may unfold to."""
+"""Safe YAML: settings.py and the prompt and price files load untrusted text with it, under limits."""
 
 from typing import Any
 
@@ -12,24 +12,24 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text, made of mappings, lists and what JSON can hold besides.
+    """The value of a YAML text, made of mappings, lists and JSON's scalars.
 
-    Nothing in it stands at two paths: YAML's aliases load as one object, and an override of one
-    path would change them all.
+    No object is shared: YAML's aliases would load as one object, and an override of one path would
+    change the other.
 
     Raises:
-        YAMLError: no YAML, or YAML that says more than a config can.
+        YAMLError: invalid YAML, or YAML beyond the limits.
     """
     try:
         return _Unshared().copy(_Loader(text).get_single_data())
     except RecursionError:
         raise yaml.YAMLError("it is nested too deep") from None
-    except ValueError as error:  # a date that is none, a number of thousands of digits
+    except ValueError as error:  # an invalid date, or a number of thousands of digits
         raise yaml.YAMLError(str(error)) from None
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that ends at the first excess, and takes no key twice."""
+    """SafeLoader that stops at the first limit exceeded and refuses repeated keys."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_scalar_node(self, anchor: Any) -> Any:
         node = super().compose_scalar_node(anchor)
-        # 1:1:1:… is a number to base 60, and takes time that grows with the square of its length.
+        # 1:1:1:… is a number in base 60, and parsing it takes quadratic time.
         if node.tag in _NOT_TEXT and len(node.value) > _MOST_NUMBER_CHARS:
             raise yaml.YAMLError(f"it holds a number of {len(node.value):,} characters")
         return node
@@ -60,12 +60,12 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
                     line = key.start_mark.line + 1
-                    raise yaml.YAMLError(f"line {line}: key {key.value[:80]!r} stands there twice")
+                    raise yaml.YAMLError(f"line {line}: key {key.value[:80]!r} appears twice")
                 seen.add((key.tag, key.value))
         return node
 
     def flatten_mapping(self, node: Any) -> None:
-        """Lay out merge keys (`<<: *other`), each of which may double what it merges."""
+        """Expand merge keys (`<<: *other`), each of which may double the content."""
         merged = 0
         for key, value in node.value:
             if key.tag == _MERGE:
@@ -79,7 +79,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Unshared:
-    """Copies a loaded value so that nothing stands in it twice, and counts what it holds."""
+    """Copies a loaded value so that it shares no object, and counts its nodes and characters."""
 
     def __init__(self) -> None:
         self._nodes = self._chars = 0
@@ -99,7 +99,7 @@ class _Unshared:
         if not isinstance(value, dict | list):
             return value
         if id(value) in around:
-            raise yaml.YAMLError("an alias stands inside its own anchor")
+            raise yaml.YAMLError("an alias is inside its own anchor")
         around += (id(value),)
         if isinstance(value, dict):
             return {self.copy(key): self.copy(child, around) for key, child in value.items()}

@@ -33,7 +33,7 @@ from trace_opd.schemas.configs import HubSource
 from trace_opd.schemas.errors import DamagedFile, InputError
 from trace_opd.schemas.tables import PROBLEMS
 from trace_opd.trace.policy import load_policy, load_tokenizer
-from trace_opd.trace.state_file import load_state, save_state
+from trace_opd.trace.saved_run import load_state, save_state
 
 ROOT = Path(__file__).parents[1]
 MICRO = ROOT / "data" / "micro"

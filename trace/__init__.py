@@ -1,4 +1,5 @@
 """The method: segmenting, routing, teacher prompt, advantages, losses, schedule, trainer.
 
-Pure: no network, no Prefect, no OpenAI. Imports torch, transformers and pyarrow alone.
+The stages in pipelines/ call it. It needs torch, transformers and pyarrow, and no network. To read
+the trainer: sequences, packing, fused, losses, schedule, trainer.
 """

@@ -1,9 +1,10 @@
-"""Text to tokens, exactly: offsets from the bytes that each token id stands for.
+"""Exact offsets between text and tokens, from the bytes of each token id.
 
-No text is re-encoded: a table holds the byte string of every id, a response's text is those bytes
-joined, and a cumulative sum gives each token's byte range. Works for byte-level vocabularies
-(GPT-2, Qwen, SmolLM), SentencePiece with byte fallback (Llama 2, Gemma) and plain character or
-word vocabularies. One response at a time here; responses.py aligns those of a whole part.
+Samplers, annotators and the viewer call it for one response; responses.py aligns the responses of a
+part. No text is re-encoded: a table holds the byte string of every id, a response's text is those
+bytes joined, and their cumulative lengths give each token's byte range. Works for byte-level
+vocabularies (GPT-2, Qwen, SmolLM), SentencePiece with byte fallback (Llama 2, Gemma) and plain
+character or word vocabularies.
 """
 
 import json
@@ -21,9 +22,9 @@ from ..schemas.errors import InputError
 
 @dataclass(frozen=True)
 class ByteTable:
-    """The bytes of every token id; special tokens stand for none.
+    """The bytes of every token id; special tokens have none.
 
-    Ids past the table stand for none either: models pad their vocabulary beyond the tokenizer's.
+    Ids beyond the table have none either: models pad their vocabulary beyond the tokenizer's.
     """
 
     pieces: tuple[bytes, ...]
@@ -35,25 +36,24 @@ class ByteTable:
 
     @cached_property
     def _lookup(self) -> Any:
-        """The pieces, and what ids past them stand for."""
+        """The pieces, and one empty piece for ids beyond them."""
         return pa.array([*self.pieces, b""], pa.large_binary())
 
     def spelled(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The bytes of many tokens behind one another, (bytes,) uint8, and where each token begins
-        in them, (tokens + 1,) int64."""
+        """The joined bytes of tokens, (bytes,) uint8, and where each begins, (tokens + 1,) int64."""
         taken = self._lookup.take(pa.array(np.minimum(token_ids, len(self.pieces))))
         _, offsets, joined = taken.buffers()
         starts = np.frombuffer(offsets, np.int64, len(taken) + 1)
         return np.frombuffer(joined or b"", np.uint8, int(starts[-1])), starts
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """The text of some ids; each byte that is no valid UTF-8 becomes one U+FFFD."""
+        """The text of some ids; each invalid UTF-8 byte becomes one U+FFFD."""
         return self._escaped(token_ids).translate(_ESCAPED_BYTES)
 
     def char_ranges(self, token_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """First character and one past the last of each token: two (tokens,) int64 arrays.
 
-        Tokens that share a character (a multi-byte one cut between them) overlap in it.
+        Tokens that share a multi-byte character overlap in it.
         """
         starts, ends = self.byte_ranges(token_ids)
         edges = self.char_edges(token_ids)
@@ -73,8 +73,8 @@ class ByteTable:
     ) -> np.ndarray:
         """Segment index of each token, (tokens,) int64; −1 for tokens without bytes.
 
-        A token belongs to the segment that holds its middle byte (of two middle ones the first):
-        where two segments share a token, the one with most of its bytes, ties to the earlier.
+        A token belongs to the segment with its middle byte, the first of two middle ones. So of two
+        segments that share a token, the one with most of its bytes gets it, ties to the earlier.
 
         segments: (start, end) in characters, tiling the text.
         """
@@ -90,7 +90,7 @@ class ByteTable:
         return b"".join(known).decode("utf-8", "surrogateescape")
 
     def char_edges(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Byte offset of every character's start, and of the text's end: (chars + 1,) int64."""
+        """Byte offset of each character's start and of the text's end: (chars + 1,) int64."""
         escaped = self._escaped(token_ids)
         points = np.frombuffer(escaped.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         widths = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
@@ -98,7 +98,7 @@ class ByteTable:
         return np.concatenate(([0], np.cumsum(widths)))
 
 
-# surrogateescape's code points, each standing for one invalid byte.
+# surrogateescape's code points, one for each invalid byte.
 _ESCAPED_BYTES = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
 
 
@@ -106,7 +106,7 @@ def byte_table(tokenizer: PreTrainedTokenizerBase) -> ByteTable:
     """The byte table of a tokenizer.
 
     Raises:
-        InputError: a tokenizer without a `tokenizers` back-end, whose bytes are not known.
+        InputError: a tokenizer without a `tokenizers` back-end; its bytes are unknown.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -149,7 +149,7 @@ def _sentencepiece_bytes(token: str) -> bytes:
 
 
 def _mentions(node: object, kind: str) -> bool:
-    """Whether a tokenizer.json node is of a type, or a sequence that holds one."""
+    """Whether a tokenizer.json node has this type, or is a sequence that contains such a node."""
     if not isinstance(node, dict):
         return False
     children = [*node.get("decoders", []), *node.get("pretokenizers", [])]

@@ -1,15 +1,17 @@
-"""Chat templates rendered where they can do no harm.
+"""Chat templates rendered under limits; prompt.py calls `render_template`.
 
-A template is a program that comes with a model. Jinja's sandbox keeps it away from files and Python
-objects, but it may loop or fill the memory, for every conversation or for a special one. So the
-process renders only templates that it knows; any other renders in a worker process with limits on CPU
-time, memory and the length of the text.
+A template is a program that comes with a model. Jinja's sandbox denies it files and Python objects,
+but it may loop or exhaust memory. So this process renders only known templates. Any other renders in
+a worker process with limits on CPU time, memory and the length of the text: this module, started as
+`python -m trace_opd.trace.chat_template <fd> <CPU s> <memory MiB>`. Questions and answers are JSON,
+so nothing that a template wrote is unpickled.
 """
 
 import atexit
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from multiprocessing.connection import Connection
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..schemas.errors import InputError
 
@@ -30,11 +33,11 @@ _KNOWN = {
     "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",  # smollm2
 }
 _CPU_S, _MEMORY_MIB = 5, 1024
-# For a worker that gets no CPU. Its own CPU limit comes long before.
+# For a worker that is starved of CPU; its own CPU limit ends it much earlier.
 _DEADLINE_S = 300.0
-# A template adds a system prompt and a few tokens per turn.
+# Limit of the text: a template adds a system prompt, and a few tokens per turn.
 _ADDED_CHARS, _TIMES_CHARS = 1 << 20, 16
-# A worker that somebody else kills (out of memory) is started again once.
+# A worker killed from outside (out of memory) is restarted once.
 _ATTEMPTS = 2
 
 
@@ -48,7 +51,7 @@ def render_template(
     Raises:
         InputError: the template fails, or exceeds a limit.
     """
-    # A tokenizer's own method is code that the user has chosen to run (trust_remote_code).
+    # A tokenizer's own method is code that the user allowed (trust_remote_code).
     own_code = (
         type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
     )
@@ -62,10 +65,8 @@ def render_template(
         return cast(str, text)
     try:
         template = tokenizer.get_chat_template()
-    except ValueError as error:  # several templates, and none is the default
-        raise _refused(
-            tokenizer, f"is not to be found ({' '.join(str(error).split()):.200})"
-        ) from None
+    except ValueError as error:  # several templates and no default
+        raise _refused(tokenizer, f"is not found ({' '.join(str(error).split()):.200})") from None
     most = _ADDED_CHARS + _TIMES_CHARS * sum(len(message["content"]) for message in messages)
     variables = {**tokenizer.special_tokens_map, **options}
     kind, value = _WORKER.ask([template, list(messages), variables, most])
@@ -86,9 +87,9 @@ def _refused(tokenizer: PreTrainedTokenizerBase, what: str) -> InputError:
 
 
 class _Worker:
-    """One worker process, started at the first question. Threads ask in turn.
+    """One worker process, started by the first question; a lock serialises threads.
 
-    A fork of this process starts a worker of its own.
+    A fork of this process starts its own worker.
     """
 
     def __init__(self) -> None:
@@ -123,7 +124,7 @@ class _Worker:
         self._process = self._connection = None
         if process is None or connection is None or self._owner != os.getpid():
             return None
-        # One that has ended by itself keeps its exit code.
+        # Wait first: a worker that ended by itself keeps its exit code.
         with suppress(subprocess.TimeoutExpired):
             process.wait(0.2)
         process.kill()
@@ -135,8 +136,8 @@ class _Worker:
             return self._connection
         self._connection, theirs = Pipe()
         # -P keeps the working directory off the module path, where a checkout's `trace` folder would
-        # hide the standard library's module. A session of its own keeps Ctrl-C away.
-        command = [sys.executable, "-P", "-W", "ignore", "-m", f"{__package__}.template_worker"]
+        # shadow the standard library's module. A new session shields the worker from Ctrl-C.
+        command = [sys.executable, "-P", "-W", "ignore", "-m", f"{__package__}.chat_template"]
         self._process = subprocess.Popen(
             [*command, str(theirs.fileno()), str(_CPU_S), str(_MEMORY_MIB)],
             pass_fds=[theirs.fileno()],
@@ -152,3 +153,43 @@ class _Worker:
 
 _WORKER = _Worker()
 atexit.register(_WORKER.close)
+
+
+def answer(template: str, messages: list[Any], variables: dict[str, Any], most: int) -> bytes:
+    """Render one conversation: ["rendered", text] or ["refused", why], as JSON."""
+    try:
+        (text,), _ = render_jinja_template(
+            conversations=[messages],
+            chat_template=template,
+            add_generation_prompt=True,
+            **variables,
+        )
+        if len(text) > most:
+            why = f"makes {len(text):,} characters of a conversation that allows {most:,}"
+            return json.dumps(["refused", why]).encode()
+        return json.dumps(["rendered", text]).encode()
+    except MemoryError:
+        return json.dumps(["refused", "needs too much memory"]).encode()
+    except Exception as error:  # a template may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error!s:.1000}".split())
+        return json.dumps(["refused", f"fails ({reason:.200})"]).encode()
+
+
+def serve(connection: Connection, cpu_s: float, memory_mib: int) -> None:
+    """Run the worker: set its limits, and answer until the other end closes."""
+    limit = memory_mib * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(EOFError):
+        while True:
+            job = json.loads(connection.recv_bytes())
+            # SIGPROF's default action kills the process even inside a C function.
+            signal.setitimer(signal.ITIMER_PROF, cpu_s)
+            reply = answer(*job)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            connection.send_bytes(reply)
+
+
+if __name__ == "__main__":
+    with suppress(BrokenPipeError, ConnectionResetError):  # the parent was killed
+        serve(Connection(int(sys.argv[1])), float(sys.argv[2]), int(sys.argv[3]))

@@ -1,12 +1,14 @@
-"""Checkpoints: a transformers model folder, and beside it what a resumed run needs.
+"""Checkpoints: a transformers model folder plus the state that a resumed run needs.
+
+Stage train calls `save_checkpoint`, `resume` and, at the end, `save_model`.
 
 step-00050/  config.json model.safetensors tokenizer.json …   AutoModelForCausalLM, vLLM
              (adapter_config.json adapter_model.safetensors     peft, when adapters are trained)
              trainer.safetensors                                optimiser, teacher, state, RNGs
              SHA256SUMS                                         of all of these
 
-Weights are stored whole, so a run may go on under another number of ranks. A checkpoint that is not
-what was written is set aside as damaged-step-NNNNN, and training resumes from the one before.
+Weights are stored unsharded, so a run may resume under another number of ranks. A damaged checkpoint
+is renamed to damaged-step-NNNNN, and training resumes from the one before.
 """
 
 import logging
@@ -23,12 +25,10 @@ from safetensors import SafetensorError
 
 from ..data.files import sync
 from ..schemas.errors import InputError
-from .checksums import damage, write_checksums
-from .identity import TRAINER_FILE
+from .identity import TRAINER_FILE, damage, write_checksums
 from .lora import has_adapters, save_adapters, save_merged, set_adapters, transformers_model
-from .ranks import load_optimizer, load_weights, whole_optimizer, whole_weights
-from .saved_run import WRAPPER, SavedRun, read_run, restore_rng_states, rng_states
-from .state_file import save_state
+from .ranks import full_optimizer, full_weights, load_optimizer, load_weights
+from .saved_run import WRAPPER, SavedRun, read_run, restore_rng_states, rng_states, save_state
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,10 @@ _DAMAGED = "damaged-"
 
 
 def save_model(trainer: Trainer, folder: Path) -> Path:
-    """Write model and tokenizer to a folder, whole or not at all; adapters are merged."""
+    """Write model and tokenizer to a folder, atomically; adapters are merged into the weights.
+
+    Every rank has to call; the first writes.
+    """
     weights = _student_weights(trainer)
     if trainer.ranks.first:
         _publish(folder, lambda temporary: _write_model(trainer, temporary, weights, merge=True))
@@ -46,18 +49,18 @@ def save_model(trainer: Trainer, folder: Path) -> Path:
 
 
 def save_checkpoint(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
-    """Write `folder/step-NNNNN`, whole or not at all; it and the `keep` - 1 before it stay.
+    """Write `folder/step-NNNNN` atomically; keep it and the `keep` - 1 before it.
 
     Every rank has to call; the first writes.
 
     Raises:
-        InputError: it could not be written (no space, no permission); the older ones are whole.
+        InputError: it could not be written (no space, no permission); older ones are untouched.
     """
     target = folder / f"step-{trainer.state.step:05d}"
     weights = _student_weights(trainer)
     state = {
-        "optimizer": whole_optimizer(trainer.student, trainer.optimizer),
-        "teacher": whole_weights(trainer.teacher) if trainer.teacher is not None else None,
+        "optimizer": full_optimizer(trainer.student, trainer.optimizer),
+        "teacher": full_weights(trainer.teacher) if trainer.teacher is not None else None,
         "state": asdict(trainer.state),
         "rng": rng_states(),
         "checksums": True,
@@ -76,24 +79,23 @@ def save_checkpoint(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
 
 
 def prune_checkpoints(newest: Path, keep: int) -> None:
-    """Remove a run's older checkpoints, each whole or not at all; `newest` and `keep` - 1 stay.
+    """Remove a run's older checkpoints, each atomically; keep `newest` and `keep` - 1 before it.
 
-    newest: just written or just restored, so it is sound. What is torn or has missing files neither
-    counts nor goes.
+    newest: just written or just restored, so it is sound. Damaged checkpoints do not count, and stay.
     """
     older = [path for path in checkpoints(newest.parent) if step_of(path) < step_of(newest)]
-    whole = [path for path in older if _is_whole(path)]
-    for old in whole[keep - 1 :]:
-        # A kill in the middle leaves what no one takes for a checkpoint.
+    complete = [path for path in older if _is_complete(path)]
+    for old in complete[keep - 1 :]:
+        # Renamed first: a kill during the removal leaves no partial checkpoint under its name.
         shutil.rmtree(old.rename(_temporary(old)))
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     return (checkpoint / TRAINER_FILE).exists() and _difference(checkpoint, read=False) is None
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints by name, newest first; whether they are sound, only `resume` finds out."""
+    """A run's checkpoints by name, newest first; `resume` checks whether they are sound."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
@@ -104,9 +106,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def resume(trainer: Trainer, folder: Path) -> Path | None:
-    """Restore the newest sound checkpoint of a run and return it; None: the trainer stays as it is.
+    """Restore the newest sound checkpoint of a run and return it; None: there is none.
 
-    Every rank calls. Each damaged checkpoint is logged and set aside.
+    Every rank has to call. Damaged checkpoints are logged and renamed.
     """
     ranks = trainer.ranks
     candidates = ranks.broadcast(_candidates(folder) if ranks.first else None)
@@ -120,23 +122,24 @@ def resume(trainer: Trainer, folder: Path) -> Path | None:
                 saved = read_run(trainer, checkpoint, step_of(checkpoint))
             except InputError as error:
                 reason = str(error)
-            # All ranks restore a checkpoint, or none.
-            reason = next((said for said in ranks.gather(reason) if said is not None), None)
+            # All ranks restore a checkpoint, or none does.
+            reason = next((found for found in ranks.gather(reason) if found is not None), None)
         if reason is None:
             assert saved is not None
             _apply(trainer, saved)
             return checkpoint
         if ranks.first:
             last = checkpoint == candidates[-1]
-            _set_aside(checkpoint, reason, "anew" if last else "with the one before")
+            how = "from the start" if last else "from the one before"
+            _set_aside(checkpoint, reason, how)
     return None
 
 
 def restore(trainer: Trainer, checkpoint: Path) -> None:
-    """Put a trainer back where a checkpoint was written: weights, optimiser, teacher, state, RNGs.
+    """Restore weights, optimiser, teacher, counters and random states from a checkpoint.
 
     Raises:
-        InputError: the checkpoint is damaged; the trainer is as it was.
+        InputError: the checkpoint is damaged; the trainer is unchanged.
     """
     if (reason := _difference(checkpoint)) is not None:
         raise InputError(f"{checkpoint}: is damaged ({reason}); take another checkpoint")
@@ -146,7 +149,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
 def _candidates(folder: Path) -> list[Path]:
     for path in sorted(folder.glob("step-*")):
         if not (_NAME.fullmatch(path.name) and path.is_dir()):
-            logger.warning("%s: is no checkpoint (a folder step-00050, say), left alone", path)
+            logger.warning("%s: is no checkpoint (a folder such as step-00050); ignored", path)
     return checkpoints(folder)
 
 
@@ -159,17 +162,17 @@ def _difference(checkpoint: Path, read: bool = True) -> str | None:
 
 def _set_aside(checkpoint: Path, reason: str, how: str) -> None:
     aside = checkpoint.with_name(_DAMAGED + checkpoint.name)
-    with suppress(OSError):  # its name is a convenience: every resume checks again
+    with suppress(OSError):  # the name only helps the user: every resume checks again
         if aside.exists():
             shutil.rmtree(aside)
         checkpoint = checkpoint.rename(aside)
     logger.warning(
-        "%s: this checkpoint is damaged (%s); training goes on %s", checkpoint, reason, how
+        "%s: this checkpoint is damaged (%s); training resumes %s", checkpoint, reason, how
     )
 
 
 def _apply(trainer: Trainer, saved: SavedRun) -> None:
-    """Put what was read into the trainer. Collective: the trainer's modules may be sharded."""
+    """Load a saved run into the trainer. Every rank has to call: its modules may be sharded."""
     if has_adapters(trainer.policy.model):
         set_adapters(trainer.policy.model, saved.weights)
     else:
@@ -188,7 +191,7 @@ def _apply(trainer: Trainer, saved: SavedRun) -> None:
 def _write_model(
     trainer: Trainer, folder: Path, weights: dict[str, torch.Tensor], merge: bool
 ) -> None:
-    """Model and tokenizer; of a policy with adapters the merged model, or the adapters alone."""
+    """Write model and tokenizer; a policy with adapters writes the merged model, or adapters only."""
     model = trainer.policy.model
     if not has_adapters(model):
         model.save_pretrained(folder, state_dict=weights)
@@ -200,18 +203,18 @@ def _write_model(
 
 
 def _student_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The student's whole state dict under its model's own names, shared tensors once."""
+    """The student's unsharded state dict under its model's own names, tied tensors once."""
     weights = {
-        name.removeprefix(WRAPPER): value for name, value in whole_weights(trainer.student).items()
+        name.removeprefix(WRAPPER): value for name, value in full_weights(trainer.student).items()
     }
-    # Gathered from shards, tensors that are tied come as copies.
+    # Gathering from shards copies tied tensors.
     for tied in transformers_model(trainer.policy.model).all_tied_weights_keys:
         weights.pop(tied, None)
     return weights
 
 
 def _publish(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a temporary folder and put it in the target's place; leftovers of a kill are swept."""
+    """Write a temporary folder, then rename it to the target; leftovers of a kill are removed."""
     temporary = _temporary(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -219,18 +222,14 @@ def _publish(target: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(leftover)
         temporary.mkdir()
         write(temporary)
-        # Power may fail as well: the name must not be on the disk before what it stands for.
+        # After a power failure the name must not exist without its content, so sync first.
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        # torch.save hides the file system's error behind one of its own.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, OSError | SafetensorError):
-            raise
         raise InputError(
-            f"{target}: could not be written ({cause}); make room there and give the same command "
-            "again, it goes on from the newest checkpoint"
+            f"{target}: could not be written ({error}); make room there and repeat the command, which "
+            "resumes from the newest checkpoint"
         ) from None
     if target.is_dir():
         shutil.rmtree(target)

@@ -1,30 +1,34 @@
-"""Problems, rollouts, verdicts and annotations of one part to its routed table."""
+"""From problems, rollouts, verdicts and annotations of one part to its routed table.
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+Stage convert and online.py call `routed_table`. It selects the rollouts to train on, turns verdicts
+into rewards and group-normalised advantages, and routes tokens block by block (responses.py).
+"""
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..schemas.configs import RoutingConfig
+from ..schemas.contract import list_of
 from ..schemas.errors import InputError
-from ..schemas.labels import Route
+from ..schemas.labels import FinishReason, Route
 from ..schemas.tables import ROUTED
-from .advantage import scored_rollouts, truncated
 from .align import ByteTable
-from .context import TeacherContexts, teacher_contexts
-from .ragged import lists_of, one_chunk, rows_of, to_numpy
-from .responses import aligned
-from .route import Routing, route_responses
+from .prompt import TeacherContexts, teacher_contexts
+from .responses import aligned, one_chunk, route_responses, to_numpy
+from .route import Routing
 
 _COPIED = (
     "rollout_id", "problem_id", "group_id", "prompt_token_ids", "token_ids", "logprobs",
     "temperature", "policy_name", "policy_revision", "policy_step", "vocab_fingerprint",
 )  # fmt: skip
 _READ = [*_COPIED, "response", "sample_index", "finish_reason"]
-_MARKS = ["segments", "spans", "diagnostic_type"]
-# Tokens whose bytes are in memory at once; few enough for a core's cache.
+_ANNOTATED = ["segments", "spans", "diagnostic_type"]
+# Tokens per block; few enough that their bytes fit a core's cache.
 _BLOCK_TOKENS = 1 << 18
 
 
@@ -37,15 +41,15 @@ def routed_table(
     config: RoutingConfig,
     with_teacher: bool = True,
 ) -> pa.Table:
-    """The routed table of those rollouts that `scored_rollouts` keeps; the other tables hold the
-    same rollouts in order.
+    """The routed table of the rollouts that `scored_rollouts` keeps.
 
-    A response without its teacher's context is plain GRPO, and so is every one where there is no
-    teacher (λ is 0). annotations: None means no spans and no type labels.
+    rollouts, verdicts, annotations: the same rollouts row by row. annotations None: no spans and no
+    type labels. with_teacher: false once λ is 0. Without a teacher, or without a context for it, a
+    response is plain GRPO.
 
     Raises:
-        InputError: tables that do not belong together, a text that its tokens do not spell, or
-            segments that do not tile it.
+        InputError: tables of different rollouts, a text that its tokens do not spell, or segments
+            that do not tile it.
     """
     _same_rollouts(rollouts, verdicts, "verdicts")
     if annotations is not None:
@@ -55,7 +59,7 @@ def routed_table(
     verdicts = rows_of(verdicts.select(["correct"]), scored.rows)
     labels = pa.nulls(len(rollouts), pa.string())
     if annotations is not None:
-        annotations = rows_of(annotations.select(_MARKS), scored.rows)
+        annotations = rows_of(annotations.select(_ANNOTATED), scored.rows)
         labels = one_chunk(annotations["diagnostic_type"])
     problems = _problems_of(rollouts, problems)
     correct = to_numpy(pc.is_in(verdicts["correct"], value_set=pa.array([True])))
@@ -88,10 +92,103 @@ def routed_table(
     return pa.Table.from_arrays(arrays, schema=ROUTED.schema)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """The rollouts to train on, their rewards and advantages.
+
+    rows: (scored,) int64, their row numbers, ascending; rewards: (scored,) float64, the verifier's,
+    shaped under `routing.overlong` soft; advantages: (scored,) float32.
+    """
+
+    rows: np.ndarray
+    rewards: np.ndarray
+    advantages: np.ndarray
+
+
+def scored_rollouts(rollouts: pa.Table, verdicts: pa.Table, config: RoutingConfig) -> Scored:
+    """The rollouts to train on; the two tables hold the same rollouts row by row.
+
+    Rollouts without a reward, without the sampler's token ids (off-policy) or without tokens leave
+    their group before its advantages are computed; under overlong `mask` truncated ones leave after.
+    """
+    lengths = to_numpy(pc.list_value_length(rollouts["token_ids"]))
+    scored = to_numpy(pc.is_valid(verdicts["reward"])) & to_numpy(rollouts["on_policy"])
+    rows = np.flatnonzero(scored & (lengths > 0))
+    rewards = to_numpy(verdicts["reward"])[rows].astype(np.float64)
+    if config.overlong == "soft":
+        limits = to_numpy(rollouts["max_new_tokens"])[rows]
+        rewards += overlong_penalty(lengths[rows], limits, config.overlong_buffer)
+    groups = to_numpy(_groups(rollouts).indices)[rows]
+    advantages = group_advantages(rewards, groups, config.advantage_eps, config.advantage)
+    if config.overlong != "mask":
+        return Scored(rows, rewards, advantages)
+    kept = ~truncated(rollouts)[rows]
+    return Scored(rows[kept], rewards[kept], advantages[kept])
+
+
+def truncated(rollouts: pa.Table) -> np.ndarray:
+    """(rows,) bool: whether a response hit the token limit."""
+    at_limit = pa.array([str(FinishReason.LENGTH)])
+    return to_numpy(pc.is_in(rollouts["finish_reason"], value_set=at_limit))
+
+
+def groups_without_signal(
+    rollouts: pa.Table, verdicts: pa.Table, config: RoutingConfig
+) -> list[str]:
+    """Ids of groups whose advantages are all 0, in the rollouts' order; online.py replaces them."""
+    scored = scored_rollouts(rollouts, verdicts, config)
+    groups = _groups(rollouts)
+    silent = np.ones(len(groups.dictionary), dtype=bool)
+    silent[to_numpy(groups.indices)[scored.rows[scored.advantages != 0]]] = False
+    return groups.dictionary.filter(pa.array(silent)).to_pylist()
+
+
+def overlong_penalty(length: Any, limit: Any, buffer: int) -> Any:
+    """Soft overlong penalty (DAPO, arXiv 2503.14476, equation 13): 0 … −1, added to the reward.
+
+    It falls linearly over the last `buffer` tokens before `limit`; a buffer above the limit counts
+    as the limit. All in tokens, as numbers or arrays.
+    """
+    buffers = np.minimum(buffer, limit)
+    return -np.clip((length - (limit - buffers)) / buffers, 0.0, 1.0)
+
+
+def group_advantages(
+    rewards: np.ndarray,
+    groups: Sequence[Hashable] | np.ndarray,
+    eps: float,
+    normalisation: Literal["std", "mean"] = "std",
+) -> np.ndarray:
+    """A = (r − mean) / (std + ε) within each group (METHOD.md, "Objective").
+
+    `mean` omits the division (Dr. GRPO, arXiv 2503.20783). std is the sample standard deviation
+    (n − 1), as in TRL; a group of one, or of equal rewards, gets exactly 0.
+    rewards: (rollouts,) float; groups: (rollouts,) group ids. Returns (rollouts,) float32.
+    """
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    rewards = rewards.astype(np.float64)
+    count = np.bincount(index).astype(np.float64)
+    mean = np.bincount(index, rewards) / count
+    low, high = np.full_like(mean, np.inf), np.full_like(mean, -np.inf)
+    np.minimum.at(low, index, rewards)
+    np.maximum.at(high, index, rewards)
+    # In floating point the mean of equal numbers may differ from that number.
+    centred = np.where((low == high)[index], 0.0, rewards - mean[index])
+    if normalisation == "mean":
+        return centred.astype(np.float32)
+    std = np.sqrt(np.bincount(index, centred**2) / np.maximum(count - 1, 1))
+    return (centred / (std[index] + eps)).astype(np.float32)
+
+
+def _groups(rollouts: pa.Table) -> Any:
+    """Group ids as an Arrow dictionary in order of appearance, with each row's index into it."""
+    return one_chunk(rollouts["group_id"].dictionary_encode())
+
+
 def _same_rollouts(rollouts: pa.Table, other: pa.Table, name: str) -> None:
     if not rollouts["rollout_id"].equals(other["rollout_id"]):
         raise InputError(
-            f"{name}: rollout_id does not match the rollouts row for row; run that stage again"
+            f"{name}: rollout_id does not match the rollouts row by row; run that stage again"
         )
 
 
@@ -99,7 +196,7 @@ def _problems_of(rollouts: pa.Table, problems: pa.Table) -> pa.Table:
     """The problem of each rollout.
 
     Raises:
-        InputError: a problem that is not in the table.
+        InputError: the table lacks a problem.
     """
     ids = one_chunk(problems["problem_id"])
     places: Any = one_chunk(pc.index_in(rollouts["problem_id"], value_set=ids))
@@ -118,7 +215,7 @@ def _token_offsets(rollouts: pa.Table) -> np.ndarray:
 
 
 def _blocks(offsets: np.ndarray) -> Iterator[slice]:
-    """Runs of rows of at most _BLOCK_TOKENS tokens, or of one row."""
+    """Slices of consecutive rows with at most _BLOCK_TOKENS tokens, or of one longer row."""
     first, rows = 0, len(offsets) - 1
     while first < rows:
         end = int(np.searchsorted(offsets, offsets[first] + _BLOCK_TOKENS, side="right")) - 1
@@ -130,7 +227,7 @@ def _blocks(offsets: np.ndarray) -> Iterator[slice]:
 def _labels(
     routings: list[Routing], offsets: np.ndarray, contexts: TeacherContexts
 ) -> dict[str, pa.Array]:
-    """What the routed table says of tokens, and what the teacher of a response is told."""
+    """The routed table's columns of routes, spans and teacher's contexts."""
     route = _joined((one.route for one in routings), np.uint8)
     span_id = _joined((one.span_id for one in routings), np.int16)
     coverage = _joined((one.coverage for one in routings), np.float32)
@@ -152,3 +249,22 @@ def _joined(arrays: Iterable[np.ndarray], dtype: type) -> np.ndarray:
 
 def _where(mask: np.ndarray, texts: pa.Array) -> pa.Array:
     return pc.if_else(pa.array(mask), texts, pa.scalar(None, pa.string()))
+
+
+def lists_of(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
+    """Flat values as an Arrow list column, without copying them."""
+    flat: Any = pa.array(values)
+    kind: Any = list_of(flat.type)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, type=kind)
+
+
+def rows_of(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """Some rows, ascending. All rows are returned without a copy; few runs are copied run by run,
+    which is several times faster than row by row."""
+    if len(rows) == len(table):
+        return table
+    breaks = np.flatnonzero(np.diff(rows) > 1) + 1
+    if len(breaks) * 2 >= len(rows):
+        return table.take(pa.array(rows, pa.int64()))
+    runs = zip(rows[np.append(0, breaks)], rows[np.append(breaks, len(rows)) - 1], strict=True)
+    return pa.concat_tables(table.slice(a, b - a + 1) for a, b in runs).combine_chunks()

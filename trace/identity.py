@@ -1,8 +1,10 @@
-"""The identity of a model folder: a hash of every file that decides what the model answers.
+"""Hashes of model folders: a model's identity, and the checksums of a checkpoint.
 
-Weights, config, generation config, tokenizer and chat templates count; documentation and training
-state do not. SHA-256 of large files is cached by size, times and inode, so a second run does not
-read 16 GB of weights again.
+`model_revision` hashes every file that decides what a model answers: weights, config, generation
+config, tokenizer and chat templates, but neither documentation nor training state. policy.py and the
+stages that record a policy call it. SHA-256 of large files is cached by size, times and inode, so a
+second run does not read 16 GB of weights again. checkpoint.py writes and checks SHA256SUMS, which
+`sha256sum -c SHA256SUMS` checks too. Imports no torch.
 """
 
 import hashlib
@@ -16,17 +18,21 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from ..data.files import write_whole
 from ..schemas.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Names in the folder itself. Unknown JSON counts: tokenizers name their files as they like.
+# Names in the folder itself. Every JSON file counts: tokenizers choose their own names.
 MODEL_FILES = (
     "*.safetensors", "*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "vocab.*", "merges.*",
 )  # fmt: skip
 CHAT_TEMPLATES = "additional_chat_templates"
 TRAINER_FILE = "trainer.safetensors"
+CHECKSUMS = "SHA256SUMS"
+_LOADED = (".safetensors", ".json")  # a loader reads such files even if the list does not name them
 
 _CACHED_FROM = 1 << 24  # bytes; smaller files are hashed in milliseconds
 _RACY_NS = 2_000_000_000
@@ -34,9 +40,9 @@ _READERS = 4
 
 
 def model_revision(path: str, trust_remote_code: bool = False) -> str:
-    """Hash of a model folder's deciding files, 16 hex digits.
+    """Hash of the files that decide what a model answers, 16 hex digits.
 
-    trust_remote_code: Python files of the folder run, so they count too.
+    trust_remote_code: the folder's Python files run, so they count too.
 
     Raises:
         InputError: no folder, or a file that cannot be read.
@@ -73,7 +79,7 @@ def _deciding_files(folder: Path, trust_remote_code: bool) -> list[Path]:
 
 
 def _shards(index: Path) -> set[str]:
-    """Names of the weight files in an index; they may lie in a folder below."""
+    """Names of the weight files in an index; they may be in a subfolder."""
     try:
         return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -84,7 +90,7 @@ def _shards(index: Path) -> set[str]:
 
 
 def cached_sha256(file: Path) -> str:
-    """Hex digest of a file; of a large one from the cache, if it has not changed since."""
+    """Hex digest of a file; a large file's comes from the cache if the file has not changed."""
     before = file.stat()
     if before.st_size < _CACHED_FROM:
         return sha256_of(file)
@@ -92,15 +98,15 @@ def cached_sha256(file: Path) -> str:
     known = [before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino]
     if (digest := _cached(entry, known)) is not None:
         return digest
-    logger.info("hashing %s (%.1f GB), once", file, before.st_size / 1e9)
+    logger.info("hashing %s (%.1f GB); the digest is cached", file, before.st_size / 1e9)
     digest = sha256_of(file)
     after = file.stat()
     # A file may change twice within one tick of the file system's clock, so the times of a file
-    # that has just been written prove nothing yet (git calls such an entry racy).
+    # written a moment ago prove nothing (git calls such an entry racy).
     settled = time.time_ns() - max(after.st_mtime_ns, after.st_ctime_ns) > _RACY_NS
     same = known == [after.st_size, after.st_mtime_ns, after.st_ctime_ns, after.st_ino]
     if settled and same:
-        with suppress(OSError, InputError):  # a cache that cannot be written costs time alone
+        with suppress(OSError, InputError):  # without a cache the file is hashed again
             write_whole(entry, json.dumps([known, digest]).encode())
     return digest
 
@@ -112,7 +118,7 @@ def sha256_of(file: Path) -> str:
 
 
 def _cached(entry: Path, known: list[int]) -> str | None:
-    """The digest in an entry of the cache; None if it is absent, damaged or of another state."""
+    """The digest in a cache entry; None if the entry is absent, damaged or out of date."""
     try:
         found: Any = json.loads(entry.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -133,3 +139,60 @@ def _cache_folder() -> Path:
         return Path(own) / "sha256"
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
     return Path(base) / "trace-opd" / "sha256"
+
+
+def write_checksums(folder: Path) -> None:
+    """Write SHA256SUMS over all files of a folder, after every other file is written."""
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    lines = [
+        f"{digest}  {name}\n" for name, digest in zip(names, _digests(folder, names), strict=True)
+    ]
+    (folder / CHECKSUMS).write_text("".join(lines))
+
+
+def damage(folder: Path, read: bool = True) -> str | None:
+    """How a folder differs from its SHA256SUMS; None if it does not, or if there is no list.
+
+    read: False checks names and safetensors headers only, which takes milliseconds and finds missing
+    and torn files.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            return f"{file.name} is truncated or damaged ({error})"
+    sums = folder / CHECKSUMS
+    if not sums.exists():
+        return None
+    try:
+        listed = {name: digest for digest, name in map(_fields, sums.read_text().splitlines())}
+    except ValueError:
+        return f"{CHECKSUMS} is no list of checksums"
+    if not listed:
+        return f"{CHECKSUMS} is empty"
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    if gone := sorted(listed.keys() - there):
+        return f"{gone[0]} is missing"
+    foreign = [name for name in sorted(there - listed.keys()) if name.endswith(_LOADED)]
+    if foreign:
+        return f"{foreign[0]} was not written with it"
+    if read:
+        found = _digests(folder, list(listed))
+        for (name, digest), now in zip(listed.items(), found, strict=True):
+            if digest != now:
+                return f"{name} does not hold what was written"
+    return None
+
+
+def _fields(line: str) -> tuple[str, str]:
+    digest, name = line.split("  ", 1)
+    return digest, name
+
+
+def _digests(folder: Path, names: list[str]) -> list[str]:
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda name: sha256_of(folder / name), names))

@@ -1,7 +1,8 @@
-"""Loading a model folder: every file is checked, and nothing is filled in where weights are missing.
+"""Loading a model folder: every file is checked, and missing weights are an error.
 
-transformers, tokenizers and safetensors raise errors of any type on a damaged folder; each becomes
-one sentence with the file's name.
+policy.py and the samplers load models, tokenizers and configs here; engines that load a folder
+themselves call `check_model` first. transformers, tokenizers and safetensors raise errors of any type
+on a damaged folder; each becomes one sentence with the file's name.
 """
 
 import json
@@ -24,7 +25,7 @@ from transformers import (
 from ..schemas.errors import InputError
 from .identity import CHAT_TEMPLATES
 
-# Each holds one JSON object, if it is there.
+# Optional files, each with one JSON object.
 _OBJECTS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -39,15 +40,15 @@ def load_model(
     """A causal language model with exactly the folder's weights.
 
     Raises:
-        InputError: a damaged file, code of its own, or tensors that are missing, unexpected or of
-            another shape (transformers would draw them at random).
+        InputError: a damaged file, its own code, or tensors that are missing, unexpected or of
+            another shape (transformers would initialise them at random).
     """
     check_files(path)
     if (Path(path) / "adapter_config.json").exists():
         # transformers applies them if peft is installed, vLLM never does.
         raise InputError(
-            f"policy {path}: holds adapters beside the weights (adapter_config.json); merge them with "
-            "peft's merge_and_unload, or move them to a folder of their own"
+            f"policy {path}: holds adapters next to the weights (adapter_config.json); merge them with "
+            "peft's merge_and_unload, or move them to another folder"
         )
     with _errors(path, "config.json or its weights"), _quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -56,7 +57,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the loading info, with their names
+            ignore_mismatched_sizes=True,  # the loading info lists them by name
             **options,
         )
     model, info = loaded
@@ -65,24 +66,32 @@ def load_model(
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Raises InputError if there is no tokenizer at the path, or one that needs code of its own."""
+    """The tokenizer of a folder.
+
+    Raises:
+        InputError: there is none, or it needs its own code.
+    """
     check_files(path)
     with _errors(path, "tokenizer.json or tokenizer_config.json"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def load_config(path: str, trust_remote_code: bool = False) -> Any:
-    """Raises InputError if there is no config at the path, or one of an unknown architecture."""
+    """The transformers config of a folder.
+
+    Raises:
+        InputError: there is none, or its architecture is unknown.
+    """
     check_files(path)
     with _errors(path, "config.json"):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def check_model(path: str, trust_remote_code: bool = False) -> None:
-    """Check a folder for an engine that loads it itself, as `load_model` and `require_finite` do.
+    """Check a folder like `load_model` and `require_finite`, for an engine that loads it itself.
 
-    Tensors' names are those that transformers expects; a quantised model's, and those of an
-    architecture that is not a causal language model there, are the engine's to check.
+    The engine has to check the tensor names of quantised models, and of architectures that are no
+    causal language model in transformers.
     """
     config = load_config(path, trust_remote_code)
     quantised = getattr(config, "quantization_config", None) is not None
@@ -95,10 +104,10 @@ def check_model(path: str, trust_remote_code: bool = False) -> None:
 
 
 def model_on_meta(config: Any, trust_remote_code: bool = False) -> Any:
-    """The model of a config without its weights.
+    """The model of a config, without weights.
 
     Raises:
-        InputError: a config that no model can be made of.
+        InputError: no model can be made from the config.
     """
     with _errors(config.name_or_path, "config.json"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
@@ -107,8 +116,7 @@ def model_on_meta(config: Any, trust_remote_code: bool = False) -> Any:
 
 
 def require_complete(info: dict[str, Any], path: str) -> None:
-    """Check transformers' loading info. Tied tensors and those that an architecture declares
-    ignorable are not in it.
+    """Check transformers' loading info, which omits tied tensors and those declared ignorable.
 
     Raises:
         InputError: a tensor is missing, unexpected or of another shape.
@@ -118,7 +126,7 @@ def require_complete(info: dict[str, Any], path: str) -> None:
     ]
     for what, names in (
         ("lack", info["missing_keys"]),
-        ("hold other shapes than config.json says:", shapes),
+        ("hold other shapes than config.json:", shapes),
         ("hold tensors that its architecture does not know:", info["unexpected_keys"]),
     ):
         if names:
@@ -140,8 +148,8 @@ def check_files(path: str) -> None:
     """Check a model folder's files without reading its weights.
 
     Raises:
-        InputError: a JSON file that holds no object, a chat template that is no text, end-of-text
-            ids that are no ids, weights without a valid header.
+        InputError: a JSON file without an object, a chat template that is not text, invalid
+            end-of-text ids, weights without a valid header.
     """
     folder = Path(path)
     objects = {name: _json_object(folder / name) for name in _OBJECTS if (folder / name).is_file()}
@@ -166,23 +174,27 @@ def _json_object(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        said = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
     else:
         if isinstance(found, dict):
             return found
-        said = f"it holds {type(found).__name__}"
-    raise InputError(f"{file}: is no JSON object ({said:.120}); download the model again")
+        reason = f"it holds {type(found).__name__}"
+    raise InputError(f"{file}: is no JSON object ({reason:.120}); download the model again")
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, its header read."""
+    """Open a safetensors file, which reads its header.
+
+    Raises:
+        InputError: the file is truncated or damaged.
+    """
     try:
         with safe_open(file, "pt") as tensors:
             yield tensors
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{file}: is no whole safetensors file ({error}); download the model again"
+            f"{file}: is no complete safetensors file ({error}); download the model again"
         ) from None
 
 
@@ -191,8 +203,8 @@ def _require_finite(tensor: torch.Tensor, name: str, path: str) -> None:
         return
     for chunk in tensor.detach().flatten().split(_CHUNK):
         chunk = chunk.float() if chunk.element_size() == 1 else chunk
-        # NaN and infinity survive a sum, which is many times faster than isfinite on the CPU. A sum
-        # that overflows is looked at number by number.
+        # NaN and infinity survive a sum, which is many times faster than isfinite on the CPU. If the
+        # sum overflows, each number is checked.
         if not chunk.sum(dtype=torch.float32).isfinite() and not chunk.isfinite().all():
             raise InputError(
                 f"policy {path}: tensor {name} holds NaN or infinity; take another checkpoint, or "
@@ -202,13 +214,13 @@ def _require_finite(tensor: torch.Tensor, name: str, path: str) -> None:
 
 @contextmanager
 def _errors(path: str, files: str) -> Iterator[None]:
-    """Turns whatever a library raises on a folder into one sentence; files: those it has read."""
+    """Turn any error that a library raises on a folder into one sentence; files: what it read."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except BaseException as error:
-        # A panic in tokenizers' Rust code is no Exception.
+        # A panic in tokenizers' Rust code is a BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if "trust_remote_code" in str(error):
@@ -216,18 +228,18 @@ def _errors(path: str, files: str) -> Iterator[None]:
                 f"policy {path}: needs Python code that comes with it; read that code, then set "
                 "policy.trust_remote_code=true to run it"
             ) from None
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         if not isinstance(error, OSError | ValueError):
-            said = f"{type(error).__name__}: {said}"
+            reason = f"{type(error).__name__}: {reason}"
         raise InputError(
-            f"policy {path}: {files} cannot be loaded ({said:.160}); give a folder with "
+            f"policy {path}: {files} cannot be loaded ({reason:.160}); give a folder with "
             "config.json, safetensors and tokenizer.json, a hub id, micro or smollm2"
         ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' table of tensors: what stands in it is refused in one sentence."""
+    """Silence transformers' table of tensors; `require_complete` reports them in one sentence."""
     logger = logging.getLogger("transformers.modeling_utils")
     before = logger.level
     logger.setLevel(logging.ERROR)

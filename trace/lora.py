@@ -1,8 +1,8 @@
-"""Low-rank adapters through peft: added to a policy, saved, restored, merged into its weights.
+"""Low-rank adapters by peft: added to a policy (policy.py), saved, restored and merged (checkpoint.py).
 
-A checkpoint holds the adapters alone; the base's weights never change. The model that training
-ends with is saved merged, so that everything that reads transformers folders reads it, and beside
-it `adapter/` as peft reads it.
+A checkpoint holds only the adapters, because the base's weights never change. The final model is
+saved with merged weights, which any reader of transformers folders loads, and next to them `adapter/`,
+which peft loads.
 """
 
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ _BASE_PREFIX = "base_model.model."
 def add_adapters(model: Any, config: LoraConfig) -> Any:
     """Freeze a transformers model and put trainable float32 adapters on it: a peft.PeftModel.
 
-    The adapters' first values are the same in every run and on every rank; they change nothing
-    until a step is taken (B is 0).
+    Initial values are the same in every run and on every rank. They change no output before the
+    first step (B is 0).
 
     Raises:
-        InputError: peft is not installed, or target_modules names no linear layer, other layers
-            or the head.
+        InputError: peft is not installed, or target_modules names no linear layer, another kind of
+            layer, or the head.
     """
     peft = _peft()
     settings = peft.LoraConfig(
@@ -67,7 +67,7 @@ def has_adapters(model: Any) -> bool:
 
 
 def transformers_model(model: Any) -> Any:
-    """The transformers model that a peft model wraps, adapters in place; a plain one itself."""
+    """The transformers model inside a peft model, with its adapters; a plain model unchanged."""
     return model.get_base_model() if has_adapters(model) else model
 
 
@@ -76,7 +76,7 @@ def save_adapters(
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors for peft.PeftModel.from_pretrained.
 
-    weights: the model's gathered state dict, where its parameters are sharded.
+    weights: the model's gathered state dict; needed if its parameters are sharded.
     """
     model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
 
@@ -85,13 +85,15 @@ def read_adapters(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     """The adapters that `save_adapters` wrote for a model from `add_adapters`.
 
     Raises:
-        InputError: they cannot be read, or are of another shape.
+        InputError: they cannot be read, or have another shape.
     """
     file = folder / "adapter_model.safetensors"
     try:
         weights = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: is no whole safetensors file ({error})") from None
+        raise InputError(
+            f"{file}: is no complete safetensors file ({error}); take another checkpoint"
+        ) from None
     expected = _peft().get_peft_model_state_dict(model, save_embedding_layers=False)
     for name in sorted(expected.keys() | weights.keys()):
         if name in expected and name in weights and expected[name].shape == weights[name].shape:
@@ -104,7 +106,7 @@ def read_adapters(model: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def set_adapters(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Give a model what `read_adapters` read, bit for bit."""
+    """Load adapters from `read_adapters` into a model, bit for bit."""
     _peft().set_peft_model_state_dict(model, weights)
 
 
@@ -118,7 +120,7 @@ def save_merged(
     state = model.state_dict() if weights is None else weights
     plain = transformers_model(model)
     merged = merged_weights(state, model.peft_config[_ADAPTER])
-    for tied in plain.all_tied_weights_keys:  # in a gathered state dict they are copies
+    for tied in plain.all_tied_weights_keys:  # copies in a gathered state dict
         merged.pop(tied, None)
     plain.save_pretrained(folder, state_dict=merged)
     save_adapters(model, folder / "adapter", weights)

@@ -1,21 +1,86 @@
-"""The objective's terms per token; fused.py puts them together over the vocabulary.
+"""The objective's terms per token, and the table of divergences.
 
-For a response y with routed set S_y, advantage A and B responses in the step (METHOD.md):
+fused.py calls these functions for blocks of tokens; trainer.py calls `token_weights`, sequences.py
+builds LossInputs, and metrics.py names metrics after DIVERGENCES. For a response y with routed set
+S_y, advantage A and B responses in the step (METHOD.md):
 
     L = Σ_y w_y [ Σ_{t∉S} g_t + (1 − λ/w0) Σ_{t∈S} g_t + λ Σ_{t∈S} KL_t ],   w_y = 1 / (B |y|)
 
-g_t is GRPO's surrogate. METHOD.md's KL term, "mean over S_y, times |S_y|/|y|", is the sum over S_y
-divided by |y|. Everything is linear in per-token terms with weights that are global to the step, so
-gradients do not depend on how a batch is cut into micro-batches or among ranks.
+g_t is GRPO's surrogate. METHOD.md's KL term, "mean over S_y, times |S_y|/|y|", equals the sum over
+S_y divided by |y|. The loss is linear in per-token terms whose weights are global to the step, so
+gradients do not depend on how a batch is cut into micro-batches or distributed over ranks.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..schemas.configs import LossConfig
 from ..schemas.labels import KlClip, Route
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head: logits = softcap · tanh((h Wᵀ + b) / softcap).
+
+    weight: (vocab, hidden); bias: (vocab,); softcap: None for plain logits.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+
+    def shape_(self, logits: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
+        """Apply soft cap and temperature (rows, 1) to raw logits (rows, vocab), in place."""
+        if self.softcap:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits if temperature is None else logits.div_(temperature)
+
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """d capped logits / d raw logits, (rows, vocab); None without a cap."""
+        return 1 - (logits / self.softcap).tanh_().square_() if self.softcap else None
+
+    def cast(self, dtype: torch.dtype) -> "Head":
+        """The same head with its weight in another type."""
+        return replace(self, weight=self.weight.to(dtype))
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Response tokens of one micro-batch, one sequence after another; all (tokens,).
+
+    token_ids: int64. old_logprobs: float32, under the sampling policy at `temperature`.
+    advantage: float32. weight: float32, global to the step (`token_weights`). temperature:
+    float32, divides the logits. route: uint8 of Route. reference_logprobs: float32 under the base
+    policy; None without a KL to it.
+    """
+
+    token_ids: torch.Tensor
+    old_logprobs: torch.Tensor
+    advantage: torch.Tensor
+    weight: torch.Tensor
+    temperature: torch.Tensor
+    route: torch.Tensor
+    reference_logprobs: torch.Tensor | None = None
+
+
+class LossOutput(NamedTuple):
+    """loss: scalar with gradient. The rest is (tokens,) float32 without one.
+
+    logprobs and entropy: the student's, nats. ratio_clipped, kl_clipped: 1 where a bound binds.
+    kl: the exact divergence of routed tokens, nats, 0 elsewhere. reference_kl: nats.
+    """
+
+    loss: torch.Tensor
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    ratio_clipped: torch.Tensor
+    kl: torch.Tensor
+    kl_clipped: torch.Tensor
+    reference_kl: torch.Tensor
 
 
 def token_weights(lengths: Sequence[int], config: LossConfig) -> np.ndarray:
@@ -41,9 +106,9 @@ def policy_terms(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """GRPO's term per token, differentiable in `logprobs`, and whether its bound binds; (tokens,).
 
-    By default the clipped surrogate. With `truncated_importance` the trainer's own policy is the
-    proximal one, so its ratio is 1 and has only a gradient, and the weight between sampler and
-    trainer is capped (truncated importance sampling).
+    By default this is the clipped surrogate. With `truncated_importance` the trainer's own policy is
+    the proximal policy: its ratio is 1 and only carries the gradient, and the importance weight
+    between sampler and trainer is capped (truncated importance sampling).
     """
     if config.truncated_importance is None:
         return clipped_surrogate(
@@ -53,6 +118,31 @@ def policy_terms(
     ratio = torch.exp(logprobs - logprobs.detach())
     cap = config.truncated_importance
     return -importance.clamp(max=cap) * ratio * advantage, importance > cap
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    advantage: torch.Tensor,
+    grpo_weight: torch.Tensor,
+    inputs: LossInputs,
+    rows: torch.Tensor,
+    config: LossConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The part of the loss that depends on the sampled tokens' log-probabilities alone.
+
+    logprobs, advantage, grpo_weight: (rows,); rows: (rows,) int64, their places in `inputs`. Returns
+    loss, its slope in `logprobs`, whether GRPO's bound binds, and the KL to the base policy in nats
+    (0 without one), all (rows,) without gradient.
+    """
+    with torch.enable_grad():
+        variable = logprobs.detach().requires_grad_()
+        terms, bound = policy_terms(variable, inputs.old_logprobs[rows], advantage, config)
+        losses, kl = (grpo_weight if config.grpo else 0.0) * terms, torch.zeros_like(logprobs)
+        if inputs.reference_logprobs is not None:
+            kl = reference_kl(variable, inputs.reference_logprobs[rows])
+            losses = losses + config.reference_kl * inputs.weight[rows] * kl
+        (slope,) = torch.autograd.grad(losses.sum(), variable)
+    return losses.detach(), slope, bound, kl.detach()
 
 
 def clipped_surrogate(
@@ -73,7 +163,7 @@ def clipped_surrogate(
 
 
 def reference_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """KL(p‖base) per token, estimated from the sampled ones: r − log r − 1 with r = base / p.
+    """KL(p‖base) estimated at each sampled token: r − log r − 1 with r = base / p.
 
     Source: GRPO (arXiv 2402.03300, eq. 4). Both (tokens,) log-probabilities; no gradient flows
     into `reference`.
@@ -91,11 +181,49 @@ def reweighted_advantage(
 ) -> torch.Tensor:
     """A · (1 − λ + λ · clip((q/p)^sign(A), 1 ± ε)) on the sampled tokens, (tokens,), no gradient.
 
-    The reward gives the direction, the privileged teacher the magnitude (RLSD, arXiv 2604.03128;
-    METHOD.md, "Baselines").
+    The reward sets the direction of the update, the privileged teacher its magnitude (RLSD, arXiv
+    2604.03128; METHOD.md, "Baselines").
     """
     evidence = torch.exp(torch.sign(advantage) * (teacher_logprobs - logprobs))
     return advantage * (1 - kl_weight + kl_weight * evidence.clamp(1 - clip, 1 + clip))
+
+
+def forward_kl(
+    p: torch.Tensor, log_p: torch.Tensor, q: torch.Tensor, log_q: torch.Tensor, config: LossConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(q‖p)."""
+    return log_q.sub_(log_p).mul_(q), -q
+
+
+def reverse_kl(
+    p: torch.Tensor, log_p: torch.Tensor, q: torch.Tensor, log_q: torch.Tensor, config: LossConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p‖q)."""
+    terms = log_q.sub_(log_p).mul_(p).neg_()
+    return terms, p + terms
+
+
+def jensen_shannon(
+    p: torch.Tensor, log_p: torch.Tensor, q: torch.Tensor, log_q: torch.Tensor, config: LossConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """β KL(q‖m) + (1 − β) KL(p‖m) with m = βq + (1 − β)p (GKD, arXiv 2306.13649, eq. 1)."""
+    beta = config.jsd_beta
+    log_m = torch.log(beta * q + (1 - beta) * p)
+    slope = (1 - beta) * p * (log_p - log_m)
+    terms = beta * q * (log_q - log_m) + slope
+    # Entries where p and q both round to 0 give NaN and contribute nothing.
+    return terms.nan_to_num_(0.0), slope.nan_to_num_(0.0)
+
+
+# The formula of each divergence between teacher q and student p, all arguments (tokens, vocab):
+# (p, log_p, q, log_q, config) -> (terms d_v, slope s_v), both (tokens, vocab). The divergence is
+# D = Σ_v d_v, and s_v = p_v ∂D/∂p_v, so that its gradient in the student's logits is s − p Σ s.
+# A formula may overwrite log_q. Routes in this table fade in GRPO and have metrics kl_<label>.
+DIVERGENCES = {
+    Route.FKL: forward_kl,
+    Route.RKL: reverse_kl,
+    Route.JSD: jensen_shannon,
+}
 
 
 def divergence(
@@ -108,26 +236,10 @@ def divergence(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A routed token's divergence between teacher q and student p, all inputs (tokens, vocab).
 
-    FKL is KL(q‖p), RKL is KL(p‖q), JSD is β KL(q‖m) + (1 − β) KL(p‖m) with m = βq + (1 − β)p (GKD,
-    arXiv 2306.13649, eq. 1). Returns the clipped value that the loss takes, the exact value, whether
-    the clip binds, all (tokens,), and the clipped value's slope, (tokens, vocab): with D = Σ_v d_v,
-    s_v = p_v ∂D/∂p_v, from which the gradient in the student's logits is s − p Σ s. Overwrites log_q.
+    Returns the clipped value that the loss takes, the exact value, whether the clip binds, all
+    (tokens,), and the clipped value's slope (see DIVERGENCES), (tokens, vocab). Overwrites log_q.
     """
-    if route is Route.FKL:
-        terms = log_q.sub_(log_p).mul_(q)  # (tokens, vocab)
-        slope = -q
-    elif route is Route.RKL:
-        terms = log_q.sub_(log_p).mul_(p).neg_()
-        slope = p + terms
-    elif route is Route.JSD:
-        beta = config.jsd_beta
-        log_m = torch.log(beta * q + (1 - beta) * p)
-        slope = (1 - beta) * p * (log_p - log_m)
-        terms = beta * q * (log_q - log_m) + slope
-        # An entry that both hold at 0 in this precision adds nothing.
-        terms, slope = terms.nan_to_num_(0.0), slope.nan_to_num_(0.0)
-    else:
-        raise ValueError(f"route {route!r} has no divergence")
+    terms, slope = DIVERGENCES[route](p, log_p, q, log_q, config)
     exact = terms.sum(-1)
     value, kept = clip_kl(terms, exact, config.kl_clip, config.kl_clip_value)
     if kept is None:
@@ -138,11 +250,11 @@ def divergence(
 def clip_kl(
     terms: torch.Tensor, exact: torch.Tensor, form: KlClip, bound: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Divergence terms (tokens, vocab), whose sum is `exact`, to (tokens,) with METHOD.md's clip.
+    """Sum divergence terms (tokens, vocab) to (tokens,) under METHOD.md's clip; exact: without it.
 
     entry_above clamps each vocabulary entry's term from above, entry_symmetric on both sides,
-    token the per-token sum. Also returns where no clip binds, (tokens, vocab) or (tokens, 1): no
-    gradient flows through the rest. None: nowhere.
+    token the per-token sum. Also returns the mask where the clip does not bind, (tokens, vocab) or
+    (tokens, 1): gradient flows only there. None: the clip is off.
     """
     if form is KlClip.ENTRY_ABOVE:
         return terms.clamp(max=bound).sum(-1), terms <= bound

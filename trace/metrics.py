@@ -1,20 +1,26 @@
-"""A step's metrics from its sequences and from what the objective says of each token."""
+"""A step's metrics: sums over its tokens, their means, and the seconds of its phases.
 
+trainer.py adds up `token_sums` over micro-batches and ranks, and writes `step_metrics` of the sums.
+Metrics of a route or divergence take their names from the Route enumeration.
+"""
+
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from ..schemas.errors import Stopped
 from ..schemas.labels import Route
-from .batch import TrainingSequence, signal_groups
-from .fused import LossInputs, LossOutput
+from .losses import DIVERGENCES, LossInputs, LossOutput
+from .sequences import TrainingSequence, signal_groups
 
-# Sums over a micro-batch's tokens; `loss` is already weighted for the whole step.
+# Sums over a micro-batch's tokens; `loss` already has the weights of the step.
 SUMS = (
     "loss", "tokens", "entropy", "ratio_clipped", "drift", "drift_kl", "kl_clipped", "reference_kl",
-    *(f"{route.name.lower()}_kl" for route in Route if route is not Route.GRPO),
-    *(f"{route.name.lower()}_tokens" for route in Route if route is not Route.GRPO),
+    *(f"{route.label}_kl" for route in DIVERGENCES),
+    *(f"{route.label}_tokens" for route in DIVERGENCES),
 )  # fmt: skip
 
 
@@ -22,11 +28,11 @@ SUMS = (
 def token_sums(output: LossOutput, inputs: LossInputs, with_kl: bool) -> tuple[np.ndarray, float]:
     """One micro-batch's sums in the order of SUMS, and its largest drift, nats.
 
-    Drift is the trainer's log-probability of a sampled token minus the stored one. Its KL is the
-    estimate of KL(sampler‖trainer) that is 0 or more for each token: r − 1 − log r with r = e^drift.
+    Drift is the trainer's log-probability of a sampled token minus the sampler's. `drift_kl` sums
+    the non-negative estimate of KL(sampler‖trainer), r − 1 − log r with r = e^drift.
     """
     drift = output.logprobs - inputs.old_logprobs
-    routed = [inputs.route == int(route) for route in Route if route is not Route.GRPO]
+    routed = [inputs.route == int(route) for route in DIVERGENCES]
     sums = [
         output.loss,
         torch.ones_like(output.entropy).sum(),
@@ -52,7 +58,7 @@ def step_metrics(
 ) -> dict[str, float]:
     """A step's means. Units: nats, tokens, shares.
 
-    sums: token_sums added up over the step. A step without a sequence (no rollout could be scored)
+    sums: `token_sums` added up over the step. A step without sequences (no rollout could be scored)
     changes nothing and has no means.
     """
     if not sequences:
@@ -71,8 +77,6 @@ def step_metrics(
         "groups_without_signal": 1 - len(signal_groups(sequences)) / len(groups),
         "response_tokens": float(np.mean(lengths)),
         "truncated": float(np.mean([sequence.truncated for sequence in sequences])),
-        "coverage_fkl": routes[Route.FKL] / tokens,
-        "coverage_rkl": routes[Route.RKL] / tokens,
         "entropy": sums["entropy"] / trained,
         "ratio_clipped": sums["ratio_clipped"] / trained,
         "sampler_drift": sums["drift"] / trained,
@@ -80,16 +84,43 @@ def step_metrics(
         "sampler_kl": sums["drift_kl"] / trained,
         "tokens": float(tokens),
     }
-    for route in (Route.JSD, Route.REWEIGHT):
-        if routes[route]:
-            metrics[f"coverage_{route.name.lower()}"] = routes[route] / tokens
+    for route in Route:
+        # TRACE's own two routes are reported even at 0.
+        if route in (Route.FKL, Route.RKL) or (route is not Route.GRPO and routes[route]):
+            metrics[f"coverage_{route.label}"] = routes[route] / tokens
     kl_tokens = 0.0
-    for name in ("fkl", "rkl", "jsd"):
-        if sums[f"{name}_tokens"]:
-            metrics[f"kl_{name}"] = sums[f"{name}_kl"] / sums[f"{name}_tokens"]
-            kl_tokens += sums[f"{name}_tokens"]
+    for route in DIVERGENCES:
+        if routed := sums[f"{route.label}_tokens"]:
+            metrics[f"kl_{route.label}"] = sums[f"{route.label}_kl"] / routed
+            kl_tokens += routed
     if with_reference:
         metrics["kl_reference"] = sums["reference_kl"] / trained
     if kl_tokens:
         metrics["kl_clipped"] = sums["kl_clipped"] / kl_tokens
     return metrics
+
+
+class PhaseClock:
+    """Seconds per phase of a step; call it with a phase's name as that phase begins.
+
+    Raises Stopped at the begin of a phase once `stopping` is true.
+    """
+
+    def __init__(self, stopping: Callable[[], bool]) -> None:
+        self._spent: dict[str, float] = defaultdict(float)
+        self._stopping = stopping
+        self._phase, self._since = "other", time.perf_counter()
+
+    def __call__(self, phase: str) -> None:
+        # Nothing is lost before the weights change: a resumed run repeats the step.
+        if phase != "other" and self._stopping():
+            raise Stopped
+        now = time.perf_counter()
+        self._spent[self._phase] += now - self._since
+        self._phase, self._since = phase, now
+
+    def seconds(self) -> dict[str, float]:
+        self("other")
+        total = sum(self._spent.values())
+        phases = {f"seconds_{name}": s for name, s in self._spent.items() if name != "other"}
+        return phases | {"seconds": total}

@@ -17,12 +17,11 @@ import pyarrow.compute as pc
 
 from ..schemas.configs import RoutingConfig
 from ..schemas.errors import Stopped
-from .advantage import groups_without_signal
 from .align import ByteTable
-from .convert import routed_table
+from .convert import groups_without_signal, routed_table
 from .protocols import Annotator, Verifier
 from .ranks import Ranks
-from .rules import needs_annotations
+from .route import needs_annotations
 
 Made = tuple[pa.Table, dict[str, float]]  # a step's routed table, and counts for its metrics
 Phase = Callable[[str], None]  # called with a phase's name when that phase begins
@@ -176,8 +175,10 @@ class OnlineSource:
         return table, counts | seconds
 
     def _dynamic_sample(self, step: int, phase: Phase) -> tuple[pa.Table, Judged, Judged]:
-        """Problems, groups to train on, and the groups that were replaced (dynamic sampling, DAPO,
-        arXiv 2503.14476). A group without signal stays if no problem is left to replace it.
+        """Problems sampled, groups to train on, and groups replaced.
+
+        Dynamic sampling (DAPO, arXiv 2503.14476): other problems replace groups without signal. Such
+        a group stays if no problem is left.
         """
         problems = self.problems(step, 0)
         judged, replaced = self._judge(problems, step, phase).split([])

@@ -1,10 +1,10 @@
-"""Sequences in one row without padding, a prompt once for all responses that share it.
+"""Packing: sequences in one row without padding, a prompt once for all responses that share it.
 
-A row is a list of blocks: a prompt's tokens, then each response's. Everything that works on single
-tokens (embedding, projections, MLP, norms) sees each token once. Attention is a loop over sequences:
-a response attends to its prompt and to itself, exactly as if they stood alone, through PyTorch's
-scaled_dot_product_attention with its causal kernel. Positions restart with each prompt and go on from
-it in each response.
+sequences.py builds the rows, trainer.py passes them to a PackedModel. A row is a list of blocks: a
+prompt's tokens, then each response's. Operations on single tokens (embedding, projections, MLP, norms)
+see each token once. Attention loops over sequences: a response attends to its prompt and to itself,
+as if the two were alone, through PyTorch's scaled_dot_product_attention with its causal kernel.
+Positions restart with each prompt and continue from it in each response.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..schemas.errors import InputError
-from .fused import Head
+from .losses import Head
 from .policy import backbone, output_head
 
 ATTENTION = "trace_packed"
@@ -27,8 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a row is laid out: the lengths of its blocks, and for each sequence, in the order given,
-    the blocks that hold its prompt and its response."""
+    """A row's blocks: their lengths, and (prompt's block, response's block) of each sequence."""
 
     lengths: tuple[int, ...]
     sequences: tuple[tuple[int, int], ...]
@@ -38,8 +37,8 @@ class Layout:
 class PackedRow:
     """input_ids, position_ids: (1, tokens) int64.
 
-    logit_positions: (kept tokens,) int64, where the hidden states stand that predict the response
-    tokens asked for, one sequence after another.
+    logit_positions: (kept tokens,) int64, positions of the hidden states that predict the kept
+    response tokens, one sequence after another.
     """
 
     input_ids: torch.Tensor
@@ -53,9 +52,9 @@ def pack(
     responses: Sequence[np.ndarray],
     keep: Sequence[np.ndarray] | None = None,
 ) -> PackedRow:
-    """Pack sequences; equal prompts that follow one another are laid down once.
+    """Pack sequences; consecutive equal prompts are stored once.
 
-    keep: per sequence the response positions whose predicting states are wanted, ascending; None:
+    keep: per sequence the response positions whose predicting states are kept, ascending; None:
     all of them.
     """
     blocks: list[np.ndarray] = []
@@ -73,7 +72,7 @@ def pack(
         blocks.append(np.asarray(response, dtype=np.int64))
         positions.append(np.arange(len(prompt), len(prompt) + len(response)))
         kept = np.arange(len(response)) if keep is None else keep[index]
-        # The state at one token predicts the next; a response's first is predicted by its prompt.
+        # A state predicts the next token; the prompt's last predicts a response's first.
         wanted.append(np.where(kept == 0, prompt_end - 1, at + kept - 1))
         at += len(response)
     return PackedRow(
@@ -82,15 +81,6 @@ def pack(
         Layout(tuple(map(len, blocks)), tuple(sequences)),
         torch.from_numpy(np.concatenate(wanted)),
     )
-
-
-def packed_tokens(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    """Tokens of a row that `pack` would make."""
-    total, before = 0, None
-    for prompt, length in zip(prompts, lengths, strict=True):
-        total += length + (len(prompt) if prompt != before else 0)
-        before = prompt
-    return total
 
 
 def packed_attention(
@@ -105,7 +95,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a packed row; without `packed`, as in sampling, transformers' own over SDPA.
+    """Attention of a packed row; without `packed` (sampling) transformers' own SDPA attention.
 
     query: (1, heads, tokens, head); key, value: (1, key heads, tokens, head). Returns
     (1, tokens, heads, head).
@@ -117,7 +107,7 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    # Split, not sliced: a slice's gradient is as large as the whole row.
+    # Split, not sliced: a slice's gradient is as large as the row.
     queries, keys, values = (x.split(packed.lengths, dim=2) for x in (query, key, value))
     out, before = [], None
     for prompt, response in packed.sequences:
@@ -126,7 +116,7 @@ def packed_attention(
             for blocks in (queries, keys, values)
         )  # (1, heads, prompt + response, head)
         mask = _window_mask(q.shape[2], sliding_window, q.device)
-        # The prompt's queries are worked out again with each response: cheaper than a mask.
+        # The prompt's queries are recomputed with each response, which is cheaper than a mask.
         attended = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling
         )
@@ -136,7 +126,7 @@ def packed_attention(
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """(length, length) bool where causal attention within a window may look; None: everywhere."""
+    """(length, length) bool mask of causal attention within a window; None: no mask needed."""
     if window is None or length <= window:
         return None
     distance = torch.arange(length, device=device)
@@ -151,20 +141,20 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 class PackedModel(torch.nn.Module):
     """A causal language model that reads packed rows.
 
-    One forward pass covers the backbone and whatever is made of its states and head, so that under
-    FSDP the head's weights are whole while they are used.
+    One forward pass covers the backbone and the use of its states and head, so that FSDP keeps the
+    head's weights gathered while they are used.
     """
 
     def __init__(self, model: Any, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.model = model
         self.compute_dtype = compute_dtype
-        # Kept out of the module tree: they are parts of the model.
+        # In a list, because the backbone is already in the module tree as a part of the model.
         self._backbone = [backbone(model)]
         model.set_attn_implementation(ATTENTION)
 
     def forward(self, row: PackedRow, use: Callable[[torch.Tensor, Head], T]) -> T:
-        """`use` gets the states that predict the row's kept tokens, (kept, hidden), and the head."""
+        """Call `use` with the states that predict the kept tokens, (kept, hidden), and the head."""
         (decoder,) = self._backbone
         device = next(decoder.parameters()).device
         low = self.compute_dtype != torch.float32
@@ -172,13 +162,13 @@ class PackedModel(torch.nn.Module):
             states = decoder(
                 input_ids=row.input_ids.to(device),
                 position_ids=row.position_ids.to(device),
-                # Four-dimensional, so that no mask is made from it: packed attention needs none.
+                # Four-dimensional, so that transformers builds no mask: packed attention needs none.
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
                 packed=row.layout,
                 use_cache=False,
             ).last_hidden_state  # (1, tokens, hidden)
-        # A gather by embedding: a prompt's last state predicts the first token of each response, and
-        # on CPU indexing's backward pass adds such gradients in the order in which threads arrive.
+        # Gather by embedding, not by indexing. A prompt's last state predicts the first token of each
+        # response, and on CPU indexing's backward adds such gradients in a nondeterministic order.
         kept = torch.nn.functional.embedding(row.logit_positions.to(device), states[0])
         weight, bias = output_head(self.model)
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
@@ -191,7 +181,7 @@ def response_logits(
     responses: Sequence[np.ndarray],
     keep: Sequence[np.ndarray] | None = None,
 ) -> torch.Tensor:
-    """Logits that predict chosen response tokens, all at once: (sum of kept, vocab)."""
+    """Logits that predict the kept response tokens, (kept, vocab); for checks and tests."""
 
     def project(states: torch.Tensor, head: Head) -> torch.Tensor:
         logits = torch.nn.functional.linear(states, head.weight, head.bias)
@@ -202,16 +192,19 @@ def response_logits(
 
 @torch.no_grad()
 def check_architecture(model: Any) -> None:
-    """Raises InputError unless packed rows give the logits that the model itself gives.
+    """Check that packed rows give the model's own logits.
 
-    Some architectures attend in a way of their own or scale their logits behind the head; training
-    on other logits than the sampler's would be silent.
+    Some architectures have another attention or scale their logits after the head. Without this
+    check training would silently use other logits than the sampler.
+
+    Raises:
+        InputError: the logits differ.
     """
     prompts = [[1, 2, 3], [1, 2, 3], [3, 1]]
     responses = [np.array([0, 2]), np.array([2]), np.array([1, 3, 2])]
-    # transformers' SDPA leaves a soft cap in the attention out; an inference engine would not.
+    # transformers' SDPA ignores a soft cap in the attention; inference engines apply it.
     capped = getattr(model.config, "attn_logit_softcapping", None)
-    theirs = []  # first: packing replaces the attention that the model came with
+    theirs = []  # first: packing replaces the model's own attention
     for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor([[*prompt, *response.tolist()]], device=model.device)
         theirs.append(model(input_ids=ids).logits[0, len(prompt) - 1 : -1])
@@ -221,6 +214,6 @@ def check_architecture(model: Any) -> None:
     tolerance = 0.2 if model.dtype in (torch.bfloat16, torch.float16) else 0.01
     if capped or (ours.float() - expected).norm() > tolerance * expected.norm():
         raise InputError(
-            f"policy {model.config.model_type}: this architecture attends to its tokens or changes "
-            "its logits behind the head in a way that the trainer does not know; use another policy"
+            f"policy {model.config.model_type}: the trainer does not know this architecture's "
+            "attention, or what it does to its logits after the head; use another policy"
         )

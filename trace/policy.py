@@ -1,4 +1,7 @@
-"""The policy: a causal language model, its tokenizer, and its identity."""
+"""The policy: a causal language model, its tokenizer and its identity.
+
+Stages and samplers call `load_policy`; trainer.py and packing.py use its backbone and head.
+"""
 
 import hashlib
 import json
@@ -32,7 +35,7 @@ class Policy:
         return self.model.device
 
     def autocast(self) -> torch.autocast:
-        """Forward passes run in `compute_dtype`, whatever the weights are kept in."""
+        """A context in which forward passes run in `compute_dtype`."""
         enabled = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled)
 
@@ -49,15 +52,14 @@ def load_policy(
     """Load a policy from a folder.
 
     trainable: keep the weights in float32 and compute in the chosen precision. bfloat16 weights
-    would lose most of an update: at a learning rate of 1e-6 it is below their resolution.
-    lora: freeze the weights, which then stay in the chosen precision, and train adapters in float32
-    (lora.py). gradient_checkpointing: recompute activations in the backward pass.
-    trust_remote_code: run code that comes with the model. Weights are read from safetensors alone.
+    would lose most updates, which at a learning rate of 1e-6 are below their resolution.
+    lora: freeze the weights, in the chosen precision, and train float32 adapters (lora.py).
+    gradient_checkpointing: recompute activations in the backward pass. trust_remote_code: run the
+    model's own code. Weights are read from safetensors only.
 
     Raises:
-        InputError: no model there, a damaged or incomplete one, weights that are not finite, one
-            that needs code of its own, CUDA asked for where there is none, no peft, or a model that
-            has no layers to put adapters or checkpoints on.
+        InputError: a model that is missing, damaged, incomplete, not finite, or needs its own code;
+            no CUDA device; no peft; no layers for adapters or gradient checkpoints.
     """
     where = choose_device(device)
     dtype = choose_dtype(precision, where)
@@ -85,10 +87,10 @@ def output_head(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Recompute each layer's activations in the backward pass instead of keeping them.
+    """Recompute each layer's activations in the backward pass instead of storing them.
 
     Raises:
-        InputError: the architecture's layers cannot be checkpointed.
+        InputError: transformers cannot checkpoint this architecture's layers.
     """
     plain, decoder = transformers_model(model), backbone(model)
     if not any(isinstance(module, GradientCheckpointingLayer) for module in decoder.modules()):
@@ -101,10 +103,11 @@ def checkpoint_layers(model: Any) -> None:
 
 
 def _follow_grad_mode(decoder: torch.nn.Module, _: Any) -> None:
-    """transformers checkpoints a layer only in training mode, and takes its key-value cache away.
+    """Put checkpointed layers in training mode exactly while gradients are enabled.
 
-    The policy stays in evaluation mode (no dropout) and samples with a cache, so the mode of the
-    layers themselves, not of what is in them, follows whether gradients are wanted.
+    transformers checkpoints a layer only in training mode, and then disables its key-value cache.
+    The policy is in evaluation mode (no dropout) and samples with a cache. So only the flags of the
+    layers themselves change, not those of their submodules.
     """
     for module in decoder.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -134,7 +137,7 @@ def policy_info(
 
 
 def policy_name(path: str) -> str:
-    """The folder's name; of a snapshot in the hub's cache (models--owner--name) the model's."""
+    """The folder's name; for a snapshot in the hub's cache (models--owner--name) the model's name."""
     folder = Path(path)
     if folder.parent.name == "snapshots":
         return folder.parents[1].name.rpartition("--")[2]
@@ -148,10 +151,10 @@ def vocab_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def vocab_size(path: str, trust_remote_code: bool = False) -> int:
-    """Token ids that the model at a path knows: its tokenizer's and, above them, padding.
+    """Number of token ids of the model at a path: the tokenizer's plus padding.
 
     Raises:
-        InputError: there is no model's config.
+        InputError: there is no model config.
     """
     return load_config(path, trust_remote_code).get_text_config().vocab_size
 

@@ -1,4 +1,8 @@
-"""What can be swapped: samplers, verifiers, annotators, and what travels between them."""
+"""Protocols of exchangeable engines (samplers, verifiers, annotators) and the records they exchange.
+
+pipelines/samplers, pipelines/verifiers and pipelines/annotators implement them; online.py and the
+stages call them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +16,7 @@ from ..schemas.labels import FinishReason
 
 @dataclass(frozen=True)
 class PolicyInfo:
-    """Which policy samples: name, hash of its files, optimiser steps since, vocabulary's hash."""
+    """A policy's identity: name, hash of its files, optimiser steps since, hash of its vocabulary."""
 
     name: str
     revision: str
@@ -22,9 +26,9 @@ class PolicyInfo:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A chat prompt, and its token ids where the tokenizer is known.
+    """A chat prompt, with its token ids if the tokenizer is known.
 
-    thinking: enable_thinking of the chat template, for engines that render it themselves.
+    thinking: the chat template's enable_thinking, for engines that render the template themselves.
     """
 
     messages: list[dict[str, str]]
@@ -36,10 +40,10 @@ class Prompt:
 class Completion:
     """One sampled response.
 
-    token_ids: the sampler's own, the end token included; None if the engine does not tell.
+    token_ids: the sampler's own, with the end token; None if the engine does not return them.
     logprobs: natural log under the policy at the sampling temperature, before top-p, top-k and a
-        schema's mask; None if the engine does not tell, or tells only those after truncation.
-    text: the bytes of token_ids without special tokens, as text.
+        schema's mask; None if the engine returns none, or only those after truncation.
+    text: the decoded bytes of token_ids without special tokens.
     """
 
     text: str
@@ -50,14 +54,13 @@ class Completion:
 
 
 class Sampler(Protocol):
-    """A sampling engine. `len(seeds[i])` responses are sampled for `prompts[i]`.
+    """A sampling engine: samples `len(seeds[i])` responses to `prompts[i]`.
 
-    schemas: a JSON schema per prompt that its responses follow (constrained decoding).
-
-    The same prompt, parameters, schema and seed give the same response on the same engine.
+    schemas: a JSON schema per prompt, by constrained decoding. The same prompt, parameters, schema
+    and seed give the same response on the same engine.
 
     Raises:
-        InputError: the engine, its server or its vocabulary can't keep to the schemas.
+        InputError: the engine, its server or its vocabulary does not support the schemas.
     """
 
     @property
@@ -75,7 +78,7 @@ class Sampler(Protocol):
 
 
 class Verifier(Protocol):
-    """Judges a rollouts table: one verdicts row per rollout, in order."""
+    """Verifies a rollouts table: one verdicts row per rollout, in order."""
 
     def verify(self, problems: pa.Table, rollouts: pa.Table) -> pa.Table: ...
 
@@ -83,7 +86,7 @@ class Verifier(Protocol):
 
 
 class Annotator(Protocol):
-    """Marks spans: one annotations row per rollout, in order."""
+    """Annotates a rollouts table: one annotations row per rollout, in order."""
 
     def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table: ...
 

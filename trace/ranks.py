@@ -1,7 +1,8 @@
-"""One process or many under torchrun: what the trainer needs of torch.distributed.
+"""Ranks: the trainer's use of torch.distributed, with one process or many under torchrun.
 
-Every rank knows the whole step's sequences and takes its share of them; weights, gradients and
-optimiser states are sharded by FSDP2. One process is the case of one rank, with nothing sharded.
+trainer.py, checkpoint.py and online.py call it. Every rank knows all sequences of a step and trains on
+its share; FSDP2 shards weights, gradients and optimiser states. One process is one rank with nothing
+sharded.
 """
 
 from dataclasses import dataclass
@@ -24,12 +25,12 @@ from ..schemas.environment import whole_number
 from ..schemas.errors import InputError
 from .policy import backbone
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all that train together."""
+    """This process among all processes of a training."""
 
     index: int = 0
     count: int = 1
@@ -43,7 +44,7 @@ class Ranks:
         return self._reduce(values, device, dist.ReduceOp.SUM)
 
     def most(self, values: list[float], device: torch.device) -> list[float]:
-        """Element-wise maximum over ranks."""
+        """Element-wise maximum over ranks; the same list on each."""
         return self._reduce(values, device, dist.ReduceOp.MAX)
 
     def broadcast(self, value: Any) -> Any:
@@ -63,7 +64,7 @@ class Ranks:
         return out
 
     def shard(self, module: torch.nn.Module, model: Any, compute_dtype: torch.dtype) -> None:
-        """Shard a module that wraps a model over the ranks, layer by layer, with FSDP2."""
+        """Shard a module that wraps `model` over the ranks, layer by layer, with FSDP2."""
         if self.count == 1:
             return
         device = next(module.parameters()).device.type
@@ -82,7 +83,7 @@ class Ranks:
 
 
 def join_ranks(device: str) -> Ranks:
-    """The ranks of this torchrun, joined on first use; one rank without it.
+    """The ranks of this torchrun, joined on first use; a single rank without torchrun.
 
     Raises:
         InputError: torch.distributed cannot start with torchrun's settings.
@@ -99,38 +100,38 @@ def join_ranks(device: str) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-def whole_weights(module: torch.nn.Module) -> dict[str, Any]:
-    """A module's state dict, unsharded. Every rank has to call; the first gets the tensors."""
+def full_weights(module: torch.nn.Module) -> dict[str, Any]:
+    """A module's unsharded state dict. Every rank has to call; the first gets the tensors."""
     if not is_sharded(module):
         return module.state_dict()
-    return get_model_state_dict(module, options=_WHOLE)
+    return get_model_state_dict(module, options=_FULL)
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, Any]) -> None:
-    """Give a module, sharded or not, whole weights; every rank has them."""
+    """Load an unsharded state dict, which every rank has, into a module, sharded or not."""
     if is_sharded(module):
         set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
     else:
         module.load_state_dict(weights)
 
 
-def whole_optimizer(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's state by parameter name, unsharded: it loads under any number of ranks."""
-    return get_optimizer_state_dict(module, optimizer, options=_WHOLE)
+def full_optimizer(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's unsharded state by parameter name; it loads under any number of ranks."""
+    return get_optimizer_state_dict(module, optimizer, options=_FULL)
 
 
 def load_optimizer(
     module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Restore what `whole_optimizer` gave; every rank has it."""
+    """Load the result of `full_optimizer`, which every rank has."""
     options = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(module, optimizer, state, options=options)
 
 
 def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Copy parameters and buffers between modules of the same form, whole or sharded alike.
+    """Copy parameters and buffers between modules of the same architecture.
 
-    A whole target of a sharded source gets whole weights; then every rank has to call.
+    Both may be sharded, or the source alone, or neither. If the source is, every rank has to call.
     """
     with torch.no_grad():
         pairs = zip(_tensors(source), _tensors(target), strict=True)
@@ -141,7 +142,7 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
 
 
 def reshard(module: torch.nn.Module) -> None:
-    """Free the whole weights that a pass without gradients leaves at a sharded module's root."""
+    """Free the gathered weights that a pass without gradients leaves at a sharded module's root."""
     if isinstance(module, FSDPModule):
         module.reshard()
 

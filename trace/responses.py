@@ -1,32 +1,75 @@
-"""All responses of a part at once, flat: texts checked, tokens in segments, what is marked.
+"""All responses of a block at once: texts checked, tokens assigned to segments, tokens routed.
 
-The tokens of all rows lie behind one another, and so do their segments; offsets find a row. What
-`ByteTable` does to one response is done here to all of them by a few array operations; only texts
-with invalid UTF-8 go through it row by row.
+convert.py calls `aligned` and `route_responses`. Tokens and segments are flat arrays over all rows,
+with offsets to find a row, so each step is a few array operations. They do what `ByteTable` does for
+one response; only texts with invalid UTF-8 pass through it row by row.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..schemas.configs import RoutingConfig
 from ..schemas.errors import InputError
 from ..schemas.labels import SpanKind
 from .align import ByteTable
-from .ragged import Ragged, binaries_of, one_chunk, ragged, to_numpy
-from .rules import Marked, Response
+from .route import NamedSegments, Response, Routing, apply_rule, label_tokens, token_cap, within_cap
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lists of several rows: values, all entries one row after another; offsets: (rows + 1,) int64."""
+
+    values: Any
+    offsets: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def owners(self) -> np.ndarray:
+        """(values,) int64: the row of each entry."""
+        return np.repeat(np.arange(len(self.offsets) - 1), self.lengths)
+
+
+def ragged(column: Any) -> Ragged:
+    """An Arrow list column; values are an Arrow array. A single chunk is not copied."""
+    lists = one_chunk(column)
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return Ragged(lists.values.slice(offsets[0], offsets[-1] - offsets[0]), offsets - offsets[0])
+
+
+def one_chunk(column: Any) -> Any:
+    """A chunked Arrow column as one array; an array unchanged."""
+    if isinstance(column, pa.Array):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def to_numpy(column: Any) -> np.ndarray:
+    """A column of numbers or booleans; null is NaN or None."""
+    return one_chunk(column).to_numpy(zero_copy_only=False)
+
+
+def binaries_of(joined: np.ndarray, offsets: np.ndarray) -> Any:
+    """Flat bytes as an Arrow column of byte strings, without a copy of them."""
+    buffers: Any = (np.ascontiguousarray(offsets), joined)
+    kind, rows = pa.large_binary(), len(offsets) - 1
+    return pa.Array.from_buffers(kind, rows, [None, *map(pa.py_buffer, buffers)])
 
 
 @dataclass(frozen=True)
 class Responses:
-    """What rules may see of the responses of some rows.
+    """Responses of some rows with their tokens assigned to segments.
 
-    rollouts: their rows; token_ids: flat; segment_offsets: (rows + 1,), where a row's segments
-    begin among all; segment_tokens: (segments,), tokens of each; token_segment: (tokens,) int32, −1
-    for none; spans: lists of segment indices within the row, flat; correct: (rows,) bool;
-    alpha: `routing.alpha`.
+    rollouts: the rows; token_ids: flat; segment_offsets: (rows + 1,), where a row's segments begin
+    among all; segment_tokens: (segments,), tokens of each; token_segment: (tokens,) int32, index
+    among all segments, −1 for none; spans: lists of segment indices within the row, flat; correct:
+    (rows,) bool; alpha: `routing.alpha`.
     """
 
     rollouts: pa.Table
@@ -38,21 +81,21 @@ class Responses:
     correct: np.ndarray
     alpha: float
 
-    def marked(self) -> Marked:
-        """The segments that the spans name, row by row in the annotator's order."""
+    def named_segments(self) -> NamedSegments:
+        """The segments that the spans name, row by row, in the annotator's order."""
         named = ragged(self.spans.values)
         rows, spans = self.spans.owners(), named.owners()
         ranks = np.arange(len(rows)) - self.spans.offsets[rows]
         index, row = named.values.to_numpy(), rows[spans]
         there = (index >= 0) & (index < np.diff(self.segment_offsets)[row])
-        return Marked(
+        return NamedSegments(
             segment=(self.segment_offsets[row] + index)[there],
             rank=ranks[spans][there],
             row=row[there],
         )
 
     def one_by_one(self, rows: np.ndarray) -> Iterator[tuple[slice, Response]]:
-        """The responses of those rows, and where their tokens lie."""
+        """Each of these rows as a Response, with the slice of its tokens."""
         token_ids = self.token_ids.values.to_numpy()
         logprobs = ragged(self.rollouts["logprobs"]).values.to_numpy()
         spans = self.spans.values.to_pylist()
@@ -82,7 +125,9 @@ def aligned(
     table: ByteTable,
     alpha: float,
 ) -> Responses:
-    """Responses and their annotations, row for row, with each token in its segment.
+    """Assign the tokens of each response to the segments of its annotation.
+
+    rollouts, annotations: the same rollouts row by row; annotations None: no segments, no spans.
 
     Raises:
         InputError: a text that its tokens do not spell, or segments that do not tile it.
@@ -99,12 +144,36 @@ def aligned(
     return Responses(rollouts, text.token_ids, offsets, tokens, segment, spans, correct, alpha)
 
 
+def route_responses(responses: Responses, taught: np.ndarray, config: RoutingConfig) -> Routing:
+    """Route the tokens of many responses; responses without a teacher are plain GRPO.
+
+    taught: (responses,) bool, whether a response has a teacher.
+
+    Raises:
+        InputError: a user's own rule that does not return a span id per token.
+    """
+    offsets, lengths = responses.token_ids.offsets, responses.token_ids.lengths
+    tokens, segment = responses.segment_tokens, responses.token_segment
+    named = responses.named_segments()
+    if config.rule == "spans":
+        span_id = within_cap(segment, tokens, named, token_cap(config.alpha, lengths))
+        if not taught.all():
+            span_id[np.repeat(~taught, lengths)] = -1
+    else:
+        span_id = np.full(len(segment), -1, dtype=np.int16)
+        for here, response in responses.one_by_one(np.flatnonzero(taught)):
+            span_id[here] = apply_rule(response, config.rule)
+    marked = np.zeros(len(tokens) + 1, dtype=bool)  # the last entry is for no segment
+    marked[named.segment] = True
+    return label_tokens(span_id, marked[segment], responses.correct, offsets, config)
+
+
 @dataclass(frozen=True)
 class _Spelled:
-    """The bytes that tokens stand for.
+    """The bytes of the tokens.
 
-    joined: (bytes,) uint8, of all tokens; token_starts: (tokens + 1,), where each token begins in them; row_starts:
-    (rows + 1,), where each row does; invalid: rows whose bytes are no valid UTF-8.
+    joined: (bytes,) uint8, of all tokens; token_starts: (tokens + 1,) and row_starts: (rows + 1,),
+    where each token and each row begins in them; invalid: rows whose bytes are no valid UTF-8.
     """
 
     token_ids: Ragged
@@ -125,7 +194,7 @@ def _spelled(rollouts: pa.Table, table: ByteTable) -> _Spelled:
     texts, rows = one_chunk(rollouts["response"]), binaries_of(joined, row_starts)
     invalid = np.flatnonzero(~to_numpy(pc.equal(rows, texts.cast(rows.type)))).tolist()
     spelled = _Spelled(token_ids, joined, token_starts, row_starts, invalid)
-    # U+FFFD stands in the text for each byte that is no UTF-8.
+    # The text holds U+FFFD for each invalid byte.
     for row in invalid:
         if table.text(spelled.row(row)) != texts[row].as_py():
             raise InputError(
@@ -138,18 +207,18 @@ def _spelled(rollouts: pa.Table, table: ByteTable) -> _Spelled:
 def _segment_bounds(
     rollouts: pa.Table, annotations: pa.Table, text: _Spelled, table: ByteTable
 ) -> Ragged:
-    """One past the last byte of each segment, counted over all rows' bytes."""
+    """One past the last byte of each segment, as an index into the bytes of all rows."""
     segments = ragged(annotations["segments"])
     starts, ends = (pc.struct_field(segments.values, name).to_numpy() for name in ("start", "end"))
     _check_tiling(rollouts, segments, starts, ends)
-    # A character is as many bytes further on as continuation bytes stand before it.
+    # A character's byte index is its character index plus the continuation bytes before it.
     continuing = np.flatnonzero((text.joined & 0xC0) == 0x80)
     characters_before = continuing - np.arange(len(continuing))
     row_characters = text.row_starts - np.searchsorted(continuing, text.row_starts)
     rows = segments.owners()
     at = row_characters[rows] + ends
     bounds = at + np.searchsorted(characters_before, at, side="right")
-    # What follows a row's last character is another row's, which may begin with a stray byte.
+    # The next row may begin with a stray continuation byte.
     bounds = np.minimum(bounds, text.row_starts[rows + 1])
     for row in text.invalid:
         here = slice(*segments.offsets[row : row + 2])
@@ -177,13 +246,13 @@ def _check_tiling(
 
 
 def _token_segments(text: _Spelled, bounds: Ragged) -> tuple[np.ndarray, np.ndarray]:
-    """Segment of each token among those of all rows, (tokens,) int32, −1 without bytes or segments;
-    and how many tokens each segment has, (segments,) int64.
+    """Segment of each token, (tokens,) int32, and tokens of each segment, (segments,) int64.
 
-    The rule is `ByteTable.token_segments`'s.
+    Indices are among the segments of all rows, −1 for tokens without bytes or segments. The rule is
+    that of `ByteTable.token_segments`.
     """
     starts, ends = text.token_starts[:-1], text.token_starts[1:]
-    # The first token that begins at a bound or after it; the one before may lie across the bound.
+    # The first token that begins at or after a bound; the one before may cross the bound.
     after = np.searchsorted(starts, bounds.values)
     across = after - 1
     later = starts[across] + (ends[across] - starts[across] - 1) // 2 >= bounds.values

@@ -1,5 +1,11 @@
-"""What a checkpoint holds, read and checked before any of it enters the trainer."""
+"""What a checkpoint holds besides its model: written, read, and checked.
 
+checkpoint.py calls `read_run` to read a checkpoint completely before any of it enters the trainer.
+The optimiser's, teacher's and generators' nested state is one safetensors file: tensors by their
+path, and all else as JSON in the header. Nothing is pickled, so a foreign checkpoint runs no code.
+"""
+
+import json
 import math
 import random
 from collections.abc import Mapping
@@ -9,21 +15,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ..schemas.errors import InputError
-from .checksums import CHECKSUMS
-from .identity import TRAINER_FILE
+from .identity import CHECKSUMS, TRAINER_FILE
 from .loading import load_model, require_finite
 from .lora import has_adapters, read_adapters
-from .state_file import load_state
 from .trainer import Trainer, TrainerState
 
-WRAPPER = "model."  # of trace.packing.PackedModel
+WRAPPER = "model."  # prefix of PackedModel's parameter names
+_TREE = "tree"
+_TENSOR = "tensor"  # the one key of a mapping that stands for a tensor
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """weights: the student's, of a policy with adapters theirs alone; teacher: None once λ is 0."""
+    """weights: the student's, or only its adapters if it has any; teacher: None once λ is 0."""
 
     weights: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
@@ -33,12 +41,12 @@ class SavedRun:
 
 
 def read_run(trainer: Trainer, checkpoint: Path, step: int) -> SavedRun:
-    """Read a checkpoint for a trainer, which stays as it is. step: the one in its name.
+    """Read a checkpoint for a trainer without changing it. step: the one in the folder's name.
 
-    A checkpoint without checksums is from a version that wrote none; all else is checked.
+    A checkpoint of an older version has no checksums; everything else is always checked.
 
     Raises:
-        InputError: something is missing, torn, of a wrong type or of another model.
+        InputError: something is missing, damaged, of a wrong type or of another model.
     """
     file = checkpoint / TRAINER_FILE
     saved = load_state(file)
@@ -55,9 +63,9 @@ def read_run(trainer: Trainer, checkpoint: Path, step: int) -> SavedRun:
             _check_shapes(teacher, trainer.teacher.state_dict(), "teacher")
         _check_rng_states(rng)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
-            f"{file}: is no state of this training run ({said:.160}); take another checkpoint"
+            f"{file}: is no state of this training run ({reason:.160}); take another checkpoint"
         ) from None
     return SavedRun(weights, optimizer, state, teacher, rng)
 
@@ -88,7 +96,7 @@ def _state(found: dict[str, Any], step: int) -> TrainerState:
         if not number or value < 0 or not math.isfinite(value):
             raise ValueError(f"its {name} is {value!r:.40}")
     if found["step"] != step:
-        raise ValueError(f"it is of step {found['step']}, and its folder says {step}")
+        raise ValueError(f"it is of step {found['step']}, but its folder is of step {step}")
     return TrainerState(**found)
 
 
@@ -115,7 +123,10 @@ def _check_optimizer(trainer: Trainer, found: dict[str, Any]) -> None:
 
 
 def rng_states() -> dict[str, Any]:
-    """Nothing here draws from the global generators; what a user plugs in may."""
+    """States of the global random generators.
+
+    This package draws from none of them, but a user's own rule or engine may.
+    """
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -128,7 +139,7 @@ def rng_states() -> dict[str, Any]:
 
 
 def restore_rng_states(states: dict[str, Any]) -> None:
-    """Undo what was drawn since `rng_states`."""
+    """Set the generators back to what `rng_states` returned."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
         torch.cuda.set_rng_state_all(states["cuda"])
@@ -137,7 +148,7 @@ def restore_rng_states(states: dict[str, Any]) -> None:
 
 
 def _check_rng_states(states: dict[str, Any]) -> None:
-    """Raises one of many errors if a generator would not take its state."""
+    """Raises one of many errors if a generator would not accept its state."""
     torch.Generator().set_state(states["torch"])
     random.Random().setstate(_python_state(states))
     np.random.RandomState().set_state(tuple(states["numpy"]))
@@ -148,3 +159,59 @@ def _check_rng_states(states: dict[str, Any]) -> None:
 def _python_state(states: dict[str, Any]) -> Any:
     version, numbers, gauss = states["python"]
     return version, tuple(numbers), gauss
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Write nested dictionaries with text keys, lists, tuples, numbers, texts and tensors.
+
+    `load_state` returns tuples as lists, and tensors on the CPU. Tensors that share memory are
+    written once.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[Any, str] = {}
+
+    def described(node: Any, at: str) -> Any:
+        if isinstance(node, torch.Tensor):
+            kept = node.detach().cpu().contiguous()
+            seen = (kept.data_ptr(), kept.shape, kept.dtype) if kept.numel() else at
+            name = names.setdefault(seen, at)
+            tensors.setdefault(name, kept)
+            return {_TENSOR: name}
+        if isinstance(node, dict):
+            return {key: described(child, f"{at}/{key}") for key, child in node.items()}
+        if isinstance(node, list | tuple):
+            return [described(child, f"{at}/{index}") for index, child in enumerate(node)]
+        return node
+
+    tree = json.dumps(described(state, ""))
+    save_file(tensors, path, metadata={_TREE: tree})
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read what `save_state` wrote, with tensors on the CPU.
+
+    Raises:
+        InputError: no such file, or one that `save_state` did not write.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tree = json.loads(file.metadata()[_TREE])
+
+            def built(node: Any) -> Any:
+                if isinstance(node, dict):
+                    if node.keys() == {_TENSOR}:
+                        return file.get_tensor(node[_TENSOR])
+                    return {key: built(child) for key, child in node.items()}
+                if isinstance(node, list):
+                    return [built(child) for child in node]
+                return node
+
+            state = built(tree)
+            if not isinstance(state, dict):
+                raise TypeError(f"a mapping is expected, not {type(state).__name__}")
+            return state
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: is no state of a training run ({error}); remove its folder, and the run resumes "
+            "from the checkpoint before"
+        ) from None

@@ -1,13 +1,13 @@
-"""The KL weight λ over optimiser steps."""
+"""The schedule: the KL weight λ over optimiser steps. trainer.py asks it at each step."""
 
 from ..schemas.configs import ScheduleConfig
 
 
 def kl_weight(step: int, config: ScheduleConfig) -> float:
-    """λ_k for the step k counted from 0 (METHOD.md, "Schedule").
+    """λ_k at step k, counted from 0 (METHOD.md, "Schedule").
 
-    w0 while k < hold, then w0 · (hold + decay − k) / decay, and 0 from k = hold + decay on. Without
-    decay_steps it stays at w0.
+    w0 while k < hold, then w0 · (hold + decay − k) / decay, and 0 from k = hold + decay. Without
+    decay_steps λ stays at w0.
     """
     if config.decay_steps is None or step < config.hold_steps:
         return config.w0
@@ -16,5 +16,5 @@ def kl_weight(step: int, config: ScheduleConfig) -> float:
 
 
 def grpo_weight(kl: float, config: ScheduleConfig) -> float:
-    """Weight of GRPO on routed tokens, 1 − λ_k / w0: as the KL fades they return to GRPO."""
+    """Weight of GRPO on routed tokens, 1 − λ_k / w0: they return to GRPO as the KL fades."""
     return 1.0 - kl / config.w0 if config.w0 else 1.0

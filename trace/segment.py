@@ -1,8 +1,9 @@
-"""A response cut into numbered segments: sentences and lines, never inside a formula.
+"""Cutting a response into numbered segments: sentences and lines, never inside a formula.
 
-Cuts come after a newline and after sentence punctuation followed by white space. No cut falls
-inside `$…$`, `$$…$$`, `\\(…\\)`, `\\[…\\]`, an environment `\\begin{x}…\\end{x}`, a fenced code
-block, or braces. Segments keep their white space, so their texts concatenated are the response.
+Annotators number these segments in their prompt. Cuts follow a newline, or sentence punctuation and
+white space. No cut falls inside `$…$`, `$$…$$`, `\\(…\\)`, `\\[…\\]`, an environment
+`\\begin{x}…\\end{x}`, a fenced code block, or braces. Segments keep their white space, so their
+concatenated texts are the response.
 """
 
 import re
@@ -10,8 +11,8 @@ from itertools import pairwise
 
 from ..schemas.configs import SegmentConfig
 
-# What opens a span in which no cut may fall. An opener that never closes protects nothing: a
-# truncated or hostile response must not become one segment.
+# Openers of a range without cuts. An opener without a closer protects nothing: a truncated or
+# hostile response must not become one segment.
 _OPENER = re.compile(
     r"""
       ```
@@ -26,8 +27,8 @@ _OPENER = re.compile(
 _CLOSER = {"```": "```", "$$": "$$", "\\[": "\\]", "\\(": "\\)"}
 _END = re.compile(r"\\end\{[a-zA-Z*]+\}")
 _INLINE = re.compile(r"\$(?:\\.|[^$\\\n])+?(?<!\s)\$(?!\d)", re.DOTALL)
-# Texts before `.`, `!` or `?` that end no sentence: numbers of a list ("1. First …"), which stay with
-# their items, and abbreviations. Looked at behind the sign, so that a search skips to the next sign.
+# Texts before `.`, `!` or `?` that do not end a sentence: numbers of a list ("1. First …"), which stay
+# with their items, and abbreviations. Lookbehinds, so that the search skips from sign to sign.
 _NO_END = "".join(
     rf"(?<!{before}[.!?])"
     for before in (
@@ -74,8 +75,8 @@ def _protected_ranges(text: str) -> list[tuple[int, int]]:
 def _delimited(text: str) -> list[tuple[int, int]]:
     """Ranges of formulas, environments and code blocks, each from its opener to its closer.
 
-    Knowing where each closer stands last, no search runs to the end in vain: the time is linear
-    in the text, however many openers never close.
+    The last position of each closer is known, so no search runs to the end in vain: the time is
+    linear in the text for any number of unclosed openers.
     """
     last = {closer: text.rfind(closer) for closer in _CLOSER.values()}
     last |= {match.group(): match.start() for match in _END.finditer(text)}
@@ -96,7 +97,7 @@ def _delimited(text: str) -> list[tuple[int, int]]:
 
 
 def _brace_groups(text: str) -> list[tuple[int, int]]:
-    """Ranges from each opening brace to its own closing one; braces without partner are text."""
+    """Ranges from each opening brace to its closing brace; unmatched braces are text."""
     ranges, open_at = [], []
     for match in _BRACES.finditer(text):
         if match.group() == "{":
@@ -107,7 +108,8 @@ def _brace_groups(text: str) -> list[tuple[int, int]]:
 
 
 def _join_short(text: str, pieces: list[tuple[int, int]], min_chars: int) -> list[tuple[int, int]]:
-    """Join pieces of fewer than `min_chars` visible characters to the next, the last one back."""
+    """Join pieces of fewer than `min_chars` visible characters to the next piece, the last to the
+    one before."""
     out: list[tuple[int, int]] = []
     start = pieces[0][0]
     visible = [-1, -1]  # first visible character since start, one past the last

@@ -1,18 +1,17 @@
 """The trainer: offline steps over routed tables, then online steps on fresh rollouts.
 
-One optimiser step: the routed sequences of some groups are packed into micro-batches; for each, the
-student's states at response tokens and, while λ > 0, the teacher's at routed tokens go into the
-objective (fused.py); gradients add up with weights that are global to the step.
+Stage train runs it. One optimiser step packs the routed sequences of some groups into micro-batches
+(sequences.py, packing.py). For each micro-batch the student's states at response tokens and, while
+λ > 0 (schedule.py), the teacher's at routed tokens enter the loss (fused.py, losses.py). Gradients
+add up with weights that are global to the step.
 
-The teacher has the student's weights of some steps ago, their moving average, or the base policy's.
-Once λ is 0 it is let go, and the annotator is not called any more: what is left is GRPO.
+The teacher holds the student's weights of some steps ago, their moving average, or the base policy's.
+Once λ is 0 the teacher is dropped and the annotator no longer called: the rest is plain GRPO.
 """
 
 import copy
 import logging
 import math
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -23,7 +22,14 @@ from torch.distributed.tensor import DTensor
 
 from ..schemas.configs import TrainConfig
 from ..schemas.errors import InputError, Stopped
-from .batch import (
+from .fused import routed_loss, token_logprobs
+from .losses import Head, LossInputs, LossOutput, token_weights
+from .metrics import SUMS, PhaseClock, step_metrics, token_sums
+from .packing import PackedModel, check_architecture, pack
+from .policy import Policy
+from .ranks import Ranks, copy_weights, reshard
+from .schedule import grpo_weight, kl_weight
+from .sequences import (
     TrainingSequence,
     loss_inputs,
     micro_batches,
@@ -33,20 +39,13 @@ from .batch import (
     teacher_row,
     training_sequences,
 )
-from .fused import Head, LossInputs, LossOutput, routed_loss, token_logprobs
-from .losses import token_weights
-from .metrics import SUMS, step_metrics, token_sums
-from .packing import PackedModel, check_architecture, pack
-from .policy import Policy
-from .ranks import Ranks, copy_weights, reshard
-from .schedule import grpo_weight, kl_weight
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, float | int | str]
 
 
 class OfflineSource(Protocol):
-    """Routed tables made ahead: `(step) -> routed table` of that step's groups."""
+    """Routed tables made before training: `(step) -> routed table` of that step's groups."""
 
     def __call__(self, step: int) -> Any: ...
 
@@ -61,7 +60,7 @@ class Online(Protocol):
 
 @dataclass
 class TrainerState:
-    """What a resumed run needs besides weights.
+    """The counters that a checkpoint restores.
 
     step: steps done; kl_exposure: Σ λ²; skipped_in_a_row, skipped: steps without a finite gradient.
     """
@@ -106,14 +105,14 @@ class Trainer:
         """Train from the current state to the end; yields each step's metrics.
 
         Raises:
-            Stopped: `stopping` became true; asked before a step and between its phases.
+            Stopped: `stopping` became true; checked before a step and between its phases.
         """
         while self.state.step < self.total_steps:
             if stopping():
                 raise Stopped
             step = self.state.step
-            # Ranks have to stop at the same place: together only between steps.
-            clock = _PhaseClock(stopping if self.ranks.count == 1 else lambda: False)
+            # Ranks must stop at the same point, so several ranks stop between steps only.
+            clock = PhaseClock(stopping if self.ranks.count == 1 else lambda: False)
             kl = kl_weight(step, self.config.schedule)
             counts: dict[str, float] = {}
             if step < self.config.offline.steps:
@@ -135,7 +134,7 @@ class Trainer:
     def train_step(
         self, sequences: Sequence[TrainingSequence], phase: Callable[[str], None] = lambda _: None
     ) -> dict[str, float]:
-        """One optimiser step on routed sequences of whole groups, the same on every rank.
+        """One optimiser step on routed sequences of complete groups, the same on every rank.
 
         Raises:
             InputError: the gradient was not finite too often in a row.
@@ -161,8 +160,8 @@ class Trainer:
         if self.state.skipped_in_a_row > config.optim.max_skipped_steps:
             raise InputError(
                 f"step {self.state.step - 1}: the gradient was not finite "
-                f"{self.state.skipped_in_a_row} times in a row; lower optim.lr, look at the metrics "
-                "of the steps before, and go on from the last checkpoint"
+                f"{self.state.skipped_in_a_row} times in a row; lower optim.lr, inspect the metrics "
+                "of the steps before, and resume from the last checkpoint"
             )
         self.restore_identity()
         metrics = step_metrics(sequences, sums, largest_drift, self.reference is not None) | {
@@ -178,14 +177,16 @@ class Trainer:
     def accumulate_gradients(
         self, sequences: Sequence[TrainingSequence], kl: float
     ) -> tuple[dict[str, float], float]:
-        """Add the step's gradients to the student's parameters; the sums of metrics.SUMS over all
-        tokens and the largest drift, over all ranks."""
+        """Add the step's gradients to the student's parameters.
+
+        Returns the sums of metrics.SUMS over all tokens, and the largest drift, over all ranks.
+        """
         weights = token_weights([len(s.token_ids) for s in sequences], self.config.loss)
         weight_of = {s.rollout_id: w for s, w in zip(sequences, weights.tolist(), strict=True)}
         mine = shares(sequences, self.ranks.count)[self.ranks.index]
         batches = micro_batches(mine, self.config.micro_batch_tokens)
         device = self.policy.device
-        # Sharded passes are collective: a rank that has run out goes along at weight 0.
+        # Sharded passes are collective: a rank without batches left repeats one at weight 0.
         (passes,) = self.ranks.most([len(batches)], device)
         routed = kl > 0 and any(sequence.routed_end for sequence in sequences)
         sums, largest = np.zeros(len(SUMS)), 0.0
@@ -196,7 +197,7 @@ class Trainer:
             scale = [0.0 if idle else weight_of[row.rollout_id] for row in rows]
             inputs = loss_inputs(rows, scale, device)
             output = self._objective(rows, inputs, kl if routed else 0.0)
-            # FSDP averages gradients over ranks; the step's weights ask for their sum.
+            # FSDP averages gradients over ranks; the step's weights need their sum.
             loss = output.loss if self.ranks.count == 1 else output.loss * self.ranks.count
             loss.backward()
             if not idle:
@@ -233,13 +234,16 @@ class Trainer:
         assert self.teacher is not None, "λ > 0 needs a teacher"
         row = teacher_row(rows)
         if row is None:
-            if self.ranks.count > 1:  # the others may run theirs, and passes are collective
+            if self.ranks.count > 1:  # other ranks may run their teacher, and passes are collective
                 self.teacher(pack([[0]], [np.array([0])], [np.array([], int)]), lambda *_: None)
             return None, None
         return self.teacher(row, lambda states, head: (states, head))
 
     def _step_optimizer(self) -> tuple[float, float]:
-        """Clip, step and clear the gradients; a gradient that is not finite is dropped instead."""
+        """Clip and apply the gradients, then clear them; gradients that are not finite are dropped.
+
+        Returns the norm before clipping and the learning rate.
+        """
         optim = self.config.optim
         total = torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.max_grad_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
@@ -254,11 +258,11 @@ class Trainer:
         return norm, lr
 
     def restore_identity(self) -> None:
-        """Rollouts made from now on carry the number of steps that the weights have seen."""
+        """Set the policy's step count, which its next rollouts record."""
         self.policy.info = replace(self.policy.info, step=self.state.step)
 
     def _sync_teacher(self, kl: float) -> None:
-        """Let the teacher go once λ is 0, and copy the student's weights when it is time to."""
+        """Drop the teacher once λ is 0; else copy the student's weights every `sync_steps`."""
         if kl == 0:
             self.teacher = None
         sync = self.config.teacher
@@ -276,31 +280,8 @@ class Trainer:
             ours.lerp_(theirs.to(ours.dtype), rate)
 
     def _frozen(self) -> PackedModel:
-        """A copy of the policy that does not train, sharded as the student is."""
+        """A frozen copy of the policy, sharded like the student."""
         model = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
         packed = PackedModel(model, self.policy.compute_dtype)
         self.ranks.shard(packed, model, self.policy.compute_dtype)
         return packed
-
-
-class _PhaseClock:
-    """Seconds per phase of a step: call it with a phase's name when that phase begins."""
-
-    def __init__(self, stopping: Callable[[], bool]) -> None:
-        self._spent: dict[str, float] = defaultdict(float)
-        self._stopping = stopping
-        self._phase, self._since = "other", time.perf_counter()
-
-    def __call__(self, phase: str) -> None:
-        # Before the weights change nothing is lost by leaving: the step is made again.
-        if phase != "other" and self._stopping():
-            raise Stopped
-        now = time.perf_counter()
-        self._spent[self._phase] += now - self._since
-        self._phase, self._since = phase, now
-
-    def seconds(self) -> dict[str, float]:
-        self("other")
-        total = sum(self._spent.values())
-        phases = {f"seconds_{name}": s for name, s in self._spent.items() if name != "other"}
-        return phases | {"seconds": total}

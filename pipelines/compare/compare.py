@@ -4,6 +4,7 @@ Figures are in agreement.py, what the command writes and prints in report.py.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -15,9 +16,8 @@ import pyarrow.compute as pc
 from ...data.store import Dataset, Store
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS
-from ...trace.align import ByteTable, byte_table
-from ...trace.policy import vocab_fingerprint
-from ..viewer.rollout_tables import find_tables, load_policy_tokenizer
+from ...trace.align import ByteTable
+from ..viewer.rollout_tables import find_tables, made_by, policy_byte_table
 from .agreement import COUNTS, Counts, Side, confusion, own_counts, shared_counts
 from .marks import (
     KINDS,
@@ -142,21 +142,16 @@ def _byte_table(rollouts: Dataset, joined: _Joined) -> tuple[ByteTable | None, s
     header = header.filter(pc.is_in(header["rollout_id"], value_set=joined.first("rollout_id")))
     if not pc.all(header["on_policy"]).as_py():
         return None, "some responses came without token ids"
-    try:
-        tokenizer = load_policy_tokenizer(_policy(rollouts))
-    except InputError:
+    config = made_by(rollouts)  # empty while the run that sampled is not finished
+    known = None
+    with suppress(InputError):
+        known = policy_byte_table(config["policy"]) if config else None
+    if known is None:
         return None, "the policy's tokenizer is not at hand"
-    if set(pc.unique(header["vocab_fingerprint"]).to_pylist()) != {vocab_fingerprint(tokenizer)}:
+    table, fingerprint = known
+    if set(pc.unique(header["vocab_fingerprint"]).to_pylist()) != {fingerprint}:
         return None, "the token ids are of another vocabulary than the policy's"
-    return byte_table(tokenizer), ""
-
-
-def _policy(rollouts: Dataset) -> dict[str, Any]:
-    """The config of the policy that sampled the rollouts."""
-    config = rollouts.manifest["config"]
-    if "online" in config:  # sampled in training: the run's config names the policy
-        config = rollouts.store.get(config["online"]).manifest["config"]
-    return config["policy"]
+    return table, ""
 
 
 def _row_chunks(joined: _Joined) -> Iterator[Chunk]:

@@ -17,8 +17,7 @@ from ...data.store import Dataset
 from ...schemas.configs import RoutingConfig
 from ...schemas.labels import AnnotationStatus, DiagnosticType, SpanKind
 from ...trace.align import ByteTable
-from ...trace.route import route_tokens
-from ...trace.rules import Response
+from ...trace.route import Response, route_tokens, token_cap
 
 STATUSES = list(AnnotationStatus)
 TYPES = list(DiagnosticType)
@@ -201,7 +200,7 @@ def kept_units(marks: Marks, units: Units, marked: np.ndarray, alpha: float) -> 
     config = RoutingConfig(alpha=alpha)
     kept = marked.copy()
     # Marks that fit are kept whole; the rule is asked about the others.
-    for row in np.flatnonzero(counts > np.floor(alpha * lengths + 1e-9)):
+    for row in np.flatnonzero(counts > token_cap(alpha, lengths)):
         here = slice(units.offsets[row], units.offsets[row + 1])
         segment = units.segment[here]
         named = marks.named[marks.named_offsets[row] : marks.named_offsets[row + 1]]

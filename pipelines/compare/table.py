@@ -1,4 +1,4 @@
-"""A comparison as a table (schemas/comparisons.py): figures per problem, and in all with intervals.
+"""A comparison as a table (schemas/results.py): figures per problem, and in all with intervals.
 
 `trace-opd compare` calls it; page.py writes and shows the table.
 """
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ...schemas.comparisons import COMPARISONS
+from ...schemas.results import COMPARISONS
 from .agreement import COUNTS, OWN, SHARED, figures, intervals
 from .compare import SCOPES, Comparison, Pair
 from .marks import TYPES

@@ -110,7 +110,7 @@ def local_context(policy: PolicyConfig) -> int | None:
 
 def require_ratios(sampling: SamplingConfig) -> None:
     """Raises InputError for sampling under which vLLM's log-probabilities make no ratio."""
-    if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k > 0:
+    if not sampling.untruncated:
         raise InputError(
             "online.sampling: vLLM gives log-probabilities after top_p, top_k and greedy choice, "
             "which no ratio can be formed with; set top_p=1, top_k=0 and a temperature above 0, or "

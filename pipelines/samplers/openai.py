@@ -144,8 +144,8 @@ class OpenAIPolicySampler:
         schemas: Sequence[dict[str, Any]] | None,
     ) -> list[list[Completion]]:
         formats = [None] * len(prompts) if schemas is None else map(response_format, schemas)
-        heated = sampling.temperature == 1 or (self._at_temperature and sampling.temperature > 0)
-        plain = schemas is None and heated and sampling.top_p == 1 and not sampling.top_k
+        plain = schemas is None and sampling.untruncated
+        plain = plain and (sampling.temperature == 1 or self._at_temperature)
         slots = asyncio.Semaphore(self._config.concurrency)
         async with AsyncExitStack() as stack:
             call = _Call(Pool(self._config.servers, self._admit), {})

@@ -251,7 +251,7 @@ def truncated(
     and None when nothing is cut off. The likeliest token is always kept.
     """
     vocab = probs.shape[-1]
-    if sampling.top_k == 0 and sampling.top_p == 1:
+    if not sampling.truncates:
         return probs, None
     kept, order = probs.topk(min(sampling.top_k or vocab, vocab), dim=-1)
     if sampling.top_p < 1:

@@ -146,8 +146,7 @@ class VllmPolicySampler:
             EngineEnded: the engine's process did.
         """
         prompt_ids = [self._prompt_ids(index, prompt) for index, prompt in enumerate(prompts)]
-        cut = sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k > 0
-        plain = schemas is None and not cut
+        plain = schemas is None and sampling.untruncated
         # The prefix cache shares a prompt's prefill within a group. It starts empty in each call, or
         # the last bits of the logits would depend on earlier calls.
         self._ask(self._llm.reset_prefix_cache)

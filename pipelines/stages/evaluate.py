@@ -17,7 +17,8 @@ from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import EvaluateConfig, PolicyConfig
 from ...schemas.errors import DamagedFile, InputError
 from ...schemas.labels import FinishReason
-from ...schemas.tables import EVALUATIONS, PROBLEMS
+from ...schemas.results import EVALUATIONS
+from ...schemas.tables import PROBLEMS
 from ...trace.identity import cached_sha256
 from ..samplers import sampling_engine
 from ..samplers.context_length import require_room

@@ -24,7 +24,7 @@ from ...trace.packing import PackedModel
 from ...trace.policy import Policy, choose_device, load_policy, load_tokenizer, vocab_fingerprint
 from ...trace.prompt import student_prompt
 from ...trace.ranks import Ranks, copy_weights, join_ranks
-from ...trace.rules import needs_annotations, rule_source
+from ...trace.route import needs_annotations, rule_source
 from ...trace.trainer import Trainer
 from ..models import resolve_policy
 from ..progress import progress_bar

@@ -31,14 +31,14 @@ from ...schemas.configs import (
     TrainConfig,
 )
 from ...schemas.errors import InputError
-from ...schemas.labels import Action, DiagnosticType, KlClip, Route
+from ...schemas.labels import DiagnosticType, KlClip, Route
 from ...schemas.settings import override
 from ...trace.align import byte_table
-from ...trace.batch import training_sequences
 from ...trace.convert import routed_table
 from ...trace.packing import response_logits
 from ...trace.policy import Policy, load_policy
 from ...trace.prompt import render_chat, teacher_messages
+from ...trace.sequences import training_sequences
 from ...trace.trainer import Trainer
 from ..annotators.rule import StepsAnnotator
 from ..bundled.demonstrations import NOISE, STUDENT_TEMPLATE, TEACHER_TEMPLATE, UNINFORMATIVE
@@ -117,7 +117,7 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
     that has a meaning here; `right_to_wrong`: KL between these two teachers; `uninformative`: KL
     between teachers with two labels that have none.
     """
-    routing = RoutingConfig(alpha=1.0, key=Action.FKL, error=Action.RKL)
+    routing = RoutingConfig(alpha=1.0, key=Route.FKL, error=Route.RKL)
     everything = routed_rollouts(policy, problems, routing, 128, seed)
     routed = everything.filter(pc.is_valid(everything["diagnostic_type"]))
     teachers = Teachers(policy, routed, PROMPT, list(NOISE))

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from ...data.store import Dataset
 from ...schemas.configs import TrainConfig
 from ...schemas.errors import InputError
-from ...trace.ragged import rows_of
+from ...trace.convert import rows_of
 from ...trace.ranks import Ranks
 from ..samplers.vocabulary import check_token_ids
 

@@ -19,7 +19,7 @@ from ...trace.online import OnlineSource
 from ...trace.policy import Policy
 from ...trace.protocols import Annotator, Sampler
 from ...trace.ranks import Ranks
-from ...trace.rules import needs_annotations
+from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
 from ..annotators import open_annotator
 from ..annotators.own_policy import annotating_policy

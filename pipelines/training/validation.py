@@ -24,7 +24,7 @@ from ...data.files import sweep_siblings, write_whole, writing
 from ...data.store import Dataset, content_hash
 from ...schemas.configs import SamplingConfig, TrainConfig
 from ...schemas.labels import FinishReason
-from ...schemas.tables import VALIDATIONS
+from ...schemas.results import VALIDATIONS
 from ...trace.protocols import Verifier
 
 FOLDER = "validation"

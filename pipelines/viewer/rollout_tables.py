@@ -115,19 +115,28 @@ def find_byte_table(dataset: Dataset, tables: Tables) -> "tuple[ByteTable, str] 
     """
     if "routed" not in tables.by_role:
         return None
-    configs = [dataset.manifest["config"], _made_by(tables.by_role["rollouts"])]
+    configs = [dataset.manifest["config"], made_by(tables.by_role["rollouts"])]
     policies = [config["policy"] for config in configs if "policy" in config]
     if not policies:
         return None
+    try:
+        return policy_byte_table(policies[0])
+    except InputError as error:
+        logger.info("painting by estimate, not by token: %s", error)
+        return None
+
+
+def policy_byte_table(policy: dict[str, Any]) -> "tuple[ByteTable, str]":
+    """Bytes per token id of a manifest's policy, and its vocabulary's fingerprint.
+
+    Raises:
+        InputError: see `load_policy_tokenizer`.
+    """
     # Imports torch: a viewer of annotations starts without it.
     from ...trace.align import byte_table
     from ...trace.policy import vocab_fingerprint
 
-    try:
-        tokenizer = load_policy_tokenizer(policies[0])
-    except InputError as error:
-        logger.info("painting by estimate, not by token: %s", error)
-        return None
+    tokenizer = load_policy_tokenizer(policy)
     return byte_table(tokenizer), vocab_fingerprint(tokenizer)
 
 
@@ -164,11 +173,11 @@ def routing_rule(tables: Tables) -> str:
     """`routing.rule` of the routed table; spans if nothing is routed or the rule is unknown."""
     if "routed" not in tables.by_role:
         return "spans"
-    config = _made_by(tables.by_role["routed"])
+    config = made_by(tables.by_role["routed"])
     return config.get("online", config).get("routing", {}).get("rule", "spans")
 
 
-def _made_by(dataset: Dataset) -> dict[str, Any]:
+def made_by(dataset: Dataset) -> dict[str, Any]:
     """A dataset's config; for a table made in training, the config of its finished run."""
     config = dataset.manifest["config"]
     if (run := config.get("online")) is None:

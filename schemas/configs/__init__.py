@@ -1,4 +1,7 @@
-"""One pydantic model per stage: every knob with its description and a default right for most."""
+"""One pydantic model per stage: every field with its description and a default right for most.
+
+The stages take these models; settings.py reads them from YAML.
+"""
 
 from .annotate import (
     AnnotateConfig,

@@ -1,10 +1,10 @@
-"""Stages verify, annotate and convert: what is known of a rollout, and its route."""
+"""Configs of stages verify, annotate and convert."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..labels import Action
+from ..labels import Route
 from .base import Config, operational
 from .endpoint import EndpointUrl, KeyVariable
 from .rollout import PolicyConfig, Sampler, TransformersSampler
@@ -38,7 +38,7 @@ class SegmentConfig(Config):
 
 
 class NoAnnotator(Config):
-    """Marks nothing and costs nothing: for routing that looks at no annotation."""
+    """Marks nothing and costs nothing: for routing that needs no annotations."""
 
     engine: Literal["none"] = Field(description="Annotation engine.")
 
@@ -48,15 +48,15 @@ class RuleAnnotator(Config):
     name: str = Field(default="rule", description="Name recorded with each annotation.")
     match: Literal["line", "value"] = Field(
         default="line",
-        description="line: a segment is right if it equals the known step's text; value: by the "
-        "equations that it states.",
+        description="line: a segment is correct if it equals the known step's text; value: if the "
+        "equations that it states are correct.",
     )
     wrong_spans: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="Share of marks put on another segment of the response instead: how much an "
-        "annotator's mistakes cost.",
+        description="Share of marks moved to another segment of the response, to measure the cost of "
+        "an annotator's mistakes.",
     )
     wrong_types: float = Field(
         default=0.0, ge=0, le=1, description="Share of type labels replaced by another one."
@@ -89,14 +89,14 @@ class SelfAnnotator(AnnotatorPrompt):
     seed: int = Field(default=0, description="Base seed of sampled answers.")
     structured: bool = Field(
         default=True,
-        description="Constrained decoding: every answer is valid, has no quotes and comes without "
-        "thinking. false: the policy answers freely, as an endpoint does.",
+        description="Constrained decoding: every answer is valid, without quotes and without "
+        "thinking. false: the policy answers freely, like an endpoint.",
     )
     max_spans: int = Field(default=3, ge=1, description="Most spans of a structured answer.")
     weights: Literal["current", "base"] = Field(
         default="current",
-        description="Where training names no annotating policy: its current weights, or a static "
-        "copy of those that it starts from.",
+        description="Weights of the annotator in training if `policy` is None: the current ones, or "
+        "a static copy of the first ones.",
     )
 
 
@@ -111,30 +111,28 @@ class OpenAIAnnotator(AnnotatorPrompt):
     )
     structured: bool = Field(default=True, description="Ask for the JSON schema (response_format).")
     prices: str | None = operational(
-        None, "File of prices by host and model, looked into before the shipped prices.yaml."
+        None, "File of prices by host and model, which precedes the shipped prices.yaml."
     )
     usd_per_million_prompt_tokens: float | None = operational(
-        None, "Price, before any file's; 0 for a server without a bill.", ge=0
+        None, "Price, which precedes any file's; 0 for a server without a bill.", ge=0
     )
     usd_per_million_completion_tokens: float | None = operational(
         None, "Price. Without one cost_usd is null: unknown.", ge=0
     )
     budget_usd: float | None = operational(
         None,
-        "Most that the dataset may cost, all its runs together; the worst case of each request is "
-        "reserved before it is sent. Needs a known price.",
+        "Most that the dataset may cost over all its runs; each request reserves its worst case "
+        "before it is sent. Needs a known price.",
         ge=0,
     )
-    batch: bool = operational(
-        False, "Ask by OpenAI's Batch API: cheaper, and answers within a day instead of at once."
-    )
+    batch: bool = operational(False, "Use OpenAI's Batch API: cheaper, with answers within a day.")
     batch_requests: int = operational(
         50_000,
-        "Most requests of one batch; fewer for an account with few tokens in queue.",
+        "Most requests of one batch; fewer for an account with a low limit of queued tokens.",
         ge=1,
         le=50_000,
     )
-    batch_poll_s: float = operational(60.0, "Seconds between looks at a batch's state.", gt=0)
+    batch_poll_s: float = operational(60.0, "Seconds between polls of a batch.", gt=0)
     concurrency: int = operational(16, "Most requests in flight.", ge=1)
     requests_per_minute: float | None = operational(None, "Request pace; None: no limit.", gt=0)
     tokens_per_minute: float | None = operational(
@@ -142,20 +140,22 @@ class OpenAIAnnotator(AnnotatorPrompt):
     )
     timeout_s: float = operational(120.0, "Seconds before a request is given up.", gt=0)
     patience_s: float = operational(
-        900.0, "Seconds without any answer, or asked to wait, before the stage stops.", gt=0
+        900.0,
+        "Seconds without any answer, or of waits that a server asks for, before the stage stops.",
+        gt=0,
     )
     max_attempts: int = operational(6, "Attempts per request, the first included.", ge=1)
     max_failed_share: float = operational(
         0.05,
-        "Most of the rows asked about that may have failed; above it the command finishes the dataset "
-        "and ends with exit code 1.",
+        "Most of the requested rows that may fail; above it the command finishes the dataset and "
+        "exits with code 1.",
         ge=0,
         le=1,
     )
     keep_failed: bool = operational(
         False,
-        "Go on with a finished dataset whatever failed in it. false: rows that the endpoint left "
-        "unanswered (time-outs, server errors, connections) are asked again, in another dataset.",
+        "Use a finished dataset even if rows in it failed. false: rows without an answer (time-outs, "
+        "server errors, connections) are requested again, for another dataset.",
     )
 
 
@@ -175,27 +175,27 @@ class AnnotateConfig(Config):
 
 
 class RoutingConfig(Config):
-    """Which tokens a response routes and to what, and rewards to advantages."""
+    """Which tokens are routed, to which loss, and how rewards become advantages."""
 
     rule: str = Field(
         default="spans",
         description="Which tokens are routed: spans (the annotator's), all, random, inverted (random "
-        "outside the annotator's), or module:function of your own.",
+        "outside the annotator's spans), or your own module:function.",
     )
     alpha: float = Field(
-        default=0.25, ge=0, le=1, description="Most of a response that spans may cover."
+        default=0.25, ge=0, le=1, description="Largest share of a response that spans may cover."
     )
-    key: Action = Field(
-        default=Action.FKL, description="Action on routed tokens of correct responses."
+    key: Route = Field(
+        default=Route.FKL, description="Action on routed tokens of correct responses."
     )
-    error: Action = Field(
-        default=Action.NONE, description="Action on routed tokens of wrong responses."
+    error: Route = Field(
+        default=Route.GRPO, description="Action on routed tokens of wrong responses."
     )
     teacher_context: Literal["type", "answer", "solution", "peer"] = Field(
         default="type",
-        description="What the teacher sees besides the problem: type, the diagnostic label alone "
+        description="What the teacher sees besides the problem: type, only the diagnostic label "
         "(TRACE); for the baselines the gold answer, the reference solution, or a correct response "
-        "of the same group. Without it a response stays GRPO's.",
+        "of the same group. Responses without it are plain GRPO.",
     )
     advantage: Literal["std", "mean"] = Field(
         default="std",

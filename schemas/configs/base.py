@@ -1,7 +1,6 @@
-"""What all configs share: unknown keys are errors, and which fields name a dataset.
+"""The base class of all configs in this folder.
 
-Fields marked `operational` change how a stage runs, never what it makes: they are left out of
-dataset ids.
+Fields marked `operational` change how a stage runs, never its result, so dataset ids omit them.
 """
 
 from typing import Any
@@ -15,7 +14,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def semantic(self) -> dict[str, Any]:
-        """The config as JSON-able data without operational fields: what a dataset id hashes."""
+        """The config as JSON data without operational fields, which a dataset id hashes."""
         out: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
             extra = field.json_schema_extra
@@ -30,7 +29,7 @@ class Config(BaseModel):
 
 
 def operational(default: Any, description: str, **limits: Any) -> Any:
-    """A field that changes how a stage runs, never what it makes."""
+    """A field that changes how a stage runs, never its result."""
     return Field(
         default=default, description=description, json_schema_extra={"operational": True}, **limits
     )

@@ -1,5 +1,6 @@
-"""Address and key of an endpoint. Configs stand in manifests, reports and logs: neither may hold a
-secret, and the sentence that says so doesn't repeat it.
+"""Types of an endpoint's address and key.
+
+Manifests, reports and logs contain configs, so neither may hold a secret, and errors do not quote it.
 """
 
 import re
@@ -9,18 +10,18 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
-# Errors of this type are told without the value at fault (settings.explain).
+# settings.explain omits the value at fault from errors of this type.
 HOLDS_SECRET = "holds_secret"  # noqa: S105 - the name of an error
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def _plain_url(url: str) -> str:
-    """Raises PydanticCustomError unless it is scheme, host, port and path alone."""
+    """Raises PydanticCustomError unless the URL has only scheme, host, port and path."""
     try:
         parts = urlsplit(url)
         known = parts.scheme in ("http", "https") and parts.hostname
-    except ValueError:  # brackets that hold no IPv6 address
+    except ValueError:  # brackets without an IPv6 address
         known = False
     if not known or "@" in parts.netloc or "?" in url or "#" in url:
         raise PydanticCustomError(
@@ -32,7 +33,7 @@ def _plain_url(url: str) -> str:
 
 
 def _variable_name(name: str) -> str:
-    """Raises PydanticCustomError unless it can be the name of an environment variable."""
+    """Raises PydanticCustomError unless this can be the name of an environment variable."""
     if not _VARIABLE.fullmatch(name):
         raise PydanticCustomError(
             HOLDS_SECRET,
@@ -51,6 +52,6 @@ def _plain_urls(urls: str | list[str]) -> str | list[str]:
 
 
 EndpointUrl = Annotated[str, AfterValidator(_plain_url)]
-# Checked in one place: pydantic would tell of each type in the union that does not fit.
+# One validator for the union: pydantic would report an error for each of its types.
 EndpointUrls = Annotated[str | list[str], AfterValidator(_plain_urls)]
 KeyVariable = Annotated[str, AfterValidator(_variable_name)]

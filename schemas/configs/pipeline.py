@@ -1,4 +1,4 @@
-"""Stages evaluate and report, and all stages in order."""
+"""Configs of stages evaluate and report, and of the pipeline."""
 
 from pydantic import Field
 
@@ -47,8 +47,8 @@ class ReportConfig(Config):
     )
     against: str | None = Field(
         default=None,
-        description="Annotations dataset of the same rollouts, shown beside `dataset` (which is one "
-        "too then); None: one annotator.",
+        description="Annotations dataset of the same rollouts to compare with; `dataset` must be an "
+        "annotations dataset then. None: one annotator.",
     )
     limit: int = Field(default=2000, ge=1, description="At most this many rollouts on the page.")
 

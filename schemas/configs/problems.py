@@ -1,4 +1,4 @@
-"""Stage problems: where they come from."""
+"""Config of stage problems and its sources."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,7 +9,7 @@ from .base import Config
 
 
 class Columns(Config):
-    """Which columns of a foreign table hold what."""
+    """Names of the columns in a foreign table."""
 
     problem: str = Field(default="problem", description="Column of the problem text.")
     answer: str = Field(default="answer", description="Column of the gold answer.")
@@ -74,7 +74,7 @@ class ChampSource(Config):
 
 class ArithmeticSource(Config):
     kind: Literal["arithmetic"] = Field(description="Kind of source.")
-    operation: Operation = Field(default=Operation.ADD, description="What is asked for.")
+    operation: Operation = Field(default=Operation.ADD, description="Operation of the problems.")
     min_digits: int = Field(default=3, ge=1, le=9, description="Fewest digits per number.")
     max_digits: int = Field(default=5, ge=1, le=9, description="Most digits per number.")
 

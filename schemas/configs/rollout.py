@@ -1,4 +1,4 @@
-"""Prompts, policies, samplers, and stage rollout."""
+"""Configs of prompts, policies, samplers, and stage rollout."""
 
 from typing import Annotated, Literal
 
@@ -21,11 +21,11 @@ class PromptConfig(Config):
     student: str = Field(default="{problem}", description="Template of the student's user turn.")
     teacher: str = Field(
         default="{problem}\n\nHint: the difficulty of this problem is of the type {diagnostic_type}.",
-        description="Template of the teacher's user turn; sees the type label and nothing else.",
+        description="Template of the teacher's user turn, with the type label.",
     )
     privileged: str = Field(
         default="{problem}\n\nFor reference, a correct solution:\n{context}\n\nNow solve it yourself.",
-        description="Template of the teacher's user turn under another teacher_context than type.",
+        description="Template of the teacher's user turn if teacher_context is not type.",
     )
     thinking: bool | None = Field(
         default=None,
@@ -73,6 +73,16 @@ class SamplingConfig(Config):
     top_k: int = Field(default=0, ge=0, description="Keep the k likeliest tokens; 0 is off.")
     max_new_tokens: int = Field(default=1024, ge=1, description="Limit on response tokens.")
 
+    @property
+    def truncates(self) -> bool:
+        """Whether top-p or top-k leaves tokens out of the distribution."""
+        return self.top_p < 1 or self.top_k > 0
+
+    @property
+    def untruncated(self) -> bool:
+        """Whether tokens are drawn from all of the softmax: neither greedy nor by top-p or top-k."""
+        return self.temperature > 0 and not self.truncates
+
 
 class TransformersSampler(Config):
     engine: Literal["transformers"] = Field(default="transformers", description="Sampling engine.")
@@ -94,8 +104,8 @@ class OpenAISampler(Config):
     timeout_s: float = operational(600.0, "Seconds before a request is given up.", gt=0)
     weights_folder: str | None = operational(
         None,
-        "In training: folder that trainer and vLLM servers both see, under the same path, through "
-        "which new weights pass; None: one in the run's own folder.",
+        "In training: folder for new weights, visible to trainer and vLLM servers under the same "
+        "path; None: a folder in the run's own.",
     )
 
     @property

@@ -1,4 +1,4 @@
-"""A study: methods and ablations over seeds, by the train stage."""
+"""Config of a study: methods and ablations over seeds, by stage train."""
 
 from pydantic import Field, NonNegativeInt, model_validator
 
@@ -10,21 +10,21 @@ _OWN = {"problems": "the training problems", "tuning": "the problems that tune"}
 
 
 class ArmConfig(Config):
-    """One row of a table: what it changes of the study's `train`."""
+    """One row of a table: its changes to the study's `train`."""
 
     preset: str | None = Field(
         default=None, description="TRACE or a baseline by name (`trace-opd presets`)."
     )
-    set: list[str] = Field(default=[], description="key=value overrides of `train`, laid over.")
+    set: list[str] = Field(default=[], description="key=value overrides of `train`.")
     like: str | None = Field(
         default=None,
         description="Arm of the first ablation whose tuned choice this one takes; null: as configured. "
-        "A choice of its own would compare tuning with tuning.",
+        "With its own choice the comparison would measure tuning.",
     )
     against: str | None = Field(
         default=None,
-        description="Arm of the same ablation that its difference is taken to; null: grpo there, or "
-        "in the first ablation.",
+        description="Arm of the same ablation from which its difference is computed; null: grpo of "
+        "this or of the first ablation.",
     )
 
 
@@ -35,51 +35,54 @@ class TuningConfig(Config):
         min_length=1, description="Sets of key=value overrides to choose from."
     )
     problems: ProblemsConfig = Field(
-        description="Problems whose sampled pass rate, averaged over looks, decides; nothing else asks them."
+        description="Problems whose sampled pass rate, averaged over validations, decides; used for "
+        "nothing else.",
     )
     seed: int = Field(default=1000, ge=0, description="Seed of the tuning runs; none of `seeds`.")
 
 
 class ReportedConfig(Config):
-    """What a paper says of the same question, to stand beside what came out here."""
+    """A paper's figures for the same question, shown next to the study's."""
 
-    source: str = Field(description="Where the figures stand.")
+    source: str = Field(description="Source of the figures.")
     rows: dict[str, dict[str, float]] = Field(description="Figures by column, by row.")
 
 
 class StudyConfig(Config):
-    """Every arm of every ablation, over seeds; tables, plots and a page from what they leave."""
+    """Every arm of every ablation, over seeds; tables, plots and a page of the results."""
 
     name: str = Field(description="Folder of the results, and prefix of the problems' aliases.")
     problems: ProblemsConfig = Field(description="Training problems.")
     splits: dict[str, ProblemsConfig] = Field(
         min_length=1, description="Held-out problems by name; the first is the page's main one."
     )
-    train: TrainConfig = Field(description="What all arms share; validation tells when to look.")
+    train: TrainConfig = Field(
+        description="Shared by all arms; `validation` sets when to evaluate."
+    )
     seeds: list[NonNegativeInt] = Field(min_length=1, description="A run per arm and seed.")
     tuning: TuningConfig | None = Field(
         default=None, description="Tune each arm first; null: as configured."
     )
     ablation_seeds: int | None = Field(
-        default=None, ge=1, description="So many of the seeds after the first ablation; null: all."
+        default=None, ge=1, description="Number of seeds after the first ablation; null: all."
     )
     quick: list[str] = Field(default=[], description="key=value overrides that --quick applies.")
     ablations: dict[str, dict[str, ArmConfig]] = Field(
         min_length=1, description="Arms by name, by ablation; the first is the page's main table."
     )
     mechanism: str | None = Field(
-        default=None, description="Arm of the first ablation whose first step is looked at closely."
+        default=None, description="Arm of the first ablation whose first step is analysed."
     )
     exposure: str | None = Field(
         default=None,
-        description="Ablation whose Σλ² is set against what the other splits lost.",
+        description="Ablation whose Σλ² is plotted against the loss on the other splits.",
     )
     reported: ReportedConfig | None = Field(
-        default=None, description="A paper's figures, at the page's end."
+        default=None, description="A paper's figures for the end of the page."
     )
     about: str = Field(
         default="",
-        description="Markdown at the page's head: how the task was chosen, what is left out.",
+        description="Markdown for the top of the page: how the task was chosen, what was left out.",
     )
     mean: bool = Field(
         default=False, description="A column with the splits' unweighted mean, as papers report it."
@@ -97,9 +100,9 @@ class StudyConfig(Config):
         if taken := sorted({"problems", "tuning"} & self.splits.keys()):
             raise ValueError(f"splits.{taken[0]} is the name of {_OWN[taken[0]]}; give it another")
         if self.train.validation is None:
-            raise ValueError("train.validation is null, but a study is made of its looks; set it")
+            raise ValueError("train.validation is null, but a study needs its results; set it")
         if self.tuning is not None and self.tuning.seed in self.seeds:
-            raise ValueError("tuning.seed is one of seeds; what tunes must not be measured again")
+            raise ValueError("tuning.seed is one of seeds; tuning needs a seed of its own")
         first = next(iter(self.ablations.values()))
         if self.mechanism is not None and self.mechanism not in first:
             raise ValueError(f"mechanism {self.mechanism!r} is none of {list(first)}")

@@ -1,4 +1,4 @@
-"""Stage train: objective, teacher, optimiser, phases."""
+"""Config of stage train: objective, teacher, optimiser, phases."""
 
 from typing import Literal
 
@@ -21,7 +21,7 @@ class ScheduleConfig(Config):
 
 
 class TeacherConfig(Config):
-    """Whose weights the teacher has. What it sees is `routing.teacher_context`."""
+    """The teacher's weights; `routing.teacher_context` sets its context."""
 
     sync: Literal["periodic", "ema", "frozen"] = Field(
         default="periodic",
@@ -37,7 +37,7 @@ class TeacherConfig(Config):
 class LossConfig(Config):
     """The objective on routed tokens and on all others."""
 
-    grpo: bool = Field(default=True, description="GRPO's term; false leaves the KL alone.")
+    grpo: bool = Field(default=True, description="GRPO's term; false: the KL only.")
     clip_low: float = Field(default=0.2, gt=0, description="ε_low of the ratio clip.")
     clip_high: float = Field(
         default=0.28, gt=0, description="ε_high of the ratio clip (clip-higher)."
@@ -57,7 +57,9 @@ class LossConfig(Config):
         "null: the clipped ratio to the sampler's own log-probabilities.",
     )
     reference_kl: float = Field(
-        default=0.0, ge=0, description="Weight of a KL to the base policy; 0 keeps no copy of it."
+        default=0.0,
+        ge=0,
+        description="Weight of a KL to the base policy; at 0 no copy of it is kept.",
     )
     kl_clip: KlClip = Field(default=KlClip.NONE, description="Form of the pointwise KL clip.")
     kl_clip_value: float = Field(
@@ -69,13 +71,13 @@ class LossConfig(Config):
     entropy_beta: float = Field(
         default=0.0,
         ge=0,
-        description="Weights a routed token's KL by exp(−β H) of the teacher's entropy H, nats.",
+        description="β of the weight exp(−β H) of a routed token's KL; H is the teacher's entropy, nats.",
     )
     reweight_clip: float = Field(
         default=0.2,
         gt=0,
         lt=1,
-        description="ε of the action reweight: its factor on the advantage stays in 1 ± ε.",
+        description="ε of the action reweight: its factor on the advantage is clipped to 1 ± ε.",
     )
 
 
@@ -89,8 +91,8 @@ class OptimConfig(Config):
     max_skipped_steps: int = Field(
         default=3,
         ge=0,
-        description="Steps in a row whose gradient is not finite: each is skipped and counted, one "
-        "more stops the run.",
+        description="Most consecutive steps skipped because their gradient is not finite; one more "
+        "stops the run.",
     )
 
 
@@ -98,7 +100,7 @@ class LoraConfig(Config):
     """Low-rank adapters instead of all weights (peft)."""
 
     rank: int = Field(default=32, ge=1, description="Rank of the adapters.")
-    alpha: float = Field(default=64.0, gt=0, description="Scale: adapters count alpha / rank.")
+    alpha: float = Field(default=64.0, gt=0, description="Adapters are scaled by alpha / rank.")
     target_modules: str | list[str] = Field(
         default="all-linear", description="Modules that get adapters, as in peft."
     )
@@ -123,15 +125,15 @@ class OnlineConfig(Config):
     refill_rounds: int = Field(
         default=0,
         ge=0,
-        description="Dynamic sampling: times that groups without signal are replaced by groups of "
-        "other problems before the step goes on with what it has.",
+        description="Dynamic sampling: how often groups without signal are replaced by groups of "
+        "other problems.",
     )
     max_staleness: int = Field(
         default=0,
         ge=0,
         le=1,
-        description="1: the next step's rollouts are made while a step trains, by the weights as of "
-        "its beginning, one step behind; needs train.sampler vllm or openai.",
+        description="1: the next step's rollouts are sampled while a step trains, by the weights "
+        "before that step; needs train.sampler vllm or openai.",
     )
     sampling: SamplingConfig = Field(default=SamplingConfig(), description="Sampling parameters.")
     verify: VerifyConfig = Field(default=VerifyConfig(), description="Verification.")
@@ -143,17 +145,17 @@ class OnlineConfig(Config):
 
 
 class ValidationConfig(Config):
-    """Held-out problems that the policy answers on its way: before the first step, every few steps,
-    and after the last. They change nothing of the training."""
+    """Held-out problems that the policy answers before the first step, every few steps, and after
+    the last one. They do not affect training."""
 
     problems: dict[str, str] = Field(
         default={},
         description="Problems dataset (alias, id or stage/id) of each split; a study fills them in.",
     )
-    every: int = Field(default=10, ge=1, description="Steps between looks.")
+    every: int = Field(default=10, ge=1, description="Steps between validations.")
     k: int = Field(default=4, ge=1, description="Samples per problem, by online.sampling.")
-    greedy: bool = Field(default=True, description="One answer by the likeliest tokens besides.")
-    seed: int = Field(default=0, description="Seed of the samples: the same at each look.")
+    greedy: bool = Field(default=True, description="Add one greedy answer per problem.")
+    seed: int = Field(default=0, description="Seed of the samples, the same at each validation.")
 
 
 class TrainConfig(Config):
@@ -167,7 +169,7 @@ class TrainConfig(Config):
     offline: OfflineConfig = Field(default=OfflineConfig(), description="Offline phase.")
     online: OnlineConfig = Field(default=OnlineConfig(), description="Online phase.")
     validation: ValidationConfig | None = Field(
-        default=None, description="Held-out problems on the way; null: none."
+        default=None, description="Held-out problems evaluated during training; null: none."
     )
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="λ over all steps.")
     teacher: TeacherConfig = Field(default=TeacherConfig(), description="The teacher's weights.")
@@ -181,19 +183,19 @@ class TrainConfig(Config):
     seed: int = Field(default=0, ge=0, description="Seed of data order and sampling.")
     micro_batch_tokens: int = operational(
         16_384,
-        "Tokens per forward pass; a prompt counts once for the responses that share it.",
+        "Tokens per forward pass; responses that share a prompt count it once.",
         ge=1,
     )
     gradient_checkpointing: bool = operational(
-        False, "Recompute activations in the backward pass instead of keeping them."
+        False, "Recompute activations in the backward pass instead of storing them."
     )
     sampler: Sampler = Field(
         default=TransformersSampler(),
-        description="Engine of online rollouts: transformers samples with the trainer's own weights; "
-        "vllm and openai (vLLM servers) get a copy of them before each step.",
+        description="Engine of online rollouts: transformers uses the trainer's own weights; vllm and "
+        "openai (vLLM servers) receive a copy before each step.",
     )
     checkpoint_every: int = operational(50, "Steps between checkpoints.", ge=1)
-    checkpoints_kept: int = operational(2, "Newest checkpoints that stay on disk.", ge=1)
+    checkpoints_kept: int = operational(2, "Number of newest checkpoints kept on disk.", ge=1)
     tracker: Literal["tensorboard", "trackio", "wandb", "none"] = operational(
         "tensorboard", "Where metrics go besides metrics.jsonl."
     )
@@ -204,12 +206,12 @@ class TrainConfig(Config):
             raise ValueError("offline.steps and online.steps are both 0; give one of them steps")
         if self.validation is not None and (self.online.max_staleness or not self.online.steps):
             raise ValueError(
-                "validation asks the sampler of the online steps between them; it needs "
+                "validation uses the sampler of the online steps, between them; it needs "
                 "online.steps above 0 and online.max_staleness=0"
             )
         if self.online.max_staleness and isinstance(self.sampler, TransformersSampler):
             raise ValueError(
-                "online.max_staleness is 1 but sampler.engine=transformers samples with the weights "
-                "that train; take engine vllm or openai, or max_staleness=0"
+                "online.max_staleness is 1 but sampler.engine=transformers samples with the trainer's "
+                "own weights; use engine vllm or openai, or max_staleness=0"
             )
         return self

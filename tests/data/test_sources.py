@@ -111,7 +111,7 @@ def test_an_answer_that_is_a_list_is_an_error(tmp_path):
         ("p.jsonl", "", "holds no rows"),
         ("p.jsonl", '{"problem": "a", "answer": 1}\n{"problem"', "row 1: is not JSON"),
         ("p.jsonl", "[1]\n", "row 0: is no JSON object"),
-        ("p.parquet", "no parquet", "is no whole Parquet file"),
+        ("p.parquet", "no parquet", "is no complete Parquet file"),
         ("p.csv", "problem,answer\n", "give a .parquet or .jsonl"),
     ],
 )

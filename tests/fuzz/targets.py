@@ -57,8 +57,8 @@ from trace_opd.schemas.yaml_text import load_yaml
 from trace_opd.trace.align import ByteTable, byte_table
 from trace_opd.trace.chat_template import render_template
 from trace_opd.trace.loading import load_config, load_tokenizer, model_on_meta
+from trace_opd.trace.saved_run import load_state
 from trace_opd.trace.segment import segment
-from trace_opd.trace.state_file import load_state
 
 CONFIGS = (
     configs.PipelineConfig,

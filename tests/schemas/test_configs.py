@@ -10,16 +10,20 @@ from trace_opd.schemas import configs
 from trace_opd.schemas.configs import (
     AnnotateConfig,
     Config,
+    ConvertConfig,
     EvaluateConfig,
     OpenAIAnnotator,
     PipelineConfig,
     ProblemsConfig,
     PromptConfig,
     RolloutConfig,
+    RoutingConfig,
+    SamplingConfig,
     TrainConfig,
     VerifyConfig,
 )
 from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.labels import Route
 from trace_opd.schemas.settings import dump_config, load_config, override
 
 MICRO = Path(__file__).parents[2] / "configs" / "micro.yaml"
@@ -136,7 +140,7 @@ def test_an_override_of_an_anchored_value_changes_its_own_path_alone():
 def test_an_alias_inside_its_own_anchor_is_refused(tmp_path):
     file = tmp_path / "round.yaml"
     file.write_text("sampling: &s {top_k: 1, sampling: *s}\n")
-    with pytest.raises(InputError, match=r"round.yaml: is not YAML \(an alias stands inside its"):
+    with pytest.raises(InputError, match=r"round.yaml: is not YAML \(an alias is inside its"):
         load_config(RolloutConfig, file)
 
 
@@ -305,3 +309,30 @@ def test_an_override_of_the_engine_starts_from_that_engines_defaults():
     assert changed.annotator == OpenAIAnnotator(engine="openai", model="m")
     same = override(config, ["annotator.engine=rule"])
     assert same == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "untruncated"),
+    [
+        ({}, True),
+        ({"temperature": 0.3}, True),
+        ({"temperature": 0}, False),
+        ({"top_p": 0.99}, False),
+        ({"top_k": 1}, False),
+    ],
+)
+def test_greedy_decoding_top_p_and_top_k_truncate_sampling(fields, untruncated):
+    assert SamplingConfig(**fields).untruncated is untruncated
+
+
+@pytest.mark.parametrize("route", Route)
+def test_a_config_holds_a_route_and_writes_its_name(route):
+    config = RoutingConfig(key=route.action)
+    assert config.key is route
+    assert config.semantic()["key"] == ("none" if route is Route.GRPO else route.name.lower())
+    assert RoutingConfig(key=route) == config
+
+
+def test_an_unknown_action_is_refused_with_the_known_ones():
+    with pytest.raises(InputError, match="key: Input should be 'none', 'fkl', 'rkl', 'jsd' or"):
+        load_config(ConvertConfig, None, ["routing.key=grpo"])

@@ -7,6 +7,7 @@ import pytest
 
 from trace_opd.schemas.configs import ConvertConfig, PipelineConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.labels import Route
 from trace_opd.schemas.presets import PRESETS
 from trace_opd.schemas.settings import load_config
 
@@ -62,8 +63,8 @@ def test_a_preset_goes_over_the_file_and_overrides_go_over_the_preset():
     )
     assert plain.online.routing.rule == "spans"
     assert config.online.routing.rule == "all"
-    assert config.online.routing.error == "jsd"
-    assert config.online.routing.key == "fkl"
+    assert config.online.routing.error is Route.JSD
+    assert config.online.routing.key is Route.FKL
     assert config.loss.jsd_beta == 0.3
     assert config.loss.grpo is False
 
@@ -80,7 +81,7 @@ def test_the_mask_ablations_keep_the_files_corner():
     corner = ["online.routing.key=none", "online.routing.error=rkl"]
     for name in ("random-alpha", "inverted-alpha"):
         routing = load_config(TrainConfig, MICRO, corner, "train", name).online.routing
-        assert (routing.key, routing.error) == ("none", "rkl")
+        assert (routing.key, routing.error) == (Route.GRPO, Route.RKL)
 
 
 def test_overrides_do_not_change_the_preset():

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from trace_opd.schemas.configs import PipelineConfig
-from trace_opd.schemas.labels import Action, KlClip
+from trace_opd.schemas.labels import KlClip, Route
 from trace_opd.schemas.settings import load_config
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
 PAPER = {
-    "qwen3-8b": ("Qwen/Qwen3-8B", Action.FKL, Action.NONE),
-    "qwen3-1.7b": ("Qwen/Qwen3-1.7B", Action.NONE, Action.RKL),
+    "qwen3-8b": ("Qwen/Qwen3-8B", Route.FKL, Route.GRPO),
+    "qwen3-1.7b": ("Qwen/Qwen3-1.7B", Route.GRPO, Route.RKL),
 }
 
 

@@ -46,7 +46,7 @@ def with_template(micro):
         ("{{ cycler.__init__.__globals__ }}", "fails (SecurityError"),
         ("{% if %}", "fails (TemplateSyntaxError"),
         ("{% include '/etc/passwd' %}", "fails (TypeError"),
-        ({"tool_use": "x", "rag": "y"}, "is not to be found"),
+        ({"tool_use": "x", "rag": "y"}, "is not found"),
     ],
     ids=lambda value: str(value)[:30],
 )  # fmt: skip

@@ -23,7 +23,7 @@ from trace_opd.trace.checkpoint import (
     save_checkpoint,
 )
 from trace_opd.trace.policy import load_policy
-from trace_opd.trace.state_file import load_state, save_state
+from trace_opd.trace.saved_run import load_state, save_state
 from trace_opd.trace.trainer import Trainer
 
 Damage = Callable[[Path], Any]
@@ -194,8 +194,8 @@ def test_a_trainer_whose_checkpoints_are_all_damaged_stays_as_it_is(trainer, run
     assert resume(trainer, run) is None
     assert trainer.state.step == 0 == weight(trainer)[0, 0]
     first, second = warnings(caplog)
-    assert "with the one before" in first
-    assert "anew" in second
+    assert "from the one before" in first
+    assert "from the start" in second
 
 
 @pytest.mark.parametrize("name", ["step-x", "step-", "step-1", "step-00003.bak", "step--0001"])

@@ -13,7 +13,7 @@ from trace_opd.schemas.configs import OfflineConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.trace.checkpoint import checkpoints, prune_checkpoints, save_checkpoint
 from trace_opd.trace.policy import load_policy
-from trace_opd.trace.state_file import save_state
+from trace_opd.trace.saved_run import save_state
 from trace_opd.trace.trainer import Trainer
 
 

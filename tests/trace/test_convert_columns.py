@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import RoutingConfig
 from trace_opd.schemas.contract import validate
-from trace_opd.schemas.labels import Action, DiagnosticType, Route
+from trace_opd.schemas.labels import DiagnosticType, Route
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
 from trace_opd.trace import convert
 from trace_opd.trace.align import ByteTable, byte_table
@@ -86,7 +86,7 @@ def _routed(
     span_id = [-1] * len(segment)
     if context and with_teacher:
         span_id = _span_ids(row["rollout_id"], segment, spans, marked, config)
-    action = (config.key if row["correct"] else config.error).route
+    action = config.key if row["correct"] else config.error
     route = [int(action) if rank >= 0 else int(Route.GRPO) for rank in span_id]
     told = config.teacher_context != "type" and any(route)
     return {name: row[name] for name in ROUTED.schema.names if name in row} | {
@@ -165,7 +165,7 @@ def table_of(kind: str) -> ByteTable:
 
 KINDS = ["byte level", "byte fallback", "characters"]
 # By this name a rule is taken as one of the user's own: it is shown one response at a time.
-OWN = "trace_opd.trace.rules:"
+OWN = "trace_opd.trace.route:"
 
 
 @st.composite
@@ -249,8 +249,8 @@ configs = st.builds(
     RoutingConfig,
     rule=st.sampled_from(["spans", "spans", "all", "random", "inverted", f"{OWN}spans"]),
     alpha=st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 1.0]),
-    key=st.sampled_from(list(Action)),
-    error=st.sampled_from(list(Action)),
+    key=st.sampled_from(list(Route)),
+    error=st.sampled_from(list(Route)),
     teacher_context=st.sampled_from(["type", "type", "answer", "solution", "peer"]),
     advantage=st.sampled_from(["std", "mean"]),
     overlong=st.sampled_from(["keep", "mask", "soft"]),

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from trace_opd.schemas.configs import LossConfig
 from trace_opd.schemas.labels import KlClip, Route
 from trace_opd.trace import fused
-from trace_opd.trace.fused import Head, LossInputs, LossOutput, routed_loss, token_logprobs
+from trace_opd.trace.fused import routed_loss, token_logprobs
+from trace_opd.trace.losses import Head, LossInputs, LossOutput
 
 MIXED = [3, 0, 4, 1, 2, 0, 3, 2, 1, 4, 0, 1]
 

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from trace_opd.schemas.configs import LossConfig
 from trace_opd.trace import fused
-from trace_opd.trace.fused import Head, LossInputs, LossOutput, routed_loss
+from trace_opd.trace.fused import routed_loss
+from trace_opd.trace.losses import Head, LossInputs, LossOutput
 
 ROUTES = [0, 1, 0, 2, 0, 3, 0, 4]
 LOSS = LossConfig(reference_kl=0.1)

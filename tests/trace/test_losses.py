@@ -10,8 +10,15 @@ import torch
 
 from trace_opd.schemas.configs import LossConfig
 from trace_opd.schemas.labels import KlClip, Route
-from trace_opd.trace.fused import Head, LossInputs, LossOutput, routed_loss
-from trace_opd.trace.losses import clip_kl, clipped_surrogate, divergence
+from trace_opd.trace.fused import routed_loss
+from trace_opd.trace.losses import (
+    Head,
+    LossInputs,
+    LossOutput,
+    clip_kl,
+    clipped_surrogate,
+    divergence,
+)
 
 W0 = 0.5
 VOCAB = 5

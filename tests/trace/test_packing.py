@@ -26,7 +26,7 @@ from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.transformers import TransformersPolicySampler
 from trace_opd.schemas.configs import SamplingConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.trace.fused import Head
+from trace_opd.trace.losses import Head
 from trace_opd.trace.packing import PackedModel, check_architecture, pack, response_logits
 from trace_opd.trace.policy import backbone, checkpoint_layers, load_policy
 from trace_opd.trace.protocols import Prompt

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import LossConfig
 from trace_opd.schemas.labels import KlClip, Route
-from trace_opd.trace.fused import Head, LossInputs, routed_loss
-from trace_opd.trace.losses import token_weights
+from trace_opd.trace.fused import routed_loss
+from trace_opd.trace.losses import Head, LossInputs, token_weights
 from trace_opd.trace.policy import backbone, load_tokenizer, output_head
 
 PROMPTS = [[5, 9, 14], [5, 9, 14], [7, 21], [7, 21]]

@@ -8,10 +8,10 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.trace.batch import TrainingSequence
 from trace_opd.trace.losses import reference_kl
 from trace_opd.trace.packing import check_architecture
 from trace_opd.trace.policy import load_policy
+from trace_opd.trace.sequences import TrainingSequence
 from trace_opd.trace.trainer import Trainer
 
 
@@ -38,7 +38,7 @@ def test_logits_scaled_behind_the_head_are_refused():
         initializer_range=0.5,
     )
     torch.manual_seed(0)
-    with pytest.raises(InputError, match="changes its logits behind the head"):
+    with pytest.raises(InputError, match="what it does to its logits after the head"):
         check_architecture(GraniteForCausalLM(config))
 
 

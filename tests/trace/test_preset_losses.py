@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from trace_opd.schemas.configs import ConvertConfig, TrainConfig
 from trace_opd.schemas.labels import DiagnosticType
 from trace_opd.schemas.settings import load_config
-from trace_opd.trace.fused import Head, LossInputs, routed_loss
+from trace_opd.trace.fused import routed_loss
+from trace_opd.trace.losses import Head, LossInputs
 from trace_opd.trace.schedule import grpo_weight, kl_weight
 
 # Nine tokens each, the end token included; α = 1/4 of them is two.

@@ -49,10 +49,10 @@ from trace_opd.schemas.tables import (
 )
 from trace_opd.trace import prompt
 from trace_opd.trace.align import byte_table
-from trace_opd.trace.batch import training_sequences
 from trace_opd.trace.convert import routed_table
 from trace_opd.trace.online import OnlineSource
 from trace_opd.trace.policy import Policy, load_policy, load_tokenizer
+from trace_opd.trace.sequences import training_sequences
 from trace_opd.trace.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -362,7 +362,7 @@ def test_the_trainers_room_names_no_column_that_annotators_fill_freely():
     assert not named
 
 
-def test_only_the_batch_asks_for_a_teachers_prompt():
+def test_only_sequences_asks_for_a_teachers_prompt():
     """Evaluation, report and samplers build the student's; the study measures what labels do."""
     builders = {"teacher_messages", "privileged_messages", "teacher_chat"}
     callers = {
@@ -373,4 +373,4 @@ def test_only_the_batch_asks_for_a_teachers_prompt():
         if (isinstance(node, ast.Name) and node.id in builders)
         or (isinstance(node, ast.Attribute) and node.attr in builders)
     }
-    assert callers == {"trace/prompt.py", "trace/batch.py", "pipelines/study/mechanism.py"}
+    assert callers == {"trace/prompt.py", "trace/sequences.py", "pipelines/study/mechanism.py"}

@@ -24,7 +24,7 @@ from trace_opd.schemas.configs import (
     SamplingConfig,
     SegmentConfig,
 )
-from trace_opd.schemas.labels import Action
+from trace_opd.schemas.labels import Route
 from trace_opd.trace.align import byte_table
 from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import load_policy
@@ -140,7 +140,7 @@ def routed(tmp_path_factory) -> Path:
     verdicts = exact_verdicts(problems, rollouts)
     annotator = StepsAnnotator(RuleAnnotator(engine="rule"), SegmentConfig())
     annotations = annotator.annotate(problems, rollouts, verdicts)
-    routing = RoutingConfig(key=Action.FKL, error=Action.RKL)
+    routing = RoutingConfig(key=Route.FKL, error=Route.RKL)
     path = tmp_path_factory.mktemp("routed") / "routed.parquet"
     bytes_of = byte_table(policy.tokenizer)
     pq.write_table(routed_table(problems, rollouts, verdicts, annotations, bytes_of, routing), path)

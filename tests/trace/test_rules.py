@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 from trace_opd.schemas.configs import RoutingConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import Route, SpanKind
-from trace_opd.trace.route import route_tokens
-from trace_opd.trace.rules import RULES, Response, load_rule, needs_annotations, rule_source
+from trace_opd.trace.route import (
+    RULES,
+    Response,
+    load_rule,
+    needs_annotations,
+    route_tokens,
+    rule_source,
+)
 
 # Ten tokens in five segments of two; the annotator marked the middle one.
 SEGMENTS = np.repeat(np.arange(5), 2)

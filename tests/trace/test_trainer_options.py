@@ -24,9 +24,9 @@ from trace_opd.schemas.configs import (
 )
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.tables import ROUTED
-from trace_opd.trace.batch import TrainingSequence, training_sequences
 from trace_opd.trace.packing import response_logits
 from trace_opd.trace.policy import Policy, load_policy
+from trace_opd.trace.sequences import TrainingSequence, training_sequences
 from trace_opd.trace.trainer import Metrics, Stopped, Trainer
 
 PROMPT = PromptConfig(teacher="{problem} {diagnostic_type}")

@@ -17,10 +17,10 @@ from trace_opd.pipelines.compare import page as comparison_report
 from trace_opd.pipelines.compare.compare import SCOPES, compare
 from trace_opd.pipelines.compare.table import comparison_table
 from trace_opd.pipelines.models import MICRO
-from trace_opd.schemas.comparisons import COMPARISONS
 from trace_opd.schemas.configs import RoutingConfig
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.results import COMPARISONS
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.trace.align import byte_table
 from trace_opd.trace.convert import routed_table

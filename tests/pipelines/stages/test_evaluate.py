@@ -21,7 +21,8 @@ from trace_opd.pipelines.stages.evaluate import (
 from trace_opd.pipelines.statistics import Estimate, bootstrap_mean, pass_at_k
 from trace_opd.schemas.configs import EvaluateConfig
 from trace_opd.schemas.contract import validate
-from trace_opd.schemas.tables import EVALUATIONS, PROBLEMS, ROLLOUTS, VERDICTS
+from trace_opd.schemas.results import EVALUATIONS
+from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS, VERDICTS
 
 # --- pass@k ---
 

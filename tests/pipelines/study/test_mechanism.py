@@ -15,7 +15,7 @@ from trace_opd.pipelines.study.mechanism import (
 )
 from trace_opd.schemas.configs import RoutingConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.labels import Action, DiagnosticType
+from trace_opd.schemas.labels import DiagnosticType, Route
 from trace_opd.schemas.settings import override
 from trace_opd.trace.policy import load_policy
 
@@ -39,9 +39,9 @@ def test_a_wrong_label_is_one_that_the_rollouts_know_and_says_something():
     assert kinds_in_use(table.slice(0, 2)) == list(DiagnosticType)
 
 
-def rows(seed, action=Action.FKL):
+def rows(seed, action=Route.FKL):
     policy = load_policy(resolve_policy("micro"), "cpu")
-    routing = RoutingConfig(key=action, error=Action.NONE)
+    routing = RoutingConfig(key=action, error=Route.GRPO)
     routed = routed_rollouts(policy, arithmetic_problems(4, seed), routing, 96, seed)
     return one_step(override(CONFIG, [f"seed={seed}"]), routed)
 
@@ -65,4 +65,4 @@ def test_the_literal_clip_changes_what_a_step_does():
 
 def test_rollouts_without_key_tokens_are_refused():
     with pytest.raises(InputError, match="FKL route"):
-        rows(0, action=Action.NONE)
+        rows(0, action=Route.GRPO)

@@ -136,7 +136,7 @@ def test_a_sampler_that_cannot_serve_training_is_refused_before_the_first_step(
 
 
 def test_one_step_ahead_needs_a_sampler_with_weights_of_its_own():
-    with pytest.raises(InputError, match="samples with the weights that train"):
+    with pytest.raises(InputError, match="samples with the trainer's own weights"):
         config_of("online.max_staleness=1")
 
 

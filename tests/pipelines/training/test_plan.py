@@ -128,7 +128,7 @@ import numpy as np, torch
 torch.set_num_threads(1)
 from transformers import AutoConfig, AutoModelForCausalLM
 from trace_opd.schemas.configs import TrainConfig
-from trace_opd.trace.batch import TrainingSequence
+from trace_opd.trace.sequences import TrainingSequence
 from trace_opd.trace.policy import Policy, checkpoint_layers, choose_dtype
 from trace_opd.trace.protocols import PolicyInfo
 from trace_opd.trace.trainer import Trainer

@@ -11,8 +11,8 @@ from trace_opd.pipelines.run_metrics import read_metrics
 from trace_opd.pipelines.training.validation import Validation, read_validation
 from trace_opd.schemas.configs import ProblemsConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.results import VALIDATIONS
 from trace_opd.schemas.settings import load_config
-from trace_opd.schemas.tables import VALIDATIONS
 
 CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
 
@@ -95,7 +95,7 @@ def test_a_validation_without_problems_is_refused(store, overrides, message):
 
 
 def test_a_validation_without_a_sampler_is_refused(store):
-    with pytest.raises(InputError, match="validation asks the sampler"):
+    with pytest.raises(InputError, match="validation uses the sampler"):
         config_of(store, "offline.steps=2", "online.steps=0", "validation.every=1")
 
 

@@ -37,14 +37,13 @@ from trace_opd.pipelines.viewer.training_curves import charts
 from trace_opd.pipelines.visible import visible
 from trace_opd.schemas.configs import ReportConfig, RoutingConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.labels import Action, Route, SpanKind
+from trace_opd.schemas.labels import Route, SpanKind
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.schemas.tables import ROUTED as ROUTED_TABLE
 from trace_opd.trace.align import ByteTable, byte_table
 from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import vocab_fingerprint
-from trace_opd.trace.route import Routing, route_tokens
-from trace_opd.trace.rules import Response
+from trace_opd.trace.route import Response, Routing, route_tokens
 from trace_opd.trace.segment import segment
 
 PWNED = "document.title='pwned'"
@@ -327,7 +326,7 @@ def test_a_cut_first_span_is_painted_to_its_last_kept_token(tokenizer, table):
     text = "abcdefgh"
     spans = [span(0, [0], [(0, 8)])]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    config = RoutingConfig(alpha=0.25, key=Action.RKL)
+    config = RoutingConfig(alpha=0.25, key=Route.RKL)
     routing = routed(table, ids, [(0, 8)], spans, config)
     segments = as_dicts([(0, 8)])
     exact = paint_tokens(table, 8, segments, spans, ids, routing.route, routing.span_id)

@@ -1,4 +1,7 @@
-"""Arrow contract of what `trace-opd compare` writes: annotators held against one another."""
+"""Arrow contracts of results, which no later stage trains on.
+
+Stage evaluate writes EVALUATIONS, stage train VALIDATIONS, and `trace-opd compare` COMPARISONS.
+"""
 
 import pyarrow as pa
 
@@ -7,49 +10,104 @@ from .labels import AnnotationStatus
 
 _text, _count, _figure = pa.string(), pa.int64(), pa.float64()
 
+_PROBLEM_ID = described("problem_id", _text, "Hash of source, problem text and answer.")
+
+EVALUATIONS = make_contract(
+    "evaluations",
+    1,
+    [
+        described("evaluation_id", _text, "Hash of problem, policy and sampling parameters."),
+        _PROBLEM_ID,
+        described("source", _text, "Where the problem comes from."),
+        described("policy", _text, "Role of the policy in this evaluation."),
+        described("policy_name", _text, "Name of the policy."),
+        described("policy_revision", _text, "Hash of its model files."),
+        described("k", pa.int32(), "Scored samples of this problem."),
+        described("correct", pa.int32(), "How many of them are right."),
+        described(
+            "majority_correct", pa.float32(), "Probability that the majority answer is right."
+        ),
+        described("mean_tokens", pa.float32(), "Mean response length in tokens."),
+        described("truncated", pa.int32(), "Samples that hit the token limit."),
+        described("unscored", pa.int32(), "Samples that the verifier could not score."),
+    ],
+    "evaluation_id",
+)
+
+VALIDATIONS = make_contract(
+    "validations",
+    1,
+    [
+        described("validation_id", _text, "Hash of step, split, decoding and problem."),
+        described("step", pa.int32(), "Optimiser steps done."),
+        described("split", _text, "Name of the split in train.validation.problems."),
+        described("decoding", _text, "sampled (online.sampling) or greedy."),
+        _PROBLEM_ID,
+        described("k", pa.int32(), "Scored answers to this problem."),
+        described("correct", pa.int32(), "How many of them are right."),
+        described(
+            "tokens",
+            pa.int32(),
+            "Response tokens, all answers together; null where the sampler keeps none (vLLM's greedy "
+            "answers).",
+            True,
+        ),
+        described(
+            "entropy",
+            pa.float32(),
+            "Mean negative log-probability of the sampled tokens, nats: an estimate of the policy's "
+            "entropy under sampling; null for greedy, whose tokens are no samples.",
+            True,
+        ),
+        described("truncated", pa.int32(), "Answers that hit the token limit."),
+    ],
+    "validation_id",
+)
+
+# The columns of COMPARISONS, in order.
 _WHAT = (
     ("comparison_id", _text, "Both datasets, the problem and the kind."),
     ("reference", _text, "Name of the annotations taken as the reference."),
-    ("other", _text, "Name of the annotations held against it."),
+    ("other", _text, "Name of the annotations compared with it."),
     ("reference_dataset", _text, "The reference's stage/id."),
     ("other_dataset", _text, "The other's stage/id."),
     ("kind", _text, "Which spans: key, error, or all (rows of both kinds, each by its own)."),
-    ("unit", _text, "What agreement is counted in: tokens or characters."),
+    ("unit", _text, "Unit of agreement: tokens or characters."),
     ("alpha", _figure, "The coverage cap of the capped figures."),
-    ("problems", _count, "Problems summed up: 1 in a problem's own row."),
+    ("problems", _count, "Problems in this row: 1 in a problem's own row."),
 )
 _COUNTS = {
     "rollouts": "Rollouts that all named datasets hold, of this kind.",
-    "judged": "Of them, answered (ok or empty) by both annotators about the same kind of span.",
+    "judged": "Of them, those that both annotators answered (ok or empty) for the same kind of span.",
     "only_reference": "Answered by the reference alone.",
     "only_other": "Answered by the other annotator alone.",
     "neither": "Answered by neither.",
-    "asked_differently": "Searched for key spans by one and for error spans by the other; in all.",
-    "both_empty": "Judged rollouts in which neither marks anything: κ and IoU have nothing there.",
+    "asked_differently": "One searched for key spans, the other for error spans; in kind all.",
+    "both_empty": "Judged rollouts in which neither marks anything: κ and IoU do not count them.",
     "units": "Units of the judged rollouts.",
     "reference_marked": "Units that the reference marks.",
     "other_marked": "Units that the other annotator marks.",
     "both_marked": "Units that both mark.",
     "reference_kept": "Units that the reference marks and the cap keeps.",
     "other_kept": "Units that the other annotator marks and the cap keeps.",
-    "both_kept": "Units that both mark and the cap keeps of both.",
+    "both_kept": "Units that both mark and the cap keeps for both.",
     "same_segments": "Judged rollouts cut into the same segments: segment figures are over these.",
     "reference_segments": "Segments that the reference marks.",
     "other_segments": "Segments that the other annotator marks.",
     "both_segments": "Segments that both mark.",
-    "typed": "Judged rollouts to which both give a diagnostic type.",
+    "typed": "Judged rollouts with a diagnostic type from both.",
     "same_type": "Of them, those with the same type.",
     "wrong": "Rollouts in which the reference marks an error, in kind all.",
     "wrong_hit": "Of them, those whose first error the other annotator found.",
-    "right": "Rollouts of which the reference says that no step is wrong, in kind all.",
-    "right_hit": "Of them, those of which the other annotator says so too.",
-    "unlabelled": "Rollouts of which the reference says neither, in kind all.",
+    "right": "Rollouts without a wrong step according to the reference, in kind all.",
+    "right_hit": "Of them, those without a wrong step according to the other annotator.",
+    "unlabelled": "Rollouts that the reference counts as neither, in kind all.",
 }
 _FIGURES = {
     "kappa": "Cohen's κ over units; null where both mark none or all.",
     "iou": "Units that both mark over units that either marks; null where neither marks any.",
-    "capped_kappa": "κ over what the cap keeps: what training would see.",
-    "capped_iou": "IoU over what the cap keeps.",
+    "capped_kappa": "κ over the units that the cap keeps: what training would see.",
+    "capped_iou": "IoU over the units that the cap keeps.",
     "segment_precision": "Of the other's marked segments, the share that the reference marks.",
     "segment_recall": "Of the reference's marked segments, the share that the other marks.",
     "segment_f1": "Harmonic mean of the two.",

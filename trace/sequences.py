@@ -1,4 +1,9 @@
-"""Routed tables to training sequences, sequences to micro-batches, micro-batches to tensors."""
+"""Training sequences: from a routed table's rows to the tensors of a micro-batch.
+
+trainer.py calls these functions first in each step: a table's rows become sequences, ranks share
+them, a share is cut into micro-batches, and each micro-batch becomes packed rows (packing.py) and the
+inputs of the loss (losses.py).
+"""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -11,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..schemas.configs import PromptConfig
 from ..schemas.labels import Route
-from .fused import LossInputs
-from .packing import PackedRow, pack, packed_tokens
+from .losses import LossInputs
+from .packing import PackedRow, pack
 from .prompt import render_chat, teacher_chat
 
 
@@ -40,7 +45,7 @@ class TrainingSequence:
 
     @property
     def routed_end(self) -> int:
-        """One past the last routed token: as far as the teacher has to read."""
+        """One past the last routed token: the teacher reads no further."""
         positions = self.routed_positions
         return int(positions[-1]) + 1 if len(positions) else 0
 
@@ -51,10 +56,9 @@ def training_sequences(
     prompt: PromptConfig,
     with_teacher: bool = True,
 ) -> list[TrainingSequence]:
-    """Rows of a routed table as sequences; rows with routed tokens get the teacher's prompt.
+    """The rows of a routed table; those with routed tokens get the teacher's prompt.
 
-    In TRACE the type label is the only annotation that goes into that prompt; the privileged texts
-    of the baselines have a column of their own. Without a teacher (λ is 0) no prompt is made.
+    with_teacher: false once λ is 0, when no teacher reads a prompt.
     """
     sequences = []
     for row in table.to_pylist():
@@ -87,10 +91,11 @@ def training_sequences(
 def micro_batches(
     sequences: Sequence[TrainingSequence], max_tokens: int
 ) -> list[list[TrainingSequence]]:
-    """Cut sequences into packed rows of at most `max_tokens`, those of one prompt together.
+    """Cut sequences into packed rows of at most `max_tokens`, sequences of one prompt together.
 
-    As few rows as that takes, the longest as short as it can be: a step's memory goes with it. A
-    sequence that is longer alone has a row of its own. The input's order does not matter.
+    Makes the fewest rows that this allows, and among those cuts one whose longest row is shortest,
+    because the longest row sets a step's peak memory. A longer sequence gets a row of its own. The
+    result does not depend on the order of the input.
     """
     ordered = sorted(sequences, key=lambda s: (s.group_id, s.prompt_ids, s.rollout_id))
     fewest = len(_rows(ordered, max_tokens))
@@ -113,7 +118,7 @@ def _rows(ordered: list[TrainingSequence], max_tokens: int) -> list[list[Trainin
 
 
 def shares(sequences: Sequence[TrainingSequence], count: int) -> list[list[TrainingSequence]]:
-    """Cut sequences into `count` shares of about as many tokens, groups kept together."""
+    """Distribute sequences over `count` ranks: about equal tokens, groups kept together."""
     groups: dict[str, list[TrainingSequence]] = {}
     for sequence in sequences:
         groups.setdefault(sequence.group_id, []).append(sequence)
@@ -131,7 +136,7 @@ def shares(sequences: Sequence[TrainingSequence], count: int) -> list[list[Train
 
 
 def signal_groups(sequences: Sequence[TrainingSequence]) -> set[str]:
-    """Ids of the groups whose rewards differ: the others have no advantage to learn from."""
+    """Ids of groups whose rewards differ; all advantages of the other groups are 0."""
     rewards: dict[str, set[float]] = {}
     for sequence in sequences:
         rewards.setdefault(sequence.group_id, set()).add(sequence.reward)
@@ -139,13 +144,16 @@ def signal_groups(sequences: Sequence[TrainingSequence]) -> set[str]:
 
 
 def student_row(rows: Sequence[TrainingSequence]) -> PackedRow:
-    """What the student reads: prompt and response of each sequence."""
+    """The student's packed row: prompt and response of each sequence."""
     return pack([row.prompt_ids for row in rows], [row.token_ids for row in rows])
 
 
 def teacher_row(rows: Sequence[TrainingSequence]) -> PackedRow | None:
-    """What the teacher reads: sequences with routed tokens, up to the last of them, behind its own
-    prompt; its states are kept at routed tokens, in the rows' order. None: nothing is routed."""
+    """The teacher's packed row: its own prompt, then the response up to the last routed token.
+
+    Sequences without routed tokens are left out; None if no sequence has any. The states at routed
+    tokens are kept, in the order of `rows`.
+    """
     routed = [row for row in rows if row.routed_end]
     if not routed:
         return None
@@ -156,15 +164,10 @@ def teacher_row(rows: Sequence[TrainingSequence]) -> PackedRow | None:
     )
 
 
-def row_tokens(rows: Sequence[TrainingSequence]) -> int:
-    """Tokens that the student's backbone reads for these sequences."""
-    return packed_tokens([row.prompt_ids for row in rows], [len(row.token_ids) for row in rows])
-
-
 def loss_inputs(
     rows: Sequence[TrainingSequence], weights: Sequence[float], device: torch.device
 ) -> LossInputs:
-    """The objective's per-token inputs; weights: one per sequence, global to the step."""
+    """The loss's inputs per token; weights: one per sequence, global to the step."""
     lengths = np.array([len(row.token_ids) for row in rows])
 
     def flat(parts: list[np.ndarray]) -> torch.Tensor:
@@ -178,7 +181,7 @@ def loss_inputs(
         old_logprobs=flat([row.logprobs for row in rows]),
         advantage=per_token([row.advantage for row in rows]),
         weight=per_token(weights),
-        # Greedy rollouts carry log-probabilities at temperature 1.
+        # Samplers report greedy tokens' log-probabilities at temperature 1.
         temperature=per_token([row.temperature or 1.0 for row in rows]),
         route=flat([row.route for row in rows]),
     )
