@@ -66,8 +66,7 @@ def require_short_rows(routed: Dataset, policy: PolicyConfig) -> None:
     Raises:
         InputError: a sequence that does not fit, with its number of tokens.
     """
-    path = resolve_policy(policy.path)
-    context = context_length(load_config(path, policy.trust_remote_code))
+    context = policy_context(policy)
     if context is None:
         return
     for part in range(routed.parts):
@@ -83,6 +82,11 @@ def require_short_rows(routed: Dataset, policy: PolicyConfig) -> None:
                 f"not fit into the context of {context} tokens of policy {policy.path}; train the "
                 "policy that sampled it, or sample again with a lower max_new_tokens"
             )
+
+
+def policy_context(policy: PolicyConfig) -> int | None:
+    """`context_length` of the model that a policy names."""
+    return context_length(load_config(resolve_policy(policy.path), policy.trust_remote_code))
 
 
 def context_length(config: Any) -> int | None:

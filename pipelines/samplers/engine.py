@@ -12,12 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from ...schemas.configs import PolicyConfig, SamplingConfig
 from ...schemas.errors import InputError
 from ...trace.identity import model_revision
-from ...trace.loading import load_config
 from ...trace.policy import Policy, load_tokenizer
 from ...trace.prompt import render_chat
 from ...trace.protocols import Sampler
 from ..models import resolve_policy
-from .context_length import context_length
 from .probe import Probe
 
 
@@ -101,11 +99,6 @@ def local_identity(policy: PolicyConfig) -> list[str]:
     path = resolve_policy(policy.path)
     render_chat(load_tokenizer(path, policy.trust_remote_code), [{"role": "user", "content": ""}])
     return [model_revision(path, policy.trust_remote_code)]
-
-
-def local_context(policy: PolicyConfig) -> int | None:
-    """`Engine.context` of a policy whose files are on this machine: the model's."""
-    return context_length(load_config(resolve_policy(policy.path), policy.trust_remote_code))
 
 
 def require_ratios(sampling: SamplingConfig) -> None:

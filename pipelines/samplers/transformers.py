@@ -21,8 +21,8 @@ from ...trace.policy import Policy, end_token_ids, load_policy
 from ...trace.protocols import Completion, PolicyInfo, Prompt
 from ..models import resolve_policy
 from .constrained import Grammars
-from .context_length import context_length
-from .engine import Training, local_context, local_identity
+from .context_length import context_length, policy_context
+from .engine import Training, local_identity
 
 _COMPACT_BELOW = 0.75
 
@@ -52,7 +52,7 @@ class TransformersEngine:
         return local_identity(self._policy)
 
     def context(self) -> int | None:
-        return local_context(self._policy)
+        return policy_context(self._policy)
 
     def open(self) -> tuple["TransformersPolicySampler", PreTrainedTokenizerBase]:
         policy = load_policy(

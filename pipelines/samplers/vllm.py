@@ -25,7 +25,8 @@ from ...trace.prompt import render_chat
 from ...trace.protocols import Completion, Prompt
 from ..models import resolve_policy
 from .constrained import with_fixed_whitespace
-from .engine import Training, local_context, local_identity, require_ratios
+from .context_length import policy_context
+from .engine import Training, local_identity, require_ratios
 from .probe import Probe
 from .vllm_process import ask_process, engine_environment, import_quietly
 from .weights import bytes_of, memory_folder, policy_weights, write_weights
@@ -48,7 +49,7 @@ class VllmEngine:
         return local_identity(self._policy)
 
     def context(self) -> int | None:
-        return self._config.max_model_len or local_context(self._policy)
+        return self._config.max_model_len or policy_context(self._policy)
 
     def open(self) -> tuple["VllmPolicySampler", PreTrainedTokenizerBase]:
         sampler = self._open()

@@ -6,12 +6,12 @@ Stage train calls `train_steps` on every rank.
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 
 from ...data.store import Draft
 from ...schemas.errors import EngineEnded, Stopped
 from ...trace.checkpoint import save_checkpoint
-from ...trace.trainer import Metrics, OfflineSource, Online, Trainer
+from ...trace.trainer import OfflineSource, Online, Trainer
 from .tracking import Tracker
 from .validation import BASE_EVALUATIONS, Validation
 
@@ -40,7 +40,7 @@ def train_steps(
         save_checkpoint(trainer, checkpoints, config.checkpoints_kept)
         return trainer.state.step
 
-    with _stop_request(trainer) as stopping, _tracker(trainer, target) as log:
+    with _stop_request(trainer) as stopping, _tracker(trainer, target) as tracker:
         advance(trainer.state.step)
         try:
             if validation is not None and trainer.state.step == 0:
@@ -50,7 +50,8 @@ def train_steps(
                 done = trainer.state.step
                 if validation is not None and validation.due(done, trainer.total_steps):
                     metrics |= validation.evaluate(done)
-                log(metrics)
+                if tracker is not None:
+                    tracker.log(metrics)
                 reward, kl = metrics.get("reward", 0), metrics["kl_weight"]
                 advance(1, reward=f"{reward:.2f}", kl=f"{kl:.2f}")
                 if done == trainer.total_steps or done % config.checkpoint_every == 0:
@@ -89,21 +90,10 @@ def _stop_request(trainer: Trainer) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextmanager
-def _tracker(trainer: Trainer, target: Draft) -> Iterator[Callable[[Metrics], None]]:
+def _tracker(trainer: Trainer, target: Draft) -> AbstractContextManager[Tracker | None]:
     """Logs the first rank's metrics; the other ranks' are the same."""
     if not trainer.ranks.first:
-        yield lambda _: None
-        return
-    config = trainer.config
-    tracker = Tracker(
-        target.local_path(),
-        trainer.state.step,
-        config.tracker,
-        target.ref,
-        config.model_dump(mode="json"),
-    )
-    try:
-        yield tracker.log
-    finally:
-        tracker.close()
+        return nullcontext()
+    config, folder = trainer.config, target.local_path()
+    settings = config.model_dump(mode="json")
+    return closing(Tracker(folder, trainer.state.step, config.tracker, target.ref, settings))

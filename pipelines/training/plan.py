@@ -188,8 +188,8 @@ def _in_flight(where: Setting) -> dict[str, int]:
     if config.lora is None:
         parts["head gradient"] = 4 * shape.head
     if where.gpus > 1:
-        whole = (1 if shape.tied else 2) * shape.head + 2 * shape.linear // shape.layers
-        parts["gathered weights"] = (2 if low else 4) * whole
+        gathered = (1 if shape.tied else 2) * shape.head + 2 * shape.linear // shape.layers
+        parts["gathered weights"] = (2 if low else 4) * gathered
     elif low and config.lora is None:
         parts["bfloat16 weights"] = 2 * (shape.linear + shape.head)
     return parts
@@ -207,7 +207,7 @@ def _sampling(where: Setting) -> dict[str, int]:
         "sampling distributions": 4 * 4 * rows * shape.vocab,
     }
     if where.gpus > 1:
-        parts["whole weights"] = where.weight_bytes * shape.parameters
+        parts["unsharded weights"] = where.weight_bytes * shape.parameters
     if low and config.lora is None:
         parts["bfloat16 weights"] = 2 * (shape.linear + shape.head)
     return parts

@@ -2,7 +2,7 @@
 
 Stage train calls `Validation`; the study reads the results with `read_validation`. Each evaluation
 writes one Parquet file of the run, `validation/step-000020.parquet`, with a row per problem, split and
-decoding (schemas.tables.VALIDATIONS), enough to draw curves with intervals over problems later. A
+decoding (schemas.results.VALIDATIONS), enough to draw curves with intervals over problems later. A
 resumed run repeats the evaluations after its checkpoint, with the same answers. Before the first
 step all runs of a base give the same answers: the first run evaluates it, the others copy its file
 from the store's `.looks`.
@@ -124,7 +124,7 @@ def _distinct(problems: pa.Table) -> pa.Table:
 def validation_rows(
     step: int, split: str, decoding: str, rollouts: pa.Table, verdicts: pa.Table
 ) -> list[dict[str, Any]]:
-    """A row per problem (schemas.tables.VALIDATIONS) from its rollouts and their verdicts."""
+    """A row per problem (schemas.results.VALIDATIONS) from its rollouts and their verdicts."""
     answers: dict[str, list[tuple[dict, dict]]] = defaultdict(list)
     names = ["problem_id", "response", "token_ids", "logprobs", "finish_reason"]
     for rollout, verdict in zip(
