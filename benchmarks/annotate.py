@@ -1,18 +1,18 @@
-"""Time and CPU of asking an endpoint 1,000 questions: ours, and the peers' clients.
+"""Time and CPU of asking an endpoint 1,000 questions: our annotator and its peers' clients.
 
     make bench-annotate
 
-Against a server on loopback, in a process of its own, that gives the same valid answer to every
-question: at once, and after 200 ms, with 64 requests in flight. What each row does stands in
-annotate_peers.py. Ideal is a client that costs nothing: ceil(requests / in flight) times the latency.
-CPU is that of the client's process with all its threads. The server's own is told too, so that one
-sees that it is not what is waited for.
+A server on loopback, in its own process, gives the same valid answer to every question: at once, or
+after 200 ms, with 64 requests in flight. annotate_peers.py describes each row. Ideal is a client
+without cost: ceil(requests / in flight) times the latency. CPU is that of the client's process with
+all its threads. The server's CPU time is printed too; it shows that the server is not the limit.
 
-Each measurement is a process of its own; implementations take turns, and the median of the rounds
-counts. Peers that are not installed are left out; as they pin other versions of the same libraries,
-they may have an environment of their own, given by its interpreter:
+Each measurement is a process. Implementations take turns, and the median of the rounds counts.
+Peers that are not installed are skipped. They pin other versions of the same libraries, so they may
+have an environment of their own, given by its interpreter:
 
-    python -m venv .venv-peers && .venv-peers/bin/pip install 'distilabel[openai]' bespokelabs-curator
+    python -m venv .venv-peers
+    .venv-peers/bin/pip install 'distilabel[openai]' bespokelabs-curator
     .venv/bin/python benchmarks/annotate.py --peers-python .venv-peers/bin/python
 
 Prints a table and writes benchmarks/results/annotate.json.
@@ -52,7 +52,7 @@ STEPS = (
 
 
 def response_of(number: int) -> str:
-    """A wrong response of about 1,500 characters, another one for each number."""
+    """A wrong response of about 1,500 characters, distinct for each number."""
     lines = [f"Order {number}: let $p$ be the number of pens."]
     for n in range(1, 9):
         values = {"n": n, "m": n - 1, "wrong": 4 * n + number % 7, "sum": 4 * n + number % 7 + 4}
@@ -81,7 +81,7 @@ def make_case(base_url: str) -> dict[str, Any]:
 
 
 def serve(latency_s: float, pipe: Connection) -> None:
-    """Answer every POST after `latency_s`; sends the port, then runs until it is terminated."""
+    """Answer every POST after `latency_s`; send the port, then serve until terminated."""
     message = {"role": "assistant", "content": ANSWER}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     body = json.dumps(
@@ -137,7 +137,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def measure_once(name: str, case: Path, python: str, console: Console) -> dict[str, float] | None:
-    """Seconds and CPU seconds of one run; None if it is not installed there or fails."""
+    """Seconds and CPU seconds of one run; None if the implementation is missing or fails."""
     command = [python, annotate_peers.__file__, name, str(case)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -149,7 +149,7 @@ def measure_once(name: str, case: Path, python: str, console: Console) -> dict[s
 def measure(
     latency_s: float, pythons: dict[str, str], console: Console
 ) -> tuple[list[dict[str, Any]], float]:
-    """One row per implementation that is installed, and the server's CPU seconds per request."""
+    """One row per installed implementation, and the server's CPU seconds per request."""
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in pythons}
     with served(latency_s) as (base_url, pid), tempfile.TemporaryDirectory() as folder:
         case = Path(folder) / "case.json"
@@ -230,10 +230,10 @@ def main() -> None:
         if measured:
             console.print(table_of(measured, server_s))
         rows += measured
-    if left_out := [name for name in wanted if name not in {row["implementation"] for row in rows}]:
+    if skipped := [name for name in wanted if name not in {row["implementation"] for row in rows}]:
         console.print(
-            f"Left out: {', '.join(left_out)}; pip install 'distilabel[openai]' bespokelabs-curator "
-            "adds them, --peers-python names their environment.",
+            f"Skipped: {', '.join(skipped)}; install them with pip install 'distilabel[openai]' "
+            "bespokelabs-curator, and name their environment's interpreter by --peers-python.",
             markup=False,
         )
     target = ROOT / "benchmarks" / "results" / "annotate.json"

@@ -1,22 +1,21 @@
-"""The same questions by one client, once: what annotate.py measures.
+"""Ask the same questions with one client, once: the process that annotate.py measures.
 
     python benchmarks/annotate_peers.py IMPLEMENTATION CASE
 
 CASE is a JSON file: "base_url", "concurrency", "model", "max_new_tokens", "schema" of the answer,
 and two lists of "questions" ("warm_up" and "measured"), each with a "response" and the "messages"
-that ask about it. Prints {"seconds", "cpu_seconds"} of the measured ones as JSON; those that warm up
-load modules and open connections.
+that ask about it. Prints {"seconds", "cpu_seconds"} of the measured questions as JSON; the warm-up
+loads modules and opens connections.
 
-- ours: the whole annotation of a part by `EndpointAnnotator`: segments, prompts, requests with the
-  schema, a journal with each answer on disk, validation, rows. It builds the messages itself; they
-  are those of the case.
-- openai: `AsyncOpenAI` with a semaphore, the answer's text taken and nothing else done.
-- distilabel: `OpenAILLM.generate`, in batches as large as the concurrency: its tasks ask about one
-  batch after the other, all of it at once.
-- curator: `curator.LLM` with backend openai, its limits per minute out of the way, with the cache on
-  disk that it always writes.
+- ours: the complete annotation of a part by `EndpointAnnotator`: segments, prompts, requests with
+  the schema, a durable journal of answers, validation, rows. It builds the same messages itself.
+- openai: `AsyncOpenAI` with a semaphore; takes the answer's text and does nothing else.
+- distilabel: `OpenAILLM.generate`, in batches as large as the concurrency: its tasks send one batch
+  after another.
+- curator: `curator.LLM` with backend openai, its limits per minute raised out of reach, with the
+  disk cache that it always writes.
 
-Each runs without retries coming into play. Only `ours` needs this package.
+No run needs a retry. Only `ours` needs this package.
 """
 
 import asyncio
@@ -39,7 +38,7 @@ NEEDS = {
     "distilabel": "distilabel",
     "curator": "bespokelabs",
 }
-OUT_OF_THE_WAY = 10**9  # per minute
+OUT_OF_REACH = 10**9  # requests and tokens per minute
 
 
 def ours(case: Case) -> Ask:
@@ -58,7 +57,7 @@ def ours(case: Case) -> Ask:
     atexit.register(folder.cleanup)
     annotator = open_annotator(config, SegmentConfig(), journal=Path(folder.name))
 
-    # Made ahead, as the peers' messages are; cutting responses into segments is part of asking.
+    # Rollouts are made in advance, like the peers' messages; segmenting is part of the measurement.
     ready = {
         id(questions): tables([question["response"] for question in questions])
         for questions in (case["warm_up"], case["measured"])
@@ -153,7 +152,7 @@ def distilabel(case: Case) -> Ask:
 def curator(case: Case) -> Ask:
     os.environ |= {"TELEMETRY_ENABLED": "0", "CURATOR_DISABLE_RICH_DISPLAY": "1"}
     if (litellm := find_spec("litellm")) is not None and litellm.origin is not None:
-        # It counts tokens with an encoding that it would fetch; its own dependency has that one.
+        # It would download an encoding to count tokens; its own dependency includes this one.
         encodings = Path(litellm.origin).parent / "litellm_core_utils" / "tokenizers"
         os.environ["TIKTOKEN_CACHE_DIR"] = str(encodings)
     from bespokelabs import curator as library  # type: ignore[import-not-found]
@@ -174,8 +173,8 @@ def curator(case: Case) -> Ask:
             "api_key": "none",
             "max_retries": 0,
             "max_concurrent_requests": case["concurrency"],
-            "max_requests_per_minute": OUT_OF_THE_WAY,
-            "max_tokens_per_minute": OUT_OF_THE_WAY,
+            "max_requests_per_minute": OUT_OF_REACH,
+            "max_tokens_per_minute": OUT_OF_REACH,
         },
     )
 

@@ -1,10 +1,10 @@
-"""The four forms of the pointwise KL clip (METHOD.md, "Objective"), on the micro policy.
+"""The four forms of the pointwise KL clip (METHOD.md, "Objective") on the micro policy.
 
     make bench-clip
 
-TRACE-FKL with the coverage cap and without it (α = 1: every line that carries), offline on one
-routed table per seed, the KL at its full weight throughout. Prints a table of held-out pass rates and
-writes benchmarks/results/clip.json.
+TRACE-FKL with the coverage cap and without it (α = 1 routes every line with a carry), offline on
+one routed table per seed, with the KL at full weight throughout. Prints a table of held-out pass
+rates and writes benchmarks/results/clip.json.
 """
 
 import json
@@ -30,7 +30,7 @@ SEEDS = (0, 1)
 def measure(
     store: Store, config: PipelineConfig, form: KlClip, seed: int, alpha: float
 ) -> dict[str, Any]:
-    """Pass rate after training with one form; the store makes what the forms share only once."""
+    """Pass rate after training with one form; datasets that the forms share are made once."""
 
     def run(stage: str, section: Any, *changes: str) -> Any:
         return run_stage(stage, override(section, list(changes)), store)

@@ -1,12 +1,13 @@
-"""Tokens a second and memory of stage convert and of the trainer's reader, up to a million rollouts.
+"""Tokens per second and memory of stage convert and of the trainer's reader, up to a million
+rollouts.
 
     make bench-data
 
-Synthetic rollouts of 500 tokens (data_case.py), in stores of several sizes; each measurement is a
-process of its own that keeps to one core (data_measure.py, where it stands what each one does).
-`datasets_map` runs on the smallest store alone: what it is compared by is its rate. Needs about 8 GB
-of disk for a million rollouts in a temporary folder ($TMPDIR), or under --keep, where stores stay
-and are used again. Prints tables and writes benchmarks/results/data.json.
+Synthetic rollouts of 500 tokens (data_case.py) in stores of several sizes. Each measurement is a
+process on one core (data_measure.py describes them). `datasets_map` runs on the smallest store
+only: its rate is what is compared. A million rollouts need about 8 GB of disk in a temporary folder
+($TMPDIR), or under --keep, which keeps the stores for the next run. Prints tables and writes
+benchmarks/results/data.json.
 """
 
 import argparse
@@ -28,7 +29,7 @@ ROWS = "10000,100000,1000000"
 
 
 def measure(implementation: str, root: Path, console: Console) -> dict[str, Any]:
-    """A row of the results."""
+    """One row of the results."""
     with console.status(f"{root.name}: {implementation}"):
         command = [sys.executable, data_measure.__file__, implementation, str(root)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -65,7 +66,7 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[str]:
-    """What the rows say beside one another, at the largest size."""
+    """Sentences that compare the rows of the largest size."""
     by_name = {row["implementation"]: row for row in sorted(rows, key=lambda row: row["rows"])}
     own, peer = by_name["convert"], by_name["datasets_map"]
     read, raw = by_name["reader"], by_name["parquet"]
@@ -74,7 +75,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[str]:
     disk = raw["file_mb"] / raw["seconds"]
     return [
         f"convert makes {times:.0f} × the tokens per second of datasets.map",
-        f"the reader streams {share:.0%} of what decoding alone does, {share * disk:.0f} MB/s of files",
+        f"the reader reaches {share:.0%} of the rate of decoding alone, {share * disk:.0f} MB/s",
     ]
 
 

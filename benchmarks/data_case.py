@@ -1,10 +1,10 @@
-"""A store of synthetic rollouts, as large as one likes: what data.py measures on.
+"""A store of synthetic rollouts of any size, measured by data.py and data_measure.py.
 
-A response is 500 of SmolLM2's tokens: words, as often as Zipf's law has them, digits and signs of
-several bytes, in sentences and lines, and the end token; the text is what the tokens spell. 4,096
-distinct ones are made, cut by the pipeline's own segmenter and marked with 1 to 3 spans; every part
-has all of them in an order of its own, under ids and with log-probabilities of its own, in groups
-of 8. One rollout in 100 has no reward. The store itself writes the tables.
+A response is 500 of SmolLM2's tokens: words by Zipf's law, digits and characters of several bytes,
+in sentences and lines, and the end token. The text is what the tokens decode to. 4,096 distinct
+responses are cut by the pipeline's segmenter and marked with 1 to 3 spans. Every part holds all of
+them, in its own order, with its own ids and log-probabilities, in groups of 8. One rollout in 100
+has no reward. The store itself writes the tables.
 """
 
 import re
@@ -35,7 +35,7 @@ _WORD, _DIGIT, _SIGN = map(re.compile, (r" [A-Za-z]{2,}", r"[0-9]", r" [^\x00-\x
 
 @dataclass(frozen=True)
 class Pool:
-    """The distinct responses, a row each, with ids to be filled in."""
+    """The distinct responses, one row each; ids are filled in later."""
 
     rollouts: pa.Table
     verdicts: pa.Table
@@ -43,7 +43,7 @@ class Pool:
 
 
 def make_store(root: str, rows: int, pool: Pool) -> Dataset:
-    """Problems, rollouts, verdicts and annotations of that many rollouts; gives the annotations."""
+    """Problems, rollouts, verdicts and annotations of `rows` rollouts; returns the annotations."""
     rng = np.random.default_rng(rows)
     store = Store(root)
     drafts: dict[str, Draft] = {}
@@ -51,7 +51,7 @@ def make_store(root: str, rows: int, pool: Pool) -> Dataset:
         ("problems", PROBLEMS), ("rollout", ROLLOUTS), ("verify", VERDICTS),
         ("annotate", ANNOTATIONS),
     ):  # fmt: skip
-        # Each stage has those before it as inputs, by their tables' names.
+        # Each stage has the stages before it as inputs, by their tables' names.
         inputs = {draft.contract.name: draft for draft in drafts.values()}
         draft = store.begin(stage, {"rows": rows}, inputs, contract)
         if isinstance(draft, Dataset):
@@ -67,7 +67,7 @@ def make_store(root: str, rows: int, pool: Pool) -> Dataset:
 
 @cache
 def make_pool() -> Pool:
-    """Always the same."""
+    """The same pool on every call."""
     rng = np.random.default_rng(0)
     tokenizer = load_tokenizer(resolve_policy(POLICY))
     pieces = byte_table(tokenizer)
@@ -96,11 +96,11 @@ def make_pool() -> Pool:
 
 
 def _vocabulary(pieces: ByteTable) -> tuple[np.ndarray, np.ndarray]:
-    """Ids to draw from, and how likely each is: words by Zipf's law, a few digits and signs."""
+    """Ids to draw and their probabilities: words by Zipf's law, a few digits and characters."""
     kinds = (_WORD, 0.93), (_DIGIT, 0.05), (_SIGN, 0.02)
     texts = [piece.decode(errors="replace") for piece in pieces.pieces]
     found = [[at for at, text in enumerate(texts) if kind.fullmatch(text)] for kind, _ in kinds]
-    weights = [1 / np.arange(3, 3 + len(ids)) for ids in found]  # merges come by frequency
+    weights = [1 / np.arange(3, 3 + len(ids)) for ids in found]  # merges are ordered by frequency
     shares = [w / w.sum() * share for w, (_, share) in zip(weights, kinds, strict=True)]
     return np.concatenate(found), np.concatenate(shares)
 
@@ -108,7 +108,7 @@ def _vocabulary(pieces: ByteTable) -> tuple[np.ndarray, np.ndarray]:
 def _sentences(
     vocabulary: tuple[np.ndarray, np.ndarray], pieces: ByteTable, rng: np.random.Generator
 ) -> list[int]:
-    """All tokens of a response but its last: sentences of 8 to 30 tokens, lines of about four."""
+    """A response's tokens without the last: sentences of 8 to 30 tokens, lines of about four."""
     token_ids = rng.choice(vocabulary[0], TOKENS - 1, p=vocabulary[1])
     ends = np.cumsum(rng.integers(8, 31, TOKENS))
     ends = ends[ends < TOKENS - 2]
@@ -160,7 +160,7 @@ def make_part(pool: Pool, rows: int, rng: np.random.Generator) -> tuple[pa.Table
 
 
 def _ids(count: int, rng: np.random.Generator) -> pa.Array:
-    """That many random ids of 16 hexadecimal digits."""
+    """`count` random ids of 16 hexadecimal digits."""
     digits = rng.bytes(8 * count).hex().encode()
     offsets = np.arange(count + 1, dtype=np.int32) * 16
     return pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(digits))

@@ -1,19 +1,19 @@
-"""One measurement on a store that data_case.py made: what data.py runs in processes of their own.
+"""One measurement on a store that data_case.py made; data.py runs each in its own process.
 
     python benchmarks/data_measure.py IMPLEMENTATION STORE
 
-Prints {"rows", "tokens", "seconds", "cpu_seconds", "peak_rss_mib"} as JSON. The process keeps to one
-core. Seconds leave its imports out, the resident set does not.
+Prints {"rows", "tokens", "seconds", "cpu_seconds", "peak_rss_mib"} as JSON. The process is pinned
+to one core. Seconds exclude its imports; the resident set includes them.
 
-- convert: the stage as users run it, from the datasets on disk to the finished one.
-- reader: `OfflineReader` on what convert made, an epoch of shuffled steps of 16 groups;
-  "start_seconds" is what comes before the first.
-- parquet: the same files decoded by pyarrow one after the other, and nothing else.
-- datasets_map: `datasets.map(batched=True)` over responses and spans: the text encoded again by the
-  fast tokenizer with `return_offsets_mapping`, tokens laid under the spans by these offsets, in the
-  spans' order up to the cap. Without the tables' loading, rewards and advantages.
+- convert: the stage as users run it, from datasets on disk to the finished dataset.
+- reader: `OfflineReader` on convert's dataset, an epoch of shuffled steps of 16 groups;
+  "start_seconds" is the time before the first step.
+- parquet: pyarrow decodes the same files one after another and does nothing else.
+- datasets_map: `datasets.map(batched=True)` over responses and spans: the fast tokenizer encodes
+  the text again with `return_offsets_mapping`, and tokens are routed by these offsets, in the
+  spans' order up to the cap. Excludes loading of the tables, rewards and advantages.
 
-The last two and the reader need what `convert` made.
+All but `convert` need the dataset that `convert` made.
 """
 
 import json
@@ -31,7 +31,7 @@ FKL, RKL = 1, 2
 
 
 class Clock:
-    """Wall and CPU time since it was made."""
+    """Wall and CPU time since its creation."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter(), time.process_time()
@@ -165,9 +165,9 @@ IMPLEMENTATIONS = {
 def main() -> None:
     name, root = sys.argv[1:]
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    # Threads beside the one core would only take turns on it.
+    # More threads would only take turns on the one core.
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    import trace_opd  # noqa: F401, I001 - it says how Arrow's memory is kept, before that is loaded
+    import trace_opd  # noqa: F401, I001 - sets Arrow's memory pool before Arrow loads
     import pyarrow as pa
 
     pa.set_cpu_count(1)
@@ -176,7 +176,7 @@ def main() -> None:
 
 
 def peak_rss_mib() -> float:
-    """Of this process alone (Linux); `ru_maxrss` has its parent's in it."""
+    """This process's peak in MiB (Linux); `ru_maxrss` would include its parent's."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 

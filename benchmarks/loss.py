@@ -1,20 +1,18 @@
-"""Time and memory of the loss head, forward and backward: ours, the peers', and the floor.
+"""Time and memory of the loss head, forward and backward: ours, the peers' and a lower bound.
 
     make bench-loss
 
 A quarter of the tokens is routed. On CPU in float32 at SmolLM2-135M's shape (hidden 576, vocabulary
-49,152); where a CUDA device exists also in bfloat16 at Qwen3-8B's (4,096 and 151,936). What each row
-computes stands in loss_peers.py; peers that are not installed are left out:
-pip install -e '.[peers]'.
+49,152); with a CUDA device also in bfloat16 at Qwen3-8B's (4,096 and 151,936). loss_peers.py
+describes each row. Peers that are not installed are skipped: pip install -e '.[peers]'.
 
-Each row runs in a process of its own, which first shows that its loss and gradients are those of
-plain PyTorch. Rows of one size take turns, so that a drift of the machine meets all of them. Seconds
-are the median of up to five repetitions: at least three, except that a row whose first one takes
-over a minute has that one. Memory is the most that a repetition takes at its peak beyond what was
-there before it, gradients included: the resident set's high-water mark on CPU (Linux), the
-allocator's on CUDA. Prints a table and writes benchmarks/results/loss.json, which keeps what it has
-of devices that are not measured this time; a row that runs out of memory or differs from plain
-PyTorch has nulls.
+Each row is a process, which first checks its loss and gradients against plain PyTorch. Rows of one
+size take turns, so that drift of the machine affects all of them. Seconds are the median of up to
+five repetitions: at least three, but only one where the first takes over a minute. Memory is a
+repetition's peak beyond the memory before it, gradients included: the resident set's high-water
+mark on CPU (Linux), the allocator's on CUDA. Prints a table and writes
+benchmarks/results/loss.json, which keeps the rows of devices that are not measured this time. A row
+that runs out of memory or differs from plain PyTorch has nulls.
 """
 
 import argparse
@@ -38,7 +36,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 TOKENS = (512, 2048, 8192)
 SHAPES = {"cpu": (576, 49_152, torch.float32), "cuda": (4096, 151_936, torch.bfloat16)}
-# Largest share of the greatest entry by which a row may differ from plain PyTorch in float32.
+# Largest difference from plain PyTorch in float32, as a share of the largest entry.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 REPETITIONS = (3, 5)
 ENOUGH_SECONDS = 20.0
@@ -54,10 +52,10 @@ def kib_of(file: str, field: str) -> int:
 
 
 def on_cpu(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds, and peak of extra memory in MiB."""
-    # Memory that malloc keeps from before would hide as much of what follows.
+    """Seconds, and peak of additional memory in MiB."""
+    # Memory that malloc kept would hide as much of the peak.
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     before = kib_of("/proc/self/status", "VmRSS")
     begin = time.perf_counter()
     work()
@@ -66,7 +64,7 @@ def on_cpu(work: Callable[[], Any]) -> tuple[float, float]:
 
 
 def on_cuda(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds by device events, and peak of extra memory in MiB."""
+    """Seconds by device events, and peak of additional memory in MiB."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -80,7 +78,7 @@ def on_cuda(work: Callable[[], Any]) -> tuple[float, float]:
 
 
 def row_process(name: str, tokens: int, device: str, pipe: Connection) -> None:
-    """Answer each message with (seconds, peak MiB) of one repetition, or with why there is none."""
+    """Answer each message with (seconds, peak MiB) of one repetition, or the reason for none."""
     hidden, vocab, dtype = SHAPES[device]
     difference = loss_peers.disagreement(name, hidden, vocab, dtype, device)
     if difference > TOLERANCE[dtype]:
@@ -89,12 +87,12 @@ def row_process(name: str, tokens: int, device: str, pipe: Connection) -> None:
     case = loss_peers.make_case(tokens, hidden, vocab, dtype, device)
     work = partial(loss_peers.run, name, case)
     if device == "cpu":
-        # An allocation that the machine has no room for fails instead of taking the machine down.
+        # An allocation beyond the machine's memory must fail, not bring the machine down.
         room = kib_of("/proc/meminfo", "MemAvailable") + kib_of("/proc/self/status", "VmData")
         resource.setrlimit(resource.RLIMIT_DATA, (room * 1024, room * 1024))
     try:
         if device == "cuda":
-            on_cuda(work)  # kernels are compiled for a shape on first use
+            on_cuda(work)  # the first use of a shape compiles its kernels
         pipe.send("ready")
         while pipe.recv():
             case.hidden.grad = case.head.grad = None
@@ -106,7 +104,7 @@ def row_process(name: str, tokens: int, device: str, pipe: Connection) -> None:
 
 
 def measure(names: list[str], tokens: int, device: str, console: Console) -> list[dict[str, Any]]:
-    """One row per implementation, in turns."""
+    """One row per implementation, measured in turns."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
@@ -117,7 +115,7 @@ def measure(names: list[str], tokens: int, device: str, console: Console) -> lis
         arguments = (name, tokens, device, theirs)
         processes.append(context.Process(target=row_process, args=arguments, daemon=True))
         processes[-1].start()
-        theirs.close()  # so that a process that dies is noticed
+        theirs.close()  # so that the death of the process is noticed
         answer = pipes[name].recv()
         if answer != "ready":
             notes[name] = answer
@@ -174,7 +172,7 @@ def processor(device: str) -> str:
 
 
 def write_rows(file: str, rows: list[dict[str, Any]]) -> None:
-    """Write benchmarks/results/`file`; rows of devices that were not measured now stay in it."""
+    """Write benchmarks/results/`file`; rows of devices not measured now are kept."""
     target = ROOT / "benchmarks" / "results" / file
     target.parent.mkdir(exist_ok=True)
     before = json.loads(target.read_text()) if target.exists() else []
@@ -185,7 +183,7 @@ def write_rows(file: str, rows: list[dict[str, Any]]) -> None:
 
 
 def ratio(row: dict[str, Any], rows: list[dict[str, Any]], other: str, field: str) -> str:
-    """`field` of a row as a multiple of another implementation's at the same size."""
+    """A row's `field` as a multiple of another implementation's at the same size."""
     same = [r for r in rows if (r["tokens"], r["device"]) == (row["tokens"], row["device"])]
     base = next((r[field] for r in same if r["implementation"] == other), None)
     return f"{row[field] / base:.2f}" if base and row[field] is not None else "–"

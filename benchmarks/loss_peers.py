@@ -1,23 +1,23 @@
-"""One loss on one case, six times: what loss.py measures.
+"""Six implementations of one loss on one case, measured by loss.py.
 
-Every implementation takes a `Case`, leaves the gradients of its student's hidden states and head
-behind and returns the loss. All but two compute the same
+Every implementation takes a `Case`, leaves the gradients of its student's hidden states and head on
+it and returns the loss. All but two compute the same
 
     L = Σ_t w [ c_t g_t + λ 1(t ∈ S) KL(q_t‖p_t) ],   w = 1 / tokens,   c_t = 1 − λ/w0 on S, else 1
 
 (METHOD.md, "Objective", with the FKL action, no clip and responses of one length):
 
-- floor: no loss, the matrix products that none can do without: the student's logits, both of their
-  gradients, the teacher's logits at routed tokens.
-- naive: plain PyTorch with full logits, backward by autograd.
-- trl_span: TRL 1.16's `ChunkedLogProbFunction`, called as its GRPOTrainer's fused head does
-  (`trainer.utils.add_fused_lm_head`), and `_chunked_divergence_loss` of its DistillationTrainer on
-  the routed tokens gathered beforehand.
-- trl_all: the same with the divergence on every token, as TRL's trainers give it: S is all tokens
-  in the KL's term.
-- liger: Liger 0.8.5's `LigerFusedLinearGRPOLoss` and `LigerFusedLinearJSDLoss` (β = 0) on the routed
-  tokens. Weights go in as the GRPO's mask and the JSD's soft weight, so nothing is scaled after. Not
-  compiled on CPU, where that takes longer than the measurement and changes its result little.
+- floor: no loss, only the matrix products that every implementation needs: the student's logits,
+  both of their gradients, the teacher's logits at routed tokens.
+- naive: plain PyTorch with full logits; autograd runs the backward pass.
+- trl_span: TRL 1.16's `ChunkedLogProbFunction`, called as in its GRPOTrainer's fused head
+  (`trainer.utils.add_fused_lm_head`), and its DistillationTrainer's `_chunked_divergence_loss` on
+  the routed tokens, gathered beforehand.
+- trl_all: the same with the divergence on every token, as TRL's trainers compute it: S is all
+  tokens in the KL's term.
+- liger: Liger 0.8.5's `LigerFusedLinearGRPOLoss` and `LigerFusedLinearJSDLoss` (β = 0) on the
+  routed tokens. The weights are the GRPO's mask and the JSD's soft weight, so no scaling follows.
+  Not compiled on CPU: compilation takes longer than the measurement and changes little.
 - ours: `trace_opd.trace.fused.routed_loss`.
 """
 
@@ -42,14 +42,16 @@ CHECKED_TOKENS = 64
 # One token in ROUTED_EVERY is routed, in runs of SPAN_TOKENS.
 ROUTED_EVERY, SPAN_TOKENS = 4, 16
 LOGIT_DEVIATION = 1.2
-# Rows that the floor's products take at once: one piece as far as that is faster.
+# Rows per product of the floor: one product as long as that is fastest.
 FLOOR_ROWS = 2048
 
 
 @dataclass(frozen=True)
 class Case:
-    """T tokens in B responses of one length, R of them routed; float tensors in the case's dtype
-    but old_logprobs, advantage and weight, float32."""
+    """T tokens in B responses of equal length, R of them routed.
+
+    Float tensors have the case's dtype, except old_logprobs, advantage and weight (float32).
+    """
 
     hidden: torch.Tensor  # (T, H), with gradient
     head: torch.Tensor  # (V, H), with gradient
@@ -78,7 +80,7 @@ def make_case(
     response_tokens: int = RESPONSE_TOKENS,
     all_routed: bool = False,
 ) -> Case:
-    """The same numbers on every call with the same arguments."""
+    """The same arguments give the same numbers."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -90,12 +92,12 @@ def make_case(
         normal(vocab, hidden),
     )
     head *= LOGIT_DEVIATION / sqrt(hidden)
-    # A teacher is the student of some steps ago.
+    # The teacher is the student a few steps ago.
     teacher_head.mul_(0.3 * LOGIT_DEVIATION / sqrt(hidden)).add_(head)
     teacher_states = states + 0.3 * normal(tokens, hidden)
     token_ids = torch.randint(vocab, (tokens,), generator=generator, device=device)
-    # log Σ exp of Gaussian logits is close to log V + σ²/2: ratios lie around 1, on both sides of
-    # the clip, without a product over the vocabulary.
+    # log Σ exp of Gaussian logits is close to log V + σ²/2, so ratios lie around 1, on both sides
+    # of the clip, without a product over the vocabulary.
     chosen = torch.linalg.vecdot(states.float(), head[token_ids].float())
     old_logprobs = chosen - log(vocab) - LOGIT_DEVIATION**2 / 2 + 0.2 * normal(tokens).float()
     responses = tokens // response_tokens
@@ -146,7 +148,7 @@ def floor(case: Case) -> torch.Tensor:
 
 
 def surrogate(case: Case, logprobs: torch.Tensor) -> torch.Tensor:
-    """Σ_t w c_t g_t from the student's log-probabilities, (T,), as TRL's GRPOTrainer writes it."""
+    """Σ_t w c_t g_t from the student's log-probabilities (T,), in the form of TRL's GRPOTrainer."""
     ratio, advantage = torch.exp(logprobs - case.old_logprobs), case.token_advantage
     clipped = torch.clamp(ratio, 1 - CLIP_LOW, 1 + CLIP_HIGH)
     return -(case.weight * torch.min(ratio * advantage, clipped * advantage)).sum()
@@ -250,13 +252,14 @@ def installed() -> list[str]:
 
 
 def run(name: str, case: Case) -> float:
-    """One forward and backward: the loss; gradients are left on the case."""
+    """One forward and backward pass; returns the loss, leaves gradients on the case."""
     return IMPLEMENTATIONS[name](case).item()
 
 
 def disagreement(name: str, hidden: int, vocab: int, dtype: torch.dtype, device: str) -> float:
-    """Greatest difference to `naive` in float32 in the loss and both gradients, on two short
-    responses, as a share of the greatest entry; 0 for the floor, which has no loss."""
+    """Largest difference from `naive` in float32, in the loss and both gradients, on two short
+    responses, as a share of the largest entry; 0 for the floor, which has no loss.
+    """
     case = make_case(
         CHECKED_TOKENS, hidden, vocab, dtype, device, CHECKED_TOKENS // 2, name == "trl_all"
     )

@@ -1,13 +1,13 @@
-"""Sampling step k+1 while step k trains: seconds per online step, and what is off-policy by it.
+"""Sampling step k+1 while step k trains: seconds per online step, and how far off-policy it gets.
 
     make bench-overlap
 
-`trace-opd train` on SmolLM2-135M with a vLLM engine, online steps alone, in turns with
-`online.max_staleness` 0 (the engine shares the trainer's process, they work one after another) and 1
-(a process of its own, both work at once). Trainer and engine have one thread each, so that neither
-takes the other's core: as if each had a device of its own. Seconds are the median over the steps but
-the first two (nothing is ahead of the first; buffers are made in both). Needs the environment of
-`make test-vllm`. Prints a table and writes benchmarks/results/overlap.json.
+`trace-opd train` on SmolLM2-135M with a vLLM engine, online steps only. `online.max_staleness` 0
+(the engine shares the trainer's process and they alternate) and 1 (the engine has its own process
+and both work at once) take turns. Trainer and engine have one thread each, as if each had its own
+device. Seconds are the median over the steps after the first two (nothing is sampled ahead of the
+first, and both allocate buffers). Needs the environment of `make test-vllm`. Prints a table and
+writes benchmarks/results/overlap.json.
 """
 
 import argparse
@@ -29,10 +29,10 @@ CONFIG = ROOT / "configs" / "smollm2.yaml"
 ONE_CORE_EACH = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_CI_ENV": "1",  # nothing is compiled: the engine starts sooner
+    "VLLM_CPU_CI_ENV": "1",  # no compilation: the engine starts sooner
     "VLLM_NO_USAGE_STATS": "1",
 }
-# Weights move whatever the rewards are: the teacher, who reads the answer, is followed everywhere.
+# Weights must move with any rewards, so every token follows the teacher, which reads the answer.
 TRAIN = [
     "offline.steps=0", "groups_per_step=2", "online.group_size=8", "checkpoint_every=1000",
     "sampler={engine: vllm, kv_cache_gib: 0.25, max_model_len: 1024}",

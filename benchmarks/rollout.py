@@ -1,21 +1,25 @@
-"""Generated tokens per second: our samplers, and what they stand on alone.
+"""Generated tokens per second: our samplers, and the engines below them without our code.
 
     make bench-rollout
 
-One model, the same prompts, a group per prompt, temperature 1, log-probabilities of the sampled
-tokens; float32 on CPU, bfloat16 on CUDA. `transformers` is our sampler over transformers, beside
-transformers' own continuous batching; `vllm` ours over an engine in a process of its own, beside
-`vllm_bare`, which is `vllm.LLM.generate` on the same engine with token ids in and out, in turns;
-`vllm_in_process` the engine that shares the trainer's process; `vllm_server` our client of a `vllm
-serve`. Each implementation has a process of its own. The two over transformers take turns, and ours
-and the bare engine do, so that a drift of the machine meets both; the rest run one after another, for
-a small machine's memory. Seconds are the median of the repetitions after a warm-up with the same
-prompts; every call to vLLM's engine begins with an empty prefix cache, as it must when the weights have
-changed.
+One model, the same prompts, one group per prompt, temperature 1, log-probabilities of the sampled
+tokens; float32 on CPU, bfloat16 on CUDA. The rows:
 
-The share of a training step that goes into sampling is worked out with one optimiser step (GRPO) on
-rollouts of the same prompts, in a process of its own too. What is not installed is left out. Rows of
-a device that is not here stay in benchmarks/results/rollout.json.
+- transformers: our sampler over transformers; transformers_continuous_batching: its own
+  continuous batching.
+- vllm: ours over an engine in its own process; vllm_bare: `vllm.LLM.generate` on the same engine,
+  token ids in and out.
+- vllm_in_process: ours over an engine in the trainer's process.
+- vllm_server: our client of a `vllm serve`.
+
+Each implementation is a process. The two of one bullet take turns, so that drift of the machine
+affects both; the bullets run one after another to save memory. Seconds are the
+median of the repetitions after a warm-up with the same prompts. Every call to vLLM's engine starts
+with an empty prefix cache, as it must after a change of weights.
+
+Sampling's share of a training step is computed from one optimiser step (GRPO) on rollouts of the
+same prompts, also in its own process. Implementations that are not installed are skipped. Rows of
+another device are kept in benchmarks/results/rollout.json.
 """
 
 import argparse
@@ -44,7 +48,7 @@ from step_case import MODELS, Case, make_case
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
 from trace_opd.schemas.configs import OpenAISampler, RoutingConfig
 
-# Those of a line are measured together, in turns.
+# The implementations of a line are measured in turns.
 TOGETHER = (
     ("transformers", "transformers_continuous_batching"),
     ("vllm",),  # measures vllm_bare too
@@ -56,7 +60,7 @@ IMPLEMENTATIONS = [name for names in TOGETHER for name in names]
 
 
 def process_of(name: str, case: Case, pipe: Connection) -> None:
-    """Say which works there are, then do one of them as often as asked."""
+    """Send the available works' names, then run one of them per message."""
 
     def serve(works: dict[str, Work]) -> None:
         pipe.send(list(works))
@@ -121,8 +125,8 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """rollout.json: one row per implementation.
 
-    overhead_vs_bare: of the seconds per token, beside vllm_bare's; share_of_step: sampling's part of
-    sampling and one optimiser step.
+    overhead_vs_bare: the additional seconds per token as a share of vllm_bare's. share_of_step:
+    sampling's share of sampling plus one optimiser step.
     """
 
     def per_token(work: str) -> float:
@@ -195,7 +199,7 @@ def main() -> None:
         chosen = [name for name in together if name in names]
         samples |= measure(chosen, case, options.repetitions, console)
         rows = rows_of(samples, case, options.model)
-        write_rows("rollout.json", rows)  # what follows may fail
+        write_rows("rollout.json", rows)  # saved now, because the next step may fail
     console.print(table_of(rows, f"{processor(device)}; {options.model}"))
 
 

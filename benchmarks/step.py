@@ -1,22 +1,22 @@
-"""Seconds and memory of one optimiser step: our GRPO, TRACE, and TRL's GRPOTrainer.
+"""Seconds and memory of one optimiser step: our GRPO, TRACE and TRL's GRPOTrainer.
 
     make bench-step
 
 One model, the same rollouts, AdamW, float32 on CPU (on CUDA float32 weights under bfloat16
-autocast). TRACE runs with λ at its full weight and α = 25 % of every response routed, FKL where it
-is right and RKL where it is wrong; `--error none` leaves wrong responses to GRPO (TRACE-FKL). Once
-without generation, on rollouts made ahead, and once with it, by each trainer's own sampler over
-transformers; those rollouts differ, so the table has their tokens. TRL is left out where it is not
+autocast). TRACE runs with λ at full weight and α = 25 % of every response routed, FKL in correct
+responses and RKL in wrong ones; `--error none` leaves wrong responses to GRPO (TRACE-FKL). Measured
+without generation, on rollouts made in advance, and with it, by each trainer's own sampler over
+transformers; those rollouts differ, so the table has their tokens. TRL is skipped if it is not
 installed: pip install 'trace-opd[peers]'.
 
-Each implementation has a process of its own, and they take turns, so that a drift of the machine
-meets all. A warm-up on shortened responses comes first; it has to give our GRPO and TRL's the same
-gradient norm. Both cut the batch into micro-batches of about as many tokens. Seconds are the median
-of the repetitions. Memory is the largest of them: the peak within a step beyond what the process
-holds before it (weights, the optimiser's states, the teacher's weights: `resident_mib`), from the
-resident set's high-water mark on CPU (Linux), the allocator's on CUDA. Prints a table and what the
-teacher's forward passes alone take, and writes benchmarks/results/step.json, where rows of a device
-that is not here stay.
+Each implementation is a process, and they take turns, so that drift of the machine affects all. A
+warm-up on shortened responses runs first; our GRPO and TRL's must have the same gradient norm in
+it. Both cut the batch into micro-batches of about as many tokens. Seconds are the median of the
+repetitions. Memory is their maximum: a step's peak beyond what the process holds before it
+(weights, optimiser states, the teacher's weights: `resident_mib`), from the resident set's
+high-water mark on CPU (Linux), the allocator's on CUDA. Prints a table and the time of the
+teacher's forward passes alone, and writes benchmarks/results/step.json, which keeps the rows of
+other devices.
 """
 
 import argparse
@@ -70,13 +70,13 @@ from trace_opd.trace.sequences import (
 from trace_opd.trace.trainer import Trainer
 
 IMPLEMENTATIONS = ("ours_grpo", "ours_trace", "trl_grpo")
-# Largest share by which the norms of our GRPO's gradient and of TRL's may differ.
+# Largest relative difference between the gradient norms of our GRPO and TRL's.
 TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
-HEAD_ROWS = 512  # of the logits that the teacher alone forms at once
+HEAD_ROWS = 512  # rows of logits at once in the teacher's forward passes
 
 
 def ours(case: Case, turns: Turns, micro_batch_tokens: int, with_teacher: bool) -> None:
-    """Take turns until the process is ended."""
+    """Take turns until the process is terminated."""
     policy = case.policy()
     config = TrainConfig(
         prompt=case.prompt,
@@ -109,8 +109,9 @@ def ours(case: Case, turns: Turns, micro_batch_tokens: int, with_teacher: bool) 
 def teacher_alone(
     teacher: PackedModel, sequences: list[TrainingSequence], micro_batch_tokens: int
 ) -> None:
-    """What no TRACE step can do without: the backbone up to each last routed token, the head at
-    routed tokens."""
+    """The minimum of every TRACE step: the backbone up to each last routed token, the head at
+    routed tokens.
+    """
 
     def logits(states: torch.Tensor, head: Head) -> None:
         for piece in states.split(HEAD_ROWS):
@@ -134,7 +135,7 @@ def step_process(name: str, case: Case, options: argparse.Namespace, pipe: Conne
 def measure(
     names: list[str], case: Case, options: argparse.Namespace, console: Console
 ) -> dict[tuple[str, Mode], list[Measured]]:
-    """Repetitions by implementation and mode, taken in turns."""
+    """Repetitions by implementation and mode, measured in turns."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
@@ -151,7 +152,7 @@ def measure(
             try:
                 return pipes[name].recv()
             except EOFError:
-                raise SystemExit(f"{name} has ended early; why stands above") from None
+                raise SystemExit(f"{name} ended early; its error is above") from None
 
     samples: dict[tuple[str, Mode], list[Measured]] = {}
     norms = {name: turn(name, "warm-up").grad_norm for name in names}
@@ -178,7 +179,8 @@ def rows_of(
     samples: dict[tuple[str, Mode], list[Measured]], options: argparse.Namespace, device: str
 ) -> list[dict[str, Any]]:
     """step.json: one row per implementation, without generation and with it; TRACE's first row has
-    the teacher's forward passes alone as `teacher_seconds`."""
+    the teacher's forward passes alone as `teacher_seconds`.
+    """
     rows = []
     for (name, mode), measured in samples.items():
         if mode == "teacher":
@@ -222,7 +224,7 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 def batch_of(case: Case) -> str:
-    """The batch in words."""
+    """A sentence about the batch."""
     lengths = np.array([len(ids) for ids in case.rollouts["token_ids"].to_pylist()])
     prompts = [len(ids) for ids in case.rollouts["prompt_token_ids"].to_pylist()]
     routed = case.routed(case.rollouts, byte_table(load_tokenizer(case.path)), True)
@@ -258,7 +260,8 @@ def main() -> None:
     parser.add_argument("--error", choices=["rkl", "fkl", "none"], default="rkl")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--micro-batch-tokens", type=int, default=384, help="of ours")
-    # On CPU more or fewer hardly change TRL's time; its memory grows with their size.
+    # On CPU the number of micro-batches hardly changes TRL's time; its memory grows with their
+    # size.
     parser.add_argument("--trl-micro-batches", type=int, default=8, help="per step")
     options = parser.parse_args()
     names = options.implementations.split(",")

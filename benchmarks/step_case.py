@@ -1,8 +1,8 @@
-"""What each implementation that step.py measures is given: a batch of rollouts, and turns to take.
+"""The case that step.py's implementations share: a batch of rollouts, and turns to take.
 
-The base policy solves next to nothing, so a response is right or wrong by the parity of a hash of its
-tokens, for every implementation alike. Its span is a segment that reaches the coverage cap, drawn by
-its id. Verdicts, annotations and routes are the pipeline's own tables.
+The base policy solves almost no problem, so the parity of a hash of its tokens decides whether a
+response is correct, for every implementation alike. Its span is a segment that reaches the coverage
+cap, drawn by the response's id. Verdicts, annotations and routes are the pipeline's own tables.
 """
 
 import ctypes
@@ -44,13 +44,13 @@ from trace_opd.trace.policy import Policy, load_policy
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 LEARNING_RATE, BETA1, BETA2 = 1e-6, 0.9, 0.99
-# Worked out in each step but never reached, so that trainers' gradients can be compared by it.
+# Computed in each step but never reached, so that gradients can be compared by their norm.
 MAX_GRAD_NORM = 1e6
-BATCH_TOKENS = 32_768  # of our sampler: more than a case has, so that it samples all at once
+BATCH_TOKENS = 32_768  # of our sampler: more than a case has, so it samples one batch
 WARM_UP_TOKENS = 16
-# Of at most three segments one is a third of the response or more: above any cap up to that.
+# With at most three segments, one of them is at least a third of the response: above any lower cap.
 SEGMENTS = SegmentConfig(max_segments=3)
-# Problems of each model, and a prompt under which the lengths of its responses differ.
+# Problems for each model, and a prompt with responses of different lengths.
 MODELS: dict[str, tuple[dict[str, Any], PromptConfig]] = {
     "smollm2": (
         {"kind": "word-problems", "steps": 2},
@@ -62,7 +62,7 @@ MODELS: dict[str, tuple[dict[str, Any], PromptConfig]] = {
     ),
 }
 
-# warm-up: a step on responses cut to a few tokens, so that the optimiser has its states;
+# warm-up: a step on responses cut to a few tokens, which allocates the optimiser's states;
 # training: on the case's rollouts; generation: on rollouts sampled in the step;
 # teacher: no step, only TRACE's teacher on the case's rollouts.
 Mode = Literal["warm-up", "training", "generation", "teacher"]
@@ -72,7 +72,7 @@ Mode = Literal["warm-up", "training", "generation", "teacher"]
 class Case:
     """path: the model's folder. rollouts: a group of `group_size` rows per problem, in order.
 
-    Without rollouts, as it is made first, a case can only be sampled from.
+    A new case has no rollouts and can only be sampled from.
     """
 
     path: str
@@ -89,7 +89,7 @@ class Case:
         return load_policy(self.path, "cuda" if self.device == "cuda" else "cpu", trainable=True)
 
     def sample(self, policy: Policy, seed: int) -> pa.Table:
-        """Other rollouts of the same problems, by our sampler over transformers."""
+        """New rollouts of the same problems, by our sampler over transformers."""
         sampler = TransformersPolicySampler(policy, BATCH_TOKENS)
         return rollouts_table(
             self.problems,
@@ -111,7 +111,7 @@ class Case:
         return ROLLOUTS.table(rows)
 
     def routed(self, rollouts: pa.Table, table: ByteTable, with_teacher: bool) -> pa.Table:
-        """Rollouts of the case's problems, judged, annotated where there is a teacher, and routed."""
+        """The rollouts, verified, routed, and annotated if there is a teacher."""
         columns = ["rollout_id", "problem_id", "group_id", "token_ids"]
         verdicts = VERDICTS.table(map(_verdict, rollouts.select(columns).to_pylist()))
         annotations = None
@@ -134,7 +134,7 @@ def make_case(
     max_new_tokens: int,
     routing: RoutingConfig,
 ) -> Case:
-    """The problems, and the rollouts of them that all implementations train on."""
+    """The problems and the rollouts that all implementations train on."""
     source, prompt = MODELS[model]
     with TemporaryDirectory() as folder:
         asked = ProblemsConfig.model_validate({"source": source, "limit": groups})
@@ -171,9 +171,10 @@ def _reading(item: Item, alpha: float) -> Reading:
 
 
 class Measured(NamedTuple):
-    """peak_mib: most memory in the turn beyond resident_mib, what was held before it (weights,
-    optimiser's states, a teacher's weights). tokens: response tokens trained on. grad_norm: of the
-    step's gradient; known of a warm-up."""
+    """peak_mib: the turn's peak beyond resident_mib, the memory before it (weights, optimiser
+    states, a teacher's weights). tokens: response tokens trained on. grad_norm: the step's gradient
+    norm, known for a warm-up.
+    """
 
     seconds: float
     peak_mib: float
@@ -183,7 +184,7 @@ class Measured(NamedTuple):
 
 
 class Turns:
-    """A measured process's side of the turns; the other side says which mode comes next."""
+    """The measured process's side of the turns; the parent sends the next mode."""
 
     def __init__(self, pipe: Connection, device: str) -> None:
         self._pipe = pipe
@@ -192,7 +193,7 @@ class Turns:
         self._before = 0.0
 
     def next(self) -> Mode:
-        """Wait until it is this process's turn."""
+        """Wait for this process's turn."""
         return self._pipe.recv()
 
     def begin(self) -> None:
@@ -202,9 +203,9 @@ class Turns:
             torch.cuda.synchronize()
             self._before = torch.cuda.memory_allocated() / MIB
         else:
-            # Memory that malloc keeps from before would hide as much of what follows.
+            # Memory that malloc kept would hide as much of the peak.
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
             self._before = kib_of("/proc/self/status", "VmRSS") / 1024
         self._began = time.perf_counter()
 

@@ -1,9 +1,9 @@
-"""TRL 1.16's GRPOTrainer, one optimiser step a turn: the peer in step.py.
+"""TRL 1.16's GRPOTrainer, one optimiser step per turn: the peer in step.py.
 
-All of it is TRL's code, dataloader to optimiser. Only where generation is left out do the rollouts
-come from the case, by the hook that TRL has for that (`rollout_func`). A turn lasts from TRL's
-callback `on_step_begin` to `on_step_end`: padding, decoding and rewarding the rollouts are in it, as
-the making of sequences is in ours; logging is not.
+step.py runs it in its own process. Everything is TRL's code, from dataloader to optimiser. Without
+generation the case provides the rollouts through TRL's hook (`rollout_func`). A turn lasts from
+TRL's callback `on_step_begin` to `on_step_end`. It includes padding, decoding and rewarding the
+rollouts, as ours includes making sequences; logging is excluded.
 """
 
 import math
@@ -30,7 +30,7 @@ from trace_opd.trace.align import byte_table
 from trace_opd.trace.policy import load_tokenizer
 from trace_opd.trace.prompt import student_messages
 
-# TRL's dataset holds the case's prompts this often: an epoch's end would fall into a turn.
+# TRL's dataset repeats the case's prompts, so that no epoch ends in a turn.
 PASSES = 64
 
 
@@ -61,8 +61,8 @@ class TakesTurns(TrainerCallback):
 
 
 def trl_grpo(case: Case, turns: Turns, micro_batches: int) -> None:
-    """Take turns until the process is ended."""
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func counts as experimental
+    """Take turns until the process is terminated."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is experimental
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -75,7 +75,7 @@ def trl_grpo(case: Case, turns: Turns, micro_batches: int) -> None:
         return [reward(ids) for ids in completion_ids]
 
     def given(prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
-        """The case's rollouts, for the prompts that TRL would have sampled from."""
+        """The case's rollouts for the prompts that TRL would sample from."""
         table = shortened if taking.mode == "warm-up" else rollouts
         prompt_ids = table["prompt_token_ids"].to_pylist()
         if trainer._tokenize_prompts(prompts)[0] != prompt_ids:
@@ -87,7 +87,7 @@ def trl_grpo(case: Case, turns: Turns, micro_batches: int) -> None:
         }
 
     class Trainer(GRPOTrainer):
-        """Samples by itself in the turns that are to include it."""
+        """Samples itself in turns that include generation."""
 
         def _generate(self, prompts: list[Any]) -> Any:
             self.rollout_func = None if taking.mode == "generation" else given
@@ -96,7 +96,7 @@ def trl_grpo(case: Case, turns: Turns, micro_batches: int) -> None:
     asked = [student_messages(case.prompt, text) for text in case.problems["problem"].to_pylist()]
     with TemporaryDirectory() as folder:
         trainer = Trainer(
-            # In float32 also where it computes in bfloat16, under autocast.
+            # In float32 even where autocast computes in bfloat16.
             model=AutoModelForCausalLM.from_pretrained(case.path, dtype=torch.float32),
             reward_funcs=rewards,
             args=GRPOConfig(

@@ -1,18 +1,18 @@
-"""Verifications a second on one core: ours in its worker processes, and math-verify in the open.
+"""Verifications per second on one core: ours in worker processes, and plain math-verify.
 
     make bench-verify
 
-Ordinary: pairs of gold and answer, each once, as verify_pairs.py makes them; repeated: the same
-pairs asked again. Ours is what the stage calls: comparisons of plain numbers and words at once, all
-else in one worker process; `per_second_workers_only` sends everything to the worker. math-verify is
-`parse` of both sides and `verify` with its own timeouts, in one process. They take turns, pinned to
-one core, parent and worker together, warmed by other pairs; the median of the rounds counts. A
-second here is one of CPU, of all processes together (Linux), so that what else runs on the machine
-counts for nobody; `seconds` is the wall clock's.
-
-Hostile, by the wall clock: every row of tests/pipelines/verifiers/hostile_answers.jsonl. math-verify's process is killed after
-KILL_S of one row, since its alarm cannot stop an integer's power, and has MEMORY_MIB of its own.
-wrong: answers called right that are not; peak_mib: most memory mapped by the process that compares.
+- Ordinary: pairs of gold and answer, each once, from verify_pairs.py.
+- Repeated: the same pairs again. Ours is the stage's code: plain numbers and words are compared in
+  process, everything else in one worker; `per_second_workers_only` sends everything to the worker.
+  math-verify is `parse` of both sides and `verify` with its own timeouts, in one process. They take
+  turns, pinned to one core with their workers, warmed up with other pairs; the median of the rounds
+  counts. A second here is a CPU second of all processes (Linux), so that other load on the machine
+  does not count; `seconds` is wall time.
+- Hostile, by wall time: every row of tests/pipelines/verifiers/hostile_answers.jsonl. math-verify's
+  process is killed after KILL_S on one row, because its alarm cannot interrupt an integer power,
+  and is limited to MEMORY_MIB. wrong: incorrect answers judged correct. peak_mib: most memory
+  mapped by the process that compares.
 
 Prints tables and writes benchmarks/results/verify.json.
 """
@@ -45,11 +45,11 @@ ROUNDS = 3
 TIMEOUT_S, MEMORY_MIB, KILL_S, MAX_CHARS = 1.0, 2048, 12.0, 50_000
 
 
-# --- how it is verified --------------------------------------------------------------------------
+# --- the verifiers -------------------------------------------------------------------------------
 
 
 def ours(pool: VerifierPool, jobs: list[Job]) -> list[bool | None]:
-    """As pipelines/verifiers/verdicts.py does: no worker for what plain numbers and words decide."""
+    """As in pipelines/verifiers/verdicts.py: plain numbers and words need no worker."""
     known = {job: exact_match(job.gold, job.answer) for job in jobs}
     asked = [job for job in jobs if known[job] is None]
     known |= {job: outcome.correct for job, outcome in zip(asked, pool.judge(asked), strict=True)}
@@ -63,7 +63,7 @@ def naive(job: Job) -> bool:
 
 
 def rates(jobs: list[Job], warm_up: list[Job]) -> dict[str, tuple[float, float]]:
-    """CPU seconds and seconds, by what was timed: the round with the median of the first."""
+    """CPU seconds and wall seconds by name, from the round with the median CPU seconds."""
     taken: dict[str, list[tuple[float, float]]] = {
         name: [] for name in ("ours", "workers only", "ours again", "math_verify", "naive again")
     }
@@ -108,7 +108,7 @@ def watched() -> Iterator[list[int]]:
     """The most MiB that any child process had mapped (Linux), in a list of one."""
     most, ended = [0], threading.Event()
 
-    def look() -> None:
+    def watch() -> None:
         while not ended.wait(0.02):
             for pid in _children():
                 try:
@@ -118,7 +118,7 @@ def watched() -> Iterator[list[int]]:
                 peak = status.partition("VmPeak:")[2].split()
                 most[0] = max(most[0], int(peak[0]) // 1024 if peak else 0)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=watch)
     thread.start()
     try:
         yield most
@@ -162,7 +162,7 @@ def serve_naive(pipe: Connection) -> None:
         job = pipe.recv()
         try:
             pipe.send(naive(job))
-        except BaseException as error:  # its timeout is none of Exception
+        except BaseException as error:  # its timeout is no subclass of Exception
             pipe.send(type(error).__name__)
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks/verify.py has verified: a mix of ordinary golds and answers, and hostile ones."""
+"""Pairs of gold and answer for verify.py: an ordinary mix, and the hostile ones of the tests."""
 
 import json
 import random
@@ -9,7 +9,7 @@ from trace_opd.pipelines.verifiers.pool import Job
 
 ROOT = Path(__file__).parents[1]
 GOLDS, ANSWERS = 300, 4
-# Of a hundred golds, as in collections of competition and school problems.
+# The mix of a hundred golds, as in collections of competition and school problems.
 MIX = {
     "integer": 38, "fraction": 11, "decimal": 8, "radical": 9, "expression": 10, "tuple": 6,
     "set": 4, "interval": 4, "percentage": 3, "unit": 4, "text": 3,
@@ -17,7 +17,7 @@ MIX = {
 
 
 def ordinary_pairs(seed: int) -> list[Job]:
-    """GOLDS golds with ANSWERS answers each, about half of them right; no pair twice."""
+    """GOLDS golds with ANSWERS answers each, about half of them correct; no pair twice."""
     draw = random.Random(seed)
     kinds = draw.choices(list(MIX), weights=list(MIX.values()), k=GOLDS)
     pairs: dict[Job, None] = {}
@@ -108,7 +108,7 @@ _KINDS: dict[str, Callable[[random.Random, int], tuple[str, list[str]]]] = {
 
 
 def hostile_rows() -> list[tuple[Job, bool]]:
-    """Gold and answer, and whether the answer may be called right."""
+    """Gold and answer, and whether the answer may be judged correct."""
     file = ROOT / "tests" / "pipelines" / "verifiers" / "hostile_answers.jsonl"
     lines = file.read_text().splitlines()
     return [

@@ -1,4 +1,7 @@
-"""What clients of an OpenAI-compatible endpoint share: keys, waits, and what errors mean."""
+"""What clients of an OpenAI-compatible endpoint share: keys, waits, and what errors mean.
+
+Called by samplers and annotators; the connections themselves are in transport.py.
+"""
 
 import json
 import os
@@ -20,7 +23,7 @@ _LEAST_SECRET = 8  # characters; local servers take EMPTY or 1, which answers ar
 _SCHEMA_REFUSED = re.compile(r"response_format|json_schema|structured output|grammar", re.I)
 _UNSUPPORTED = re.compile(r"unsupported|not support|unknown|unrecogni[sz]ed|not permitted", re.I)
 _NO_MONEY = {"insufficient_quota", "billing_not_active", "billing_hard_limit_reached"}
-# A 429 of OpenAI's for a single request above the tokens per minute: waiting doesn't make it fit.
+# OpenAI's 429 for a request above the tokens per minute: waiting doesn't make it fit.
 _TOO_LARGE = re.compile(r"request too large", re.I)
 # The server was never reached, so nothing can have been billed.
 _UNCONNECTED = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
@@ -30,12 +33,11 @@ _RESET = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|d|h|m|s)")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _Body = TypeVar("_Body", bound=BaseModel)
 
-
 _backoff = wait_random_exponential(multiplier=0.5, max=60)
 
 
 class NotACompletion(openai.OpenAIError):  # the client lets its own kind of error pass unchanged
-    """The endpoint's status is 200 and its body is not what was asked for, or too large."""
+    """The endpoint's status is 200, and its body is of another kind, or too large."""
 
 
 class Redirected(openai.OpenAIError):
@@ -61,7 +63,7 @@ def status_may_pass(status: int) -> bool:
 
 
 def is_quota(error: BaseException) -> bool:
-    """Whether the account is empty or closed: no rate limit, though some servers say 429."""
+    """Whether the account is empty or closed: not a rate limit, though some servers send 429."""
     return isinstance(error, openai.APIStatusError) and (
         error.status_code == 402 or not _NO_MONEY.isdisjoint((str(error.code), str(error.type)))
     )
@@ -75,14 +77,14 @@ def condemns_all(error: BaseException) -> bool:
 
 
 def overloaded(error: BaseException) -> bool:
-    """Whether the endpoint has more requests than it can serve: it says so, or is too slow."""
+    """Whether the endpoint has more requests than it can serve: by its status, or too slow."""
     if isinstance(error, openai.APIStatusError):
         return error.status_code in (429, *_OVERLOADED)
     return isinstance(error, openai.APITimeoutError)
 
 
 def may_be_billed(error: BaseException) -> bool:
-    """Whether an answer may have been made though none, or no whole one, arrived."""
+    """Whether the endpoint may have made an answer although no complete one arrived."""
     if isinstance(error, openai.APIStatusError):
         return error.status_code >= 500 and error.status_code not in _OVERLOADED
     if isinstance(error, Redirected):
@@ -91,30 +93,29 @@ def may_be_billed(error: BaseException) -> bool:
 
 
 def refused_parameter(error: openai.APIStatusError, refused: Collection[str] = ()) -> str | None:
-    """The optional parameter that the endpoint refuses, if that is what a 4xx says.
+    """The optional parameter that a 4xx refuses; None if it refuses something else.
 
-    Servers without structured output refuse response_format, of which some know json_object; some
-    of OpenAI's models refuse max_tokens (they want max_completion_tokens) or another temperature
-    than theirs.
+    Servers without structured output refuse response_format, or know its json_object alone; some of
+    OpenAI's models refuse max_tokens (for max_completion_tokens) or any temperature but their own.
 
-    refused: what the request was sent without already.
+    refused: the parameters that the request was already without.
     """
-    said = f"{error.param or ''} {error.message}"
-    if _SCHEMA_REFUSED.search(said):
+    text = f"{error.param or ''} {error.message}"
+    if _SCHEMA_REFUSED.search(text):
         return "json_object" if "response_format" in refused else "response_format"
-    if _UNSUPPORTED.search(said):
+    if _UNSUPPORTED.search(text):
         for name in ("max_tokens", "temperature"):
-            if error.param == name or f"'{name}'" in said:
+            if error.param == name or f"'{name}'" in text:
                 return name
     return None
 
 
 def retry_after_s(error: BaseException) -> float | None:
-    """Seconds that the endpoint asks to wait, if it does."""
+    """Seconds that the endpoint asks to wait; None if it does not."""
     if not isinstance(error, openai.APIStatusError):
         return None
     headers = error.response.headers
-    milliseconds = number(headers.get("retry-after-ms", ""))
+    milliseconds = _number(headers.get("retry-after-ms", ""))
     if milliseconds is not None:  # Azure's, finer than the other
         return milliseconds / 1000
     return seconds_asked(headers.get("retry-after", ""), headers.get("date", ""))
@@ -123,10 +124,10 @@ def retry_after_s(error: BaseException) -> float | None:
 def refill_s(headers: Mapping[str, str], kind: str, amount: float) -> float:
     """Seconds until so many requests or tokens (`kind`) are allowed, by OpenAI's x-ratelimit headers.
 
-    The reset is when all of the limit is there again; it comes back evenly until then.
+    The limit refills evenly until the reset, when all of it is available.
     """
     remaining, limit = (
-        number(headers.get(f"x-ratelimit-{name}-{kind}", "")) for name in ("remaining", "limit")
+        _number(headers.get(f"x-ratelimit-{name}-{kind}", "")) for name in ("remaining", "limit")
     )
     if remaining is None or limit is None or amount <= remaining or limit <= remaining:
         return 0.0
@@ -138,14 +139,13 @@ def refill_s(headers: Mapping[str, str], kind: str, amount: float) -> float:
 
 
 def seconds_asked(header: str, sent: str = "") -> float | None:
-    """The value of a Retry-After header: seconds or an HTTP date; None if it is neither.
+    """Seconds in a Retry-After header, which is a number or an HTTP date; None if it is neither.
 
-    sent: the response's Date. A date is the server's: our own clock may be another one, or jump.
+    sent: the response's Date, because our clock may differ from the server's, or jump.
     """
-    if (plain := number(header)) is not None:
-        return plain
-    if (until := _http_date(header)) is None:
-        return None
+    seconds, until = _number(header), _http_date(header)
+    if seconds is not None or until is None:
+        return seconds
     now = _http_date(sent) or datetime.now(UTC)
     return max(0.0, (until - now).total_seconds())
 
@@ -159,8 +159,8 @@ def _http_date(header: str) -> datetime | None:
         return None
 
 
-def number(header: str) -> float | None:
-    """The value of a header that is a plain number of at most 15 digits, else None."""
+def _number(header: str) -> float | None:
+    """A header's plain number of at most 15 digits, else None."""
     return float(header) if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,15})?", header) else None
 
 
@@ -173,15 +173,15 @@ def read_body(content: bytes, kind: type[_Body]) -> _Body:
     try:
         return kind.model_validate(json.loads(content))
     except ValidationError as error:
-        fault = error.errors()[0]
-        said = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        first = error.errors()[0]
+        fault = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except (ValueError, RecursionError) as error:
-        said = str(error)
-    raise NotACompletion(f"{said} in {content[:_MOST_CHARS]!r}")
+        fault = str(error)
+    raise NotACompletion(f"{fault} in {content[:_MOST_CHARS]!r}")
 
 
 def without_key(content: bytes, key: str | None) -> bytes:
-    """A response with *** where the server echoes the key, as it stands or in JSON's escapes."""
+    """A response with *** where the server echoes the key, plain or in JSON's escapes."""
     if key is None or len(key) < _LEAST_SECRET:
         return content
     content = content.replace(key.encode(), b"***")
@@ -196,30 +196,29 @@ def without_key(content: bytes, key: str | None) -> bytes:
 
 
 def sentence(error: BaseException, key: str | None) -> str:
-    """The error in one short line. Servers may echo the key: it never goes further than here."""
-    said = visible(" ".join(str(error).split()))
+    """The error in one short line, without the key, which servers may echo."""
+    text = visible(" ".join(str(error).split()))
     if key:
-        said = said.replace(key, "***")
-    return f"{type(error).__name__}: {said}"[:_MOST_CHARS]
+        text = text.replace(key, "***")
+    return f"{type(error).__name__}: {text}"[:_MOST_CHARS]
+
+
+def asked_s(state: RetryCallState) -> float | None:
+    """Seconds that the server asks to wait after the last attempt; None if it does not."""
+    error = state.outcome.exception() if state.outcome else None
+    return None if error is None else retry_after_s(error)
 
 
 def wait_s(state: RetryCallState) -> float:
-    """Before the next attempt: what the server asks for (Retry-After), else a growing random time."""
-    error = state.outcome.exception() if state.outcome else None
-    asked = retry_after_s(error) if error is not None else None
+    """Wait before the next attempt: what the server asks for, else a growing random time."""
+    asked = asked_s(state)
     return _backoff(state) if asked is None else asked
-
-
-def asked_s(state: RetryCallState) -> float:
-    """Seconds that the server asks to wait after the last attempt; 0 if it does not."""
-    error = state.outcome.exception() if state.outcome else None
-    return 0.0 if error is None else retry_after_s(error) or 0.0
 
 
 def read_key(variable: str | None, setting: str) -> str | None:
     """The API key in an environment variable; None if none is named.
 
-    setting: the config key that names the variable, for the error.
+    setting: the config field that names the variable, for the error.
 
     Raises:
         InputError: the variable is not set.

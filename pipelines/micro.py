@@ -1,11 +1,13 @@
-"""The command that makes or measures the bundled policy: python -m trace_opd.pipelines.micro
+"""The command that trains or measures the bundled policy: python -m trace_opd.pipelines.micro
 
-`make micro` and `make bases` call it; `--measure` prints how much a type label changes the teacher.
+`make micro` and `make bases` call it.
 """
 
-import argparse
 import json
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from ..trace.policy import load_policy
 from .annotators.prompting import load_prompt
@@ -15,45 +17,28 @@ from .models import MICRO
 from .study.mechanism import label_effect
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train or measure the micro policy.")
-    parser.add_argument("--output", type=Path, default=MICRO)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--snapshots", type=int, nargs="*", default=[], help="steps after which a copy is kept"
-    )
-    parser.add_argument(
-        "--subtraction", type=float, default=0.0, help="share of the problems that subtract"
-    )
-    parser.add_argument(
-        "--marking", type=float, default=0.0, help="share of the batches that mark responses"
-    )
-    parser.add_argument("--prompt", help="annotation prompt of the markings")
-    parser.add_argument("--answer-schema", help="its answer schema")
-    parser.add_argument(
-        "--measure", action="store_true", help="measure the model in --output instead of training"
-    )
-    args = parser.parse_args()
-    if args.measure:
-        policy = load_policy(str(args.output))
-        figures = label_effect(policy, arithmetic_problems(64, args.seed), args.seed)
-        print(json.dumps(figures, indent=2))
-    else:
-        prompt = load_prompt(args.prompt, args.answer_schema) if args.marking else None
-        mixture = Mixture(args.subtraction, args.marking, prompt)
-        pretrain(
-            args.output,
-            args.steps,
-            args.batch_size,
-            args.lr,
-            args.seed,
-            args.snapshots,
-            mixture,
-        )
+def main(
+    output: Path = MICRO,
+    steps: int = 800,
+    batch_size: int = 64,
+    lr: float = 3e-3,
+    seed: int = 0,
+    snapshot: Annotated[list[int], typer.Option(help="Steps after which a copy is saved.")] = [],  # noqa: B006  typer copies it
+    subtraction: Annotated[float, typer.Option(help="Share of the problems that subtract.")] = 0.0,
+    marking: Annotated[float, typer.Option(help="Share of batches that mark responses.")] = 0.0,
+    prompt: Annotated[str | None, typer.Option(help="Annotation prompt of the markings.")] = None,
+    answer_schema: Annotated[str | None, typer.Option(help="Its answer schema.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure --output instead.")] = False,
+) -> None:
+    """Train the micro policy, or measure how much a type label changes its teacher."""
+    if measure:
+        problems = arithmetic_problems(64, seed)
+        print(json.dumps(label_effect(load_policy(str(output)), problems, seed), indent=2))
+        return
+    marked = load_prompt(prompt, answer_schema) if marking else None
+    mixture = Mixture(subtraction, marking, marked)
+    pretrain(output, steps, batch_size, lr, seed, snapshot, mixture)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,4 +1,4 @@
-"""From the name of a policy to a local folder."""
+"""From the name of a policy to a local folder. Called by stages, samplers, training and the plan."""
 
 import os
 from pathlib import Path
@@ -17,12 +17,11 @@ def resolve_policy(path: str, weights: bool = True, download: bool = True) -> st
     """The folder of a policy: a bundled name (micro, smollm2), a folder, or a hub id.
 
     smollm2 is prepared on first use in $TRACE_OPD_MODELS (default: models/ here). A hub id becomes
-    its snapshot in the hub's cache, so all that is loaded from it is of one commit, and its
-    identity is that of its files. weights: False leaves them on the hub. download: False takes
-    what the cache holds.
+    its snapshot in the hub's cache: its files are of one commit, and are its identity. weights: False
+    leaves them on the hub. download: False uses the cache alone.
 
     Raises:
-        InputError: a path or hub id that is not there.
+        InputError: no such path or hub id.
     """
     if path == "micro":
         return str(MICRO)
@@ -47,7 +46,7 @@ def served_model(name: str) -> tuple[str, str] | None:
     """Folder and identity of a model that a server serves by a name, if its files are here too.
 
     The name is a folder, or a hub id in the cache. A snapshot's identity is its commit: only its
-    tokenizer is used here, and its weights may be missing. None: not on this machine.
+    tokenizer is used here, and weights may be missing. None: not on this machine.
     """
     if Path(name).is_dir():
         return name, model_revision(name)
@@ -59,7 +58,7 @@ def served_model(name: str) -> tuple[str, str] | None:
 
 
 def _snapshot(hub_id: str, weights: bool, download: bool) -> str:
-    """The folder of a hub model's newest commit; of the last one seen where the hub is away."""
+    """The folder of a hub model's newest commit; of the newest cached one without the hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -20,16 +20,16 @@ TABLE_STAGES: dict[str, Stage] = {
 
 
 def run_stage(name: str, config: Any, store: Store, alias: str | None = None) -> Dataset | str:
-    """Run one stage here and name its dataset; the report stage returns its file's path.
+    """Run one stage in this process and name its dataset; the report stage returns its file's path.
 
     Raises:
-        TooManyFailed: the dataset is there and named, but too much of it failed.
+        TooManyFailed: the dataset is finished and named, but too many of its rows failed.
     """
     stage = STAGES[name]
     made = stage.run(config, store)
     if not isinstance(made, Dataset):
         return str(made)
-    if whole_number("RANK", 0) == 0:  # one of torchrun's processes gives the name
+    if whole_number("RANK", 0) == 0:  # one of torchrun's processes sets the name
         store.set_alias(alias or REGISTRY[name].alias or name, made)
     stage.check(config, made)
     return made
@@ -39,12 +39,12 @@ RunStage = Callable[[str, Config, str], str]
 
 
 def run_pipeline(config: PipelineConfig, run: RunStage) -> dict[str, str]:
-    """All stages in order, each on the datasets of those before it.
+    """Run all stages in order, each on the datasets of the stages before it.
 
-    Where the routing looks at no annotation none is paid for: annotator none takes the place of the
-    configured one.
+    If the routing needs no annotations, annotator none replaces the configured one, so that none is
+    paid for.
 
-    run: runs (stage, its config, alias) and returns the dataset's ref; a flow runs subflows here.
+    run: runs (stage, its config, alias) and returns the dataset's ref; a flow runs a subflow.
     Returns refs by role, and the report's path.
     """
     out: dict[str, str] = {}

@@ -18,14 +18,14 @@ _bars: list[Callable[..., None]] = []
 
 
 def show_fields(**fields: object) -> None:
-    """Show fields after the open progress bar, between its steps. Any thread may call it."""
+    """Show fields after the open progress bar before its next step. Any thread may call it."""
     if _bars:
         _bars[-1](0, **fields)
 
 
 @contextmanager
 def progress_bar(name: str, total: int, unit: str = "parts") -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error; silent when that is no terminal.
+    """A progress bar on standard error; silent when that is not a terminal.
 
     Yields `advance(count=1, **fields)`; fields are shown after the bar until others replace them.
     """

@@ -1,5 +1,7 @@
-"""The terminal that the command line writes to. Responses, problems, aliases, file names and what
-servers say are untrusted: none of them may move the cursor, set a title, hide or turn what is shown.
+"""The terminal of the command line: every module that prints or logs uses it.
+
+Responses, problems, aliases, file names and servers' messages are untrusted: none of them may move
+the cursor, set a title, or hide or reverse what is shown.
 """
 
 import json
@@ -24,8 +26,8 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class Terminal(Console):
-    """A rich console that prints every text as it is: `[red]` and `:tree:` are no markup, and what
-    is not visible is written out. Colours come from styles alone."""
+    """A rich console that interprets no markup (`[red]`, `:tree:`) and writes invisible characters
+    out. Only styles make colours."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
@@ -33,7 +35,7 @@ class Terminal(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Everything that is printed passes here: strings, tables, logs, progress bars."""
+        """All output passes here: strings, tables, logs, progress bars."""
         for segment in super().render(renderable, options):
             if segment.control:  # rich's own cursor movements
                 yield segment
@@ -45,24 +47,24 @@ console = Terminal()
 
 
 def print_config(config: BaseModel) -> None:
-    """Print a config as YAML; to a file or a pipe it goes unchanged, since it is read from there."""
+    """Print a config as YAML, unchanged to a file or pipe, from which it may be read again."""
     text = dump_config(config)
     print(visible(text) if sys.stdout.isatty() else text, end="")
 
 
 def print_json(data: Any, console: Console) -> None:
-    """Print JSON whose strings hold what is not visible in JSON's own escapes."""
+    """Print JSON with invisible characters in JSON's own escapes."""
     text = json.dumps(data, indent=2, ensure_ascii=False)
     text = INVISIBLE.sub(lambda match: json.dumps(match.group())[1:-1], text)
-    # json.dumps leaves DEL as it is.
+    # json.dumps does not escape DEL.
     console.print(JSONHighlighter()(Text(text.replace("\x7f", "\\u007f"))), soft_wrap=True)
 
 
 def log_to_terminal() -> None:
-    """Log to stderr from the level of $TRACE_OPD_LOG on.
+    """Log to stderr from level $TRACE_OPD_LOG (default: WARNING).
 
     Raises:
-        InputError: there is no such level.
+        InputError: an unknown level.
     """
     level = os.environ.get("TRACE_OPD_LOG", "").strip().upper() or "WARNING"
     if level not in _LOG_LEVELS:
@@ -71,8 +73,8 @@ def log_to_terminal() -> None:
             f"{', '.join(_LOG_LEVELS)}"
         )
     handler = RichHandler(console=Terminal(stderr=True), show_path=False)
-    # Details are ours alone: HTTP clients log every header, and a server may echo the key in one.
+    # Below WARNING only our own logs: HTTP clients log headers, and a server may echo the key.
     handler.addFilter(lambda r: r.levelno >= logging.WARNING or r.name.startswith("trace_opd"))
     logging.basicConfig(level=level, format="%(name)s: %(message)s", handlers=[handler])
-    logging.raiseExceptions = False  # a terminal that is gone is no reason for a traceback
-    logging.captureWarnings(True)  # through the same terminal
+    logging.raiseExceptions = False  # no traceback if the terminal is closed
+    logging.captureWarnings(True)  # to the same terminal

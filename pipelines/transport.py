@@ -1,8 +1,7 @@
-"""HTTP to servers that are not trusted: where a request goes, and how much of an answer is taken.
+"""HTTP to servers that are not trusted: a transport for the OpenAI client, with limits.
 
-The OpenAI client gets this transport instead of its own. What httpx leaves open is closed here: a
-redirect is not followed, a body has a size limit after decompression, and the answer as a whole has
-a deadline (httpx's timeouts are for one read each).
+Called by samplers and annotators. Redirects are not followed, a body has a size limit after
+decompression, and a complete answer has a deadline (httpx's timeouts are for one read each).
 """
 
 import asyncio
@@ -11,6 +10,7 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from functools import cache
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -22,29 +22,24 @@ from .endpoint import NotACompletion, Redirected
 
 # A completion of 100,000 tokens with log-probabilities takes about 15 MB.
 MOST_BYTES = 64 << 20
-# What is sent besides the key. The client adds OPENAI_CUSTOM_HEADERS of the environment, which may
-# hold a credential for another server.
+# Headers that are sent with the key. The client adds OPENAI_CUSTOM_HEADERS of the environment, which
+# may hold a credential for another server.
 _SENT = {
     b"accept", b"accept-encoding", b"connection", b"content-length", b"content-type", b"host",
     b"openai-organization", b"openai-project", b"transfer-encoding", b"user-agent",
 }  # fmt: skip
-# Callers bound the requests in flight. A pool that bounds them too would only hide the wait.
+# Callers bound the requests in flight; a bound of the pool would only hide the wait.
 _LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
 
 
 def async_client(base_url: str, key: str | None, timeout_s: float) -> openai.AsyncOpenAI:
-    """A client for one endpoint. timeout_s: for each answer as a whole.
+    """A client for one endpoint. timeout_s: for each complete answer.
 
     Raises:
         InputError: the environment names a proxy that cannot be used.
     """
-    return openai.AsyncOpenAI(
-        base_url=base_url,
-        api_key=key or "none",  # without one the client would look for OPENAI_API_KEY
-        timeout=timeout_s,
-        max_retries=0,  # the client's own retries also repeat an exhausted quota
-        http_client=httpx2.AsyncClient(transport=_Transport(base_url, key)),
-    )
+    http = httpx2.AsyncClient(transport=_Transport(base_url, key))
+    return openai.AsyncOpenAI(**_options(base_url, key, timeout_s), http_client=http)
 
 
 def sync_client(
@@ -54,15 +49,17 @@ def sync_client(
 
     most_bytes: size limit of an answer, for a caller that streams it to disk; None: MOST_BYTES.
     """
-    return openai.OpenAI(
-        base_url=base_url,
-        api_key=key or "none",
-        timeout=timeout_s,
-        max_retries=0,
-        http_client=httpx2.Client(
-            transport=_SyncTransport(base_url, key, most_bytes or MOST_BYTES)
-        ),
-    )
+    http = httpx2.Client(transport=_SyncTransport(base_url, key, most_bytes or MOST_BYTES))
+    return openai.OpenAI(**_options(base_url, key, timeout_s), http_client=http)
+
+
+def _options(base_url: str, key: str | None, timeout_s: float) -> dict[str, Any]:
+    return {
+        "base_url": base_url,
+        "api_key": key or "none",  # without one the client would look for OPENAI_API_KEY
+        "timeout": timeout_s,
+        "max_retries": 0,  # the client's own retries also repeat an exhausted quota
+    }
 
 
 class _Transport(httpx2.AsyncBaseTransport):
@@ -72,19 +69,14 @@ class _Transport(httpx2.AsyncBaseTransport):
         self._inner, self._key = _connections(base_url), key
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        limit = request.extensions["timeout"]["read"]
+        limit_s = request.extensions["timeout"]["read"]
+        parts = _exchange(self._inner, request, self._key, MOST_BYTES)
         try:
-            async with (
-                asyncio.timeout(limit),
-                contextlib.aclosing(
-                    _exchange(self._inner, request, self._key, MOST_BYTES)
-                ) as parts,
-            ):
+            async with asyncio.timeout(limit_s), contextlib.aclosing(parts):
                 head = await anext(parts)
                 body = b"".join([part async for part in parts if isinstance(part, bytes)])
         except TimeoutError:
-            raise _too_late(limit) from None
-        assert isinstance(head, httpx2.Response)
+            raise _too_late(limit_s) from None
         return _response(head, httpx2.ByteStream(body))
 
     async def aclose(self) -> None:
@@ -96,17 +88,15 @@ class _SyncTransport(httpx2.BaseTransport):
 
     def __init__(self, base_url: str, key: str | None, most_bytes: int) -> None:
         self._base_url, self._key, self._most_bytes = base_url, key, most_bytes
-        _connections(base_url)  # a proxy that cannot be used is known now
+        _connections(base_url)  # raises early if the proxy cannot be used
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         stream = _SyncAnswer(self._base_url, request, self._key, self._most_bytes)
         try:
-            head = stream.step()
+            return _response(stream.step(), stream)
         except BaseException:
             stream.close()
             raise
-        assert isinstance(head, httpx2.Response)
-        return _response(head, stream)
 
 
 class _SyncAnswer(httpx2.SyncByteStream):
@@ -115,31 +105,29 @@ class _SyncAnswer(httpx2.SyncByteStream):
     def __init__(
         self, base_url: str, request: httpx2.Request, key: str | None, most_bytes: int
     ) -> None:
-        self._limit = request.extensions["timeout"]["read"]
-        self._until = time.monotonic() + self._limit
+        self._limit_s = request.extensions["timeout"]["read"]
+        self._until = time.monotonic() + self._limit_s
         self._runner = asyncio.Runner()
         self._inner = _connections(base_url)
         self._parts = _exchange(self._inner, request, key, most_bytes)
 
-    def step(self) -> httpx2.Response | bytes:
+    def step(self) -> Any:
         """The head, then the parts of the body; raises StopAsyncIteration at the end."""
         try:
             return self._runner.run(self._next())
         except TimeoutError:
-            raise _too_late(self._limit) from None
+            raise _too_late(self._limit_s) from None
 
     def __iter__(self) -> Iterator[bytes]:
         with contextlib.suppress(StopAsyncIteration):
             while True:
-                part = self.step()
-                assert isinstance(part, bytes)
-                yield part
+                yield self.step()
 
     def close(self) -> None:
         self._runner.run(self._end())
         self._runner.close()
 
-    async def _next(self) -> httpx2.Response | bytes:
+    async def _next(self) -> Any:
         async with asyncio.timeout(self._until - time.monotonic()):
             return await anext(self._parts)
 
@@ -150,11 +138,11 @@ class _SyncAnswer(httpx2.SyncByteStream):
 
 async def _exchange(
     inner: httpx2.AsyncBaseTransport, request: httpx2.Request, key: str | None, most_bytes: int
-) -> AsyncGenerator[httpx2.Response | bytes]:
-    """The head of the answer, then the parts of its body, decompressed.
+) -> AsyncGenerator[Any]:
+    """The head of the answer (Response), then the decompressed parts of its body (bytes).
 
     Raises:
-        Redirected: the server names another place.
+        Redirected: the server names another address.
         NotACompletion: the body is larger than `most_bytes`.
     """
     headers = [
@@ -164,15 +152,14 @@ async def _exchange(
     ]
     if key is not None:
         headers.append((b"Authorization", b"Bearer " + key.encode()))
-    response = await inner.handle_async_request(
-        httpx2.Request(
-            request.method,
-            request.url,
-            headers=headers,
-            stream=request.stream,
-            extensions=request.extensions,
-        )
+    sent = httpx2.Request(
+        request.method,
+        request.url,
+        headers=headers,
+        stream=request.stream,
+        extensions=request.extensions,
     )
+    response = await inner.handle_async_request(sent)
     try:
         if response.has_redirect_location:
             raise Redirected(
@@ -193,7 +180,7 @@ async def _exchange(
 
 
 class _Capped(httpx2.AsyncByteStream):
-    """A body before decompression: what follows the end of a gzip stream never leaves the decoder."""
+    """A body before decompression: bytes after the end of a gzip stream never leave the decoder."""
 
     def __init__(self, stream: httpx2.AsyncByteStream, most_bytes: int) -> None:
         self._stream, self._most_bytes = stream, most_bytes
@@ -217,7 +204,7 @@ def _check_size(size: int, most_bytes: int) -> None:
 def _response(
     head: httpx2.Response, stream: httpx2.AsyncByteStream | httpx2.SyncByteStream
 ) -> httpx2.Response:
-    """The answer with its body as it is after decompression."""
+    """The answer with its body after decompression."""
     headers = [
         (name, value)
         for name, value in head.headers.raw
@@ -248,9 +235,9 @@ def _ssl_context() -> ssl.SSLContext:
 
 
 def _proxy(base_url: str) -> str | None:
-    """The environment's proxy for an https endpoint: it sees the host's name and encrypted bytes.
+    """The environment's proxy for an https endpoint, which sees the host's name and encrypted bytes.
 
-    A proxy for plain http would read the key and the prompts, and the config does not name it.
+    A proxy for plain http would read key and prompts, and the config does not name it.
     """
     parts = urlsplit(base_url)
     if parts.scheme != "https" or proxy_bypass(parts.netloc):

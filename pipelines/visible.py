@@ -1,10 +1,10 @@
-"""Text of unknown origin made safe to look at, in a terminal as in a page."""
+"""Invisible characters written out: the terminal, the viewer and error messages show no others."""
 
 import re
 
-# Controls but for newline and tab, what shows nothing or turns the reading direction (soft hyphen,
-# fillers, zero-width and bidirectional marks, separators, interlinear marks, tags and supplementary
-# variation selectors), and lone surrogates, which no encoding can write.
+# Controls except newline and tab, characters that show nothing or change the reading direction
+# (soft hyphen, fillers, zero-width and bidirectional marks, separators, interlinear marks, tags and
+# supplementary variation selectors), and lone surrogates, which no encoding can write.
 INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
     "\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ud800-\udfff\ufeff\uffa0\ufff9-\ufffb"

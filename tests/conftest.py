@@ -1,4 +1,6 @@
-"""What all tests share: no network, quiet libraries, threads that sleep while they wait; servers."""
+"""Settings and fixtures of all tests: no network, quiet libraries, idle threads that sleep, and
+real servers on loopback. pytest loads it.
+"""
 
 import contextlib
 import os
@@ -18,12 +20,13 @@ from urllib.request import urlopen
 import pytest
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    # Workers share the cores: with all threads each they would wait for one another.
+    # Workers share the cores; with one thread per core in each worker they would wait for each
+    # other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
 
 import trace_opd  # noqa: F401 - first: it sets how OpenMP's threads wait, before torch is loaded
 
-# A shell's background job starts with interrupts ignored, and so would what the tests start.
+# A shell starts background jobs with SIGINT ignored, and child processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("TRACE_OPD_CACHE", f"{tempfile.gettempdir()}/trace-opd-test-cache")
@@ -52,7 +55,7 @@ def stop() -> Callable[[subprocess.Popen], None]:
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory) -> Iterator[dict[str, str]]:
-    """A Prefect server of our own on a free port: the environment that finds it."""
+    """A Prefect server of the tests' own on a free port; yields the variables that find it."""
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
     home = tmp_path_factory.mktemp("prefect")
@@ -78,7 +81,7 @@ def environment(tmp_path_factory) -> Iterator[dict[str, str]]:
         deadline = time.monotonic() + 90
         while True:
             assert server.poll() is None, (home / "server.log").read_text()
-            assert time.monotonic() < deadline, "the server did not come up"
+            assert time.monotonic() < deadline, "the server did not start"
             with contextlib.suppress(URLError, ConnectionError), urlopen(f"{url}/health"):
                 break
             time.sleep(0.2)
@@ -107,13 +110,13 @@ def _serve_wsgi(application: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def serve_wsgi() -> Callable[[Any], contextlib.AbstractContextManager[str]]:
-    """Serves an application like moto's on loopback while its context is open: the URL."""
+    """Serves a WSGI application (moto) on loopback while its context is open; yields the URL."""
     return _serve_wsgi
 
 
 @pytest.fixture(scope="session")
 def s3_application() -> Any:
-    """Moto's S3, one request at a time: between a condition and its write moto lets others in."""
+    """Moto's S3, one request at a time: moto does not make a condition and its write atomic."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
     moto, one_at_a_time = DomainDispatcherApplication(create_backend_app), threading.Lock()
@@ -127,7 +130,9 @@ def s3_application() -> Any:
 
 @pytest.fixture(scope="session")
 def s3_server(s3_application) -> Iterator[dict[str, str]]:
-    """An S3-compatible server on loopback with a bucket `bucket`: the environment that finds it."""
+    """An S3-compatible server on loopback with the bucket `bucket`; yields the variables to find
+    it.
+    """
     with _serve_wsgi(s3_application) as url, pytest.MonkeyPatch.context() as patch:
         variables = {
             "AWS_ENDPOINT_URL": url,

@@ -143,7 +143,7 @@ def test_a_flow_waits_for_another_run_of_its_dataset_and_takes_what_that_made(ow
     def second() -> None:
         states.append(flows.convert(config, store=str(own), return_state=True))
 
-    with draft.locked(lambda who: pytest.fail(f"nobody else is at work, but {who}")):
+    with draft.locked(lambda who: pytest.fail(f"no other run is active, but {who}")):
         waiter = threading.Thread(target=contextvars.copy_context().run, args=[second])
         waiter.start()
         deadline = time.monotonic() + 60
@@ -188,7 +188,7 @@ def test_a_part_that_fails_for_now_is_retried_on_its_own(own):
     assert attempts["convert-part-0"] == attempts["convert-part-2"] == 1
 
 
-# For a process of its own: one to kill; or one whose process pool finds the server by the environment.
+# For a process of its own: to kill it, or so that its process pool gets the server's address.
 CONVERT = """
 import sys
 from trace_opd import flows
@@ -237,7 +237,7 @@ def test_the_parts_of_a_killed_worker_process_are_made_again(environment, own, t
     }
 
 
-def test_a_run_whose_process_was_killed_is_crashed_and_another_run_goes_on(environment, own):
+def test_a_run_whose_process_was_killed_is_crashed_and_another_run_continues(environment, own):
     flows.crash_dead_runs(after_s=10)
     flows.crash_dead_runs(after_s=10)
     config, stage = config_of("convert", "routing.alpha=0.7"), flows.TABLE_STAGES["convert"]
@@ -245,7 +245,7 @@ def test_a_run_whose_process_was_killed_is_crashed_and_another_run_goes_on(envir
     assert isinstance(draft, Draft)
     with get_client(sync_client=True) as client:
         (automation,) = client.read_automations()
-        with draft.locked(lambda who: pytest.fail(f"nobody else is at work, but {who}")):
+        with draft.locked(lambda who: pytest.fail(f"no other run is active, but {who}")):
             stage.make_part(plan, draft, 1)
             run = subprocess.Popen(
                 [*(sys.executable, "-P", "-c", CONVERT, own), "routing.alpha=0.7"],
@@ -371,7 +371,7 @@ def test_a_deployment_refuses_parameters_that_no_config_has(environment, served)
 
 
 @pytest.mark.slow
-def test_sigterm_of_serve_cancels_the_run_under_way(environment, serving):
+def test_sigterm_of_serve_cancels_the_active_run(environment, serving):
     """The last test of the deployments: the process that serves them ends here."""
     root, server = serving
     config = config_of("annotate", "annotator.name=waiting")
@@ -379,7 +379,7 @@ def test_sigterm_of_serve_cancels_the_run_under_way(environment, serving):
     assert isinstance(draft, Draft)
     change = 'overrides=["annotator.name=waiting"]'
     with (
-        draft.locked(lambda who: pytest.fail(f"nobody else is at work, but {who}")),
+        draft.locked(lambda who: pytest.fail(f"no other run is active, but {who}")),
         get_client(sync_client=True) as client,
     ):
         begun = prefect(environment, "deployment", "run", "annotate/default", "-p", change)

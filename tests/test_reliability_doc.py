@@ -1,4 +1,4 @@
-"""docs/reliability.md names a test for its statements: each is there."""
+"""docs/reliability.md names a test for each statement; these tests check that each name exists."""
 
 import ast
 import re

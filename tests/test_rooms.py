@@ -1,4 +1,4 @@
-"""The rooms (who may import whom), read from the source files and tried without the extras."""
+"""Import rules between the rooms, read from the source and tried without the optional packages."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("schemas", "data", "trace", "pipelines")
 FILES = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
 FILES += sorted(ROOT.glob("*.py"))
-# What a room may import of ours; the package itself is `trace_opd` without a room.
+# Which rooms a room may import; "trace_opd" alone is the root package.
 OURS = {
     "schemas": {"schemas"},
     "data": {"schemas", "data"},
@@ -33,7 +33,7 @@ TRAINER_NEEDS = {"torch", "transformers", "safetensors", "pyarrow", "numpy"}
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Absolute names of all modules that a file imports anywhere, lazily too."""
+    """Absolute names of all modules that a file imports, lazy imports included."""
     package = ["trace_opd", *file.relative_to(ROOT).parent.parts]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -41,12 +41,12 @@ def imports(file: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else []
             module = ".".join([*base, *filter(None, [node.module])])
-            # `from .. import report` imports a module by the name that it binds.
+            # `from .. import report` imports a module under the name that it binds.
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def room_of(module: str) -> str | None:
-    """The room of a module of ours; None for other packages'."""
+    """The room of one of our modules; None for other packages."""
     top, _, rest = module.partition(".")
     return rest.partition(".")[0] if top == "trace_opd" else None
 
@@ -56,9 +56,9 @@ def files_of(room: str) -> list[Path]:
 
 
 def test_the_rules_see_relative_lazy_and_bare_imports():
-    lazy = set(imports(ROOT / "pipelines" / "samplers" / "__init__.py"))
+    lazy = set(imports(ROOT / "pipelines" / "samplers" / "openai.py"))
     assert "trace_opd.schemas.configs.PolicyConfig" in lazy
-    assert "trace_opd.pipelines.samplers.vllm.VllmEngine" in lazy
+    assert "trace_opd.pipelines.samplers.vllm_servers.VllmServersSampler" in lazy
     assert "trace_opd.pipelines.stages.base.Plan" in set(imports(ROOT / "flows.py"))
 
 

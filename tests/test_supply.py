@@ -1,5 +1,6 @@
-"""Supply and privileges: locked versions, nothing unpickled, no foreign code, names in the store,
-nothing untrusted reaches a terminal as it is."""
+"""Supply chain and privileges: locked versions, no unpickling, no foreign code, safe names in the
+store, safe terminal output.
+"""
 
 import ast
 import hashlib
@@ -44,7 +45,7 @@ OURS = [*(file for room in ROOMS for file in (ROOT / room).rglob("*.py")), *ROOT
 
 
 def pins(text: str) -> dict[str, str]:
-    """Version by name of `name==version` lines."""
+    """Versions by package name, from lines `name==version`."""
     found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", text, re.MULTILINE)
     return {canonicalize_name(name): version for name, version in found}
 
@@ -90,14 +91,14 @@ def test_all_that_is_installed_for_this_package_is_locked():
             seen.add(key)
             try:
                 requires(needed.name)
-            except PackageNotFoundError:  # of another platform's build
+            except PackageNotFoundError:  # a package of another platform
                 continue
             assert name in locked, f"{name}, which {asked.name} needs: run `make lock`"
             waiting.append(needed)
     assert len(seen) > 100
 
 
-# --- code that comes with data ---------------------------------------------------------------------
+# --- code that comes with data --------------------------------------------------------------------
 
 UNPICKLERS = {
     "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle",
@@ -107,7 +108,7 @@ UNPICKLERS = {
 
 
 def names_in(tree: ast.AST) -> set[str]:
-    """Modules that are imported, and names that are called, with a dot where they have one."""
+    """Imported modules and called names, dotted where they are attributes."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -119,7 +120,7 @@ def names_in(tree: ast.AST) -> set[str]:
     return found
 
 
-def test_the_scan_sees_what_it_looks_for():
+def test_the_scan_finds_each_forbidden_name():
     text = "import pickle\nfrom torch import load\ndef f():\n  np.load(x)\n  eval('1')"
     assert names_in(ast.parse(text)) & (UNPICKLERS) == {"pickle", "torch.load", "np.load", "eval"}
 
@@ -130,7 +131,7 @@ def test_no_module_unpickles_or_evaluates_what_it_reads(file):
 
 
 class Trap:
-    """Unpickling it makes a file."""
+    """Unpickling an instance makes a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -146,7 +147,7 @@ def test_a_pickle_is_not_read_as_weights(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(sprung)))
     with pytest.raises(InputError, match="safetensors"):
         load_policy(str(tmp_path), "cpu")
-    # Nor are honest weights in that form, as far as PyTorch itself would go.
+    # PyTorch itself would read these weights; we refuse the format.
     model = AutoModelForCausalLM.from_pretrained(MICRO)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match="safetensors"):
@@ -203,7 +204,7 @@ class OwnModel(LlamaForCausalLM):
 
 @pytest.fixture
 def model_with_code(tmp_path, monkeypatch) -> tuple[Path, Path]:
-    """A model folder that brings Python code, and the file that the code makes when it runs."""
+    """A model folder with Python code of its own, and the file that the code makes when it runs."""
     folder, sprung = tmp_path / "model", tmp_path / "sprung"
     folder.mkdir()
     for file in MICRO.iterdir():
@@ -212,8 +213,13 @@ def model_with_code(tmp_path, monkeypatch) -> tuple[Path, Path]:
     kind = config["architectures"][0]
     code = MODEL_CODE.replace("LlamaForCausalLM", kind).format(sprung=str(sprung))
     (folder / "own_model.py").write_text(code)
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own_config.OwnConfig",
-                                                 "AutoModelForCausalLM": "own_model.OwnModel"}}  # fmt: skip
+    config |= {
+        "model_type": "own",
+        "auto_map": {
+            "AutoConfig": "own_config.OwnConfig",
+            "AutoModelForCausalLM": "own_model.OwnModel",
+        },
+    }
     parent = kind.replace("ForCausalLM", "Config")
     (folder / "own_config.py").write_text(
         f"from transformers import {parent}\nclass OwnConfig({parent}):\n    model_type = 'own'\n"
@@ -264,12 +270,12 @@ def test_a_pickled_dataset_is_refused(tmp_path):
     assert not sprung.exists()
 
 
-# --- names in the store ----------------------------------------------------------------------------
+# --- names in the store ---------------------------------------------------------------------------
 
 
 @pytest.fixture
 def stores(tmp_path) -> tuple[Store, Path]:
-    """A store with one dataset, and a dataset's folder outside it."""
+    """A store, and the folder of a dataset outside it."""
     for name in ("inside", "outside"):
         store = Store(tmp_path / name)
         draft = store.begin("problems", {"n": 1}, {}, PROBLEMS)
@@ -281,8 +287,9 @@ def stores(tmp_path) -> tuple[Store, Path]:
 
 @pytest.mark.parametrize(
     "ref",
-    ["../outside/problems/{id}", "../../etc", "problems/../../outside/problems/{id}", "..", "{path}",
-     "problems/..", "*/{id}", "pro*/{id}", "**/{id}", "[a-z]*/{id}", "./problems/{id}", "", "/", "a/b/c"],
+    ["../outside/problems/{id}", "../../etc", "problems/../../outside/problems/{id}", "..",
+     "{path}", "problems/..", "*/{id}", "pro*/{id}", "**/{id}", "[a-z]*/{id}", "./problems/{id}",
+     "", "/", "a/b/c"],
 )  # fmt: skip
 def test_a_name_that_leads_out_of_the_store_names_nothing(stores, ref):
     store, outside = stores
@@ -342,14 +349,16 @@ def test_a_store_behind_a_link_is_a_store(stores, tmp_path):
 
 
 def test_no_config_names_a_file_to_write():
-    """What a stage writes beside the store is named on the command line, or not at all."""
+    """Stages write outside the store only to paths from the command line, so no config field names
+    a file to write.
+    """
     kinds = [kind for kind in vars(configs).values() if isinstance(kind, type)]
     fields = {name for kind in kinds for name in getattr(kind, "model_fields", {})}
-    assert {"path", "prices", "prompt"} <= fields  # what is read
+    assert {"path", "prices", "prompt"} <= fields  # fields that name files to read
     assert not {"output", "folder", "file", "log"} & fields
 
 
-# --- the terminal ----------------------------------------------------------------------------------
+# --- the terminal ---------------------------------------------------------------------------------
 
 HOSTILE = (
     "\x1b[31mred\x1b]0;title\x07\x9b2J\u202eltr\u2066\r\b[red]not red[/red] :smile: \ud800 end"
@@ -357,7 +366,7 @@ HOSTILE = (
 
 
 def printed(*things) -> str:
-    """What reaches a terminal with colours."""
+    """The output on a terminal with colours."""
     out = io.StringIO()
     terminal = Terminal(file=out, force_terminal=True, color_system="truecolor", width=200)
     for thing in things:
@@ -365,7 +374,7 @@ def printed(*things) -> str:
     return out.getvalue()
 
 
-def test_whatever_is_printed_is_shown_as_it_is():
+def test_any_text_is_printed_literally():
     table = Table(HOSTILE, title=HOSTILE)
     table.add_row(HOSTILE)
     for thing in (HOSTILE, table, Panel(HOSTILE, title=HOSTILE)):
@@ -379,7 +388,7 @@ def test_whatever_is_printed_is_shown_as_it_is():
             "⟨U+D800⟩",
         ):
             assert part in text
-    # None of the styles is the text's own.
+    # No style comes from the text.
     assert "\x1b[31m" not in printed(HOSTILE)
     assert "\x1b[1;31m" in printed(Text("x", style="bold red"))
 
@@ -394,14 +403,14 @@ def test_json_is_printed_as_json():
     assert json.loads(text) == value
 
 
-def test_logs_are_printed_as_they_are():
+def test_logs_are_printed_literally():
     out = io.StringIO()
     logger = logging.getLogger("trace_opd.test_supply")
     handler = RichHandler(console=Terminal(file=out, width=200), show_path=False)
     logger.addHandler(handler)
     logger.propagate = False  # pytest's workers can't send half a surrogate pair
     try:
-        logger.warning("server said %s", HOSTILE)
+        logger.warning("server sent %s", HOSTILE)
     finally:
         logger.propagate = True
         logger.removeHandler(handler)
@@ -412,7 +421,7 @@ def test_logs_are_printed_as_they_are():
 
 @pytest.mark.parametrize("file", OURS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_console_is_the_terminal(file):
-    """A bare rich console would read markup and let escapes through."""
+    """A bare rich console would interpret markup and pass escapes through."""
     made = {"Console", "rich.print", "console.print_json"} & names_in(ast.parse(file.read_text()))
     assert not made
 
@@ -430,7 +439,7 @@ def test_an_error_of_the_command_line_is_safe(tmp_path):
     assert "\x1b[31m" not in done.stderr
 
 
-# --- the audit -------------------------------------------------------------------------------------
+# --- the audit ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -448,14 +457,17 @@ SKIPPED = {"name": "b", "skip_reason": "Dependency not found on PyPI"}
 FLAWED = {"name": "c", "version": "2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["3"]}]}
 
 
-def test_an_audit_that_saw_nothing_says_so(verdict):
+def test_an_audit_without_data_reads_not_audited(verdict):
     lines, code = verdict({"dependencies": [SKIPPED, SKIPPED]})
     assert (code, lines[-1][:12]) == (0, "NOT AUDITED:")
     assert verdict({"dependencies": [CLEAN, SKIPPED]})[0][-1] == "NOT AUDITED: b"
-    assert verdict({"dependencies": [CLEAN]}) == (["audit: 1 of 1 packages looked up, 0 flaws"], 0)
+    assert verdict({"dependencies": [CLEAN]}) == (
+        ["audit: 1 of 1 packages checked, 0 vulnerabilities"],
+        0,
+    )
 
 
 def test_an_audit_fails_on_a_flaw(verdict):
     lines, code = verdict({"dependencies": [FLAWED, SKIPPED]})
     assert code == 1
-    assert lines[0] == "c 2: PYSEC-1, mended in 3"
+    assert lines[0] == "c 2: PYSEC-1, fixed in 3"

@@ -1,75 +1,70 @@
-"""Annotation engines behind one protocol (trace.protocols.Annotator)."""
+"""Annotation engines: a registry from a config's tag to the file of its engine.
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
+Called by the annotate stage, its estimate, online training and the flows. An engine's file is
+imported when a config names it, because each needs other packages.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ...schemas.configs import (
-    Annotator,
-    NoAnnotator,
-    OpenAIAnnotator,
-    RuleAnnotator,
-    SegmentConfig,
-)
+from ...data.store import Dataset
+from ...schemas.configs import Annotator, PolicyConfig, SegmentConfig
 from ...trace.protocols import Annotator as AnnotatorProtocol
 from ...trace.protocols import Sampler
-from .claims import Claims
-from .completion import is_answer
-from .journal import Journal
-from .prompting import load_prompt
-from .spending import Spending, open_spending
+from .dialogue import Question
+from .prompting import AnnotationPrompt
+
+_FILES = {"none": "none", "rule": "rule", "self": "own_policy", "openai": "openai"}
 
 
-def open_annotator(
-    config: Annotator,
-    segment: SegmentConfig,
-    *,
-    journal: Path | None = None,
-    elsewhere: Callable[[], Iterable[Path]] = lambda: (),
-    claims: Path | None = None,
-    batches: Path | None = None,
-    sampler: Sampler | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    spending: Spending | None = None,
-) -> AnnotatorProtocol:
-    """The engine of a config.
+def _no_sampler(config: Any, student: PolicyConfig | None) -> None:
+    return None
 
-    journal: folder in which a paid engine keeps its answers; None keeps none. elsewhere: lists other
-    journals, whose answers serve too. claims: file by which runs at once share questions in flight.
-    batches: folder in which it remembers its batches. sampler and tokenizer: the policy for engine self, which the caller closes; the tokenizer is None where
-    only the sampler's server knows it. spending: price, budget and totals of a paid engine, which
-    closes it; None: the config's price and budget.
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine answers about a config of its own: the `ENGINE` of its file.
+
+    identity(config, problems, in_training): what a dataset id hashes in place of paths; in_training:
+        a policy that is left out stands for the current weights. Raises InputError for whatever can be
+        known to be wrong before the first row.
+    open(config, segment, **given): the annotator; see `open_annotator`.
+    asks_endpoint: its requests are billed. Its journal, budget and pace belong to one process.
+    request_body(config, prompt, question): what is sent for a question; None: no model is asked.
+    open_sampler(config, student): sampler and tokenizer of a policy that annotates with weights of
+        its own; None: there is none. student: the policy that is trained.
+    """
+
+    identity: Callable[[Any, Dataset, bool], dict[str, Any]]
+    open: Callable[..., AnnotatorProtocol]
+    asks_endpoint: bool = False
+    request_body: Callable[[Any, AnnotationPrompt, Question], dict[str, Any]] | None = None
+    open_sampler: Callable[
+        [Any, PolicyConfig | None], tuple[Sampler, PreTrainedTokenizerBase | None] | None
+    ] = _no_sampler
+
+
+def engine_of(config: Annotator) -> Engine:
+    return import_module(f".{_FILES[config.engine]}", __package__).ENGINE
+
+
+def open_annotator(config: Annotator, segment: SegmentConfig, **given: Any) -> AnnotatorProtocol:
+    """The annotator of a config. Each engine takes of `given` what it needs:
+
+    journal: folder in which a paid engine keeps its answers; without one it keeps none.
+    elsewhere: function that lists the folders of other journals, whose answers serve too.
+    claims: file by which concurrent runs share questions in flight.
+    batches: folder in which a paid engine keeps the state of its batches.
+    parts: function that yields the tables of all parts whose questions a batch may hold.
+    spending: price, budget and totals of a paid engine, which closes it.
+    sampler, tokenizer: the annotating policy, which the caller closes; without them engine self
+        opens the policy that its config names.
 
     Raises:
         InputError: a missing key, prompt or schema file, a budget without a price.
     """
-    if isinstance(config, NoAnnotator):
-        from .none import NobodyAnnotator
-
-        return NobodyAnnotator(segment)
-    if isinstance(config, RuleAnnotator):
-        from .rule import StepsAnnotator
-
-        return StepsAnnotator(config, segment)
-    prompt = load_prompt(config.prompt, config.answer_schema)
-    if isinstance(config, OpenAIAnnotator):
-        kept = None
-        if journal is not None:
-            shared = Claims(claims) if claims is not None else None
-            kept = Journal(journal, elsewhere, is_answer, shared)
-        spending = spending or open_spending(config, journal)
-        if config.batch:
-            from .openai_batch import BatchAnnotator
-
-            if kept is None or batches is None:
-                raise ValueError("engine openai asks in batches only where it has folders")
-            return BatchAnnotator(config, prompt, segment, kept, batches, spending)
-        from .openai import EndpointAnnotator
-
-        return EndpointAnnotator(config, prompt, segment, kept, spending)
-    from .own_policy import PolicyAnnotator
-
-    if sampler is None:
-        raise ValueError("engine self needs the policy's sampler")
-    return PolicyAnnotator(config, prompt, segment, sampler, tokenizer)
+    return engine_of(config).open(config, segment, **given)

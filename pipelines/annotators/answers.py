@@ -1,6 +1,6 @@
-"""An annotator's answer read: spans, or one sentence that says why it can't be used.
+"""Read an annotator's answer: spans, or one sentence that says why it can't be used.
 
-Reading is free and separate from asking: raw answers are journalled, so a change here bills nothing.
+Called by dialogue.py. Raw answers are journalled, so a change here bills nothing.
 """
 
 import json
@@ -28,7 +28,7 @@ class _Span(BaseModel):
 
 
 class _Answer(BaseModel):
-    """What any answer schema must hold; further properties are the schema's own affair."""
+    """What every answer schema holds; further properties are checked by the schema alone."""
 
     model_config = ConfigDict(strict=True)
 
@@ -42,9 +42,9 @@ class _Unusable(Exception):
 
 
 def read_answer(text: str, prompt: AnnotationPrompt, item: Item) -> Reading:
-    """Read one answer strictly: nothing in it is guessed or mended.
+    """Read one answer strictly: nothing in it is guessed or repaired.
 
-    Allowed around the JSON object are thinking before it and one code fence; nothing else.
+    Around the JSON object only thinking before it and one code fence are allowed.
     """
     try:
         answer = _validated(_loaded(text), prompt)
@@ -113,9 +113,9 @@ def _marked(answer: _Answer, item: Item) -> list[list[int]]:
 
 
 def _check_quote(span: _Span, item: Item) -> None:
-    """A quote that stands in other segments than those named contradicts them.
+    """Raise if a quote is from other segments than those named.
 
-    A quote that stands nowhere is a paraphrase: it says nothing about the indices.
+    A quote that is in no segment is a paraphrase: it says nothing about the indices.
     """
     quote = _squeezed(span.quote or "")
     if not quote or quote in _squeezed(" ".join(item.text(i) for i in sorted(set(span.segments)))):

@@ -1,7 +1,8 @@
-"""The answer's JSON schema made finite: constrained decoding then ends, whatever the model.
+"""The answer's JSON schema made finite, so that constrained decoding ends with any model.
 
-A small model that may go on goes on: it repeats digits, spans or words until its token limit. So
-everything has a bound, and the longest answer fits the limit even if each byte takes a token.
+A small model repeats digits, spans or words until its token limit if the schema lets it. So
+everything has a bound, and the longest answer fits the limit even if each byte takes a token. Called
+by the engine `self`.
 """
 
 import json
@@ -20,15 +21,15 @@ _NEEDED = ("abstain", "spans", "segments", "type")
 def bounded_schema(
     prompt: AnnotationPrompt, segments: int, most_spans: int, max_new_tokens: int
 ) -> dict[str, Any]:
-    """The answer schema for a response of so many segments; what it allows is a valid answer.
+    """The answer schema for a response of so many segments, which allows valid answers alone.
 
-    Spans name segments that exist, each at most a quarter of them, and carry no quote: a quote
-    checks numbers that were chosen freely, and one from elsewhere would void the answer. An answer
-    that abstains marks nothing.
+    Spans name existing segments, each at most a quarter of them, without a quote: a quote checks
+    freely chosen numbers, and a wrong one would void the answer. An answer that abstains marks
+    nothing.
 
     Raises:
-        InputError: the limit is below the longest answer with one span of one segment; an answer
-            schema of the user's own with a property that has no bound.
+        InputError: the limit is below the longest answer with one span of one segment; the user's
+            schema has a property without a bound.
     """
     each_span = prompt.schema["properties"]["spans"]["items"]["properties"]["segments"]
     named = min(max(segments // 4, 1), each_span.get("maxItems", segments))
@@ -50,7 +51,7 @@ def most_bytes(schema: dict[str, Any], where: str) -> int:
     where: what the schema describes, for the error.
 
     Raises:
-        InputError: no bound, or a keyword that this doesn't know.
+        InputError: no bound, or an unknown keyword.
     """
     match schema:
         case {"enum": values}:
@@ -111,7 +112,7 @@ def _answer(schema: dict[str, Any], segments: int, spans: int, named: int) -> di
 
 
 def _object(schema: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
-    """An object of those properties alone that an answer needs or the schema requires."""
+    """An object of the properties that an answer needs or the schema requires."""
     needed = {*_NEEDED, *schema.get("required", [])}
     properties = {
         name: chosen.get(name, child)

@@ -1,9 +1,8 @@
 """A spending limit that holds under concurrency: the worst case is reserved before a request is sent.
 
-Reserved and spent money together never exceed the limit, so neither can the bill, whatever the
-answers turn out to cost. Tasks of several event loops on several threads may share one budget.
-An engine reserves through `spending.Spending`, which knows the price. That a limit holds over runs
-is the journal's work: it keeps each reservation on the disk until the bill is known.
+Reserved and spent money together never exceed the limit, so neither can the bill. Tasks of several
+event loops on several threads may share one budget. Called by spending.py, which knows the price;
+over several runs the journal keeps each reservation on disk until the bill is known.
 """
 
 import asyncio
@@ -13,7 +12,7 @@ from contextlib import asynccontextmanager
 
 
 class BudgetSpent(Exception):
-    """A request does not fit into what is left; its text says limit, spent and reserved."""
+    """A request does not fit into what is left; the text names limit, spent and reserved."""
 
 
 class Reservation:
@@ -24,11 +23,10 @@ class Reservation:
         self.actual_usd = 0.0
 
     def settle(self, actual_usd: float | None) -> None:
-        """What the request cost; None if that is unknown, which counts as the worst case.
+        """What the request cost. None: unknown, counted as the worst case.
 
-        A reservation that is left unsettled is given back: right for a request that was not sent,
-        wrong for one whose answer may have been made and billed before the connection broke. Settle
-        that one with None.
+        A reservation that is never settled is given back, which is right for a request that was not
+        sent. Settle with None a request that may have been billed before its connection broke.
         """
         self.actual_usd = self.usd if actual_usd is None else actual_usd
 
@@ -40,7 +38,7 @@ class Budget:
         self.limit_usd = limit_usd
         self._spent_usd = spent_usd
         self._in_flight: set[Reservation] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     @property
@@ -50,25 +48,27 @@ class Budget:
     @property
     def reserved_usd(self) -> float:
         with self._lock:
-            return self._reserved()
+            # Summed anew: a running difference of floats would drift away from zero.
+            return sum(reservation.usd for reservation in self._in_flight)
 
     @asynccontextmanager
     async def reserve(self, worst_case_usd: float) -> AsyncIterator[Reservation]:
         """Set the worst case aside for the time of one request; settle it before leaving.
 
-        Where there is no room, wait for requests in flight: most cost less than was reserved.
+        Without room this waits for requests in flight: most cost less than was reserved.
 
         Raises:
             BudgetSpent: there would be no room even if all requests in flight cost nothing.
         """
+        loop = asyncio.get_running_loop()
         while True:
-            with self._lock:  # no release may come between looking for room and queueing
-                reservation = self._take(worst_case_usd)
-                turn = None if reservation is not None else self._queue()
-            if turn is None:
-                break
+            with self._lock:  # no release between the search for room and the wait
+                reservation = self.take(worst_case_usd)
+                if reservation is not None:
+                    break
+                turn: asyncio.Future[None] = loop.create_future()
+                self._waiting.append((loop, turn))
             await turn
-        assert reservation is not None, "there is a turn to wait for otherwise"
         try:
             yield reservation
         finally:
@@ -81,17 +81,25 @@ class Budget:
             BudgetSpent: as `reserve`.
         """
         with self._lock:
-            return self._take(worst_case_usd)
+            if self._spent_usd + worst_case_usd > self.limit_usd:
+                raise BudgetSpent(
+                    f"the budget of ${self.limit_usd:g} has no room for a request of up to "
+                    f"${worst_case_usd:.4g}: ${self._spent_usd:.4f} are spent or may have been "
+                    f"billed, ${self.reserved_usd:.4f} reserved for requests in flight"
+                )
+            if self._spent_usd + self.reserved_usd + worst_case_usd > self.limit_usd:
+                return None
+            return self.hold(worst_case_usd)
 
     def hold(self, worst_case_usd: float) -> Reservation:
-        """Set aside what was sent before this budget was opened, room or not."""
+        """Set aside what was sent before this budget was opened, with or without room."""
         reservation = Reservation(worst_case_usd)
         with self._lock:
             self._in_flight.add(reservation)
         return reservation
 
     def release(self, reservation: Reservation) -> None:
-        """Replace what was set aside by what was settled."""
+        """Replace a reservation by what was settled, and wake all that wait for room."""
         with self._lock:
             self._in_flight.remove(reservation)
             self._spent_usd += reservation.actual_usd
@@ -99,30 +107,6 @@ class Budget:
         for loop, turn in waiting:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_wake, turn)
-
-    def _queue(self) -> asyncio.Future[None]:
-        """Done when something has been settled."""
-        loop = asyncio.get_running_loop()
-        turn: asyncio.Future[None] = loop.create_future()
-        self._waiting.append((loop, turn))
-        return turn
-
-    def _take(self, worst_case_usd: float) -> Reservation | None:
-        if self._spent_usd + worst_case_usd > self.limit_usd:
-            raise BudgetSpent(
-                f"the budget of ${self.limit_usd:g} has no room for a request of up to "
-                f"${worst_case_usd:.4g}: ${self._spent_usd:.4f} are spent or may have been billed, "
-                f"${self._reserved():.4f} reserved for requests in flight"
-            )
-        reservation = Reservation(worst_case_usd)
-        if self._spent_usd + self._reserved() + worst_case_usd > self.limit_usd:
-            return None
-        self._in_flight.add(reservation)
-        return reservation
-
-    def _reserved(self) -> float:
-        # Summed anew: a running difference of floats would drift away from zero.
-        return sum(reservation.usd for reservation in self._in_flight)
 
 
 def _wake(turn: asyncio.Future[None]) -> None:

@@ -1,7 +1,7 @@
-"""A chat completion as JSON: what is asked, what is checked of the response, what is read in it.
+"""A chat completion as JSON: the request's body, the check of a response, the answer in a record.
 
-Shared by the client that sends one request at a time and by the batch interface, so that both send
-the same bodies, keep the same records under the same keys, and read them alike.
+Shared by single requests, the Batch API, the budget and the estimate, so that all send the same
+bodies, keep the same records under the same keys, and read them alike.
 """
 
 from collections.abc import Callable, Collection
@@ -32,7 +32,7 @@ class _Choice(BaseModel):
 class _Body(BaseModel):
     """The part of a chat completion without which there is no answer.
 
-    All else is read leniently: an answer is paid for, whatever is wrong with its usage.
+    The rest is read leniently: an answer is paid for whatever its usage is.
     """
 
     choices: list[_Choice] = Field(min_length=1)
@@ -47,9 +47,9 @@ def request_body(
 ) -> dict[str, Any]:
     """The body of a request to /chat/completions.
 
-    refused: optional parameters that the endpoint doesn't take: temperature; max_tokens, in whose
-    place goes max_completion_tokens; response_format with a schema, in whose place goes json_object
-    unless that is refused too.
+    refused: optional parameters that the endpoint doesn't take: temperature; max_tokens, replaced
+    by max_completion_tokens; response_format with a schema, replaced by json_object unless that is
+    refused too.
     """
     limit = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
     body: dict[str, Any] = {
@@ -68,7 +68,7 @@ def request_body(
 
 
 def question_key(config: OpenAIAnnotator, prompt: AnnotationPrompt, question: Question) -> str:
-    """The journal's key of a question: the same for whatever way it is sent."""
+    """The journal's key of a question, the same for single requests and batches."""
     return request_key(
         config.base_url,
         config.model,
@@ -88,11 +88,9 @@ def checked_body(content: bytes) -> dict[str, Any]:
     try:
         body = from_json(content)
         _Body.model_validate(body)
-    except ValidationError as error:
-        said = error.errors()[0]["msg"]
-        raise endpoint.NotACompletion(f"{said} in {content[:_SHOWN_BYTES]!r}") from None
-    except ValueError as error:  # not JSON
-        raise endpoint.NotACompletion(f"{error} in {content[:_SHOWN_BYTES]!r}") from None
+    except ValueError as error:  # not JSON, or another kind
+        fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise endpoint.NotACompletion(f"{fault} in {content[:_SHOWN_BYTES]!r}") from None
     return body
 
 
@@ -106,21 +104,27 @@ def read_record(record: dict[str, Any]) -> Answer:
         ValueError: there is no chat completion in it.
     """
     body = _Body.model_validate(record.get("body"))
-    choice = body.choices[0]
-    refusal = choice.message.refusal
-    refused = isinstance(refusal, str) and refusal != ""
-    prompt_tokens, completion_tokens, cached_tokens = _tokens(body.usage)
-    latency_s = record.get("latency_s")
+    message, finish_reason = body.choices[0].message, body.choices[0].finish_reason
+    refused = isinstance(message.refusal, str) and message.refusal != ""
+    usage = body.usage if isinstance(body.usage, dict) else {}
+    details, latency_s = usage.get("prompt_tokens_details"), record.get("latency_s")
+    cached = token_count(details.get("cached_tokens")) if isinstance(details, dict) else None
+    match record.get("at_most"):
+        case [prompt, completion] if None not in (token_count(prompt), token_count(completion)):
+            at_most = prompt, completion
+        case _:
+            at_most = None
     return Answer(
-        refusal if refused else _text(choice.message.content),
-        cut=choice.finish_reason == "length",
+        message.refusal if refused else _text(message.content),
+        cut=finish_reason == "length",
         refused=refused,
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
+        prompt_tokens=token_count(usage.get("prompt_tokens")),
+        completion_tokens=token_count(usage.get("completion_tokens")),
         latency_s=latency_s if isinstance(latency_s, float) and 0 <= latency_s < 1e9 else 0.0,
-        cached_tokens=cached_tokens,
+        # DeepSeek has its own name for cached tokens.
+        cached_tokens=cached or token_count(usage.get("prompt_cache_hit_tokens")) or 0,
         batched=record.get("batched") is True,
-        at_most=_bounds(record.get("at_most")),
+        at_most=at_most,
     )
 
 
@@ -144,7 +148,7 @@ def is_answer(record: dict[str, Any]) -> bool:
 
 
 def _text(content: str | list[Any] | None) -> str:
-    """The text of a message. Of a list of parts those of type text; reasoning is not an answer."""
+    """The text of a message; of a list of parts those of type text. Reasoning is not an answer."""
     if not isinstance(content, list):
         return content or ""
     texts = [
@@ -152,22 +156,3 @@ def _text(content: str | list[Any] | None) -> str:
         for part in content
     ]
     return "".join(text for text in texts if isinstance(text, str))
-
-
-def _bounds(value: Any) -> tuple[int, int] | None:
-    match value:
-        case [prompt, completion] if None not in (token_count(prompt), token_count(completion)):
-            return prompt, completion
-    return None
-
-
-def _tokens(usage: Any) -> tuple[int | None, int | None, int]:
-    """Prompt and completion tokens, None where they are unknown, and cached prompt tokens."""
-    if not isinstance(usage, dict):
-        return None, None, 0
-    details = usage.get("prompt_tokens_details")
-    cached = token_count(details.get("cached_tokens")) if isinstance(details, dict) else None
-    # DeepSeek has its own name for them.
-    cached = cached or token_count(usage.get("prompt_cache_hit_tokens")) or 0
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    return token_count(prompt), token_count(completion), cached

@@ -1,6 +1,7 @@
-"""The conversation with an annotator, without the sending: one engine awaits it, another batches it.
+"""The conversation with an annotator, without the sending: one engine awaits answers, two batch them.
 
-`dialogue` yields what to ask next and is sent the answer; it returns what came of it.
+`dialogue` yields the next question, is sent the answer and returns the reading. Called by the engines
+that ask a model, and by the estimate.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -12,7 +13,7 @@ from .answers import read_answer
 from .prompting import AnnotationPrompt, Messages, ask, correct
 from .rows import Item, Reading, Usage
 
-# A cut answer is asked for again with this many times the limit: resending alone would cut it again.
+# Factor on the limit for an answer that was cut: the same limit would cut it again.
 RAISED_LIMIT = 4
 
 
@@ -67,8 +68,8 @@ def dialogue(prompt: AnnotationPrompt, item: Item, config: AnnotatorPrompt) -> D
         if reading.status is not AnnotationStatus.INVALID or corrections == config.corrective_turns:
             return reading
         corrections += 1
-        said = correct(prompt, item, answer.text, reading.error or "")
-        question = replace(question, messages=[*question.messages, *said])
+        correction = correct(prompt, item, answer.text, reading.error or "")
+        question = replace(question, messages=[*question.messages, *correction])
 
 
 def replay(
@@ -79,7 +80,7 @@ def replay(
 ) -> tuple[list[Answer], Reading | Question]:
     """Go through a dialogue as far as its answers are known.
 
-    Returns the answers, and what came of them or the question that is still to be asked.
+    Returns the answers, and their reading or the question that is still open.
     """
     talk = dialogue(prompt, item, config)
     answers: list[Answer] = []
@@ -104,7 +105,7 @@ def usage(answers: Sequence[Answer], cost_usd: float | None = None) -> Usage:
 
 
 def token_count(value: object) -> int | None:
-    """A number of tokens; None, unknown, for what is none or exceeds the tables' int32."""
+    """A number of tokens; None (unknown) for anything else, and beyond the tables' int32."""
     return value if type(value) is int and 0 <= value < 2**31 else None
 
 

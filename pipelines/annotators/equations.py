@@ -1,4 +1,7 @@
-"""Equations between numbers, `a op b … = c`, found in free text and checked exactly."""
+"""Equations between numbers, `a op b … = c`, found in free text and checked exactly.
+
+Called by the engine `rule` with match=value.
+"""
 
 import re
 from collections.abc import Iterator
@@ -14,8 +17,8 @@ _EQUATION = re.compile(
 )
 _TERM = re.compile(rf"(?P<operator>{_OPERATOR})?(?P<number>{_NUMBER})")
 _TIMES, _DIVIDED = {"*", "×", "x", "\\times", "\\cdot"}, {"/", "÷", "\\div"}
-# The match is part of something longer, of which nothing can be said: `2y + 3 + 4 = 10`,
-# `2^3 + 1 = 9`, `3 + 4 = 7 + 2`, `7 / 2 = 3 remainder 1`.
+# The match is part of something longer, which can't be judged: `2y + 3 + 4 = 10`, `2^3 + 1 = 9`,
+# `3 + 4 = 7 + 2`, `7 / 2 = 3 remainder 1`.
 _BEFORE = re.compile(r"(?:[-+*/×÷−^(]|\\times|\\cdot|\\div)\s*\Z|[\w.,\\}]\Z|\bx\s\Z")
 _AFTER = re.compile(r"\s*(?:[-+*/×÷−^(]|\\times|\\cdot|\\div|x\s*\d|r(?:em\w*)?\b|mod\b)|[.,]?\w")
 
@@ -31,7 +34,7 @@ class Equation:
 def equations(text: str) -> Iterator[Equation]:
     """Equations whose left side is a chain of numbers and operators, in order.
 
-    What can't be read for certain is left out. A right side with decimals may be rounded.
+    An equation that is ambiguous is skipped. A right side with decimals may be rounded.
     """
     for match in _EQUATION.finditer(text):
         before = text[max(0, match.start() - 10) : match.start()]

@@ -1,8 +1,13 @@
-"""The annotator that is not asked: for routing that looks at no annotation."""
+"""The annotator that marks nothing: for routing that reads no annotation."""
+
+from typing import Any
 
 import pyarrow as pa
 
-from ...schemas.configs import SegmentConfig
+from ...data.store import Dataset
+from ...schemas.configs import NoAnnotator, SegmentConfig
+from ...schemas.errors import InputError
+from . import Engine
 from .rows import skipped_annotations
 
 
@@ -18,3 +23,15 @@ class NobodyAnnotator:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def _identity(config: NoAnnotator, problems: Dataset, in_training: bool) -> dict[str, Any]:
+    if in_training:
+        raise InputError(
+            "online.annotator.engine is none, and online.routing reads annotations; name an "
+            "engine that makes them, or another routing.rule and teacher_context"
+        )
+    return {}
+
+
+ENGINE = Engine(_identity, lambda config, segment, **_: NobodyAnnotator(segment))

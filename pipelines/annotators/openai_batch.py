@@ -1,7 +1,7 @@
-"""Annotation by OpenAI's Batch API: questions go out as files, answers come back within a day.
+"""Annotation by OpenAI's Batch API, engine `openai` with `batch=true`.
 
-All answers go through the journal under the keys of the engine that asks one by one, so either
-engine finds what the other has paid for.
+Questions go out as files, answers come back within a day. All answers are journalled under the keys
+of the engine that asks one by one, so either engine finds what the other has paid for.
 """
 
 import logging
@@ -19,23 +19,15 @@ from ...schemas.errors import InputError
 from ...schemas.labels import AnnotationStatus
 from ...schemas.tables import ANNOTATIONS
 from .. import endpoint
-from .batch_jobs import (
-    FINAL,
-    Batch,
-    BatchClient,
-    JobFile,
-    RequestFailed,
-    RequestFile,
-    read_jobs,
-    remove_unfinished,
-)
+from .batch_client import Batch, BatchClient, RequestFailed
+from .batch_jobs import FINAL, JobFile, RequestFile, read_jobs, remove_unfinished
 from .budget import BudgetSpent
 from .completion import bounded, question_key, read_record, request_body
 from .dialogue import Answer, Question, replay
 from .journal import Journal
 from .journal_lines import Answered, Record, Reserved
 from .prompting import AnnotationPrompt
-from .rows import NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
+from .rows import KEPT, NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
 from .spending import Spending, exclusive
 
 logger = logging.getLogger(__name__)
@@ -54,10 +46,12 @@ class BatchAnnotator:
         prompt: AnnotationPrompt,
         segment: SegmentConfig,
         journal: Journal,
-        folder: Path,
         spending: Spending,
+        folder: Path,
+        parts: Callable[[], Iterable[Tables]],
     ) -> None:
-        """folder: where jobs are remembered.
+        """folder: where jobs are remembered. parts: those whose questions go out together, since a
+        batch may take a day; called once per round.
 
         Raises:
             InputError: a missing key, another process with the same batches.
@@ -65,6 +59,7 @@ class BatchAnnotator:
         folder.mkdir(parents=True, exist_ok=True)
         self._config, self._prompt, self._segment = config, prompt, segment
         self._journal, self._folder, self._spending = journal, folder, spending
+        self._parts: Callable[[], Iterable[Tables]] | None = parts
         self._client = BatchClient(
             config.base_url,
             config.api_key_env,
@@ -78,27 +73,17 @@ class BatchAnnotator:
         self._failed: dict[str, str] = {}  # sentence by journal key, for this run
         remove_unfinished(folder)
 
-    def fill(self, parts: Callable[[], Iterable[Tables]]) -> None:
-        """Ask until no row of these parts has an open question; answers go into the journal.
-
-        parts: read anew in each round, one after the other.
+    def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
+        """See `Annotator`. The first call asks the questions of all parts.
 
         Raises:
             InputError: a batch that failed, expired or was cancelled, more than half of a round's
                 requests failing, a spent budget. Answers that arrived are in the journal.
         """
-        jobs = self._submitted()
-        while jobs or (jobs := self._submit(parts)):
-            self._collect(jobs)
-            jobs = []
-
-    def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
-        """See `Annotator`; asks what `fill` was not told of.
-
-        Raises:
-            InputError: as `fill`.
-        """
-        self.fill(lambda: [(problems, rollouts, verdicts)])
+        if self._parts is not None:
+            self._fill(self._parts)
+            self._parts = None
+        self._fill(lambda: [(problems, rollouts, verdicts)])
         work = list(items(problems, rollouts, verdicts, self._segment))
         return ANNOTATIONS.table(self._row(item) for item in work)
 
@@ -108,15 +93,23 @@ class BatchAnnotator:
         self._spending.close()
         self._lock.close()
 
+    def _fill(self, parts: Callable[[], Iterable[Tables]]) -> None:
+        """Ask until no row of these parts has an open question; answers go into the journal."""
+        jobs = self._submitted()
+        while jobs or (jobs := self._submit(parts)):
+            self._collect(jobs)
+            jobs = []
+
     def _row(self, item: Item) -> dict[str, Any]:
         if item.correct is None:
             self._spending.row(())
             return annotation_row(item, self._who, SKIPPED)
-        answers, came = replay(self._prompt, item, self._config, self._known)
-        if isinstance(came, Question):
-            came = Reading(AnnotationStatus.FAILED, error=self._failed[self._key(came)])
+        answers, outcome = replay(self._prompt, item, self._config, self._known)
+        if isinstance(outcome, Question):
+            error = self._failed[self._key(outcome)]
+            outcome = Reading(AnnotationStatus.FAILED, error=error)
         raw = answers[-1].text if answers else None
-        return annotation_row(item, self._who, came, self._spending.row(answers), raw)
+        return annotation_row(item, self._who, outcome, self._spending.row(answers), raw)
 
     def _key(self, question: Question) -> str:
         return question_key(self._config, self._prompt, question)
@@ -126,7 +119,7 @@ class BatchAnnotator:
         return None if record is None else read_record(record)
 
     def _submitted(self) -> list[JobFile]:
-        """Jobs of an earlier process, on their way again from whatever step they had reached."""
+        """Jobs of an earlier process, submitted from whatever step they had reached."""
         jobs = read_jobs(self._folder)
         for file in jobs:
             self._refused.update(file.job.refused)
@@ -153,7 +146,8 @@ class BatchAnnotator:
             if key in asked:
                 continue
             body = request_body(self._config, self._prompt, question, self._refused)
-            worst = self._worst_case_usd(body)
+            price = self._spending.price
+            worst = 0.0 if price is None else price.worst_case_usd(body, batched=True)
             if not self._room(requests.worst_case_usd + worst, more_comes=bool(asked)):
                 break
             if not requests.add(key, body, worst):
@@ -169,19 +163,17 @@ class BatchAnnotator:
             for item in items(*tables, self._segment):
                 if item.correct is None:
                     continue
-                _, came = replay(self._prompt, item, self._config, self._known)
-                if isinstance(came, Question) and (key := self._key(came)) not in self._failed:
-                    yield key, came
-
-    def _worst_case_usd(self, body: dict[str, Any]) -> float:
-        price = self._spending.price
-        return 0.0 if price is None else price.worst_case_usd(body, batched=True)
+                _, outcome = replay(self._prompt, item, self._config, self._known)
+                if isinstance(outcome, Question):
+                    key = self._key(outcome)
+                    if key not in self._failed:
+                        yield key, outcome
 
     def _room(self, worst_case_usd: float, more_comes: bool) -> bool:
-        """Whether the budget has room for this round so far.
+        """Whether the budget has room for this round so far. more_comes: answers may make room.
 
         Raises:
-            InputError: it has none, and no answer that is still to come can make any.
+            InputError: it has none, and no answer can make any.
         """
         budget = self._spending.budget
         if budget is None:
@@ -192,47 +184,46 @@ class BatchAnnotator:
             if more_comes:
                 return False
             raise InputError(
-                f"annotator {self._config.name}: {error}; raise annotator.budget_usd and run again: "
-                "answers that arrived are kept and not paid again"
+                f"annotator {self._config.name}: {error}, at {self._spending.price}; raise "
+                f"annotator.budget_usd and run again: {KEPT}"
             ) from None
         if reservation is not None:
             budget.release(reservation)
         return reservation is not None
 
     def _collect(self, jobs: list[JobFile]) -> None:
-        """Wait for all jobs and keep their answers; say what went wrong when all are in."""
+        """Wait for all jobs and keep their answers; faults are raised when all are in."""
         outcomes: Counter[str] = Counter()
         faults: list[str] = []
         waiting = list(jobs)
         while waiting:
             for file in list(waiting):
-                batch = self._client.look(file)
+                batch = self._client.refresh(file)
                 if batch.status in FINAL:
                     waiting.remove(file)
-                    came = self._keep(file, batch)
-                    outcomes += came
+                    outcomes += self._keep(file, batch)
                     if batch.status != "completed":
                         faults.append(self._client.fault(file, batch))
-            self._tell(jobs)
+            self._show(jobs)
             if waiting:
                 time.sleep(self._config.batch_poll_s)
         if not faults and outcomes["failed"] > outcomes["answered"]:
-            said = self._failed[next(reversed(self._failed))].removeprefix(NO_ANSWER)
-            faults.append(f"{outcomes['failed']} requests failed ({said})")
+            last = self._failed[next(reversed(self._failed))].removeprefix(NO_ANSWER)
+            faults.append(f"{outcomes['failed']} requests failed ({last})")
         if faults:
             raise InputError(
-                f"annotator {self._config.name} at {self._config.base_url}: {faults[0]}; answers "
-                "that arrived are kept and not paid again: run again for the rest"
+                f"annotator {self._config.name} at {self._config.base_url}: {faults[0]}; {KEPT}: "
+                "run again for the rest"
             )
 
     def _keep(self, file: JobFile, batch: Batch) -> Counter[str]:
         """A final batch's answers into the journal. Counts what was answered and what failed."""
-        came: Counter[str] = Counter()
-        cost: float | None = 0.0
+        counts: Counter[str] = Counter()
+        costs: list[float | None] = []
         results = self._client.results(file, batch)
         while lines := list(islice(results, _LINES_PER_WRITE)):
             kept = [(key, outcome) for key, outcome in lines if not isinstance(outcome, Exception)]
-            # A kill may have come when a part of them was in the journal, and counted as spent.
+            # After a kill the journal may have a part of them, already counted as spent.
             fresh = [
                 Answered(key, bounded(record, lambda key=key: file.bounds.get(key)))
                 for key, record in kept
@@ -240,20 +231,18 @@ class BatchAnnotator:
             ]
             lost = self._lost(file, lines)
             self._journal.append([*fresh, *lost])
-            for usd in (
-                *(self._billed_usd(answer.record) for answer in fresh),
-                *(reserved.usd for reserved in lost),
-            ):
-                cost = None if cost is None or usd is None else cost + usd
-            came["answered"] += len(kept)
+            costs += [self._billed_usd(answer.record) for answer in fresh]
+            costs += [reserved.usd for reserved in lost]
+            counts["answered"] += len(kept)
             for key, outcome in lines:
                 if isinstance(outcome, Exception):
-                    came["failed"] += self._fails(key, outcome, file.job.refused)
+                    counts["failed"] += self._fails(key, outcome, file.job.refused)
         if file.reservation is not None and self._spending.budget is not None:
-            file.reservation.settle(cost)
+            known = [cost for cost in costs if cost is not None]
+            file.reservation.settle(sum(known) if len(known) == len(costs) else None)
             self._spending.budget.release(file.reservation)
-        file.collected(came["answered"])
-        return came
+        file.collected(counts["answered"])
+        return counts
 
     def _billed_usd(self, record: Record) -> float | None:
         price = self._spending.price
@@ -267,7 +256,7 @@ class BatchAnnotator:
         return [
             Reserved(
                 f"{file.path.stem}-{key}",
-                price.of_tokens(*file.bounds[key]) * price.batch
+                price.of_tokens(*file.bounds[key], batched=True)
                 if key in file.bounds
                 else file.job.worst_case_usd,
             )
@@ -277,20 +266,23 @@ class BatchAnnotator:
         ]
 
     def _fails(self, key: str, error: Exception, refused: Collection[str]) -> bool:
-        """Whether a request is given up: it is asked again without a parameter that is refused."""
+        """Whether a request is given up: without a parameter that is refused it is asked again."""
+        passing = True
         if isinstance(error, RequestFailed):
             name = endpoint.refused_parameter(error, refused)  # type: ignore[arg-type]
             if name is not None and name not in refused:
                 if name not in self._refused:
-                    logger.warning("%s refuses %s: going without", self._config.base_url, name)
+                    logger.warning(
+                        "%s refuses %s: going on without it", self._config.base_url, name
+                    )
                 self._refused.add(name)
                 return False
-        passing = not isinstance(error, RequestFailed) or error.passing
+            passing = error.passing
         self._failed[key] = (NO_ANSWER if passing else "") + self._client.sentence(error)
         return True
 
-    def _tell(self, jobs: list[JobFile]) -> None:
+    def _show(self, jobs: list[JobFile]) -> None:
         statuses = Counter(file.job.status for file in jobs)
         done, total = (sum(getattr(f.job, n) for f in jobs) for n in ("completed", "requests"))
-        said = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
-        self._spending.tell(batches=said, answers=f"{done}/{total}")
+        listed = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+        self._spending.tell(batches=listed, answers=f"{done}/{total}")

@@ -1,23 +1,31 @@
-"""Annotation by a policy through its own sampler: the method's "online self" (METHOD.md)."""
+"""Annotation by a policy through a sampler, engine `self`: the method's "online self" (METHOD.md).
+
+Online training passes the sampler of the current weights. The annotate stage passes none: the
+policy of the config is opened here.
+"""
 
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from ...data.store import content_hash
+from ...data.store import Dataset, content_hash
 from ...schemas.configs import PolicyConfig, SamplingConfig, SegmentConfig, SelfAnnotator
+from ...schemas.errors import InputError
 from ...schemas.labels import FinishReason
 from ...schemas.tables import ANNOTATIONS
 from ...trace.prompt import render_chat
-from ...trace.protocols import Completion, PolicyInfo, Prompt, Sampler
+from ...trace.protocols import PolicyInfo, Prompt, Sampler
+from ..samplers import sampling_engine
 from ..samplers.constrained import require_writable
+from . import Engine
 from .bounds import bounded_schema
-from .dialogue import Answer, Dialogue, Question, dialogue, usage
-from .prompting import AnnotationPrompt, Messages
-from .rows import SKIPPED, Identity, Reading, annotation_row, items
+from .dialogue import Answer, Question, replay, usage
+from .prompting import Messages, load_prompt
+from .rows import SKIPPED, Identity, Item, Reading, annotation_row, items
 
 logger = logging.getLogger(__name__)
 
@@ -26,21 +34,25 @@ class PolicyAnnotator:
     """Asks a sampler; in training that sampler follows the current weights.
 
     All rollouts of a part are asked in one batch, then those whose answers need another turn. With
-    `structured` decoding is constrained to answers that are valid and within the limit, so there
-    are no other turns.
+    `structured` decoding is constrained to valid answers within the limit: one turn each.
     """
 
     def __init__(
         self,
         config: SelfAnnotator,
-        prompt: AnnotationPrompt,
         segment: SegmentConfig,
         sampler: Sampler,
         tokenizer: PreTrainedTokenizerBase | None,
+        closes: bool,
     ) -> None:
-        """Raises InputError if the policy can't write a structured answer within the limit."""
-        self._config, self._prompt, self._segment = config, prompt, segment
-        self._sampler, self._tokenizer = sampler, tokenizer
+        """tokenizer: None where only the sampler's server has it. closes: the sampler with this.
+
+        Raises:
+            InputError: the policy can't write a structured answer within the limit.
+        """
+        self._config, self._segment = config, segment
+        self._prompt = load_prompt(config.prompt, config.answer_schema)
+        self._sampler, self._tokenizer, self._closes = sampler, tokenizer, closes
         self._warned = False
         if config.structured:
             longest = self._schema(segment.max_segments)
@@ -50,76 +62,80 @@ class PolicyAnnotator:
     def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
         """See `Annotator`."""
         work = list(items(problems, rollouts, verdicts, self._segment))
-        talks: dict[int, Dialogue] = {}
-        questions: dict[int, Question] = {}
-        answers: dict[int, list[Answer]] = {}
-        readings: dict[int, Reading] = {}
-        for index, item in enumerate(work):
-            if item.correct is None:
-                continue
-            talks[index] = dialogue(self._prompt, item, self._config)
-            questions[index] = next(talks[index])
-            answers[index] = []
-        while questions:
-            asked = dict(questions)
-            questions.clear()
-            seeds = [
-                turn_seed(self._config.seed, work[index].rollout_id, len(answers[index]))
-                for index in asked
-            ]
-            schemas = None
-            if self._config.structured:
-                schemas = [self._schema(len(work[index].segments)) for index in asked]
-            given = self._ask(list(asked.values()), seeds, schemas)
-            for index, answer in zip(asked, given, strict=True):
+        answers: list[list[Answer]] = [[] for _ in work]
+        readings = [SKIPPED for _ in work]
+        waiting = [index for index, item in enumerate(work) if item.correct is not None]
+        while waiting:
+            questions: dict[int, Question] = {}
+            for index in waiting:
+                given = iter(answers[index])
+                _, outcome = replay(
+                    self._prompt,
+                    work[index],
+                    self._config,
+                    lambda _, given=given: next(given, None),
+                )
+                if isinstance(outcome, Reading):
+                    readings[index] = outcome
+                else:
+                    questions[index] = outcome
+            for index, answer in self._ask(work, questions, answers):
                 answers[index].append(answer)
-                try:
-                    questions[index] = talks[index].send(answer)
-                except StopIteration as done:
-                    readings[index] = done.value
+            waiting = list(questions)
         who = Identity(
             self._config.name, annotating_model(self._sampler.policy), self._prompt.version
         )
         return ANNOTATIONS.table(
-            annotation_row(item, who, SKIPPED)
-            if index not in readings
-            else annotation_row(
-                item, who, readings[index], usage(answers[index]), answers[index][-1].text
-            )
-            for index, item in enumerate(work)
+            annotation_row(item, who, reading, usage(given), given[-1].text)
+            if given
+            else annotation_row(item, who, reading)
+            for item, reading, given in zip(work, readings, answers, strict=True)
         )
 
     def close(self) -> None:
-        """Nothing to release: the sampler belongs to the caller."""
+        if self._closes:
+            self._sampler.close()
 
     def _schema(self, segments: int) -> dict[str, Any]:
         config = self._config
         return bounded_schema(self._prompt, segments, config.max_spans, config.max_new_tokens)
 
     def _ask(
-        self, questions: list[Question], seeds: list[int], schemas: list[dict[str, Any]] | None
-    ) -> list[Answer]:
-        """Answers in order. A sampler takes one limit per batch, so there is a batch per limit."""
-        out: dict[int, Answer] = {}
-        for limit in sorted({question.max_new_tokens for question in questions}):
-            batch = [i for i, question in enumerate(questions) if question.max_new_tokens == limit]
-            sampling = SamplingConfig(temperature=self._config.temperature, max_new_tokens=limit)
+        self, work: list[Item], questions: dict[int, Question], answers: list[list[Answer]]
+    ) -> Iterator[tuple[int, Answer]]:
+        """Each row's answer. A sampler takes one token limit per batch: a batch per limit."""
+        for limit in sorted({question.max_new_tokens for question in questions.values()}):
+            batch = [i for i, question in questions.items() if question.max_new_tokens == limit]
             prompts = [self._render(questions[i].messages) for i in batch]
             self._warn_of_long(prompts, limit)
+            seeds = [
+                [turn_seed(self._config.seed, work[i].rollout_id, len(answers[i]))] for i in batch
+            ]
+            schemas = None
+            if self._config.structured:
+                schemas = [self._schema(len(work[i].segments)) for i in batch]
+            sampling = SamplingConfig(temperature=self._config.temperature, max_new_tokens=limit)
             began = time.monotonic()
-            groups = self._sampler.sample(
-                prompts,
-                sampling,
-                [[seeds[i]] for i in batch],
-                None if schemas is None else [schemas[i] for i in batch],
-            )
+            groups = self._sampler.sample(prompts, sampling, seeds, schemas)
             latency_s = time.monotonic() - began
             for i, prompt, (completion,) in zip(batch, prompts, groups, strict=True):
-                out[i] = _answer(prompt, completion, latency_s)
-        return [out[i] for i in range(len(questions))]
+                prompt_ids, ids = (
+                    completion.prompt_token_ids or prompt.token_ids,
+                    completion.token_ids,
+                )
+                yield (
+                    i,
+                    Answer(
+                        completion.text,
+                        cut=completion.finish_reason == FinishReason.LENGTH,
+                        prompt_tokens=None if prompt_ids is None else len(prompt_ids),
+                        completion_tokens=None if ids is None else len(ids),
+                        latency_s=latency_s,
+                    ),
+                )
 
     def _warn_of_long(self, prompts: list[Prompt], limit: int) -> None:
-        """Log how many questions leave no room for an answer; a server's context is its own to check."""
+        """Log how many questions leave no room for an answer. A server checks its own context."""
         context = getattr(self._sampler, "context", None)
         lengths = [len(prompt.token_ids or ()) + limit for prompt in prompts]
         long = 0 if context is None else sum(length > context for length in lengths)
@@ -136,20 +152,20 @@ class PolicyAnnotator:
             )
 
     def _render(self, messages: Messages) -> Prompt:
-        # A structured answer has no place for thinking: say so to templates that would open it.
+        # A structured answer has no place for thinking: chat templates that open it must not.
         thinking = False if self._config.structured else None
         if self._tokenizer is None:
             return Prompt(messages, thinking=thinking)
         return Prompt(messages, render_chat(self._tokenizer, messages, thinking), thinking)
 
 
-def annotating_policy(config: SelfAnnotator, base: PolicyConfig) -> PolicyConfig | None:
-    """The policy that annotates in training beside the student; None: the student itself."""
-    return config.policy or (base if config.weights == "base" else None)
+def annotating_policy(config: SelfAnnotator, student: PolicyConfig | None) -> PolicyConfig | None:
+    """The policy with weights of its own that annotates; None: the student's current weights."""
+    return config.policy or (student if config.weights == "base" else None)
 
 
 def annotating_model(policy: PolicyInfo) -> str:
-    """Whose weights annotated: name@revision, and +steps once training has moved them."""
+    """The weights that annotate: name@revision, and +steps once training has moved them."""
     return f"{policy.name}@{policy.revision}" + (f"+{policy.step}" if policy.step else "")
 
 
@@ -158,12 +174,43 @@ def turn_seed(base: int, rollout_id: str, turn: int) -> int:
     return int(content_hash([base, rollout_id, turn], 8), 16) & 0x7FFFFFFF
 
 
-def _answer(prompt: Prompt, completion: Completion, latency_s: float) -> Answer:
-    prompt_ids = completion.prompt_token_ids or prompt.token_ids
-    return Answer(
-        completion.text,
-        cut=completion.finish_reason == FinishReason.LENGTH,
-        prompt_tokens=len(prompt_ids) if prompt_ids is not None else None,
-        completion_tokens=None if completion.token_ids is None else len(completion.token_ids),
-        latency_s=latency_s,
-    )
+def _identity(config: SelfAnnotator, problems: Dataset, in_training: bool) -> dict[str, Any]:
+    identity = load_prompt(config.prompt, config.answer_schema).sha256
+    if config.policy is not None:
+        return identity | {"policy": sampling_engine(config.sampler, config.policy).identity()}
+    if not in_training:
+        raise InputError(
+            "annotator.policy is not set; name the policy that annotates (only in training it may "
+            "be left out, for the current weights)"
+        )
+    return identity
+
+
+def _open_sampler(
+    config: SelfAnnotator, student: PolicyConfig | None
+) -> tuple[Sampler, PreTrainedTokenizerBase | None] | None:
+    policy = annotating_policy(config, student)
+    return None if policy is None else sampling_engine(config.sampler, policy).open()
+
+
+def _open(
+    config: SelfAnnotator,
+    segment: SegmentConfig,
+    *,
+    sampler: Sampler | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **_: Any,
+) -> PolicyAnnotator:
+    if sampler is not None:
+        return PolicyAnnotator(config, segment, sampler, tokenizer, closes=False)
+    opened = _open_sampler(config, None)
+    assert opened is not None, "without a sampler the config names a policy"
+    return PolicyAnnotator(config, segment, *opened, closes=True)
+
+
+ENGINE = Engine(
+    _identity,
+    _open,
+    request_body=lambda config, prompt, question: {"messages": question.messages},
+    open_sampler=_open_sampler,
+)

@@ -1,5 +1,5 @@
 """How fast to ask an endpoint: requests and tokens per minute, adaptive concurrency, cool-down,
-circuit breaker. Nothing is sent but through here, so closing the pace stops all sending.
+circuit breaker. paid_requests.py sends every request through it, so closing the pace stops sending.
 """
 
 import asyncio
@@ -8,18 +8,18 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-_CUT = 0.75  # of the concurrency, when the endpoint says that it is too much
+_CUT = 0.75  # factor on the concurrency when the endpoint is overloaded
 _SUCCESSES_PER_STEP = 25  # before one more request may be in flight
 _COOL_DOWN_S, _LONGEST_COOL_DOWN_S = 1.0, 60.0
 _TRIP = 3  # failed rounds in a row, after which one request at a time probes the endpoint
 
 
 class Closed(Exception):
-    """The pace was closed while a request waited: it is not to be sent."""
+    """The pace was closed while a request waited, which must not be sent."""
 
 
 class AskedToWait(Exception):
-    """The endpoint asks for a longer wait than the patience that there is."""
+    """The endpoint asks for a longer wait than `patience_s`."""
 
 
 class Pace:
@@ -48,12 +48,12 @@ class Pace:
 
     @property
     def broken(self) -> bool:
-        """Whether the circuit is broken: nothing but failures, round after round."""
+        """Whether the circuit is broken: several rounds of failures without a success."""
         return self._failed_rounds >= _TRIP
 
     @property
     def limit(self) -> int:
-        """Requests that may be in flight now; one while the circuit is broken."""
+        """Most requests in flight now; one while the circuit is broken."""
         return 1 if self.broken else self._limit
 
     @property
@@ -66,14 +66,14 @@ class Pace:
         return self._closed.is_set()
 
     def close(self) -> None:
-        """From now on whoever waits here meets Closed; requests in flight go on."""
+        """Raise Closed in all that waits here; requests in flight go on."""
         self._closed.set()
 
     def reopen(self) -> None:
         self._closed.clear()
 
     async def sleep(self, seconds: float) -> None:
-        """Raises Closed, as soon as it is."""
+        """Raises Closed once the pace is closed."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._closed.wait(), seconds)
         if self.closed:
@@ -83,10 +83,10 @@ class Pace:
     async def slot(self, tokens: float = 0.0) -> AsyncIterator[float]:
         """Wait for room, both rates and the end of a cool-down. Yields the time of entry.
 
-        tokens: the most that the request may take; `succeeded` gives back what it did not.
+        tokens: the most that the request may use; `succeeded` gives back the rest.
 
         Raises:
-            Closed: by then no request is wanted.
+            Closed: the pace was closed.
             AskedToWait: `hold` is longer than `patience_s`.
         """
         await self._enter()
@@ -117,9 +117,9 @@ class Pace:
     ) -> None:
         """A failure that may pass. Its tokens stay taken: endpoints count refused requests too.
 
-        overloaded: the endpoint has too many requests; fewer from now on, none before a cool-down
-        is over. Other failures (a server that is down) cool down once the circuit is broken.
-        Requests that went out before the last failure are of the same round: they don't count again.
+        overloaded: the endpoint has too many requests: fewer from now on, after a cool-down. Other
+        failures (a server that is down) cool down once the circuit is broken. Requests that were
+        sent before the last failure belong to the same round and don't count again.
         """
         now = time.monotonic()
         if self._failing_since is None:
@@ -145,7 +145,7 @@ class Pace:
         while True:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._in_flight < self.limit)
-                self._changed.notify()  # the next one looks too: there may be room for several
+                self._changed.notify()  # there may be room for several
                 asked = self._asked_until - time.monotonic()
                 if asked > self._patience_s:
                     raise AskedToWait(f"{asked:.0f} s")
@@ -156,17 +156,18 @@ class Pace:
             await self.sleep(pause)
 
     async def _take(self, rate: "_Rate", amount: float) -> None:
-        async with rate.turn:  # first come, first served
+        async with rate.turn:  # in order of arrival
             while (wait := rate.wait_s(amount)) > 0:
                 await self.sleep(wait)
             rate.take(amount)
 
 
 class _Rate:
-    """So much per minute, even over time: what is not used is saved up for a second at most.
+    """An amount per minute, spread evenly: at most one second's unused amount is saved.
 
-    A full minute's amount would go out in one burst. What is more than a second's worth waits until
-    a second is saved up, and whatever comes after it waits longer.
+    More would let a minute's amount go out in one burst. A request for more than a second's amount
+    waits until a second is saved, and the next one waits longer. (aiolimiter refuses such a request
+    and can't take an amount back.)
     """
 
     def __init__(self, per_minute: float) -> None:

@@ -1,11 +1,16 @@
-"""What an endpoint's tokens cost: a dated data file, a file of the user's, or two numbers in a config.
+"""What an endpoint's tokens cost. Called by the openai engines, their budget and the cost estimate.
 
-A price that nobody gives is unknown, which is never the same as zero.
+The first source that lists the model at its host gives the price: two numbers in the config, the
+user's file (`annotator.prices`), the dated prices.yaml, the catalogue of the package genai-prices.
+A price that no source gives is unknown, which is never the same as zero. No source is updated over
+the network at run time.
 """
 
 import datetime
 import json
+import re
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,13 +26,25 @@ from .dialogue import Answer
 
 SHIPPED_PRICES = Path(__file__).with_name("prices.yaml")
 
+# The pinned catalogue and the day of its release: it dates no single price.
+CATALOGUE = ("0.2.3", "2026-11-10")
+# Prices that a text completion without tools can't incur.
+_NOT_FOR_TEXT = re.compile("audio|image|video|searches")
+# Most of the catalogue's patterns stop within a URL: api.openai.com.example is another host.
+_HOST_END = r"(?:(?<=[/.])|(?=[/:]|$))"
+# The provider bills writes to its cache only for requests that ask for caching; ours do not.
+_CACHE_ON_REQUEST = {"anthropic"}
+
 # Besides its text a message costs the tokens of its frame in the chat template: 3 or 4 in OpenAI's,
 # fewer than this in all templates that we know.
 _FRAME_TOKENS = 16
 
 
 class Price(BaseModel):
-    """US dollars per million tokens. batch: factor for answers of a batch interface."""
+    """US dollars per million tokens. batch: factor for answers of a batch interface.
+
+    source: where the price is from, and of which day. A model without one has its host's.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,6 +52,14 @@ class Price(BaseModel):
     completion: float = Field(ge=0)
     cached: float | None = Field(default=None, ge=0)
     batch: float = Field(default=1.0, gt=0, le=1)
+    source: str = Field(default="", exclude=True)
+
+    def __str__(self) -> str:
+        batch = f", batch x {self.batch:g}" if self.batch != 1 else ""
+        return (
+            f"${self.prompt:g} per million prompt tokens, ${self.completion:g} per million "
+            f"completion tokens{batch} ({self.source})"
+        )
 
     def cost_usd(self, answers: Iterable[Answer]) -> float | None:
         """What answers cost; None if an answer's tokens are unknown."""
@@ -48,19 +73,22 @@ class Price(BaseModel):
             total += usd * (self.batch if answer.batched else 1.0)
         return total
 
-    def of_tokens(self, prompt_tokens: float, completion_tokens: float) -> float:
+    def of_tokens(
+        self, prompt_tokens: float, completion_tokens: float, batched: bool = False
+    ) -> float:
         """US dollars of so many tokens, none of them cached."""
-        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
+        usd = (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
+        return usd * (self.batch if batched else 1.0)
 
     def worst_case_usd(self, body: dict[str, Any], batched: bool = False) -> float:
         """The most that a request with this body can cost."""
-        return self.of_tokens(*most_tokens(body)) * (self.batch if batched else 1.0)
+        return self.of_tokens(*most_tokens(body), batched)
 
     def billed_usd(self, answer: Answer) -> float | None:
         """What an answer cost, its worst case if its tokens are unknown; None without bounds."""
         usd = self.cost_usd([answer])
         if usd is None and answer.at_most is not None:
-            return self.of_tokens(*answer.at_most) * (self.batch if answer.batched else 1.0)
+            return self.of_tokens(*answer.at_most, answer.batched)
         return usd
 
 
@@ -97,34 +125,22 @@ _FILE = TypeAdapter(dict[str, _Host])
 def find_price(config: OpenAIAnnotator) -> Price | None:
     """The price of a config's model at its endpoint, None if unknown.
 
-    Numbers in the config win over the user's file, that over the shipped one.
-
     Raises:
-        InputError: one number without the other, or a file of prices that says something else.
+        InputError: one number without the other, a bad file of prices, a budget without a price.
     """
     prompt = config.usd_per_million_prompt_tokens
     completion = config.usd_per_million_completion_tokens
-    listed = _listed(config)
     if (prompt is None) != (completion is None):
         missing = "prompt" if prompt is None else "completion"
         raise InputError(
             f"annotator.usd_per_million_{missing}_tokens is not set and the other price is; give "
             "both (0 for a server without a bill) or none"
         )
+    price = _listed(config) or _catalogued(config)
     if prompt is not None and completion is not None:
-        # A provider's discount for batches is not a matter of the price that is given.
-        batch = listed.batch if listed is not None else 1.0
-        return Price(prompt=prompt, completion=completion, batch=batch)
-    return listed
-
-
-def require_price(config: OpenAIAnnotator) -> Price | None:
-    """The price, which a budget can't do without.
-
-    Raises:
-        InputError: a budget without a known price; as `find_price`.
-    """
-    price = find_price(config)
+        # The numbers don't say the provider's discount for batches: it stays the listed one.
+        batch = 1.0 if price is None else price.batch
+        return Price(prompt=prompt, completion=completion, batch=batch, source="the config")
     if price is None and config.budget_usd is not None:
         raise InputError(
             f"annotator.budget_usd is {config.budget_usd:g} and the price of model {config.model} "
@@ -138,7 +154,7 @@ def load_prices(path: str | Path) -> dict[str, _Host]:
     """A file of prices by host.
 
     Raises:
-        InputError: the file is not there, or says something else than it must.
+        InputError: the file is missing or has another content.
     """
     text = read_text_file(path, "give a file of prices in annotator.prices, or leave it out")
     try:
@@ -155,11 +171,72 @@ def load_prices(path: str | Path) -> dict[str, _Host]:
 
 
 def _listed(config: OpenAIAnnotator) -> Price | None:
+    """The price in the user's file, else in the shipped one."""
     where = urlsplit(config.base_url)
-    files = [config.prices] if config.prices is not None else []
-    for path in (*files, SHIPPED_PRICES):
+    for path in filter(None, (config.prices, SHIPPED_PRICES)):
         hosts = load_prices(path)
-        for host in (where.netloc, where.hostname or ""):  # with and without a port
-            if host in hosts and config.model in hosts[host].models:
-                return hosts[host].models[config.model]
+        for name in (where.netloc, where.hostname or ""):  # with and without a port
+            if name in hosts and (price := hosts[name].models.get(config.model)) is not None:
+                source = price.source or hosts[name].source
+                source = f"{Path(path).name}, as of {hosts[name].as_of}: {source.strip()}"
+                return price.model_copy(update={"source": source})
     return None
+
+
+def _catalogued(config: OpenAIAnnotator) -> Price | None:
+    """The price in the catalogue that is installed, for a model that it lists by this very name.
+
+    None too for prices that depend on the time of day or on the prompt's length, or that include
+    more than tokens: a cost computed from two numbers would be too low.
+    """
+    from genai_prices import types  # 0.4 s: not before the dated file has no answer
+    from genai_prices.data import providers
+
+    name = config.model.lower()
+    now = datetime.datetime.now(datetime.UTC)
+    for provider in providers:
+        if not re.match(f"(?:{provider.api_pattern}){_HOST_END}", config.base_url):
+            continue
+        for model in provider.models:
+            clauses = getattr(model.match, "or_", [model.match])
+            names = {c.equals for c in clauses if isinstance(c, types.ClauseEquals)} | {model.id}
+            if name not in names:
+                continue
+            dated = model.prices if isinstance(model.prices, list) else []
+            if any(isinstance(one.constraint, types.TimeOfDateConstraint) for one in dated):
+                return None
+            return _flat_price(
+                vars(model.get_prices(now)),
+                vars(model.get_prices(now, {"processing": "batch"})),
+                provider.id in _CACHE_ON_REQUEST,
+            )
+    return None
+
+
+def _flat_price(
+    listed: dict[str, Any], batched: dict[str, Any], cache_on_request: bool
+) -> Price | None:
+    """A catalogue's entry as a price; None if text is billed by more than its tokens."""
+    per_token = {name: usd for name, usd in listed.items() if usd is not None}
+    for name in list(per_token):
+        if _NOT_FOR_TEXT.search(name) or (cache_on_request and name.startswith("cache_write")):
+            del per_token[name]
+    prompt, completion = (per_token.pop(f"{name}_mtok", None) for name in ("input", "output"))
+    cached = per_token.pop("cache_read_mtok", None)
+    try:
+        prompt, completion = float(prompt), float(completion)  # type: ignore[arg-type]
+        cached = None if cached is None else float(cached)
+    except TypeError:  # not listed, or in tiers by the prompt's length
+        return None
+    if per_token:
+        return None
+    pairs = (
+        (float(batched[f"{n}_mtok"]), usd) for n, usd in (("input", prompt), ("output", completion))
+    )
+    factor = max((part / usd for part, usd in pairs if usd), default=1.0)
+    installed, (pinned, released) = version("genai-prices"), CATALOGUE
+    date = f", released {released}" if installed == pinned else ""
+    source = f"the catalogue of genai-prices {installed}{date}"
+    return Price(
+        prompt=prompt, completion=completion, cached=cached, batch=min(factor, 1.0), source=source
+    )

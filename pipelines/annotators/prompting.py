@@ -1,12 +1,12 @@
 """The annotation prompt: loaded from files that a person can read and change, filled per rollout.
 
-A prompt file is Markdown with a front matter that names its version and the sections `# system`,
-`# user` and `# correction`. `{{name}}` is replaced in one pass, so a text that is filled in can't
-bring placeholders of its own.
+Called by the engines that ask a model, and by the estimate. A prompt file is Markdown with a front
+matter that names its version and the sections `# system`, `# user` and `# correction`. `{{name}}` is
+replaced in one pass, so a text that is filled in can't bring placeholders of its own.
 
-Rollouts are untrusted. A segment's number stands at the start of a line and the lines that continue
-a segment are indented, so a response can't forge a segment; the tags around each text carry a hash
-of the response, so it can't close them.
+Rollouts are untrusted. A segment's number is at the start of a line and the other lines of a segment
+are indented, so a response can't forge a segment; the tags around each text carry a hash of the
+response, so it can't close them.
 """
 
 import hashlib
@@ -17,6 +17,9 @@ from typing import Any
 
 import yaml
 from jsonschema import Draft202012Validator, SchemaError
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from ...data.json_text import read_json
 from ...schemas.errors import InputError
@@ -50,8 +53,8 @@ Messages = list[dict[str, str]]
 class AnnotationPrompt:
     """A prompt file and an answer schema, checked.
 
-    sections: template by section name; types: the labels that the schema allows; sha256: of both
-    files, what a dataset id hashes in place of their paths.
+    sections: template by section name. types: the labels that the schema allows. sha256: hashes of
+    both files, which a dataset id hashes in place of their paths.
     """
 
     version: str
@@ -65,7 +68,7 @@ def load_prompt(prompt: str | None = None, answer_schema: str | None = None) -> 
     """Read a prompt file and an answer schema; None means the shipped ones.
 
     Raises:
-        InputError: a file is not there, or says something else than it must.
+        InputError: a file is missing or has another content.
     """
     prompt_path = Path(prompt) if prompt is not None else SHIPPED_PROMPT
     schema_path = Path(answer_schema) if answer_schema is not None else SHIPPED_SCHEMA
@@ -98,7 +101,7 @@ def ask(prompt: AnnotationPrompt, item: Item) -> Messages:
 
 
 def correct(prompt: AnnotationPrompt, item: Item, answer: str, error: str) -> Messages:
-    """What the conversation goes on with after an answer that can't be used."""
+    """The next messages after an answer that can't be used."""
     fields = _fields(prompt, item) | {"error": error}
     return [
         {"role": "assistant", "content": answer},
@@ -155,7 +158,7 @@ def _parse_prompt(text: str, path: Path) -> tuple[str, dict[str, str]]:
     pieces = _SECTION.split(match.group(2))
     sections = {
         name: body.strip() for name, body in zip(pieces[1::2], pieces[2::2], strict=True)
-    }  # what stands before the first section is a comment
+    }  # text before the first section is a comment
     if absent := [name for name in SECTIONS if not sections.get(name)]:
         raise InputError(f"{path}: section `# {absent[0]}` is missing or empty; add it")
     for name in SECTIONS:
@@ -171,11 +174,11 @@ def _parse_prompt(text: str, path: Path) -> tuple[str, dict[str, str]]:
 
 
 def _parse_schema(text: str, path: Path) -> dict[str, Any]:
-    """An answer schema that can say what an annotation needs: spans and one known type."""
+    """An answer schema with what an annotation needs: spans and one known type."""
     try:
         schema = read_json(text)
         Draft202012Validator.check_schema(schema)
-        _check_parts(schema, schema)
+        _check_references(schema)
     except SchemaError as error:
         raise InputError(f"{path}: is not a JSON schema ({error.message})") from None
     except RecursionError:
@@ -195,43 +198,32 @@ def _parse_schema(text: str, path: Path) -> dict[str, Any]:
         )
     if unknown := [label for label in labels if label not in list(DiagnosticType)]:
         raise InputError(
-            f"{path}: type {unknown[0]!r} is no diagnostic type; use a part of "
+            f"{path}: type {unknown[0]!r} is no diagnostic type; use some of "
             f"{', '.join(DiagnosticType)}"
         )
     return schema
 
 
-def _check_parts(part: Any, whole: Any) -> None:
-    """What the check of a schema's form leaves out: patterns, and references.
-
-    Raises:
-        SchemaError: a pattern that is none, a reference that leads out of the schema or nowhere.
-    """
-    if isinstance(part, dict):
-        for key in ("$dynamicRef", "$dynamicAnchor", "$anchor", "$id"):
-            if key in part and (key != "$id" or part is not whole):
-                raise SchemaError(f"{key} is not supported; refer to parts by #/$defs/name")
-        if isinstance(target := part.get("$ref"), str) and not _is_there(target, whole):
-            raise SchemaError(f"$ref {target!r} names no part of the schema, such as #/$defs/name")
-        named = part.get("patternProperties")
-        for pattern in [part.get("pattern"), *(named if isinstance(named, dict) else ())]:
-            try:
-                re.compile(pattern if isinstance(pattern, str) else "")
-            except re.error as error:
-                raise SchemaError(f"pattern {pattern!r}: {error}") from None
-    children = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-    for child in children:
-        if isinstance(child, dict | list):
-            _check_parts(child, whole)
-
-
-def _is_there(pointer: str, whole: Any) -> bool:
-    """Whether `#/a/b` leads to a schema in a schema: no file and no address is looked up."""
-    base, *keys = pointer.split("/")
-    at = whole
-    for key in keys:
-        key = key.replace("~1", "/").replace("~0", "~")
-        if not isinstance(at, dict) or key not in at:
-            return False
-        at = at[key]
-    return base == "#" and isinstance(at, dict | bool)
+def _check_references(schema: Any) -> None:
+    """Raises SchemaError at a reference to anything but a part of the schema: none is fetched."""
+    resource = DRAFT202012.create_resource(schema)
+    resolver = Registry().with_resource("", resource).resolver()
+    parts = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            for key in ("$dynamicRef", "$dynamicAnchor", "$anchor", "$id"):
+                if key in part and (key != "$id" or part is not schema):
+                    raise SchemaError(f"{key} is not supported; refer to parts by #/$defs/name")
+            if isinstance(target := part.get("$ref"), str):
+                try:
+                    found = resolver.lookup(target).contents if target.startswith("#") else None
+                except Unresolvable:
+                    found = None
+                if not isinstance(found, dict | bool):
+                    raise SchemaError(
+                        f"$ref {target!r} names no part of the schema, such as #/$defs/name"
+                    )
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part

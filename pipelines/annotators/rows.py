@@ -1,4 +1,7 @@
-"""What an annotator works on, and how its marks become rows of the annotations table."""
+"""What an annotator works on, and how its marks become rows of the annotations table.
+
+Called by all engines, and by online training for rollouts that no annotator is asked about.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +17,7 @@ from ...trace.segment import segment
 
 # Begins the error of a failed row that another attempt may mend: time-outs, server errors.
 NO_ANSWER = "unanswered: "
+KEPT = "answers that arrived are kept and not paid again"
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Reading:
-    """What an annotator said: segment indices per span, most important first, and one type."""
+    """An annotator's answer: segment indices per span, most important first, and one type."""
 
     status: AnnotationStatus
     marked: list[list[int]] = field(default_factory=list)
@@ -49,7 +53,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Usage:
-    """What an annotation took. None: unknown."""
+    """Tokens, cost and time of an annotation. None: unknown."""
 
     prompt_tokens: int | None = 0
     completion_tokens: int | None = 0
@@ -59,7 +63,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who annotates: the config's name, the model behind it, the prompt's version."""
+    """The annotator: the config's name, the model behind it, the prompt's version."""
 
     name: str
     model: str
@@ -74,7 +78,7 @@ def items(
 ) -> Iterator[Item]:
     """The rollouts of one part, in order; `verdicts` holds the same rollouts in the same order.
 
-    Each is cut into segments when it is asked for: an endpoint is at work on the first meanwhile.
+    Segmenting is lazy: an endpoint works on the first rows meanwhile.
 
     Raises:
         InputError: tables that do not belong together, before the first item.
@@ -90,8 +94,8 @@ def items(
             if row[name] not in known:
                 table = "verdicts" if name == "rollout_id" else "problems"
                 raise InputError(
-                    f"rollouts, row {index}: {name} {row[name]} is not in the {table}; make them "
-                    "again from one another"
+                    f"rollouts, row {index}: {name} {row[name]} is not in the {table}; make both "
+                    "again"
                 )
     for row in rows:
         yield Item(
@@ -108,8 +112,8 @@ def skipped_annotations(
     verdicts: pa.Table,
     config: SegmentConfig | None = None,
 ) -> pa.Table:
-    """Annotations of rollouts that no annotator was asked about: where routing looks at none, and
-    in online steps once λ is 0."""
+    """Annotations of rollouts that no annotator is asked about: where routing reads none, and in
+    online steps once λ is 0."""
     nobody = Identity("none", "none")
     work = items(problems, rollouts, verdicts, config or SegmentConfig())
     return ANNOTATIONS.table(annotation_row(item, nobody, SKIPPED) for item in work)
@@ -146,9 +150,9 @@ def annotation_row(
 
 
 def spans(item: Item, marked: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """Spans of consecutive segments in order of rank; their rank is their place in the list.
+    """Spans of consecutive segments; their rank is their place in the list.
 
-    Indices that are not consecutive make several spans, in the order in which they were named.
+    Indices that are not consecutive make several spans, in the order in which they are named.
     """
     runs = [run for named in marked for run in _consecutive(named)]
     out = []

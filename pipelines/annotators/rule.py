@@ -1,21 +1,24 @@
-"""The exact annotator: for problems whose right intermediate steps are known.
+"""The exact annotator, engine `rule`: for problems whose right intermediate steps are known.
 
-`line`: a response writes one step per line, and a line is right if it equals the known step.
-`value`: a response is free text, judged by the equations that it states.
+match=line: a response writes one step per line, and a line is right if it equals the known step.
+match=value: a response is free text, judged by the equations that it states.
 """
 
 import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from ...data.store import Dataset
 from ...schemas.configs import RuleAnnotator, SegmentConfig
 from ...schemas.errors import InputError
 from ...schemas.labels import AnnotationStatus, DiagnosticType
 from ...schemas.tables import ANNOTATIONS
+from . import Engine
 from .equations import equations, value
 from .rows import SKIPPED, Identity, Item, Reading, Usage, annotation_row, items
 
@@ -36,7 +39,7 @@ class StepsAnnotator:
         Raises:
             InputError: a problem has no known steps.
         """
-        require_steps(problems, "problems")
+        _require_steps(problems, "problems")
         rows = []
         for item in items(problems, rollouts, verdicts, self._segment):
             began = time.monotonic()
@@ -55,18 +58,17 @@ class StepsAnnotator:
         """Nothing to release."""
 
 
-def require_steps(problems: pa.Table, where: str) -> None:
-    """Raises InputError at the first problem without known steps."""
+def _require_steps(problems: pa.Table, where: str) -> None:
     for row, steps in enumerate(problems["steps"].to_pylist()):
         if not steps:
             raise InputError(
-                f"{where}, row {row}: steps is empty, and the rule annotator knows nothing else; "
+                f"{where}, row {row}: steps is empty, and the rule annotator reads nothing else; "
                 "use annotator.engine=openai or self, or problems from a source with known steps"
             )
 
 
 def by_line(item: Item) -> Reading:
-    """Key lines: those equal to a key step. Error: the first line that is not the step of its place."""
+    """Key lines: those equal to a key step. Error: the first line that differs from its step."""
     steps = item.problem["steps"]
     lines = [i for i in range(len(item.segments)) if item.text(i).strip()]
     if item.correct:
@@ -74,7 +76,7 @@ def by_line(item: Item) -> Reading:
         key = [i for i in lines if item.text(i).strip() in key_types]
         return _reading([(i, key_types[item.text(i).strip()]) for i in key])
     for place, i in enumerate(lines):
-        step = steps[min(place, len(steps) - 1)]  # a line too many is the last step's fault
+        step = steps[min(place, len(steps) - 1)]  # surplus lines count against the last step
         if place >= len(steps) or item.text(i).strip() != step["text"].strip():
             return _reading([(i, step["type"])])
     return _reading([])
@@ -83,8 +85,7 @@ def by_line(item: Item) -> Reading:
 def by_value(item: Item) -> Reading:
     """Key segments: the first to state each key step's value as the result of an equation.
 
-    Error: the first false equation; else the first whose result no step knows; else the final
-    answer.
+    Error: the first false equation; else the first whose result is no step's; else the final answer.
     """
     steps = item.problem["steps"]
     stated = [
@@ -111,9 +112,9 @@ def by_value(item: Item) -> Reading:
 
 
 def mistaken(reading: Reading, item: Item, wrong_spans: float, wrong_types: float) -> Reading:
-    """What an annotator that errs at these rates says instead, the same whenever it is asked.
+    """A reading with mistakes at these rates, the same for each call about a rollout.
 
-    A wrong mark goes to another segment, a wrong type is that of another of the problem's steps.
+    A wrong mark goes to another segment; a wrong type is that of another step of the problem.
     """
     if reading.type is None:
         return reading
@@ -136,7 +137,16 @@ _RULES: dict[str, Callable[[Item], Reading]] = {"line": by_line, "value": by_val
 
 
 def _reading(marked: list[tuple[int, str]]) -> Reading:
-    """Segments and their types, most important first; the first one's type stands for all."""
+    """Segments and their types, most important first; the first type stands for all."""
     if not marked:
         return Reading(AnnotationStatus.EMPTY)
     return Reading(AnnotationStatus.OK, [[i] for i, _ in marked], DiagnosticType(marked[0][1]))
+
+
+def _identity(config: RuleAnnotator, problems: Dataset, in_training: bool) -> dict[str, Any]:
+    for part in range(problems.parts):
+        _require_steps(problems.read_part(part, ["steps"]), f"{problems.ref}, part {part}")
+    return {}
+
+
+ENGINE = Engine(_identity, lambda config, segment, **_: StepsAnnotator(config, segment))

@@ -1,12 +1,15 @@
-"""What annotating one dataset costs: price, budget and running totals, in one place for all engines.
+"""What the annotation of one dataset costs: price, budget and running totals, for all engines.
 
 async with spending.reserve(body) as reservation:   # before sending; waits, or BudgetSpent
     answer = …
     reservation.settle(spending.cost_usd([answer]))
 usage = spending.row(answers)                        # when a row is done: counted and shown
+
+Called by the annotate stage, which opens it, and by the engines that it is passed to.
 """
 
 import fcntl
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -19,17 +22,19 @@ from .budget import Budget, Reservation
 from .completion import is_answer, read_record
 from .dialogue import Answer, usage
 from .journal_lines import Answered, Reserved, Settled, journal_files, read_lines
-from .prices import Price, require_price
+from .prices import Price, find_price
 from .rows import Usage
 
-_FEWEST_ROWS = 10  # before the mean of what rows cost says something about those to come
+logger = logging.getLogger(__name__)
+
+_FEWEST_ROWS = 10  # before the mean cost of a row predicts that of the next ones
 
 
 class Spending:
     """Shared by all parts of a dataset in a process; any thread may use it.
 
-    price: None if unknown. rows: of the whole dataset, None if nobody knows. tell: takes figures by
-    name, to be shown while the stage runs. lock: held until closed.
+    price: None if unknown. rows: of the dataset, None if unknown. tell: shows figures, given by
+    name, while the stage runs. lock: held until `close`.
     """
 
     def __init__(
@@ -52,10 +57,10 @@ class Spending:
 
     @asynccontextmanager
     async def reserve(self, body: dict[str, Any]) -> AsyncIterator[Reservation]:
-        """Set aside what a request may cost; without a budget any cost has room.
+        """Set aside what a request may cost. Without a budget there is room for any.
 
         Raises:
-            BudgetSpent: it has no room.
+            BudgetSpent: there is no room.
         """
         if self.budget is None or self.price is None:
             yield Reservation(0.0)
@@ -70,7 +75,7 @@ class Spending:
         return out
 
     def count(self, rows: int, usage: Usage) -> None:
-        """Count rows that are done with what they took together, and show the totals."""
+        """Count rows that are done with their usage together, and show the totals."""
         with self._lock:
             self._done += rows
             self._total = plus(self._total, usage)
@@ -97,7 +102,7 @@ class Spending:
         return out
 
     def close(self) -> None:
-        """Let another process have the budget."""
+        """Release the lock on the budget."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -111,14 +116,15 @@ def open_spending(
 ) -> Spending:
     """Price and budget of a config.
 
-    journal: the folder of a dataset's paid answers, which count as spent, and so do requests that were
-    sent and may have been billed.
+    journal: the folder of a dataset's paid answers, which count as spent, as do requests that may
+    have been billed.
 
     Raises:
         InputError: a budget without a known price, another process that spends the same budget, an
-            answer of which nobody knows what it cost, a bad file of prices.
+            answer of unknown cost, a bad file of prices.
     """
-    price = require_price(config)
+    price = find_price(config)
+    logger.info("price of %s: %s", config.model, price or "unknown")
     if config.budget_usd is None or price is None:
         return Spending(price, rows=rows, tell=tell)
     if journal is None:
@@ -160,7 +166,7 @@ def _spent_usd(journal: Path, price: Price) -> float:
 
 
 def exclusive(path: Path, what: str) -> IO[bytes]:
-    """A lock that lasts until it is closed or the process ends: two budgets would each be spent.
+    """A lock of one process, until it is closed or the process ends.
 
     what: what its holder does, for the error.
 
@@ -195,7 +201,7 @@ def plus(one: Usage, other: Usage) -> Usage:
 
 
 def dollars(usd: float | None) -> str:
-    """US dollars for people; unknown is said, never shown as nothing."""
+    """US dollars for people. An unknown cost is "unknown", never 0."""
     if usd is None:
         return "unknown"
     decimals = 2 if usd >= 10 or usd == 0 else 4 if usd >= 0.01 else 6

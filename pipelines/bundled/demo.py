@@ -1,7 +1,8 @@
-"""The main job, start to end: python -m trace_opd.pipelines.bundled.demo [micro|smollm2]
+"""`make demo`: python -m trace_opd.pipelines.bundled.demo [micro|smollm2]
 
-Runs the pipeline of configs/<model>.yaml as Prefect flows on the embedded server, then sums up:
-pass rate before and after with 95 % intervals, the Parquet paths, the report, summary.json.
+Runs the pipeline of configs/<model>.yaml as Prefect flows on the embedded server. Then it prints,
+and writes into summary.json, the pass rate before and after with 95 % intervals and the paths of
+the Parquet files and the report.
 """
 
 import argparse
@@ -39,39 +40,33 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run")
     args = parser.parse_args()
     config_path = _ROOT / "configs" / f"{args.model}.yaml"
-    root = args.output / "store"
-    resolve_policy(args.model)  # prepared before the clock of the run starts
+    root = (args.output / "store").resolve()
+    resolve_policy(args.model)  # prepared before the run's time is measured
     started = time.perf_counter()
     command = [sys.executable, "-P", "-m", "trace_opd.flows", str(config_path), "--run"]
-    run = subprocess.run([*command, "--store", str(root.resolve())], env=os.environ | _QUIET)
+    run = subprocess.run([*command, "--store", str(root)], env=os.environ | _QUIET)
     if run.returncode:
-        sys.exit(run.returncode)  # it has said why
-    seconds = time.perf_counter() - started
+        sys.exit(run.returncode)  # it has printed its error
+    seconds = round(time.perf_counter() - started, 1)
     config = load_config(PipelineConfig, config_path)
-    result = summary(args.model, config, Store(root.resolve()), seconds)
+    result = {"model": args.model, "seconds": seconds} | summary(config.name, Store(root))
     path = args.output / "summary.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print_summary(result, path)
 
 
-def summary(model: str, config: PipelineConfig, store: Store, seconds: float) -> dict[str, Any]:
-    """The run's figures and paths, relative to the working folder."""
-    evaluation = store.get(f"{config.name}-evaluation").summary
-    metric = f"avg@{evaluation['k']}"
-    train = store.get(f"{config.name}-train")
-
-    def pass_rate(role: str) -> dict[str, Any]:
-        estimate = evaluation["policies"][role][metric]
-        return {"pass_rate": estimate["value"], "ci95": estimate["ci95"]}
-
-    return {
-        "model": model,
-        "seconds": round(seconds, 1),
-        "before": pass_rate("base"),
-        "after": pass_rate("trained"),
-        "datasets": {t: _relative(store.get(f"{config.name}-{t}").path()) for t in _TABLES},
-        "checkpoint": _relative(train.path(train.summary["checkpoint"])),
-        "report": _relative(train.path("report.html")),
+def summary(name: str, store: Store) -> dict[str, Any]:
+    """Figures and paths of a pipeline's datasets, paths relative to the working folder."""
+    made = {role: store.get(f"{name}-{role}") for role in (*_TABLES, "train", "evaluation")}
+    evaluation, train = made["evaluation"].summary, made["train"]
+    rates = {}
+    for when, role in (("before", "base"), ("after", "trained")):
+        estimate = evaluation["policies"][role][f"avg@{evaluation['k']}"]
+        rates[when] = {"pass_rate": estimate["value"], "ci95": estimate["ci95"]}
+    return rates | {
+        "datasets": {role: os.path.relpath(made[role].path()) for role in _TABLES},
+        "checkpoint": os.path.relpath(train.path(train.summary["checkpoint"])),
+        "report": os.path.relpath(train.path("report.html")),
     }
 
 
@@ -82,14 +77,9 @@ def print_summary(result: dict[str, Any], path: Path) -> None:
         low, high = result[role]["ci95"]
         table.add_row(role, f"{result[role]['pass_rate']:.1%}", f"{low:.1%} – {high:.1%}")
     console.print(table)
-    for name, place in {**result["datasets"], "checkpoint": result["checkpoint"]}.items():
+    places = {**result["datasets"], **{key: result[key] for key in ("checkpoint", "report")}}
+    for name, place in (places | {"summary": f"{path}  ({result['seconds']:.0f} s)"}).items():
         console.print(f"{name:12} {place}", soft_wrap=True, highlight=False)
-    console.print(f"{'report':12} {result['report']}", soft_wrap=True, highlight=False)
-    console.print(f"{'summary':12} {path}  ({result['seconds']:.0f} s)", highlight=False)
-
-
-def _relative(path: str) -> str:
-    return os.path.relpath(path)
 
 
 if __name__ == "__main__":

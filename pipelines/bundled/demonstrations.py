@@ -1,10 +1,11 @@
-"""What the micro policy is shown in its pre-training: responses with noise, and marks on them.
+"""Pre-training data of the micro policy: noisy responses, and annotations of them.
 
-A response adds or subtracts step by step. A carry or borrow is dropped, a result is off by one, the
-answer is copied wrongly, each at its own rate; half of the prompts carry a hint, the teacher's with a
+bundled/micro.py samples from it; templates and `NOISE` also serve the study and tests. A response
+adds or subtracts step by step. A carry or borrow is dropped, a result is off by one, the answer is
+copied wrongly, each at its own rate. Half of the prompts carry a hint, the teacher's with a
 diagnostic type, and the noise of that type is then left out. A marking is an annotator's question
-about such a response, and the rule annotator's answer: a policy that has seen some can annotate its
-own rollouts (the study's online self).
+about such a response with the rule annotator's answer, so that a policy can annotate its own
+rollouts (the study's online self).
 """
 
 import json
@@ -26,7 +27,7 @@ NOISE = {
     DiagnosticType.ARITHMETIC: 0.12,
     DiagnosticType.FINAL_ANSWER: 0.08,
 }
-# Labels that no demonstration's noise goes by: hints that change nothing.
+# Labels without noise of their own: hints that change nothing.
 UNINFORMATIVE = (DiagnosticType.COUNTING, DiagnosticType.SETUP)
 MAX_DIGITS = 5
 
@@ -37,7 +38,7 @@ def demonstration(
     problem: tuple[int, int],
     operation: Operation = Operation.ADD,
 ) -> str:
-    """A response with noise; every line follows from the lines as written."""
+    """A response with noise; each line follows from the lines before it, errors included."""
     rates = {kind: 0.0 if kind is hint else rate for kind, rate in NOISE.items()}
     lines, digits, taken = [], [], 0
     for a, b in digit_pairs(*problem):
@@ -73,7 +74,7 @@ def sample_chat(
     if rng.random() < 0.5:
         response = demonstration(rng, None, (left, right), operation)
         return STUDENT_TEMPLATE.format(problem=problem), response
-    # Mostly the labels that mean something here; the rest so that none is unheard of.
+    # Mostly meaningful labels; the others too, so that no label is unknown.
     informative = rng.random() < 0.8
     hint = rng.choice(list(NOISE) if informative else list(DiagnosticType))
     user = TEACHER_TEMPLATE.format(problem=problem, diagnostic_type=hint)
@@ -82,7 +83,7 @@ def sample_chat(
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shares of what pre-training shows: problems that subtract, batches of markings.
+    """Shares in pre-training: of subtraction problems, and of batches of markings.
 
     prompt: the annotation prompt of the markings.
     """

@@ -1,10 +1,10 @@
-"""Train the bundled `micro` policy from scratch (the command is pipelines/micro.py).
+"""Pre-training of the bundled `micro` policy (the command is pipelines/micro.py), and its problems.
 
 A Qwen3-architecture model of about 1 M parameters with a character tokenizer learns multi-digit
-addition, step by step, from noisy demonstrations (demonstrations.py). At temperature 1 it repeats that
-noise, so its pass rate leaves room for reinforcement learning; the noise of a hinted type is left out,
-so the label really changes what the teacher predicts (`--measure` prints by how much), and tells no
-answer.
+addition, step by step, from noisy demonstrations (demonstrations.py). At temperature 1 it repeats
+that noise, so its pass rate leaves room for reinforcement learning. The noise of a hinted type is
+left out, so the label changes the teacher's predictions (`--measure` prints by how much) without
+giving away an answer.
 """
 
 import copy
@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ...data.sources.arithmetic import answer_text, rows
@@ -79,26 +80,23 @@ def batch(
 
     Markings are longer, so a batch of them has half the rows.
     """
-    prompts, responses = [], []
+    chats = []
     if mixture.prompt is not None and rng.random() < mixture.marking:
         for _ in range(size // 2):
             system, user, answer = sample_marking(rng, mixture.prompt, mixture.subtraction)
-            prompts.append(f"<|system|>{system}<|user|>{user}<|assistant|>")
-            responses.append(f"{answer}<|end|>")
+            chats.append((f"<|system|>{system}<|user|>{user}<|assistant|>", f"{answer}<|end|>"))
     else:
         for _ in range(size):
             user, response = sample_chat(rng, subtraction=mixture.subtraction)
-            prompts.append(f"<|user|>{user}<|assistant|>")
-            responses.append(f"{response}<|end|>")
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    response_ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
-    length = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    labels = torch.full((len(prompts), length), -100)
-    for row, (p, r) in enumerate(zip(prompt_ids, response_ids, strict=True)):
-        ids[row, : len(p) + len(r)] = torch.tensor(p + r)
-        labels[row, len(p) : len(p) + len(r)] = torch.tensor(r)
-    return ids, labels
+            chats.append((f"<|user|>{user}<|assistant|>", f"{response}<|end|>"))
+    prompts, responses = (
+        [torch.tensor(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+        for texts in zip(*chats, strict=True)
+    )
+    pairs = list(zip(prompts, responses, strict=True))
+    ids = [torch.cat(pair) for pair in pairs]
+    labels = [torch.cat((torch.full_like(prompt, -100), answer)) for prompt, answer in pairs]
+    return pad_sequence(ids, True, 0), pad_sequence(labels, True, -100)
 
 
 def pretrain(
@@ -110,7 +108,10 @@ def pretrain(
     snapshots: Sequence[int],
     mixture: Mixture,
 ) -> None:
-    """Train from scratch into `output`; snapshots: steps after which a copy goes to step-<n> in it."""
+    """Train from scratch into `output`.
+
+    snapshots: steps after which a copy is saved in its folder step-<n>.
+    """
     torch.manual_seed(seed)
     rng = random.Random(f"micro/{seed}")
     tokenizer = build_tokenizer()
@@ -142,7 +143,7 @@ def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
 
 
 def exact_verdicts(problems: pa.Table, rollouts: pa.Table) -> pa.Table:
-    """Verdicts by the last line, character for character: all that this policy's answers need."""
+    """Verdicts by exact comparison of the last line, which suffices for this policy's answers."""
     gold = {row["problem_id"]: row["answer"] for row in problems.to_pylist()}
     verdict = {"status": VerdictStatus.OK, "verifier": "exact", "seconds": 0.0}
     judged = []

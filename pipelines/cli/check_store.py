@@ -1,4 +1,7 @@
-"""Whether a store holds what was written: each dataset's files against its manifest."""
+"""Check of a store: each dataset's files against its manifest, aliases, unfinished files, links.
+
+`trace-opd verify-store` calls `check_store`.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,23 +26,25 @@ from .remake import remake_commands
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a dataset, an alias or a file.
+    """A fault, or something unfinished.
 
-    state: broken, half-made or left over. file: the dataset's damaged file, if it is one.
+    subject: a dataset, an alias or a path; state: broken, unfinished or leftover; file: the
+    dataset's damaged file.
     """
 
-    about: str
+    subject: str
     state: str
-    what: str
+    text: str
     file: str | None = None
 
 
-def verify_store(store: Store, refs: Sequence[str] = ()) -> tuple[Group, bool]:
-    """Read all that manifests list, or that of some datasets; what was found, for the terminal, and
-    whether all is as it was written.
+def check_store(store: Store, refs: Sequence[str] = ()) -> tuple[Group, bool]:
+    """Read the files that manifests list, of all datasets or of some.
+
+    Returns a report for the terminal, and whether everything is intact.
 
     Raises:
-        InputError: a ref that names no dataset.
+        InputError: a ref names no dataset.
     """
     found: list[Finding] = []
     chosen = [store.get(ref) for ref in refs]
@@ -60,41 +65,43 @@ def verify_store(store: Store, refs: Sequence[str] = ()) -> tuple[Group, bool]:
                 advance()
     if not refs:
         found += [*_lost_aliases(store), *_unfinished(store)]
+    report: list[Table | Text] = []
+    if found:
+        table = Table("what", "state", "found", box=None)
+        table.columns[0].overflow = table.columns[2].overflow = "fold"
+        for finding in found:
+            # On one line: a line break in a name could start a line like the commands below.
+            table.add_row(one_line(finding.subject), finding.state, one_line(finding.text))
+        report.append(table)
     broken = [finding for finding in found if finding.state == "broken"]
-    counted = f"{len(chosen)} datasets, {total} files, {size:,} bytes"
-    said = f"{counted}: " + (f"{len(broken)} faults" if broken else "whole")
-    commands = _commands(chosen, broken)
-    return Group(*([_table(found)] if found else []), *commands, Text(said)), not broken
-
-
-def _table(found: Sequence[Finding]) -> Table:
-    table = Table("what", "state", "found", box=None)
-    table.columns[0].overflow = table.columns[2].overflow = "fold"
-    for finding in found:
-        # A line break in a name would begin a line that looks like one of the commands below.
-        table.add_row(one_line(finding.about), finding.state, one_line(finding.what))
-    return table
+    result = f"{len(broken)} faults" if broken else "intact"
+    report += _commands(chosen, broken)
+    report.append(Text(f"{len(chosen)} datasets, {total} files, {size:,} bytes: {result}"))
+    return Group(*report), not broken
 
 
 def _commands(chosen: Sequence[Dataset], broken: Sequence[Finding]) -> list[Text]:
-    """Commands that make broken datasets again; none where the manifest is not to be trusted."""
+    """Commands that make damaged datasets again; none for a damaged manifest."""
     damaged: dict[str, list[str]] = {}
     for finding in broken:
-        damaged.setdefault(finding.about, [])
         if finding.file is not None:
-            damaged[finding.about].append(finding.file)
-    known = [d for d in chosen if damaged.get(d.ref) and MANIFEST not in damaged[d.ref]]
-    commands = remake_commands([(dataset, damaged[dataset.ref]) for dataset in known])
+            damaged.setdefault(finding.subject, []).append(finding.file)
+    known = [(d, damaged[d.ref]) for d in chosen if d.ref in damaged]
+    commands = remake_commands([(d, files) for d, files in known if MANIFEST not in files])
     return [Text(command) for command in commands]
 
 
 def _manifest_faults(dataset: Dataset) -> Iterator[Finding]:
-    told = dataset.manifest.get(CHECKSUM)
-    if told is not None and told != manifest_checksum(dataset.manifest):
-        yield _bad_manifest(dataset.store, dataset.ref)
+    recorded = dataset.manifest.get(CHECKSUM)
+    if recorded is not None and recorded != manifest_checksum(dataset.manifest):
+        text = (
+            f"{MANIFEST}: differs from what was written; remove {dataset.path(MANIFEST)} and run "
+            "the command again that made it: it continues from the parts"
+        )
+        yield Finding(dataset.ref, "broken", text, MANIFEST)
     for role, ref in dataset.manifest["inputs"].items():
         if not _is_there(dataset.store, ref):
-            yield Finding(dataset.ref, "broken", f"its input {role}, {ref}, is gone")
+            yield Finding(dataset.ref, "broken", f"its input {role}, {ref}, is missing")
 
 
 def _is_there(store: Store, ref: str) -> bool:
@@ -108,28 +115,20 @@ def _file_faults(dataset: Dataset, listed: dict[str, Any]) -> Iterator[Finding]:
     name = listed["name"]
     try:
         if not dataset.store.exists(f"{dataset.ref}/{name}"):
-            yield Finding(dataset.ref, "broken", f"{name}: is gone", name)
+            yield Finding(dataset.ref, "broken", f"{name}: is missing", name)
             return
         size, digest = dataset.store.checksum(f"{dataset.ref}/{name}")
     except InputError as error:  # a link, or no regular file
         yield Finding(dataset.ref, "broken", str(error))
         return
-    except OSError as error:  # a disk that can't read it any more
+    except OSError as error:  # an unreadable disk
         yield Finding(dataset.ref, "broken", f"{name}: {error.strerror}", name)
         return
     if size != listed["bytes"]:
-        what = f"{name}: {size:,} bytes, {listed['bytes']:,} were written"
-        yield Finding(dataset.ref, "broken", what, name)
+        text = f"{name}: {size:,} bytes, {listed['bytes']:,} were written"
+        yield Finding(dataset.ref, "broken", text, name)
     elif digest != listed["sha256"]:
-        yield Finding(dataset.ref, "broken", f"{name}: not the bytes that were written", name)
-
-
-def _bad_manifest(store: Store, ref: str) -> Finding:
-    what = (
-        f"{MANIFEST}: not what was written; remove {store.url(f'{ref}/{MANIFEST}')} and give the "
-        "command again that made it: it goes on from the parts"
-    )
-    return Finding(ref, "broken", what, MANIFEST)
+        yield Finding(dataset.ref, "broken", f"{name}: differs from what was written", name)
 
 
 def _lost_aliases(store: Store) -> Iterator[Finding]:
@@ -140,44 +139,41 @@ def _lost_aliases(store: Store) -> Iterator[Finding]:
         return
     for name, ref in aliases.items():
         if not _is_there(store, ref):
-            what = f"names {ref}, which is not there; name another dataset: trace-opd alias"
-            yield Finding(f"alias {name}", "broken", what)
+            text = f"names {ref}, which is missing; name another dataset: trace-opd alias"
+            yield Finding(f"alias {name}", "broken", text)
 
 
 def _unfinished(store: Store) -> Iterator[Finding]:
     """Datasets that are not finished, files that killed writers left, and links."""
-    worked_on = set()
-    for stage in (name for name, entry in REGISTRY.items() if entry.alias):
+    active = set()
+    for stage in REGISTRY:
         for ref in (f"{stage}/{name}" for name in _names(store, stage)):
             if not is_ref(ref) or _is_there(store, ref):
                 continue
             parts = sum(name.endswith(".parquet") for name in _names(store, ref))
-            who = holder(store.local_root(), ref) if store.is_local else None
-            if who is not None:
-                worked_on.add(ref)
-                what = f"{parts} parts so far; {who} makes it"
-            else:
-                what = f"{parts} parts; its command goes on from there"
-            yield Finding(ref, "half-made", what)
-    for name, is_link in _strangers(store):
+            text = f"{parts} parts; its command continues from there"
+            if store.is_local and (run := holder(store.local_root(), ref)) is not None:
+                active.add(ref)
+                text = f"{parts} parts so far; {run} makes it"
+            yield Finding(ref, "unfinished", text)
+    for name, is_link in _foreign_paths(store):
         if is_link:
-            what = "is a symbolic link, which nothing here follows; put a copy in its place"
-            yield Finding(name, "broken", what)
-        elif not any(name.startswith(f"{ref}/") for ref in worked_on):
-            what = "never finished by a writer that was killed; the next success there removes it"
-            yield Finding(name, "left over", what)
+            text = "is a symbolic link, which trace-opd does not follow; replace it by a copy"
+            yield Finding(name, "broken", text)
+        elif not any(name.startswith(f"{ref}/") for ref in active):
+            text = "left by a killed writer; the next success there removes it"
+            yield Finding(name, "leftover", text)
 
 
 def _names(store: Store, folder: str) -> list[str]:
     try:
         return store.names(folder)
-    except InputError:  # a link, which `_strangers` finds
+    except InputError:  # a link, which `_foreign_paths` finds
         return []
 
 
-def _strangers(store: Store) -> list[tuple[str, bool]]:
-    """Paths below the root of links, and of files and folders that were never finished, topmost
-    names alone; and whether it is a link."""
+def _foreign_paths(store: Store) -> list[tuple[str, bool]]:
+    """Topmost paths below the root of links and of unfinished files, and whether each is a link."""
     root = f"{store.base}/"
     if store.is_local:
         paths = [(entry.path, entry.is_symlink()) for entry in entries_in(Path(store.base))]

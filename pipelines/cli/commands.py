@@ -1,5 +1,11 @@
-"""The command line: trace-opd <stage> config.yaml key=value …, and what looks into the store."""
+"""The commands of `trace-opd` that run stages, pipelines and studies; `cli.main` calls `run`.
 
+    trace-opd <stage> config.yaml key=value …
+
+Commands on a store's contents are in store_commands.py.
+"""
+
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -17,7 +23,7 @@ from ...schemas.presets import PRESETS
 from ...schemas.settings import load_config, override
 from ..stages import REGISTRY, StageEntry
 from ..terminal import console, log_to_terminal, print_config, print_json
-from .ending import end_at_second_interrupt, end_threads_with_a_line, exit_code
+from .ending import end_at_second_interrupt, exit_code, log_thread_failures
 from .store_commands import COMMANDS, StoreRoot
 
 app = typer.Typer(
@@ -28,8 +34,8 @@ app = typer.Typer(
 )
 
 ConfigPath = Annotated[
-    str | None,  # no Path: one that begins with an override would turn http:// into http:/
-    typer.Argument(help="YAML config of the stage, or of a pipeline that has a section for it."),
+    str | None,  # not Path: the first override may stand here, and Path turns http:// into http:/
+    typer.Argument(help="YAML config of the stage, or of a pipeline with a section for it."),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides.")]
 Alias = Annotated[str | None, typer.Option(help="Name for the dataset; default: its table's.")]
@@ -40,31 +46,18 @@ PresetName = Annotated[
     str | None,
     typer.Option("--preset", help="TRACE or a baseline by name (trace-opd presets lists them)."),
 ]
-
 KeepFailed = Annotated[
     bool,
-    typer.Option("--keep-failed", help="Go on with rows that failed; ask for none of them again."),
+    typer.Option("--keep-failed", help="Continue with failed rows; do not request them again."),
 ]
+Output = Annotated[Path | None, typer.Option(help="HTML file; default: in the dataset's folder.")]
+
+# Options that only the commands of some stages have.
+_STAGE_OPTIONS = {"annotate": "keep_failed", "convert": "preset", "train": "preset"}
 
 
 def _stage_command(entry: StageEntry) -> Callable[..., None]:
-    """The command of a stage."""
-
-    def command(
-        config: ConfigPath = None,
-        overrides: Overrides = None,
-        store: StoreRoot = "store",
-        alias: Alias = None,
-        dry_run: DryRun = False,
-    ) -> None:
-        loaded = _load(entry.config_type, config, overrides, entry.name)
-        _run_stage(entry.name, loaded, Store(store), alias, dry_run)
-
-    return command
-
-
-def _preset_command(entry: StageEntry) -> Callable[..., None]:
-    """The command of a stage some of whose fields a preset sets."""
+    """A stage's command, with the options of that stage."""
 
     def command(
         config: ConfigPath = None,
@@ -72,47 +65,36 @@ def _preset_command(entry: StageEntry) -> Callable[..., None]:
         preset: PresetName = None,
         store: StoreRoot = "store",
         alias: Alias = None,
-        dry_run: DryRun = False,
-    ) -> None:
-        loaded = _load(entry.config_type, config, overrides, entry.name, preset)
-        _run_stage(entry.name, loaded, Store(store), alias, dry_run)
-
-    return command
-
-
-def _annotate_command(entry: StageEntry) -> Callable[..., None]:
-    """The command of stage annotate."""
-
-    def command(
-        config: ConfigPath = None,
-        overrides: Overrides = None,
-        store: StoreRoot = "store",
-        alias: Alias = None,
         keep_failed: KeepFailed = False,
         dry_run: DryRun = False,
     ) -> None:
         kept = ["annotator.keep_failed=true"] if keep_failed else []
-        loaded = _load(entry.config_type, config, [*(overrides or []), *kept], entry.name)
+        changes = [*(overrides or []), *kept]
+        loaded = _load(entry.config_type, config, changes, entry.name, preset)
         _run_stage(entry.name, loaded, Store(store), alias, dry_run)
 
+    left_out = {"keep_failed", "preset"} - {_STAGE_OPTIONS.get(entry.name)}
+    full = inspect.signature(command)
+    kept = [one for name, one in full.parameters.items() if name not in left_out]
+    command.__signature__ = full.replace(parameters=kept)  # pyright: ignore[reportFunctionMemberAccess]
     return command
 
 
 def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_run: bool) -> None:
-    # Imports torch: a bad config has been refused before.
+    # Imports torch, so a bad config is refused before.
     from ..pipeline import run_stage
     from .show import show_dataset, show_plan
 
     if dry_run:
         show_plan(name, config, store, console)
         return
-    result = run_stage(name, config, store, alias)
+    made = run_stage(name, config, store, alias)
     if whole_number("RANK", 0) != 0:  # only the first of torchrun's processes prints
         return
-    if isinstance(result, Dataset):
-        show_dataset(result, console)
+    if isinstance(made, Dataset):
+        show_dataset(made, console)
     else:
-        console.print(result, soft_wrap=True)
+        console.print(made, soft_wrap=True)
 
 
 def _load(
@@ -131,12 +113,10 @@ def _load(
     return load_config(kind, path, changes, section, preset)
 
 
-def _report_command(
+def _report(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    output: Annotated[
-        Path | None, typer.Option(help="HTML file; default: beside the data in the store.")
-    ] = None,
+    output: Output = None,
     store: StoreRoot = "store",
     dry_run: DryRun = False,
 ) -> None:
@@ -149,16 +129,9 @@ def _report_command(
     console.print(report.run(loaded, Store(store), output), soft_wrap=True)
 
 
-# Stages whose commands have options of their own.
-_STAGE_COMMANDS = {
-    "annotate": _annotate_command,
-    "convert": _preset_command,
-    "train": _preset_command,
-    "report": lambda entry: _report_command,
-}
 for _entry in REGISTRY.values():
-    _make_command = _STAGE_COMMANDS.get(_entry.name, _stage_command)
-    app.command(_entry.name, help=_entry.summary)(_make_command(_entry))
+    _command = _report if _entry.name == "report" else _stage_command(_entry)
+    app.command(_entry.name, help=_entry.summary)(_command)
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
@@ -171,7 +144,7 @@ def pipeline(
     store: StoreRoot = "store",
     keep_failed: KeepFailed = False,
 ) -> None:
-    """Every stage in order, in this process, with no server."""
+    """Run every stage in order, in this process, without a server."""
     kept = ["annotate.annotator.keep_failed=true"] if keep_failed else []
     loaded = _load(PipelineConfig, config, [*(overrides or []), *kept], None, preset)
     opened = Store(store)
@@ -191,11 +164,11 @@ def study(
     overrides: Overrides = None,
     store: StoreRoot = "store",
     output: Annotated[Path, typer.Option(help="Folder of the studies' files.")] = Path("studies"),
-    page: Annotated[Path | None, typer.Option(help="Page; default: STUDY.md there.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Page; default: study.md there.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Apply the config's `quick`.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Train every arm of a study over its seeds; tables, plots and a page of what came out."""
+    """Train every arm of a study with every seed; write tables, plots and a page of results."""
     loaded = _load(StudyConfig, config, None, None)
     loaded = override(loaded, [*(loaded.quick if quick else []), *(overrides or [])])
     from ..study.study import planned, run_study
@@ -205,7 +178,7 @@ def study(
         console.print(f"# {planned(loaded)}")
         return
     folder = output / loaded.name
-    written = page or folder / "STUDY.md"
+    written = page or folder / "study.md"
     run_study(loaded, Store(store), folder, written)
     console.print(f"{written}, results in {folder}", soft_wrap=True)
 
@@ -219,7 +192,7 @@ def config(
         bool, typer.Option("--schema", help="JSON schema with descriptions.")
     ] = False,
 ) -> None:
-    """Print a stage's whole config as YAML, defaults included, or its JSON schema."""
+    """Print a stage's config as YAML, defaults included, or its JSON schema."""
     kinds = {name: entry.config_type for name, entry in REGISTRY.items()}
     kinds |= {"pipeline": PipelineConfig, "study": StudyConfig}
     if stage not in kinds:
@@ -233,7 +206,7 @@ def config(
 
 @app.command()
 def presets() -> None:
-    """List TRACE and the baselines that --preset names, with what each sets."""
+    """List the presets (TRACE and baselines) and what each sets."""
     for name, preset in PRESETS.items():
         console.print(f"{name}: {preset.summary} ({preset.source})", soft_wrap=True)
         console.print(f"    {' '.join(preset.overrides)}", soft_wrap=True)
@@ -244,7 +217,7 @@ def plan(
     config: ConfigPath = None,
     overrides: Overrides = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Plan for so many GPUs; default: this machine.")
+        int | None, typer.Option(min=1, help="Number of GPUs; default: this machine's.")
     ] = None,
     tflops: Annotated[
         float | None, typer.Option(min=0, help="TFLOP/s per GPU; default: measured here.")
@@ -273,24 +246,24 @@ def serve(
     """Serve a Prefect deployment per stage (`prefect deployment run 'annotate/default' …`)."""
     root = store if "://" in store else str(Path(store).resolve())
     arguments = [str(config)] if config is not None else []
-    # flows.py is the only file that imports Prefect, so it is a process of its own.
+    # Only flows.py imports Prefect, and it runs as a module of its own.
     command = [sys.executable, "-P", "-m", "trace_opd.flows", *arguments, "--store", root]
     os.execv(sys.executable, command)
 
 
 def run() -> NoReturn:
-    """Run the command of sys.argv: bad input is one sentence and exit code 2, without a traceback."""
+    """Run the command of sys.argv; bad input is one sentence and exit code 2, no traceback."""
     end_at_second_interrupt()
-    end_threads_with_a_line()
-    # Read when transformers and datasets are first imported; their bars would tear ours.
+    log_thread_failures()
+    # Read when transformers and datasets are first imported: no progress bars besides ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # an encoding may lack the characters of a response
+        if isinstance(stream, TextIOWrapper):  # an encoding may lack a response's characters
             stream.reconfigure(errors="backslashreplace")
-    sys.exit(exit_code(_run))
 
+    def main() -> None:
+        log_to_terminal()
+        app()
 
-def _run() -> None:
-    log_to_terminal()
-    app()
+    sys.exit(exit_code(main))

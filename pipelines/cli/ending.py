@@ -1,4 +1,4 @@
-"""How the command line ends: an exit code, and one sentence where something went wrong."""
+"""How the command line ends: an exit code, and one sentence for an error. commands.py calls it."""
 
 import logging
 import os
@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_SENTENCE = 3000
 _INTERRUPTED = 128 + signal.SIGINT
-_NO_MEMORY = (
+_OUT_OF_MEMORY = (
     "out of memory; give the process more, or smaller parts, batches and models, then run the same "
     "command again"
 )
-# torch raises a RuntimeError.
-_TORCHS_NO_MEMORY = re.compile("(?i)out of memory|can't allocate memory|not enough memory")
+# torch raises a RuntimeError with such a message.
+_TORCH_OUT_OF_MEMORY = re.compile("(?i)out of memory|can't allocate memory|not enough memory")
 
 
 def exit_code(run: Callable[[], object]) -> int:
-    """Run the command line to its end; its exit code.
+    """Run the command line and return its exit code.
 
-    0, or 2 for bad input, 143 after SIGTERM, 130 after Ctrl-C, 1 for a failure of the machine: memory,
-    disk, output. Anything else is a fault of the program and keeps its traceback.
+    0, or 2 for bad input, 143 after SIGTERM, 130 after Ctrl-C, 1 if memory, disk or output failed.
+    Any other exception is a fault of the program and keeps its traceback.
     """
     try:
         try:
@@ -37,62 +37,58 @@ def exit_code(run: Callable[[], object]) -> int:
             code = 0
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        if sys.stdout is not None:  # closed by the caller
+        if sys.stdout is not None:  # None: the caller closed it
             sys.stdout.flush()
+        return code
     except (InputError, Stopped) as error:
-        _say(str(error))
+        _print_error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except MemoryError:
-        logger.debug("out of memory", exc_info=True)
-        _say(_NO_MEMORY)
-        return 1
-    except BrokenPipeError:  # nobody reads any more
+    except BrokenPipeError:  # the reader has closed the pipe
         _drop_output()
-        return 1
     except OSError as error:
         logger.debug("failed", exc_info=True)
         _drop_output()
-        _say(_failed_machine(error))
-        return 1
-    except RuntimeError as error:
-        if not _TORCHS_NO_MEMORY.search(str(error)):
-            raise
+        _print_error(_machine_failure(error))
+    except (MemoryError, RuntimeError) as error:
+        detail = ""
+        if isinstance(error, RuntimeError):
+            if not _TORCH_OUT_OF_MEMORY.search(str(error)):
+                raise
+            detail = f" ({shortened(error)})"
         logger.debug("out of memory", exc_info=True)
-        _say(f"{_NO_MEMORY} ({shortened(error)})")
-        return 1
-    return code
+        _print_error(_OUT_OF_MEMORY + detail)
+    return 1
 
 
-def end_threads_with_a_line() -> None:
-    """Make a failure of the disk or of memory in a thread (TensorBoard writes in one) a logged line."""
+def log_thread_failures() -> None:
+    """Log a disk or memory failure in a thread (TensorBoard writes in one) as one line."""
 
     def log(failed: threading.ExceptHookArgs) -> None:
         if isinstance(failed.exc_value, OSError):
-            logger.warning("%s", _failed_machine(failed.exc_value))
+            logger.warning("%s", _machine_failure(failed.exc_value))
         elif isinstance(failed.exc_value, MemoryError):
-            logger.warning(_NO_MEMORY)
+            logger.warning(_OUT_OF_MEMORY)
         else:
             threading.__excepthook__(failed)
 
     threading.excepthook = log
 
 
-def _failed_machine(error: OSError) -> str:
-    file = "" if error.filename is None else f"{shortened(_name(error.filename))}: "
+def _machine_failure(error: OSError) -> str:
+    name = error.filename
+    if isinstance(name, bytes | os.PathLike):
+        name = os.fsdecode(name)
+    file = "" if name is None else f"{shortened(name)}: "
     return f"{file}{error.strerror or error}; check the disk and the file, then run it again"
 
 
-def _name(file: object) -> object:
-    return os.fsdecode(file) if isinstance(file, bytes | os.PathLike) else file
-
-
 def end_at_second_interrupt() -> None:
-    """Make the second Ctrl-C end the process at once. The first is an ordinary KeyboardInterrupt.
+    """Make the second Ctrl-C end the process at once; the first is an ordinary KeyboardInterrupt.
 
-    A thread reads the signals from a pipe, so the main thread may wait or compute meanwhile, and
-    handlers that others install (asyncio's, a stage's) stay as they are.
+    A thread reads signal numbers from a pipe: it works while the main thread blocks or computes,
+    and replaces no signal handler (asyncio's, a stage's).
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -111,8 +107,8 @@ def _count_interrupts(read: int) -> None:
             os._exit(_INTERRUPTED)
 
 
-def _say(sentence: str) -> None:
-    # No stderr, or a full disk behind it: the exit code is all that is left.
+def _print_error(sentence: str) -> None:
+    # Without stderr, or with a full disk behind it, only the exit code remains.
     with suppress(OSError, ValueError):
         Terminal(stderr=True).print(
             f"trace-opd: {shortened(sentence, _LONGEST_SENTENCE)}", soft_wrap=True, highlight=False
@@ -120,6 +116,6 @@ def _say(sentence: str) -> None:
 
 
 def _drop_output() -> None:
-    """Let the interpreter's own flush at its end find an output that takes everything."""
+    """Point stdout to /dev/null, so that the interpreter's own flush at exit cannot fail."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

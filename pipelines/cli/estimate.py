@@ -1,4 +1,7 @@
-"""What an annotation run will ask and cost, told before its first request."""
+"""What an annotation run will ask and cost, shown before its first request (`--dry-run`).
+
+Called by the command line (show.py).
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ...data.store import Draft
-from ...schemas.configs import AnnotateConfig, OpenAIAnnotator, SelfAnnotator
+from ...schemas.configs import AnnotateConfig
 from ...schemas.labels import AnnotationStatus
+from ..annotators import Engine, engine_of
 from ..annotators.batch_jobs import read_jobs
-from ..annotators.completion import is_answer, question_key, read_record, request_body
+from ..annotators.completion import is_answer, question_key, read_record
 from ..annotators.dialogue import RAISED_LIMIT, Answer, Question, replay
 from ..annotators.journal import Journal
 from ..annotators.prices import Price, find_price, most_prompt_tokens
@@ -24,8 +28,8 @@ from ..progress import progress_bar
 from ..stages.attempts import first_attempt
 from ..stages.base import Plan
 
-_BYTES_PER_TOKEN = 4.0  # of English prose in common tokenizers, until an answer tells better
-_MOST_ERROR_CHARS = 300  # what a correction may say about an answer
+_BYTES_PER_TOKEN = 4.0  # of English prose in common tokenizers, until an answer is measured
+_MOST_ERROR_CHARS = 300  # of what a correction says about an answer
 
 
 @dataclass
@@ -36,18 +40,16 @@ class Tokens:
     completion: float = 0.0
 
     def usd(self, price: Price | None, batched: bool) -> float | None:
-        if price is None:
-            return None
-        return price.of_tokens(self.prompt, self.completion) * (price.batch if batched else 1.0)
+        return None if price is None else price.of_tokens(self.prompt, self.completion, batched)
 
 
 @dataclass
 class Estimate:
-    """Of the parts that are not there yet.
+    """Of the parts that are not made yet.
 
-    asked: rows with an open question, one request each at first. full: one answer per row, each as
-    long as its limit. most: all answers cut at the limit, asked for again, then corrected. seen:
-    rows of which it is known what they took, answered: those of them that this run needs.
+    asked: rows with an open question, one request each at first. answered: rows whose answers a
+    journal has. full: one answer per row, each as long as its limit. most: all answers cut at the
+    limit, asked for again, then corrected. seen: rows whose tokens are known, made or answered.
     """
 
     rows: int = 0
@@ -68,24 +70,30 @@ class Estimate:
 
     @property
     def expected(self) -> Tokens | None:
-        """As much per row as the rows that are known took; None if there is none."""
+        """As much per row as the rows whose tokens are known; None if there is none."""
         if not self.seen:
             return None
         share = self.asked / self.seen
         return Tokens(self.seen_tokens.prompt * share, self.seen_tokens.completion * share)
 
+    def see(self, prompt_tokens: int | None, completion_tokens: int | None) -> None:
+        """Count a row as one whose tokens are known; a failed row has none."""
+        if prompt_tokens and completion_tokens:
+            self.seen += 1
+            self.seen_tokens.prompt += prompt_tokens
+            self.seen_tokens.completion += completion_tokens
+
 
 def estimate(plan: Plan, draft: Draft) -> Estimate | None:
-    """Go through all rows as the engine would, up to each one's first unknown answer.
+    """Go through all rows as the engine would, up to the first unknown answer of each.
 
-    Sends nothing and writes nothing. None for an engine that asks nobody.
+    Sends nothing and writes nothing. None for an engine that asks no model.
     """
     config: AnnotateConfig = plan.config
-    annotator = config.annotator
-    if not isinstance(annotator, OpenAIAnnotator | SelfAnnotator):
+    engine = engine_of(config.annotator)
+    if engine.request_body is None:
         return None
-    prompt = load_prompt(annotator.prompt, annotator.answer_schema)
-    known = _known(annotator, prompt, draft)
+    asking = _Asking.of(config.annotator, engine, draft)
     out = Estimate()
     with progress_bar("dry run", plan.parts) as advance:
         for part in range(plan.parts):
@@ -96,7 +104,7 @@ def estimate(plan: Plan, draft: Draft) -> Estimate | None:
                     plan.inputs[r].read_part(part) for r in ("problems", "rollouts", "verdicts")
                 )
                 for item in items(problems, rollouts, verdicts, config.segment):
-                    _see_item(out, item, annotator, prompt, known)
+                    _see_item(out, item, asking)
             advance()
     out.full.prompt = out.prompt_bytes / out.bytes_per_token
     return out
@@ -105,8 +113,7 @@ def estimate(plan: Plan, draft: Draft) -> Estimate | None:
 def estimate_view(found: Estimate, plan: Plan, draft: Draft) -> Group:
     """The estimate for people: requests, tokens, US dollars, and how to read them."""
     annotator = plan.config.annotator
-    paid = isinstance(annotator, OpenAIAnnotator)
-    price, batched = (find_price(annotator), annotator.batch) if paid else (None, False)
+    paid = engine_of(annotator).asks_endpoint
     columns = {
         "expected": found.expected,
         "one full answer each": found.full,
@@ -118,29 +125,32 @@ def estimate_view(found: Estimate, plan: Plan, draft: Draft) -> Group:
     for name in ("prompt", "completion"):
         cells = [count(getattr(tokens, name) if tokens else None) for tokens in columns.values()]
         table.add_row(f"{name} tokens", *cells)
+    notes = list(_notes(found))
     if paid:
-        costs = [dollars(tokens and tokens.usd(price, batched)) for tokens in columns.values()]
-        table.add_row("cost", *costs)
-    return Group(table, Text("\n".join(_notes(found, annotator, first_attempt(plan, draft)))))
+        price = find_price(annotator)
+        costs = [tokens and tokens.usd(price, annotator.batch) for tokens in columns.values()]
+        table.add_row("cost", *map(dollars, costs))
+        notes += _money(annotator, price, first_attempt(plan, draft))
+    return Group(table, Text("\n".join(notes)))
 
 
-def _notes(
-    found: Estimate, annotator: OpenAIAnnotator | SelfAnnotator, draft: Draft
-) -> Iterator[str]:
+def _notes(found: Estimate) -> Iterator[str]:
     idle = found.rows - found.asked - found.answered
     yield (
         f"{found.rows} rows to make: {found.asked} ask, {found.answered} find their answers in a "
         f"journal and are free, {idle} have no verdict."
     )
-    how = "measured on answers that are there" if found.seen_bytes_tokens else "a guess"
+    how = "measured on known answers" if found.seen_bytes_tokens else "a guess"
     yield (
         f"Prompt tokens at {found.bytes_per_token:.2f} bytes each ({how}); at most: one per byte, "
         "each answer cut at its limit, then corrected."
     )
     if found.seen:
-        yield f"Expected: as much per row as the {found.seen} rows whose answers are there took."
-    if not isinstance(annotator, OpenAIAnnotator):
-        return
+        yield f"Expected: as much per row as the {found.seen} rows whose answers are known."
+
+
+def _money(annotator: Any, price: Price | None, draft: Draft) -> Iterator[str]:
+    yield f"Price: {price or 'unknown'}."
     if jobs := read_jobs(draft.store.beside(f"{draft.ref}/batches")):
         asked = sum(file.job.requests for file in jobs)
         yield f"{len(jobs)} batches with {asked} of these requests are out already."
@@ -148,22 +158,29 @@ def _notes(
     yield f"Budget: {'none' if limit is None else dollars(limit)}."
 
 
-def _known(
-    annotator: OpenAIAnnotator | SelfAnnotator, prompt: AnnotationPrompt, draft: Draft
-) -> Callable[[Question], Answer | None]:
-    """What finds a question's answer in the store's journals, read without a trace."""
-    if not isinstance(annotator, OpenAIAnnotator):
-        return lambda question: None
-    folders = draft.store.folders_beside(draft.stage, "journal")
-    if not folders:
-        return lambda question: None
-    journal = Journal(folders[0], lambda: folders[1:], is_answer)
+@dataclass(frozen=True)
+class _Asking:
+    """How an annotator asks: its config, its prompt, its requests, and the answers it has already."""
 
-    def known(question: Question) -> Answer | None:
-        record = journal.get(question_key(annotator, prompt, question))
-        return None if record is None else read_record(record)
+    config: Any
+    prompt: AnnotationPrompt
+    body: Callable[[Any, AnnotationPrompt, Question], dict[str, Any]]
+    known: Callable[[Question], Answer | None]
 
-    return known
+    @classmethod
+    def of(cls, annotator: Any, engine: Engine, draft: Draft) -> "_Asking":
+        assert engine.request_body is not None, "engines that ask no model have no estimate"
+        prompt = load_prompt(annotator.prompt, annotator.answer_schema)
+        folders = draft.store.folders_beside(draft.stage, "journal")
+        if not engine.asks_endpoint or not folders:
+            return cls(annotator, prompt, engine.request_body, lambda question: None)
+        journal = Journal(folders[0], lambda: folders[1:], is_answer)  # read, not written
+
+        def known(question: Question) -> Answer | None:
+            record = journal.get(question_key(annotator, prompt, question))
+            return None if record is None else read_record(record)
+
+        return cls(annotator, prompt, engine.request_body, known)
 
 
 def _see_part(out: Estimate, table: pa.Table) -> None:
@@ -171,71 +188,43 @@ def _see_part(out: Estimate, table: pa.Table) -> None:
     names = ["status", "prompt_tokens", "completion_tokens"]
     for row in table.select(names).to_pylist():
         if row["status"] != AnnotationStatus.SKIPPED:
-            _see_row(out, row["prompt_tokens"], row["completion_tokens"])
+            out.see(row["prompt_tokens"], row["completion_tokens"])
 
 
-def _see_row(out: Estimate, prompt_tokens: int | None, completion_tokens: int | None) -> None:
-    if prompt_tokens and completion_tokens:  # a failed row has none
-        out.seen += 1
-        out.seen_tokens.prompt += prompt_tokens
-        out.seen_tokens.completion += completion_tokens
-
-
-def _see_item(
-    out: Estimate,
-    item: Item,
-    annotator: OpenAIAnnotator | SelfAnnotator,
-    prompt: AnnotationPrompt,
-    known: Callable[[Question], Answer | None],
-) -> None:
+def _see_item(out: Estimate, item: Item, asking: _Asking) -> None:
     out.rows += 1
     if item.correct is None:
         return
     sizes: list[int] = []
 
-    def look(question: Question) -> Answer | None:
-        sizes.append(most_prompt_tokens(_body(annotator, prompt, question)))
-        return known(question)
+    def known(question: Question) -> Answer | None:
+        sizes.append(most_prompt_tokens(asking.body(asking.config, asking.prompt, question)))
+        return asking.known(question)
 
-    answers, came = replay(prompt, item, annotator, look)
+    answers, outcome = replay(asking.prompt, item, asking.config, known)
     for size, answer in zip(sizes, answers, strict=False):
         if answer.prompt_tokens:
             out.seen_bytes += size
             out.seen_bytes_tokens += answer.prompt_tokens
-    if not isinstance(came, Question):
+    if isinstance(outcome, Question):
+        out.asked += 1
+        out.prompt_bytes += sizes[-1]
+        out.full.completion += outcome.max_new_tokens
+        _add_most(out.most, sizes[-1], item, asking)
+    else:
         out.answered += 1
-        _see_row(
-            out,
+        out.see(
             sum(answer.prompt_tokens or 0 for answer in answers),
             sum(answer.completion_tokens or 0 for answer in answers),
         )
-        return
-    out.asked += 1
-    out.prompt_bytes += sizes[-1]
-    out.full.completion += came.max_new_tokens
-    _add_most(out.most, sizes[-1], annotator, prompt, item)
 
 
-def _body(
-    annotator: OpenAIAnnotator | SelfAnnotator, prompt: AnnotationPrompt, question: Question
-) -> dict[str, Any]:
-    if isinstance(annotator, OpenAIAnnotator):
-        return request_body(annotator, prompt, question)
-    return {"messages": question.messages}
-
-
-def _add_most(
-    most: Tokens,
-    prompt_tokens: int,
-    annotator: OpenAIAnnotator | SelfAnnotator,
-    prompt: AnnotationPrompt,
-    item: Item,
-) -> None:
+def _add_most(most: Tokens, prompt_tokens: int, item: Item, asking: _Asking) -> None:
     """A dialogue at its worst: the first answer cut, then each one full and invalid."""
-    first, raised = annotator.max_new_tokens, annotator.max_new_tokens * RAISED_LIMIT
-    said = correct(prompt, item, "", "x" * _MOST_ERROR_CHARS * 4)  # four bytes per character
-    correction = most_prompt_tokens({"messages": said})
-    turns = annotator.corrective_turns
+    first = asking.config.max_new_tokens
+    raised, turns = first * RAISED_LIMIT, asking.config.corrective_turns
+    error = "x" * _MOST_ERROR_CHARS * 4  # four bytes per character
+    correction = most_prompt_tokens({"messages": correct(asking.prompt, item, "", error)})
     most.completion += first + raised * (1 + turns)
     most.prompt += 2 * prompt_tokens
     most.prompt += sum(prompt_tokens + k * (raised + correction) for k in range(1, turns + 1))

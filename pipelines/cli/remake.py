@@ -1,8 +1,12 @@
-"""The commands that make broken datasets again, under their own ids, from their manifests."""
+"""Commands that make broken datasets again, under their own ids, from their manifests.
+
+check_store.py prints them.
+"""
 
 import json
 import shlex
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import yaml
@@ -13,22 +17,12 @@ from ...schemas.errors import InputError
 from ..stages import REGISTRY
 from ..stages.train import FINAL
 
-# Stage: field of its config -> role of the input that it names.
-_INPUTS = {
-    "rollout": {"problems": "problems"},
-    "verify": {"rollouts": "rollouts"},
-    "annotate": {"verdicts": "verdicts"},
-    "convert": {"annotations": "annotations"},
-    "train": {"offline.routed": "routed", "online.problems": "problems"},
-    "evaluate": {"problems": "problems", "trained": "trained"},
-}
-# Each may be made from those before it.
-_STAGES = ("problems", "rollout", "verify", "annotate", "convert", "train", "evaluate")
+_STAGES = list(REGISTRY)
 
 
 def remake_commands(damaged: Sequence[tuple[Dataset, Sequence[str]]]) -> list[str]:
-    """What to type, in this order: damaged files are removed, then each stage goes on from the whole
-    ones. Journals of paid answers stay.
+    """Shell commands, to run in order: each removes damaged files, then its stage makes them again
+    from the intact ones. Journals of paid answers stay.
 
     Each is one line of printable characters, whatever a manifest holds.
 
@@ -39,18 +33,19 @@ def remake_commands(damaged: Sequence[tuple[Dataset, Sequence[str]]]) -> list[st
         online = dataset.manifest["config"].get("online")
         if isinstance(online, str):  # a table of a training run's steps
             run = _found(dataset.store, online)
-            commands[online] = f"# {online}, which made {dataset.ref}, is gone"
+            commands[online] = f"# {online}, which made {dataset.ref}, is missing"
             if run is not None:
                 commands[online] = _train_again(run)
         elif dataset.stage == "train" and not all(name.startswith(FINAL) for name in names):
             commands[dataset.ref] = _train_again(dataset)
         else:
-            removed = [_path(dataset, MANIFEST, *names)]
+            removed = _paths(dataset, MANIFEST, *names)
             commands.setdefault(dataset.ref, _then(dataset.store, removed, _command(dataset)))
-    ordered = [(ref, commands[ref]) for ref in sorted(commands, key=_order)]
     return [
-        command if command.isprintable() else f"# {ref}: its config holds what no command line can"
-        for ref, command in ordered
+        commands[ref]
+        if commands[ref].isprintable()
+        else f"# {ref}: its config holds characters that no command line can"
+        for ref in sorted(commands, key=_order)
     ]
 
 
@@ -62,24 +57,23 @@ def _found(store: Store, ref: str) -> Dataset | None:
 
 
 def _order(ref: str) -> tuple[int, str]:
+    """Stages in the registry's order: each may need those before it."""
     stage = ref.partition("/")[0]
     return (_STAGES.index(stage) if stage in _STAGES else len(_STAGES)), ref
 
 
 def _train_again(run: Dataset) -> str:
-    """From the first step: what the steps before the last checkpoint made is made by them alone."""
-    store = run.store
-    tables = [store.url(ref) for ref in run.summary.get("tables", {}).values()]
-    return _then(store, [_path(run, MANIFEST, "checkpoints"), tables], _command(run))
+    """From the first step: what the steps before the last checkpoint made, only they can make."""
+    tables = [run.store.url(ref) for ref in run.summary.get("tables", {}).values()]
+    return _then(run.store, [*_paths(run, MANIFEST, "checkpoints"), *tables], _command(run))
 
 
-def _path(dataset: Dataset, *names: str) -> list[str]:
-    kept = (name for name in names if dataset.store.exists(f"{dataset.ref}/{name}"))
-    return [dataset.path(name) for name in kept]
+def _paths(dataset: Dataset, *names: str) -> list[str]:
+    return [dataset.path(n) for n in names if dataset.store.exists(f"{dataset.ref}/{n}")]
 
 
-def _then(store: Store, removed: Sequence[Sequence[str]], command: str) -> str:
-    paths = shlex.join(path for group in removed for path in group)
+def _then(store: Store, removed: Sequence[str], command: str) -> str:
+    paths = shlex.join(removed)
     return f"rm -r {paths} && {command}" if store.is_local else f"{command}  # first remove {paths}"
 
 
@@ -95,38 +89,35 @@ def _command(dataset: Dataset) -> str:
         return shlex.join(["trace-opd", *words, "--store", store.root])
     entry = REGISTRY.get(dataset.stage)
     try:
-        if entry is None or entry.alias is None:
+        if entry is None:
             raise ValueError
         loaded = entry.config_type.model_validate(_with_inputs(dataset))
-    except (ValueError, LookupError, TypeError, ValidationError):
+    except (ValueError, LookupError, TypeError, AttributeError, ValidationError):
         return f"# then make it again as before: no command of this release makes {dataset.ref}"
     words = [dataset.stage, *overrides(loaded)]
-    if entry.alias not in names:  # a run takes that one unless it is given another
+    if (entry.alias or entry.name) not in names:  # the default of a run
         words += ["--alias", names[0] if names else dataset.id]
     return shlex.join(["trace-opd", *words, "--store", store.root])
 
 
 def _hidden(dataset: Dataset) -> bool:
-    """Whether imported annotations are of verdicts that were hidden."""
+    """Whether imported annotations belong to hidden verdicts."""
     verdicts = dataset.manifest["inputs"].get("verdicts")
     found = _found(dataset.store, verdicts) if verdicts else None
     return found is not None and bool(found.manifest["config"].get("hide_verdict"))
 
 
 def _with_inputs(dataset: Dataset) -> dict[str, Any]:
-    """The manifest's config with ids for what may have been aliases: those move."""
-    config = yaml.safe_load(yaml.safe_dump(dataset.manifest["config"]))
-    for field, role in _INPUTS.get(dataset.stage, {}).items():
-        *parents, leaf = field.split(".")
-        node = config
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = dataset.manifest["inputs"].get(role, node[leaf])
+    """The manifest's config with ids of inputs in place of aliases, which may move."""
+    config, inputs = deepcopy(dataset.manifest["config"]), dataset.manifest["inputs"]
+    train = dataset.stage == "train"
+    for section in (config["offline"], config["online"]) if train else (config,):
+        section |= {role: inputs[role] for role in inputs.keys() & section.keys()}
     return config
 
 
 def overrides(config: BaseModel, prefix: str = "") -> list[str]:
-    """`key=value` words that make a config of its class's defaults."""
+    """`key=value` words that make a config from its class's defaults."""
     out = []
     for name, field in type(config).model_fields.items():
         value, key = getattr(config, name), prefix + name
@@ -140,7 +131,7 @@ def overrides(config: BaseModel, prefix: str = "") -> list[str]:
 
 
 def _yaml(value: Any) -> str:
-    """A value on one line, as an override holds it."""
+    """A value as one line of YAML, for an override."""
     text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
     text = text.removesuffix("\n").removesuffix("\n...")
     return json.dumps(value, ensure_ascii=False) if "\n" in text else text

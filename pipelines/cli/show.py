@@ -1,4 +1,7 @@
-"""Plans, datasets' figures and rollouts in the terminal, for people who live in a shell."""
+"""Plans, datasets' figures and rollouts in the terminal.
+
+commands.py calls `show_plan` and `show_dataset`, `trace-opd show` also `show_rollout`.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -39,10 +42,10 @@ _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def show_plan(name: str, config: Config, store: Store, console: Console) -> None:
-    """Print a stage's whole config, and which dataset a run with it would make.
+    """Print a stage's config, and which dataset a run with it would make.
 
     Raises:
-        InputError: whatever the stage would refuse before its work.
+        InputError: the stage would refuse the request before its work.
     """
     print_config(config)
     if isinstance(config, TrainConfig):
@@ -67,15 +70,15 @@ def show_dataset(dataset: Dataset, console: Console) -> None:
     """Print a dataset's id, rows and figures, and where its files are.
 
     Raises:
-        DamagedFile: its summary is none of its stage.
+        DamagedFile: its summary does not fit its stage.
     """
     console.print(f"{dataset.ref}  {dataset.rows} rows")
     try:
         tables = list(_summary_tables(dataset))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DamagedFile(
-            f"{dataset.path(MANIFEST)}: its summary is none of stage {dataset.stage}; remove the file "
-            "and give the command again that made the dataset: it goes on from the parts"
+            f"{dataset.path(MANIFEST)}: its summary does not fit stage {dataset.stage}; remove the "
+            "file and run the command that made the dataset again: it continues from the parts"
         ) from error
     for table in tables:
         console.print(table)
@@ -83,31 +86,27 @@ def show_dataset(dataset: Dataset, console: Console) -> None:
 
 
 def _summary_tables(dataset: Dataset) -> Iterator[Table]:
+    summary = dict(dataset.summary)
+    parts = summary.pop("per_part", None)
     if dataset.stage == "evaluate":
-        yield _evaluation_table(dataset.summary)
+        yield _evaluation_table(summary)
     else:
         table = Table(box=None, show_header=False)
-        for key, value in dataset.summary.items():
-            if key != "per_part":
-                table.add_row(key, _figure(key, value))
+        for key, value in summary.items():
+            table.add_row(key, _figure(key, value))
         yield table
-    if parts := dataset.summary.get("per_part"):
-        yield _parts_table(parts)
+    if parts:
+        table = Table("part", *parts[0], box=None)
+        for index, part in enumerate(parts):
+            table.add_row(str(index), *(_figure(key, value) for key, value in part.items()))
+        yield table
 
 
 def _figure(key: str, value: Any) -> str:
-    """A figure of a summary; US dollars that nobody knows are unknown, not none."""
+    """A figure of a summary; an unknown cost shows as unknown, not as none."""
     if "usd" in key:
         return dollars(value)
     return "n/a" if value is None else str(value)
-
-
-def _parts_table(parts: list[dict[str, Any]]) -> Table:
-    """Rows, tokens and US dollars of each part."""
-    table = Table("part", *parts[0], box=None)
-    for index, part in enumerate(parts):
-        table.add_row(str(index), *(_figure(key, value) for key, value in part.items()))
-    return table
 
 
 def _evaluation_table(summary: dict[str, Any]) -> Table:
@@ -129,7 +128,7 @@ def show_rollout(rollout_id_prefix: str, store: Store, console: Console) -> None
     """Print a rollout from the newest routed or annotations dataset that holds it.
 
     Raises:
-        InputError: no rollout has an id with that prefix, or several have.
+        InputError: not exactly one rollout has an id with that prefix.
     """
     dataset, rollout_id = _find(rollout_id_prefix, store)
     tables = find_tables(dataset, store)
@@ -162,7 +161,7 @@ def _panel(view: RolloutView, dataset: Dataset) -> Panel:
     facts.add_column(style="dim")
     facts.add_column(overflow="fold")
     for name, value in _facts(view):
-        # Text, never a string: rich would read markup in the problem as its own.
+        # Text, not a string: rich would parse markup in the problem.
         facts.add_row(name, Text(value))
     return Panel(
         Group(facts, Text(), response_text(view.pieces), Text(), _legend(view)),
@@ -212,5 +211,5 @@ def _legend(view: RolloutView) -> Text:
         name = "grpo" if paint is Paint.PLAIN else paint.name.lower()
         text.append(name, style=_STYLES[paint]).append("  ")
     if not view.exact:
-        text.append("painted by estimate: the tokenizer is not at hand", style="dim")
+        text.append("colours are estimated: the tokenizer is not available", style="dim")
     return text

@@ -1,4 +1,7 @@
-"""Commands that look into a store: list, show, view, compare, check; import human labels."""
+"""Commands on a store's contents: list, show, view, compare, check, import of human labels.
+
+commands.py adds `COMMANDS` to `trace-opd`. Slow imports are inside the commands.
+"""
 
 import logging
 from contextlib import suppress
@@ -45,11 +48,11 @@ def ls(
     try:
         for name, ref in opened.aliases().items():
             names.setdefault(ref, []).append(name)
-    except InputError as error:  # the datasets are there all the same
+    except InputError as error:  # list the datasets without names
         logger.warning("%s", error)
     table = Table(box=None)
     for column in ("dataset", "alias", "parts", "rows", "finished"):
-        table.add_column(column, no_wrap=True)  # an id is there to be copied
+        table.add_column(column, no_wrap=True)  # ids are for copying
     table.columns[1].overflow = "fold"
     for dataset in sorted(opened.datasets(stage), key=lambda d: d.manifest["finished_at"]):
         table.add_row(
@@ -84,10 +87,10 @@ def view(
         str | None,
         typer.Option(help="Annotations dataset of the same rollouts, shown side by side."),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 0,
     store: StoreRoot = "store",
 ) -> None:
-    """Look at rollouts, any number of them, in a browser on this machine; Ctrl-C ends."""
+    """Browse any number of rollouts in a browser on this machine; Ctrl-C ends."""
     from ..viewer.view import HOST, Viewer, open_server
 
     with open_server(Viewer(Store(store), ref, against), port) as server:
@@ -100,7 +103,7 @@ def view(
 def lineage(
     ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")], store: StoreRoot = "store"
 ) -> None:
-    """Show what a dataset was made from."""
+    """Show the datasets that a dataset was made from."""
     opened = Store(store)
     trees: list[Tree] = []
     for depth, role, dataset in opened.lineage(opened.get(ref)):
@@ -124,14 +127,14 @@ def import_(
     layout: Annotated[str, typer.Argument(help="processbench or prm800k.")],
     file: Annotated[str, typer.Argument(help="JSON or JSONL file, or an fsspec URL.")],
     alias: Annotated[str, typer.Option(help="Prefix of the datasets' names.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many responses.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of responses.")] = None,
     hide_verdict: Annotated[
         bool,
-        typer.Option("--hide-verdict", help="Say of every response that it is wrong."),
+        typer.Option("--hide-verdict", help="Record every response as wrong."),
     ] = False,
     store: StoreRoot = "store",
 ) -> None:
-    """Human labels of steps become problems, rollouts, verdicts and annotations."""
+    """Import human labels of steps as problems, rollouts, verdicts and annotations."""
     from ..compare.human_labels import import_labels
 
     made = import_labels(layout, file, Store(store), alias, limit, hide_verdict)
@@ -146,7 +149,8 @@ def import_(
 def compare(
     datasets: Annotated[list[str], typer.Argument(help="Annotations datasets (alias or id).")],
     reference: Annotated[
-        str | None, typer.Option(help="The one that others are measured by; default: the first.")
+        str | None,
+        typer.Option(help="Dataset that the others are measured against; default: the first."),
     ] = None,
     alpha: Annotated[
         float, typer.Option(min=0, max=1, help="Coverage cap of the capped figures.")
@@ -158,26 +162,27 @@ def compare(
     ] = None,
     store: StoreRoot = "store",
 ) -> None:
-    """Hold annotations of the same rollouts against one another."""
-    from ..compare import page as report
-    from ..compare.compare import compare as compare_annotations
+    """Compare annotations of the same rollouts: agreement, coverage, types, first errors."""
+    from ..compare import page
+    from ..compare.compare import compare_annotations
     from ..compare.table import comparison_table
 
     opened = Store(store)
     compared = compare_annotations(datasets, opened, reference, alpha)
     table = comparison_table(compared, resamples, seed)
-    folder = output or report.default_output(compared, opened)
-    paths = report.write(compared, table, opened, folder)
-    report.show(compared, table, console)
+    paths = page.write(compared, table, opened, output or page.default_output(compared, opened))
+    page.show(compared, table, console)
     for path in paths:
         console.print(path, soft_wrap=True, highlight=False)
 
 
 def batches(
     stores: Annotated[list[str] | None, typer.Argument(help="Stores; default: ./store.")] = None,
-    cancel: Annotated[bool, typer.Option("--cancel", help="Ask for their end.")] = False,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="Ask the provider to cancel them.")
+    ] = False,
 ) -> None:
-    """List batches of annotators (annotator.batch) whose answers are still out."""
+    """List annotation batches (annotator.batch) that wait for the provider's answers."""
     from .batches import batches_table
 
     console.print(batches_table([Store(root) for root in stores or ["store"]], cancel))
@@ -189,12 +194,12 @@ def verify_store(
     ] = None,
     store: StoreRoot = "store",
 ) -> None:
-    """Read every file that manifests list; say what is not as written and how to make it again."""
-    from .check_store import verify_store as verify
+    """Check every file against its manifest; print faults and the commands that mend them."""
+    from .check_store import check_store
 
-    found, whole = verify(Store(store), datasets or [])
+    found, intact = check_store(Store(store), datasets or [])
     console.print(found, soft_wrap=True, highlight=False)
-    if not whole:
+    if not intact:
         raise typer.Exit(1)
 
 

@@ -1,8 +1,8 @@
-"""How far two annotators agree, and how far one is right: from counts to figures and intervals.
+"""Agreement of two annotators: counts per rollout (compare.py), figures and intervals (table.py).
 
-Counts are summed over rollouts before a figure is taken, per problem and over all problems, so a
-long response weighs more than a short one. What is undefined (a share of nothing, κ where no
-disagreement could have been) is NaN, null in tables. Definitions stand with their functions.
+Counts are summed over rollouts before a figure is computed, per problem and over all problems, so a
+long response weighs more than a short one. Undefined figures (a share of nothing, κ where no
+disagreement is possible) are NaN, null in tables.
 """
 
 from collections.abc import Mapping
@@ -11,16 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...schemas.labels import AnnotationStatus
+from ..statistics import percentiles, resampled
 from .marks import NO_ERROR, STATUSES, TYPES, UNKNOWN, Marks, Units, row_sums
 
-# Of a rollout's two annotations.
+# Counts of a rollout's two annotations.
 SHARED = (
     "judged", "only_reference", "only_other", "neither", "asked_differently", "both_empty", "units",
     "reference_marked", "other_marked", "both_marked", "reference_kept", "other_kept", "both_kept",
     "same_segments", "reference_segments", "other_segments", "both_segments", "typed", "same_type",
     "wrong", "wrong_hit", "right", "right_hit", "unlabelled",
 )  # fmt: skip
-# Of each annotation alone.
+# Counts of each annotation alone.
 OWN = (
     *(status.value for status in AnnotationStatus),
     "units", "marked", "kept", "cap_hits", "prompt_tokens", "completion_tokens", "cost_usd",
@@ -39,32 +40,36 @@ Counts = Mapping[str, np.ndarray]
 class Side:
     """One annotator's marks of a chunk of rollouts.
 
-    marked, kept: (units,) bool, what they cover before and after the cap; bills: (rows,) floats of
-    prompt_tokens, completion_tokens, cost_usd, NaN where unknown.
+    mask, capped: (units,) bool, the units that they cover before and after the cap; bills: (rows,)
+    floats of prompt_tokens, completion_tokens, cost_usd, NaN where unknown.
     """
 
     marks: Marks
     units: Units
-    marked: np.ndarray
-    kept: np.ndarray
+    mask: np.ndarray
+    capped: np.ndarray
     bills: Counts
 
 
 def shared_counts(reference: Side, other: Side) -> dict[str, np.ndarray]:
     """SHARED of each rollout, (rows,) each.
 
-    Agreement is counted over rollouts that both annotators answered (ok or empty) and searched for
-    the same kind of span: `judged`. The others are counted by what is missing.
+    Agreement is counted over the `judged` rollouts: both annotators answered (ok or empty) and
+    searched for the same kind of span. The others are counted by what is missing.
     """
     offsets = reference.units.offsets
     first, second = reference.marks, other.marks
     both = first.answered & second.answered
     judged = both & (first.kind == second.kind)
-
-    def of_judged(values: np.ndarray) -> np.ndarray:
-        return np.where(judged, row_sums(values, offsets), 0)
-
-    same, segments = _segment_counts(first, second, judged)
+    typed = judged & (first.type >= 0) & (second.type >= 0)
+    covers = {
+        "reference_marked": reference.mask,
+        "other_marked": other.mask,
+        "both_marked": reference.mask & other.mask,
+        "reference_kept": reference.capped,
+        "other_kept": other.capped,
+        "both_kept": reference.capped & other.capped,
+    }
     counts = {
         "judged": judged,
         "only_reference": first.answered & ~second.answered,
@@ -72,29 +77,18 @@ def shared_counts(reference: Side, other: Side) -> dict[str, np.ndarray]:
         "neither": ~first.answered & ~second.answered,
         "asked_differently": both & ~judged,
         "units": np.where(judged, np.diff(offsets), 0),
-        "reference_marked": of_judged(reference.marked),
-        "other_marked": of_judged(other.marked),
-        "both_marked": of_judged(reference.marked & other.marked),
-        "reference_kept": of_judged(reference.kept),
-        "other_kept": of_judged(other.kept),
-        "both_kept": of_judged(reference.kept & other.kept),
-        "same_segments": same,
-        **segments,
-    }
-    typed = judged & (first.type >= 0) & (second.type >= 0)
-    counts |= {
-        "both_empty": judged & (counts["reference_marked"] + counts["other_marked"] == 0),
+        **{name: np.where(judged, row_sums(mask, offsets), 0) for name, mask in covers.items()},
+        **_segment_counts(first, second, judged),
         "typed": typed,
         "same_type": typed & (first.type == second.type),
         **_first_error_counts(first, second),
     }
+    counts["both_empty"] = judged & (counts["reference_marked"] + counts["other_marked"] == 0)
     return {name: counts[name] for name in SHARED}
 
 
-def _segment_counts(
-    first: Marks, second: Marks, judged: np.ndarray
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Marked segments of the judged rollouts that both annotators saw cut in the same places."""
+def _segment_counts(first: Marks, second: Marks, judged: np.ndarray) -> dict[str, np.ndarray]:
+    """Marked segments of the judged rollouts whose segments are the same for both annotators."""
     if np.array_equal(first.segment_offsets, second.segment_offsets):
         differ = row_sums(first.segment_ends != second.segment_ends, first.segment_offsets) > 0
     else:
@@ -102,44 +96,45 @@ def _segment_counts(
         differ = np.fromiter(cuts, dtype=bool, count=first.rows)
     same = judged & ~differ
 
-    def of_same(marks: Marks, marked: np.ndarray) -> np.ndarray:
-        return np.where(same, row_sums(marked, marks.segment_offsets), 0)
+    def of_same(marks: Marks, mask: np.ndarray) -> np.ndarray:
+        return np.where(same, row_sums(mask, marks.segment_offsets), 0)
 
-    # The second annotator's marks on the first one's segments, where they are the same ones.
+    # The second annotator's marks on the first one's segments, in rows where they are the same.
     row = np.repeat(np.arange(first.rows), np.diff(first.segment_offsets))
     place = np.arange(len(row)) - first.segment_offsets[row] + second.segment_offsets[row]
     matched = same[row]
     aligned = np.zeros(len(row), dtype=bool)
-    aligned[matched] = second.marked[place[matched]]
-    return same, {
-        "reference_segments": of_same(first, first.marked),
-        "other_segments": of_same(second, second.marked),
-        "both_segments": of_same(first, first.marked & aligned),
+    aligned[matched] = second.segment_mask[place[matched]]
+    return {
+        "same_segments": same,
+        "reference_segments": of_same(first, first.segment_mask),
+        "other_segments": of_same(second, second.segment_mask),
+        "both_segments": of_same(first, first.segment_mask & aligned),
     }
 
 
 def _first_error_counts(reference: Marks, other: Marks) -> dict[str, np.ndarray]:
     """Rollouts by the reference's first error, and whether the other annotator found it.
 
-    Hit: the other's first marked character lies in the reference's first error span, so that with
-    equal segments and one segment per step the first marked segment is the first wrong one. On a
-    response without an error: it says that there is none. An annotator that says nothing misses.
+    A hit: the other's first marked character lies in the reference's first error span. With equal
+    segments, one per step, its first marked segment is then the first wrong one. On a response
+    without an error a hit is an annotation without errors. An annotator without an answer misses.
     """
-    truth, said = reference.first_error, other.first_error
+    truth, found = reference.first_error, other.first_error
     wrong, right = truth >= 0, truth == NO_ERROR
     return {
         "wrong": wrong,
-        "wrong_hit": wrong & (said >= truth) & (said < reference.first_error_end),
+        "wrong_hit": wrong & (found >= truth) & (found < reference.first_error_end),
         "right": right,
-        "right_hit": right & (said == NO_ERROR),
+        "right_hit": right & (found == NO_ERROR),
         "unlabelled": truth == UNKNOWN,
     }
 
 
 def own_counts(side: Side) -> dict[str, np.ndarray]:
-    """OWN of each rollout, (rows,) each: status, units of what it answered, tokens and cost."""
+    """OWN of each rollout, (rows,) each: status, units of answered rollouts, tokens and cost."""
     marks, offsets = side.marks, side.units.offsets
-    marked, kept = row_sums(side.marked, offsets), row_sums(side.kept, offsets)
+    marked, kept = row_sums(side.mask, offsets), row_sums(side.capped, offsets)
     answered = marks.answered
     counts = {
         **{status.value: marks.status == code for code, status in enumerate(STATUSES)},
@@ -153,7 +148,7 @@ def own_counts(side: Side) -> dict[str, np.ndarray]:
 
 
 def confusion(reference: Marks, other: Marks, rows: np.ndarray) -> np.ndarray:
-    """Rollouts by both annotators' types, (TYPES, TYPES), the reference's in rows."""
+    """Number of rollouts by both annotators' types: (TYPES, TYPES), the reference's in rows."""
     pairs = rows & (reference.type >= 0) & (other.type >= 0)
     flat = reference.type[pairs] * len(TYPES) + other.type[pairs]
     return np.bincount(flat, minlength=len(TYPES) ** 2).reshape(len(TYPES), len(TYPES))
@@ -168,9 +163,9 @@ def cohen_kappa(
     """Cohen's κ of two markings of the same units (Cohen 1960, doi 10.1177/001316446002000104).
 
     κ = (p_o − p_e) / (1 − p_e): p_o is the share of units on which they agree (both mark, or
-    neither does), p_e the share expected of independent markings with the same marginals. 1: they
-    are equal, 0: as good as chance (so where one marks nothing and the other something), NaN where
-    p_e is 1: both mark nothing, or both everything.
+    neither does), p_e the share expected of independent markings with the same marginals. 1: equal;
+    0: no better than chance, also where only one marks anything; NaN where p_e is 1: both mark
+    nothing, or both everything.
     """
     share = _ratio(first, units), _ratio(second, units)
     agreed = 1 - _ratio(first + second - 2 * both, units)
@@ -180,15 +175,15 @@ def cohen_kappa(
 
 
 def figures(counts: Counts) -> dict[str, np.ndarray]:
-    """FIGURES of summed COUNTS, of whatever shape these have.
+    """FIGURES of summed COUNTS; they have the counts' shape.
 
     iou: units that both mark over units that either marks, NaN where neither marks any (counted per
-    rollout as both_empty). segment_precision: of the segments that the other annotator marks, the
-    share that the reference marks too; segment_recall the other way round; segment_f1 their
-    harmonic mean. type_agreement: of the rollouts that both give a type, those with the same.
-    wrong_accuracy, right_accuracy, first_error_f1: as in ProcessBench (arXiv 2412.06559): the first
-    error found on responses that have one; "no error" said of those that have none; their harmonic
-    mean.
+    rollout as both_empty). segment_precision: share of the other annotator's marked segments that
+    the reference marks too; segment_recall: the reverse; segment_f1: their harmonic mean.
+    type_agreement: share of the rollouts with two types whose types are equal. wrong_accuracy,
+    right_accuracy, first_error_f1: as in ProcessBench (arXiv 2412.06559): share of the wrong
+    responses whose first error is found, of the others that are found free of errors, and their
+    harmonic mean.
     """
     c = counts
     marked = c["reference_marked"], c["other_marked"], c["both_marked"]
@@ -214,38 +209,25 @@ def figures(counts: Counts) -> dict[str, np.ndarray]:
 def intervals(sums: np.ndarray, resamples: int, seed: int) -> dict[str, tuple[float, float]]:
     """Percentile 95 % intervals of FIGURES by resampling problems, (NaN, NaN) if there are none.
 
-    sums: (problems, SHARED). The problem is the unit that is drawn: rollouts of one
-    problem are alike, and drawn one by one they would pass for more than they are (cluster
-    bootstrap). A resample in which a figure is undefined is left out of that figure's interval.
+    sums: (problems, SHARED). Problems are drawn, not rollouts, because rollouts of one problem are
+    alike (cluster bootstrap). A figure's interval leaves out resamples in which it is undefined.
     """
     problems = len(sums)
     if problems < 2:
         return dict.fromkeys(FIGURES, (np.nan, np.nan))
-    rng = np.random.default_rng(seed)
-    drawn = np.empty((resamples, len(SHARED)))
-    step = max(1, 4_000_000 // problems)  # bounds the memory of the weights
-    for start in range(0, resamples, step):
-        chosen = (
-            np.bincount(rng.integers(0, problems, problems), minlength=problems)
-            for _ in range(start, min(start + step, resamples))
-        )
-        weights = np.stack(list(chosen)).astype(float)
-        drawn[start : start + len(weights)] = weights @ sums
+
+    def drawn_sums(index: np.ndarray) -> np.ndarray:
+        weights = np.stack([np.bincount(drawn, minlength=problems) for drawn in index])
+        return weights.astype(float) @ sums
+
+    drawn = resampled(drawn_sums, [problems], resamples, np.random.default_rng(seed))
     values = figures(dict(zip(SHARED, drawn.T, strict=True)))
-    return {name: _percentiles(values[name]) for name in FIGURES}
+    return {name: percentiles(values[name]) for name in FIGURES}
 
 
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
-    defined = values[~np.isnan(values)]
-    if not len(defined):
-        return np.nan, np.nan
-    low, high = np.quantile(defined, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    part, whole = np.asarray(part, dtype=float), np.asarray(whole, dtype=float)
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole != 0)
+def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+    part, total = np.asarray(part, dtype=float), np.asarray(total, dtype=float)
+    return np.divide(part, total, out=np.full(np.shape(total), np.nan), where=total != 0)
 
 
 def _harmonic(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""Annotations of the same rollouts held against one another: joined, and counted part by part.
+"""Comparison of annotations datasets of the same rollouts: joined, then counted part by part.
 
-Figures are in agreement.py, what the command writes and prints in report.py.
+`trace-opd compare` calls `compare_annotations`. Figures are in agreement.py, tables in table.py,
+the page and the terminal's output in page.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,27 +25,29 @@ from .marks import (
     TYPES,
     Marks,
     Units,
+    capped_mask,
     character_units,
-    kept_units,
-    marked_units,
     marks_of,
     places,
     read_marks,
     token_units,
+    unit_mask,
 )
 
 SCOPES = (*(kind.value for kind in KINDS), "all")
 
-_ROWS_PER_CHUNK = 4096
 _BILLS = ("prompt_tokens", "completion_tokens", "cost_usd")
-# What is asked of a rollout as a whole, not of a kind of span.
+# Counts of rollouts, not of a kind of span.
 _OF_ROLLOUTS = ("wrong", "wrong_hit", "right", "right_hit", "unlabelled")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Counts of two annotators. sums: (SCOPES, problems, COUNTS) float64, NaN where unknown;
-    types: (SCOPES, TYPES, TYPES), the reference's type in rows."""
+    """Counts of two annotators.
+
+    sums: (SCOPES, problems, COUNTS) float64, NaN where unknown; types: (SCOPES, TYPES, TYPES), the
+    reference's type in rows.
+    """
 
     reference: str
     other: str
@@ -54,8 +57,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every pair of datasets, the reference first. unit: tokens or characters; unit_reason: why not
-    tokens, "" for tokens; common: rollouts that all datasets hold; problem_ids: (problems,)."""
+    """Every pair of datasets, the reference first.
+
+    unit: tokens or characters; unit_reason: why not tokens, "" for tokens; common: number of
+    rollouts in all datasets; problem_ids: (problems,).
+    """
 
     datasets: dict[str, Dataset]
     unit: str
@@ -72,13 +78,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Joined:
-    """Marks of all datasets, and of each common rollout its row in each: (datasets, common)."""
+    """Marks of all datasets, and the row of each common rollout in each: (datasets, common)."""
 
     tables: list[pa.Table]
     rows: np.ndarray
 
     def first(self, column: str) -> pa.ChunkedArray:
-        """A column of the common rollouts as the first dataset has it."""
+        """A column of the first dataset, for the common rollouts."""
         return self.tables[0][column].take(pa.array(self.rows[0]))
 
     def take(self, dataset: int, chosen: np.ndarray) -> pa.Table:
@@ -89,16 +95,16 @@ class _Joined:
 Chunk = tuple[np.ndarray, pa.Array | None]
 
 
-def compare(
+def compare_annotations(
     names: Sequence[str], store: Store, reference: str | None = None, alpha: float = 0.25
 ) -> Comparison:
-    """Count how every pair of annotations datasets agrees on the rollouts that all of them hold.
+    """Count the agreement of every pair of annotations datasets on the rollouts in all of them.
 
-    names: aliases or ids; reference: the one that the others are measured by, None: the first. In a
-    pair without it, the one that is named first takes its place.
+    names: aliases or ids; reference: the dataset that the others are measured against, None: the
+    first. In a pair without it, the dataset that is named first is the pair's reference.
 
     Raises:
-        InputError: fewer than two datasets, one that holds no annotations, no rollout in common,
+        InputError: fewer than two datasets, a dataset without annotations, no rollout in common,
             annotations of different texts.
     """
     if len(names) < 2 or len(set(names)) < len(names):
@@ -110,7 +116,7 @@ def compare(
     joined = _join([read_marks(dataset) for dataset in datasets.values()], list(datasets))
     rollouts = find_tables(datasets[lead], store).by_role["rollouts"]
     table, reason = _byte_table(rollouts, joined)
-    chunks = _token_chunks(rollouts, joined) if table is not None else _row_chunks(joined)
+    chunks = _chunks(rollouts, joined, with_tokens=table is not None)
     coded = joined.first("problem_id").combine_chunks().dictionary_encode()
     problem_ids: list[Any] = coded.dictionary.to_pylist()
     return Comparison(
@@ -137,39 +143,36 @@ def _join(tables: list[pa.Table], names: list[str]) -> _Joined:
 
 
 def _byte_table(rollouts: Dataset, joined: _Joined) -> tuple[ByteTable | None, str]:
-    """The bytes of token ids if they are known of every common rollout; else why they are not."""
+    """The bytes of token ids if they are known for every common rollout; else why not."""
     header = rollouts.read(["rollout_id", "on_policy", "vocab_fingerprint"])
     header = header.filter(pc.is_in(header["rollout_id"], value_set=joined.first("rollout_id")))
     if not pc.all(header["on_policy"]).as_py():
-        return None, "some responses came without token ids"
+        return None, "some responses have no token ids"
     config = made_by(rollouts)  # empty while the run that sampled is not finished
     known = None
     with suppress(InputError):
         known = policy_byte_table(config["policy"]) if config else None
     if known is None:
-        return None, "the policy's tokenizer is not at hand"
+        return None, "the policy's tokenizer is not available"
     table, fingerprint = known
     if set(pc.unique(header["vocab_fingerprint"]).to_pylist()) != {fingerprint}:
         return None, "the token ids are of another vocabulary than the policy's"
     return table, ""
 
 
-def _row_chunks(joined: _Joined) -> Iterator[Chunk]:
-    count = joined.rows.shape[1]
-    for start in range(0, count, _ROWS_PER_CHUNK):
-        yield np.arange(start, min(start + _ROWS_PER_CHUNK, count)), None
-
-
-def _token_chunks(rollouts: Dataset, joined: _Joined) -> Iterator[Chunk]:
-    """Part by part of the rollouts: their token ids are most of what a comparison reads."""
+def _chunks(rollouts: Dataset, joined: _Joined, with_tokens: bool) -> Iterator[Chunk]:
+    """The common rollouts part by part; their token ids are most of what a comparison reads."""
     common = places(rollouts.read(["rollout_id"])["rollout_id"], joined.first("rollout_id"))
     start = 0
-    for part in range(rollouts.parts):
-        token_ids = rollouts.read_part(part, ["token_ids"])["token_ids"].combine_chunks()
-        here = common[start : start + len(token_ids)]
-        start += len(token_ids)
+    for index, part in enumerate(rollouts.manifest["parts"]):
+        here = common[start : start + part["rows"]]
+        start += part["rows"]
         if (here >= 0).any():
-            yield here[here >= 0], token_ids.filter(pa.array(here >= 0))
+            token_ids = None
+            if with_tokens:
+                token_ids = rollouts.read_part(index, ["token_ids"])["token_ids"].combine_chunks()
+                token_ids = token_ids.filter(pa.array(here >= 0))
+            yield here[here >= 0], token_ids
 
 
 def _count(
@@ -209,9 +212,9 @@ def _sides(
         else:
             units = character_units(marks)
         known = known or (marks, units)
-        marked = marked_units(marks, units)
+        mask = unit_mask(marks, units)
         bills = {name: rows[name].to_numpy().astype(float) for name in _BILLS}
-        yield Side(marks, units, marked, kept_units(marks, units, marked, alpha), bills)
+        yield Side(marks, units, mask, capped_mask(marks, units, mask, alpha), bills)
 
 
 def _same_segments(first: Marks, second: Marks) -> bool:
@@ -232,29 +235,26 @@ def _same_texts(first: Marks, second: Marks, rollout_ids: pa.ChunkedArray, pair:
 def _add(pair: Pair, reference: Side, other: Side, problem: np.ndarray) -> None:
     """Add a chunk's counts to each scope's sums by problem."""
     first, second = reference.marks, other.marks
-    shared, of_first, of_second = (
-        shared_counts(reference, other),
-        own_counts(reference),
-        own_counts(other),
-    )
-    # Where one says nothing, what was asked of the other.
+    shared = shared_counts(reference, other)
+    of_first, of_second = own_counts(reference), own_counts(other)
+    # Where one was not asked, the kind that the other was asked for.
     kind = np.where(first.kind >= 0, first.kind, second.kind)
     kind = np.where(shared["asked_differently"], -1, kind)
     for scope, name in enumerate(SCOPES):
-        whole = name == "all"
+        every = name == "all"
         columns = [
-            *_masked(shared, whole | (kind == scope), () if whole else _OF_ROLLOUTS),
-            *_masked(of_first, whole | (first.kind == scope)),
-            *_masked(of_second, whole | (second.kind == scope)),
+            *_masked(shared, every | (kind == scope), () if every else _OF_ROLLOUTS),
+            *_masked(of_first, every | (first.kind == scope)),
+            *_masked(of_second, every | (second.kind == scope)),
         ]
         np.add.at(pair.sums[scope], problem, np.stack(columns, axis=1))
-        pair.types[scope] += confusion(first, second, shared["judged"] & (whole | (kind == scope)))
+        pair.types[scope] += confusion(first, second, shared["judged"] & (every | (kind == scope)))
 
 
 def _masked(
     counts: Counts, rows: np.ndarray | bool, left_out: Sequence[str] = ()
 ) -> list[np.ndarray]:
-    """Counts of some rows, 0 in the others, in the order of COUNTS."""
+    """Counts with 0 outside the given rows, in the order of COUNTS."""
     return [
         np.zeros(len(values)) if name in left_out else np.where(rows, values, 0.0)
         for name, values in counts.items()

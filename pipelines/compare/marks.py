@@ -1,7 +1,8 @@
-"""What annotators marked, as arrays: segments, units (tokens or characters), and what the cap keeps.
+"""Marks of annotators as arrays, per segment and per unit (token or character), before and after α.
 
-A chunk of rollouts is flat: the segments of all its rows behind one another, and so its units, with
-offsets to find a row. Figures over 100,000 rollouts are then a few array operations.
+compare.py reads and aligns them, agreement.py counts them. A chunk of rollouts is flat: the
+segments (or units) of all its rows concatenated, with offsets per row, so figures over 100,000
+rollouts are a few array operations.
 """
 
 from collections.abc import Sequence
@@ -22,10 +23,10 @@ from ...trace.route import Response, route_tokens, token_cap
 STATUSES = list(AnnotationStatus)
 TYPES = list(DiagnosticType)
 KINDS = list(SpanKind)
-# First error of a row that has none, and of a row that says nothing about errors.
+# `first_error` of a row without an error, and of a row that does not state whether there is one.
 NO_ERROR, UNKNOWN = -1, -2
 
-# Picked inside lists too: the spans' texts are most of a table, and no figure needs them.
+# Without the spans' texts: they are most of a table, and no figure needs them.
 _COLUMNS = [
     "rollout_id", "problem_id", "correct", "diagnostic_type", "status", "prompt_tokens",
     "completion_tokens", "cost_usd", "segments.list.element.end",
@@ -34,7 +35,7 @@ _COLUMNS = [
 
 
 def read_marks(dataset: Dataset) -> pa.Table:
-    """An annotations dataset without its texts: what a comparison keeps in memory."""
+    """An annotations dataset without its texts, which a comparison keeps in memory."""
     parts = []
     for part in dataset.manifest["parts"]:
         with dataset.store.open(f"{dataset.ref}/{part['name']}") as file:
@@ -44,13 +45,13 @@ def read_marks(dataset: Dataset) -> pa.Table:
 
 @dataclass(frozen=True)
 class Marks:
-    """One annotator's answers to a chunk of rollouts; a row is a rollout.
+    """One annotator's annotations of a chunk of rollouts; a row is a rollout.
 
-    status, kind, type: (rows,) index into STATUSES, KINDS (what the annotator was asked for), TYPES;
-    −1 for none. segment_offsets: (rows + 1,); segment_ends: (segments,) one past the last
-    character, within the response. named_offsets: (rows + 1,); named: (named,) segment within the
-    row, in the annotator's order. first_error: (rows,) first character of the first error span, or
-    NO_ERROR or UNKNOWN; first_error_end: (rows,).
+    status, kind, type: (rows,) index into STATUSES, KINDS (the kind asked for), TYPES; −1 for none.
+    segment_offsets: (rows + 1,); segment_ends: (segments,) one past the last character, within the
+    response. named_offsets: (rows + 1,); named: (named,) segment within the row, in the annotator's
+    order. first_error: (rows,) first character of the first error span, or NO_ERROR or UNKNOWN;
+    first_error_end: (rows,).
     """
 
     status: np.ndarray
@@ -69,9 +70,9 @@ class Marks:
 
     @property
     def answered(self) -> np.ndarray:
-        """(rows,) bool: the annotator looked and said what it marks, be it nothing."""
-        looked = (AnnotationStatus.OK, AnnotationStatus.EMPTY)
-        return np.isin(self.status, [STATUSES.index(status) for status in looked])
+        """(rows,) bool: the annotator answered, with marks or with none."""
+        answers = (AnnotationStatus.OK, AnnotationStatus.EMPTY)
+        return np.isin(self.status, [STATUSES.index(status) for status in answers])
 
     @property
     def lengths(self) -> np.ndarray:
@@ -81,12 +82,12 @@ class Marks:
         return np.where(filled, ends[self.segment_offsets[1:] - 1], 0)
 
     @cached_property
-    def marked(self) -> np.ndarray:
-        """(segments,) bool."""
-        marked = np.zeros(len(self.segment_ends), dtype=bool)
+    def segment_mask(self) -> np.ndarray:
+        """(segments,) bool: the marked segments."""
+        mask = np.zeros(len(self.segment_ends), dtype=bool)
         row = np.repeat(np.arange(self.rows), np.diff(self.named_offsets))
-        marked[self.segment_offsets[row] + self.named] = True
-        return marked
+        mask[self.segment_offsets[row] + self.named] = True
+        return mask
 
     def segments(self, row: int) -> list[tuple[int, int]]:
         ends = self.segment_ends[self.segment_offsets[row] : self.segment_offsets[row + 1]].tolist()
@@ -94,24 +95,23 @@ class Marks:
 
 
 def marks_of(table: pa.Table) -> Marks:
-    """Arrays of some rows of what `read_marks` gives."""
+    """Arrays of some rows of `read_marks`."""
     segments, spans = _chunk(table["segments"]), _chunk(table["spans"])
     each = spans.flatten()
     owner = pc.list_parent_indices(spans).to_numpy(zero_copy_only=False)
-    of_error = _codes(pc.struct_field(each, "kind"), KINDS) == KINDS.index(SpanKind.ERROR)
+    is_error = _codes(pc.struct_field(each, "kind"), KINDS) == KINDS.index(SpanKind.ERROR)
     named = pc.struct_field(each, "segments")
     counts = np.bincount(owner, pc.list_value_length(named).to_numpy(), minlength=len(table))
     status = _codes(table["status"], STATUSES)
     correct = table["correct"].to_numpy()
-    first, end = _first_errors(
-        len(table),
-        owner[of_error],
-        pc.struct_field(each, "start").to_numpy()[of_error],
-        pc.struct_field(each, "end").to_numpy()[of_error],
-    )
+    starts, ends = (pc.struct_field(each, n).to_numpy()[is_error] for n in ("start", "end"))
+    first, end = np.full(len(table), -1), np.full(len(table), -1)
+    last_to_first = np.argsort(-starts, kind="stable")  # the first span of a row is set last
+    first[owner[is_error][last_to_first]] = starts[last_to_first]
+    end[owner[is_error][last_to_first]] = ends[last_to_first]
     return Marks(
         status=status,
-        kind=_asked_kinds(correct, owner, of_error),
+        kind=_asked_kinds(correct, owner, is_error),
         type=_codes(table["diagnostic_type"], TYPES),
         segment_offsets=_offsets(pc.list_value_length(segments).to_numpy()),
         segment_ends=pc.struct_field(segments.flatten(), "end").to_numpy(),
@@ -122,34 +122,24 @@ def marks_of(table: pa.Table) -> Marks:
     )
 
 
-def _asked_kinds(correct: np.ndarray, owner: np.ndarray, of_error: np.ndarray) -> np.ndarray:
-    """What a row was searched for: the kind of its spans; without any, what its verdict asks for."""
+def _asked_kinds(correct: np.ndarray, owner: np.ndarray, is_error: np.ndarray) -> np.ndarray:
+    """The kind that each row was searched for: that of its spans, else that of its verdict."""
     key, error = KINDS.index(SpanKind.KEY), KINDS.index(SpanKind.ERROR)
     kinds = np.full(len(correct), -1)
     kinds[np.equal(correct, True)] = key
     kinds[np.equal(correct, False)] = error
-    kinds[owner] = np.where(of_error, error, key)
+    kinds[owner] = np.where(is_error, error, key)
     return kinds
 
 
 def _without_error(status: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """What a row without error spans says: a right response has none, unless the call failed."""
+    """`first_error` of rows without error spans: a right response has no error, unless the call
+    failed; a wrong one has none if the annotator answered so."""
     code = STATUSES.index
-    silent = [AnnotationStatus.INVALID, AnnotationStatus.FAILED, AnnotationStatus.SKIPPED]
-    right = np.equal(correct, True) & ~np.isin(status, [code(one) for one in silent])
-    looked = np.equal(correct, False) & (status == code(AnnotationStatus.EMPTY))
-    return np.where(right | looked, NO_ERROR, UNKNOWN)
-
-
-def _first_errors(
-    rows: int, owner: np.ndarray, starts: np.ndarray, ends: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end of each row's first error span in the text, −1 without one."""
-    first, end = np.full(rows, -1), np.full(rows, -1)
-    last_to_first = np.argsort(-starts, kind="stable")  # of a row's spans the first is set last
-    first[owner[last_to_first]] = starts[last_to_first]
-    end[owner[last_to_first]] = ends[last_to_first]
-    return first, end
+    failed = [AnnotationStatus.INVALID, AnnotationStatus.FAILED, AnnotationStatus.SKIPPED]
+    right = np.equal(correct, True) & ~np.isin(status, [code(one) for one in failed])
+    denied = np.equal(correct, False) & (status == code(AnnotationStatus.EMPTY))
+    return np.where(right | denied, NO_ERROR, UNKNOWN)
 
 
 # --- units ---------------------------------------------------------------------------------------
@@ -174,7 +164,7 @@ def character_units(marks: Marks) -> Units:
 
 
 def token_units(marks: Marks, token_ids: pa.Array, table: ByteTable) -> Units:
-    """token_ids: of each row, as the sampler gave them."""
+    """token_ids: the sampler's own, a list per row."""
     lengths = pc.list_value_length(token_ids).to_numpy()
     segment = np.full(int(lengths.sum()), -1)
     offsets = _offsets(lengths)
@@ -187,26 +177,26 @@ def token_units(marks: Marks, token_ids: pa.Array, table: ByteTable) -> Units:
     return Units(offsets, segment)
 
 
-def marked_units(marks: Marks, units: Units) -> np.ndarray:
-    """(units,) bool: inside the annotator's marks, before the cap."""
-    if not len(marks.marked):
+def unit_mask(marks: Marks, units: Units) -> np.ndarray:
+    """(units,) bool: the marked units, before the cap."""
+    if not len(marks.segment_mask):
         return np.zeros(len(units.segment), dtype=bool)
-    return marks.marked[units.segment] & (units.segment >= 0)
+    return marks.segment_mask[units.segment] & (units.segment >= 0)
 
 
-def kept_units(marks: Marks, units: Units, marked: np.ndarray, alpha: float) -> np.ndarray:
-    """(units,) bool: what stage convert would route of them under α, by its own rule spans."""
-    counts, lengths = row_sums(marked, units.offsets), np.diff(units.offsets)
+def capped_mask(marks: Marks, units: Units, mask: np.ndarray, alpha: float) -> np.ndarray:
+    """(units,) bool: the marked units that stage convert would route under α with rule spans."""
+    counts, lengths = row_sums(mask, units.offsets), np.diff(units.offsets)
     config = RoutingConfig(alpha=alpha)
-    kept = marked.copy()
-    # Marks that fit are kept whole; the rule is asked about the others.
+    kept = mask.copy()
+    # Marks within the cap are all kept; the rule decides about the others.
     for row in np.flatnonzero(counts > token_cap(alpha, lengths)):
         here = slice(units.offsets[row], units.offsets[row + 1])
         segment = units.segment[here]
         named = marks.named[marks.named_offsets[row] : marks.named_offsets[row + 1]]
         response = Response(
             rollout_id="",
-            token_ids=segment,  # rule spans reads how many there are, no more
+            token_ids=segment,  # rule spans reads only their number
             logprobs=np.zeros(len(segment), dtype=np.float32),
             token_segment=np.where(segment >= 0, segment - marks.segment_offsets[row], -1),
             spans=[named.tolist()],
@@ -218,7 +208,7 @@ def kept_units(marks: Marks, units: Units, marked: np.ndarray, alpha: float) -> 
 
 
 def places(values: pa.Array | pa.ChunkedArray, held: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Where values stand among others: (values,) int64, −1 for those that do not."""
+    """The index of each value among `held`: (values,) int64, −1 for none."""
     found = pc.index_in(values, value_set=held)
     return pc.fill_null(found, -1).to_numpy().astype(np.int64)  # type: ignore[arg-type]
 
@@ -234,8 +224,8 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def _chunk(column: pa.ChunkedArray) -> pa.ListArray:
-    whole = column.combine_chunks()
-    return whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole  # type: ignore[return-value]
+    combined = column.combine_chunks()
+    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined  # type: ignore[return-value]
 
 
 def _codes(column: pa.Array | pa.ChunkedArray, labels: Sequence[str]) -> np.ndarray:

@@ -1,12 +1,12 @@
-"""Sampling engines by config tag.
+"""Sampling engines: a registry from a config's tag to the file of its engine.
 
-Stages, online training, own-policy annotation and the training plan call `sampling_engine`. What an
-engine answers is in engine.py. To add one: a config class with its tag in schemas/configs, a file
-named after the tag here, and an entry in `_ENGINES`.
+Stages, online training, own-policy annotation and the training plan call `sampling_engine`; engine.py
+says what an engine answers. To add one: a config class with its tag in schemas/configs, and a file here
+named after the tag that exports `ENGINE`. It is imported when a config names it, because each needs
+other packages.
 """
 
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
 
 from ...schemas.configs import PolicyConfig, Sampler
 from .engine import Engine
@@ -14,28 +14,4 @@ from .engine import Engine
 
 def sampling_engine(config: Sampler, policy: PolicyConfig) -> Engine:
     """The engine of a config, for a policy; nothing is opened or checked yet."""
-    return _ENGINES[config.engine]()(config, policy)
-
-
-# Imports wait until an engine is used: each has heavy packages of its own.
-
-
-def _transformers() -> Callable[[Any, PolicyConfig], Engine]:
-    from .transformers import TransformersEngine
-
-    return TransformersEngine
-
-
-def _openai() -> Callable[[Any, PolicyConfig], Engine]:
-    from .openai import OpenAIEngine
-
-    return OpenAIEngine
-
-
-def _vllm() -> Callable[[Any, PolicyConfig], Engine]:
-    from .vllm import VllmEngine
-
-    return VllmEngine
-
-
-_ENGINES = {"transformers": _transformers, "openai": _openai, "vllm": _vllm}
+    return import_module(f".{config.engine}", __name__).ENGINE(config, policy)

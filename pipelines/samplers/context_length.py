@@ -1,4 +1,4 @@
-"""Context lengths: refuse prompts and rows that do not fit before any work starts.
+"""Find prompts and sequences that are longer than the policy's context before any work.
 
 Stages rollout, evaluate and train call the checks; samplers call `context_length`.
 """
@@ -61,7 +61,9 @@ def require_room(
 
 
 def require_short_rows(routed: Dataset, policy: PolicyConfig) -> None:
-    """Check that the sequences of a routed dataset fit into the context of the policy.
+    """Check that the sequences of a routed dataset fit into the policy's context.
+
+    Another policy may have sampled them.
 
     Raises:
         InputError: a sequence that does not fit, with its number of tokens.
@@ -92,7 +94,7 @@ def policy_context(policy: PolicyConfig) -> int | None:
 def context_length(config: Any) -> int | None:
     """Most tokens that a model has positions for; None: unbounded (no position embeddings).
 
-    Scaled rotary embeddings (YaRN, linear) stretch max_position_embeddings, as vLLM reads them.
+    Scaled rotary embeddings (YaRN, linear) multiply max_position_embeddings, as in vLLM.
     """
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None)
@@ -106,7 +108,7 @@ def context_length(config: Any) -> int | None:
 
 
 def _longer(problems: pa.Table, most_bytes: float) -> Iterable[tuple[str, str]]:
-    """Ids and texts of problems that may be too long; the others need not be tokenized."""
+    """Ids and texts of problems that may be too long; the others need no tokenizer."""
     long = problems.filter(pc.greater(pc.binary_length(problems["problem"]), pa.scalar(most_bytes)))
     columns = (long[name].to_pylist() for name in ("problem_id", "problem"))
     return zip(*columns, strict=True)

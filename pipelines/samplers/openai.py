@@ -27,7 +27,7 @@ from ...trace.protocols import Completion, PolicyInfo, Prompt, Sampler
 from .. import endpoint, transport
 from ..models import served_model
 from .chat_request import explanation, extra_fields, request_fields, response_format
-from .engine import Training, require_ratios
+from .engine import Engine, Training, require_ratios
 from .pool import Pool, server_failed
 from .reply import read_completion
 
@@ -265,3 +265,6 @@ def _local_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(folder)
     except InputError:  # none there, or one with code of its own
         return None
+
+
+ENGINE: type[Engine] = OpenAIEngine

@@ -22,7 +22,7 @@ from ...trace.protocols import Completion, PolicyInfo, Prompt
 from ..models import resolve_policy
 from .constrained import Grammars
 from .context_length import context_length, policy_context
-from .engine import Training, local_identity
+from .engine import Engine, Training, local_identity
 
 _COMPACT_BELOW = 0.75
 
@@ -291,3 +291,6 @@ def _last_logits(
         logits_to_keep=1,
     )
     return out.logits[:, -1]
+
+
+ENGINE: type[Engine] = TransformersEngine

@@ -26,7 +26,7 @@ from ...trace.protocols import Completion, Prompt
 from ..models import resolve_policy
 from .constrained import with_fixed_whitespace
 from .context_length import policy_context
-from .engine import Training, local_identity, require_ratios
+from .engine import Engine, Training, local_identity, require_ratios
 from .probe import Probe
 from .vllm_process import ask_process, engine_environment, import_quietly
 from .weights import bytes_of, memory_folder, policy_weights, write_weights
@@ -289,3 +289,6 @@ class VllmPolicySampler:
         reason = FinishReason.STOP if sample.finish_reason == "stop" else FinishReason.LENGTH
         prompt_ids = list(output.prompt_token_ids)
         return Completion(self._bytes.text(ids), reason, ids, logprobs, prompt_ids)
+
+
+ENGINE: type[Engine] = VllmEngine

@@ -14,11 +14,11 @@ from ...schemas.configs import Config
 
 @dataclass(frozen=True)
 class StageEntry:
-    """What is known of a stage without its code.
+    """A stage without its code.
 
-    summary: help of the command and description of the flow. alias: of its dataset unless a request
-    names one, which the next stage's config takes by default; None: it makes no dataset.
-    gpu: its Kubernetes deployment asks for a GPU.
+    summary: help of the command and description of the flow. alias: default name of its dataset,
+    the next stage's default input; None: the stage's name, or no dataset. gpu: its Kubernetes
+    deployment requests a GPU.
     """
 
     name: str
@@ -28,7 +28,7 @@ class StageEntry:
     gpu: bool = False
 
     def load(self) -> Any:
-        """The file's `STAGE`: `base.Stage`, or `base.SingleStage` if it is not made of parts."""
+        """The file's `STAGE`: a `base.Stage`, or a `base.SingleStage` if it has no parts."""
         return import_module(f".{self.name}", __package__).STAGE
 
 

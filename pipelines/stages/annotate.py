@@ -1,8 +1,13 @@
-"""Stage annotate: key spans of correct responses and error spans of wrong ones."""
+"""Stage annotate: key spans of correct responses and error spans of wrong ones.
+
+Called by the registry of stages. Engines are in annotators/; here are the stage's inputs, its
+attempts, its money and its summary.
+"""
 
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
@@ -12,28 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data.store import Dataset, Draft, Store
-from ...schemas.configs import (
-    AnnotateConfig,
-    Annotator,
-    NoAnnotator,
-    OpenAIAnnotator,
-    RuleAnnotator,
-    SelfAnnotator,
-)
+from ...schemas.configs import AnnotateConfig
 from ...schemas.errors import InputError, TooManyFailed
 from ...schemas.labels import AnnotationStatus
 from ...schemas.tables import ANNOTATIONS, VERDICTS
-from ..annotators import open_annotator
+from ..annotators import engine_of, open_annotator
 from ..annotators.batch_jobs import read_jobs
-from ..annotators.openai_batch import BatchAnnotator
-from ..annotators.prices import require_price
-from ..annotators.prompting import load_prompt
 from ..annotators.rows import NO_ANSWER, Usage
-from ..annotators.rule import require_steps
 from ..annotators.spending import Spending, count, dollars, open_spending, plus
-from ..endpoint import read_key
 from ..progress import show_fields
-from ..samplers import sampling_engine
 from .attempts import UNANSWERED, attempt_figures, current_attempt, first_attempt
 from .base import Plan, Stage
 
@@ -50,57 +42,18 @@ def _resolve(config: AnnotateConfig, store: Store) -> Plan:
         "rollouts": rollouts,
         "problems": rollouts.input("problems"),
     }
+    engine = engine_of(config.annotator)
     semantic = config.semantic()
     del semantic["verdicts"]  # the dataset's id stands for it
-    semantic["annotator"] |= annotator_identity(config.annotator, inputs["problems"])
-    if isinstance(config.annotator, OpenAIAnnotator):
+    semantic["annotator"] |= engine.identity(config.annotator, inputs["problems"], False)
+    if engine.asks_endpoint:
         store.local_root()  # for its journal
-        semantic = current_attempt(store, semantic, inputs, config.annotator.keep_failed)
+        semantic = current_attempt(store, semantic, inputs, _keeps_failed(config))
     return Plan(config, inputs, semantic, verdicts.parts, attempt_figures(semantic))
 
 
-def annotator_identity(
-    annotator: Annotator, problems: Dataset, in_training: bool = False
-) -> dict[str, Any]:
-    """What a dataset id hashes in place of paths: the content of prompt files and weights.
-
-    in_training: the routing looks at annotations, and a policy left out stands for the current
-    weights.
-
-    Raises:
-        InputError: problems without steps for a rule, a missing key, a bad prompt or schema file,
-            no policy, a policy without a chat template, nobody asked in training.
-    """
-    if isinstance(annotator, NoAnnotator):
-        if in_training:
-            raise InputError(
-                "online.annotator.engine is none, and online.routing looks at annotations; name an "
-                "engine that makes them, or another routing.rule and teacher_context"
-            )
-        return {}
-    if isinstance(annotator, RuleAnnotator):
-        for part in range(problems.parts):
-            require_steps(problems.read_part(part, ["steps"]), f"{problems.ref}, part {part}")
-        return {}
-    identity: dict[str, Any] = dict(load_prompt(annotator.prompt, annotator.answer_schema).sha256)
-    if isinstance(annotator, OpenAIAnnotator):
-        read_key(annotator.api_key_env, "annotator.api_key_env")
-        require_price(annotator)
-        if in_training and annotator.batch:
-            raise InputError(
-                "online.annotator.batch is true, and a step would wait a day for its answers; set "
-                "it to false"
-            )
-        return identity
-    if annotator.policy is not None:
-        engine = sampling_engine(annotator.sampler, annotator.policy)
-        return identity | {"policy": engine.identity()}
-    if not in_training:
-        raise InputError(
-            "annotator.policy is not set; name the policy that annotates (only in training it may "
-            "be left out, for the current weights)"
-        )
-    return identity
+def _keeps_failed(config: AnnotateConfig) -> bool:
+    return getattr(config.annotator, "keep_failed", True)
 
 
 class _Maker:
@@ -109,38 +62,29 @@ class _Maker:
     def __init__(self, plan: Plan, draft: Draft) -> None:
         config: AnnotateConfig = plan.config
         self._plan, self._draft = plan, draft
-        self._sampler = tokenizer = None
+        annotator: Any = config.annotator
+        self._asks_endpoint = engine_of(annotator).asks_endpoint
         rows = plan.inputs["verdicts"].rows
-        if isinstance(config.annotator, SelfAnnotator) and config.annotator.policy is not None:
-            engine = sampling_engine(config.annotator.sampler, config.annotator.policy)
-            self._sampler, tokenizer = engine.open()
-        self._asks_endpoint = isinstance(config.annotator, OpenAIAnnotator)
         folders: dict[str, Any] = {}
-        if isinstance(config.annotator, OpenAIAnnotator):
-            folders = _folders(config.annotator, first_attempt(plan, draft))
-            self._spending = open_spending(config.annotator, folders["journal"], rows, show_fields)
+        if self._asks_endpoint:
+            folders = _folders(config, first_attempt(plan, draft))
+            self._spending = open_spending(annotator, folders["journal"], rows, show_fields)
         else:
             self._spending = Spending(rows=rows, tell=show_fields)
         for part in filter(draft.has_sound_part, range(plan.parts)):
             self._spending.count(*part_usage(draft.read_part(part)))
         self._annotator = open_annotator(
-            config.annotator,
+            annotator,
             config.segment,
-            sampler=self._sampler,
-            tokenizer=tokenizer,
             spending=self._spending,
+            parts=self._missing,
             **folders,
         )
-        self._filled = False
 
     def __call__(self, part: int) -> pa.Table:
-        if isinstance(self._annotator, BatchAnnotator) and not self._filled:
-            # A batch may take a day: all parts' questions go out together.
-            self._annotator.fill(self._missing)
-            self._filled = True
         table = self._annotator.annotate(*self._tables(part))
         rows, usage = part_usage(table)
-        if not self._asks_endpoint:  # the one that does counts each row
+        if not self._asks_endpoint:  # an engine that does counts each row
             self._spending.count(rows, usage)
         logger.info(
             "part %d of %d: %d rows, %s+%s tokens, cost %s; so far %s",
@@ -166,11 +110,9 @@ class _Maker:
 
     def close(self) -> None:
         self._annotator.close()
-        if self._sampler is not None:
-            self._sampler.close()
 
 
-def _folders(annotator: OpenAIAnnotator, draft: Draft) -> dict[str, Any]:
+def _folders(config: AnnotateConfig, draft: Draft) -> dict[str, Any]:
     """Where a paid engine keeps what it must not pay for twice. draft: the first attempt.
 
     Raises:
@@ -178,7 +120,7 @@ def _folders(annotator: OpenAIAnnotator, draft: Draft) -> dict[str, Any]:
     """
     batches = draft.local_path("batches")
     jobs = read_jobs(batches)
-    if jobs and not annotator.batch:
+    if jobs and not getattr(config.annotator, "batch", False):
         raise InputError(
             f"{draft.ref}: {len(jobs)} batches of its questions are out; run with "
             "annotator.batch=true, which waits for their answers, or cancel them "
@@ -200,7 +142,7 @@ def _folders(annotator: OpenAIAnnotator, draft: Draft) -> dict[str, Any]:
 
 
 def part_usage(table: pa.Table) -> tuple[int, Usage]:
-    """A part's rows, and its tokens, US dollars and time; None where a row's are unknown."""
+    """A part's rows, and its tokens, US dollars and time; None where those of a row are unknown."""
 
     def total(name: str) -> Any:
         column = table[name]
@@ -245,9 +187,9 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     }
     if unanswered:
         summary[UNANSWERED] = unanswered
-    annotator = plan.config.annotator
-    if isinstance(annotator, OpenAIAnnotator) and annotator.budget_usd is not None:
-        summary["budget_usd"] = annotator.budget_usd
+    budget_usd = getattr(plan.config.annotator, "budget_usd", None)
+    if budget_usd is not None:
+        summary["budget_usd"] = budget_usd
     return summary
 
 
@@ -262,20 +204,28 @@ def _check(config: AnnotateConfig, dataset: Dataset) -> None:
     Raises:
         TooManyFailed: more than `annotator.max_failed_share` of the rows that were asked about.
     """
-    annotator = config.annotator
-    if not isinstance(annotator, OpenAIAnnotator) or annotator.keep_failed:
+    if _keeps_failed(config):
         return
+    most = getattr(config.annotator, "max_failed_share", 1.0)
     status, unanswered = dataset.summary["status"], dataset.summary.get(UNANSWERED, 0)
     asked = sum(status.values()) - status.get(AnnotationStatus.SKIPPED, 0)
     failed = status.get(AnnotationStatus.FAILED, 0)
-    if failed <= annotator.max_failed_share * asked:
+    if failed <= most * asked:
         return
     again = f"run the same command again, which asks for {unanswered} of them again, or "
     raise TooManyFailed(
         f"{dataset.ref} is finished, but {failed} of {asked} rows failed, more than "
-        f"annotator.max_failed_share={annotator.max_failed_share:g}; {again if unanswered else ''}"
+        f"annotator.max_failed_share={most:g}; {again if unanswered else ''}"
         "go on with it by annotator.keep_failed=true"
     )
 
 
-STAGE = Stage("annotate", AnnotateConfig, ANNOTATIONS, _resolve, _Maker, _summarize, check=_check)
+STAGE = Stage(
+    "annotate",
+    AnnotateConfig,
+    ANNOTATIONS,
+    _resolve,
+    lambda plan, draft: closing(_Maker(plan, draft)),
+    _summarize,
+    check=_check,
+)

@@ -1,8 +1,9 @@
-"""Attempts at one annotation: a repeated command asks again for what an endpoint left unanswered.
+"""Attempts of an annotation: a repeated command asks again for rows without an answer.
 
-The annotate stage and its estimate call this. A finished dataset is never rewritten, because others refer
-to it by its id. The repeated command makes another dataset, whose semantic config has the attempt's number
-(attempt 0 has none). All attempts share the journal, the batches and the budget of attempt 0.
+Stage annotate and its estimate call this file. A finished dataset is never rewritten, because
+others refer to it by its id. The repeated command makes another dataset, whose semantic config has
+the attempt's number (attempt 0 has none). All attempts share attempt 0's journal, batches and
+budget.
 """
 
 from collections.abc import Mapping
@@ -20,10 +21,9 @@ _ATTEMPT = "attempt"
 def current_attempt(
     store: Store, semantic: dict[str, Any], inputs: Mapping[str, Dataset], keep_failed: bool
 ) -> dict[str, Any]:
-    """The semantic config of the attempt that a command means: the first without unanswered rows, or
-    the next one to make.
+    """The semantic config of a command's attempt: the first without unanswered rows, or a new one.
 
-    keep_failed: the last finished attempt instead, even with unanswered rows.
+    keep_failed: return the last finished attempt instead, even with unanswered rows.
     """
     number, last_finished = 0, None
     while True:

@@ -1,16 +1,17 @@
-"""What the stages share: a stage is data, and one driver makes its dataset.
+"""A stage as data, and the driver that makes its dataset part by part.
 
-One input part makes one output part, and finished parts are kept. The command line runs a stage by
-`Stage.run`; flows.py calls `make_dataset` with its own way to make parts, and so does the import of
-human labels (compare/human_labels.py). The arguments of `make_part` can be pickled, so threads,
-processes and workers on other machines call it alike.
+pipeline.py calls `Stage.run`, flows.py `Stage.make` with tasks that call `make_part`, and the
+import of human labels (compare/human_labels.py) `make_dataset`. One input part makes one output
+part, and finished parts are kept. The arguments of `make_part` can be pickled, so threads,
+processes and workers on other machines can call it.
 """
 
 import atexit
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
@@ -23,10 +24,10 @@ from ..terminal import Terminal
 
 @dataclass(frozen=True)
 class Plan:
-    """A request whose inputs are found and checked.
+    """A request with checked inputs.
 
-    semantic: what the dataset id hashes besides the inputs; parts: how many parts there will be;
-    figures: what only planning knows, for the manifest's summary.
+    semantic: what the dataset id hashes besides the inputs; parts: number of parts; figures: what
+    only planning knows, for the manifest's summary.
     """
 
     config: Any
@@ -36,12 +37,7 @@ class Plan:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-class PartMaker(Protocol):
-    """The open engine of a stage: turns part numbers into tables until closed."""
-
-    def __call__(self, part: int) -> pa.Table: ...
-
-    def close(self) -> None: ...
+PartMaker = Callable[[int], pa.Table]  # makes the table of a part by its number
 
 
 def make_dataset(
@@ -49,11 +45,11 @@ def make_dataset(
     make: Callable[[Draft], Dataset],
     waits: Callable[[str], None] | None = None,
 ) -> Dataset:
-    """The dataset of a request, made unless it is finished.
+    """Return the dataset of a request; make it unless it is finished.
 
-    target: what `Store.begin` returned. make: makes all missing parts of the draft and finishes it;
-    this process holds the draft's lock meanwhile (`Draft.locked`). waits: called with a sentence if
-    another run holds it; the default prints it.
+    target: what `Store.begin` returned. make: makes the draft's missing parts and finishes it; this
+    process holds the draft's lock meanwhile (`Draft.locked`). waits: called with a sentence if
+    another run holds the lock; the default prints it.
     """
     if isinstance(target, Dataset):
         return target
@@ -62,7 +58,7 @@ def make_dataset(
 
 
 def print_waiting(holder: str) -> None:
-    """Say on standard error which run holds a dataset."""
+    """Print on standard error which run holds a dataset."""
     line = f"trace-opd: {holder}; waiting for its end"
     Terminal(stderr=True).print(line, soft_wrap=True, highlight=False)
 
@@ -71,18 +67,19 @@ def print_waiting(holder: str) -> None:
 class Stage:
     """A stage that turns parts into parts.
 
-    resolve: finds and checks inputs (raises InputError before any work).
-    open: builds the engine for a plan; an engine that pays for answers keeps them with the draft.
+    resolve: finds and checks inputs; raises InputError before any work.
+    open: a context in which the plan's engine is open; an engine that pays for answers keeps them
+    with the draft.
     summarize: figures for the manifest, from the plan and the finished parts.
-    summarized: the columns that `summarize` reads; None: all.
-    check: raises InputError if a finished dataset should stop the next stage; the dataset stays.
+    summarized: columns that `summarize` reads; None: all.
+    check: raises InputError if a finished dataset must stop the next stage; the dataset stays.
     """
 
     name: str
     config_type: type[Config]
     contract: TableContract
     resolve: Callable[[Any, Store], Plan]
-    open: Callable[[Plan, Draft], PartMaker]
+    open: Callable[[Plan, Draft], AbstractContextManager[PartMaker]]
     summarize: Callable[[Plan, Iterator[pa.Table]], dict[str, Any]]
     summarized: tuple[str, ...] | None = None
     check: Callable[[Any, Dataset], None] = lambda config, dataset: None
@@ -96,7 +93,7 @@ class Stage:
         return plan, target
 
     def make_part(self, plan: Plan, draft: Draft, part: int) -> int:
-        """Make one part unless it is there. The engine stays open for the next part.
+        """Make one part unless it exists. The engine stays open for the next part.
 
         Any thread or process may call it. A process has one open engine, which makes one part at a
         time: engines batch inside, and two of them would share the same cores. Another thread may
@@ -104,7 +101,7 @@ class Stage:
         """
         if not draft.has_sound_part(part):
             with _engine_lock:
-                _keep_engine_open()
+                _stop_idle_timer()
                 table = _open_engine(self, plan, draft)(part)
             draft.write_part(part, table)
         return part
@@ -121,7 +118,7 @@ class Stage:
         make_parts: Callable[[Plan, Draft], None],
         waits: Callable[[str], None] | None = None,
     ) -> Dataset:
-        """The dataset of a request; `make_parts` makes those that are missing, anywhere."""
+        """Make the dataset of a request; `make_parts` makes the missing parts, on any worker."""
         plan, target = self.begin(config, store)
 
         def complete(draft: Draft) -> Dataset:
@@ -156,7 +153,7 @@ class SingleStage:
 
 
 _engine_lock = threading.Lock()
-_engine: tuple[str, PartMaker] | None = None
+_engine: tuple[str, PartMaker, ExitStack] | None = None
 _idle_timer: threading.Timer | None = None
 
 
@@ -165,20 +162,21 @@ def _open_engine(stage: Stage, plan: Plan, draft: Draft) -> PartMaker:
     key = draft.store.url(draft.ref)
     if _engine is None or _engine[0] != key:
         close_engine()
-        _engine = (key, stage.open(plan, draft))
+        stack = ExitStack()
+        _engine = (key, stack.enter_context(stage.open(plan, draft)), stack)
     return _engine[1]
 
 
 def close_engine() -> None:
     """Close this process's open engine, if any."""
     global _engine
-    _keep_engine_open()
+    _stop_idle_timer()
     if _engine is not None:
-        _engine[1].close()
+        _engine[2].close()
         _engine = None
 
 
-def _keep_engine_open() -> None:
+def _stop_idle_timer() -> None:
     global _idle_timer
     if _idle_timer is not None:
         _idle_timer.cancel()
@@ -188,17 +186,17 @@ def _keep_engine_open() -> None:
 def close_idle_engine(after_s: float) -> None:
     """Close this process's engine after so many seconds in which no part begins.
 
-    There is one timer: each call replaces that of the call before.
+    Each call restarts the one timer.
     """
     global _idle_timer
 
     def close() -> None:
         with _engine_lock:
-            if _idle_timer is timer:  # a part that began meanwhile has replaced or cancelled it
+            if _idle_timer is timer:  # else a part that began meanwhile has stopped it
                 close_engine()
 
     with _engine_lock:
-        _keep_engine_open()
+        _stop_idle_timer()
         if _engine is None:
             return
         _idle_timer = timer = threading.Timer(after_s, close)

@@ -1,6 +1,7 @@
-"""Stage convert: annotated rollouts become routed training sequences."""
+"""Stage convert: annotated rollouts become routed sequences; the registry loads its `STAGE`."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from ...trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
 from ...trace.route import needs_annotations, rule_source
 from ..models import resolve_policy
 from ..samplers.vocabulary import check_token_ids, check_vocabulary
-from .base import Plan, Stage
+from .base import PartMaker, Plan, Stage
 
 
 def _resolve(config: ConvertConfig, store: Store) -> Plan:
@@ -51,33 +52,28 @@ def _check_annotator(annotations: Dataset) -> None:
     annotator = annotations.manifest["config"].get("annotator", {})
     if annotator.get("engine") == "none":
         raise InputError(
-            f"dataset {annotations.ref}: annotator none marked nothing, and this routing looks at "
+            f"dataset {annotations.ref}: annotator none marked nothing, and this routing needs "
             "annotations; annotate with another engine, or set routing.rule and teacher_context to "
             "what needs none"
         )
 
 
-class _Maker:
-    """Converts one part at a time."""
+@contextmanager
+def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
+    config: ConvertConfig = plan.config
+    path = resolve_policy(config.policy.path, weights=False)
+    pieces = byte_table(load_tokenizer(path, config.policy.trust_remote_code))
+    vocab = vocab_size(path, config.policy.trust_remote_code)
+    roles = ("problems", "rollouts", "verdicts", "annotations")
 
-    def __init__(self, plan: Plan, draft: Draft) -> None:
-        config: ConvertConfig = plan.config
-        self._inputs = plan.inputs
-        self._routing = config.routing
-        path = resolve_policy(config.policy.path, weights=False)
-        self._bytes = byte_table(load_tokenizer(path, config.policy.trust_remote_code))
-        self._vocab_size = vocab_size(path, config.policy.trust_remote_code)
-
-    def __call__(self, part: int) -> pa.Table:
+    def make(part: int) -> pa.Table:
         problems, rollouts, verdicts, annotations = (
-            self._inputs[role].read_part(part)
-            for role in ("problems", "rollouts", "verdicts", "annotations")
+            plan.inputs[role].read_part(part) for role in roles
         )
-        check_token_ids(rollouts, self._vocab_size, f"{self._inputs['rollouts'].ref}, part {part}")
-        return routed_table(problems, rollouts, verdicts, annotations, self._bytes, self._routing)
+        check_token_ids(rollouts, vocab, f"{plan.inputs['rollouts'].ref}, part {part}")
+        return routed_table(problems, rollouts, verdicts, annotations, pieces, config.routing)
 
-    def close(self) -> None:
-        """Nothing to release."""
+    yield make
 
 
 def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
@@ -106,7 +102,7 @@ STAGE = Stage(
     ConvertConfig,
     ROUTED,
     _resolve,
-    _Maker,
+    _open,
     _summarize,
     ("route", "coverage", "advantage"),
 )

@@ -1,15 +1,14 @@
 """Stage problems: a source becomes a problems table, without repeats, every gold answer parsable.
 
-The source is read once per process, when the request is resolved: what is wrong with it shows
-before work begins, and parts are slices of the table.
+The registry loads its `STAGE`. The source is read once per process, when the request is resolved:
+its faults show before work begins, and parts are slices of the table.
 """
 
 import logging
 import math
 import random
-from collections.abc import Iterable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -26,41 +25,20 @@ from ..progress import progress_bar
 from ..verifiers.pool import Job, VerifierPool
 from ..verifiers.reading import gold_parses
 from ..verifiers.verdicts import math_matcher
-from .base import Plan, Stage
+from .base import PartMaker, Plan, Stage
 
 logger = logging.getLogger(__name__)
 
-# An endless source that brings nothing new for so many rows is taken to be exhausted.
+# An endless source counts as exhausted after so many rows without a new problem.
 _BARREN_ROWS = 10_000
 
 
-@dataclass(frozen=True)
-class Collection:
-    """All problems of a request, and how many rows of the source were left out and why."""
-
-    table: pa.Table
-    duplicates: int
-    unparsable: int
-
-
-@dataclass(frozen=True)
-class _Slices:
-    table: pa.Table
-    rows_per_part: int
-
-    def __call__(self, part: int) -> pa.Table:
-        return self.table.slice(part * self.rows_per_part, self.rows_per_part)
-
-    def close(self) -> None:
-        """Holds nothing open."""
-
-
-def resolve(config: ProblemsConfig, store: Store) -> Plan:
-    """Read and check the source, unless the dataset is there already.
+def _resolve(config: ProblemsConfig, store: Store) -> Plan:
+    """Read and check the source, unless the dataset is finished.
 
     Raises:
-        InputError: an endless source without a limit, a source that is not there or holds
-            nothing, a gold answer that does not parse.
+        InputError: an endless source without a limit, a missing or empty source, a gold answer that
+            does not parse.
     """
     if config.limit is None and sources.is_endless(config.source):
         raise InputError(
@@ -72,17 +50,19 @@ def resolve(config: ProblemsConfig, store: Store) -> Plan:
     found = store.begin("problems", semantic, {}, PROBLEMS)
     if isinstance(found, Dataset):
         return Plan(config, {}, semantic, found.parts)
-    collection = _collection(config, semantic)
-    parts = math.ceil(collection.table.num_rows / config.rows_per_part)
-    left_out = {"duplicates": collection.duplicates, "unparsable": collection.unparsable}
-    return Plan(config, {}, semantic, parts, left_out)
+    table, left_out = _collect(config.model_dump_json(), content_hash(semantic))
+    parts = math.ceil(table.num_rows / config.rows_per_part)
+    return Plan(config, {}, semantic, parts, dict(left_out))
 
 
-def open_slices(plan: Plan, draft: Draft) -> _Slices:
-    return _Slices(_collection(plan.config, plan.semantic).table, plan.config.rows_per_part)
+@contextmanager
+def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
+    table, _ = _collect(plan.config.model_dump_json(), content_hash(plan.semantic))
+    rows = plan.config.rows_per_part
+    yield lambda part: table.slice(part * rows, rows)
 
 
-def summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
+def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     figures = {"problems": 0, "with_solution": 0, "with_steps": 0}
     for table in tables:
         figures["problems"] += table.num_rows
@@ -91,24 +71,31 @@ def summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     return figures
 
 
-STAGE = Stage("problems", ProblemsConfig, PROBLEMS, resolve, open_slices, summarize)
-
-
-def _collection(config: ProblemsConfig, semantic: dict[str, Any]) -> Collection:
-    return _collect(config.model_dump_json(), content_hash(semantic))
+STAGE = Stage(
+    "problems",
+    ProblemsConfig,
+    PROBLEMS,
+    _resolve,
+    _open,
+    _summarize,
+    ("solution", "steps"),
+)
 
 
 @lru_cache(maxsize=2)
-def _collect(config_json: str, content: str) -> Collection:
-    """Read the source. `content` is there for the key: files may change under one path."""
+def _collect(config_json: str, content: str) -> tuple[pa.Table, dict[str, int]]:
+    """All problems of a request, and how many rows of the source were left out, by reason.
+
+    content: part of the cache key, because a file may change under its path.
+    """
     config = ProblemsConfig.model_validate_json(config_json)
     kept: list[dict[str, Any]] = []
     seen: set[str] = set()
-    duplicates = unparsable = barren = 0
+    left_out, barren = {"duplicates": 0, "unparsable": 0}, 0
     rows, total = _ordered(config)
     with (
         progress_bar("problems: reading", total, "problems") as advance,
-        closing(_Golds()) as golds,
+        _gold_parser() as parses,
     ):
         for index, row in rows:
             if barren == _BARREN_ROWS and sources.is_endless(config.source):
@@ -120,17 +107,17 @@ def _collect(config_json: str, content: str) -> Collection:
             place = row.pop("row", index)
             problem_id = content_hash([row["source"], row["problem"], row["answer"]])
             if problem_id in seen:
-                duplicates += 1
+                left_out["duplicates"] += 1
                 continue
             seen.add(problem_id)
-            if not golds.parses(row["answer"], row["answer_kind"]):
+            if not parses(row["answer"], row["answer_kind"]):
                 if not config.drop_unparsable:
                     raise InputError(
-                        f"{row['source']}, row {place}: gold answer {row['answer']!r:.200} does not "
-                        f"parse as {row['answer_kind']}; mend it, or set drop_unparsable=true to "
-                        "leave such problems out"
+                        f"{row['source']}, row {place}: gold answer {row['answer']!r:.200} does "
+                        f"not parse as {row['answer_kind']}; mend it, or set drop_unparsable=true "
+                        "to leave such problems out"
                     )
-                unparsable += 1
+                left_out["unparsable"] += 1
                 continue
             kept.append({"problem_id": problem_id, "split": config.split} | row)
             barren = 0
@@ -139,37 +126,36 @@ def _collect(config_json: str, content: str) -> Collection:
                 break
     if not kept:
         raise InputError(
-            f"source {config.source.kind}: none of its {unparsable} gold answers parses; mend the "
-            "answers or the column map"
+            f"source {config.source.kind}: none of its {left_out['unparsable']} gold answers "
+            "parses; mend the answers or the column map"
         )
-    logger.info("problems: %d kept, %d repeated, %d unparsable", len(kept), duplicates, unparsable)
+    counts = (len(kept), *left_out.values())
+    logger.info("problems: %d kept, %d repeated, %d unparsable", *counts)
     if config.limit is not None and len(kept) < config.limit:
         logger.warning("problems: limit is %d, the source has %d", config.limit, len(kept))
-    return Collection(PROBLEMS.table(kept), duplicates, unparsable)
+    return PROBLEMS.table(kept), left_out
 
 
-class _Golds:
-    """Reads gold answers; a worker process reads those that strings do not decide."""
+@contextmanager
+def _gold_parser() -> Iterator[Callable[[str, AnswerKind], bool]]:
+    """Whether a gold answer parses; a worker process reads what string comparison cannot decide."""
+    limits = VerifyConfig()
+    pool = VerifierPool(1, limits.timeout_s, limits.memory_mib, limits.recycle_every)
 
-    def __init__(self) -> None:
-        limits = VerifyConfig()
-        self._pool = VerifierPool(1, limits.timeout_s, limits.memory_mib, limits.recycle_every)
-
-    def parses(self, answer: str, kind: AnswerKind) -> bool:
-        decided = gold_parses(answer, kind)
-        if decided is not None:
+    def parses(answer: str, kind: AnswerKind) -> bool:
+        if (decided := gold_parses(answer, kind)) is not None:
             return decided
-        (outcome,) = self._pool.judge([Job(answer, answer)])
+        (outcome,) = pool.judge([Job(answer, answer)])
         return outcome.status is VerdictStatus.OK
 
-    def close(self) -> None:
-        self._pool.close()
+    with closing(pool):
+        yield parses
 
 
 def _ordered(config: ProblemsConfig) -> tuple[Iterable[tuple[int, dict[str, Any]]], int]:
-    """The source's rows, numbered, in the order that the limit cuts; how many will be kept.
+    """The source's numbered rows, in the order in which the limit cuts, and how many are kept.
 
-    An endless source is in random order already: shuffling changes nothing there.
+    An endless source is in random order already, so it is not shuffled.
     """
     rows = enumerate(sources.rows(config.source, config.seed))
     if sources.is_endless(config.source):

@@ -1,20 +1,19 @@
-"""Stage rollout: a group of responses per problem."""
+"""Stage rollout: a group of responses per problem; the registry loads its `STAGE`."""
 
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data.store import Draft, Store
-from ...schemas.configs import (
-    RolloutConfig,
-)
+from ...schemas.configs import RolloutConfig
 from ...schemas.labels import FinishReason
 from ...schemas.tables import PROBLEMS, ROLLOUTS
 from ..samplers import sampling_engine
 from ..samplers.context_length import require_room
 from ..samplers.rollouts import require_planned, rollouts_table
-from .base import Plan, Stage
+from .base import PartMaker, Plan, Stage
 
 
 def _resolve(config: RolloutConfig, store: Store) -> Plan:
@@ -28,30 +27,21 @@ def _resolve(config: RolloutConfig, store: Store) -> Plan:
     return Plan(config, {"problems": problems}, semantic, problems.parts)
 
 
-class _Maker:
-    """Samples one part of problems at a time with one engine."""
+@contextmanager
+def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
+    config: RolloutConfig = plan.config
+    sampler, tokenizer = sampling_engine(config.sampler, config.policy).open()
+    with closing(sampler):
+        require_planned(plan.semantic["policy"], sampler.policy)
 
-    def __init__(self, plan: Plan, draft: Draft) -> None:
-        self._config: RolloutConfig = plan.config
-        self._problems = plan.inputs["problems"]
-        engine = sampling_engine(self._config.sampler, self._config.policy)
-        self._sampler, self._tokenizer = engine.open()
-        require_planned(plan.semantic["policy"], self._sampler.policy)
+        def make(part: int) -> pa.Table:
+            problems = plan.inputs["problems"].read_part(part)
+            size, seed = config.group_size, config.seed
+            return rollouts_table(
+                problems, sampler, tokenizer, config.prompt, config.sampling, size, seed
+            )
 
-    def __call__(self, part: int) -> pa.Table:
-        config = self._config
-        return rollouts_table(
-            self._problems.read_part(part),
-            self._sampler,
-            self._tokenizer,
-            config.prompt,
-            config.sampling,
-            config.group_size,
-            config.seed,
-        )
-
-    def close(self) -> None:
-        self._sampler.close()
+        yield make
 
 
 def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
@@ -69,4 +59,4 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
     }
 
 
-STAGE = Stage("rollout", RolloutConfig, ROLLOUTS, _resolve, _Maker, _summarize)
+STAGE = Stage("rollout", RolloutConfig, ROLLOUTS, _resolve, _open, _summarize)

@@ -26,6 +26,7 @@ from ...trace.prompt import student_prompt
 from ...trace.ranks import Ranks, copy_weights, join_ranks
 from ...trace.route import needs_annotations, rule_source
 from ...trace.trainer import Trainer
+from ..annotators import engine_of
 from ..models import resolve_policy
 from ..progress import progress_bar
 from ..run_metrics import METRICS, read_metrics
@@ -39,7 +40,6 @@ from ..training.online import OnlineTables
 from ..training.plan import memory_line
 from ..training.tracking import check_tracker
 from ..training.validation import FOLDER
-from .annotate import annotator_identity
 from .base import SingleStage, print_waiting
 
 FINAL = "checkpoints/final"
@@ -68,8 +68,9 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
     if config.online.steps:
         inputs["problems"] = problems = store.get(config.online.problems, PROBLEMS)
         if needs_annotations(config.online.routing):
-            semantic["online"]["annotator"] |= annotator_identity(
-                config.online.annotator, problems, in_training=True
+            annotator = config.online.annotator
+            semantic["online"]["annotator"] |= engine_of(annotator).identity(
+                annotator, problems, True
             )
         else:
             del semantic["online"]["annotator"]

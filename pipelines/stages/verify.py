@@ -1,10 +1,13 @@
 """Stage verify: each response's final answer against the gold answer, one verdict per rollout.
 
-trace-opd verify configs/verify.yaml rollouts=<dataset>
+    trace-opd verify configs/verify.yaml rollouts=<dataset>
+
+The registry loads its `STAGE`.
 """
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +17,7 @@ from ...schemas.configs import VerifyConfig
 from ...schemas.errors import InputError
 from ...schemas.tables import ROLLOUTS, VERDICTS
 from ..verifiers.verdicts import CHOICE_MATCHER, JUDGED_COLUMNS, MathVerifier, math_matcher
-from .base import Plan, Stage
+from .base import PartMaker, Plan, Stage
 
 
 def _resolve(config: VerifyConfig, store: Store) -> Plan:
@@ -26,35 +29,27 @@ def _resolve(config: VerifyConfig, store: Store) -> Plan:
             f"{problems.parts}; run rollout again"
         )
     semantic = config.semantic()
-    # Its id is among the inputs: the name that it was asked for by makes no other dataset.
-    del semantic["rollouts"]
+    del semantic["rollouts"]  # the dataset's id stands for it
     semantic["verifiers"] = [math_matcher(), CHOICE_MATCHER]
     return Plan(config, {"rollouts": rollouts}, semantic, rollouts.parts)
 
 
-class _VerdictParts:
-    """Part i of the verdicts from part i of the rollouts and of their problems."""
-
-    def __init__(self, plan: Plan, draft: Draft) -> None:
-        self._rollouts = plan.inputs["rollouts"]
-        self._problems = self._rollouts.input("problems")
-        self._verifier = MathVerifier(plan.config)
-
-    def __call__(self, part: int) -> pa.Table:
-        return self._verifier.verify(
-            self._problems.read_part(part), self._rollouts.read_part(part, JUDGED_COLUMNS)
+@contextmanager
+def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
+    rollouts = plan.inputs["rollouts"]
+    problems = rollouts.input("problems")
+    with closing(MathVerifier(plan.config)) as verifier:
+        yield lambda part: verifier.verify(
+            problems.read_part(part), rollouts.read_part(part, JUDGED_COLUMNS)
         )
 
-    def close(self) -> None:
-        self._verifier.close()
 
-
-def summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
+def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     """Rows per status, pass rate over the rows with a reward, mean seconds per row."""
     statuses: Counter[str] = Counter()
     rows, scored, right, seconds = 0, 0, 0, 0.0
     for table in tables:
-        for row in table.select(["status", "correct", "seconds"]).to_pylist():
+        for row in table.to_pylist():
             statuses[row["status"]] += 1
             rows += 1
             scored += row["correct"] is not None
@@ -69,10 +64,11 @@ def summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
 
 
 STAGE = Stage(
-    name="verify",
-    config_type=VerifyConfig,
-    contract=VERDICTS,
-    resolve=_resolve,
-    open=_VerdictParts,
-    summarize=summarize,
+    "verify",
+    VerifyConfig,
+    VERDICTS,
+    _resolve,
+    _open,
+    _summarize,
+    ("status", "correct", "seconds"),
 )

@@ -1,1 +1,1 @@
-"""Studies: many training runs with one thing changed, and the page that tells what came out."""
+"""Studies: many training runs that differ in one thing, and a page of their results."""

@@ -1,91 +1,123 @@
-"""What a study's tables say: means with intervals over seeds and problems, and a curve's summary.
+"""Figures and plots of a study's tables: pass rates by arm, curves and their summaries.
 
-The unit of resampling is the pair of a seed and a problem: seeds are drawn with replacement, and
-problems too, the same ones for all seeds, so an interval covers both that another seed would have
-trained another policy and that other problems would have been asked. Differences to a method are
-paired: same seeds, same problems, same samples' seeds.
+page.py takes the figures, study.py writes the plots (SVG; equal figures make equal bytes).
+Differences between arms are paired: same seeds, same problems, same sampling seeds. Intervals are
+`statistics.bootstrap_crossed` over seeds and problems.
 """
 
+import io
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from ..statistics import Estimate
+from ...data.files import write_whole
+from ...schemas.configs import StudyConfig
 from ..training.validation import SAMPLED
-
-RATE = pl.col("correct") / pl.col("k")
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Pass rates of one method: rates (seeds, looks, problems), steps (looks,)."""
+    """Pass rates of one arm: rates (seeds, evaluations, problems), steps (evaluations,)."""
 
     rates: np.ndarray
     steps: np.ndarray
 
     @property
     def mean(self) -> np.ndarray:
-        """(looks,) over seeds and problems."""
+        """(evaluations,) over seeds and problems."""
         return self.rates.mean(axis=(0, 2))
 
     @property
     def final(self) -> np.ndarray:
-        """(seeds, problems) at the last look."""
+        """(seeds, problems) after the last step."""
         return self.rates[:, -1]
 
     @property
     def area(self) -> np.ndarray:
         """(seeds, problems): the curve's mean height, by the trapezoid rule over steps."""
         span = self.steps[-1] - self.steps[0]
-        if not span:
-            return self.final
-        return np.trapezoid(self.rates, self.steps, axis=1) / span
+        return np.trapezoid(self.rates, self.steps, axis=1) / span if span else self.final
 
     def first_step(self, threshold: float) -> int | None:
-        """First look at which the mean over seeds reaches the threshold."""
+        """First evaluated step at which the mean reaches the threshold."""
         reached = np.flatnonzero(self.mean >= threshold)
         return int(self.steps[reached[0]]) if len(reached) else None
 
 
 def of_arm(table: pl.DataFrame, ablation: str, method: str) -> pl.DataFrame:
     """Rows of one arm."""
-    return table.filter((pl.col("ablation") == ablation) & (pl.col("method") == method))
+    return table.filter(ablation=ablation, method=method)
 
 
-def tuning_rate(table: pl.DataFrame, method: str, choice: str) -> float:
-    """Sampled pass rate of a tuning run, mean over its looks; table: the tuning runs' results."""
-    own = table.filter(
-        (pl.col("method") == method)
-        & (pl.col("choice") == choice)
-        & (pl.col("decoding") == SAMPLED)
-    )
+def tuning_rate(results: pl.DataFrame, method: str, choice: str) -> float:
+    """Sampled pass rate of a tuning run, mean over its evaluations."""
+    own = results.filter(method=method, choice=choice, decoding=SAMPLED)
     return float(np.mean(own["pass_rate"].to_numpy()))
 
 
 def pass_rate(answers: pl.DataFrame) -> float:
-    """Share of all scored answers that are right; 0 if there is none."""
-    return sum(answers["correct"].to_list()) / max(sum(answers["k"].to_list()), 1)
+    """Share of all scored answers that are right; 0 without any."""
+    return sum(answers["correct"]) / max(sum(answers["k"]), 1)
 
 
 def curves(answers: pl.DataFrame, split: str, decoding: str) -> Curves:
-    """Of one method's rows. Problems that nobody could score at some look are left out."""
-    rows = answers.filter((pl.col("split") == split) & (pl.col("decoding") == decoding))
-    wide = rows.select("seed", "step", "problem_id", rate=RATE).sort("seed", "step", "problem_id")
-    seeds, steps, problems = (wide[name].n_unique() for name in ("seed", "step", "problem_id"))
-    rates = wide["rate"].to_numpy().reshape(seeds, steps, problems)
+    """Pass rates in one arm's rows, without problems that had no scored answer at some step."""
+    rows = answers.filter(split=split, decoding=decoding).sort("seed", "step", "problem_id")
+    shape = [rows[name].n_unique() for name in ("seed", "step", "problem_id")]
+    rates = (rows["correct"] / rows["k"]).to_numpy().reshape(shape)
     scored = np.isfinite(rates).all(axis=(0, 1))
-    return Curves(rates[:, :, scored], wide["step"].unique().sort().to_numpy())
+    return Curves(rates[:, :, scored], rows["step"].unique().sort().to_numpy())
 
 
-def bootstrap(values: np.ndarray, resamples: int, seed: int = 0) -> Estimate:
-    """Mean and percentile interval of values (seeds, problems)."""
-    rng = np.random.default_rng(seed)
-    seeds, problems = values.shape
-    draws = np.empty(resamples)
-    for at in range(resamples):
-        rows = rng.integers(0, seeds, seeds)
-        columns = rng.integers(0, problems, problems)
-        draws[at] = values[np.ix_(rows, columns)].mean()
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(float(values.mean()), float(low), float(high))
+def plot_curves(config: StudyConfig, answers: pl.DataFrame, ablation: str, path: Path) -> None:
+    """Sampled pass rate over steps on the main split: each arm's mean and range over seeds."""
+    main = next(iter(config.splits))
+    figure, axes = _axes(config)
+    for index, method in enumerate(config.ablations[ablation]):
+        drawn = curves(of_arm(answers, ablation, method), main, SAMPLED)
+        by_seed = drawn.rates.mean(axis=2)  # (seeds, evaluations)
+        style = "-" if index < 10 else "--"
+        (line,) = axes.plot(drawn.steps, drawn.mean, style, label=method)
+        axes.fill_between(
+            drawn.steps, by_seed.min(0), by_seed.max(0), color=line.get_color(), alpha=0.1
+        )
+    axes.set_xlabel("optimiser steps")
+    axes.set_ylabel(f"sampled pass rate, {main}")
+    axes.legend(fontsize=7, loc="lower right")
+    _write(figure, axes, path)
+
+
+def plot_exposure(config: StudyConfig, answers: pl.DataFrame, ablation: str, path: Path) -> None:
+    """Σλ² against the change of the pass rate on the other splits, a point per run."""
+    figure, axes = _axes(config)
+    for split in list(config.splits)[1:]:
+        exposures, changes = [], []
+        for method in config.ablations[ablation]:
+            own = of_arm(answers, ablation, method)
+            rates = curves(own, split, SAMPLED).rates.mean(axis=2)  # (seeds, evaluations)
+            changes += (100 * (rates[:, -1] - rates[:, 0])).tolist()
+            exposures += [own["kl_exposure"].max()] * len(rates)
+        axes.plot(exposures, changes, "o", alpha=0.7, label=split)
+    axes.set_xlabel("Σλ²")
+    axes.set_ylabel("change of the sampled pass rate, points")
+    axes.legend(fontsize=7)
+    _write(figure, axes, path)
+
+
+def _axes(config: StudyConfig) -> tuple[Any, Any]:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = config.name
+    figure = Figure(figsize=(7, 4))
+    return figure, figure.subplots()
+
+
+def _write(figure: Any, axes: Any, path: Path) -> None:
+    axes.grid(alpha=0.3)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    write_whole(path, drawn.getvalue())

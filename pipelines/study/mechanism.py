@@ -1,16 +1,17 @@
-"""One optimiser step, looked at closely: what a label at key tokens does to the student.
+"""The effect of one optimiser step, and of a type label, at key tokens.
 
-On the rollouts that a run of the study made for its first step, one step each by GRPO and by TRACE-FKL
-with each form of the KL clip, from the run's own base and settings. Per objective, in nats, means over
-key tokens of right responses:
+study.py calls `first_step` and `one_step`, pipelines/micro.py `label_effect`. `one_step` takes the
+rollouts of a run's first step and, from the run's own base and settings, makes one step each with
+GRPO and with TRACE-FKL under each form of the KL clip. Per objective, means over key tokens of
+right responses, in nats:
 
-- lift: how much the log-probability of the sampled token rose, over teacher-supported tokens alone,
-  those that the teacher with the type label holds likelier than the student (the paper reports +0.145
-  for TRACE-FKL and +0.054 for GRPO on Qwen3-8B, METHOD.md);
+- lift: rise of the sampled token's log-probability, over teacher-supported tokens alone, those to
+  which the teacher with the type label gives more probability than the student does (the paper
+  reports +0.145 for TRACE-FKL and +0.054 for GRPO on Qwen3-8B, METHOD.md);
 - kl_clipped: share of the KL's tokens at which the clip bound;
-- to_right, to_wrong: change of KL(teacher ‖ student) for the teacher of before the step with the right
-  type, and with another that annotations of the same rollouts name. A student that takes over what the
-  label says, not only what the label makes surer, comes nearer to the right one and not to the wrong one.
+- to_right, to_wrong: change of KL(teacher ‖ student), with the teacher of before the step, for the
+  right type and for another type of the same annotations. A student that learns the label's
+  content, not only its sharpening, comes nearer to the right one and not to the wrong one.
 """
 
 from collections.abc import Sequence
@@ -68,9 +69,9 @@ def routed_rollouts(
 
 
 class Teachers:
-    """What a policy holds of the routed tokens of labelled rows, told a type or none.
+    """Log-probabilities at the routed tokens of labelled rows, with a type label or without.
 
-    right_types, wrong_types: one per row; a wrong one is another of `kinds`, the one before in turn.
+    right_types, wrong_types: one per row; a wrong one is the one before it in `kinds`.
     """
 
     def __init__(
@@ -86,21 +87,22 @@ class Teachers:
         self.right_types = [DiagnosticType(x) for x in routed["diagnostic_type"].to_pylist()]
         self.wrong_types = [other_kind(kinds, kind) for kind in self.right_types]
 
-    def logprobs(self, types: list[DiagnosticType]) -> torch.Tensor:
-        """(routed tokens, vocab) of the teacher that is told these types, one per row."""
-        told = zip(self._problems, types, strict=True)
-        messages = [teacher_messages(self._prompt, problem, kind) for problem, kind in told]
-        prompts = [render_chat(self._policy.tokenizer, one) for one in messages]
-        return self._behind(self._policy, prompts)
+    def logprobs(self, types: Sequence[DiagnosticType]) -> torch.Tensor:
+        """(routed tokens, vocab) of the teacher with these types, one per row."""
+        prompts = [
+            render_chat(self._policy.tokenizer, teacher_messages(self._prompt, problem, kind))
+            for problem, kind in zip(self._problems, types, strict=True)
+        ]
+        return self._after(self._policy, prompts)
 
     def student(self, policy: Policy) -> torch.Tensor:
-        """(routed tokens, vocab) of a policy that is told nothing."""
-        return self._behind(policy, [s.prompt_ids for s in self.sequences])
+        """(routed tokens, vocab) of a policy without a label."""
+        return self._after(policy, [s.prompt_ids for s in self.sequences])
 
     @torch.no_grad()
-    def _behind(self, policy: Policy, prompts: list[list[int]]) -> torch.Tensor:
+    def _after(self, policy: Policy, prompts: list[list[int]]) -> torch.Tensor:
         logits = []
-        for at in range(0, len(self.sequences), 16):
+        for at in range(0, len(prompts), 16):
             chunk = self.sequences[at : at + 16]
             keep = [s.routed_positions for s in chunk]
             responses = [s.token_ids[: s.routed_end] for s in chunk]
@@ -109,13 +111,13 @@ class Teachers:
 
 
 def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any]:
-    """The pass rate at temperature 1 (8 samples a problem), and how much the label matters.
+    """The pass rate at temperature 1 (8 samples a problem), and the effect of the label.
 
     problems: arithmetic ones. Spans are the rule annotator's, without a coverage cap. Per kind of
-    span (key, error) the means over its tokens, in nats, of
-    `right_label` and `wrong_label`: KL(teacher ‖ student) with the rollout's label, and with another
-    that has a meaning here; `right_to_wrong`: KL between these two teachers; `uninformative`: KL
-    between teachers with two labels that have none.
+    span (key, error) the means over its tokens, in nats, of `right_label` and `wrong_label`:
+    KL(teacher ‖ student) with the rollout's label, and with another meaningful one;
+    `right_to_wrong`: KL between these two teachers; `uninformative`: KL between teachers with two
+    labels without a meaning here.
     """
     routing = RoutingConfig(alpha=1.0, key=Route.FKL, error=Route.RKL)
     everything = routed_rollouts(policy, problems, routing, 128, seed)
@@ -144,7 +146,7 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
 
 
 def other_kind(kinds: Sequence[DiagnosticType], kind: DiagnosticType) -> DiagnosticType:
-    """The one before it in turn; the first if it is none of them."""
+    """The kind before it, cyclically; the first if it is none of them."""
     return kinds[kinds.index(kind) - 1 if kind in kinds else 0]
 
 
@@ -156,12 +158,14 @@ def first_step(run: Dataset) -> pa.Table:
     """
     tables = run.summary["tables"]
     if "routed" not in tables:
-        raise InputError(f"{run.ref}: has no online steps to look at; mechanism needs an arm with")
+        raise InputError(
+            f"{run.ref}: has no online steps; mechanism needs an arm with online steps"
+        )
     return run.store.get(tables["routed"]).read_part(0)
 
 
 def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:
-    """A row per objective; config: the run that made these rows.
+    """A row per objective; config: of the run that made these rows.
 
     Raises:
         InputError: no right response has a key token.
@@ -204,8 +208,7 @@ def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:
 
 
 def kinds_in_use(routed: pa.Table) -> list[DiagnosticType]:
-    """Types that a label names somewhere, `other` left out: it says nothing. All, if they are too few
-    to be wrong about."""
+    """The rows' types without `other`, which has no content; all types if fewer than two remain."""
     named = {DiagnosticType(kind) for kind in pc.drop_null(routed["diagnostic_type"]).to_pylist()}
     used = sorted(named - {DiagnosticType.OTHER})
     return used if len(used) > 1 else list(DiagnosticType)

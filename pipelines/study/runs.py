@@ -1,7 +1,7 @@
-"""The runs of a study: which there are, what each one trains, and their rows.
+"""The runs of a study: their configs, their training, and the rows of their results.
 
-Each run is a train dataset of the store, so a study that was stopped goes on from what is there, two
-studies share the runs that they have in common, and every figure can be traced to a run's folder.
+study.py calls these functions. Each run is a train dataset of the store: a stopped study continues
+from the finished runs, studies share runs, and every figure can be traced to a run's folder.
 """
 
 import os
@@ -30,7 +30,7 @@ from .figures import tuning_rate
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of an ablation's table and the training that it names."""
+    """A row of an ablation's table, and its training."""
 
     ablation: str
     name: str
@@ -40,7 +40,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Run:
-    """An arm with a seed; choice: overrides that tuning gave it."""
+    """An arm with a seed; choice: overrides that tuning chose."""
 
     arm: Arm
     seed: int
@@ -50,32 +50,31 @@ class Run:
     def train(self) -> TrainConfig:
         return override(self.arm.train, [*self.choice, f"seed={self.seed}"])
 
+    @property
+    def key(self) -> str:
+        """Equal for runs of different tables with the same training."""
+        return self.train.model_dump_json()
+
 
 def arms(config: StudyConfig, problems: str, splits: dict[str, str]) -> list[Arm]:
-    """All arms; problems: ref of what all of them train on; splits: of what they are asked.
+    """All arms; problems: ref of the training problems; splits: refs of the evaluated problems.
 
     Raises:
         InputError: an unknown preset, a bad override.
     """
-    validation = {"problems": splits}
+    links = {"online": {"problems": problems}, "validation": {"problems": splits}}
     found = []
     for ablation, rows in config.ablations.items():
         for name, arm in rows.items():
             laid = preset_data(arm.preset, TrainConfig) if arm.preset else {}
-            own = overlaid(config.train, laid, arm.set)
-            shared = overlaid(own, {"online": {"problems": problems}, "validation": validation}, [])
-            found.append(Arm(ablation, name, shared, arm.like))
+            train = overlaid(overlaid(config.train, laid, arm.set), links, [])
+            found.append(Arm(ablation, name, train, arm.like))
     return found
-
-
-def distinct(runs: Sequence[Run]) -> list[Run]:
-    """One of each training: arms of different tables may be the same."""
-    return list({run.train.model_dump_json(): run for run in runs}.values())
 
 
 @contextmanager
 def open_pool(workers: int) -> Iterator[Executor]:
-    """Processes that train, each with its share of the cores; what waits is dropped on an error."""
+    """Training processes, each with its share of the cores; an error cancels waiting runs."""
     threads = max((os.cpu_count() or 1) // workers, 1)
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(threads,)
@@ -88,21 +87,21 @@ def open_pool(workers: int) -> Iterator[Executor]:
 
 
 def train_all(runs: Sequence[Run], store: Store, pool: Executor, label: str) -> list[Dataset]:
-    """Every run's dataset, in order; those that the store lacks are trained."""
+    """Every run's dataset, in order; trains those that the store lacks."""
     refs: dict[str, str] = {}
     futures: dict[Future[str], Run] = {}
-    for run in distinct(runs):
+    for key, run in {run.key: run for run in runs}.items():
         _, target = train.begin(run.train, store)
         if isinstance(target, Dataset):
-            refs[run.train.model_dump_json()] = target.ref
+            refs[key] = target.ref
         else:
             futures[pool.submit(_train, run.train, store.root)] = run
     with progress_bar(label, len(futures), "runs") as advance:
         for future in as_completed(futures):
             run = futures[future]
-            refs[run.train.model_dump_json()] = future.result()
+            refs[run.key] = future.result()
             advance(1, last=f"{run.arm.name} seed {run.seed}")
-    return [store.get(refs[run.train.model_dump_json()]) for run in runs]
+    return [store.get(refs[run.key]) for run in runs]
 
 
 def _begin(threads: int) -> None:
@@ -113,7 +112,7 @@ def _begin(threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Where the study was killed, nobody waits for this process's run any more."""
+    """End this process if the study's process is killed."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -121,12 +120,12 @@ def _end_with_parent() -> None:
 
 
 def _train(config: TrainConfig, root: str) -> str:
-    # No alias: `train` stays the name of the user's own last run.
+    # Without an alias: `train` remains the name of the user's own last run.
     return train.run(config, Store(root)).ref
 
 
 def tuning_runs(config: StudyConfig, all_arms: Sequence[Arm]) -> list[Run]:
-    """Every arm of the first ablation with every choice; none where nothing is tuned."""
+    """Every arm of the first ablation with every choice; none without tuning."""
     if config.tuning is None:
         return []
     first = [arm for arm in all_arms if arm.ablation == all_arms[0].ablation]
@@ -134,16 +133,18 @@ def tuning_runs(config: StudyConfig, all_arms: Sequence[Arm]) -> list[Run]:
 
 
 def chosen(tries: Sequence[Run], table: pl.DataFrame) -> dict[str, tuple[str, ...]]:
-    """By arm, the choice with the best sampled pass rate, mean over looks; the earlier of equals.
+    """The choice of each arm with the best sampled pass rate, mean over evaluations; the first of
+    equals.
 
     table: the results of these runs.
     """
-    best: dict[str, tuple[float, tuple[str, ...]]] = {}
+    choices: dict[str, list[tuple[str, ...]]] = {}
     for run in tries:
-        rate = tuning_rate(table, run.arm.name, " ".join(run.choice))
-        if run.arm.name not in best or rate > best[run.arm.name][0]:
-            best[run.arm.name] = (rate, run.choice)
-    return {name: choice for name, (_, choice) in best.items()}
+        choices.setdefault(run.arm.name, []).append(run.choice)
+    return {
+        name: max(own, key=lambda choice, n=name: tuning_rate(table, n, " ".join(choice)))
+        for name, own in choices.items()
+    }
 
 
 def study_runs(
@@ -160,15 +161,17 @@ def study_runs(
 
 
 def answers(runs: Sequence[Run], made: Sequence[Dataset]) -> pl.DataFrame:
-    """A row per run, look, split, decoding and problem."""
-    rows = [row for run, dataset in zip(runs, made, strict=True) for row in _rows_of(run, dataset)]
+    """A row per run, evaluated step, split, decoding and problem."""
+    rows = [row for run, dataset in zip(runs, made, strict=True) for row in _answers(run, dataset)]
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def _rows_of(run: Run, dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """A run's looks, a row per problem, with what it was and what its KL had been until then:
-    Σ λ², and the means over the steps with λ > 0 of the share of tokens that it was on and of those
-    that its clip bound."""
+def _answers(run: Run, dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """A run's validation rows with its arm, and its KL figures up to each row's step.
+
+    kl_exposure: Σ λ²; coverage, kl_clipped: means over the steps with λ > 0 of the shares of tokens
+    under the KL, and of those at which its clip bound.
+    """
     steps = {0: {"kl_exposure": 0.0, "coverage": 0.0, "kl_clipped": None}}
     covered, clipped = [], []
     for line in read_metrics(dataset.local_path(METRICS)):
@@ -192,7 +195,7 @@ def _rows_of(run: Run, dataset: Dataset) -> Iterator[dict[str, Any]]:
 
 
 def results(answers: pl.DataFrame) -> pl.DataFrame:
-    """A row per run, look, split and decoding, from the rows per problem."""
+    """A row per run, evaluated step, split and decoding, from the rows per problem."""
     keys = ["ablation", "method", "seed", "choice", "run", "step", "split", "decoding"]
     weighted = pl.col("entropy") * pl.col("tokens")
     return (
@@ -215,7 +218,7 @@ def results(answers: pl.DataFrame) -> pl.DataFrame:
 
 
 def datasets(config: StudyConfig, store: Store) -> dict[str, str]:
-    """Refs by role: the training `problems`, those of `tuning` if any, and each split's."""
+    """Refs by role: the training `problems`, `tuning` if any, and each split."""
     tuning = {} if config.tuning is None else {"tuning": config.tuning.problems}
     refs = {}
     for role, source in {"problems": config.problems, **tuning, **config.splits}.items():

@@ -1,4 +1,4 @@
-"""`trace-opd study`: train every arm with every seed, write the files, draw the page."""
+"""`trace-opd study`: train every arm with every seed, write tables, plots and the page."""
 
 import io
 import os
@@ -10,16 +10,15 @@ from ...data.files import write_whole
 from ...data.store import Dataset, Store
 from ...schemas.configs import StudyConfig
 from ...schemas.settings import dump_config
+from .figures import plot_curves, plot_exposure
 from .mechanism import first_step, one_step
 from .page import page
-from .plots import plot_curves, plot_exposure
 from .runs import (
     Run,
     answers,
     arms,
     chosen,
     datasets,
-    distinct,
     open_pool,
     results,
     study_runs,
@@ -29,7 +28,7 @@ from .runs import (
 
 
 def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) -> pl.DataFrame:
-    """Everything, going on from what the store has; the results table."""
+    """Run a study, or continue it from the store's finished runs; returns the results table."""
     refs = datasets(config, store)
     problems = refs.pop("problems")
     splits = {"tuning": refs.pop("tuning")} if config.tuning is not None else {}
@@ -45,12 +44,12 @@ def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) 
     table = results(per_problem)
     mechanism = _mechanism(config, runs, made)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "answers.parquet", per_problem)
-    _write(folder / "results.parquet", table)
-    if tuning is not None:
-        _write(folder / "tuning.parquet", tuning)
-    if mechanism is not None:
-        _write(folder / "mechanism.parquet", mechanism)
+    tables = {"answers": per_problem, "results": table, "tuning": tuning, "mechanism": mechanism}
+    for name, one in tables.items():
+        if one is not None:
+            written = io.BytesIO()
+            one.write_parquet(written)
+            write_whole(folder / f"{name}.parquet", written.getvalue())
     write_whole(folder / "study.yaml", dump_config(config).encode())
     for ablation in config.ablations:
         plot_curves(config, per_problem, ablation, folder / f"{ablation}.svg")
@@ -64,15 +63,15 @@ def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) 
 
 
 def planned(config: StudyConfig) -> str:
-    """What a study would train, in words.
+    """One line on what a study would train.
 
     Raises:
         InputError: an arm's preset or override is wrong.
     """
     all_arms = arms(config, "", dict.fromkeys(config.splits, ""))
-    count = str(len(distinct(study_runs(config, all_arms, {}))))
+    count = str(len({run.key for run in study_runs(config, all_arms, {})}))
     tuning = len(tuning_runs(config, all_arms))
-    if tuning:  # which arms share a run depends on what is chosen
+    if tuning:  # which arms share a run depends on the choices
         count = f"about {count}"
     steps = config.train.offline.steps + config.train.online.steps
     return f"{count} runs of {steps} steps, after {tuning} that tune; {config.workers} at once"
@@ -81,16 +80,12 @@ def planned(config: StudyConfig) -> str:
 def _mechanism(config: StudyConfig, runs: list[Run], made: list[Dataset]) -> pl.DataFrame | None:
     if config.mechanism is None:
         return None
-    first = runs[0].arm.ablation
-    looked = [
-        (run, dataset)
-        for run, dataset in zip(runs, made, strict=True)
-        if (run.arm.ablation, run.arm.name) == (first, config.mechanism)
-    ]
-    return pl.DataFrame([r for run, d in looked for r in one_step(run.train, first_step(d))])
-
-
-def _write(path: Path, table: pl.DataFrame) -> None:
-    written = io.BytesIO()
-    table.write_parquet(written)
-    write_whole(path, written.getvalue())
+    named = (runs[0].arm.ablation, config.mechanism)
+    return pl.DataFrame(
+        [
+            row
+            for run, dataset in zip(runs, made, strict=True)
+            if (run.arm.ablation, run.arm.name) == named
+            for row in one_step(run.train, first_step(dataset))
+        ]
+    )

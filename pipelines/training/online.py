@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ...data.store import Dataset, Draft, Store, content_hash
-from ...schemas.configs import SamplingConfig, SelfAnnotator, TrainConfig
+from ...schemas.configs import SamplingConfig, TrainConfig
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
 from ...trace.align import byte_table
@@ -21,8 +21,7 @@ from ...trace.protocols import Annotator, Sampler
 from ...trace.ranks import Ranks
 from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
-from ..annotators import open_annotator
-from ..annotators.own_policy import annotating_policy
+from ..annotators import engine_of, open_annotator
 from ..annotators.rows import skipped_annotations
 from ..samplers import sampling_engine
 from ..samplers.engine import Follower, Training
@@ -115,10 +114,9 @@ class OnlineTables:
     def _open_annotating_policy(self) -> tuple[Sampler, Any] | None:
         """Sampler and tokenizer of the policy that annotates, if it is not the student."""
         online = self._config.online
-        if not needs_annotations(online.routing) or not isinstance(online.annotator, SelfAnnotator):
+        if not needs_annotations(online.routing):
             return None
-        policy = annotating_policy(online.annotator, self._config.policy)
-        return None if policy is None else sampling_engine(online.annotator.sampler, policy).open()
+        return engine_of(online.annotator).open_sampler(online.annotator, self._config.policy)
 
     def _open_annotator(self, run: Draft, annotating: tuple[Any, Any] | None) -> Annotator | None:
         online = self._config.online

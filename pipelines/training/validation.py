@@ -9,7 +9,6 @@ from the store's `.looks`.
 """
 
 import io
-from collections import defaultdict
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +22,9 @@ import pyarrow.parquet as pq
 from ...data.files import sweep_siblings, write_whole, writing
 from ...data.store import Dataset, content_hash
 from ...schemas.configs import SamplingConfig, TrainConfig
-from ...schemas.labels import FinishReason
 from ...schemas.results import VALIDATIONS
 from ...trace.protocols import Verifier
+from ..statistics import answers_by_problem
 
 FOLDER = "validation"
 BASE_EVALUATIONS = ".looks"  # in the store's root
@@ -125,31 +124,26 @@ def validation_rows(
     step: int, split: str, decoding: str, rollouts: pa.Table, verdicts: pa.Table
 ) -> list[dict[str, Any]]:
     """A row per problem (schemas.results.VALIDATIONS) from its rollouts and their verdicts."""
-    answers: dict[str, list[tuple[dict, dict]]] = defaultdict(list)
     names = ["problem_id", "response", "token_ids", "logprobs", "finish_reason"]
-    for rollout, verdict in zip(
-        rollouts.select(names).to_pylist(), verdicts.select(["correct"]).to_pylist(), strict=True
-    ):
-        answers[rollout["problem_id"]].append((rollout, verdict))
+    answers = answers_by_problem(
+        rollouts.select(names).to_pylist(), verdicts.select(["correct"]).to_pylist()
+    )
     rows = []
-    for problem_id, pairs in answers.items():
-        logprobs = np.concatenate([rollout["logprobs"] for rollout, _ in pairs])
-        scored = [verdict["correct"] for _, verdict in pairs if verdict["correct"] is not None]
+    for problem_id, own in answers.items():
+        logprobs = np.concatenate([rollout["logprobs"] for rollout in own.rollouts])
         sampled = decoding == SAMPLED and len(logprobs)
-        tokens = sum(len(rollout["token_ids"]) for rollout, _ in pairs)
-        known = all(rollout["token_ids"] or not rollout["response"] for rollout, _ in pairs)
+        tokens = sum(len(rollout["token_ids"]) for rollout in own.rollouts)
+        known = all(rollout["token_ids"] or not rollout["response"] for rollout in own.rollouts)
         rows.append(
-            {
+            own.counts
+            | {
                 "validation_id": content_hash([step, split, decoding, problem_id]),
                 "step": step,
                 "split": split,
                 "decoding": decoding,
                 "problem_id": problem_id,
-                "k": len(scored),
-                "correct": sum(scored),
                 "tokens": tokens if known else None,
                 "entropy": -float(logprobs.mean()) if sampled else None,
-                "truncated": sum(r["finish_reason"] == FinishReason.LENGTH for r, _ in pairs),
             }
         )
     return rows

@@ -1,12 +1,10 @@
-"""math-verify's reading and comparison of two answers, made fast and freed of wrong equalities.
+"""math-verify's reading and comparison of two answers, faster and without its wrong equalities.
 
-Not a second grader: but for percentages, what math-verify calls different stays different. Two
-things are added. Its
-grammar is parsed in two stages, as ANTLR advises, which gives the same trees up to thirty times
-faster. And before algebra says "equal", numbers must agree: both sides are evaluated, at a point if
-they have variables, which also decides most unequal pairs without `simplify`.
-
-Import only in a verification worker, or for gold answers: comparing can take any time and memory.
+Called by a verification worker alone: a comparison can take any time and memory. Except for
+percentages, what math-verify calls different stays different. Two things are added. The grammar is
+parsed in two stages, as ANTLR advises, which gives the same trees up to thirty times faster. And
+before algebra decides "equal", values must agree: both sides are evaluated, at a point if they have
+variables, which also decides most unequal pairs without `simplify`.
 """
 
 import logging
@@ -35,7 +33,7 @@ _NORMALIZATION = NormalizationConfig(
 _INTEGER = re.compile(r"[0-9]{1,300}")
 _DECIMAL = re.compile(r"[0-9]{1,150}\.[0-9]{1,150}")
 _FRACTION = re.compile(r"(-?)\\frac\{([0-9]{1,150})\}\{([0-9]{1,150})\}")
-# Not e, which has a rule of its own, nor d of a differential, nor the inverse of a function.
+# Not e, which has its own rule, nor d of a differential, nor the inverse of a function.
 _POWER = re.compile(
     r"(?<![A-Za-z\\])(?P<symbol>[a-cf-zA-CF-Z]|\\pi(?![A-Za-z]))\^"
     r"(?=(?:\{[^{}]*\}|[0-9]+|[a-z])(?!\s*(?:\(|\\left|_)))"
@@ -45,12 +43,12 @@ _UNFINISHED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Deri
 # Relative: exact values carry 15 digits, decimals are given to a few.
 _EXACT, _ROUNDED, _APPROXIMATE = 1e-9, 1e-3, 0.05
 _PLACES = 2e-6  # absolute
-# Below this a value that comes from a sum is taken for zero: cancellation leaves no digit right.
+# A sum below this counts as zero: after cancellation no digit is right.
 _ZERO = sympy.Float("1e-100")
 
 
 class _Reader(_Latex2Sympy):
-    """latex2sympy's converter, without its sum of `2(3)` and `2 3`, which it reads as 2 + 3."""
+    """latex2sympy's converter, except that `2(3)` and `2 3` are not read as 2 + 3."""
 
     def convert_postfix_list(self, arr: list[Any], i: int = 0) -> Any:
         if i + 1 < len(arr) and _is_integer(arr[i]):
@@ -68,14 +66,14 @@ class _Reader(_Latex2Sympy):
     def convert_relation(self, rel: Any) -> Any:
         value = super().convert_relation(rel)
         if not rel.expr() and rel.APPROX() and rel.relation(1).expr():
-            # One of the two is taken; both must name the same number.
+            # The converter takes one of the two; both must be the same number.
             other = self.convert_expr(rel.relation(1).expr())
             if _apart(value, other, tolerance=_APPROXIMATE):
-                raise ValueError("two numbers, said to be about the same")
+                raise ValueError("two numbers that differ around an approximation sign")
         return value
 
     def parse_number(self, text: str) -> Any:
-        """Its own lets sympy evaluate the text as Python, which takes a thousand times longer."""
+        """Without sympy's evaluation of the text as Python, which takes a thousand times longer."""
         text = text.replace(",", "")
         if _INTEGER.fullmatch(text):
             return sympy.Integer(int(text))
@@ -83,9 +81,9 @@ class _Reader(_Latex2Sympy):
 
 
 class _FirstStage(_Reader):
-    """Predicts without full context: what it parses is what the second stage would, only faster.
+    """Predicts without full context: the same trees as the second stage, faster.
 
-    Without it the grammar cannot tell a power from a symbol with an index above; braces do.
+    Without context the grammar cannot tell a power from a symbol with an upper index; braces do.
     """
 
     def create_parser(self, latex_str: str) -> Any:
@@ -103,7 +101,7 @@ def _is_integer(node: Any) -> bool:
 
 @lru_cache(maxsize=512)  # the answers of a group share their gold
 def read(text: str) -> Any:
-    """The sympy object that an answer writes down, unevaluated; None if it cannot be read whole.
+    """The sympy object of an answer, unevaluated; None if any part of it can't be read.
 
     Raises:
         MemoryError: reading took too much.
@@ -125,7 +123,7 @@ def read(text: str) -> Any:
 
 
 def _contradicts(chain: str) -> bool:
-    """Whether a chain `a = b = c` too long to be read whole names two plain numbers that differ."""
+    """Whether a chain `a = b = c` that can't be read has two plain numbers that differ."""
     numbers = {plain_number(side.strip()) for side in chain.split("=")} - {None}
     return len(numbers) > 1
 
@@ -137,7 +135,7 @@ def _parse(latex: str) -> Any:
             return reader(is_real=is_real).parse(latex)
         except MemoryError:
             raise
-        except Exception:  # noqa: S112 - what it raises on text that is no formula has many types
+        except Exception:  # noqa: S112 - errors on text that is no formula have many types
             continue
     return None
 
@@ -156,8 +154,8 @@ def equal(gold: Any, answer: Any) -> bool:
         return equal(number, share) or (number is gold and equal(gold, share / 100))
     if (share := grader.get_pct_val(gold)) is not None:
         return equal(share, answer) or equal(share / 100, answer)
-    # The order matters: gold `1<x<2` accepts `(1,2)`, the reverse is refused. Its timeouts are off:
-    # they are made of SIGALRM, which works in main threads only and cancels an outer alarm.
+    # The order matters: gold `1<x<2` accepts `(1,2)`, not the reverse. Timeouts are off: they use
+    # SIGALRM, which works in main threads only and cancels an outer alarm.
     try:
         return verify(gold, answer, timeout_seconds=0, raise_on_error=True)
     except ValueError as error:
@@ -168,7 +166,7 @@ def equal(gold: Any, answer: Any) -> bool:
 
 
 def _sides_agree(answer: Any) -> bool:
-    """Whether the numbers in a chain `a = b = c` are one: math-verify looks at the last alone."""
+    """Whether the numbers in a chain `a = b = c` agree: math-verify compares the last alone."""
     relations = _in_order(answer) if isinstance(answer, And) else [answer]
     sides = [
         side
@@ -186,7 +184,7 @@ def _in_order(several: Any) -> list[Any]:
 
 
 def _swapped(gold: Any, answer: Any) -> bool:
-    """Whether values for `x=1, y=2` come in another order: math-verify sorts them."""
+    """Whether values for `x=1, y=2` are in another order: math-verify sorts them."""
     if not isinstance(gold, FiniteSet) or len(gold.args) < 2:
         return False
     given = _in_order(gold)
@@ -239,7 +237,7 @@ def _values_differ(gold: sympy.Expr, answer: sympy.Expr, tolerance: float | None
         return bool(difference > tolerance * size)
     if not any(one.has(sympy.Float) for one in (gold, answer)):
         return bool(difference > _EXACT * size)
-    # Decimals count to their sixth place; that says little of a small number.
+    # Decimals count to their sixth place, which proves little about a small number.
     places = _ROUNDED * size if symbols else max(_PLACES, _EXACT * size)
     return bool(difference > min(places, _ROUNDED * size))
 

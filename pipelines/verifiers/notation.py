@@ -1,9 +1,9 @@
-"""What an answer's notation says, before it is read as mathematics.
+"""The notation of an answer, checked before it is read as mathematics. Called by math.py and worker.py.
 
-math-verify drops units, bases, brackets' shapes and dots, evaluates whatever is asked of it, and
-picks a formula out of a sentence. `prepare` leaves it one formula to read, `conflict` finds what no
-later comparison would see. docs/decisions/own-verification-workers.md lists the cases. Text only,
-linear in the answer's length; sympy is not needed here.
+math-verify drops units, bases, shapes of brackets and dots, evaluates any expression, and picks a
+formula out of a sentence. `prepare` leaves it one formula to read; `conflict` finds differences that
+no later comparison would see. docs/decisions/own-verification-workers.md lists the cases. Text only,
+linear in the answer's length, without sympy.
 """
 
 import re
@@ -16,7 +16,7 @@ _PLAIN = re.compile(
     r"|(?P<top>[0-9]+)/(?P<bottom>0*[1-9][0-9]*)"
     r"|\\[dt]?frac\{(?P<minus>-?)(?P<over>[0-9]+)\}\{(?P<under>0*[1-9][0-9]*)\})"
 )
-# Longer ones take math-verify: Python limits the length of integers in text.
+# Longer numbers are left to math-verify: Python limits the length of integers in text.
 _MAX_DIGITS = 40
 
 _SYMBOLS = {
@@ -43,7 +43,7 @@ _BARE_UNIT = re.compile(
     rf"(?P<space>{_SPACE})(?P<unit>[A-Za-z][A-Za-z./ -]*?){_SPACE}{_POWER}{_SPACE}$"
 )
 _VALUE_END = re.compile(r"[0-9})\]%.]$")
-# What a unit may stand behind when it is not marked as text: a number, not a product of variables.
+# What may precede a unit that is not marked as text: a number, not a product of variables.
 _NUMERIC = re.compile(
     r"(?:[-+0-9.,/(){}^ ]|\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right|[ ,;:!]))+$"
 )
@@ -61,7 +61,7 @@ _UNIT_OF = {name: unit for unit, names in _UNITS.items() for name in [unit, *nam
 _SHORT_WORDS = {"per", "sq", "of", "cu", "the", "a", "an", "ways", "men", "boys", "pm", "am"}
 
 _BASE = re.compile(r"[0-9A-Fa-f]+\s*_\s*(?:\{\s*([0-9]{1,2})\s*\}|([0-9]))")
-# math-verify drops what a number has as its subscript, as in Python's 5_000.
+# math-verify drops a number's subscript, as in Python's 5_000.
 _SUBSCRIPTED = re.compile(r"(?<![A-Za-z0-9_])[0-9]+\s*_\s*\{?[0-9]")
 _CLOCK = re.compile(r"([0-9]{1,2}):([0-9]{2})$")
 _DOTS = re.compile(r"\\[lcd]?dots|\.\.\.|…")
@@ -90,10 +90,10 @@ def plain_number(text: str) -> Fraction | None:
 
 @lru_cache(maxsize=1024)
 def prepare(text: str) -> str | None:
-    """The one formula in an answer, without its unit; None if it holds a box inside.
+    """The one formula in an answer, without its unit; None if there is a box inside.
 
-    Of nested boxes, or of a box beside other text, math-verify would take one: an answer could
-    show one number and be graded on another. So with numbers with a subscript that is no base.
+    math-verify would pick one of nested boxes, or a box next to other text: an answer could show one
+    number and be graded on another. The same holds for a subscript that is no base.
     """
     text = _unwrapped(text)
     if "\\boxed" in text or "\\fbox" in text:
@@ -110,7 +110,7 @@ def prepare(text: str) -> str | None:
 
 
 def conflict(gold: str, answer: str) -> bool:
-    """Whether the notations alone say that the answer is not the gold's.
+    """Whether the notations alone prove that the answer is not the gold's.
 
     Bases, known units, a set against a tuple, clock times, dots on one side only, an operation
     that the answer leaves undone and the gold does not have.
@@ -127,9 +127,9 @@ def conflict(gold: str, answer: str) -> bool:
 
 
 def _unwrapped(text: str) -> str:
-    """Without dollar signs or a box around the whole."""
+    """Without dollar signs or a box around all of it."""
     text = text.strip()
-    for _ in range(4):  # a box in dollars in a box is as much as anybody writes
+    for _ in range(4):  # nobody nests deeper than a box in dollars in a box
         inner = _inside(text)
         if inner is None:
             break
@@ -190,7 +190,7 @@ def _split_unit(text: str) -> tuple[str, str | None]:
 
 
 def _reads_as_unit(words: str) -> bool:
-    """Not "or seven" and the like: an answer must not name another in the margin."""
+    """False for "or seven" and the like: an answer must not name a second one."""
     named = words.lower().replace("-", " ").split()
     return len(named) <= 6 and not _NO_UNIT & set(named)
 
@@ -209,7 +209,7 @@ def _known(word: str) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _unit(text: str) -> str | None:
-    """The unit if it is one that has another name nowhere: known ones can contradict."""
+    """The canonical name of a known unit; only known units can contradict each other."""
     words = _split_unit(text)[1]
     if words is None:
         return None
@@ -243,7 +243,7 @@ def _clock(text: str) -> tuple[int, int] | None:
 
 
 def _last_side(text: str) -> str:
-    """What stands after the last equals sign that is in no braces."""
+    """The text after the last equals sign outside braces."""
     depth = start = 0
     for match in _EQUALS.finditer(text):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
@@ -253,7 +253,7 @@ def _last_side(text: str) -> str:
 
 
 def _undone(gold: str, answer: str) -> bool:
-    """Whether the answer is a task rather than its result: the sum, not what it comes to."""
+    """Whether the answer is a task rather than its result: a sum that is not worked out."""
     if _operators(answer) - _operators(gold):
         return True
     return (

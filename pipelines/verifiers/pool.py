@@ -1,9 +1,10 @@
-"""A pool of verification processes that survives whatever it is asked to compare.
+"""A pool of verification processes that survives every answer it compares.
 
-Each worker is a fresh Python process with a pipe of its own, an address-space limit and a deadline
-that the parent keeps: a late worker is killed and replaced, and the others never notice. A worker
-has a few jobs waiting in its pipe, so that it never waits for the parent; the deadline is per job.
-`ProcessPoolExecutor` cannot kill one job; threads and asyncio cannot stop a computation at all.
+Called by the verify stage and by the check of gold answers. Each worker is a fresh Python process with
+a pipe, an address-space limit and a deadline per job that the parent keeps: a late worker is killed
+and replaced without effect on the others. A few jobs wait in a worker's pipe, so that it never waits
+for the parent. `ProcessPoolExecutor` cannot kill one job; threads and asyncio cannot stop a
+computation at all.
 """
 
 import logging
@@ -25,29 +26,33 @@ logger = logging.getLogger(__name__)
 
 # Start of an interpreter with sympy: about a second, much longer on a loaded machine.
 _START_LIMIT_S = 120.0
-# A worker's own alarm, for the case that its parent is gone, comes this much after the deadline.
+# Time after the deadline of a worker's own alarm, which ends it if its parent is gone.
 _ORPHAN_GRACE_S = 5.0
-# A worker that dies of itself or is killed from outside gets its job a second chance.
+# A job whose worker dies, or is killed from outside, is tried once more.
 _ATTEMPTS = 2
-# Jobs in a worker's pipe, and their characters: more could fill it, and the parent, waiting to
-# write to a worker that computes, would keep no deadline.
+# Jobs in a worker's pipe, and their characters. More could fill it: the parent would then block in a
+# write to a worker that computes, and keep no deadline.
 _AHEAD, _AHEAD_CHARS = 8, 8192
-# Outcomes kept for later calls: groups meet the same problems again, parts repeat short answers.
+# Outcomes kept for later calls: problems and short answers repeat.
 _REMEMBERED, _REMEMBERED_CHARS = 50_000, 200
 _REPEATABLE = {VerdictStatus.OK, VerdictStatus.PRED_UNPARSED, VerdictStatus.GOLD_UNPARSED}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A gold answer and the answer to hold against it, both as LaTeX or plain text."""
+    """A gold answer and the answer to compare with it, both as LaTeX or plain text."""
 
     gold: str
     answer: str
 
+    @property
+    def chars(self) -> int:
+        return len(self.gold) + len(self.answer)
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """correct: None if the comparison came to no end; seconds: the worker's, wall clock."""
+    """correct: None if the comparison did not end. seconds: the worker's, wall clock."""
 
     status: VerdictStatus
     correct: bool | None
@@ -61,10 +66,9 @@ Judged = tuple[VerdictStatus, bool | None]
 class _Worker:
     process: subprocess.Popen
     connection: Connection
-    since: float  # when the process, later the first of its jobs, was started (monotonic)
+    since: float  # monotonic start of the process, later of the first of its jobs
     ready: bool = False
-    jobs: deque[int] = field(default_factory=deque)
-    chars: int = 0  # of its jobs
+    jobs: deque[tuple[int, Job]] = field(default_factory=deque)
     jobs_done: int = 0
 
     @property
@@ -72,7 +76,7 @@ class _Worker:
         return not self.ready or bool(self.jobs)
 
     def kill(self) -> int:
-        """End the process for certain; its exit code."""
+        """End the process; its exit code."""
         self.process.kill()
         self.connection.close()
         return self.process.wait()
@@ -98,7 +102,7 @@ class VerifierPool:
     def judge(self, jobs: Sequence[Job]) -> list[Outcome]:
         """One outcome per job, in order; equal jobs are judged once, in later calls too.
 
-        An equal job's outcome repeats that of the first, with 0 seconds. What ended without a
+        An equal job repeats the outcome of the first, with 0 seconds. A job that ended without a
         verdict is tried again by a later call.
 
         Raises:
@@ -123,56 +127,37 @@ class VerifierPool:
             self._workers.pop().kill()
 
     def _forget(self, fresh: list[Job]) -> None:
-        """Drop what may end otherwise the next time, what is long, and the oldest."""
+        """Drop outcomes that may differ the next time, long jobs, and the oldest."""
         for job in fresh:
             lasting = self._known[job][0] in _REPEATABLE
-            if not lasting or len(job.gold) + len(job.answer) > _REMEMBERED_CHARS:
+            if not lasting or job.chars > _REMEMBERED_CHARS:
                 del self._known[job]
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
 
     def _judge_unique(self, jobs: list[Job]) -> list[Outcome]:
         outcomes: dict[int, Outcome] = {}
-        pending = deque(range(len(jobs)))
+        pending = deque(enumerate(jobs))
         attempts: Counter[int] = Counter()
         try:
             while len(outcomes) < len(jobs):
-                self._hand_out(jobs, pending)
+                self._hand_out(pending)
                 for worker in self._wait():
-                    while worker.waited_for:
-                        started = worker.since
-                        job, judged = self._receive(worker, jobs)
-                        if judged is not None and job is not None:
-                            outcomes[job] = Outcome(*judged, time.monotonic() - started)
-                        elif job is not None:
-                            attempts[job] += 1
-                            if attempts[job] < _ATTEMPTS:
-                                worker.jobs.appendleft(job)
-                            else:
-                                outcomes[job] = Outcome(
-                                    VerdictStatus.ERROR, None, time.monotonic() - started
-                                )
-                        if worker not in self._workers:
-                            pending.extendleft(reversed(worker.jobs))
-                            break
-                        if not worker.connection.poll():
-                            break
+                    self._serve(worker, outcomes, attempts)
+                    if worker not in self._workers:
+                        pending.extendleft(reversed(worker.jobs))
         except BaseException:
             # Answers to this call must not reach the next one.
             self.close()
             raise
         return [outcomes[index] for index in range(len(jobs))]
 
-    def _hand_out(self, jobs: list[Job], pending: deque[int]) -> None:
+    def _hand_out(self, pending: deque[tuple[int, Job]]) -> None:
         """Give waiting jobs to workers, idle ones first; start workers while there are jobs."""
         for depth in range(_AHEAD):
             for worker in self._workers:
-                if (
-                    pending
-                    and len(worker.jobs) == depth
-                    and self._has_room(worker, jobs[pending[0]])
-                ):
-                    self._send(worker, pending.popleft(), jobs)
+                if pending and len(worker.jobs) == depth and self._has_room(worker, pending[0][1]):
+                    self._send(worker, *pending.popleft())
         starting = sum(not worker.ready for worker in self._workers)
         while len(self._workers) < self._limit and starting < len(pending):
             self._workers.append(_start_worker(self._memory_mib, self._timeout_s + _ORPHAN_GRACE_S))
@@ -181,16 +166,16 @@ class VerifierPool:
     def _has_room(self, worker: _Worker, job: Job) -> bool:
         if not worker.ready or worker.jobs_done + len(worker.jobs) >= self._recycle_every:
             return False
-        return not worker.jobs or worker.chars + _chars(job) <= _AHEAD_CHARS
+        chars = sum(waiting.chars for _, waiting in worker.jobs)
+        return not worker.jobs or chars + job.chars <= _AHEAD_CHARS
 
-    def _send(self, worker: _Worker, index: int, jobs: list[Job]) -> None:
+    def _send(self, worker: _Worker, index: int, job: Job) -> None:
         if not worker.jobs:
             worker.since = time.monotonic()
-        worker.jobs.append(index)
-        worker.chars += _chars(jobs[index])
-        # A worker that died while idle: its closed pipe is read next.
+        worker.jobs.append((index, job))
+        # If the worker died while idle, its closed pipe is read next.
         with suppress(BrokenPipeError, ConnectionResetError):
-            worker.connection.send((jobs[index].gold, jobs[index].answer))
+            worker.connection.send((job.gold, job.answer))
 
     def _wait(self) -> list[_Worker]:
         """The workers that have answered, died or run late, as soon as there is one."""
@@ -203,55 +188,68 @@ class VerifierPool:
     def _deadline(self, worker: _Worker) -> float:
         return worker.since + (self._timeout_s if worker.ready else _START_LIMIT_S)
 
-    def _receive(self, worker: _Worker, jobs: list[Job]) -> tuple[int | None, Judged | None]:
-        """The worker's first job and what became of it: None if it died without a verdict."""
+    def _serve(self, worker: _Worker, outcomes: dict[int, Outcome], attempts: Counter[int]) -> None:
+        """Read all that a worker has sent. Afterwards a dead or late one is not in the pool."""
+        while worker.waited_for:
+            if not worker.ready:
+                _await_ready(worker)
+            else:
+                started, (index, job) = worker.since, worker.jobs.popleft()
+                judged = self._receive(worker)
+                attempts[index] += judged is None
+                if judged is None and attempts[index] < _ATTEMPTS:
+                    worker.jobs.appendleft((index, job))
+                else:
+                    status, correct = judged or (VerdictStatus.ERROR, None)
+                    outcomes[index] = Outcome(status, correct, time.monotonic() - started)
+            if worker not in self._workers or not worker.connection.poll():
+                return
+
+    def _receive(self, worker: _Worker) -> Judged | None:
+        """The verdict on a worker's first job; None if the worker died without one."""
         if not worker.connection.poll():
             self._replace(worker)
-            if not worker.ready:
-                raise RuntimeError(f"a verification worker did not start in {_START_LIMIT_S} s")
-            return worker.jobs.popleft(), (VerdictStatus.TIMEOUT, None)
+            return VerdictStatus.TIMEOUT, None
         try:
-            message = worker.connection.recv()
+            status, correct, error = worker.connection.recv()
         except (EOFError, OSError):  # OSError: it died in the middle of a message
-            return self._bury(worker)
-        if not worker.ready:
-            worker.ready = True
-            return None, None
-        status, correct, error = message
+            code = worker.process.wait()
+            self._replace(worker)
+            logger.warning("verification worker ended with exit code %d", code)
+            return (VerdictStatus.TIMEOUT, None) if code == -signal.SIGALRM else None
         if error:
             logger.warning("math-verify failed on an answer: %s", visible(error))
-        job = worker.jobs.popleft()
         worker.since = time.monotonic()
-        worker.chars -= _chars(jobs[job])
         worker.jobs_done += 1
         if status == VerdictStatus.OOM or worker.jobs_done >= self._recycle_every:
             self._replace(worker)
-        return job, (status, correct)
-
-    def _bury(self, worker: _Worker) -> tuple[int | None, Judged | None]:
-        code = worker.process.wait()
-        self._replace(worker)
-        if not worker.ready:
-            raise RuntimeError(f"a verification worker ended at its start with exit code {code}")
-        logger.warning("verification worker ended with exit code %d", code)
-        job = worker.jobs.popleft() if worker.jobs else None
-        return job, ((VerdictStatus.TIMEOUT, None) if code == -signal.SIGALRM else None)
+        return status, correct
 
     def _replace(self, worker: _Worker) -> None:
-        """End a worker; the next job that waits starts another one."""
+        """End a worker; the next waiting job starts another one."""
         worker.kill()
         self._workers.remove(worker)
 
 
-def _chars(job: Job) -> int:
-    return len(job.gold) + len(job.answer)
+def _await_ready(worker: _Worker) -> None:
+    """Raises RuntimeError if the worker ended, or has not started in time."""
+    if not worker.connection.poll():
+        raise RuntimeError(f"a verification worker did not start in {_START_LIMIT_S} s")
+    try:
+        worker.connection.recv()
+    except (EOFError, OSError):
+        code = worker.process.wait()
+        raise RuntimeError(
+            f"a verification worker ended at its start with exit code {code}"
+        ) from None
+    worker.ready = True
 
 
 def _start_worker(memory_mib: int, orphan_s: float) -> _Worker:
     ours, theirs = Pipe()
-    # Not multiprocessing's spawn: it imports the parent's main module, with torch and Prefect, into
-    # every worker. -P keeps the working directory off the module path, where a checkout's `trace`
-    # folder would hide the standard library's module. A session of its own keeps Ctrl-C away.
+    # Not multiprocessing's spawn: it imports the parent's main module, with torch and Prefect, in
+    # each worker. -P keeps the working directory off the module path: a checkout's `trace` folder
+    # would shadow the standard library's module. A session of its own keeps Ctrl-C away.
     command = [sys.executable, "-P", "-W", "ignore", "-m", f"{__package__}.worker"]
     process = subprocess.Popen(
         [*command, str(theirs.fileno()), str(memory_mib), str(orphan_s)],

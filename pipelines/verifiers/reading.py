@@ -1,8 +1,9 @@
-"""Final answers read from responses, and the comparisons that need no computer algebra.
+"""Read final answers from responses, and compare those that need no computer algebra.
 
-Rewards are strict about what counts as an answer: the last balanced `\\boxed{…}`, else the last
-explicit statement ("the answer is …", "Answer: …", "#### …"). A number that merely stands last is
-no answer: a policy must commit to one. Everything here is linear in the response's length.
+Called by the verify stage and the check of gold answers. Rewards are strict about what counts as an
+answer: the last balanced `\\boxed{…}`, else the last explicit statement ("the answer is …",
+"Answer: …", "#### …"). A last number alone is no answer: a policy must commit to one. All functions
+are linear in the response's length.
 """
 
 import re
@@ -16,7 +17,7 @@ _STATEMENT = re.compile(r"\banswer\b(?:\s+is\b|\*{0,2}\s*[:=])|####", re.IGNOREC
 _FORMULA = re.compile(r"\$+([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 
-# Two values apart by more than this differ in their sixth decimal, where math-verify looks.
+# Two values further apart than this differ in their sixth decimal, which math-verify compares.
 _SURELY_APART = Fraction(2, 10**6)
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
 
@@ -38,8 +39,8 @@ _LETTER_LINE = re.compile(r"\(?([A-J])\)?[.:]?")
 def final_answer(response: str) -> str | None:
     """The final answer of a response to a mathematics problem; None if it commits to none.
 
-    The last balanced `\\boxed{…}` that is not empty; without one, what the last explicit statement
-    says up to the end of its formula, sentence or line.
+    The last balanced `\\boxed{…}` that is not empty; without one, the last explicit statement up to
+    the end of its formula, sentence or line.
     """
     boxed = last_boxed(response)
     answer = boxed if boxed is not None else _stated(response)
@@ -74,9 +75,9 @@ def letter_of(text: str) -> str | None:
 
 
 def gold_parses(answer: str, kind: AnswerKind) -> bool | None:
-    """Whether a gold answer can be compared with: as a choice's letter, or as mathematics.
+    """Whether a gold answer can be read: as a choice's letter, or as mathematics.
 
-    None where reading it takes a verification worker: it may be as hostile as any answer.
+    None where only a verification worker can read it: it may be as hostile as any answer.
     """
     if kind == AnswerKind.CHOICE:
         return letter_of(answer) is not None
@@ -87,10 +88,10 @@ def gold_parses(answer: str, kind: AnswerKind) -> bool | None:
 def exact_match(gold: str, answer: str) -> bool | None:
     """Compare without computer algebra where that decides; None where it does not.
 
-    It decides for two plain numbers, but for decimals that agree in six places, and for a gold made
-    of words: math-verify reads a word as the product of its letters, so that anagrams are equal.
-    Other equal strings are left to the worker: whether the gold parses at all must not depend on
-    the response, or only right ones would be scored.
+    It decides for two plain numbers, except for decimals that agree in six places, and for a gold of
+    words: math-verify reads a word as the product of its letters, so anagrams would be equal. Other
+    equal strings are left to the worker: whether the gold parses must not depend on the response,
+    or only right responses would be scored.
     """
     gold, answer = gold.strip(), answer.strip()
     number = plain_number(gold)
@@ -110,7 +111,7 @@ def _same_number(gold: Fraction, answer: Fraction, decimal: bool) -> bool | None
 def _words(text: str, sure: bool = False) -> list[str] | None:
     """Words, or a list of them in any order, in lower case.
 
-    None for what is none, or, unless one is sure that it is not, may be a product of variables.
+    None for other text, and for words that may be a product of variables unless `sure`.
     """
     plain = _plain_text(text)
     marked = text.lstrip("$ ").startswith("\\") and plain != text.strip(" $")
@@ -133,7 +134,7 @@ def _stated(response: str) -> str | None:
         line = text.partition("\n")[0]
         end = _SENTENCE_END.search(line)
         answer = line[: end.start() if end else None].strip(" \t\r*")
-    # A box here is one that never closed: the response was about to answer and did not.
+    # A box here never closed: the response began an answer and did not finish it.
     return None if not answer or "\\boxed" in answer else answer
 
 

@@ -37,13 +37,13 @@ def judge(gold: str, answer: str) -> Judgement:
         correct = equal(parsed_gold, parsed_answer)
     except MemoryError:
         return VerdictStatus.OOM, None, ""
-    except Exception as error:  # whatever sympy raises on an odd answer is a row, not a crash
+    except Exception as error:  # sympy's error on an odd answer is a row, not a crash
         return VerdictStatus.ERROR, None, f"{type(error).__name__}: {str(error)[:200]}"
     return VerdictStatus.OK, correct, ""
 
 
 def peak_mib() -> int:
-    """Most memory that this process ever held."""
+    """Peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // _UNITS_PER_MIB
 
 
@@ -58,13 +58,13 @@ def serve(connection: Connection, memory_mib: int, orphan_s: float) -> None:
             gold, answer = connection.recv()
         except EOFError:
             return
-        # The parent kills a worker at its deadline. If the parent was killed itself, nobody reads
-        # the pipe's end while sympy computes: the alarm's default action ends the process.
+        # The parent kills a worker at its deadline. If the parent itself was killed, the alarm's
+        # default action ends this process, which can't read the pipe's end while sympy computes.
         signal.setitimer(signal.ITIMER_REAL, orphan_s)
         suspicious_mib = max(memory_mib // 2, peak_mib())
         judgement = judge(gold, answer)
-        # sympy and math-verify swallow MemoryError and go on to "not equal". Such a verdict says
-        # nothing; half of the limit is far above what any honest comparison takes.
+        # sympy and math-verify swallow MemoryError and return "not equal", which proves nothing.
+        # Half of the limit is far above the memory of any honest comparison.
         if not judgement[1] and peak_mib() > suspicious_mib:
             judgement = (VerdictStatus.OOM, None, "")
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -72,5 +72,5 @@ def serve(connection: Connection, memory_mib: int, orphan_s: float) -> None:
 
 
 if __name__ == "__main__":
-    with suppress(BrokenPipeError, ConnectionResetError):  # the parent was killed: nobody listens
+    with suppress(BrokenPipeError, ConnectionResetError):  # the parent was killed
         serve(Connection(int(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3]))

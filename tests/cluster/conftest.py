@@ -1,4 +1,6 @@
-"""Clusters of two worker processes, Dask's and Ray's, and a store that was filled without one."""
+"""Fixtures of the cluster tests: Dask and Ray clusters of two worker processes, and a store that
+was filled without a cluster. Used by `make test-cluster`.
+"""
 
 import os
 import shutil
@@ -51,7 +53,7 @@ def checksums(dataset: Dataset) -> list[str]:
 
 
 def clocks(dataset: Dataset) -> list[str]:
-    """Columns that a clock fills."""
+    """Columns whose values are times."""
     names = dataset.read_part(0).column_names
     return [name for name in ("seconds", "latency_s") if name in names]
 
@@ -62,7 +64,7 @@ def rows(dataset: Dataset) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A store filled in this process, by one thread as a cluster's workers have it."""
+    """A store filled in this process, with one thread, like a cluster's worker."""
     root = tmp_path_factory.mktemp("here") / "store"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -76,7 +78,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=["dask", "ray"])
 def cluster(request, environment, tmp_path_factory) -> Iterator[dict[str, str]]:
-    """Two worker processes that outlive flow runs: the environment that finds them."""
+    """Two worker processes that outlive flow runs; yields the variables that find them."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "test_rules.py").write_text(RULE)
     with pytest.MonkeyPatch.context() as patch:
@@ -105,7 +107,7 @@ def cluster(request, environment, tmp_path_factory) -> Iterator[dict[str, str]]:
 
 
 def run_on_cluster(stage: str, config: Config, root: Path, **options: Any) -> Any:
-    """The stage's flow, its parts made by the runner that the environment names."""
+    """Run the stage's flow; the task runner that the environment names makes the parts."""
     stage_flow = flows.STAGE_FLOWS[stage].with_options(task_runner=flows.task_runner())
     return stage_flow(config, store=str(root), **options)
 

@@ -1,6 +1,6 @@
-"""A Ray worker that is killed, and clusters without a Prefect server: minutes, so a command of its own.
+"""The slow cluster tests: a killed Ray worker, and clusters without a Prefect server.
 
-make test-cluster
+Run by `make test-cluster`; takes minutes.
 """
 
 import shutil
@@ -16,7 +16,7 @@ from trace_opd.tests.cluster.conftest import CONFIG, assert_a_killed_workers_par
 
 
 def test_workers_report_to_the_runs_own_temporary_server(cluster, made, environment, tmp_path):
-    """And what a worker says of bad input ends the command with one sentence and exit code 2."""
+    """Bad input in a worker ends the command with one sentence and exit code 2."""
     root = Path(shutil.copytree(made, tmp_path / "store"))
     shutil.rmtree(root / "convert")
     part = Path(Store(root).get("annotations").path("part-00001.parquet"))
@@ -39,10 +39,10 @@ def test_workers_report_to_the_runs_own_temporary_server(cluster, made, environm
     done = subprocess.run(
         command, env=variables, capture_output=True, text=True, timeout=300, check=False
     )
-    said = done.stdout + done.stderr
-    assert done.returncode == 2, said
-    assert f"\ntrace-opd: {part}: file is gone" in done.stderr, said
-    assert said.count("Starting temporary server") == 1
+    output = done.stdout + done.stderr
+    assert done.returncode == 2, output
+    assert f"\ntrace-opd: {part}: file is gone" in done.stderr, output
+    assert output.count("Starting temporary server") == 1
     assert len(list(root.glob("convert/*/part-*.parquet"))) == 2
 
 

@@ -1,6 +1,8 @@
-"""The table stages on clusters of two worker processes make the datasets that one process makes.
+"""Clusters of two worker processes make the same datasets as one process.
 
-`make test-cluster` has more of it (killed_and_alone.py).
+    make test-cluster
+
+The slow tests are in killed_and_alone.py.
 """
 
 import shutil
@@ -40,7 +42,7 @@ def test_a_cluster_makes_what_this_process_makes(cluster, made, tmp_path):
     assert Store(tmp_path).aliases() == Store(made).aliases()
 
 
-def test_bad_input_in_a_worker_is_told_as_bad_input(cluster, made, tmp_path):
+def test_bad_input_in_a_worker_is_reported_as_bad_input(cluster, made, tmp_path):
     root = Path(shutil.copytree(made, tmp_path / "store"))
     Path(Store(root).get("annotations").path("part-00001.parquet")).unlink()
     state = run_on_cluster(
@@ -58,7 +60,7 @@ def test_a_killed_workers_part_is_made_again(cluster, made, tmp_path):
 
 @dataclass
 class Watched:
-    """An open engine that tells when it is closed."""
+    """An open engine that records when it is closed."""
 
     engine: Any
     closed: threading.Event = field(default_factory=threading.Event)
@@ -73,7 +75,7 @@ class Watched:
 
 @pytest.fixture
 def watched(made, tmp_path) -> Iterator[tuple[Callable[[int], Any], list[Watched]]]:
-    """Makes a part of a dataset; and the engines that were opened for that."""
+    """Yields a function that makes a part of a dataset, and the engines opened for it."""
     root = Path(shutil.copytree(made, tmp_path / "store"))
     real = TABLE_STAGES["convert"]
     engines: list[Watched] = []
@@ -110,14 +112,14 @@ def test_an_engine_that_went_on_is_not_closed_for_an_earlier_wait(watched):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("TRACE_OPD_TASK_RUNNER", "kubernetes", "use threads, processes, ray or dask"),
         ("TRACE_OPD_WORKERS", "many", "use 1 or more"),
         ("TRACE_OPD_WORKERS", "0", "use 1 or more"),
     ],
 )
-def test_a_bad_task_runner_is_refused(monkeypatch, name, value, told):
+def test_a_bad_task_runner_is_refused(monkeypatch, name, value, message):
     monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=f"{name}={value}: .*{told}"):
+    with pytest.raises(InputError, match=f"{name}={value}: .*{message}"):
         flows.task_runner()

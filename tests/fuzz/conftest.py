@@ -1,4 +1,6 @@
-"""The targets are plain modules, so that the fuzzer runs them without pytest."""
+"""Puts this folder on the module path: the fuzz targets are plain modules that also run without
+pytest (run.py).
+"""
 
 import sys
 from pathlib import Path

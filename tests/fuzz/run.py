@@ -1,9 +1,10 @@
-"""Coverage-guided fuzzing with atheris: `make fuzz`, or for a while and some targets only
+"""Coverage-guided fuzzing with atheris. All targets, or some targets for a given time:
 
+    make fuzz
     python -P tests/fuzz/run.py --seconds 120 segments answer
 
-Each target runs in a process of its own, with our modules instrumented. What a target learned stays
-in runs/fuzz/<target>/corpus; an input that breaks one is written beside it as crash-…, and
+Each target runs in its own process, with this package instrumented. A target's corpus is kept in
+runs/fuzz/<target>/corpus. An input that breaks a target is written to crash-… in the same folder;
 `--input FILE target` runs it again.
 """
 
@@ -59,10 +60,10 @@ def _run(name: str, seconds: int) -> bool:
 
 
 def _fuzz(name: str, seconds: int, only: Path | None) -> None:
-    """In this process, which libFuzzer ends."""
+    """Fuzz in this process; libFuzzer ends it."""
     with atheris.instrument_imports(include=_INSTRUMENTED):
         sys.path.insert(0, str(Path(__file__).parent))
-        import targets  # noqa: F401 - so that what it imports is instrumented
+        import targets  # noqa: F401 - imported here so that its imports are instrumented
     from seeds import seeds
 
     folder = FOLDER / name
@@ -80,7 +81,7 @@ def _fuzz(name: str, seconds: int, only: Path | None) -> None:
     atheris.Fuzz()
 
 
-# --- bytes to the arguments of a target, and inputs to begin with ---
+# --- adapters: bytes to the arguments of a target ---
 
 
 def _config(data: bytes) -> None:
@@ -149,7 +150,7 @@ def _alignment(data: bytes) -> None:
     if data[1:2] < b"\x80":
         targets.encoding(kind, data[2:].decode("utf-8", "replace"))
         return
-    size = len(targets.tokenizer_table(kind).pieces) + 8  # ids past the table too
+    size = len(targets.tokenizer_table(kind).pieces) + 8  # some ids are past the end of the table
     pairs = zip(data[2::2], data[3::2], strict=False)
     targets.alignment(kind, [(a * 256 + b) % size for a, b in pairs], 1 + data[1])
 

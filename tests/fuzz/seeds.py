@@ -1,4 +1,6 @@
-"""Inputs to begin with, by target, as run.py's adapters read them: shipped files and valid tables."""
+"""The seed inputs of each fuzz target, in the form that the adapters in run.py read: shipped files
+and valid tables. Used by run.py and test_fuzz.py.
+"""
 
 import json
 from io import BytesIO
@@ -38,12 +40,12 @@ _LABELLED = (
 
 
 def seeds(target: str) -> list[bytes]:
-    """Inputs of a target, each as its adapter in run.py takes it."""
+    """The seeds of a target, in its adapter's form (run.py)."""
     return _SEEDS[target]()
 
 
 def valid_table(contract: TableContract, rows: int = 2) -> pa.Table:
-    """A table of a contract that holds something in every column."""
+    """A table of a contract with a value in every column."""
     labels = {name: str(next(iter(kind))) for name, kind in contract.labels.items()}
     labels |= {f"{a}.{b}": str(next(iter(kind))) for (a, b), kind in contract.nested_labels.items()}
     made = [
@@ -54,7 +56,7 @@ def valid_table(contract: TableContract, rows: int = 2) -> pa.Table:
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """Uncompressed and without dictionaries: the fuzzer's changes reach the values."""
+    """Uncompressed and without dictionaries, so that the fuzzer's changes reach the values."""
     sink = BytesIO()
     pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)
     return sink.getvalue()
@@ -73,8 +75,8 @@ def _value(kind: pa.DataType, path: str, row: int, labels: dict[str, str]) -> An
 
 
 def _configs() -> list[bytes]:
-    whole = (ROOT / "configs" / "micro.yaml").read_bytes()
-    found = [bytes([which, 0]) + whole for which in (0, 6)]  # a pipeline, and train out of it
+    content = (ROOT / "configs" / "micro.yaml").read_bytes()
+    found = [bytes([which, 0]) + content for which in (0, 6)]  # the pipeline, and its section train
     sections = ["source: {kind: arithmetic}\nlimit: 3", "policy: {path: micro}", "timeout_s: 3",
                 "annotator: {engine: openai, model: m}", "routing: {alpha: 0.5}",
                 "online: {steps: 1}", "k: 2", "limit: 3"]  # fmt: skip
@@ -124,7 +126,8 @@ def _manifests() -> list[bytes]:
     kinds: list[dict[str, Any]] = [
         {"stage": "problems", "config": configs.problems.model_dump(mode="json")},
         {"stage": "problems", "config": {"import": read | {"sha256": digest}}},
-        {"stage": "problems", "config": {"online": f"train/{_ID}"}, "inputs": {"a": f"train/{_ID}"}},
+        {"stage": "problems", "config": {"online": f"train/{_ID}"},
+         "inputs": {"a": f"train/{_ID}"}},
         {"stage": "train", "config": configs.train.model_dump(mode="json"), "table": None,
          "summary": {"tables": {"rollouts": f"problems/{_ID}"}, "checkpoint": "checkpoints/final"},
          "files": [{"name": "metrics.jsonl", "bytes": 1, "sha256": digest}]},
@@ -133,7 +136,8 @@ def _manifests() -> list[bytes]:
     ]  # fmt: skip
     common = {
         "id": _ID, "table": "problems", "schema_version": 1, "inputs": {}, "seconds": 0.5,
-        "started_at": "2026-01-01T00:00:00.000+00:00", "finished_at": "2026-01-01T00:00:01.000+00:00",
+        "started_at": "2026-01-01T00:00:00.000+00:00",
+        "finished_at": "2026-01-01T00:00:01.000+00:00",
         "packages": {"torch": "2"}, "files": [], "summary": {"rows": 3},
         "parts": [{"name": "part-00000.parquet", "rows": 1, "bytes": 1, "sha256": digest}],
     }  # fmt: skip
@@ -164,9 +168,9 @@ def _journals() -> list[bytes]:
 def _model_files() -> list[bytes]:
     micro = ROOT / "data" / "micro"
     names = ("config.json", "tokenizer.json", "tokenizer_config.json")
-    whole = [bytes([at]) + (micro / name).read_bytes() for at, name in enumerate(names)]
+    files = [bytes([at]) + (micro / name).read_bytes() for at, name in enumerate(names)]
     tree = {"tree": json.dumps({"state": {"step": 1, "w": {"tensor": "w"}}, "rng": [1, "a"]})}
-    return [*whole, b"\3" + safetensors_bytes({"w": np.ones(2, np.float32)}, tree)]
+    return [*files, b"\3" + safetensors_bytes({"w": np.ones(2, np.float32)}, tree)]
 
 
 _SEEDS = {

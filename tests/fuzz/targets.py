@@ -1,7 +1,7 @@
-"""What is fuzzed: each target feeds one input and lets nothing through but what is documented.
+"""The fuzz targets: each reads one input and lets only documented errors through.
 
-Hypothesis (test_fuzz.py) and atheris (run.py) call the same functions. A target returns None; a
-documented refusal is an InputError, which counts as an answer too.
+hypothesis (test_fuzz.py) and atheris (run.py) call the same functions. A target returns None for a
+valid input and for a documented refusal (InputError); any other exception is a defect.
 """
 
 import atexit
@@ -38,7 +38,7 @@ from trace_opd.pipelines.annotators.prices import load_prices
 from trace_opd.pipelines.annotators.prompting import ask, load_prompt
 from trace_opd.pipelines.annotators.rows import SKIPPED, Identity, Item, annotation_row
 from trace_opd.pipelines.annotators.spending import open_spending
-from trace_opd.pipelines.cli.check_store import verify_store
+from trace_opd.pipelines.cli.check_store import check_store
 from trace_opd.pipelines.cli.show import show_dataset
 from trace_opd.pipelines.endpoint import NotACompletion
 from trace_opd.pipelines.models import MICRO, resolve_policy
@@ -84,7 +84,7 @@ TOKENIZERS = ("byte level", "byte fallback", "characters")
 
 @cache
 def _folder() -> Path:
-    """A folder for the files that are read, in memory where the machine has such a place."""
+    """A folder for the input files, in memory where the machine has /dev/shm."""
     place = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - mkdtemp names it
     folder = Path(tempfile.mkdtemp(prefix="trace-opd-fuzz-", dir=place))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -101,7 +101,7 @@ def _file(name: str, content: bytes) -> str:
 
 
 def config(content: bytes, overrides: list[str], which: int) -> None:
-    """A config is refused, or what is written of it reads as the same config."""
+    """A config is refused, or prints as a config that loads as itself."""
     kind = CONFIGS[which % len(CONFIGS)]
     section = SECTIONS[which % len(SECTIONS)] if kind is not configs.PipelineConfig else None
     path = _file("config.yaml", content)
@@ -110,13 +110,13 @@ def config(content: bytes, overrides: list[str], which: int) -> None:
     except InputError:
         return
     again = load_settings(kind, _file("again.yaml", dump_config(loaded).encode()), None)
-    # By their text: a config may hold NaN, which is unequal to itself.
+    # Compared as text: a config may hold NaN, which is unequal to itself.
     assert dump_config(again) == dump_config(loaded)
     json.dumps(loaded.semantic())
 
 
 def prompt(content: bytes, schema: bytes | None) -> None:
-    """A prompt file and an answer schema are refused, or fill for any rollout."""
+    """A prompt file and an answer schema are refused, or make a prompt for any rollout."""
     try:
         loaded = load_prompt(
             _file("prompt.md", content), None if schema is None else _file("schema.json", schema)
@@ -127,7 +127,7 @@ def prompt(content: bytes, schema: bytes | None) -> None:
 
 
 def yaml_text(content: bytes) -> None:
-    """A YAML text is refused, or is a tree of values that stands in JSON but for dates and keys."""
+    """A YAML text is refused, or is a tree of values that JSON can hold, except dates and keys."""
     try:
         loaded = load_yaml(content.decode("utf-8", "replace"))
     except yaml.YAMLError:
@@ -138,7 +138,10 @@ def yaml_text(content: bytes) -> None:
 
 
 def model_file(content: bytes) -> None:
-    """A file of a model folder, whatever it holds, loads or is refused by name. First byte: which one."""
+    """Any content of a model folder's file loads, or is refused with the file's name.
+
+    The first byte chooses the file.
+    """
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "trainer.safetensors")
     name = names[content[0] % len(names)] if content else names[0]
     folder = _folder() / "model"
@@ -158,7 +161,7 @@ def model_file(content: bytes) -> None:
 
 
 def view_query(content: bytes) -> None:
-    """A query of the viewer is refused, or its numbers are positions of an array."""
+    """A query of the viewer is refused, or its numbers are indices of an array."""
     try:
         parameters = view._parameters(content.decode("latin-1"))
         numbers = [view._whole_number(parameters, name, -1) for name in ("from", "count", "after")]
@@ -184,7 +187,7 @@ def segments(text: str, min_chars: int = 1, max_segments: int = 200) -> None:
 
 
 def alignment(kind: str, ids: list[int], max_segments: int = 200) -> None:
-    """Every token with bytes belongs to one segment of the text that the tokens stand for."""
+    """Every token with bytes belongs to one segment of the tokens' text."""
     table = tokenizer_table(kind)
     text = table.text(ids)
     found = segment(text, SegmentConfig(max_segments=max_segments))
@@ -199,7 +202,7 @@ def alignment(kind: str, ids: list[int], max_segments: int = 200) -> None:
     first, last = (np.asarray(edge) for edge in table.char_ranges(ids))
     starts, ends = (np.array([pair[side] for pair in found], int) for side in (0, 1))
     with_bytes = np.flatnonzero(sizes)
-    # Each of them shares a character with its segment, and together they leave none out.
+    # Each token shares a character with its segment, and together the tokens cover the text.
     assert (
         np.maximum(first[with_bytes], starts[held]) < np.minimum(last[with_bytes], ends[held])
     ).all()
@@ -210,12 +213,12 @@ def alignment(kind: str, ids: list[int], max_segments: int = 200) -> None:
 
 
 def encoding(kind: str, text: str) -> None:
-    """The text of a text's tokens is the text, and they align."""
+    """The tokens of a text decode to the text, and they align with its segments."""
     tokenizer = _tokenizer(kind)
     ids = tokenizer.encode(text, add_special_tokens=False)
     if kind == "byte level":
         assert tokenizer_table(kind).text(ids) == text
-    elif kind == "byte fallback":  # whose sign for a space a text may hold itself
+    elif kind == "byte fallback":  # the text itself may hold the vocabulary's sign for a space
         assert tokenizer_table(kind).text(ids) == text.replace("▁", " ")
     alignment(kind, ids)
 
@@ -270,7 +273,7 @@ def template(content: bytes) -> None:
     assert len(text) < 1 << 21
 
 
-# --- what annotators answer ---
+# --- annotators' answers ---
 
 
 @cache
@@ -284,7 +287,7 @@ def _item(response: str, correct: bool = False) -> Item:
 
 
 def answer(text: str, response: str = "One. Two.\nThree. Four.") -> None:
-    """Whatever an annotator says becomes a row of the annotations table."""
+    """Any answer of an annotator becomes a row of the annotations table."""
     item = _item(response)
     reading = read_answer(text, _shipped_prompt(), item)
     assert (reading.error is not None) == (reading.status is AnnotationStatus.INVALID)
@@ -296,7 +299,7 @@ def answer(text: str, response: str = "One. Two.\nThree. Four.") -> None:
 
 
 def journal(content: bytes) -> None:
-    """A journal's file, whatever it holds, gives answers that are rows, and a sum of what was spent."""
+    """Any journal file gives answers that become rows, and a sum of what was spent."""
     folder = _folder() / "journal"
     folder.mkdir(exist_ok=True)
     (folder / "1-a.jsonl").write_bytes(content)
@@ -312,7 +315,7 @@ def journal(content: bytes) -> None:
 
 
 def completion(content: bytes) -> None:
-    """A response's body is no completion, refused, or a completion that can be trained on."""
+    """A response body is no completion, is refused, or is a completion that can be trained on."""
     with suppress(NotACompletion):
         checked_body(content)
     try:
@@ -357,8 +360,9 @@ STORED = {stage: f"{stage}/0123456789abcdef" for stage in ("problems", "train", 
 
 
 def manifest(content: bytes) -> None:
-    """A manifest is refused in a sentence, or all that shows it does; nothing of it becomes a command
-    or a line of its own."""
+    """A manifest is refused in a sentence, or everything that shows it works; no text in it becomes
+    a shell command or a line of its own.
+    """
     store = Store(_folder() / "foreign")
     for ref in STORED.values():
         store.write(f"{ref}/{MANIFEST}", content)
@@ -374,7 +378,7 @@ def manifest(content: bytes) -> None:
 
 
 def aliases(content: bytes) -> None:
-    """Aliases are refused in a sentence, or each has the form of ours."""
+    """Aliases are refused in a sentence, or each has the form that this package writes."""
     store = Store(_folder() / "named")
     store.write("aliases.json", content)
     try:
@@ -387,20 +391,21 @@ def aliases(content: bytes) -> None:
 
 
 def _verified(store: Store) -> None:
-    found, _ = verify_store(store)
+    found, _ = check_store(store)
     for line in found.renderables:
         if isinstance(line, Text):
             assert line.plain.isprintable()
             if line.plain.startswith("rm -r "):
                 for path in shlex.split(line.plain.split(" && ")[0])[2:]:
-                    # A dataset's folder or something in it, never the store or what is outside.
+                    # A dataset's folder or a file in it, never the store itself or a path outside
+                    # it.
                     assert len(Path(path).relative_to(store.base).parts) >= 2
                     assert ".." not in path
     Terminal(file=StringIO()).print(found)
 
 
 def table(made: pa.Table, contract: TableContract) -> None:
-    """A table that a program made, through a file."""
+    """A table that a foreign program made is read back from a file."""
     sink = BytesIO()
     try:
         pq.write_table(made, sink)
@@ -410,7 +415,7 @@ def table(made: pa.Table, contract: TableContract) -> None:
 
 
 def foreign_parquet(content: bytes) -> None:
-    """Any Parquet is refused, or read as pyarrow reads it, and its text is bounded."""
+    """Any Parquet file is refused, or read as pyarrow reads it, with text of bounded length."""
     for read in (read_table, lambda *args: list(read_batches(*args, ["problem", "answer"]))):
         try:
             made = read(BytesIO(content), "x.parquet")

@@ -1,4 +1,4 @@
-"""The fuzz targets under hypothesis: a little of what `make fuzz` does for longer."""
+"""The fuzz targets (targets.py) under hypothesis: a short form of `make fuzz`."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ CONTRACT = st.sampled_from(list(CONTRACTS.values()))
 
 
 def mutated(valid: list[bytes]) -> st.SearchStrategy[bytes]:
-    """A valid file with some bytes changed, cut off, or put in."""
+    """A valid file with some bytes changed, removed or inserted."""
 
     @st.composite
     def change(draw: st.DrawFn) -> bytes:
@@ -40,9 +40,10 @@ def mutated(valid: list[bytes]) -> st.SearchStrategy[bytes]:
 
 
 YAML_BITS = st.sampled_from(
-    ["a: &x [1, 2]\n", "b: *x\n", "- ", "{", "}", "[", "]", "routing:\n  ", "alpha: ", "kind: files\n",
-     "source: ", "seed: ", "limit: ", "!!binary ", "!!set ", "2001-99-99", "1e999", ".nan", "0x", "9" * 50,
-     "null", "'", '"', "\\", "\x00", "\x1b", "é", "? ", ": ", "|\n  ", "engine: openai\n", "path: ../x\n"]
+    ["a: &x [1, 2]\n", "b: *x\n", "- ", "{", "}", "[", "]", "routing:\n  ", "alpha: ",
+     "kind: files\n", "source: ", "seed: ", "limit: ", "!!binary ", "!!set ", "2001-99-99", "1e999",
+     ".nan", "0x", "9" * 50, "null", "'", '"', "\\", "\x00", "\x1b", "é", "? ", ": ", "|\n  ",
+     "engine: openai\n", "path: ../x\n"]
 )  # fmt: skip
 YAML = st.lists(YAML_BITS | st.text(max_size=6), max_size=12).map("".join)
 
@@ -57,16 +58,22 @@ def test_a_config_is_refused_or_reads_back_as_itself(text, overrides, which):
     targets.config(text, overrides, which)
 
 
+NESTED_ALIASES = b"\n".join(  # each line repeats the one before nine times
+    b"k%d: &k%d [%s]" % (i, i, b", ".join([b"*k%d" % (i - 1)] * 9 if i else [b"1"]))
+    for i in range(12)
+)
+
+
 @pytest.mark.parametrize(
     "text",
     [b"\xff\xfe", b"[" * 600, b"seed: 2001-99-99", b"seed: " + b"9" * 5000, b"seed: .inf",
-     b"seed: 0x" + b"f" * 4000, b"seed: !!binary /w==", b"source: !!set {a, b}", b"{1: 2}", b"a: *a",
-     b"a: &a [*a]", b"\n".join(b"k%d: &k%d [%s]" % (i, i, b", ".join([b"*k%d" % (i - 1)] * 9 if i else [b"1"])) for i in range(12)),
-     b"prompt: {student: '{problem!r}'}", b"prompt: {student: '{problem:{x}}'}", b"prompt: {student: '{'}"],
+      b"seed: 0x" + b"f" * 4000, b"seed: !!binary /w==", b"source: !!set {a, b}", b"{1: 2}",
+      b"a: *a", b"a: &a [*a]", NESTED_ALIASES, b"prompt: {student: '{problem!r}'}",
+      b"prompt: {student: '{problem:{x}}'}", b"prompt: {student: '{'}"],
     ids=lambda text: repr(text[:20]),
 )  # fmt: skip
 def test_odd_configs(text):
-    targets.config(text, [], 2)  # rollout: seed and prompt are its own
+    targets.config(text, [], 2)  # rollout has a seed and a prompt
     targets.prices(text)
     targets.prompt(b"---\n" + text + b"\n---\n# system\n", None)
 
@@ -117,8 +124,9 @@ def test_a_query_of_the_viewer_is_refused_or_holds_positions(data):
 
 
 TEMPLATE_BITS = st.sampled_from(
-    ["{% for i in range(999) %}", "{% endfor %}", "{% if x %}", "{% endif %}", "{{ ", " }}", "messages",
-     "[0]", ".content", " * 10**9", "x ** x", "namespace(a=1)", "{% set y = 1 %}", "|tojson", "{# #}", "{%", "'"]
+    ["{% for i in range(999) %}", "{% endfor %}", "{% if x %}", "{% endif %}", "{{ ", " }}",
+     "messages", "[0]", ".content", " * 10**9", "x ** x", "namespace(a=1)", "{% set y = 1 %}",
+     "|tojson", "{# #}", "{%", "'"]
 )  # fmt: skip
 
 
@@ -144,8 +152,9 @@ def test_a_file_of_prices_is_refused_or_read(data):
 
 
 TEXTS = st.lists(
-    st.sampled_from(["$", "$$", "\\[", "\\]", "\\begin{a}", "\\end{a}", "```", "{", "}", ". ", "\n",
-                     "1", "x", "é漢", "。", "😀", "▁", "\u2028", "\x00", "!\" "]) | st.text(max_size=4),
+    st.sampled_from(["$", "$$", "\\[", "\\]", "\\begin{a}", "\\end{a}", "```", "{", "}", ". ",
+                     "\n", "1", "x", "é漢", "。", "😀", "▁", "\u2028", "\x00", "!\" "])
+    | st.text(max_size=4),
     max_size=30,
 ).map("".join)  # fmt: skip
 
@@ -182,7 +191,7 @@ ODD = st.sampled_from(
 
 @st.composite
 def oddly_valued(draw: st.DrawFn) -> bytes:
-    """A journal's lines with some values replaced by others of any type."""
+    """A journal's lines with some values replaced by values of any type."""
     lines = []
     for raw in seeds("journal")[0].splitlines():
         line = json.loads(raw)
@@ -202,14 +211,14 @@ def oddly_valued(draw: st.DrawFn) -> bytes:
 
 @few
 @given(mutated(seeds("journal")) | oddly_valued() | st.binary(max_size=60))
-def test_a_journal_is_read_whatever_it_holds(data):
+def test_a_journal_with_any_content_is_read(data):
     targets.journal(data)
 
 
 REPLY_BITS = st.sampled_from(
-    ['{"choices": [', '{"message": {"content": "a"}, "finish_reason": "stop"', ', "token_ids": [', "3, 3]",
-     '"logprobs": {"content": [{"logprob": ', "}]", "-1", "1e400", "NaN", "true", "null", "9" * 5000,
-     "[" * 950, "]" * 950, "}", ", ", '"\\ud800"', '"prompt_token_ids": [']
+    ['{"choices": [', '{"message": {"content": "a"}, "finish_reason": "stop"', ', "token_ids": [',
+     "3, 3]", '"logprobs": {"content": [{"logprob": ', "}]", "-1", "1e400", "NaN", "true", "null",
+     "9" * 5000, "[" * 950, "]" * 950, "}", ", ", '"\\ud800"', '"prompt_token_ids": [']
 )  # fmt: skip
 
 
@@ -236,15 +245,16 @@ def test_a_valid_part_is_read_and_a_torn_one_refused(name):
     contract = CONTRACTS[name]
     table = valid_table(contract)
     assert validate(table, contract).num_rows == 2
-    whole = parquet_bytes(table)
-    targets.parquet(whole, contract)
-    for length in range(0, len(whole), len(whole) // 20):
-        targets.parquet(whole[:length], contract)
+    content = parquet_bytes(table)
+    targets.parquet(content, contract)
+    for length in range(0, len(content), len(content) // 20):
+        targets.parquet(content[:length], contract)
 
 
 TYPES = [
-    pa.int8(), pa.uint64(), pa.float16(), pa.string(), pa.large_string(), pa.binary(), pa.bool_(), pa.null(),
-    pa.date32(), pa.timestamp("us"), pa.decimal128(5, 2), pa.list_(pa.int32()), pa.list_(pa.string()),
+    pa.int8(), pa.uint64(), pa.float16(), pa.string(), pa.large_string(), pa.binary(), pa.bool_(),
+    pa.null(), pa.date32(), pa.timestamp("us"), pa.decimal128(5, 2), pa.list_(pa.int32()),
+    pa.list_(pa.string()),
     pa.struct([("a", pa.int32())]), pa.list_(pa.struct([("start", pa.int64())])),
     pa.dictionary(pa.int8(), pa.string()), pa.map_(pa.string(), pa.int32()), pa.string_view(),
 ]  # fmt: skip
@@ -267,8 +277,8 @@ def test_columns_of_any_type_are_refused_or_cast(draw, contract):
 
 
 JSON_BITS = st.sampled_from(
-    ['{"problem": ', '"answer": ', '"\\ud800"', "NaN", "1e999", "1" * 5000, "[" * 2000, ", ", "}", "\n",
-     "null", '"a"', "2.0", "\u2028"]
+    ['{"problem": ', '"answer": ', '"\\ud800"', "NaN", "1e999", "1" * 5000, "[" * 2000, ", ", "}",
+     "\n", "null", '"a"', "2.0", "\u2028"]
 )  # fmt: skip
 JSON = st.lists(JSON_BITS | st.text(max_size=4), max_size=12).map(
     lambda bits: "".join(bits).encode()
@@ -292,14 +302,17 @@ def test_a_file_of_labels_is_refused_or_read(data):
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
-    | st.sampled_from(["x\ncurl evil|sh #", "../..", "/etc/passwd", "train/0123456789abcdef", "\u202e"]),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    | st.sampled_from(
+        ["x\ncurl evil|sh #", "../..", "/etc/passwd", "train/0123456789abcdef", "\u202e"]
+    ),
+    lambda inner: st.lists(inner, max_size=2)
+    | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )  # fmt: skip
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths to everything in a JSON value."""
+    """Paths to all values of a JSON tree."""
     inner = (
         value.items()
         if isinstance(value, dict)
@@ -312,7 +325,7 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @st.composite
 def edited(draw: st.DrawFn, valid: list[bytes]) -> bytes:
-    """Valid JSON with some values in it replaced by others, or removed."""
+    """Valid JSON with some of its values replaced or removed."""
     value = json.loads(draw(st.sampled_from(valid)))
     for _ in range(draw(st.integers(1, 3))):
         (*path, last) = draw(st.sampled_from([place for place in places(value) if place]))
@@ -336,7 +349,7 @@ def test_a_manifest_is_refused_or_shown(data):
 
 @few
 @given(edited(seeds("aliases")) | mutated(seeds("aliases")) | JSON)
-def test_aliases_are_refused_or_have_our_form(data):
+def test_aliases_are_refused_or_well_formed(data):
     targets.aliases(data)
 
 

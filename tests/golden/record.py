@@ -1,8 +1,8 @@
-"""The golden record: what a small run of the micro pipeline makes, so that a refactor shows any change.
+"""The golden record: dataset ids, hashes and losses of a small run of the micro pipeline.
 
-    python tests/golden/record.py     # write golden.json anew, after a change that is meant to alter it
+    python tests/golden/record.py     # write golden.json again after an intended change
 
-Called by test_golden.py, which compares a fresh run with golden.json.
+test_golden.py compares a fresh run with golden.json, so that a refactoring shows any change.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ from trace_opd.schemas.settings import load_config
 
 FILE = Path(__file__).with_name("golden.json")
 _CONFIG = Path(__file__).parents[2] / "configs" / "micro.yaml"
-# Ten optimiser steps, the teacher at work in each of them.
+# Ten optimiser steps; the teacher is used in each of them.
 _SMALL = [
     "problems.limit=32", "eval_problems.limit=16", "rollout.group_size=4", "evaluate.k=2",
     "train.offline.steps=5", "train.online.steps=5", "train.online.group_size=4",
     "train.groups_per_step=4",
 ]  # fmt: skip
 _TIMES = {"seconds", "latency_s"}
-# Trained weights differ between CPUs in their last bits, and so does what is hashed from them.
+# The last bits of trained weights differ between CPUs, and so do hashes of them.
 _OF_TRAINED_WEIGHTS = {"policy_revision", "evaluation_id"}
 _LOSSES = ("loss", "grad_norm", "entropy")
 
@@ -61,7 +61,9 @@ def _described(dataset: Dataset) -> dict[str, Any]:
 
 
 def _columns(table: pa.Table) -> dict[str, Any]:
-    """A hash of the columns without floats, and the mean of each one with: sums differ between CPUs."""
+    """A hash of the columns without floats, and the mean of each column with floats, because sums
+    of floats differ between CPUs.
+    """
     exact = [f.name for f in table.schema if not _has_floats(f.type)]
     floats = [name for name in table.column_names if name not in {*exact, *_TIMES}]
     rows = json.dumps(table.select(exact).to_pylist(), sort_keys=True)
@@ -79,7 +81,7 @@ def _has_floats(kind: pa.DataType) -> bool:
 
 
 def _mean(column: pa.Array) -> float:
-    """Of the values that are not null; 0 if all are."""
+    """The mean of the values that are not null; 0 if there are none."""
     flat = column.flatten() if pa.types.is_list(column.type) else column
     values = pc.drop_null(flat).to_numpy(zero_copy_only=False)
     return float(np.mean(values, dtype=np.float64)) if len(values) else 0.0

@@ -1,4 +1,7 @@
-"""A refactor changes no dataset id, no row and no loss of the micro pipeline (record.py)."""
+"""A refactoring changes no dataset id, no row and no loss of the micro pipeline (record.py).
+
+Run by `make test`, or in seconds by `python -m pytest tests/golden`.
+"""
 
 import json
 from typing import Any

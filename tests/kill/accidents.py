@@ -1,5 +1,5 @@
-"""Every stage on a full disk, on a store that can't be written, twice at once, with a clock that
-jumps, and with files that rot afterwards.
+"""Accidents of every stage: a full disk, a read-only store, two runs at once, a clock that jumps,
+and files that rot afterwards.
 
     make test-kill
 """
@@ -34,9 +34,9 @@ static time_t jump(void) { return (rand() % 2 ? 1 : -1) * (time_t)(rand() % 3153
 int clock_gettime(clockid_t id, struct timespec *t) {
   static int (*real)(clockid_t, struct timespec *);
   if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
-  int said = real(id, t);
+    int status = real(id, t);
   if (id == CLOCK_REALTIME) t->tv_sec += jump();
-  return said;
+    return status;
 }
 time_t time(time_t *t) {
   struct timespec now;
@@ -55,7 +55,7 @@ int gettimeofday(struct timeval *t, void *zone) {
 
 
 def size(root: Path) -> int:
-    """Bytes on a file system that gives out pages of 4 KiB."""
+    """Bytes on a file system with pages of 4 KiB."""
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in root.rglob("*") if path.is_file())
 
 
@@ -141,8 +141,8 @@ def test_a_clock_that_jumps_changes_nothing(undisturbed, tmp_path):
     assert_no_leftovers(root)
     assert_same_datasets(root, undisturbed["evaluate"].after)
     times = [dataset.manifest for dataset in Store(root).datasets()]
-    assert any(told["started_at"] > told["finished_at"] for told in times)  # it did jump
-    assert all(0 <= told["seconds"] < 600 for told in times)
+    assert any(t["started_at"] > t["finished_at"] for t in times)  # the clock did jump
+    assert all(0 <= t["seconds"] < 600 for t in times)
 
 
 def test_rotten_files_are_found_and_made_again(runs: Launcher, undisturbed, tmp_path):
@@ -159,9 +159,9 @@ def test_rotten_files_are_found_and_made_again(runs: Launcher, undisturbed, tmp_
         path.write_bytes(content)
     checked = runs.start("verify-store", store=root)
     assert checked.wait() == 1
-    said = Path(checked.output[0]).read_text()
-    assert all(dataset.ref in said for dataset in Store(root).datasets())
-    commands = [line for line in said.splitlines() if " && " in line]
+    output = Path(checked.output[0]).read_text()
+    assert all(dataset.ref in output for dataset in Store(root).datasets())
+    commands = [line for line in output.splitlines() if " && " in line]
     for command in commands:
         removal, again = command.split(" && ")
         subprocess.run(shlex.split(removal), check=True)
@@ -169,6 +169,6 @@ def test_rotten_files_are_found_and_made_again(runs: Launcher, undisturbed, tmp_
         assert program == "trace-opd"
         run = runs.start(*args)
         assert run.wait() == 0, run.err
-    assert "whole" in Path(runs.done("verify-store", store=root).output[0]).read_text()
+    assert "intact" in Path(runs.done("verify-store", store=root).output[0]).read_text()
     shutil.copy(after / "aliases.json", root)
     assert_same_datasets(root, after)

@@ -1,4 +1,6 @@
-"""A store of every stage's inputs, made undisturbed, as the kill tests' runs find it."""
+"""Fixtures of the kill tests (`make test-kill`): every stage's command, the store before it, and
+the store after an undisturbed run of it.
+"""
 
 import shutil
 import time
@@ -18,8 +20,8 @@ TRAIN = [
     "teacher.sync_steps=3", "checkpoint_every=1",
 ]  # fmt: skip
 STUDIES = Path(__file__).parents[2] / "studies"
-# The policy's own weights annotate in the first two online steps; in the others λ is 0. The study's
-# short question fits into micro's context.
+# The policy annotates its own rollouts in the first two online steps; λ is 0 in the later ones. The
+# study's short prompt fits into micro's context.
 ONLINE = [
     "online.group_size=2", "groups_per_step=2", "schedule.hold_steps=2", "schedule.decay_steps=1",
     "teacher.sync_steps=2", "checkpoint_every=1", "online.annotator.engine=self",
@@ -46,7 +48,7 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A stage's command, the store before it and after it, and how long it took."""
+    """A stage's command, the store before and after it, and its duration."""
 
     args: list[str]
     before: Path
@@ -62,7 +64,7 @@ def runs(tmp_path_factory) -> Iterator[Launcher]:
 
 @pytest.fixture
 def slow_paid_server(paid_server: PaidServer) -> PaidServer:
-    """Takes its time, so that a kill finds requests in flight."""
+    """Answers slowly, so that a kill finds requests in flight."""
 
     def answer(body):
         time.sleep(0.01)
@@ -74,7 +76,7 @@ def slow_paid_server(paid_server: PaidServer) -> PaidServer:
 
 @pytest.fixture(scope="session")
 def undisturbed(runs, tmp_path_factory) -> dict[str, Undisturbed]:
-    """Every stage by name; the paid one's store afterwards is made by its test, with its server."""
+    """Every stage by name. The test of the paid stage makes its store with its own server."""
     folder = tmp_path_factory.mktemp("undisturbed")
     before = folder / "0"
     before.mkdir()

@@ -1,4 +1,4 @@
-"""A file system of its own that can be filled up and made read-only."""
+"""A private file system in memory that a test fills up or makes read-only. Used by accidents.py."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 
 
 class Disk:
-    """A file system of its own, in memory; what is needed of it may be missing."""
+    """A tmpfs mount; tests are skipped where the machine can't mount one."""
 
     def __init__(self, folder: Path) -> None:
         self.root, self._ballast = folder / "store", folder / "ballast"
@@ -25,7 +25,7 @@ class Disk:
             pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
 
     def leave(self, free: int) -> None:
-        """Fill it but for so many bytes."""
+        """Fill the disk until `free` bytes are left."""
         room = shutil.disk_usage(self._mount).free
         with self._ballast.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, room - free)

@@ -1,4 +1,6 @@
-"""What a disturbed run must come to: the undisturbed one's datasets, and nothing besides."""
+"""Asserts on the store after a disturbed run: it equals the undisturbed run's store. Used by the
+kill and soak tests.
+"""
 
 from pathlib import Path
 
@@ -16,7 +18,7 @@ def files(folder: Path) -> set[str]:
 
 
 def assert_no_leftovers(root: Path) -> None:
-    """No file that a killed writer left, no lock, no dataset that is not finished."""
+    """No temporary file of a killed writer, no lock, no unfinished dataset."""
     left = [name for name in files(root) if is_temporary(Path(name).name) or ".locks" in name]
     assert left == []
     for folder in root.glob("*/*"):
@@ -24,8 +26,9 @@ def assert_no_leftovers(root: Path) -> None:
 
 
 def assert_same_datasets(root: Path, undisturbed: Path) -> None:
-    """Every dataset of one store is in the other, its parts byte for byte where they hold no timings,
-    else row for row; and the aliases are the same."""
+    """Both stores hold the same datasets and aliases. Parts are equal byte for byte where they hold
+    no timings, else row for row.
+    """
     ours, theirs = Store(root), Store(undisturbed)
     assert ours.aliases() == theirs.aliases()
     expected = {dataset.ref: dataset for dataset in theirs.datasets()}
@@ -50,7 +53,7 @@ def untimed(table: pa.Table) -> pa.Table:
 
 
 def assert_same_run(ours: Dataset, theirs: Dataset) -> None:
-    """Weights to the bit, metrics but for their times, checkpoints by name."""
+    """Equal weights, bit for bit; equal metrics, except times; checkpoints of the same names."""
     names = [
         {
             name
@@ -64,5 +67,7 @@ def assert_same_run(ours: Dataset, theirs: Dataset) -> None:
     weights = [Path(run.path("checkpoints/final/model.safetensors")) for run in (ours, theirs)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     metrics = [read_metrics(Path(run.path("metrics.jsonl"))) for run in (ours, theirs)]
-    told = [[{k: v for k, v in line.items() if "second" not in k} for line in m] for m in metrics]
-    assert told[0] == told[1]
+    untimed = [
+        [{k: v for k, v in line.items() if "second" not in k} for line in m] for m in metrics
+    ]
+    assert untimed[0] == untimed[1]

@@ -1,4 +1,7 @@
-"""Runs that are killed: start a command, SIGKILL it at any moment, start it again, compare the end."""
+"""The kill harness: start a command, SIGKILL it at any moment, start it again, compare the results.
+
+Used by the kill and soak tests and by the short form, tests/pipelines/stages/test_kill_short.py.
+"""
 
 import json
 import os
@@ -23,12 +26,12 @@ from trace_opd.tests.pipelines.conftest import PaidServer, completion
 CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.yaml")
 MARK = "TRACE_OPD_KILL_TEST"
 LAUNCHER = Path(__file__).with_name("launcher.py")
-_END_S = 30  # until a worker whose parent was killed has noticed
+_END_S = 30  # time in which a worker notices that its parent was killed
 
 
 @dataclass
 class Run:
-    """A run that was started: its process, where it writes, how it ended (negative: by a signal)."""
+    """A started run: its process, its output files, its exit code (negative: ended by a signal)."""
 
     pid: int
     output: list[str]
@@ -46,13 +49,14 @@ class Run:
 
     @property
     def changes(self) -> int:
-        """Changes of the store's files so far."""
+        """Number of changes of the store's files so far."""
         return Path(self.output[0]).with_suffix(".n").stat().st_size
 
 
 class Launcher:
-    """Starts commands from a process that has imported everything (launcher.py, or another one
-    that serves with it)."""
+    """Starts commands by forking a process that has imported everything already (launcher.py, or
+    another program that serves the same way).
+    """
 
     def __init__(self, folder: Path, program: Path = LAUNCHER, **environment: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,12 +84,12 @@ class Launcher:
 
     def _listen(self) -> None:
         for line in self._lines():
-            told = json.loads(line)
-            if "started" in told:
-                self._ends[told["started"]] = queue.SimpleQueue()
-                self._started.put(told["started"])
+            message = json.loads(line)
+            if "started" in message:
+                self._ends[message["started"]] = queue.SimpleQueue()
+                self._started.put(message["started"])
             else:
-                self._ends[told["ended"]].put(told["code"])
+                self._ends[message["ended"]].put(message["code"])
 
     def start(
         self,
@@ -96,8 +100,12 @@ class Launcher:
         threads: int = 1,
         **more: object,
     ) -> Run:
-        """Start `trace-opd ARGS`. store: count changes below it, and send the run the signal `die_by`
-        just before the `die_at`-th. threads: PyTorch's. more: for a launcher's own `prepare`."""
+        """Start `trace-opd ARGS`.
+
+        store: count the changes below this folder, and send the run the signal `die_by` just before
+        the `die_at`-th change. threads: PyTorch's threads. more: passed to the launcher's
+        `prepare`.
+        """
         self._count += 1
         output = [str(self._folder / f"{self._count}.{name}") for name in ("out", "err")]
         for path in output:
@@ -118,14 +126,15 @@ class Launcher:
         return Run(pid, output, self._ends[pid])
 
     def done(self, *args: object, store: Path | None = None, threads: int = 1) -> Run:
-        """Run a command to its end, which is good."""
+        """Run a command to its end and assert that it succeeds."""
         run = self.start(*args, store=store, threads=threads)
         assert run.wait() == 0, run.err
         return run
 
     def kill(self, run: Run, workers: bool) -> None:
-        """SIGKILL a run's process group; with its workers, which are in sessions of their own, or
-        leaving it to them to notice."""
+        """SIGKILL a run's process group. Workers are in sessions of their own: workers=True kills
+        them too, False leaves them to notice.
+        """
         with suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
         for pid in {run.pid, *(self.alive() if workers else ())}:
@@ -134,7 +143,7 @@ class Launcher:
         run.wait()
 
     def alive(self) -> set[int]:
-        """Processes that came of any run and are there."""
+        """Live processes that any run has started."""
         found = set()
         mark = f"{MARK}={self._mark}".encode()
         for folder in Path("/proc").iterdir():
@@ -168,7 +177,7 @@ def launcher(folder: Path, program: Path = LAUNCHER, **environment: str) -> Iter
 
 @dataclass
 class Toll:
-    """What a stage went through."""
+    """What a stage survived: kills, starts, rounds and seconds."""
 
     kills: int = 0
     starts: int = 0
@@ -177,19 +186,19 @@ class Toll:
 
 
 class Killer:
-    """Kills the same command on copies of one store, and brings it to its end."""
+    """Kills the same command on copies of one store, then runs it to its end."""
 
     def __init__(self, launcher: Launcher, made: Path, folder: Path, seed: int = 0) -> None:
-        """made: a store with the stage's inputs; folder: for its copies."""
+        """made: a store with the stage's inputs; folder: where its copies go."""
         self._launcher, self._made, self._folder = launcher, made, folder
         self._random = random.Random(seed)
         self.toll = Toll()
 
     def rounds(self, args: list[str], kills: int, window_s: float) -> Iterator[Path]:
-        """Stores in which the command came to its end, after kills at random moments of up to
-        `window_s` after a start; together at least `kills` of them.
+        """Yield stores in which the command finished after kills.
 
-        A round's store is there until the next one begins.
+        The kills come at random moments of up to `window_s` after a start; there are at least
+        `kills` of them in total. A round's store exists until the next round begins.
         """
         toll, began = self.toll, time.monotonic()
         while toll.kills < kills:
@@ -198,7 +207,7 @@ class Killer:
             while True:
                 run = self._launcher.start(*args, store=root)
                 toll.starts += 1
-                # After a round's share of kills it may come to its end.
+                # After a round's share of kills the command may finish.
                 wait_s = self._random.uniform(0, window_s) if toll.kills < kills else 300.0
                 try:
                     code = run.wait(wait_s)
@@ -217,8 +226,9 @@ class Killer:
             shutil.rmtree(root)
 
     def changes(self, args: list[str], step: int = 1) -> Iterator[Path]:
-        """Stores in which the command was killed just before its n-th change of a file, for every
-        `step`-th n that there is, and came to its end when it was given again."""
+        """Yield stores in which the command was killed just before its n-th change of a file and
+        then finished on a second start, for every `step`-th n.
+        """
         toll, began, last = self.toll, time.monotonic(), 1
         while True:
             root = self._folder / f"change-{last}"
@@ -242,26 +252,27 @@ class Killer:
 def assert_budget_holds(
     runs: Launcher, server: PaidServer, args: list[str], root: Path, budget_usd: float, kills: int
 ) -> tuple[int, float]:
-    """Kill a paid annotation at random moments until its budget is spent: the server, which bills
-    every answer at its worst case, has billed no more. Returns kills and what was billed.
+    """Kill a paid annotation at random moments until its budget is spent.
 
-    args: without budget and prices.
+    The server bills every answer at its worst case; the sum must stay below the budget.
+    args: the command without budget and prices. Returns the kills and the US dollars billed.
     """
     price, chance, done = Price(prompt=1.0, completion=1.0), random.Random(0), 0
 
-    def dear(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def at_worst_case(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         time.sleep(0.01)
-        status, said = completion(body)
-        said["usage"] = dict(
+        status, reply = completion(body)
+        reply["usage"] = dict(
             zip(("prompt_tokens", "completion_tokens"), most_tokens(body), strict=True)
         )
-        return status, said
+        return status, reply
 
-    server.answer = dear
+    server.answer = at_worst_case
     server.answered.clear()
     args = [
         *args, f"annotator.base_url={server.url}", f"annotator.budget_usd={budget_usd}",
-        "annotator.usd_per_million_prompt_tokens=1", "annotator.usd_per_million_completion_tokens=1",
+        "annotator.usd_per_million_prompt_tokens=1",
+        "annotator.usd_per_million_completion_tokens=1",
     ]  # fmt: skip
     while True:
         asked = len(server.answered)
@@ -290,7 +301,7 @@ def assert_refused(run: Run, *words: str) -> None:
 
 
 def _named_lock(root: Path, stage: str) -> bool:
-    """Whether somebody holds a dataset of the stage and has written down who."""
+    """True if a process holds the lock of a dataset of the stage and has written its name."""
     for path in root.glob(f".locks/{stage}.*"):
         with suppress(FileNotFoundError):
             if path.stat().st_size:
@@ -299,8 +310,7 @@ def _named_lock(root: Path, stage: str) -> bool:
 
 
 def together(runs: Launcher, args: list[str], root: Path) -> tuple[Run, Run]:
-    """Start a command twice on one store; the second while the first, which is stopped meanwhile,
-    is at work."""
+    """Start a command twice on one store; the second while the first is stopped in the middle."""
     first = runs.start(*args, store=root)
     while not _named_lock(root, args[0]):
         assert first.pid in runs.alive(), first.err
@@ -325,9 +335,10 @@ REPEATED = [
 
 
 def repeat(runs: Launcher, made: Path, folder: Path, times: int) -> Iterator[Path]:
-    """Stores in which one training ran undisturbed, on two threads, each from a copy of `made`.
+    """Yield stores in which one training ran undisturbed on two threads, each from a copy of
+    `made`.
 
-    All responses of a step share a prompt: both threads add to the gradient of its last state.
+    All responses of a step share a prompt, so both threads add to the gradient of its last state.
     """
     for number in range(times):
         root = Path(shutil.copytree(made, folder / f"again-{number}"))

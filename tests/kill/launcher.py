@@ -1,9 +1,9 @@
-"""A process that has imported everything and forks runs of the command line: a start takes
-milliseconds instead of seconds, so that they can be killed by the dozen.
+"""The launcher: a process that imports everything once and then forks runs of the command line, so
+that a run starts in milliseconds. harness.py starts it.
 
-Lines of JSON on standard input ask for a run, lines on standard output report starts and ends. A run
-can be asked to send itself a signal, SIGKILL unless another is named, just before its n-th change of
-the store's files.
+Each line of JSON on standard input requests a run; each line on standard output reports a start or
+an end. A run can send itself a signal (SIGKILL by default) just before its n-th change of the
+store's files.
 """
 
 import atexit
@@ -11,7 +11,7 @@ import gc
 import json
 import os
 
-# As the command line sets them before these packages are imported.
+# Set before these packages are imported, as the command line does.
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 import select
@@ -45,7 +45,7 @@ Prepare = Callable[[dict[str, Any]], None]
 
 
 def _full(path: Any, folder: Any) -> Any:
-    """A path that is relative to a folder's descriptor as an absolute one; others as they are."""
+    """An absolute path, also for a path that is relative to a folder's descriptor."""
     if (
         isinstance(path, str)
         and not path.startswith("/")
@@ -56,12 +56,12 @@ def _full(path: Any, folder: Any) -> Any:
     return path
 
 
-def count_changes(root: str, last: int, number: int, told: Path) -> None:
-    """Count changes of files below a folder, and get signal `number` just before the `last` one.
+def count_changes(root: str, last: int, number: int, log: Path) -> None:
+    """Count changes of files below a folder; send signal `number` just before the `last` change.
 
-    told: gets a byte per change.
+    log: a file that gets one byte per change.
     """
-    log = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     done = 0
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -79,13 +79,13 @@ def count_changes(root: str, last: int, number: int, told: Path) -> None:
         done += 1
         if done == last:
             os.kill(os.getpid(), number)
-        os.write(log, b".")
+        os.write(descriptor, b".")
 
     sys.addaudithook(hook)
 
 
 def run(asked: dict[str, Any], prepare: Prepare | None) -> None:
-    """The command line in this fresh process, until it exits."""
+    """Run the command line in this forked process and exit."""
     os.setsid()
     for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
         path = os.devnull if descriptor == 0 else asked["output"][descriptor - 1]
@@ -93,8 +93,8 @@ def run(asked: dict[str, Any], prepare: Prepare | None) -> None:
     torch.set_num_threads(asked["threads"])
     sys.argv = ["trace-opd", *asked["args"]]
     if asked["store"]:
-        told = Path(asked["output"][0]).with_suffix(".n")
-        count_changes(asked["store"], asked["die_at"], asked["die_by"], told)
+        log = Path(asked["output"][0]).with_suffix(".n")
+        count_changes(asked["store"], asked["die_at"], asked["die_by"], log)
     if prepare is not None:
         prepare(asked)
     code = 1
@@ -104,7 +104,7 @@ def run(asked: dict[str, Any], prepare: Prepare | None) -> None:
         code = error.code if isinstance(error.code, int) else int(bool(error.code))
     except BaseException:
         traceback.print_exc()
-    # As an interpreter ends, but for taking all modules apart: that would copy every page.
+    # Exit like the interpreter, but without unloading all modules: that would copy every page.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -113,12 +113,12 @@ def run(asked: dict[str, Any], prepare: Prepare | None) -> None:
 
 
 def serve(prepare: Prepare | None = None) -> None:
-    """Fork a run per line until standard input ends. prepare: called in each before its command."""
+    """Fork one run per line until standard input ends. prepare: called in each fork first."""
     buffer = b""
     print(json.dumps({"ready": os.getpid()}), flush=True)
     running = set()
     gc.collect()
-    gc.freeze()  # or a collection in a child would copy every page
+    gc.freeze()  # otherwise a collection in a child would copy every page
     while True:
         readable, _, _ = select.select([0], [], [], 0.005 if running else None)
         while running:

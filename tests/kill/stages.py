@@ -1,8 +1,10 @@
-"""Every stage, killed at 20 random moments and before each change of a file, ends as if undisturbed.
+"""Kill every stage at 20 random moments and before each change of a file; the store must end like
+an undisturbed one.
 
     make test-kill
 
-Minutes; the short form is tests/pipelines/stages/test_kill_short.py. Prints kills, starts and seconds.
+Takes minutes and prints kills, starts and seconds. The short form is
+tests/pipelines/stages/test_kill_short.py.
 """
 
 import json
@@ -24,17 +26,17 @@ KILLS = int(os.environ.get("KILLS", "20"))
 
 
 @pytest.fixture
-def told(capsys):
-    """Prints a stage's toll whatever pytest does with output."""
+def report_toll(capsys):
+    """Prints a stage's toll even when pytest captures the output."""
 
-    def tell(name: str, how: str, toll: Toll) -> None:
+    def report(name: str, how: str, toll: Toll) -> None:
         with capsys.disabled():
             print(
                 f"\n{name:16} {how:22} {toll.kills:4} kills {toll.starts:4} starts "
                 f"{toll.rounds:4} ends {toll.seconds:7.1f} s"
             )
 
-    return tell
+    return report
 
 
 def assert_undisturbed(root: Path, stage: Undisturbed) -> None:
@@ -45,29 +47,29 @@ def assert_undisturbed(root: Path, stage: Undisturbed) -> None:
 @pytest.mark.parametrize(
     "name", [name for name in STAGES if name not in ("annotate-openai", "report")]
 )
-def test_killed_at_random_moments(name: str, runs: Launcher, undisturbed, tmp_path, told):
+def test_killed_at_random_moments(name: str, runs: Launcher, undisturbed, tmp_path, report_toll):
     stage = undisturbed[name]
     killer = Killer(runs, stage.before, tmp_path)
     for root in killer.rounds(stage.args, KILLS, 0.7 * stage.seconds):
         assert_undisturbed(root, stage)
     assert killer.toll.kills >= KILLS
-    told(name, "at random moments", killer.toll)
+    report_toll(name, "at random moments", killer.toll)
 
 
 @pytest.mark.parametrize(("name", "step"), [("problems", 3), ("convert", 3), ("train-online", 6)])
 def test_killed_before_each_change_of_a_file(
-    name: str, step: int, runs: Launcher, undisturbed, tmp_path, told
+    name: str, step: int, runs: Launcher, undisturbed, tmp_path, report_toll
 ):
     stage = undisturbed[name]
     killer = Killer(runs, stage.before, tmp_path)
     for root in killer.changes(stage.args, step):
         assert_undisturbed(root, stage)
     assert killer.toll.kills >= KILLS
-    told(name, f"before every {step}. change", killer.toll)
+    report_toll(name, f"before every {step}. change", killer.toll)
 
 
 def test_a_paid_annotation_killed_asks_again_only_for_what_was_in_flight(
-    slow_paid_server: PaidServer, runs: Launcher, undisturbed, tmp_path, told
+    slow_paid_server: PaidServer, runs: Launcher, undisturbed, tmp_path, report_toll
 ):
     stage = undisturbed["annotate-openai"]
     args = [*stage.args, f"annotator.base_url={slow_paid_server.url}"]
@@ -90,27 +92,29 @@ def test_a_paid_annotation_killed_asks_again_only_for_what_was_in_flight(
         keys = Counter(
             re.findall(rb'^{"key": ?"([^"]+)"', line)[0] for line in lines if line[-1:] == b"\n"
         )
-        # What was on the disk was not asked again; what was paid twice was in flight at a kill.
+        # Journalled answers are not requested again; those paid twice were in flight at a kill.
         assert max(keys.values()) == 1
         assert len(keys) == len(questions)
         assert answered.total() - len(questions) <= (killer.toll.kills - kills) * CONCURRENCY
         kills = killer.toll.kills
         slow_paid_server.answered.clear()
-    told("annotate-openai", "at random moments", killer.toll)
+    report_toll("annotate-openai", "at random moments", killer.toll)
 
 
 def test_a_paid_annotation_killed_again_and_again_bills_no_more_than_its_budget(
-    paid_server: PaidServer, runs: Launcher, undisturbed, tmp_path, told
+    paid_server: PaidServer, runs: Launcher, undisturbed, tmp_path, report_toll
 ):
     stage = undisturbed["annotate-openai"]
     root, began = Path(shutil.copytree(stage.before, tmp_path / "store")), time.monotonic()
     kills, _ = assert_budget_holds(runs, paid_server, stage.args, root, 0.4, KILLS)
     assert kills >= min(KILLS, 10)
-    # More money goes on, and what was in flight at the kills is all that was paid twice.
+    # A raised budget continues, and only requests in flight at the kills were paid twice.
     runs.done(*stage.args, f"annotator.base_url={paid_server.url}", store=root)
     answered = Counter(map(json.dumps, paid_server.answered))
     assert answered.total() - len(answered) <= kills * CONCURRENCY
-    told("annotate-openai", "with a budget", Toll(kills, kills + 2, 1, time.monotonic() - began))
+    report_toll(
+        "annotate-openai", "with a budget", Toll(kills, kills + 2, 1, time.monotonic() - began)
+    )
 
 
 def test_forty_undisturbed_trainings_end_with_the_same_bytes(runs, undisturbed, tmp_path):
@@ -119,14 +123,14 @@ def test_forty_undisturbed_trainings_end_with_the_same_bytes(runs, undisturbed, 
         assert_same_datasets(other, first)
 
 
-def test_a_report_killed_is_there_whole_or_not_at_all(runs: Launcher, undisturbed, tmp_path, told):
+def test_a_killed_report_is_written_atomically(runs: Launcher, undisturbed, tmp_path, report_toll):
     stage = undisturbed["report"]
     (page,) = stage.after.glob("train/*/report.html")
     name, killer = page.relative_to(stage.after), Killer(runs, stage.before, tmp_path)
     for root in killer.rounds(stage.args, KILLS, 0.7 * stage.seconds):
         assert files(root) == files(stage.after)
         assert same_page(root / name) == same_page(page)
-    told("report", "at random moments", killer.toll)
+    report_toll("report", "at random moments", killer.toll)
 
 
 def same_page(path: Path) -> str:

@@ -1,4 +1,6 @@
-"""A loopback server that speaks OpenAI's chat, files and batch interfaces, and a store to annotate."""
+"""Fixtures of the pipelines' tests: a loopback server with OpenAI's chat, files and batch
+interfaces, and a store to annotate.
+"""
 
 import json
 import re
@@ -27,10 +29,11 @@ def completion(body: dict[str, Any], content: str = VALID) -> tuple[int, dict[st
 
 
 class PaidServer:
-    """What the server was asked and holds. answer: (request's body) -> (status, response's body).
+    """The server's state and its script.
 
-    asked: requests of any kind. polls: how often a batch is looked at before it is final; final: its status then. In an expired
-    or cancelled batch every second request has an answer.
+    answer: (request body) -> (status, response body). asked: number of requests of any kind.
+    polls: how often a batch must be polled before it is final. final: the batch's status then; in
+    an expired or cancelled batch every second request has an answer.
     """
 
     def __init__(self) -> None:
@@ -39,9 +42,9 @@ class PaidServer:
         self.uploads = 0
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
-        self.answered: list[dict[str, Any]] = []  # bodies that got a completion, by either way
+        self.answered: list[dict[str, Any]] = []  # bodies that got a completion, by chat or batch
         self.polls, self.final, self.fault = 1, "completed", "no reason"
-        self.looks = self.asked = 0
+        self.polled = self.asked = 0
         self.authorization: set[str | None] = set()
         self.url = ""
         self.lock = threading.Lock()
@@ -63,7 +66,7 @@ class PaidServer:
                     data = list(self.batches.values())
                     return 200, {"object": "list", "data": data, "has_more": False}
                 case "GET", ["batches", name]:
-                    return 200, self._look(self.batches[name])
+                    return 200, self._poll(self.batches[name])
                 case "POST", ["batches", name, "cancel"]:
                     batch = self.batches[name]
                     batch["status"] = "cancelling"
@@ -72,10 +75,10 @@ class PaidServer:
 
     def _chat(self, body: dict[str, Any]) -> tuple[int, Any]:
         self.chats.append(body)
-        status, said = self.answer(body)
+        status, reply = self.answer(body)
         if status == 200:
             self.answered.append(body)
-        return status, said
+        return status, reply
 
     def _file(self, content: bytes) -> dict[str, Any]:
         name = f"file-{len(self.files)}"
@@ -97,8 +100,8 @@ class PaidServer:
         self.batches[batch["id"]] = batch
         return batch
 
-    def _look(self, batch: dict[str, Any]) -> dict[str, Any]:
-        self.looks += 1
+    def _poll(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self.polled += 1
         if batch["status"] == "cancelling":
             self._end(batch, "cancelled")
         elif batch["status"] in ("validating", "in_progress"):
@@ -118,9 +121,9 @@ class PaidServer:
         good, bad = [], []
         for line in lines if status == "completed" else lines[::2]:
             request = json.loads(line)
-            code, said = self.answer(request["body"])
+            code, reply = self.answer(request["body"])
             outcome = {"custom_id": request["custom_id"], "error": None}
-            outcome["response"] = {"status_code": code, "request_id": "r", "body": said}
+            outcome["response"] = {"status_code": code, "request_id": "r", "body": reply}
             (good if code == 200 else bad).append(json.dumps(outcome).encode())
             if code == 200:
                 self.answered.append(request["body"])
@@ -151,8 +154,8 @@ def paid_server() -> Iterator[PaidServer]:
             raw = self.rfile.read(int(self.headers.get("content-length", 0)))
             state.authorization.add(self.headers.get("authorization"))
             kind = self.headers.get("content-type", "")
-            status, said = state.respond(self.command, self.path, raw, kind)
-            content = said if isinstance(said, bytes) else json.dumps(said).encode()
+            status, reply = state.respond(self.command, self.path, raw, kind)
+            content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
             self.send_response(status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(content)))
@@ -179,7 +182,7 @@ def paid_server() -> Iterator[PaidServer]:
 
 @pytest.fixture
 def make_verdicts() -> Callable[..., Store]:
-    """Makes a store with a verdicts dataset: `parts` parts of `count` different wrong rollouts."""
+    """Makes a store with a verdicts dataset: `parts` parts of `count` distinct wrong rollouts."""
 
     def make(root: Path, parts: int, count: int, unscored: int = 0) -> Store:
         store = Store(root)
@@ -212,8 +215,10 @@ def _rows(part: int, count: int, unscored: int) -> dict[str, list[dict[str, Any]
     rollouts, verdicts = [], []
     for index in range(count):
         ids = {"rollout_id": f"r{part}-{index}", "problem_id": f"p{part}", "group_id": f"g{part}"}
-        said = f"Boxes: 3.\nPens: {part * count + index}.\nSo 3 + 4 = 7."
-        rollouts.append(rollout | ids | {"sample_index": index, "seed": index, "response": said})
+        response = f"Boxes: 3.\nPens: {part * count + index}.\nSo 3 + 4 = 7."
+        rollouts.append(
+            rollout | ids | {"sample_index": index, "seed": index, "response": response}
+        )
         scored = index < count - unscored
         score = {"reward": 0.0, "correct": False} if scored else {"reward": None, "correct": None}
         verdicts.append(verdict | ids | score)

@@ -1,4 +1,4 @@
-"""Configs: unknown keys, overrides, sections of a pipeline's file, print and reload, identity."""
+"""Configs: unknown keys, overrides, sections of a pipeline file, printing and loading, identity."""
 
 from pathlib import Path
 from typing import Any
@@ -157,9 +157,9 @@ def test_a_malformed_override_is_quoted(text):
 
 
 def test_a_pipelines_file_serves_every_stage():
-    whole = load_config(PipelineConfig, MICRO)
+    pipeline = load_config(PipelineConfig, MICRO)
     for stage, kind in STAGES.items():
-        assert load_config(kind, MICRO, [], stage) == getattr(whole, stage)
+        assert load_config(kind, MICRO, [], stage) == getattr(pipeline, stage)
 
 
 def test_a_section_that_a_pipelines_file_leaves_out_is_all_defaults():
@@ -206,7 +206,7 @@ def test_a_printed_config_loads_as_itself(stage, tmp_path):
     assert load_config(type(loaded), file) == loaded
 
 
-# Every operational field of a stage, nested ones too.
+# Every operational field of a stage, nested fields included.
 OPERATIONAL = {
     "rollout": [
         "policy.device=cpu",

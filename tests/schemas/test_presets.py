@@ -1,4 +1,4 @@
-"""Presets: where they go in a config, what they leave, what goes over them."""
+"""Presets: which fields they set, which they leave alone, and what overrides them."""
 
 import copy
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_every_preset_is_a_valid_config_of_each_stage_that_takes_one(name):
 
 
 @every_preset
-def test_a_preset_as_overrides_says_the_same(name):
+def test_a_preset_equals_its_overrides(name):
     overrides = [
         f"online.{text}" if text.startswith("routing.") else text
         for text in PRESETS[name].overrides
@@ -56,7 +56,7 @@ def test_a_preset_as_overrides_says_the_same(name):
     )
 
 
-def test_a_preset_goes_over_the_file_and_overrides_go_over_the_preset():
+def test_a_preset_overrides_the_file_and_overrides_win_over_the_preset():
     plain = load_config(TrainConfig, MICRO, section="train")
     config = load_config(
         TrainConfig, MICRO, ["loss.jsd_beta=0.3", "online.routing.key=fkl"], "train", "sdpo"

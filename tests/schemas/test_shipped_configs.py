@@ -1,4 +1,4 @@
-"""The YAML files in configs/: each loads, and the paper's settings are in the ones that claim them."""
+"""The YAML files in configs/: each loads, and the configs of the paper have its settings."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def test_the_paper_s_settings(name):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_engine_can_give_the_log_probabilities_that_the_ratio_needs(name):
-    """vLLM reports those after truncation, so training rollouts are not truncated."""
+    """vLLM reports log-probabilities after truncation, so training rollouts are not truncated."""
     config = load(name)
     for sampling in (config.rollout.sampling, config.train.online.sampling):
         assert (sampling.top_p, sampling.top_k) == (1.0, 0)

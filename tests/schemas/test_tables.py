@@ -1,4 +1,4 @@
-"""Contracts: what `validate` accepts, and how it names the column and the row at fault."""
+"""Table contracts: what `validate` accepts, and how its errors name the column and the row."""
 
 import math
 
@@ -25,7 +25,7 @@ _policy = {
     "vocab_fingerprint": "v",
 }
 _tokens = {"prompt_token_ids": [1], "token_ids": [5, 6], "logprobs": [-0.5, -0.25]}
-# One valid row of each table, without its row id.
+# One valid row of each table, without the row id.
 ROWS: dict[str, dict] = {
     "problems": {
         "problem": "1+1",
@@ -115,7 +115,7 @@ every_column = pytest.mark.parametrize(("contract", "field"), EVERY_COLUMN, ids=
 
 
 def table_of(contract: TableContract, *changes: dict) -> pa.Table:
-    """A valid table of three rows, or one row per given change."""
+    """A valid table of three rows, or of one row per given change."""
     return contract.table(
         ROWS[contract.name] | {contract.row_id: f"id-{row}"} | change
         for row, change in enumerate(changes or ({}, {}, {}))
@@ -127,7 +127,7 @@ def with_column(table: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) 
 
 
 def fields_within(field: pa.Field) -> list[pa.Field]:
-    """A field and all that lie in it."""
+    """A field and all fields nested in it."""
     kind = field.type
     if pa.types.is_list(kind):
         return [field, *fields_within(kind.value_field)[1:]]
@@ -171,7 +171,7 @@ def test_a_missing_column_is_named_with_its_meaning(contract, field):
 
 
 @every_column
-def test_a_null_passes_only_where_it_may_stand(contract, field):
+def test_a_null_passes_only_in_a_nullable_column(contract, field):
     table = table_of(contract)
     values = table.column(field.name).to_pylist()
     values[1] = None
@@ -214,13 +214,13 @@ def test_a_wrong_type_is_named(contract, column, values):
     assert str(error.value).startswith(message)
 
 
-def test_a_column_that_stands_twice_is_named():
+def test_a_duplicate_column_is_named():
     table = table_of(PROBLEMS).append_column("answer", pa.array(["1", "2", "3"]))
     with pytest.raises(InputError, match=r"^in\.parquet: column answer .*twice"):
         validate(table, PROBLEMS, "in.parquet")
 
 
-def test_types_that_lose_nothing_are_cast():
+def test_types_are_cast_where_no_value_changes():
     table = table_of(ROLLOUTS)
     wide = with_column(table, "response", table["response"].cast(pa.large_string()))
     wide = with_column(wide, "token_ids", table["token_ids"].cast(pa.list_(pa.int64())))

@@ -1,7 +1,7 @@
-"""What the soak's endpoint answers, how it fails and what it bills: pure functions.
+"""Answers, failures and bills of the soak's endpoint, as pure functions. Used by endpoint.py.
 
-What it says is a function of the seed and the question; whether and how it fails, of the round, the
-question and how often that was asked before.
+An answer's content is a function of the seed and the question. Whether and how an attempt fails is
+a function of the round, the question and the number of earlier attempts.
 """
 
 import json
@@ -17,25 +17,25 @@ TIMEOUT_S = 2.0  # annotator.timeout_s
 PATIENCE_S = 20.0  # annotator.patience_s
 ID = re.compile(rb'"id": ?"soak-([0-9a-f]{16})-')
 
-# How often each failure is drawn, and whether an answer was made for it, which is billed.
+# The weight of each failure in the draw, and whether its answer was generated and so is billed.
 FAILURES: dict[str, tuple[int, bool]] = {
     "busy": (4, False),  # 429 with Retry-After in seconds
     "busy until": (1, False),  # 429 with an HTTP date
-    "absurd wait": (1, False),  # 429 with a Retry-After beyond all patience
+    "absurd wait": (1, False),  # 429 with a Retry-After beyond the client's patience
     "error": (3, False),  # 500
     "down": (3, False),  # 503
     "gateway": (1, True),  # 504
-    "reset": (3, True),  # in the middle of the body
-    "half": (3, True),  # half of the body, then the end
+    "reset": (3, True),  # connection reset in the middle of the body
+    "half": (3, True),  # half of the body, then end of stream
     "stall": (1, True),  # half of the body, then nothing
     "html": (2, False),
     "empty": (1, False),
     "no message": (1, True),
     "redirect": (1, False),  # 307 to another origin
 }
-# Clean: the answer arrives and must be kept.
+# Clean: the answer arrives and must be journalled.
 CLEAN = {"plain": 6, "drip": 2, "two choices": 1}
-_SHARE = (0.4, 0.35, 0.3)  # of failures in the first attempts; then there are none
+_SHARE = (0.4, 0.35, 0.3)  # share of failures in the first attempts; later attempts succeed
 _CONTENTS = {
     "valid": 12,
     "fenced": 1,
@@ -50,7 +50,7 @@ _USAGES = ("true", "none", "negative", "float", "text", "huge", "list")
 
 @dataclass(frozen=True)
 class Asked:
-    """One request as the server saw it. usd: what it billed. clean: a usable answer was sent."""
+    """One request as the server saw it. usd: the amount billed. clean: a usable answer was sent."""
 
     key: str
     attempt: int
@@ -60,13 +60,13 @@ class Asked:
 
 
 def question(body: dict[str, Any]) -> str:
-    """All that decides an answer."""
+    """Everything that decides an answer."""
     decides = [body["messages"], body.get("max_tokens", body.get("max_completion_tokens"))]
     return sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
 
 def transport(round_seed: str, key: str, attempt: int, faulty: bool) -> str:
-    """How the `attempt`-th request for a question goes: a key of FAILURES or CLEAN."""
+    """The outcome of the `attempt`-th request for a question: a key of FAILURES or CLEAN."""
     chance = random.Random(f"{round_seed} {key} {attempt}")
     if faulty and attempt < len(_SHARE) and chance.random() < _SHARE[attempt]:
         weights = [weight for weight, _ in FAILURES.values()]
@@ -75,7 +75,7 @@ def transport(round_seed: str, key: str, attempt: int, faulty: bool) -> str:
 
 
 def answer(seed: int, body: dict[str, Any], lies: bool) -> tuple[dict[str, Any], float]:
-    """The chat completion, and the US dollars that it is billed at."""
+    """The chat completion and its price in US dollars."""
     key = question(body)
     chance = random.Random(f"{seed} {key}")
     limit: int = body.get("max_tokens") or body["max_completion_tokens"]
@@ -113,6 +113,6 @@ def _usage(kind: str, prompt: int, completion: int) -> dict[str, Any]:
     if kind == "none":
         return {}
     lies = {"negative": -completion, "float": completion + 0.5, "text": str(completion)}
-    told: Any = lies.get(kind, completion)
-    told = 2**40 if kind == "huge" else [completion] if kind == "list" else told
-    return {"usage": {"prompt_tokens": prompt, "completion_tokens": told}}
+    reported: Any = lies.get(kind, completion)
+    reported = 2**40 if kind == "huge" else [completion] if kind == "list" else reported
+    return {"usage": {"prompt_tokens": prompt, "completion_tokens": reported}}

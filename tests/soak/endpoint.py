@@ -1,4 +1,6 @@
-"""An OpenAI-compatible server on loopback that fails as answers.py says, with a log of what it billed."""
+"""An OpenAI-compatible server on loopback that fails as answers.py decides and logs what it bills.
+Started by the soak (run.py).
+"""
 
 import json
 import socket
@@ -22,7 +24,7 @@ from trace_opd.tests.soak.answers import (
     transport,
 )
 
-PORT = 47113  # the same each time: the address is a part of dataset ids and of the journal's keys
+PORT = 47113  # fixed: the address is part of dataset ids and of the journal's keys
 _HTML = b"<html><body>502 Bad gateway</body></html>"
 
 
@@ -37,7 +39,7 @@ class Endpoint:
     lies: bool = False
     faulty: bool = False
     log: list[Asked] = field(default_factory=list)
-    strangers: list[str] = field(default_factory=list)  # requests that were led to another origin
+    strangers: list[str] = field(default_factory=list)  # redirected requests that were followed
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self, round_seed: str, lies: bool) -> None:
@@ -45,7 +47,7 @@ class Endpoint:
         self.log, self.strangers = [], []
 
     def respond(self, body: dict[str, Any]) -> tuple[str, bytes]:
-        """How the response goes, and the completion in it."""
+        """The outcome of the request, and the completion."""
         key = question(body)
         completion, usd = answer(self.seed, body, self.lies)
         with self.lock:
@@ -81,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._in_pieces(how, content)
             else:
                 self._send(200, {"html": _HTML, "empty": b""}.get(how, content))
-        except OSError:  # the client was killed meanwhile
+        except OSError:  # the client was killed
             self.close_connection = True
 
     def _refuse(self, how: str) -> None:
@@ -138,15 +140,15 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_address = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed is none of the server's errors."""
+        """A killed client is no error of the server."""
 
 
 @contextmanager
 def serve(seed: int) -> Iterator[Endpoint]:
-    """The endpoint, and the stranger that it redirects to."""
+    """The endpoint, and the second server that it redirects to."""
     try:
         main = _Server(("127.0.0.1", PORT), _Handler)
-    except OSError:  # another soak runs
+    except OSError:  # another soak is running
         main = _Server(("127.0.0.1", 0), _Handler)
     servers = [main, _Server(("127.0.0.1", 0), _Stranger)]
     url, stranger = (f"http://127.0.0.1:{server.server_address[1]}/v1" for server in servers)

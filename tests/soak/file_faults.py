@@ -1,4 +1,6 @@
-"""What is done to a store's files: in a run by shim.c, between runs by flips, cuts, leftovers, links."""
+"""File faults of the soak: in a run by shim.c; between runs by flipped bits, cuts, leftover files
+and links. Used by trial.py.
+"""
 
 import errno
 import shutil
@@ -13,7 +15,7 @@ from trace_opd.data.files import is_temporary
 from trace_opd.data.store import MANIFEST, Store
 
 SHIM = Path(__file__).with_name("shim.c")
-# Kind and errno (of a signal its number), as shim.c knows them.
+# Kind and errno (or signal number) as shim.c defines them.
 IN_A_RUN = {
     "none": (0, 0),
     "io": (1, errno.EIO),
@@ -29,7 +31,7 @@ SIGNALS = ("sigkill", "sigterm", "sigint")
 
 
 def build_shim(folder: Path) -> Path | None:
-    """The library for LD_PRELOAD; None where there is no C compiler."""
+    """The library for LD_PRELOAD; None without a C compiler."""
     if shutil.which("gcc") is None:
         return None
     library = folder / "shim.so"
@@ -39,7 +41,7 @@ def build_shim(folder: Path) -> Path | None:
 
 
 def listed(root: Path) -> set[Path]:
-    """Files that a finished dataset's manifest answers for, manifests included."""
+    """Files that the manifests of finished datasets list, and the manifests."""
     return {
         Path(dataset.path(name))
         for dataset in Store(root).datasets()
@@ -48,7 +50,7 @@ def listed(root: Path) -> set[Path]:
 
 
 def choose(root: Path, stage: str, at: float) -> Path | None:
-    """A file of a stage's datasets, finished or not, that somebody will read again."""
+    """A file of a stage's datasets, finished or not, that a later run will read."""
     found = [
         path
         for path in sorted(root.glob(f"{stage}/*/**/*"))
@@ -63,7 +65,7 @@ def choose(root: Path, stage: str, at: float) -> Path | None:
 
 
 def damage(path: Path, how: str, where: float) -> None:
-    """Flip a bit, cut the end off, or put zeros over the rest of a block, as a bad disk does."""
+    """Damage a file like a failing disk: flip a bit, cut the end off, or zero a block's rest."""
     content = bytearray(path.read_bytes())
     place = int(where * len(content))
     if how == "flip":
@@ -77,7 +79,7 @@ def damage(path: Path, how: str, where: float) -> None:
 
 
 def leave_stale(root: Path, folder: str, name: str) -> None:
-    """What a killed writer leaves."""
+    """Leave a temporary file like a killed writer."""
     path = root / folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"half of someth")
@@ -85,7 +87,7 @@ def leave_stale(root: Path, folder: str, name: str) -> None:
 
 @contextmanager
 def link(path: Path, outside: Path, aside: Path) -> Iterator[None]:
-    """A link out of the store lies at a path for a while; what was there is put back afterwards."""
+    """Put a link that leads out of the store at a path; restore the original afterwards."""
     there = path.exists() or path.is_symlink()
     if there:
         aside.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +118,7 @@ def _remove(path: Path) -> None:
 
 
 def make_outside(folder: Path) -> None:
-    """What lies next to the store and is nobody's business."""
+    """A folder next to the store that no run may change."""
     (folder / "folder" / "below").mkdir(parents=True)
     (folder / "file").write_text('{"verdicts": "verify/0123456789abcdef"}\n')
     for name in ("victim", "aliases.json", "part-00000.parquet", "below/manifest.json"):
@@ -125,7 +127,7 @@ def make_outside(folder: Path) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Names, kinds, modes, times and contents of all below a folder."""
+    """Names, types, modes, times and contents of everything below a folder."""
     lines = []
     for path in [folder, *sorted(folder.rglob("*"))]:
         about = path.lstat()

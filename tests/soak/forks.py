@@ -1,5 +1,6 @@
-"""The process that forks the soak's runs (tests/kill/launcher.py), each with a fault of the file
-system armed if it is asked for. Runs under shim.c by LD_PRELOAD; without it there are none."""
+"""The process that forks the soak's runs (a tests/kill/launcher.py), each with an optional file
+fault. It runs with shim.c preloaded (LD_PRELOAD); without the shim there are no file faults.
+"""
 
 import atexit
 import ctypes
@@ -11,9 +12,9 @@ from trace_opd.tests.kill.launcher import serve
 
 
 def arm(asked: dict[str, Any]) -> None:
-    """asked["fault"]: kind and errno as in shim.c, and from which call on.
+    """asked["fault"]: kind and errno as in shim.c, and the number of the first call that fails.
 
-    The run leaves the numbers of its calls in a file .ops beside its output.
+    The run writes its numbers of calls to a file .ops next to its output.
     """
     shim = ctypes.CDLL(None)
     if not asked["store"] or not hasattr(shim, "soak_arm"):

@@ -1,4 +1,6 @@
-"""What must hold after each run, and at the end of a round. Each function raises `Broken`."""
+"""The soak's invariants, checked after each run and at the end of a round; each function raises
+`Broken`. Used by trial.py and pipeline.py.
+"""
 
 import json
 import os
@@ -23,26 +25,26 @@ from trace_opd.tests.kill.ends import (
 from trace_opd.tests.kill.harness import Run
 from trace_opd.tests.soak.answers import ID, Asked
 
-END_S = 120  # a run that takes longer hangs
+END_S = 120  # a run that takes longer counts as hung
 CODES = {0, 1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGKILL}
 TIMES = ("seconds", "latency_s")  # columns that differ from run to run
-# What an interpreter prints of an exception that nobody handled, in whatever thread or task.
+# What an interpreter prints for an unhandled exception in any thread or task.
 _UNHANDLED = re.compile(
     r"Traceback|Exception ignored|exception was never retrieved|Fatal Python error|panicked at"
 )
 
 
 class Broken(AssertionError):
-    """An invariant does not hold; the text says which and what was found."""
+    """An invariant is broken; the text names it and the finding."""
 
 
 def as_a_shell_says(code: int | None) -> int | None:
-    """128 + n for a process that asked to stop ended by signal n."""
+    """128 + n if signal n ended a process after a request to stop."""
     return 128 - code if code in (-signal.SIGINT, -signal.SIGTERM) else code
 
 
 def ended_well(run: Run, command: Sequence[str]) -> None:
-    """A run ended by itself or by a signal, with a sentence if it failed and without a traceback."""
+    """A run ended by itself or by a signal, without a traceback; a failure has one sentence."""
     try:
         code = as_a_shell_says(run.wait(END_S))
     except queue.Empty:
@@ -65,14 +67,14 @@ def ended_well(run: Run, command: Sequence[str]) -> None:
 
 
 def ended_with(run: Run, command: Sequence[str], codes: Collection[int]) -> None:
-    """A run ended well, and with one of some exit codes."""
+    """A run ended well and with one of the given exit codes."""
     ended_well(run, command)
     if as_a_shell_says(run.code) not in codes:
         raise Broken(f"{command[0]}: exit code {run.code}, not in {codes}:\n{run.err[-2000:]}")
 
 
 def lines(root: Path) -> set[bytes]:
-    """Lines of all journals that were written to their end."""
+    """All complete lines of all journals."""
     found: set[bytes] = set()
     for path in root.glob("annotate/*/journal/*.jsonl"):
         found.update(line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n"))
@@ -80,12 +82,12 @@ def lines(root: Path) -> set[bytes]:
 
 
 def questions(lines: Iterable[bytes]) -> set[str]:
-    """The server's keys of questions whose answers are in lines that are JSON."""
+    """The server's keys of the questions that are answered in lines of valid JSON."""
     return {key.decode() for line in lines if _is_json(line) for key in ID.findall(line)[:1]}
 
 
 def journalled(root: Path) -> set[str]:
-    """Questions whose answers are on the disk."""
+    """Questions whose answers are in a journal on disk."""
     return questions(lines(root))
 
 
@@ -97,10 +99,10 @@ def _is_json(line: bytes) -> bool:
 
 
 def not_paid_again(known: Collection[str], asked: Sequence[Asked], most: int = 0) -> None:
-    """Nothing is asked whose answer was on the disk before, or arrived meanwhile.
+    """No question is asked again whose answer was on disk before or arrived in the run.
 
-    known: questions in the journal before; asked: the requests since; most: answers that were lost
-    in a kill and may be asked for again by another run.
+    known: questions journalled before the run. asked: the run's requests. most: how many answers
+    may be lost in a kill and asked for again by another run.
     """
     again: list[Asked] = []
     arrived: set[str] = set()
@@ -119,7 +121,7 @@ def not_paid_again(known: Collection[str], asked: Sequence[Asked], most: int = 0
 
 
 def not_lost(root: Path, asked: Sequence[Asked], most: int = 0) -> None:
-    """All answers that arrived are in the journal, but for `most` in flight when the run died."""
+    """All answers that arrived are journalled, except at most `most` that a kill lost in flight."""
     lost = {request.key for request in asked if request.clean} - journalled(root)
     if len(lost) > most:
         raise Broken(
@@ -129,20 +131,20 @@ def not_lost(root: Path, asked: Sequence[Asked], most: int = 0) -> None:
 
 
 def within_budget(before: Sequence[Asked], asked: Sequence[Asked], budget_usd: float) -> None:
-    """before, asked: all requests for the dataset before a run with a budget, and in it."""
+    """before, asked: all requests for the dataset before a run with a budget, and in the run."""
     spent, billed = (sum(request.usd for request in some) for some in (before, asked))
     if billed and spent + billed > budget_usd * (1 + 1e-9):
         raise Broken(f"${spent:.6f} + ${billed:.6f} were billed, the budget is ${budget_usd:.6f}")
 
 
 def as_undisturbed(root: Path, expected: Path) -> None:
-    """The same datasets with the same rows as an undisturbed run, and nothing left over.
+    """The store holds the same datasets with the same rows as an undisturbed run, and no more.
 
-    Where rows were asked again, what was made from the new attempt has other ids but the same rows.
+    Where rows were asked again, datasets made from the new attempt have other ids but equal rows.
     """
     try:
         if _remove_superseded(root):
-            for dataset in Store(expected).datasets():  # ids that nothing was made under
+            for dataset in Store(expected).datasets():  # ids without any dataset
                 if not (root / dataset.ref / MANIFEST).exists():
                     shutil.rmtree(root / dataset.ref, ignore_errors=True)
             assert_no_leftovers(root)
@@ -151,17 +153,19 @@ def as_undisturbed(root: Path, expected: Path) -> None:
             assert_no_leftovers(root)
             assert_same_datasets(root, expected)
     except (AssertionError, InputError) as error:
-        raise Broken(f"not as undisturbed: {error}\n{_differences(root, expected)}") from error
+        raise Broken(
+            f"differs from the undisturbed run: {error}\n{_differences(root, expected)}"
+        ) from error
 
 
 def _remove_superseded(root: Path) -> list[str]:
-    """Remove annotations with unanswered rows and all that was made from them; their refs."""
+    """Remove annotations with unanswered rows and everything made from them; return their refs."""
     store, removed = Store(root), list[str]()
     datasets = {dataset.ref: dataset for dataset in store.datasets()}
     lineages = {ref: [n for _, _, n in store.lineage(made)] for ref, made in datasets.items()}
 
     def is_old(node: Dataset) -> bool:
-        tables_of = node.manifest["config"].get("online")  # of a training, where it is one's table
+        tables_of = node.manifest["config"].get("online")  # the training of an online table
         return "unanswered" in node.summary or node.ref in removed or tables_of in removed
 
     while old := [ref for ref, nodes in lineages.items() if any(map(is_old, nodes))]:
@@ -173,7 +177,7 @@ def _remove_superseded(root: Path) -> list[str]:
 
 
 def _assert_same_rows(root: Path, expected: Path) -> None:
-    """Both stores have the same names, of datasets with the same rows, and no other datasets."""
+    """Both stores have the same names for datasets with equal rows, and no other datasets."""
     ours, theirs = Store(root), Store(expected)
     assert ours.aliases().keys() == theirs.aliases().keys()
     assert len(list(ours.datasets())) == len(list(theirs.datasets()))
@@ -186,7 +190,7 @@ def _assert_same_rows(root: Path, expected: Path) -> None:
 
 
 def _differences(root: Path, expected: Path) -> str:
-    """What differs: aliases, datasets, rows and columns, files."""
+    """The differences: aliases, datasets, rows and columns, files."""
     out, (one, other) = [], (Store(root), Store(expected))
     if one.aliases() != other.aliases():
         out.append(f"aliases {one.aliases()} and {other.aliases()}")

@@ -1,4 +1,6 @@
-"""What a person does who reads the sentences: removes what they name, gives the commands they print."""
+"""A simulated user who follows the error messages: removes the files that they name and runs the
+commands that they print. Used by trial.py.
+"""
 
 import re
 import shlex
@@ -9,10 +11,10 @@ from pathlib import Path
 from trace_opd.tests.kill.harness import Run
 from trace_opd.tests.soak.invariants import Broken
 
-# Paths to remove, as sentences name them.
+# Paths to remove, as messages name them.
 _ADVICE = (
     re.compile(r"(/\S+): does not hold what was written(?: \([^;]*\))?; remove it"),
-    re.compile(r"remove (/\S+) and give the command again"),
+    re.compile(r"remove (/\S+) and (?:give|run) the command again"),
 )
 _FOLDER = re.compile(r"(/\S+): .*remove its folder")
 _VERIFY = re.compile(r"`trace-opd (verify-store \S+)`")
@@ -21,11 +23,11 @@ Command = Callable[[Sequence[str]], Run]
 
 
 def follow(text: str, root: Path, give: Command) -> int:
-    """Do what a run's output asks for below a store. give: runs a command line to its end.
+    """Follow a run's output for a store. give: runs a command line to its end.
 
-    Returns how many things were done. Raises Broken: it asks to remove something else.
+    Returns the number of steps done. Raises Broken if the output asks to remove anything else.
     """
-    # verify-store folds its table at the terminal's width, never its commands.
+    # verify-store wraps its table at the terminal's width, but never its commands.
     done = 0
     for pattern in _ADVICE:
         for path in dict.fromkeys(pattern.findall(text)):

@@ -1,4 +1,6 @@
-"""The commands of a variant, and its undisturbed run, which disturbed ones are compared with."""
+"""The commands of a variant, and its undisturbed run, the reference for disturbed runs. Used by
+run.py.
+"""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from trace_opd.tests.soak.schedule import STAGES, Variant
 
 
 def commands(variant: Variant, url: str, budget_usd: float | None = None) -> dict[str, list[str]]:
-    """The arguments of `trace-opd` by stage. One worker and one thread each: see run.py."""
+    """The arguments of `trace-opd` by stage. One worker and one thread each; run.py says why."""
     annotate = ["annotate", CONFIG]
     if variant.engine == "openai":
         prompt, completion = USD_PER_MILLION
@@ -49,8 +51,12 @@ def commands(variant: Variant, url: str, budget_usd: float | None = None) -> dic
 
 @dataclass(frozen=True)
 class Baseline:
-    """refs: each stage's own dataset. counts: by stage, changes of files as the launcher counts them
-    ("files"), and calls as shim.c does ("changes", "reads"). bill_usd: for the annotation."""
+    """An undisturbed run's results.
+
+    refs: each stage's dataset. counts: by stage, changes of files as the launcher counts them
+    ("files") and calls as shim.c counts them ("changes", "reads"). bill_usd: the annotation's
+    price.
+    """
 
     root: Path
     refs: dict[str, str]
@@ -59,7 +65,7 @@ class Baseline:
 
 
 def undisturbed(runs: Launcher, endpoint: Endpoint, variant: Variant, root: Path) -> Baseline:
-    """Run a variant's pipeline. Raises Broken: what must hold does not hold even so."""
+    """Run a variant's pipeline. Raises Broken if an invariant fails even without disturbance."""
     root.mkdir(parents=True)
     endpoint.begin("undisturbed", variant.lies)
     counts: dict[str, dict[str, int]] = {}

@@ -1,17 +1,17 @@
-"""The soak: rounds of kills, file faults and endpoint faults over the pipeline, replayed from a seed.
+"""The soak: rounds of kills, file faults and endpoint faults over the pipeline, replayed by seed.
 
-    make test-soak SEED=1 MINUTES=20        rounds 0, 1, 2, … of a seed, for so long
+    make test-soak SEED=1 MINUTES=20        rounds 0, 1, 2, … of a seed, for 20 minutes
     make test-soak SEED=1 ROUND=7           one round alone
 
-After each run, and at the end of each round, the invariants are held against the store, the
-server's log and what lies next to the store. A round that breaks one prints how to replay it alone, and
-its store is kept.
+After each run and at the end of each round the invariants (invariants.py) are checked against the
+store, the server's log and the folder next to the store. A failed round prints the command that
+replays it, and its store is kept.
 
-What replays exactly: the schedule; what the endpoint answers to each question and how each attempt
-at it goes; the order of calls on files in stages of one thread (all but tensorboard's writer, and
-annotate at a concurrency above 1). What does not: the moments at which two runs started at once meet,
-and the order of answers in flight; so a fault at the n-th call may hit another call of these. Where
-the endpoint's port is taken another one is used, and datasets made with its answers have other ids.
+Replayed exactly: the schedule; the endpoint's answers and the outcome of each attempt; the order of
+file calls in single-threaded stages (all stages, except tensorboard's writer and annotate with a
+concurrency above 1). Not replayed: the timing of two runs that start at once, and the order of
+answers in flight; so a fault at the n-th call may hit another call there. If the endpoint's port is
+taken, another port is used, and datasets made with its answers have other ids.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from trace_opd.tests.soak.trial import Trial
 
 @dataclass
 class Soak:
-    """What the rounds of a seed share. Undisturbed runs are made once per variant."""
+    """State that the rounds of a seed share. Each variant's undisturbed run is made once."""
 
     seed: int
     folder: Path
@@ -49,7 +49,7 @@ class Soak:
     _baselines: dict[Variant, Baseline] = field(default_factory=dict)
 
     def play(self, number: int, engine: str | None = None) -> None:
-        """One round. Raises Broken, and keeps its folder then."""
+        """Run one round. Raises Broken; the round's folder is kept in that case."""
         planned = make_round(self.seed, number, engine)
         folder = self.folder / f"round-{self.seed}-{number}"
         trial = None
@@ -75,8 +75,8 @@ class Soak:
 
 @contextmanager
 def soak(seed: int, folder: Path) -> Iterator[Soak]:
-    """Everything that rounds need, in a folder that is there and empty."""
-    # A shell's background job starts with interrupts ignored, and so would the runs.
+    """Everything that rounds need, in an existing empty folder."""
+    # A shell starts background jobs with SIGINT ignored, and the runs would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with ExitStack() as stack:
         endpoint = stack.enter_context(serve(seed))

@@ -1,7 +1,7 @@
-"""What happens in each round of the soak: a pure function of the seed.
+"""The schedule of the soak's rounds: a pure function of the seed. Used by run.py and trial.py.
 
-A round is a pipeline (`Variant`) and the steps that disturb it. Places in files, and moments in runs,
-are shares in [0, 1): the runner turns them into numbers with what an undisturbed run counts.
+A round is a pipeline (`Variant`) and the steps that disturb it. Positions in files and moments in
+runs are shares in [0, 1): the runner converts them with the counts of an undisturbed run.
 """
 
 import random
@@ -12,20 +12,20 @@ STAGES = ("problems", "rollout", "verify", "annotate", "convert", "train", "eval
 
 What = Literal["run", "twins", "rivals", "damage", "stale", "link"]
 
-# Faults of a run and how often each is drawn.
+# Faults of a run and their weights in the draw.
 FAULTS = {
     "none": 2,
     "sigkill": 5,
     "sigterm": 3,
     "sigint": 2,
-    "full": 2,  # no room from a moment on
+    "full": 2,  # disk full from a moment on
     "io": 2,  # one change fails with EIO
     "readonly": 1,  # the file system turns read-only
-    "short": 1,  # each write takes half of what it is given
+    "short": 1,  # each write takes half of its bytes
     "unreadable": 1,  # one read fails with EIO
 }
 DAMAGES = ("flip", "cut", "zeros")
-# Places in a store where a link may lie; {id} is the stage's dataset.
+# Paths in a store for a link; {id} is the stage's dataset.
 LINKS = (
     ".locks",
     ".locks/aliases.json",
@@ -55,9 +55,9 @@ STALE = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A pipeline. Two rounds with an equal one are compared with the same undisturbed run.
+    """A pipeline. Rounds with equal variants share one undisturbed run.
 
-    lies: the endpoint reports usage that is none, and content as a list of parts.
+    lies: the endpoint reports invalid usage, and content as a list of parts.
     """
 
     engine: Literal["rule", "openai"]
@@ -74,11 +74,15 @@ class Variant:
 class Step:
     """One disturbance.
 
-    what: run, a stage's command with a fault; twins, the same command twice at once, the fault in
-    the first; rivals, two annotations of the same rollouts under different names at once; damage, a
-    file between runs; stale, a temporary file of a killed writer; link, a link out of the store, and
-    the stage's command while it lies there.
-    name: of the fault, the damage, the place. at, where: shares. endpoint: its faults are on.
+    what: one of
+    - run: a stage's command with a fault;
+    - twins: the same command twice at once, the fault in the first;
+    - rivals: two annotations of the same rollouts under different names at once;
+    - damage: a damaged file between runs;
+    - stale: a killed writer's temporary file;
+    - link: a link out of the store, and the stage's command while the link exists.
+
+    name: the fault, the damage or the link's path. at, where: shares. endpoint: endpoint faults on.
     """
 
     what: What
@@ -100,7 +104,7 @@ class Round:
 
 
 def make_round(seed: int, number: int, engine: str | None = None) -> Round:
-    """The `number`-th round of a seed. engine: instead of the drawn one."""
+    """The `number`-th round of a seed. engine: replaces the drawn engine."""
     name = f"{seed}/{number}"
     chance = random.Random(name)
     variant = _variant(chance, engine)
@@ -121,13 +125,14 @@ def _variant(chance: random.Random, engine: str | None) -> Variant:
         lies=chance.random() < 0.25,
         tracker=chance.choice(("none", "none", "tensorboard")),
     )
-    if variant.engine == "rule":  # equal but for what it does not use: one undisturbed run for all
+    if variant.engine == "rule":
+        # Equal except for unused fields, so one undisturbed run serves all.
         return replace(variant, concurrency=1, max_attempts=2, lies=False)
     return variant
 
 
 def _steps(chance: random.Random, stage: str, variant: Variant) -> list[Step]:
-    """Disturbances of one stage; more of those that are long or cost money."""
+    """A stage's disturbances; more for stages that are long or cost money."""
     most = {"train": 3, "annotate": 4 if variant.engine == "openai" else 2}.get(stage, 2)
     steps = [_step(chance, stage, variant) for _ in range(chance.randint(0, most))]
     if chance.random() < 0.93:  # so that the next stage finds its input

@@ -1,5 +1,5 @@
-/* Faults of the file system, by LD_PRELOAD: calls on files below one folder are counted, and fail from
- * a chosen one on. Idle until soak_arm() is called (forks.py does it in each run). */
+/* Faults of the file system by LD_PRELOAD: counts the calls on files below one folder and makes them
+ * fail from a chosen call on. Idle until forks.py calls soak_arm() in a run. Built by file_faults.py. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -53,17 +53,17 @@ static int below_fd(int fd) {
   return below(real);
 }
 
-/* Whether this change fails. frees: it takes no room, so a full disk allows it. */
+/* True if this change must fail. frees: it needs no space, so a full disk allows it. */
 static int fails(int frees) {
   long n = __atomic_add_fetch(&changes, 1, __ATOMIC_SEQ_CST);
-  if (kind == SIGNAL && n == first) kill(getpid(), error); /* the number is a signal's */
+  if (kind == SIGNAL && n == first) kill(getpid(), error); /* error holds a signal number */
   int hit = kind == ONE_CHANGE ? n == first : kind == ALL_CHANGES && n >= first;
   if (!hit || (frees && error == ENOSPC)) return 0;
   errno = error;
   return 1;
 }
 
-/* Whether this write takes only a part. */
+/* True if this write must be short. */
 static int is_short(size_t size) { return kind == SHORT_WRITES && changes >= first && size > 1; }
 
 static int read_fails(void) {

@@ -1,4 +1,4 @@
-"""The short form of the soak, which `make test-soak` runs for as long as it is asked to."""
+"""The short form of the soak (`make test-soak`), and tests of its parts."""
 
 import errno
 import queue
@@ -17,7 +17,7 @@ from trace_opd.tests.soak.mend import follow
 from trace_opd.tests.soak.run import Soak, soak
 from trace_opd.tests.soak.schedule import DAMAGES, FAULTS, STAGES, make_round
 
-SEED, ROUNDS = 1225, (18, 33)  # kills, damage, links, odd answers; rows that are asked again
+SEED, ROUNDS = 1225, (18, 33)  # rounds with kills, damage, links, odd answers, repeated questions
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_a_fault_of_the_file_system_reaches_a_run(opened: Soak, tmp_path):
     args, store = ["problems", CONFIG, "limit=2"], tmp_path / "store"
     full = opened.runs.start(*args, store=store, fault=(2, errno.ENOSPC, 1))
     assert_refused(full, "could not be written", "make room")
-    short = opened.runs.start(*args, store=store, fault=(3, 0, 1))  # writes take half
+    short = opened.runs.start(*args, store=store, fault=(3, 0, 1))  # short writes
     assert short.wait() == 0, short.err
 
 
@@ -100,7 +100,7 @@ def test_a_store_that_differs_and_what_changed_next_to_it_are_noticed(opened: So
 
 
 @pytest.mark.parametrize(
-    ("code", "said", "found"),
+    ("code", "text", "found"),
     [
         (2, "trace-opd: no such file; give another\n", None),
         (0, "", None),
@@ -112,10 +112,10 @@ def test_a_store_that_differs_and_what_changed_next_to_it_are_noticed(opened: So
         (-11, "", "exit code -11"),
     ],
 )
-def test_how_a_run_ends_is_judged(code: int, said: str, found: str | None, tmp_path):
+def test_how_a_run_ends_is_judged(code: int, text: str, found: str | None, tmp_path):
     output = [tmp_path / "1.out", tmp_path / "1.err"]
-    for path, text in zip(output, ("", said), strict=True):
-        path.write_text(text)
+    for path, content in zip(output, ("", text), strict=True):
+        path.write_text(content)
     run = Run(1, [str(path) for path in output], queue.SimpleQueue(), code)
     if found is None:
         invariants.ended_well(run, ["verify"])

@@ -1,4 +1,4 @@
-"""One round of the soak: a store is disturbed, mended as the sentences say, and compared."""
+"""One round of the soak, used by run.py: disturb a store, mend it as the messages say, compare."""
 
 import json
 import shutil
@@ -16,14 +16,14 @@ from trace_opd.tests.soak.mend import follow
 from trace_opd.tests.soak.pipeline import Baseline, commands
 from trace_opd.tests.soak.schedule import Round, Step
 
-_MENDS = 4  # times that a person reads the sentences before it counts as stuck
+_MENDS = 4  # how often the messages are followed before the store counts as stuck
 _ENDS = {-signal.SIGKILL: "kills", 0: "good", 2: "refused"}
-# A run that one of these ends may lose the answers that are in flight.
+# A run that one of these faults ends may lose the answers in flight.
 _FATAL = ("sigkill", "full", "io", "readonly")
 
 
 class Trial:
-    """A round that is played in a folder: the store, and beside it what must not change."""
+    """A round that runs in a folder: the store, and next to it a folder that must not change."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Trial:
         folder: Path,
         shim: bool,
     ) -> None:
-        """shim: whether runs are under shim.c; without it there are no file faults in runs."""
+        """shim: whether runs have shim.c preloaded; without it runs have no file faults."""
         self._runs, self._endpoint, self._baseline, self._shim = runs, endpoint, baseline, shim
         self._round, self._folder = planned, folder
         self._root, self._outside = folder / "store", folder / "outside"
@@ -46,13 +46,13 @@ class Trial:
         self._commands = commands(variant, endpoint.url, self._budget_usd)
         self._unlimited = commands(variant, endpoint.url)
         self._rival = [*self._unlimited["annotate"], "annotator.name=rival", "--alias", "rival"]
-        self._spoilt: set[str] = set()  # questions whose answers in the journal were damaged
+        self._spoilt: set[str] = set()  # questions whose journalled answers were damaged
         self._rivalled = False
         self.toll: Counter[str] = Counter()
         endpoint.begin(planned.seed, variant.lies)
 
     def play(self) -> None:
-        """All steps, then the end. Raises Broken."""
+        """Run all steps, then the end. Raises Broken."""
         for number, step in enumerate(self._round.steps):
             self._endpoint.faulty = step.endpoint
             try:
@@ -62,7 +62,7 @@ class Trial:
         self._endpoint.faulty = False
         self._finish()
 
-    # --- what a step does ---
+    # --- the steps ---
 
     def run(self, step: Step) -> None:
         self._do([lambda: self._start(step)], self._commands[step.stage], self._loss(step))
@@ -74,7 +74,7 @@ class Trial:
 
     def rivals(self, step: Step) -> None:
         if self._budget_usd is not None:
-            return  # the log does not say which of the two asked, so whose bill a request is
+            return  # the log does not say which run sent a request, so it can't be billed to one
         args = self._unlimited["annotate"]
         self._rivalled = True
         self._do([lambda: self._plain(args), lambda: self._plain(self._rival)], args)
@@ -91,10 +91,10 @@ class Trial:
         if path not in known or _same(before, path.read_bytes()):
             return
         checked = self._give(["verify-store", "--store", str(self._root)], 1)
-        said = Path(checked.output[0]).read_text()
+        output = Path(checked.output[0]).read_text()
         ref = "/".join(path.relative_to(self._root).parts[:2])
-        if ref not in said:
-            raise Broken(f"verify-store does not name {ref}, whose {path} is damaged:\n{said}")
+        if ref not in output:
+            raise Broken(f"verify-store does not name {ref}, whose {path} is damaged:\n{output}")
 
     def stale(self, step: Step) -> None:
         ref = self._baseline.refs[step.stage]
@@ -110,10 +110,10 @@ class Trial:
             self.toll["links"] += 1
             self._do([lambda: self._plain(args)], args, codes=(0, 1, 2))
 
-    # --- runs and what must hold after each ---
+    # --- runs, and the invariants after each ---
 
     def _start(self, step: Step) -> Run:
-        """The stage's command with the step's fault at the step's moment."""
+        """Start the stage's command with the step's fault at the step's moment."""
         args, counts = self._commands[step.stage], self._baseline.counts[step.stage]
         kind, number = file_faults.IN_A_RUN[step.name]
         if step.name in file_faults.SIGNALS and (not self._shim or step.where < 0.3):
@@ -127,7 +127,7 @@ class Trial:
         return self._runs.start(*args, store=self._root)
 
     def _loss(self, step: Step) -> int:
-        """Answers that may arrive and not reach the disk."""
+        """How many answers may arrive and not reach the disk."""
         return self._round.variant.concurrency if step.name in _FATAL else 0
 
     def _do(
@@ -137,7 +137,7 @@ class Trial:
         loss: int = 0,
         codes: Collection[int] = invariants.CODES,
     ) -> list[Run]:
-        """Start runs at once, wait for them, and hold the invariants. args: of their command."""
+        """Start runs at once, wait for them and check the invariants. args: the runs' command."""
         known = set(invariants.journalled(self._root)) - self._spoilt
         log, begin = self._endpoint.log, len(self._endpoint.log)
         started = [start() for start in starts]
@@ -150,7 +150,7 @@ class Trial:
         if file_faults.fingerprint(self._outside) != self._untouched:
             raise Broken(f"{args[0]}: changed {self._outside}, which is not in the store")
         if self._endpoint.strangers:
-            raise Broken(f"{args[0]}: followed a redirect and sent a prompt to a stranger")
+            raise Broken(f"{args[0]}: followed a redirect and sent a prompt to another origin")
         asked = log[begin:]
         self.toll["requests"] += len(asked)
         invariants.not_paid_again(known, asked, loss)
@@ -161,7 +161,7 @@ class Trial:
         return started
 
     def _give(self, words: Sequence[str], *codes: int) -> Run:
-        """A command line without faults, to its end. words: with its store."""
+        """Run a command line without faults to its end. words: the arguments, store included."""
         return self._do([lambda: self._runs.start(*words)], words, codes=codes or invariants.CODES)[
             0
         ]
@@ -169,36 +169,36 @@ class Trial:
     # --- the end ---
 
     def _finish(self) -> None:
-        """The commands without faults come to a good end, and nothing is missing or left over."""
+        """Run the commands without faults until they succeed, and check that nothing differs."""
         for _ in range(_MENDS):
-            if not (said := self._once()):
+            if not (output := self._once()):
                 break
             self.toll["mends"] += 1
-        if said:
-            raise Broken(f"stuck, though its sentences were followed:\n{said[-3000:]}")
+        if output:
+            raise Broken(f"stuck, though its messages were followed:\n{output[-3000:]}")
         self._forget_names()
         invariants.as_undisturbed(self._root, self._baseline.root)
 
     def _once(self) -> str:
-        """Check the store, do as it says, and give each command; what was said by one that failed."""
+        """Check the store, follow the messages, run each command; a failed command's output."""
         check = ["verify-store", "--store", str(self._root)]
         checked = self._give(check, 0, 1, 2)
         if checked.code:
             follow(Path(checked.output[0]).read_text() + checked.err, self._root, self._give)
         for stage, args in self._unlimited.items():
             if stage == "annotate" and self._budget_usd is not None:
-                said = self._undisturbed(self._commands[stage])
-                if said and "budget" not in said:
-                    return said
-            if said := self._undisturbed(args):
-                return said
-        if self._rivalled and (said := self._undisturbed(self._rival)):
-            return said
+                output = self._undisturbed(self._commands[stage])
+                if output and "budget" not in output:
+                    return output
+            if output := self._undisturbed(args):
+                return output
+        if self._rivalled and (output := self._undisturbed(self._rival)):
+            return output
         checked = self._give(check, 0, 1, 2)
         return Path(checked.output[0]).read_text() + checked.err if checked.code else ""
 
     def _undisturbed(self, args: Sequence[str]) -> str:
-        """A command without faults; what it says if it is refused, which is followed."""
+        """Run a command without faults; if it is refused, follow and return its output."""
         (run,) = self._do([lambda: self._plain(args)], args, codes=(0, 1, 2))
         if run.code:
             follow(run.err, self._root, self._give)
@@ -206,8 +206,9 @@ class Trial:
         return ""
 
     def _forget_names(self) -> None:
-        """Take out what the undisturbed store has not: the rival's annotations, once they are checked,
-        and ids as names, which verify-store's commands give to datasets that had none."""
+        """Remove what the undisturbed store lacks: the rival's annotations, after a check, and ids
+        as names, which verify-store's commands give to unnamed datasets.
+        """
         store = Store(self._root)
         names = store.aliases()
         if "rival" in names:
@@ -218,7 +219,7 @@ class Trial:
                 for name in left_out:
                     row.pop(name, None)
             if tables[0] != tables[1]:
-                raise Broken("two annotations of the same rollouts at once hold other rows")
+                raise Broken("two annotations of the same rollouts at once hold different rows")
             shutil.rmtree(self._root / rival.ref)
         kept = {
             name: ref for name, ref in names.items() if name != "rival" and not ref.endswith(name)
@@ -227,7 +228,7 @@ class Trial:
 
 
 def _same(one: bytes, other: bytes) -> bool:
-    """Whether two contents are equal, as JSON if they are that."""
+    """True if two contents are equal, compared as JSON where both are JSON."""
     if one == other:
         return True
     try:

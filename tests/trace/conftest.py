@@ -1,4 +1,4 @@
-"""A group of responses small enough to route by hand."""
+"""Fixtures of the method's tests: a group of responses small enough to route by hand."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,9 +21,9 @@ LIMIT = 20
 
 @dataclass(frozen=True)
 class Sample:
-    """One response of micro's vocabulary, a token per character and one for its end.
+    """One response in micro's vocabulary: one token per character and one for its end.
 
-    marked: segment indices of each span; label: its type, None: the annotator marked nothing.
+    marked: segment indices of each span. label: its diagnostic type; None: nothing is marked.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Example:
-    """The four tables of some samples: one problem per group."""
+    """The four tables of some samples; each group has its own problem."""
 
     problems: pa.Table
     rollouts: pa.Table
@@ -56,7 +56,7 @@ class Example:
 
 @pytest.fixture(scope="session")
 def example() -> Callable[..., Example]:
-    """Makes the tables of samples given as dictionaries; rollout ids are r0, r1, …"""
+    """Makes the tables of samples, which are given as dictionaries; rollout ids are r0, r1, …"""
     tokenizer = load_tokenizer(resolve_policy("micro"))
     pieces = byte_table(tokenizer)
 

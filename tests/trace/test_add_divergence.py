@@ -1,6 +1,6 @@
 """A divergence is a member of Route and an entry of DIVERGENCES, and nothing else.
 
-The test adds one to a scratch copy of the package by these two edits and uses it (added_divergence.py).
+The test adds one to a scratch copy of the package by two edits and uses it (added_divergence.py).
 """
 
 import json

@@ -16,7 +16,7 @@ def test_one_right_of_four_by_hand():
 def test_each_group_is_normalised_by_itself_whatever_the_order():
     rewards = np.array([1.0, 5.0, 0.0, 7.0])
     advantages = group_advantages(rewards, ["a", "b", "a", "b"], eps=1e-9)
-    # Two values d apart: mean in the middle, sample std d/√2, so ±1/√2.
+    # Two values d apart: the mean is in the middle, the sample std is d/√2, so ±1/√2.
     assert advantages == pytest.approx([2**-0.5, -(2**-0.5), -(2**-0.5), 2**-0.5])
 
 

@@ -1,4 +1,4 @@
-"""Text to tokens by bytes: byte-level, byte-fallback, character and word vocabularies."""
+"""Text to tokens through bytes: byte-level, byte-fallback, character and word vocabularies."""
 
 from functools import cache
 from itertools import pairwise
@@ -27,7 +27,7 @@ SAMPLES = [
 
 @cache
 def byte_level() -> PreTrainedTokenizerBase:
-    """A byte-level BPE (GPT-2's, Qwen's kind) with merges that cut characters apart."""
+    """A byte-level BPE (like GPT-2's and Qwen's) with merges that cut characters apart."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def byte_level() -> PreTrainedTokenizerBase:
 
 @cache
 def byte_fallback() -> PreTrainedTokenizerBase:
-    """A SentencePiece-like BPE with byte fallback (Llama 2's, Gemma's kind)."""
+    """A SentencePiece-like BPE with byte fallback (like Llama 2's and Gemma's)."""
     letters = ["▁", *"abcdefghijklmnopqrstuvwxyz.,:!é漢"]
     tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, "▁a", "in"]
     model = models.BPE(
@@ -138,7 +138,7 @@ def test_a_tokenizer_without_a_backend_is_an_input_error():
 
 # --- ranges ---
 
-# "é" cut in two, "漢" in three, with whole and empty tokens between.
+# "é" cut in two, "漢" in three, with complete and empty tokens between.
 CUT = ByteTable(
     (b"", b"a", b"\xc3", b"\xa9", b"\xe6", b"\xbc", b"\xa2", b"b c", b"\xff", b"\xe6\xbc")
 )
@@ -211,7 +211,7 @@ def test_the_parts_of_a_cut_character_belong_to_its_segment():
 
 
 def test_invalid_bytes_belong_to_the_segments_of_their_characters():
-    # The text is "a", four U+FFFD, "a"; the cut lies in the middle of them.
+    # The text is "a", four U+FFFD, "a"; the cut is in the middle of them.
     assert CUT.token_segments([1, 9, 8, 3, 1], [(0, 3), (3, 6)]).tolist() == [0, 0, 1, 1, 1]
 
 
@@ -222,7 +222,7 @@ def test_tokens_without_bytes_belong_to_no_segment():
 def test_a_leading_space_goes_with_its_word():
     tokenizer, table = byte_fallback(), table_of("byte fallback")
     ids = encode(tokenizer, "in. a")
-    # The cut after "in. " falls inside the token "▁a": one byte each side, so the earlier.
+    # The cut after "in. " is inside the token "▁a": one byte on each side, so the earlier segment.
     assert [table.pieces[i] for i in ids] == [b"in", b".", b" a"]
     assert table.token_segments(ids, [(0, 4), (4, 5)]).tolist() == [0, 0, 0]
     assert table.token_segments(ids, [(0, 3), (3, 5)]).tolist() == [0, 0, 1]
@@ -240,8 +240,9 @@ def cuts_of(text: str, draw: st.DataObject) -> list[tuple[int, int]]:
 
 
 def assert_aligned(table: ByteTable, ids: list[int], segments: list[tuple[int, int]]) -> None:
-    """Ranges cover the text without a hole; every token with bytes has exactly one segment, one
-    that it overlaps, and the majority's where it overlaps two."""
+    """Ranges cover the text without a gap. Every token with bytes has exactly one segment: one that
+    it overlaps, and of two that it overlaps the one with most of its bytes.
+    """
     text = table.text(ids)
     first, last = table.char_ranges(ids)
     has_bytes = np.array([len(table.pieces[i]) > 0 for i in ids], dtype=bool)
@@ -262,7 +263,7 @@ def assert_aligned(table: ByteTable, ids: list[int], segments: list[tuple[int, i
 @given(text=TEXTS, draw=st.data())
 @settings(deadline=None)
 def test_encoded_text_is_tiled_by_its_tokens(kind, text, draw):
-    # SentencePiece's own sign for a space: encoding a text that has it loses which of them it was.
+    # Without SentencePiece's own sign for a space: encoding does not distinguish it from a space.
     text = text.replace("▁", "_")
     table = table_of(kind)
     ids = encode(TOKENIZERS[kind](), text)

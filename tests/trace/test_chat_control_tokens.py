@@ -1,4 +1,4 @@
-"""Control tokens of a chat template are the template's alone: no message can write one."""
+"""Only a chat template writes its control tokens: no message text can produce one."""
 
 import json
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ def hostile_texts() -> list[str]:
 
 
 def asked(text: str, *more: str) -> Messages:
-    """A conversation whose user says `text`; more: what assistant and user say after it, in turns."""
+    """A conversation whose user writes `text`; more: what assistant and user write after it."""
     roles = ["assistant", "user"] * len(more)
-    turns = [{"role": role, "content": said} for role, said in zip(roles, more, strict=False)]
+    turns = [{"role": role, "content": turn} for role, turn in zip(roles, more, strict=False)]
     return [SYSTEM, {"role": "user", "content": text}, *turns]
 
 
@@ -52,7 +52,7 @@ MISTRAL = (
     "<s>{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}</s>{% else %}[INST] "
     "{{ m.content }} [/INST]{% endif %}{% endfor %}"
 )
-# Template, tokens marked special, added tokens that are not marked.
+# Template, tokens marked special, added tokens not marked special.
 FAMILIES: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
     "ChatML": (CHAT_ML, ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], ["<think>", "</think>"]),
     "Llama 3": (
@@ -74,7 +74,7 @@ FAMILIES: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
 
 
 def byte_tokenizer(template: str, special: Sequence[str], added: Sequence[str] = ()):
-    """One token per byte, and a family's control tokens."""
+    """One token per byte, plus a family's control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -94,7 +94,7 @@ def family(name: str) -> PreTrainedTokenizerFast:
 
 
 def control_ids(name: str, ids: Sequence[int]) -> list[int]:
-    """Those ids that the family's template writes, or that are marked special."""
+    """The ids that the family's template writes, or that are marked special."""
     template, special, added = FAMILIES[name]
     tokens = [*special, *(token for token in added if token in template and token.strip())]
     control = set(family(name).convert_tokens_to_ids(tokens))
@@ -113,9 +113,9 @@ def test_no_text_gets_a_control_token_into_its_prompt(name: str):
         rendered = tokenizer.apply_chat_template(
             asked(text), tokenize=False, add_generation_prompt=True
         )
-        assert tokenizer.decode(ids) == rendered  # not a character is lost
+        assert tokenizer.decode(ids) == rendered  # no character is lost
         spelled += control_ids(name, tokenizer(rendered)["input_ids"]) != expected
-    assert spelled > 0  # a tokenizer that is handed the text takes some of it for its own
+    assert spelled > 0  # the tokenizer alone would turn some of the text into control tokens
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,4 +1,4 @@
-"""Foreign chat templates render under limits, and give the text that transformers gives."""
+"""Foreign chat templates render under limits, and their text equals transformers'."""
 
 from copy import deepcopy
 
@@ -62,7 +62,7 @@ def test_a_template_that_fails_or_exceeds_a_limit_is_refused(
     assert what in str(refused.value)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 600
-    # The next conversation is rendered: by the same worker, or by a new one.
+    # The next conversation is rendered by the same worker or by a new one.
     ordinary = with_template("{{ messages[0].content }}!")
     assert render_template(ordinary, messages, {}) == "7!"
 
@@ -95,11 +95,11 @@ def test_a_killed_worker_is_started_again(with_template):
     assert render_template(tokenizer, MESSAGES, {}) == "Be brief. ✓!"
 
 
-def test_a_worker_ends_when_nobody_holds_its_pipe(with_template):
+def test_a_worker_ends_when_its_pipe_is_closed(with_template):
     render_template(with_template("x"), MESSAGES, {})
     worker = chat_template._WORKER
     assert worker._process is not None
     assert worker._connection is not None
-    worker._connection.close()  # as the kernel does for a parent that was killed
+    worker._connection.close()  # as the kernel does for a killed parent
     assert worker._process.wait(20) == 0
     worker._process = worker._connection = None

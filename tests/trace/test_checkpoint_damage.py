@@ -1,4 +1,4 @@
-"""Checkpoints that are not what was written: named, set aside, never used, never a traceback."""
+"""Damaged checkpoints are named, set aside and never used, without a traceback."""
 
 import json
 import logging
@@ -36,13 +36,13 @@ def new_trainer(lora: LoraConfig | None = None) -> Trainer:
 
 @pytest.fixture(scope="module")
 def trainer() -> Trainer:
-    """One trainer for all: what it holds after a restore is what these tests look at."""
+    """One trainer for all tests, which inspect it after a restore."""
     return new_trainer()
 
 
 @pytest.fixture(scope="module")
 def saved(trainer, tmp_path_factory) -> Path:
-    """Checkpoints of steps 1 and 2, told apart by one weight."""
+    """Checkpoints of steps 1 and 2, which differ in one weight."""
     folder = tmp_path_factory.mktemp("saved")
     for step in (1, 2):
         mark(trainer, step)
@@ -91,7 +91,7 @@ def emptied(folder: Path) -> None:
     folder.mkdir()
 
 
-# Each is found by names, headers or checksums.
+# Names, headers or checksums reveal each of these.
 FILES = {
     "empty folder": emptied,
     "weights flipped": flipped("model.safetensors"),
@@ -111,7 +111,7 @@ FILES = {
 
 
 def state(change: Callable[[dict[str, Any]], Any]) -> Damage:
-    """A change of the state that no checksum betrays: as in a checkpoint that has none."""
+    """A change of the state in a checkpoint without checksums."""
 
     def damage(folder: Path) -> None:
         saved = load_state(folder / "trainer.safetensors")
@@ -179,9 +179,9 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(trainer, run, dama
     mark(trainer, 9)
     assert resume(trainer, run) == run / "step-00001"
     assert trainer.state.step == 1 == weight(trainer)[0, 0]
-    (said,) = warnings(caplog)
-    assert "step-00002" in said
-    assert "\n" not in said
+    (warning,) = warnings(caplog)
+    assert "step-00002" in warning
+    assert "\n" not in warning
     assert [path.name for path in checkpoints(run)] == ["step-00001"]
     assert (run / "damaged-step-00002").is_dir()
 
@@ -199,7 +199,7 @@ def test_a_trainer_whose_checkpoints_are_all_damaged_stays_as_it_is(trainer, run
 
 
 @pytest.mark.parametrize("name", ["step-x", "step-", "step-1", "step-00003.bak", "step--0001"])
-def test_what_has_no_checkpoints_name_is_left_alone(trainer, run, name, caplog):
+def test_files_without_a_checkpoints_name_are_left_alone(trainer, run, name, caplog):
     (run / name).mkdir()
     (run / "step-00007").write_text("no folder")
     assert resume(trainer, run) == run / "step-00002"

@@ -25,7 +25,7 @@ def trainer() -> Trainer:
 
 @contextmanager
 def files_end_at(size: int) -> Iterator[None]:
-    """No file may grow beyond this, as if the disk were full."""
+    """No file may grow beyond this size, as if the disk were full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -35,13 +35,11 @@ def files_end_at(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("full_at", ["model.safetensors", "trainer.safetensors"])
-def test_whatever_file_has_no_room_it_is_one_sentence_and_nothing_is_left(
-    trainer, tmp_path, full_at
-):
-    whole = save_checkpoint(trainer, tmp_path / "whole")
-    size = (whole / full_at).stat().st_size
+def test_a_full_disk_at_any_file_is_one_sentence_and_leaves_nothing(trainer, tmp_path, full_at):
+    saved = save_checkpoint(trainer, tmp_path / "saved")
+    size = (saved / full_at).stat().st_size
     if full_at == "trainer.safetensors":
-        assert (whole / "model.safetensors").stat().st_size < size - 4096
+        assert (saved / "model.safetensors").stat().st_size < size - 4096
     with (
         files_end_at(size - 4096),
         pytest.raises(InputError, match=r"step-00000: could not be written .*make room"),
@@ -63,10 +61,10 @@ def test_pruning_keeps_the_newest_by_number(tmp_path):
     assert names(tmp_path) == ["step-100000", "step-99999"]
 
 
-def test_what_a_kill_left_of_a_pruned_checkpoint_is_no_checkpoint(trainer, tmp_path):
-    whole = save_checkpoint(trainer, tmp_path)
-    shutil.copytree(whole, tmp_path / ".tmp-step-00009")
-    assert checkpoints(tmp_path) == [whole]
+def test_the_remains_of_a_pruned_checkpoint_are_no_checkpoint(trainer, tmp_path):
+    saved = save_checkpoint(trainer, tmp_path)
+    shutil.copytree(saved, tmp_path / ".tmp-step-00009")
+    assert checkpoints(tmp_path) == [saved]
     trainer.state.step = 1
     save_checkpoint(trainer, tmp_path)
     trainer.state.step = 0

@@ -1,4 +1,4 @@
-"""Routed tables of worked examples: who is routed, what the teacher is told, what stays out."""
+"""Routed tables of worked examples: routed tokens, the teacher's context, responses left out."""
 
 import re
 import sys
@@ -25,7 +25,7 @@ def routing(**fields) -> RoutingConfig:
     return RoutingConfig(**(BOTH | fields))
 
 
-def test_spans_are_routed_by_correctness_and_told_by_their_label_alone(example):
+def test_spans_are_routed_by_correctness_and_the_teacher_sees_only_their_label(example):
     rows = example(RIGHT | KEY, WRONG | ERROR, RIGHT).routed(routing())
     assert [row["route"] for row in rows] == [
         [0, 0, 0, FKL, FKL, FKL, 0, 0, 0],
@@ -48,9 +48,9 @@ def test_without_annotations_type_routes_nothing_and_another_context_routes_on(e
     made = example(RIGHT | KEY, WRONG | ERROR)
     bare = type(made)(made.problems, made.rollouts, made.verdicts, None, made.bytes)
     assert [row["route"] for row in bare.routed(routing(rule="all"))] == [[0] * 9] * 2
-    told = bare.routed(routing(rule="all", teacher_context="answer"))
-    assert [row["route"] for row in told] == [[FKL] * 9, [RKL] * 9]
-    assert [row["diagnostic_type"] for row in told] == [None, None]
+    found = bare.routed(routing(rule="all", teacher_context="answer"))
+    assert [row["route"] for row in found] == [[FKL] * 9, [RKL] * 9]
+    assert [row["diagnostic_type"] for row in found] == [None, None]
 
 
 @pytest.mark.parametrize("context", ["type", "answer", "solution", "peer"])
@@ -64,7 +64,7 @@ def test_without_a_teacher_every_response_is_plain_grpo(example, context):
 
 
 @pytest.mark.parametrize("context", ["answer", "solution"])
-def test_the_teacher_is_told_the_problems_answer_or_solution(example, context):
+def test_the_teacher_sees_the_problems_answer_or_solution(example, context):
     made = example(RIGHT | KEY, RIGHT | {"group": "h"} | KEY)
     rows = made.routed(routing(teacher_context=context))
     assert [row["teacher_context"] for row in rows] == [f"{context} g", f"{context} h"]
@@ -168,8 +168,8 @@ def test_the_routed_table_does_not_depend_on_the_buffer_unless_the_penalty_is_so
 @pytest.mark.parametrize("rule", ["spans", "all", "random", "inverted"])
 def test_under_the_type_label_no_answer_solution_or_peer_reaches_table_or_prompt(example, rule):
     secret = example(RIGHT | KEY, RIGHT | {"text": "SECRET\nSECRET"} | KEY, WRONG | ERROR)
-    told = secret.with_problems(answer="SECRET", solution="SECRET")
-    rows, plain = told.routed(routing(rule=rule)), secret.routed(routing(rule=rule))
+    secret_problems = secret.with_problems(answer="SECRET", solution="SECRET")
+    rows, plain = secret_problems.routed(routing(rule=rule)), secret.routed(routing(rule=rule))
     assert any(any(row["route"]) for row in rows)
     assert rows == plain  # the table itself does not change
     for row in rows:
@@ -226,15 +226,13 @@ def test_segments_that_do_not_tile_their_response_are_refused(example, bounds):
         replaced(made, "annotations", "segments", torn).routed(routing())
 
 
-def test_a_rollout_of_a_problem_that_is_not_there_is_refused(example):
+def test_a_rollout_of_a_missing_problem_is_refused(example):
     made = example(RIGHT, RIGHT | {"group": "h"})
     with pytest.raises(InputError, match=r"rollout r1: problem p-h is not in the problems table"):
         replace(made, problems=made.problems.slice(0, 1)).routed(routing())
 
 
-def test_a_rule_of_ones_own_is_shown_each_response_that_has_a_teacher(
-    example, tmp_path, monkeypatch
-):
+def test_a_users_rule_sees_each_response_that_has_a_teacher(example, tmp_path, monkeypatch):
     (tmp_path / "seeing.py").write_text(
         "seen = []\n\n\ndef rule(response):\n"
         "    seen.append(response)\n    return response.token_segment\n"

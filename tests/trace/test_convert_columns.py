@@ -1,6 +1,6 @@
-"""Routed tables of random parts equal those made row by row, value for value.
+"""Routed tables of random parts equal those made row by row.
 
-The slow twin works on one dictionary per row, as METHOD.md reads.
+The slow twin works on one dictionary per row and follows METHOD.md.
 """
 
 import math
@@ -27,7 +27,7 @@ from trace_opd.trace.align import ByteTable, byte_table
 from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import load_tokenizer
 
-# --- the slow twin ---------------------------------------------------------------------------------
+# --- the slow twin --------------------------------------------------------------------------------
 
 
 def row_by_row(
@@ -88,13 +88,13 @@ def _routed(
         span_id = _span_ids(row["rollout_id"], segment, spans, marked, config)
     action = config.key if row["correct"] else config.error
     route = [int(action) if rank >= 0 else int(Route.GRPO) for rank in span_id]
-    told = config.teacher_context != "type" and any(route)
+    shown = config.teacher_context != "type" and any(route)
     return {name: row[name] for name in ROUTED.schema.names if name in row} | {
         "problem": row["problem"]["problem"],
         "route": route,
         "span_id": span_id,
         "diagnostic_type": label if any(rank >= 0 for rank in span_id) else None,
-        "teacher_context": context if told else None,
+        "teacher_context": context if shown else None,
         "coverage": sum(rank >= 0 for rank in span_id) / len(span_id),
         "dropped_tokens": sum(m and r < 0 for m, r in zip(marked, span_id, strict=True)),
     }
@@ -133,7 +133,7 @@ def _span_ids(
     return span_id
 
 
-# --- random parts ----------------------------------------------------------------------------------
+# --- random parts ---------------------------------------------------------------------------------
 
 
 def _word_pieces(byte_fallback: bool) -> Tokenizer:
@@ -164,19 +164,19 @@ def table_of(kind: str) -> ByteTable:
 
 
 KINDS = ["byte level", "byte fallback", "characters"]
-# By this name a rule is taken as one of the user's own: it is shown one response at a time.
+# Under this name a rule counts as the user's own: it sees one response at a time.
 OWN = "trace_opd.trace.route:"
 
 
 @st.composite
 def token_lists(draw: st.DrawFn, table: ByteTable) -> list[int]:
-    """Mostly whole characters, sometimes any ids at all, those past the table included."""
+    """Mostly complete characters, sometimes any ids, even past the end of the table."""
     size = len(table.pieces)
     if draw(st.integers(0, 3)) == 0:
         return draw(st.lists(st.integers(0, size + 2), max_size=12))
     of_byte = {piece: index for index, piece in enumerate(table.pieces) if len(piece) == 1}
-    whole = [i for i, piece in enumerate(table.pieces) if _is_text(piece)]
-    text = draw(st.lists(st.sampled_from([*whole, "é", "漢", "😀", size - 1]), max_size=24))
+    texts = [i for i, piece in enumerate(table.pieces) if _is_text(piece)]
+    text = draw(st.lists(st.sampled_from([*texts, "é", "漢", "😀", size - 1]), max_size=24))
     out: list[int] = []
     for one in text:
         pieces = [one] if isinstance(one, int) else [of_byte.get(bytes([b])) for b in one.encode()]
@@ -215,7 +215,8 @@ def rows(draw: st.DrawFn, table: ByteTable, index: int) -> tuple[dict, dict, dic
     token_ids = draw(token_lists(table))
     response = table.text(token_ids)
     rollout = ids | {
-        "sample_index": draw(st.integers(0, 3)), "prompt_token_ids": draw(st.sampled_from([[3], [1, 2]])),
+        "sample_index": draw(st.integers(0, 3)),
+        "prompt_token_ids": draw(st.sampled_from([[3], [1, 2]])),
         "token_ids": token_ids, "logprobs": [-0.1 * at for at in range(len(token_ids))],
         "response": response, "finish_reason": draw(st.sampled_from(["stop", "length"])),
         "policy_name": "p", "policy_revision": "r", "policy_step": 0, "vocab_fingerprint": "v",

@@ -23,7 +23,7 @@ MIXED = [3, 0, 4, 1, 2, 0, 3, 2, 1, 4, 0, 1]
 
 @dataclass(frozen=True)
 class Case:
-    """A micro-batch and two heads; teacher_hidden holds routed tokens only, in their order."""
+    """A micro-batch and two heads; teacher_hidden has one row per routed token, in order."""
 
     hidden: torch.Tensor
     head: Head
@@ -33,7 +33,7 @@ class Case:
 
     @property
     def variables(self) -> dict[str, torch.Tensor]:
-        """What the loss has gradients for."""
+        """The tensors that get gradients."""
         named = {"hidden": self.hidden, "weight": self.head.weight, "bias": self.head.bias}
         return {name: x for name, x in named.items() if x is not None and x.requires_grad}
 
@@ -189,7 +189,7 @@ def assert_equals_twin(case: Case, config: LossConfig, lam: float, w0: float = 0
 
 @contextmanager
 def buffers(rows: int, block: int, vocab: int) -> Iterator[None]:
-    """Room for so many rows of logits at once, worked on in blocks of so many."""
+    """Buffers of `rows` rows of logits, processed in blocks of `block`."""
     with pytest.MonkeyPatch.context() as patch:
         for name, count in (("BUFFER_BYTES", rows), ("_BLOCK_BYTES", block)):
             patch.setattr(fused, name, dict.fromkeys(("cpu", "cuda"), 8 * count * vocab))
@@ -206,7 +206,9 @@ OPTIONS = {
     "reference kl": {"reference_kl": 0.3},
     "reweight far": {"reweight_clip": 0.9},
     "other bounds": {"kl_clip_value": 0.5, "clip_low": 0.02, "clip_high": 0.03},
-    "all at once": {"jsd_beta": 0.3, "entropy_beta": 0.7, "truncated_importance": 0.9, "reference_kl": 0.2},
+    "all at once": {
+        "jsd_beta": 0.3, "entropy_beta": 0.7, "truncated_importance": 0.9, "reference_kl": 0.2,
+    },
 }  # fmt: skip
 LAYOUTS = {
     "all kinds in any order": MIXED,
@@ -286,7 +288,7 @@ def test_gradcheck():
     case = made_case(MIXED, vocab=4, width=2, bias=True, softcap=5.0)
 
     class Repeatable(torch.autograd.Function):
-        """gradcheck asks for a gradient many times; the fused pass gives its own away once."""
+        """gradcheck asks for a gradient many times; the fused pass gives it only once."""
 
         @staticmethod
         def forward(ctx: Any, *variables: torch.Tensor):
@@ -312,12 +314,12 @@ def test_gradcheck():
 @pytest.mark.parametrize("block", [1, 2, 7])
 def test_small_buffers_change_nothing(rows, block):
     case = made_case(MIXED * 3, bias=True, softcap=4.0)
-    whole = ours(case, LossConfig(), 0.3, 0.4)
+    at_once = ours(case, LossConfig(), 0.3, 0.4)
     with buffers(rows, block, vocab=7):
         cut = ours(case, LossConfig(), 0.3, 0.4)
-    for one, other in zip(whole, cut, strict=True):
+    for one, other in zip(at_once, cut, strict=True):
         assert_close(one, other, rtol=1e-13, atol=1e-14)
-    expected, got = gradients(case, whole.loss), gradients(case, cut.loss)
+    expected, got = gradients(case, at_once.loss), gradients(case, cut.loss)
     for name, gradient in expected.items():
         assert_close(got[name], gradient, rtol=1e-12, atol=1e-14)
 
@@ -326,7 +328,7 @@ def test_small_buffers_change_nothing(rows, block):
 
 
 @pytest.mark.parametrize("wanted", list(product([False, True], repeat=3)))
-def test_only_gradients_that_are_asked_for_are_made(wanted):
+def test_only_requested_gradients_are_computed(wanted):
     full = made_case(MIXED, bias=True)
     expected = gradients(full, ours(full, LossConfig(), 0.3, 0.4).loss)
     case = made_case(MIXED, bias=True)

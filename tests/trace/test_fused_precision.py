@@ -1,4 +1,4 @@
-"""The fused objective's sums and its memory, against the same pass in float64."""
+"""The fused objective's sums and memory, against the same pass in float64."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ DOUBLE, BFLOAT16 = torch.float64, torch.bfloat16
 
 @dataclass(frozen=True)
 class Run:
-    """One pass and what its gradients go into."""
+    """One pass, and the tensors that receive its gradients."""
 
     output: LossOutput
     hidden: torch.Tensor
@@ -30,7 +30,7 @@ class Run:
 
 
 def run(states: torch.dtype, weights: torch.dtype, tokens: int, vocab: int, width: int = 16) -> Run:
-    """The same values, which bfloat16 holds exactly, in the dtypes asked for."""
+    """The same values, exact in bfloat16, in the given dtypes."""
     generator = torch.Generator().manual_seed(0)
     rest = torch.promote_types(states, torch.float32)
 
@@ -57,7 +57,7 @@ def run(states: torch.dtype, weights: torch.dtype, tokens: int, vocab: int, widt
 
 @contextmanager
 def buffers(rows: int, block: int, vocab: int) -> Iterator[None]:
-    """Room for so many rows of float32 logits at once, worked on in blocks of so many."""
+    """Buffers of `rows` rows of float32 logits, processed in blocks of `block`."""
     with pytest.MonkeyPatch.context() as patch:
         for name, count in (("BUFFER_BYTES", rows), ("_BLOCK_BYTES", block)):
             patch.setattr(fused, name, dict.fromkeys(("cpu", "cuda"), 4 * count * vocab))
@@ -67,7 +67,7 @@ def buffers(rows: int, block: int, vocab: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("states", "weights", "rounding"),
     [
-        # bfloat16 rounds logits to 8 bits; everything behind them is float32.
+        # bfloat16 rounds logits to 8 bits; everything after them is float32.
         (BFLOAT16, BFLOAT16, 0.02),
         (BFLOAT16, torch.float32, 0.02),
         (torch.float32, torch.float32, 1e-5),
@@ -89,7 +89,7 @@ def test_loss_and_gradients_are_float64s_within_the_states_rounding(states, weig
 
 
 def test_the_heads_gradient_is_summed_in_float32_whatever_the_states_are():
-    """4,000 alike tokens, two at a time: in bfloat16 the sum would stop growing early."""
+    """4,000 equal tokens, two at a time: a sum in bfloat16 would stop growing early."""
     tokens, vocab = 4000, 8
     hidden = torch.ones(tokens, 4, dtype=BFLOAT16)
     weight = torch.zeros(vocab, 4, dtype=torch.float32).requires_grad_()
@@ -109,7 +109,7 @@ def test_the_heads_gradient_is_summed_in_float32_whatever_the_states_are():
 
 
 class Made(TorchDispatchMode):
-    """Shapes of the tensors that operations give back."""
+    """Records the shapes of the tensors that operations return."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Activations are recomputed, with the same gradients, and sampling keeps its cache."""
+"""Gradient checkpointing: recomputed activations, equal gradients, and sampling keeps its cache."""
 
 import pytest
 import torch
@@ -27,9 +27,10 @@ def layers(model):
 
 
 def counted(model):
-    """How often layers ran forward, counted inside them where a recomputation passes too.
+    """How often each layer ran forward, recomputations included.
 
-    At the way into the MLP: a recomputation stops before the layer's end, once it has all it needs.
+    Counted at the input of the MLP: a recomputation stops before the layer's end, as soon as it has
+    everything that it needs.
     """
     calls = []
     for layer in layers(model):
@@ -42,7 +43,7 @@ def states(model):
 
 
 def kept_bytes(model):
-    """Bytes that autograd keeps of one forward pass, parameters left out."""
+    """Bytes that autograd keeps of one forward pass, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -68,7 +69,7 @@ def test_each_layer_is_run_again_in_the_backward_pass():
         assert len(calls) == runs * len(layers(model))
 
 
-def test_sampling_in_between_neither_recomputes_nor_ends_it():
+def test_sampling_in_between_neither_recomputes_nor_disables_it():
     checkpointed = policy(True)
     calls = counted(checkpointed.model)
     sampling = SamplingConfig(max_new_tokens=8)
@@ -82,7 +83,7 @@ def test_sampling_in_between_neither_recomputes_nor_ends_it():
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
-def test_gradients_are_those_without_it_and_nothing_but_layers_inputs_is_kept(lora):
+def test_gradients_are_equal_and_only_layer_inputs_are_kept(lora):
     if lora is not None:
         pytest.importorskip("peft")
     gradients = []
@@ -94,7 +95,7 @@ def test_gradients_are_those_without_it_and_nothing_but_layers_inputs_is_kept(lo
     assert all(torch.equal(gradients[0][name], grad) for name, grad in gradients[1].items())
     one_state = IDS.numel() * backbone(policy(False).model).config.hidden_size * 4
     kept = kept_bytes(policy(True, lora).model)
-    # An input per layer, and what the last norm keeps behind them.
+    # One input per layer, and what the last norm keeps.
     assert kept < (len(layers(policy(True).model)) + 5) * one_state
     assert kept_bytes(policy(False, lora).model) > 4 * kept
 

@@ -1,4 +1,4 @@
-"""The identity of a model folder: what changes it, what does not, and the cache of hashes."""
+"""The identity of a model folder: which files change it, and the cache of hashes."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from trace_opd.trace.identity import model_revision
 from trace_opd.trace.policy import policy_name
 
 MICRO = Path(__file__).parents[2] / "data" / "micro"
-LARGE = 1 << 24  # bytes from which hashes are cached
+LARGE = 1 << 24  # bytes; hashes of files from this size on are cached
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_broken_index_is_one_sentence_with_its_name(folder, index):
         model_revision(str(folder))
 
 
-def test_what_is_no_folder_has_no_identity(tmp_path):
+def test_a_path_that_is_no_folder_has_no_identity(tmp_path):
     with pytest.raises(InputError, match="is no folder"):
         model_revision("owner/name")
 
@@ -123,7 +123,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def weights(folder) -> Path:
-    """A file large enough for the cache, last changed a minute ago."""
+    """A file large enough for the cache, last modified a minute ago."""
     file = folder / "model.safetensors"
     with file.open("r+b") as content:
         content.truncate(LARGE)
@@ -138,7 +138,7 @@ def aged(file: Path, by_s: float = 60) -> Path:
 
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
-    """Names of the large files that were read. The change time can't be set back, only waited out."""
+    """Names of the large files that were read. A change time can't be set, so the test waits."""
     read = []
     digest = identity.sha256_of
 

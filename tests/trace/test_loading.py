@@ -1,4 +1,4 @@
-"""Model folders that are damaged or incomplete: one sentence with the file, and never random weights."""
+"""Damaged or incomplete model folders: one sentence that names the file, never random weights."""
 
 import json
 import shutil
@@ -94,7 +94,8 @@ WEIGHTS = {
 TENSORS = {
     "missing": (
         tensors(lambda t: {n: w for n, w in t.items() if "layers.1.mlp" not in n}),
-        r"lack model\.layers\.1\.mlp\.down_proj\.weight, [^,]+, model\.layers\.1\.mlp\.up_proj\.weight;",
+        r"lack model\.layers\.1\.mlp\.down_proj\.weight, [^,]+, "
+        r"model\.layers\.1\.mlp\.up_proj\.weight;",
     ),
     "foreign prefix": (
         tensors(lambda t: {f"foo.{n}": w for n, w in t.items()}),
@@ -120,11 +121,11 @@ def spoilt(value: float) -> Damage:
     return tensors(change)
 
 
-def refused(call: Callable[[], Any], *said: str) -> None:
+def refused(call: Callable[[], Any], *words: str) -> None:
     with pytest.raises(InputError) as caught:
         call()
     message = str(caught.value)
-    assert all(part in message for part in said), message
+    assert all(part in message for part in words), message
     assert "\n" not in message
 
 
@@ -136,7 +137,7 @@ def test_a_json_file_that_holds_no_object_is_named(folder, damage, name):
 
 
 @pytest.mark.parametrize("damage", CONFIG.values(), ids=CONFIG)
-def test_a_config_that_no_model_can_be_made_of_is_named(folder, damage):
+def test_a_config_that_makes_no_model_is_named(folder, damage):
     damage(folder)
     refused(lambda: load_model(str(folder), torch.float32), str(folder), "config.json")
     refused(lambda: check_model(str(folder)), str(folder))
@@ -154,7 +155,7 @@ def test_a_tokenizer_that_cannot_be_made_is_named(folder, damage):
 
 
 @pytest.mark.parametrize("ends", ["x", -1, 1.5, [0, "x"], {}, True])
-def test_end_of_text_ids_that_are_none_are_refused(folder, ends):
+def test_invalid_end_of_text_ids_are_refused(folder, ends):
     setting("generation_config.json", eos_token_id=ends)(folder)
     refused(lambda: load_policy(str(folder), "cpu"), "generation_config.json", "eos_token_id")
 
@@ -166,13 +167,13 @@ def test_weights_that_cannot_be_read_are_named(folder, damage):
         refused(lambda load=load: load(str(folder)), "model.safetensors")
 
 
-@pytest.mark.parametrize(("damage", "said"), TENSORS.values(), ids=TENSORS)
+@pytest.mark.parametrize(("damage", "words"), TENSORS.values(), ids=TENSORS)
 def test_tensors_that_do_not_fit_the_config_are_named_and_never_drawn_at_random(
-    folder, damage, said
+    folder, damage, words
 ):
     damage(folder)
     for load in (load_policy, check_model):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=words):
             load(str(folder))
 
 
@@ -192,13 +193,13 @@ def test_large_weights_whose_sum_overflows_are_finite(folder):
     load_policy(str(folder), "cpu")
 
 
-def test_adapters_beside_the_weights_are_refused(folder):
+def test_adapters_in_a_folder_with_weights_are_refused(folder):
     write("adapter_config.json", b"{}")(folder)
     refused(lambda: load_policy(str(folder), "cpu"), "adapter_config.json", "merge")
 
 
-def test_what_transformers_declares_ignorable_may_be_there_or_be_missing(folder):
-    # Tied to the embedding: the file may hold it or not.
+def test_tensors_that_transformers_ignores_may_be_present_or_missing(folder):
+    # The tied head: the file may hold it or not.
     tensors(lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()})(folder)
     check_model(str(folder))
     assert load_policy(str(folder), "cpu").info.revision

@@ -1,4 +1,4 @@
-"""Adapters: what trains, in which type, and how they are saved, restored and merged."""
+"""LoRA adapters: what trains, in which dtype, and how adapters are saved, restored and merged."""
 
 import sys
 
@@ -31,7 +31,7 @@ def adapted(lora=LORA, precision="float32", **options):
 
 
 def one_step(policy, lr=0.05):
-    """A gradient step that gives the adapters values of their own."""
+    """A gradient step that gives the adapters nonzero values."""
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     with policy.autocast():
         states = backbone(policy.model)(input_ids=IDS, use_cache=False).last_hidden_state
@@ -86,7 +86,7 @@ def test_restored_adapters_are_identical(tmp_path):
     policy = adapted()
     one_step(policy)
     save_adapters(policy.model, tmp_path)
-    assert not list(tmp_path.glob("model*.safetensors"))  # the base's weights stay where they are
+    assert not list(tmp_path.glob("model*.safetensors"))  # the base's weights are not copied
     fresh = adapted()
     assert not torch.equal(logits(fresh.model), logits(policy.model))
     set_adapters(fresh.model, read_adapters(fresh.model, tmp_path))
@@ -112,7 +112,7 @@ def test_saved_adapters_load_through_peft(tmp_path):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
-def test_the_merged_model_loads_in_transformers_and_says_what_the_adapted_one_says(
+def test_the_merged_model_loads_in_transformers_and_has_the_adapted_ones_logits(
     precision, tolerance, tmp_path
 ):
     policy = adapted(precision=precision)
@@ -129,8 +129,8 @@ def test_the_merged_model_loads_in_transformers_and_says_what_the_adapted_one_sa
     assert (logits(base) - expected).abs().max() > 10 * tolerance
 
 
-def test_a_merged_state_dict_can_come_from_elsewhere(tmp_path):
-    """Where parameters are sharded, the gathered state dict is handed in."""
+def test_a_merged_state_dict_can_be_passed_in(tmp_path):
+    """Where parameters are sharded, the caller passes the gathered state dict."""
     policy = adapted()
     one_step(policy)
     gathered = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
@@ -181,6 +181,6 @@ def test_target_modules_that_cannot_train_are_refused(modules, what):
 
 
 def test_without_peft_its_pip_command_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)  # for find_spec: not installed
+    monkeypatch.setitem(sys.modules, "peft", None)  # find_spec then reports it as not installed
     with pytest.raises(InputError, match="pip install peft"):
         load_policy(MICRO, "cpu", trainable=True, lora=LORA)

@@ -1,4 +1,4 @@
-"""The objective against a float64 reference in plain Python, and on examples done by hand."""
+"""The objective against a float64 reference in plain Python, and on examples by hand."""
 
 import math
 import random
@@ -25,12 +25,12 @@ VOCAB = 5
 NO_CLIP = LossConfig(kl_clip=KlClip.NONE)
 
 
-# --- the reference: METHOD.md's formulas, loops only ---
+# --- the reference: METHOD.md's formulas in plain loops ---
 
 
 @dataclass
 class Response:
-    """One response y; logits and teacher's logits are (tokens, vocab) lists."""
+    """One response y; logits and teacher's logits are lists of shape (tokens, vocab)."""
 
     logits: list[list[float]]
     teacher: list[list[float]]
@@ -78,7 +78,7 @@ def reference_kl(p: list[float], q: list[float], route: int, config: LossConfig)
 
 
 def reference_gradient(responses: list[Response], lam: float, config: LossConfig) -> list[float]:
-    """Central differences of the reference, in the order of responses, tokens, vocabulary."""
+    """Central differences of the reference, ordered by response, token, vocabulary entry."""
     gradient, step = [], 1e-6
     for y in responses:
         for row in y.logits:
@@ -99,7 +99,7 @@ def reference_gradient(responses: list[Response], lam: float, config: LossConfig
 def response(
     seed: object, route: list[int], advantage: float, log_ratio: float | None = None
 ) -> Response:
-    """Random logits; log_ratio fixes the ratio to the sampling policy, else it is near 1."""
+    """Random logits; log_ratio fixes the ratio to the sampling policy, by default near 1."""
     rng = random.Random(str(seed))
     logits = [[rng.gauss(0, 1.5) for _ in range(VOCAB)] for _ in route]
     teacher = [[x + rng.gauss(0, 1) for x in row] for row in logits]
@@ -123,7 +123,7 @@ CASES = {
     "fkl on right, rkl on wrong": responses(([0, 1, 0, 1], 0.8), ([2, 0, 0, 2, 2], -0.8)),
     "both in one response": responses(([1, 2, 0, 2, 1], 0.6), ([0, 0], -0.6)),
     "all routed": responses(([1, 1, 1], 1.0), ([2, 2], -1.0)),
-    "no spans beside spans": responses(([0, 0, 0, 0], -0.4), ([0, 1], 0.4)),
+    "with and without spans": responses(([0, 0, 0, 0], -0.4), ([0, 1], 0.4)),
     "equal rewards": responses(([0, 1, 1], 0.0), ([0, 2, 0], 0.0)),
     "one token": responses(([1], 1.0)),
     "far above, advantage positive": responses(([0, 1, 2, 0], 1.0, 1.5)),
@@ -234,8 +234,8 @@ def test_the_clips_bound_and_the_ratios_bounds_are_the_configs(clip, bound):
 
 def test_cutting_a_step_in_micro_batches_changes_neither_loss_nor_gradient():
     case = CASES["fkl spans"]
-    whole = as_inputs(case)
-    loss, gradient = loss_and_gradient(whole, 0.2, LossConfig())
+    at_once = as_inputs(case)
+    loss, gradient = loss_and_gradient(at_once, 0.2, LossConfig())
     parts = []
     for y in case:
         part = as_inputs([y])
@@ -358,7 +358,7 @@ def test_each_clip_of_each_kl_by_hand(route, clip, expected):
     assert kl_of(route, kl_clip=clip, kl_clip_value=0.05)[0] == pytest.approx(expected, abs=2e-6)
 
 
-def test_the_exact_kl_is_told_beside_the_clipped_one():
+def test_the_exact_kl_is_reported_with_the_clipped_one():
     assert kl_of(Route.FKL, kl_clip="token", kl_clip_value=0.05)[1:] == (
         pytest.approx(0.130812, abs=1e-6),
         True,
@@ -404,7 +404,7 @@ def test_the_clipped_surrogate_by_hand(ratio, advantage, loss, binds):
     assert clipped.item() is binds
 
 
-def test_a_whole_response_by_hand():
+def test_a_response_of_four_tokens_by_hand():
     # Four tokens at ratio 1 with advantage 1, one of them FKL-routed with p and q from above,
     # λ = ¼ and w0 = ½: L = ¼ (−3 − ½ + ¼ · 0.130812).
     logits = torch.tensor([P] * 4, dtype=torch.float64).log().requires_grad_()

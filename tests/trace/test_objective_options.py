@@ -1,4 +1,4 @@
-"""The objective's options on examples done by hand; test_fused.py has them all together."""
+"""The objective's options on examples by hand; test_fused.py combines them all."""
 
 from math import exp, log
 
@@ -36,9 +36,9 @@ def one_token(
     q: list[float] = Q,
     base: float | None = None,
 ) -> tuple[LossOutput, list[float]]:
-    """Token 0 of weight 1 under P; the loss and its gradient in the logits.
+    """Token 0 of weight 1 under P: the loss, and its gradient in the logits.
 
-    ratio: p to the sampling policy's probability; base: the base policy's probability.
+    ratio: p over the sampling policy's probability. base: the base policy's probability.
     """
     logits = double(*P).log()[None].requires_grad_()
     inputs = LossInputs(
@@ -61,12 +61,12 @@ def one_token(
 
 
 def in_logits(slope: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """The gradient that a divergence's slope stands for."""
+    """The gradient in the logits that follows from a divergence's slope."""
     return slope - p * slope.sum(-1, keepdim=True)
 
 
 def jsd(p: list[float], q: list[float], **config) -> tuple[float, torch.Tensor]:
-    """Value, and gradient in the student's logits."""
+    """The value, and its gradient in the student's logits."""
     at_p, at_q = double(*p)[None], double(*q)[None]
     value, _, _, slope = divergence(
         Route.JSD, at_p, at_p.log(), at_q, at_q.log(), LossConfig(**config)
@@ -94,7 +94,7 @@ def test_half_way_jsd_is_symmetric():
 
 
 @pytest.mark.parametrize("other", [Route.FKL, Route.RKL])
-def test_jsd_goes_over_into_the_kls_at_its_ends(other):
+def test_jsd_converges_to_the_kls_at_its_ends(other):
     share = 1e-6
     value, gradient = jsd(P, Q, jsd_beta=share if other is Route.FKL else 1 - share)
     p, q = double(*P)[None], double(*Q)[None]
@@ -122,7 +122,7 @@ def test_jsd_stays_bounded_and_finite_where_student_and_teacher_share_nothing():
         (1.0, 0.75, 1.05),  # 1 − ¼ + ¼ · min(1.5, 1.2)
         (1.0, 0.55, 1.025),  # 1 − ¼ + ¼ · 1.1
         (1.0, 0.25, 0.95),  # 1 − ¼ + ¼ · max(0.5, 0.8)
-        (-1.0, 0.75, -0.95),  # blame is the smaller, the likelier the teacher finds the token
+        (-1.0, 0.75, -0.95),  # the likelier the token for the teacher, the smaller its penalty
         (-1.0, 0.25, -1.05),
         (0.0, 0.75, 0.0),
     ],
@@ -150,7 +150,7 @@ def test_the_divergence_weighs_by_the_teachers_entropy(beta):
     skew, _ = one_token(LossConfig(entropy_beta=beta), Route.FKL, 0.3)
     entropy = -(0.75 * log(0.75) + 0.25 * log(0.25))
     assert skew.loss.item() == pytest.approx(0.3 * exp(-beta * entropy) * FORWARD, rel=1e-5)
-    assert skew.kl.item() == pytest.approx(FORWARD, abs=1e-6)  # told without the weight
+    assert skew.kl.item() == pytest.approx(FORWARD, abs=1e-6)  # reported without the weight
     out, gradient = one_token(LossConfig(entropy_beta=beta), Route.RKL, 0.3, q=even)
     assert out.loss.item() == pytest.approx(0, abs=1e-9)
     assert gradient == pytest.approx([0, 0], abs=1e-9)
@@ -177,7 +177,7 @@ def test_without_grpo_rewards_and_ratios_change_nothing(ratio):
         assert gradient == pytest.approx([0.3 * (0.5 - 0.75), 0.3 * (0.5 - 0.25)])
 
 
-def test_without_grpo_reweighting_has_nothing_to_weigh():
+def test_without_grpo_reweighting_has_no_effect():
     assert one_token(LossConfig(grpo=False), Route.REWEIGHT, 0.3)[1] == [0, 0]
 
 
@@ -186,7 +186,10 @@ def test_without_grpo_reweighting_has_nothing_to_weigh():
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "weight", "binds"),
-    [(1.0, 1.0, 1.0, 0), (1.5, 1.0, 1.5, 0), (3.0, 1.0, 2.0, 1), (3.0, -1.0, 2.0, 1), (0.1, -1.0, 0.1, 0)],
+    [
+        (1.0, 1.0, 1.0, 0), (1.5, 1.0, 1.5, 0), (3.0, 1.0, 2.0, 1), (3.0, -1.0, 2.0, 1),
+        (0.1, -1.0, 0.1, 0),
+    ],
 )  # fmt: skip
 def test_the_importance_weight_is_capped_and_a_constant(ratio, advantage, weight, binds):
     out, gradient = one_token(
@@ -216,7 +219,7 @@ def test_the_kl_to_the_base_policy_by_hand():
         assert gradient == pytest.approx([0.1 * 0.5 * 0.5, -0.1 * 0.5 * 0.5])
 
 
-def test_routed_tokens_stay_by_the_base_policy_too():
+def test_the_reference_kl_applies_to_routed_tokens_too():
     config = LossConfig(reference_kl=0.1)
     near, _ = one_token(config, Route.FKL, 0.3, base=0.5)
     far, _ = one_token(config, Route.FKL, 0.3, base=0.25)

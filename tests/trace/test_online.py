@@ -24,9 +24,10 @@ ROUTING = RoutingConfig(key="fkl", error="rkl")
 
 @dataclass
 class Run:
-    """An online source whose rollouts are written by a rule instead of a policy.
+    """An online source whose rollouts follow a rule instead of a policy.
 
-    signal: whether a problem's group of two has a right and a wrong response, else both are wrong.
+    signal: whether a problem's group of two has a correct and a wrong response; otherwise both are
+    wrong.
     weights, held: steps that the trained weights, and those of the sampler, have seen.
     """
 
@@ -113,7 +114,7 @@ class Run:
         return annotator.annotate(problems, rollouts, verdicts)
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Nothing to release."""
 
 
 POOL = arithmetic_problems(3 * GROUPS, seed=0)
@@ -121,17 +122,17 @@ IDS = POOL["problem_id"].to_pylist()
 
 
 def run_where(*signal: int, pool: pa.Table = POOL, **fields) -> Run:
-    """A run in which the problems at those places of the pool have signal."""
+    """A run in which the problems at those positions of the pool have signal."""
     chosen = {IDS[place] for place in signal}
     return Run(lambda problem: problem["problem_id"] in chosen, pool, **fields)
 
 
 def trained(table: pa.Table) -> list[int]:
-    """Places in the pool of the groups that a table trains on, in its order."""
+    """Positions in the pool of the groups that a table trains on, in the table's order."""
     return [IDS.index(group) for group in dict.fromkeys(table["group_id"].to_pylist())]
 
 
-def test_without_refill_a_step_takes_its_groups_as_they_come():
+def test_without_refill_a_step_takes_its_groups_in_order():
     run = run_where(0)
     table, counts = run.collect()
     assert trained(table) == [0, 1]
@@ -172,7 +173,7 @@ def test_a_group_stays_where_no_problem_is_left_to_replace_it():
     assert counts == {"groups_replaced": 1, "staleness": 0}
 
 
-def test_all_that_was_sampled_is_written_row_for_row_and_what_trains_comes_first():
+def test_all_rollouts_are_written_and_those_that_train_are_first():
     run = run_where(0, 2, refill_rounds=1)
     table, _ = run.collect()
     written = run.written[0]
@@ -204,7 +205,7 @@ def test_without_a_teacher_nothing_is_annotated_and_groups_are_still_replaced():
         ({"key": "none", "error": "none"}, [False, False]),
     ],
 )
-def test_the_annotator_is_not_called_where_the_routing_looks_at_no_annotation(fields, routed):
+def test_the_annotator_is_not_called_where_the_routing_needs_no_annotation(fields, routed):
     run = run_where(0, routing=RoutingConfig(**({"key": "fkl", "error": "rkl"} | fields)))
     table, _ = run.collect()
     assert not run.annotated

@@ -1,4 +1,4 @@
-"""Packed rows against each sequence alone, for what architectures do to attention and logits."""
+"""Packed rows against each sequence alone, for every architecture's attention and logits."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -41,12 +41,13 @@ ROWS = {
 
 
 def tiny(model: Any, config: Any, **fields: Any) -> Any:
-    """Two layers, four query heads on two key heads, random weights large enough to matter."""
+    """Two layers, four query heads on two key heads, random weights of a size that matters."""
     torch.manual_seed(0)
     made = model(
         config(
             vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=8, bos_token_id=1, eos_token_id=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            bos_token_id=1, eos_token_id=2,
             **fields,
         )
     ).eval()  # fmt: skip
@@ -81,7 +82,7 @@ def responses_of(rows: list[tuple[list[int], int]]) -> list[np.ndarray]:
 
 
 def alone(model: Any, prompts: list[list[int]], responses: list[np.ndarray]) -> torch.Tensor:
-    """The states that predict responses, each sequence in a pass of its own: (tokens, hidden)."""
+    """The states that predict responses, each sequence in its own pass: (tokens, hidden)."""
     states = []
     for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor([[*prompt, *response.tolist()]])
@@ -90,7 +91,7 @@ def alone(model: Any, prompts: list[list[int]], responses: list[np.ndarray]) -> 
 
 
 def gradients_of(model: Any, states: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of a function of the states that weighs each entry differently."""
+    """Gradients of a function of the states that weighs each entry differently."""
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(states.shape, generator=generator).to(states.dtype)
     model.zero_grad(set_to_none=True)
@@ -113,7 +114,7 @@ def test_packed_states_and_gradients_are_those_of_each_sequence_alone(name, rows
         return states
 
     got = PackedModel(model)(pack(prompts, responses), keep)
-    # Norms of some architectures round to float32 whatever the model is in.
+    # Norms of some architectures round to float32 in any dtype.
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     packed = gradients_of(model, got)
     assert packed.keys() == gradients.keys()
@@ -145,7 +146,7 @@ def test_known_architectures_pass_the_check(name):
     [
         ("granite", lambda: tiny(GraniteForCausalLM, GraniteConfig, logits_scaling=8.0)),
         (
-            "gpt_oss",  # attends to sinks besides its tokens
+            "gpt_oss",  # attends to sinks in addition to its tokens
             lambda: tiny(
                 GptOssForCausalLM, GptOssConfig, num_local_experts=2, num_experts_per_tok=1
             ),
@@ -161,14 +162,14 @@ def test_a_shared_prompt_is_read_once():
     row = pack([A, A, B], [np.array([1, 2]), np.array([3]), np.array([4])])
     assert row.input_ids.tolist() == [[*A, 1, 2, 3, *B, 4]]
     assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 5, 0, 1, 2, 3]]
-    # Both responses' first tokens are predicted by the prompt's last state.
+    # The prompt's last state predicts the first token of both responses.
     assert row.logit_positions.tolist() == [4, 5, 4, 10]
 
 
 def test_gradients_are_the_same_bytes_each_time_on_several_threads():
-    """All states that predict are the prompt's last one: threads that add to its gradient meet."""
+    """The prompt's last state predicts every first token, so threads add to the same gradient."""
     model = tiny(LlamaForCausalLM, LlamaConfig)
-    responses = 1200  # PyTorch shares a gather's backward pass among threads from 2^15 numbers on
+    responses = 1200  # from 2^15 numbers on, PyTorch's gather uses several threads backward
     packed, row = PackedModel(model), pack([A] * responses, [np.array([20])] * responses)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -190,7 +191,7 @@ def test_a_response_does_not_see_what_shares_its_prompt():
 
 
 def test_sampling_goes_on_as_before_once_a_model_reads_packed_rows():
-    prompts = [Prompt([], ids) for ids in (A, B, C)]  # of different lengths: padded to the left
+    prompts = [Prompt([], ids) for ids in (A, B, C)]  # different lengths, so padded on the left
     sampling = SamplingConfig(temperature=0.9, max_new_tokens=24)
     seeds = [[1, 2], [3, 4], [5, 6]]
     fresh, packed = (load_policy(resolve_policy("micro"), "cpu", trainable=True) for _ in range(2))
@@ -207,7 +208,7 @@ def test_sampling_goes_on_as_before_once_a_model_reads_packed_rows():
 
 
 def test_a_window_matters_here():
-    """What the window's cases above rest on: without one the states are others."""
+    """The window cases above depend on this: without a window the states differ."""
     rows = ROWS["prompts of their own"]
     prompts, responses = [prompt for prompt, _ in rows], responses_of(rows)
     with torch.no_grad():

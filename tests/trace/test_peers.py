@@ -1,4 +1,7 @@
-"""The objective beside TRL's and Liger's, as outside witnesses; pip install -e '.[peers]'."""
+"""The objective against TRL's and Liger's as independent references.
+
+Skipped without them: pip install -e '.[peers]'.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,7 @@ MAX_COMPLETION, TEMPERATURE, REFERENCE_KL = 6, 0.7, 0.04
 
 @torch.no_grad()
 def near_logprobs(model: Any, seed: int) -> list[torch.Tensor]:
-    """Of each completion's tokens under a policy close to the model, (tokens,) each."""
+    """Log-probabilities of each completion, (tokens,), under a policy near the model."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for prompt, ids in zip(PROMPTS, COMPLETIONS, strict=True):
@@ -64,7 +67,7 @@ def trl_trainer(folder: Path, loss_type: str, beta: float) -> Any:
 
 
 def padded(rows: list[torch.Tensor], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, longest) and its mask."""
+    """The padded rows (rows, longest) and their mask."""
     side = "left" if left else "right"
     stack = torch.nn.utils.rnn.pad_sequence
     return (
@@ -94,7 +97,7 @@ def trl_loss(trainer: Any, old: list[torch.Tensor], reference: list[torch.Tensor
 def our_loss(
     model: Any, old: list[torch.Tensor], reference: list[torch.Tensor], config: LossConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and where its ratio is clipped."""
+    """The loss, and a mask of the clipped ratios."""
     states = [
         # The state before a token predicts it.
         backbone(model)(torch.tensor([prompt + ids])).last_hidden_state[0, len(prompt) - 1 : -1]

@@ -1,4 +1,4 @@
-"""Precision of the weights and of the computation, and what the trainer refuses."""
+"""Precision of weights and computation, and which models the trainer refuses."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_the_reference_kl_is_0_at_the_base_and_by_hand_elsewhere():
     assert logprobs.grad.tolist() == pytest.approx([0.0, 1 - np.exp(-1.0), 1 - np.exp(0.5)])
 
 
-def test_a_reference_kl_holds_the_student_near_its_base():
+def test_a_reference_kl_keeps_the_student_near_its_base():
     def drift(weight: float) -> float:
         policy = load_policy(resolve_policy("micro"), "cpu", trainable=True)
         loss = {"reference_kl": weight}

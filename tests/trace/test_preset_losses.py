@@ -1,4 +1,4 @@
-"""What each preset's gradient is, token by token, from its routed table to its closed form.
+"""Each preset's gradient, token by token, from its routed table to its closed form.
 
 At ratio 1 and weight 1 a token's gradient in its logits is one of, or a mixture of:
 GRPO −A (onehot − p), forward KL p − q, reverse KL p (log p/q − KL(p‖q)), and at β = ½ the
@@ -27,7 +27,7 @@ KEY, ERROR, ALL, NONE = [3, 4], [0, 1], list(range(TOKENS)), []
 
 @dataclass(frozen=True)
 class Response:
-    """One row of a routed table: the loss's gradient and what closed forms are made of."""
+    """One row of a routed table: the loss's gradient and the parts of the closed forms."""
 
     gradient: torch.Tensor  # (tokens, vocab)
     routed: list[int]
@@ -54,14 +54,14 @@ class Response:
 
 
 def pull(p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The gradient of KL(p‖target) in p's logits, the target held."""
+    """The gradient of KL(p‖target) in p's logits, with the target constant."""
     log_ratio = (p / target).log()
     return p * (log_ratio - (p * log_ratio).sum(-1, keepdim=True))
 
 
 @pytest.fixture(name="step_of")
 def _step_of(example):
-    """`(preset, step) -> responses`: a right and a wrong one, each with a peer of its text's kind."""
+    """`(preset, step) -> responses`: a correct and a wrong one, each with a peer of its kind."""
 
     def step_of(preset: str, step: int = 0) -> list[Response]:
         routing = load_config(ConvertConfig, None, [], preset=preset).routing
@@ -101,7 +101,7 @@ def gradients_of(row: dict, config: TrainConfig, step: int) -> Response:
 
 
 def assert_split(response: Response, inside: torch.Tensor, outside: torch.Tensor) -> None:
-    """Routed tokens have one gradient, the others the other."""
+    """Routed tokens have one gradient, the other tokens another."""
     expected = outside.clone()
     expected[response.routed] = inside[response.routed]
     assert_close(response.gradient, expected)
@@ -152,14 +152,14 @@ def test_the_tokens_that_a_preset_routes(step_of, preset, right, wrong):
 
 
 @pytest.mark.parametrize("step", [0, 40, 100_000])
-def test_sdpo_is_jsd_on_every_token_without_grpo_for_ever(step_of, step):
+def test_sdpo_is_jsd_on_every_token_without_grpo_at_any_step(step_of, step):
     for response in step_of("sdpo", step):
         assert response.advantage != 0
         assert_close(response.gradient, response.jsd)
 
 
 @pytest.mark.parametrize("step", [0, 40, 100_000])
-def test_opsd_is_p_minus_q_on_every_token_without_grpo_for_ever(step_of, step):
+def test_opsd_is_p_minus_q_on_every_token_without_grpo_at_any_step(step_of, step):
     for response in step_of("opsd", step):
         assert response.advantage != 0
         assert_close(response.gradient, response.p - response.q)

@@ -1,4 +1,6 @@
-"""What defines each preset, on one group's routed table; the losses' tests hold the rest."""
+"""The choices that define each preset, on one group's routed table. test_preset_losses.py tests the
+gradients.
+"""
 
 import pytest
 
@@ -27,11 +29,11 @@ def routes(example, preset: str, *samples: dict) -> list[list[int]]:
     return [row["route"] for row in rows(example, preset, *samples)]
 
 
-def whole(route: Route) -> list[int]:
+def every_token(route: Route) -> list[int]:
     return [int(route)] * TOKENS
 
 
-PLAIN = whole(Route.GRPO)
+PLAIN = every_token(Route.GRPO)
 
 
 def test_the_list_holds_every_baseline_of_the_method():
@@ -53,7 +55,7 @@ def test_trace_routes_spans_within_alpha_to_the_corner(example, preset, key, err
     ]
 
 
-def test_trace_tells_its_teacher_the_label_and_nothing_else(example):
+def test_trace_gives_its_teacher_only_the_label(example):
     for preset in ("trace-fkl", "trace-rkl", "trace-both"):
         for row in rows(example, preset, RIGHT, WRONG):
             assert row["teacher_context"] is None
@@ -69,9 +71,11 @@ def test_grpo_routes_nothing_and_its_weight_is_0(example):
 @pytest.mark.parametrize(
     ("preset", "route"), [("all-token-fkl", Route.FKL), ("all-token-rkl", Route.RKL)]
 )
-def test_all_token_self_distillation_routes_every_labelled_response_whole(example, preset, route):
+def test_all_token_self_distillation_routes_every_token_of_labelled_responses(
+    example, preset, route
+):
     found = rows(example, preset, RIGHT, WRONG, UNMARKED)
-    assert [row["route"] for row in found] == [whole(route), whole(route), PLAIN]
+    assert [row["route"] for row in found] == [every_token(route), every_token(route), PLAIN]
     assert [row["teacher_context"] for row in found] == [None] * 3
 
 
@@ -84,38 +88,38 @@ def test_the_mask_ablations_route_alpha_of_the_tokens_to_the_same_corner(example
         assert right[3:6] == [Route.GRPO] * 3
 
 
-def test_sdpo_routes_every_response_with_a_correct_peer_whole(example):
-    assert routes(example, "sdpo", RIGHT, OTHER, WRONG) == [whole(Route.JSD)] * 3
+def test_sdpo_routes_every_token_of_responses_with_a_correct_peer(example):
+    assert routes(example, "sdpo", RIGHT, OTHER, WRONG) == [every_token(Route.JSD)] * 3
     assert [row["teacher_context"] for row in rows(example, "sdpo", RIGHT, OTHER, WRONG)] == [
         OTHER["text"],
         RIGHT["text"],
         RIGHT["text"],
     ]
-    # The only correct response has no other to learn from.
-    assert routes(example, "sdpo", RIGHT, WRONG) == [PLAIN, whole(Route.JSD)]
+    # The only correct response has no peer to learn from.
+    assert routes(example, "sdpo", RIGHT, WRONG) == [PLAIN, every_token(Route.JSD)]
 
 
 def test_srpo_corrects_wrong_responses_with_a_peer_and_leaves_the_rest_to_grpo(example):
     alone = WRONG | {"group": "h"}
     found = rows(example, "srpo", RIGHT, OTHER, WRONG, alone)
-    assert [row["route"] for row in found] == [PLAIN, PLAIN, whole(Route.JSD), PLAIN]
+    assert [row["route"] for row in found] == [PLAIN, PLAIN, every_token(Route.JSD), PLAIN]
     assert [row["teacher_context"] for row in found] == [None, None, RIGHT["text"], None]
 
 
 def test_rlsd_reweights_every_token_by_a_teacher_that_reads_the_solution(example):
     found = rows(example, "rlsd", RIGHT, WRONG)
-    assert [row["route"] for row in found] == [whole(Route.REWEIGHT)] * 2
+    assert [row["route"] for row in found] == [every_token(Route.REWEIGHT)] * 2
     assert [row["teacher_context"] for row in found] == ["solution g"] * 2
 
 
 def test_opsd_routes_every_token_to_a_teacher_that_reads_the_solution(example):
     found = rows(example, "opsd", RIGHT, WRONG)
-    assert [row["route"] for row in found] == [whole(Route.FKL)] * 2
+    assert [row["route"] for row in found] == [every_token(Route.FKL)] * 2
     assert [row["teacher_context"] for row in found] == ["solution g"] * 2
 
 
 @pytest.mark.parametrize("preset", ["rlsd", "opsd"])
-def test_without_a_solution_they_are_grpo(example, preset):
+def test_without_a_solution_such_presets_are_grpo(example, preset):
     made = example(RIGHT, WRONG).with_problems(solution=None)
     assert [row["route"] for row in made.routed(routing(preset))] == [PLAIN] * 2
 

@@ -1,7 +1,7 @@
-"""Whatever annotators write, no model reads it: of an annotation the teacher is told one label.
+"""No model reads what annotators write: the teacher sees one label of an annotation.
 
-Every path that ends in a teacher's prompt runs twice, once with a secret in a field that annotators
-fill freely; what the models read must be the same, token for token.
+Every path to a teacher's prompt runs twice, once with a secret in a field that annotators fill
+freely. The models must read the same tokens both times.
 """
 
 import ast
@@ -56,7 +56,7 @@ from trace_opd.trace.sequences import training_sequences
 from trace_opd.trace.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
-SECRET = "27182818"  # of the micro policy's vocabulary, so it would be seen
+SECRET = "27182818"  # in the micro policy's vocabulary, so it would be visible
 ROUTING = RoutingConfig(key="fkl", error="rkl")
 PROMPT = PromptConfig(
     student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE, privileged="{problem} {context}"
@@ -68,7 +68,7 @@ def in_spans(**fields: Any) -> Callable[[Row], Row]:
     return lambda row: {"spans": [span | fields for span in row["spans"]]}
 
 
-# What an annotator, its config or its bill can put into a row, besides indices and the label.
+# Everything that an annotator, its config or its bill can put into a row, except indices and label.
 PLANTS: dict[str, Callable[[Row], Row]] = {
     "raw answer": lambda _: {"raw_answer": f'{{"quote": "{SECRET}", "type": "{SECRET}"}}'},
     "error": lambda _: {"error": f"the answer is {SECRET}"},
@@ -94,7 +94,7 @@ class Tables:
     annotations: pa.Table
 
     def planted(self, *names: str) -> pa.Table:
-        """The annotations with a secret in some of the fields."""
+        """The annotations with a secret in the named fields."""
         rows = self.annotations.to_pylist()
         return ANNOTATIONS.table(
             row | {key: value for name in names for key, value in PLANTS[name](row).items()}
@@ -104,7 +104,7 @@ class Tables:
 
 @cache
 def tables() -> Tables:
-    """Two problems of one right and one wrong response each, all of them marked."""
+    """Two problems with one correct and one wrong response each, all of them marked."""
     problems = arithmetic_problems(2, 0)
     rollouts = sampled(problems)
     verdicts = exact_verdicts(problems, rollouts)
@@ -153,7 +153,7 @@ def fresh_policy() -> Policy:
 
 @contextmanager
 def read_by_models() -> Iterator[list[list[int]]]:
-    """Token ids that any model of the process embeds, in order: student's, teacher's, sampler's."""
+    """Token ids that any model of the process embeds, in order: student, teacher, sampler."""
     read: list[list[int]] = []
 
     def keep(module: torch.nn.Module, args: Any) -> None:
@@ -167,7 +167,7 @@ def read_by_models() -> Iterator[list[list[int]]]:
         handle.remove()
 
 
-# --- the paths: annotations in, what models read out ---
+# --- the paths from annotations to models ---
 
 
 def offline(annotations: pa.Table, folder: Path) -> list[list[int]]:
@@ -184,7 +184,7 @@ def offline(annotations: pa.Table, folder: Path) -> list[list[int]]:
 
 
 class PlantedAnnotator:
-    """Stands in the online loop for an annotator that says what it likes."""
+    """An annotator of the online loop that returns given annotations."""
 
     def __init__(self, annotations: pa.Table) -> None:
         self._annotations = annotations
@@ -223,7 +223,7 @@ def online(annotations: pa.Table, folder: Path) -> list[list[int]]:
 
 
 def stages(annotations: pa.Table, folder: Path) -> list[list[int]]:
-    """Stage convert and stage train, through a store."""
+    """The stages convert and train, through a store."""
     known = tables()
     store = Store(folder)
     inputs: dict = {}
@@ -266,26 +266,26 @@ def test_no_model_reads_what_an_annotator_writes(path, plant, plain, tmp_path):
 
 
 def test_no_model_reads_what_an_annotator_writes_when_the_stages_run(plain, tmp_path):
-    # The offsets are left as they are: a file with others is no annotations table.
+    # The offsets stay: a file with other offsets is no annotations table.
     names = [name for name in PLANTS if name != "span offsets"]
     assert stages(tables().planted(*names), tmp_path) == plain["stages"]
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_comparison_sees_what_the_teacher_is_told(path, plain, tmp_path):
-    """What the tests above rest on: a label does reach the models, and nothing else does."""
+def test_the_comparison_detects_what_the_teacher_sees(path, plain, tmp_path):
+    """The tests above depend on this: a label does reach the models, and only a label."""
     rows = [
         row | {"diagnostic_type": DiagnosticType.CASE_ANALYSIS}
         for row in tables().annotations.to_pylist()
     ]
-    told = PATHS[path](ANNOTATIONS.table(rows), tmp_path)
-    assert told != plain[path]
+    labelled = PATHS[path](ANNOTATIONS.table(rows), tmp_path)
+    assert labelled != plain[path]
     tokenizer = load_tokenizer(resolve_policy("micro"))
-    assert any("hint: case_analysis" in tokenizer.decode(ids) for ids in told)
-    assert not any(SECRET in tokenizer.decode(ids) for ids in told)
+    assert any("hint: case_analysis" in tokenizer.decode(ids) for ids in labelled)
+    assert not any(SECRET in tokenizer.decode(ids) for ids in labelled)
 
 
-# --- what a teacher may be told, by context ---
+# --- what a teacher may see, by context ---
 
 
 def prompts(context: str, **columns: str) -> list[str]:
@@ -306,17 +306,17 @@ def prompts(context: str, **columns: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("context", "told"),
+    ("context", "shown"),
     [("type", []), ("answer", ["answer"]), ("solution", ["solution"]), ("peer", [])],
 )
-def test_a_teacher_is_told_of_answer_and_solution_what_its_context_names(context, told):
+def test_a_teacher_sees_answer_or_solution_only_if_its_context_names_it(context, shown):
     for column in ("answer", "solution"):
         found = prompts(context, **{column: SECRET})
         assert found
-        assert all((SECRET in text) == (column in told) for text in found), column
+        assert all((SECRET in text) == (column in shown) for text in found), column
 
 
-# --- nothing else can be wired up ---
+# --- no other path exists ---
 
 
 def test_the_teachers_label_is_a_member_of_the_enumeration_by_type_and_by_check():
@@ -335,7 +335,7 @@ def test_the_teachers_label_is_a_member_of_the_enumeration_by_type_and_by_check(
 
 
 def constants(file: Path) -> set[str]:
-    """Every string that stands alone in a file: names of columns are read by such."""
+    """Every string literal in a file: columns are read by name."""
     return {
         node.value
         for node in ast.walk(ast.parse(file.read_text()))
@@ -352,7 +352,7 @@ def test_the_trainers_room_names_no_column_that_annotators_fill_freely():
     )
     free = (own | of_spans) - others - of_segments - {"segments", "spans", "diagnostic_type"}
     assert {"raw_answer", "error", "annotator_name", "prompt_version", "text"} <= free
-    # A routed row has no place for them either.
+    # A routed row has no column for them either.
     assert not free & set(ROUTED.schema.names)
     named = {
         (file.name, name)
@@ -363,7 +363,7 @@ def test_the_trainers_room_names_no_column_that_annotators_fill_freely():
 
 
 def test_only_sequences_asks_for_a_teachers_prompt():
-    """Evaluation, report and samplers build the student's; the study measures what labels do."""
+    """Evaluation, report and samplers build the student's prompt; the study measures labels."""
     builders = {"teacher_messages", "privileged_messages", "teacher_chat"}
     callers = {
         str(file.relative_to(ROOT))

@@ -1,4 +1,4 @@
-"""Prompts of student and teacher, and what can reach the teacher's."""
+"""The student's and teacher's prompts, and what can reach the teacher's."""
 
 import inspect
 import typing

@@ -1,4 +1,4 @@
-"""Several ranks end as one does: two gloo processes on CPU, FSDP2, the bundled micro policy."""
+"""Several ranks give one rank's result: two gloo processes on CPU, FSDP2, the micro policy."""
 
 import json
 import os
@@ -30,8 +30,8 @@ from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import load_policy
 
 PROMPT = PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE)
-# Trains run after run, each to a step; leaves a checkpoint there, and goes on from the newest one if
-# there is one.
+# Trains each given run to its last step, from the newest checkpoint if there is one, and leaves a
+# checkpoint.
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -131,7 +131,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def routed(tmp_path_factory) -> Path:
-    """Five groups of four: ranks get different numbers of them."""
+    """Five groups of four, so ranks get different numbers of groups."""
     policy = load_policy(resolve_policy("micro"), "cpu")
     problems = arithmetic_problems(5, 0)
     sampler = TransformersPolicySampler(policy, 32_768)
@@ -148,7 +148,7 @@ def routed(tmp_path_factory) -> Path:
 
 
 def train(ranks: int, routed: Path, *runs: tuple[Path, dict, int]) -> None:
-    """Runs by so many ranks, one after another in the same processes: folder, config, last step."""
+    """Runs on `ranks` ranks, one after another in the same processes: folder, config, last step."""
     for folder, _, _ in runs:
         folder.mkdir(exist_ok=True)
     plan = json.dumps([(str(folder), SETTINGS | config, until) for folder, config, until in runs])
@@ -172,7 +172,7 @@ def launch(ranks: int, program: str, *arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def one(routed, tmp_path_factory) -> Path:
-    """Every case to its end by one rank, a folder each."""
+    """Every case to its end on one rank, one folder each."""
     root = tmp_path_factory.mktemp("one")
     train(1, routed, *((root / name, config, 3) for name, config in CASES.items()))
     return root
@@ -180,7 +180,7 @@ def one(routed, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(routed, tmp_path_factory) -> Path:
-    """The same by two; `plain` to its first step only."""
+    """The same on two ranks; `plain` only to its first step."""
     root = tmp_path_factory.mktemp("two")
     train(2, routed, *((root / n, config, 1 if n == "plain" else 3) for n, config in CASES.items()))
     return root
@@ -207,7 +207,7 @@ def test_two_ranks_give_the_metrics_and_weights_of_one(case, one, two):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_under_another_number_of_ranks(routed, one, two):
+def test_a_run_resumes_with_another_number_of_ranks(routed, one, two):
     train(1, routed, (two / "plain", CASES["plain"], 3))
     assert [line["step"] for line in metrics(two / "plain")] == [0, 1, 2]
     assert largest_difference(one / "plain", two / "plain") < 2e-6

@@ -1,4 +1,4 @@
-"""Tokens of many responses at once fall into segments as those of each response do."""
+"""Tokens of many responses at once get the same segments as each response alone."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from trace_opd.schemas.tables import ANNOTATIONS
 from trace_opd.trace.align import ByteTable
 from trace_opd.trace.responses import aligned
 
-# Pieces of characters of one to four bytes, several of them, and parts of them.
+# Pieces: characters of one to four bytes, several characters, and parts of characters.
 CHARACTERS = st.text(st.sampled_from("ab .é漢😀"), max_size=3).map(str.encode)
 BYTES = st.sampled_from(
     [*(bytes([byte]) for byte in "é漢😀".encode()), b"\xff", b"\xc3a", b"a\xf0"]
@@ -22,7 +22,7 @@ PIECES = st.lists(st.one_of(CHARACTERS, CHARACTERS, BYTES), min_size=1, max_size
 
 
 def cuts_of(text: str, data: st.DataObject) -> list[tuple[int, int]]:
-    """Segments that tile the text, empty ones among them; sometimes none at all."""
+    """Segments that tile the text, some of them empty; sometimes none at all."""
     if not text or data.draw(st.integers(0, 5)) == 0:
         return []
     inner = data.draw(st.lists(st.integers(0, len(text)), max_size=6))
@@ -32,10 +32,10 @@ def cuts_of(text: str, data: st.DataObject) -> list[tuple[int, int]]:
 @given(table=PIECES, data=st.data())
 @settings(deadline=None, max_examples=200)
 def test_tokens_fall_into_the_segments_that_the_byte_table_says(table, data):
-    whole = list(range(len(table.pieces) - 9, len(table.pieces)))  # é, 漢 and 😀, byte by byte
+    split = list(range(len(table.pieces) - 9, len(table.pieces)))  # é, 漢 and 😀, byte by byte
     ids = st.one_of(
         st.integers(0, len(table.pieces)).map(lambda one: [one]),
-        st.sampled_from([whole[:2], whole[2:5], whole[5:]]),
+        st.sampled_from([split[:2], split[2:5], split[5:]]),
     )
     drawn = data.draw(st.lists(st.lists(ids, max_size=8), min_size=1, max_size=4))
     rows = [[token for some in row for token in some] for row in drawn]

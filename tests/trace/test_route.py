@@ -23,7 +23,7 @@ def route(spans, kind=SpanKind.KEY, segments=SEGMENTS, **config) -> Routing:
     return route_tokens(response(spans, kind, segments, routing.alpha), routing)
 
 
-def test_a_segment_within_the_cap_is_routed_whole():
+def test_a_segment_within_the_cap_is_routed_completely():
     routing = route([[1]])
     assert routing.route.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0]
     assert routing.span_id.tolist() == [-1, -1, -1, 0, 0, 0, -1, -1, -1, -1, -1, -1]
@@ -53,7 +53,7 @@ def test_spans_carry_their_rank():
 
 
 def test_after_the_first_segment_that_does_not_fit_none_is_kept():
-    # Segments of 2, 5 and 1 of 12 tokens with room for 4: 2 fit, 5 do not, 1 would but ranks lower.
+    # Segments of 2, 5 and 1 of 12 tokens, room for 4: 2 fit, 5 do not; the last one ranks lower.
     segments = np.array([0, 0, 1, 1, 1, 1, 1, 2, 3, 3, 3, 3])
     routing = route([[0], [1], [2]], segments=segments, alpha=1 / 3)
     assert np.flatnonzero(routing.span_id >= 0).tolist() == [0, 1]
@@ -78,7 +78,7 @@ def test_the_cap_is_rounded_down():
     assert (routing.span_id >= 0).sum() == 1  # ⌊7 / 4⌋
 
 
-def test_a_cap_that_is_whole_survives_floating_point():
+def test_an_integer_cap_survives_floating_point():
     # 0.29 · 100 is 28.999999999999996 in binary.
     assert (route([[0]], segments=np.zeros(100, dtype=int), alpha=0.29).span_id >= 0).sum() == 29
 

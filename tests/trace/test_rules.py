@@ -1,4 +1,4 @@
-"""Route rules: what each of them chooses, how many, and rules of the user's own."""
+"""Route rules: which tokens each chooses and how many, and the user's own rules."""
 
 import sys
 from textwrap import dedent
@@ -101,7 +101,7 @@ def test_no_capped_rule_exceeds_alpha(segments, spans, alpha, rule):
 )
 @settings(deadline=None, max_examples=300)
 def test_spans_are_kept_segment_by_segment_until_the_cap(segments, spans, alpha):
-    """The slow twin goes through the named segments one by one."""
+    """The slow twin processes the named segments one by one."""
     given_response = response("r", alpha, spans, np.array(segments, dtype=int))
     expected, kept, full = [-1] * len(segments), 0, False
     for rank, segment in ((rank, segment) for rank, span in enumerate(spans) for segment in span):
@@ -116,12 +116,12 @@ def test_spans_are_kept_segment_by_segment_until_the_cap(segments, spans, alpha)
     assert RULES["spans"](given_response).tolist() == expected
 
 
-# --- rules of the user's own ---
+# --- the user's own rules ---
 
 
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
-    """Writes a module of that text that can be imported during the test, and only then."""
+    """Writes a module with that text, importable during the test only."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(text: str) -> None:
@@ -143,7 +143,7 @@ SURPRISING = '''
 '''
 
 
-def test_a_rule_of_ones_own_is_one_function_in_one_file(own_module):
+def test_a_users_rule_is_one_function_in_one_file(own_module):
     own_module(SURPRISING)
     logprobs = [-0.1, -3.0, -0.2, -0.1, -0.3, -0.1, -5.0, -0.1, -0.2, -0.1]
     routing = route_tokens(
@@ -153,7 +153,7 @@ def test_a_rule_of_ones_own_is_one_function_in_one_file(own_module):
     assert (routing.coverage, routing.dropped_tokens) == (0.2, 2)
 
 
-def test_a_rules_source_is_known_for_ones_own_only(own_module):
+def test_only_a_users_rule_has_its_source_recorded(own_module):
     own_module(SURPRISING)
     assert rule_source("my_rules:surprising") == dedent(SURPRISING)
     assert [rule_source(name) for name in RULES] == [None] * 4
@@ -171,7 +171,7 @@ def test_a_rules_source_is_known_for_ones_own_only(own_module):
         ("my_rules:LIMIT", "has no function LIMIT"),
     ],
 )
-def test_a_rule_that_is_not_there_is_named(own_module, name, sentence):
+def test_a_missing_rule_is_named(own_module, name, sentence):
     own_module("import numpy as np\n\nLIMIT = 3\n")
     with pytest.raises(InputError, match=sentence) as error:
         load_rule(name)
@@ -189,13 +189,13 @@ def test_a_rule_that_is_not_there_is_named(own_module, name, sentence):
     ],
     ids=["positions", "a mask", "floats", "too large", "nothing"],
 )
-def test_what_is_no_span_id_per_token_is_refused(own_module, body):
+def test_other_values_than_a_span_id_per_token_are_refused(own_module, body):
     own_module(f"import numpy as np\n\n\ndef rule(response):\n    return {body}\n")
     with pytest.raises(InputError, match=r"return one integer per token, its span's rank"):
         route_tokens(response(), RoutingConfig(rule="my_rules:rule"))
 
 
-# --- who needs the annotator ---
+# --- rules that need the annotator ---
 
 
 @pytest.mark.parametrize(

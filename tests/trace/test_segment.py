@@ -1,4 +1,4 @@
-"""Segments: where cuts fall, and where they never do."""
+"""Segments: where the text is cut, and where it never is."""
 
 import time
 

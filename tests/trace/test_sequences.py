@@ -1,4 +1,4 @@
-"""Routed tables to sequences, sequences to micro-batches, and the logits at response tokens."""
+"""Routed tables to sequences, sequences to micro-batches, and logits at response tokens."""
 
 from dataclasses import replace
 from itertools import chain
@@ -41,7 +41,8 @@ def routed_row(rollout_id: str, route: list[int], diagnostic_type: str | None) -
         "prompt_token_ids": [5, 6], "token_ids": list(range(10, 10 + tokens)),
         "logprobs": [-0.5] * tokens, "temperature": 0.75, "reward": 1.0, "advantage": 0.5,
         "correct": True, "truncated": False, "route": route,
-        "span_id": [0 if r else -1 for r in route], "diagnostic_type": diagnostic_type, "teacher_context": None,
+        "span_id": [0 if r else -1 for r in route], "diagnostic_type": diagnostic_type,
+        "teacher_context": None,
         "coverage": 0.25, "dropped_tokens": 0, "policy_name": "micro", "policy_revision": "r",
         "policy_step": 0, "vocab_fingerprint": "v",
     }  # fmt: skip
@@ -112,7 +113,7 @@ def test_micro_batches_stay_within_the_budget_and_count_a_shared_prompt_once():
     assert len(micro_batches(sequences, 16)) == 1
 
 
-def test_micro_batches_are_as_few_as_can_be_and_of_about_the_same_length():
+def test_micro_batches_are_few_and_of_about_the_same_length():
     sequences = [sequence_of(i, 4, n) for i, n in enumerate([3, 3, 3, 3])]
     assert ids(micro_batches(sequences, 14)) == [["r000", "r001"], ["r002", "r003"]]
 
@@ -165,7 +166,7 @@ def test_logits_of_packed_rows_equal_those_of_each_row_alone(policy):
 
 
 @torch.no_grad()
-def test_a_row_of_which_nothing_is_kept_gives_no_logits(policy):
+def test_a_row_without_kept_tokens_gives_no_logits(policy):
     responses = [np.array([40, 41]), np.array([50])]
     keep = [np.array([], dtype=int), np.array([0])]
     got = response_logits(policy.model, [[6, 7], [6, 8]], responses, keep)

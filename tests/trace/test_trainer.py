@@ -76,7 +76,7 @@ def annotator() -> StepsAnnotator:
 
 @cache
 def tables(seed: int = 0) -> Tables:
-    """Three problems with four responses each by micro."""
+    """Three problems with four responses of micro each."""
     policy = fresh_policy()
     problems = arithmetic_problems(3, seed)
     sampler = TransformersPolicySampler(policy, 32_768)
@@ -127,7 +127,7 @@ def forwards_of(trainer: Trainer) -> Iterator[Counter[str]]:
 
 
 def test_the_sample_holds_every_route_and_reward():
-    """What the tests below rest on."""
+    """The tests below depend on this."""
     routes = {int(r) for s in sequences() for r in np.unique(s.route)}
     assert routes == {Route.GRPO, Route.FKL, Route.RKL}
     assert {s.reward for s in sequences()} == {0.0, 1.0}
@@ -148,7 +148,7 @@ def gradients(policy: Policy, budget: int, kl: float) -> tuple[dict[str, torch.T
 @pytest.mark.parametrize(
     ("kl", "dtype", "rtol", "atol"),
     [
-        # The model's norms round to float32, and a prompt's gradient once for all that share it.
+        # The model's norms round to float32; a shared prompt's gradient is rounded once.
         (0.3, torch.float64, 1e-6, 1e-9),
         (0.3, torch.float32, 1e-3, 1e-6),
         (0.0, torch.float64, 1e-6, 1e-9),
@@ -157,12 +157,12 @@ def gradients(policy: Policy, budget: int, kl: float) -> tuple[dict[str, torch.T
 def test_the_gradient_does_not_depend_on_the_micro_batch_budget(kl, dtype, rtol, atol):
     policy = fresh_policy()
     policy.model.to(dtype)
-    whole, loss = gradients(policy, 1_000_000, kl)
-    assert any(gradient.abs().max() > 1e-4 for gradient in whole.values())
+    at_once, loss = gradients(policy, 1_000_000, kl)
+    assert any(gradient.abs().max() > 1e-4 for gradient in at_once.values())
     for budget in (1, 250, 600):
         cut, cut_loss = gradients(policy, budget, kl)
         assert cut_loss == pytest.approx(loss, rel=max(rtol, 1e-9), abs=atol)
-        for name, gradient in whole.items():
+        for name, gradient in at_once.items():
             torch.testing.assert_close(cut[name], gradient, rtol=rtol, atol=atol)
 
 
@@ -237,7 +237,7 @@ def test_without_a_clip_steps_of_kl_alone_bring_the_student_to_the_teacher():
     assert steps[-1]["kl_rkl"] < 0.5 * steps[0]["kl_rkl"]
 
 
-# --- the teacher's life ---
+# --- the teacher ---
 
 
 def test_no_teacher_is_held_or_run_once_lambda_is_0():
@@ -294,11 +294,11 @@ class ExactVerifier:
         return exact_verdicts(problems, rollouts)
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Nothing to release."""
 
 
 class CountingAnnotator:
-    """The rule annotator, with a count of its calls."""
+    """The rule annotator with a count of its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -308,7 +308,7 @@ class CountingAnnotator:
         return annotator().annotate(problems, rollouts, verdicts)
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Nothing to release."""
 
 
 def test_online_steps_sample_from_the_current_weights_and_stop_annotating_at_lambda_0():
@@ -382,10 +382,10 @@ def test_answers_solutions_and_what_annotators_write_do_not_reach_the_routed_tab
         | {"spans": [span | {"text": "SECRET"} for span in row["spans"]]}
         for row in known.annotations.to_pylist()
     ]
-    told = replace(
+    changed = replace(
         known, problems=PROBLEMS.table(problems), annotations=ANNOTATIONS.table(annotations)
     )
-    assert told.routed() == known.routed()
+    assert changed.routed() == known.routed()
 
 
 def test_span_positions_do_not_reach_the_teachers_prompt():
@@ -442,7 +442,7 @@ def test_the_teacher_reads_its_prompt_and_the_prefix_up_to_the_last_routed_token
 
 
 def step_table(step: int) -> pa.Table:
-    """Another set of groups in each step."""
+    """A different set of groups in each step."""
     routed = tables(0).routed()
     groups = list(dict.fromkeys(routed["group_id"].to_pylist()))
     left_out = groups[step % len(groups)]
@@ -455,7 +455,7 @@ def step_table(step: int) -> pa.Table:
     ids=["with a teacher", "lambda 0"],
 )
 def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(tmp_path, schedule):
-    # Synced at steps 0 and 4: at step 3 the teacher is older than the student.
+    # The teacher syncs at steps 0 and 4, so at step 3 it is older than the student.
     fields = {
         "schedule": schedule,
         "teacher": TeacherConfig(sync_steps=4),
@@ -531,7 +531,8 @@ def test_a_steps_metrics_by_hand():
 
     def made(group: str, reward: float, route: list[int], truncated: bool = False):
         return replace(
-            base, group_id=group, reward=reward, correct=reward > 0, route=np.array(route, np.uint8),
+            base, group_id=group, reward=reward, correct=reward > 0,
+            route=np.array(route, np.uint8),
             token_ids=np.zeros(len(route), np.int64), truncated=truncated,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The trainer's options on made-up routed tables: normalisation, dropping, skipping, syncs, stops."""
+"""The trainer's options on synthetic routed tables: normalisation, skipped steps, syncs, stops."""
 
 import math
 from collections.abc import Callable
@@ -105,10 +105,10 @@ def test_micro_batches_sum_to_the_whole_step(aggregation):
         gradient = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
         policy.model.zero_grad(set_to_none=True)
         found.append((sums["loss"], gradient))
-    (whole, gradient), *cut = found
+    (loss_of_step, gradient), *cut = found
     assert gradient.norm() > 1e-3
     for part, part_gradient in cut:
-        assert part == pytest.approx(whole, rel=1e-9)
+        assert part == pytest.approx(loss_of_step, rel=1e-9)
         assert (part_gradient - gradient).norm() < 1e-6 * gradient.norm()
 
 
@@ -206,11 +206,11 @@ def test_a_broken_weight_is_not_spread_to_the_others():
 
 
 @pytest.mark.parametrize("allowed", [0, 2])
-def test_one_skip_in_a_row_too_many_stops_the_run(allowed):
+def test_too_many_consecutive_skips_stop_the_run(allowed):
     trainer = trainer_of(optim=OptimConfig(max_skipped_steps=allowed))
     for _ in range(allowed):
         trainer.train_step(broken())
-    trainer.train_step(sequences())  # in a row: a finite step starts the count again
+    trainer.train_step(sequences())  # only consecutive skips count: a finite step resets the count
     for _ in range(allowed):
         trainer.train_step(broken())
     with pytest.raises(InputError, match=rf"not finite {allowed + 1} times in a row"):
@@ -220,7 +220,7 @@ def test_one_skip_in_a_row_too_many_stops_the_run(allowed):
 # --- frozen copies ---
 
 
-def test_an_ema_teacher_moves_a_share_of_the_way_after_each_step():
+def test_an_ema_teacher_moves_by_its_rate_after_each_step():
     trainer = trainer_of(teacher=TeacherConfig(sync="ema", ema_rate=0.25))
     expected = weights(trainer.teacher)
     for _ in range(3):
@@ -249,7 +249,7 @@ def test_a_periodic_teacher_is_the_student_of_its_last_sync():
         assert same(weights(trainer.teacher), students[len(students) - 1 & ~1])
 
 
-def test_the_kl_to_the_base_policy_is_0_at_first_and_then_measures_the_way_from_it():
+def test_the_kl_to_the_base_policy_is_0_at_first_and_then_measures_the_distance_from_it():
     fields = {"schedule": ScheduleConfig(w0=0.0), "optim": OptimConfig(lr=1e-5)}
     trainer = trainer_of(loss=LossConfig(reference_kl=0.1), **fields)
     base = weights(trainer.reference)
@@ -278,14 +278,14 @@ class Rollouts:
 
 def resumable(online: bool) -> Trainer:
     steps = {"online": OnlineConfig(steps=3)} if online else {"offline": OfflineConfig(steps=3)}
-    # The teacher goes after the second step.
+    # The teacher is released after the second step.
     schedule = ScheduleConfig(hold_steps=2, decay_steps=0)
     defaults = {"offline": OfflineConfig(), "teacher": TeacherConfig(sync_steps=1)}
     return trainer_of(schedule=schedule, **(defaults | steps))
 
 
 def run(trainer: Trainer, asked: int | None = None) -> list[Metrics]:
-    """Metrics of the steps until `stopping` has been asked so often."""
+    """Metrics of the steps until the `asked`-th call of `stopping`."""
     calls, metrics = 0, []
 
     def stopping() -> bool:
@@ -313,7 +313,7 @@ def undisturbed(online: bool) -> tuple[list[dict], list[Metrics]]:
 
 @pytest.mark.parametrize(
     ("online", "asked"),
-    # Asked before a step and at the beginning of each phase.
+    # `stopping` is called before each step and at the start of each phase.
     [(False, n) for n in (1, *range(6, 12))] + [(True, n) for n in range(7, 14)],
 )
 def test_a_stop_leaves_the_last_finished_step_and_the_rest_runs_as_if_undisturbed(online, asked):

@@ -1,6 +1,8 @@
-"""Real vLLM: engines in this environment, servers as processes, training by the command line.
+"""Fixtures for real vLLM: engines in this environment, server processes, training by command line.
 
-Run by `make test-vllm`. The model is SmolLM2-135M; VLLM_TEST_MODEL=micro takes the bundled one.
+    make test-vllm
+
+The model is SmolLM2-135M; VLLM_TEST_MODEL=micro takes the bundled micro policy.
 """
 
 import json
@@ -27,10 +29,10 @@ from trace_opd.schemas.settings import load_config
 from trace_opd.trace.policy import Policy
 
 MODEL = os.environ.get("VLLM_TEST_MODEL", "smollm2")
-ROOT = Path(__file__).parents[2]  # where bundled models are made
+ROOT = Path(__file__).parents[2]  # bundled models are made below it
 CONFIG = ROOT / "configs" / f"{MODEL}.yaml"
 STEPS, GROUPS, GROUP_SIZE = 5, 2, 4
-# Weights move whatever the rewards are: the teacher, who reads the answer, is followed everywhere.
+# Weights must move with any rewards, so every token follows the teacher, which reads the answer.
 TRAIN = [
     "offline.steps=0", f"online.steps={STEPS}", f"groups_per_step={GROUPS}",
     f"online.group_size={GROUP_SIZE}", "checkpoint_every=1",
@@ -39,7 +41,7 @@ TRAIN = [
     "schedule={w0: 0.5, decay_steps: null}", "optim.lr=1.0e-5", "policy.precision=float32",
 ]  # fmt: skip
 _START_S = 500
-# vLLM compiles nothing then: it starts in a third of the time and computes the same.
+# Without compilation vLLM starts in a third of the time and computes the same.
 QUICK = {
     "VLLM_CPU_CI_ENV": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -55,7 +57,7 @@ def _quick() -> None:
 
 @pytest.fixture(scope="session")
 def perturb() -> Callable[..., None]:
-    """perturb(policy, scale, seed=0) adds noise to all weights: the same on every device."""
+    """perturb(policy, scale, seed=0) adds noise to all weights, the same on every device."""
 
     @torch.no_grad()
     def add_noise(policy: Policy, scale: float, seed: int = 0) -> None:
@@ -68,7 +70,7 @@ def perturb() -> Callable[..., None]:
 
 
 class Served:
-    """A `vllm serve` of the model on this machine; may be killed and started again."""
+    """A `vllm serve` of the model on this machine, which tests kill and restart."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
@@ -90,7 +92,7 @@ class Served:
             "--kv-cache-memory-bytes": 2**28,
             "--logprobs-mode": "processed_logprobs",
         }
-        # The `vllm` command itself does not start from the vllm-cpu distribution.
+        # The command `vllm` does not start from the vllm-cpu distribution.
         command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
         command += [str(part) for pair in arguments.items() for part in pair]
         command.append("--no-enable-chunked-prefill")
@@ -117,7 +119,7 @@ class Served:
         raise AssertionError(self._log.read_text()[-3000:])
 
     def running(self) -> bool:
-        """Whether it is working on requests."""
+        """True while it works on requests."""
         with urllib.request.urlopen(f"{self.url[:-3]}/metrics", timeout=60) as answer:
             lines = answer.read().decode().splitlines()
         return any(
@@ -126,7 +128,7 @@ class Served:
         )
 
     def kill(self) -> None:
-        """At once, its engine's process with it."""
+        """SIGKILL the server and its engine process."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -135,7 +137,7 @@ class Served:
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Served]]:
-    """Two of them."""
+    """Two servers."""
     folder = tmp_path_factory.mktemp("servers")
     both = [Served(folder).start() for _ in range(2)]
     try:
@@ -168,30 +170,30 @@ class Lab:
         return process
 
     def ended(self, process: subprocess.Popen, code: int = 0) -> str:
-        """What a process that ends with the code has said, in one line."""
-        said, _ = process.communicate(timeout=1800)
-        assert process.returncode == code, said[-3000:]
-        return " ".join(said.split())
+        """Wait for a process to end with the code; return its output on one line."""
+        output, _ = process.communicate(timeout=1800)
+        assert process.returncode == code, output[-3000:]
+        return " ".join(output.split())
 
     def newest(self) -> Path:
-        """The folder of the run that was begun last."""
+        """The folder of the newest run."""
         return max(self.root.glob("train/*/"), key=lambda path: path.stat().st_ctime)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The newest run's, a line per step."""
+        """The newest run's metrics, one line per step."""
         file = self.newest() / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()]
 
     def run(self) -> Dataset:
-        """The newest, which has ended."""
+        """The newest run, finished."""
         return self.store.get(f"train/{self.newest().name}")
 
     def table(self, role: str) -> Dataset:
-        """One that the newest run's online steps made."""
+        """A table that the newest run's online steps made."""
         return self.store.get(self.run().summary["tables"][role])
 
     def wait_for_steps(self, run: subprocess.Popen, steps: int) -> None:
-        """Until a run that has just been begun has done so many."""
+        """Wait until a newly started run has finished that many steps."""
         before = set(self.root.glob("train/*/metrics.jsonl"))
         while run.poll() is None:
             new = set(self.root.glob("train/*/metrics.jsonl")) - before
@@ -200,7 +202,7 @@ class Lab:
             time.sleep(0.02)
 
     def wait_for_the_middle(self, run: subprocess.Popen, server: Served) -> None:
-        """Until the run is in its third step and the server is sampling for it."""
+        """Wait until the run is in its third step and the server is sampling for it."""
         self.wait_for_steps(run, 2)
         while run.poll() is None and not server.running():
             time.sleep(0.02)

@@ -1,8 +1,8 @@
-"""An engine that takes turns with its trainer on one GPU: it sleeps while the trainer works.
+"""An engine that shares one GPU with its trainer and sleeps while the trainer works.
 
     python -m pytest -s tests/vllm/test_cuda.py
 
-Prints how much of the GPU's memory is in use. Everything here needs CUDA and is skipped where there is none.
+Prints the GPU memory in use. Needs CUDA; skipped without it.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ from trace_opd.schemas.errors import InputError
 from trace_opd.trace.policy import Policy, load_policy
 from trace_opd.trace.prompt import student_prompt
 
-SHARE = 0.3  # of the GPU's memory, the engine's
+SHARE = 0.3  # the engine's share of the GPU's memory
 ENGINE = f"sampler={{engine: vllm, gpu_memory_utilization: {SHARE}, max_model_len: 1024}}"
-# Mean |difference| of log-probabilities, nats: bfloat16 in two implementations.
+# Mean |difference| of log-probabilities in nats: two implementations in bfloat16.
 TOLERANCE = 0.05
 PROBLEMS = ["4821+3977", "12+99"]
 
@@ -32,7 +32,7 @@ pytestmark = [
 
 
 def used_gib() -> float:
-    """Of the GPU's memory, by whomever."""
+    """GPU memory in use by all processes, in GiB."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     return (total - free) / 2**30
@@ -40,7 +40,7 @@ def used_gib() -> float:
 
 @torch.no_grad()
 def mean_difference(policy: Policy, prompt: list[int], completion: Any) -> float:
-    """Of a sample's log-probabilities, the engine's and the trainer's."""
+    """Mean |engine's − trainer's log-probability| over a sample's tokens, in nats."""
     ids = torch.tensor([prompt + completion.token_ids], device=policy.device)
     with policy.autocast():
         logits = policy.model(ids).logits[0, len(prompt) - 1 : -1]
@@ -59,7 +59,7 @@ def engine(lab: Any) -> Iterator[VllmPolicySampler]:
     path = resolve_policy(lab.model)
     sampler = VllmPolicySampler(config, path, "bfloat16", in_process=True, sleeps=True)
     yield sampler
-    sampler.rest()  # as a run's end finds it
+    sampler.rest()  # the state at the end of a run
     sampler.close()
 
 
@@ -100,7 +100,7 @@ def test_an_engine_that_woke_without_its_weights_never_samples(
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_five_steps_on_one_gpu(lab: Any, staleness: int) -> None:
-    """In the trainer's process, where the engine sleeps; and in its own, one step ahead."""
+    """First in the trainer's process, where the engine sleeps; then in its own, one step ahead."""
     ahead = f"online.max_staleness={staleness}"
     lab.ended(lab.train(ENGINE, "policy.precision=bfloat16", "seed=1", ahead))
     metrics = lab.metrics()

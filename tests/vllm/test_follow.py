@@ -1,4 +1,7 @@
-"""Engines that sample for a trainer: five online steps each, and what must not happen silently."""
+"""Engines that sample for a trainer: five online steps each, and failures that must not be silent.
+
+Run by `make test-vllm`.
+"""
 
 import os
 from pathlib import Path
@@ -37,7 +40,7 @@ def policy() -> Policy:
 
 @torch.no_grad()
 def largest_difference(policy: Policy, rollouts: pa.Table) -> float:
-    """Largest |stored log-probability − transformers' own| over the tokens of some rollouts."""
+    """Largest |stored − transformers' log-probability| over the rollouts' tokens, in nats."""
     worst = 0.0
     for row in rollouts.to_pylist():
         ids = torch.tensor([row["prompt_token_ids"] + row["token_ids"]])
@@ -49,8 +52,9 @@ def largest_difference(policy: Policy, rollouts: pa.Table) -> float:
 
 
 def check_run(lab: Any, staleness: list[int]) -> None:
-    """Five steps, all rollouts there, the first step's log-probabilities transformers' own, and the
-    trainer's at every step where the sampler had the step's weights."""
+    """The run has five steps and all rollouts. Log-probabilities equal transformers' in the first
+    step and the trainer's in every step whose weights the sampler had.
+    """
     metrics = lab.metrics()
     assert [line["step"] for line in metrics] == list(range(lab.steps))
     assert [line["staleness"] for line in metrics] == staleness
@@ -63,7 +67,7 @@ def check_run(lab: Any, staleness: list[int]) -> None:
     assert behind == staleness
     assert largest_difference(policy(), steps[0]) < TOLERANCE
     for line, late in zip(metrics, staleness, strict=True):
-        # What one step behind means shows here; the engine's rounding does not.
+        # This shows one step of staleness; the engine's rounding is far smaller.
         assert (line["sampler_drift_max"] > TOLERANCE) == bool(late), line
 
 
@@ -73,8 +77,8 @@ def test_five_steps_in_process(lab: Any) -> None:
 
 
 def test_the_engine_answers_held_out_problems_by_the_current_weights(lab: Any) -> None:
-    looks = f"validation={{problems: {{test: {lab.problems}}}, every: 1, k: 2}}"
-    lab.ended(lab.train(ENGINE, "seed=6", "online.steps=1", "optim.lr=1.0e-3", looks))
+    validation = f"validation={{problems: {{test: {lab.problems}}}, every: 1, k: 2}}"
+    lab.ended(lab.train(ENGINE, "seed=6", "online.steps=1", "optim.lr=1.0e-3", validation))
     rows = read_validation(lab.run()).to_pylist()
     assert {(row["step"], row["decoding"]) for row in rows} == {
         (step, decoding) for step in (0, 1) for decoding in ("sampled", "greedy")
@@ -85,7 +89,7 @@ def test_the_engine_answers_held_out_problems_by_the_current_weights(lab: Any) -
     )
     assert None not in before
     assert before != after
-    # Its greedy answers are verified, but their tokens are nobody's samples.
+    # Greedy answers of held-out problems are verified but never trained on.
     assert {row["tokens"] for row in rows if row["decoding"] == "greedy"} == {None}
 
 
@@ -104,8 +108,8 @@ def test_one_step_ahead_with_an_engine_in_a_process_of_its_own(lab: Any) -> None
     check_run(lab, [0] + [1] * (lab.steps - 1))
 
 
-def test_a_run_told_to_stop_with_its_engine_keeps_its_steps_and_goes_on(lab: Any) -> None:
-    """As Slurm, or Ctrl-C's kin for a group of processes, tells all of them at once."""
+def test_a_run_signalled_together_with_its_engine_keeps_its_steps_and_resumes(lab: Any) -> None:
+    """Slurm and Ctrl-C signal all processes of a job at once."""
     arguments = (ENGINE, "seed=6", "online.max_staleness=1", "checkpoint_every=1000")
     run = lab.train(*arguments)
     lab.wait_for_steps(run, 2)
@@ -114,7 +118,7 @@ def test_a_run_told_to_stop_with_its_engine_keeps_its_steps_and_goes_on(lab: Any
     assert "goes on from there" in lab.ended(run, code=143)
     done = lab.metrics()
     lab.ended(lab.train(*arguments))
-    assert lab.metrics()[: len(done)] == done  # seconds and all: no step was made again
+    assert lab.metrics()[: len(done)] == done  # seconds too: no step was repeated
     assert [line["step"] for line in lab.metrics()] == list(range(lab.steps))
 
 

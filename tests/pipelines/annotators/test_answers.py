@@ -1,4 +1,4 @@
-"""What an annotator is asked, and how its answers are read, whatever they say."""
+"""Prompts to annotators, and how their answers are parsed, valid or not."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def test_a_segment_named_twice_counts_where_it_is_named_first():
         "```json\n" + answer([2]) + "\n```",
         "  " + answer([2]) + "\n",
         answer([2], quote="So 3 + 4  = 7."),
-        answer([2], quote="three plus four is seven"),  # a paraphrase says nothing about indices
+        answer([2], quote="three plus four is seven"),  # a paraphrase does not affect the indices
     ],
 )
 def test_thinking_one_code_fence_and_quotes_do_no_harm(text):
@@ -152,7 +152,7 @@ def test_a_response_can_neither_forge_segments_nor_leave_its_place(response):
     assert system == ask(PROMPT, item())[0]
     fence = user["content"].rpartition("</response-")[2].partition(">")[0]
     assert user["content"].count(f"</response-{fence}>") == 1
-    assert user["content"].count("3 * 4 = 12") == 1  # the reference, where the prompt puts it
+    assert user["content"].count("3 * 4 = 12") == 1  # the reference solution, in its place
     inside = user["content"].partition(f"<response-{fence}>\n")[2].partition("\n</response-")[0]
     assert numbered(one).startswith(inside)
 
@@ -173,10 +173,11 @@ def test_the_shipped_prompt_shows_problem_reference_verdict_and_every_type():
     assert set(PROMPT.types) == set(DiagnosticType)
 
 
-def test_own_prompt_and_schema_files_take_the_place_of_the_shipped_ones(tmp_path: Path):
+def test_own_prompt_and_schema_files_replace_the_shipped_ones(tmp_path: Path):
     prompt, schema = tmp_path / "mine.md", tmp_path / "mine.json"
     prompt.write_text(
-        "---\nversion: mine-v2\n---\n# system\nTypes: {{types}}\n# user\n{{problem}}\n{{segments}}\n"
+        "---\nversion: mine-v2\n---\n# system\nTypes: {{types}}\n"
+        "# user\n{{problem}}\n{{segments}}\n"
         "# correction\n{{error}}\n"
     )
     narrow = json.loads(SHIPPED_SCHEMA.read_text())
@@ -261,7 +262,7 @@ def test_a_refusal_is_an_abstention():
     assert done.value.value.status == "abstained"
 
 
-# --- the schema that constrained decoding keeps to ---
+# --- the schema for constrained decoding ---
 
 
 def follows(text: str, schema: dict) -> bool:
@@ -299,7 +300,7 @@ def test_a_bounded_schema_keeps_the_order_in_which_the_prompt_shows_the_answer()
 
 
 def test_the_longest_answer_is_counted_to_the_byte():
-    # Of eight segments a span names two; with the longest type that is the longest answer.
+    # Two of eight segments fit a span; with the longest type name that is the longest answer.
     schema = bounded_schema(PROMPT, segments=8, most_spans=2, max_new_tokens=512)
     longest = answer([0, 1], [2, 3], type="algebra_manipulation")
     assert most_bytes(schema, "answer") == len(longest)
@@ -331,7 +332,7 @@ def own_schema(tmp_path: Path, required: bool, **reason: object):
     return load_prompt(None, str(path))
 
 
-def test_a_property_of_ones_own_is_kept_if_it_is_required_and_has_a_bound(tmp_path: Path):
+def test_a_users_own_property_is_kept_if_it_is_required_and_has_a_bound(tmp_path: Path):
     text = answer([0])[:-1] + ', "reason": "adds"}'
     kept = bounded_schema(own_schema(tmp_path, True, maxLength=10), 4, 3, 512)
     assert follows(text, kept)

@@ -1,4 +1,4 @@
-"""A budget holds whatever runs at once, and a run that it stops keeps what it has paid for."""
+"""A budget holds under concurrency, and a run that it stops keeps the answers it paid for."""
 
 import asyncio
 import json
@@ -22,15 +22,15 @@ ROUNDING = 1e-9
 REQUESTS = st.lists(
     st.tuples(
         st.floats(0, 4, allow_nan=False),  # worst case
-        st.none() | st.floats(0, 1),  # share of it that the answer costs; None: nobody tells
-        st.integers(0, 3),  # turns of the loop until the answer
+        st.none() | st.floats(0, 1),  # the answer's cost as a share of it; None: unknown
+        st.integers(0, 3),  # turns of the event loop until the answer
     ),
     max_size=40,
 )
 
 
 async def _ask(budget: Budget, worst: float, share: float | None, turns: int) -> float | None:
-    """What the request cost in truth; None if it was refused."""
+    """The request's true cost; None if it was refused."""
     try:
         async with budget.reserve(worst) as reservation:
             assert budget.spent_usd + budget.reserved_usd <= budget.limit_usd + ROUNDING
@@ -44,7 +44,7 @@ async def _ask(budget: Budget, worst: float, share: float | None, turns: int) ->
 
 @given(REQUESTS, st.floats(0, 20))
 @settings(deadline=None, max_examples=200)
-def test_a_budget_is_never_exceeded_and_no_request_waits_for_ever(requests, limit: float):
+def test_a_budget_is_never_exceeded_and_no_request_waits_forever(requests, limit: float):
     async def all_at_once() -> list[float | None]:
         return await asyncio.gather(*(_ask(budget, *request) for request in requests))
 
@@ -54,7 +54,7 @@ def test_a_budget_is_never_exceeded_and_no_request_waits_for_ever(requests, limi
     assert spent <= limit + ROUNDING
     assert budget.spent_usd == pytest.approx(spent)
     assert budget.reserved_usd == 0
-    # Who was refused would not have fitted beside what the others truly cost.
+    # A refused request would not have fitted with the true costs of the others.
     for (worst, _, _), cost in zip(requests, costs, strict=True):
         assert cost is not None or worst + spent > limit - ROUNDING
 
@@ -74,7 +74,7 @@ def test_a_budget_holds_across_threads_with_loops_of_their_own():
     answered = [cost for cost in costs if cost is not None]
     assert len(costs) == 200
     assert sum(answered) == pytest.approx(budget.spent_usd)
-    # 0.3 each: the last that fits is asked when 9.5 or less are spent.
+    # 0.3 each: the last one that fits is asked when at most 9.5 is spent.
     assert 9.5 < budget.spent_usd <= 10.0
 
 
@@ -88,7 +88,7 @@ def test_a_request_waits_for_those_in_flight_that_may_make_room():
             reservation.settle(1.0)
 
     async def large(budget: Budget) -> None:
-        await asyncio.sleep(0)  # the other one is in flight by now
+        await asyncio.sleep(0)  # now the other request is in flight
         async with budget.reserve(9.0):
             order.append("large")
 
@@ -100,13 +100,13 @@ def test_a_request_waits_for_those_in_flight_that_may_make_room():
     assert order == ["slow", "large"]
 
 
-def test_what_has_no_room_is_told_with_limit_spent_and_reserved():
+def test_a_refusal_names_limit_spent_and_reserved_amounts():
     async def spend() -> None:
         budget = Budget(1.0, spent_usd=0.25)
         async with budget.reserve(0.5):
             with pytest.raises(BudgetSpent, match=r"\$1 .*\$0\.8: \$0\.2500 .*\$0\.5000 reserved"):
                 budget.take(0.8)
-            assert budget.take(0.5) is None  # room may come
+            assert budget.take(0.5) is None  # undecided: the request in flight may release money
 
     asyncio.run(spend())
 
@@ -129,7 +129,7 @@ def config(url: str, **changes) -> AnnotateConfig:
 
 
 def paid_usd(server) -> float:
-    """What the server's answers cost at the price of `config`."""
+    """The cost of the server's answers at the prices of `config`."""
     price = Price(prompt=1.0, completion=2.0)
     tokens = [server.answer(body)[1]["usage"] for body in server.answered]
     return sum(price.of_tokens(t["prompt_tokens"], t["completion_tokens"]) for t in tokens)
@@ -147,7 +147,7 @@ def test_a_run_that_its_budget_stops_goes_on_when_it_is_raised_and_pays_nothing_
     first = len(paid_server.answered)
     assert 0 < first < 60
     assert 0.5 * budget < paid_usd(paid_server) <= budget
-    with pytest.raises(InputError, match="has no room"):  # nothing is left for another run
+    with pytest.raises(InputError, match="has no room"):  # no money is left for another run
         ANNOTATE_STAGE.run(config(paid_server.url, budget_usd=budget), store)
     assert len(paid_server.answered) == first
     dataset = ANNOTATE_STAGE.run(config(paid_server.url, budget_usd=1.0), store)
@@ -176,12 +176,12 @@ def test_a_budget_without_a_price_is_refused_before_the_first_request(
 def test_an_answer_without_usage_counts_as_its_worst_case(
     tmp_path: Path, paid_server, make_verdicts
 ):
-    told = paid_server.answer
+    original = paid_server.answer
 
     def silent(body: dict) -> tuple[int, dict]:
-        status, said = told(body)
-        del said["usage"]
-        return status, said
+        status, reply = original(body)
+        del reply["usage"]
+        return status, reply
 
     paid_server.answer = silent
     store = make_verdicts(tmp_path, parts=1, count=20)
@@ -190,7 +190,7 @@ def test_an_answer_without_usage_counts_as_its_worst_case(
     worst = Price(prompt=1.0, completion=2.0).worst_case_usd(paid_server.answered[0])
     first = len(paid_server.answered)
     assert first <= 0.02 / worst
-    with pytest.raises(InputError, match="has no room"):  # it counts as that in a later run too
+    with pytest.raises(InputError, match="has no room"):  # a later run counts it the same way
         ANNOTATE_STAGE.run(config(paid_server.url, budget_usd=0.02), store)
     assert len(paid_server.answered) == first
     ANNOTATE_STAGE.run(config(paid_server.url, budget_usd=1.0), store)
@@ -203,7 +203,7 @@ def test_a_journal_whose_costs_are_unknown_is_refused_in_a_sentence(tmp_path: Pa
     body = {"choices": [{"message": {"content": ""}}]}
     line = {"key": "k", "record": {"latency_s": 1.0, "body": body}}
     (tmp_path / "1-a.jsonl").write_text(json.dumps(line) + "\n")
-    for _ in range(2):  # and the lock is let go
+    for _ in range(2):  # the refusal releases the lock
         with pytest.raises(InputError, match=r"1-a\.jsonl: .*unknown; leave annotator\.budget_usd"):
             open_spending(annotator, tmp_path)
 
@@ -218,13 +218,13 @@ def test_one_process_at_a_time_spends_a_datasets_budget(tmp_path: Path):
     open_spending(annotator, tmp_path).close()
 
 
-def test_what_an_earlier_run_paid_is_spent_whether_or_not_its_line_is_whole(tmp_path: Path):
+def test_what_an_earlier_run_paid_is_spent_even_if_its_line_is_torn(tmp_path: Path):
     annotator = config("http://x/v1", budget_usd=1.0).annotator
     assert isinstance(annotator, OpenAIAnnotator)
     body = {"choices": [{"message": {"content": ""}}]}
     body |= {"usage": {"prompt_tokens": 100_000, "completion_tokens": 50_000}}
     line = json.dumps({"key": "k", "record": {"latency_s": 1.0, "body": body}}) + "\n"
-    (tmp_path / "1-a.jsonl").write_text(line + line)  # twice paid is twice spent
+    (tmp_path / "1-a.jsonl").write_text(line + line)  # paid twice is spent twice
     (tmp_path / "2-b.jsonl").write_text(line[:-9])
     spending = open_spending(annotator, tmp_path)
     assert spending.budget is not None
@@ -232,23 +232,23 @@ def test_what_an_earlier_run_paid_is_spent_whether_or_not_its_line_is_whole(tmp_
     spending.close()
 
 
-def test_running_figures_tell_tokens_cost_and_an_estimate_of_the_total():
-    told: list[dict[str, object]] = []
+def test_running_figures_have_tokens_cost_and_an_estimate_of_the_total():
+    shown: list[dict[str, object]] = []
     spending = Spending(
-        Price(prompt=1.0, completion=2.0), Budget(5.0), rows=40, tell=lambda **f: told.append(f)
+        Price(prompt=1.0, completion=2.0), Budget(5.0), rows=40, tell=lambda **f: shown.append(f)
     )
     for _ in range(10):
         spending.row([Answer("", prompt_tokens=2000, completion_tokens=500)])
-    assert told[0] == {
+    assert shown[0] == {
         "rows": "1/40",
         "tokens": "2.0k+500",
         "cost": "$0.003000",
         "budget": "$5.0000",
     }
-    assert told[-1]["of about"] == "$0.1200"
-    spending.row([Answer("")])  # nobody tells
-    assert (told[-1]["cost"], told[-1]["tokens"]) == ("unknown", "unknown+unknown")
-    assert "of about" not in told[-1]
+    assert shown[-1]["of about"] == "$0.1200"
+    spending.row([Answer("")])  # an answer without usage
+    assert (shown[-1]["cost"], shown[-1]["tokens"]) == ("unknown", "unknown+unknown")
+    assert "of about" not in shown[-1]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Simultaneous annotators on one store pay for each question once."""
+"""Simultaneous annotators of one store pay for each question once."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.tests.pipelines.conftest import PaidServer, completion
 
-# Not forks of this process: other tests may have left threads in it.
+# Not fork: other tests may have left threads in this process.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["trace_opd.pipelines.stages.annotate"])
 
@@ -49,7 +49,7 @@ def start(request: AnnotateConfig, root: Path) -> Any:
 
 
 def slow(server: PaidServer, seconds: float = 0.1) -> Callable[[], Counter[str]]:
-    """Make the server answer slowly and in parallel. Returns a counter of requests."""
+    """Make the server answer slowly and in parallel; returns a counter of requests."""
     asked: list[str] = []
     hold = threading.Lock()
 
@@ -100,7 +100,7 @@ def test_two_runs_at_once_pay_for_each_question_once(
     assert set(asked().values()) == {1}
     made = list(store.datasets("annotate"))
     assert [dataset.summary["status"] for dataset in made] == [{"ok": 24}] * 2
-    if verdicts == "reversed":  # each asked from its own end
+    if verdicts == "reversed":  # the two runs ask from opposite ends
         assert all(list(Path(dataset.path("journal")).glob("*.jsonl")) for dataset in made)
 
 
@@ -120,7 +120,7 @@ def test_the_other_run_asks_what_a_killed_run_was_asking(
     assert second.exitcode == 0
     assert len(asked()) == 8
     assert max(asked().values()) == 2
-    assert sum(asked().values()) <= 8 + 4  # what was in flight at the kill
+    assert sum(asked().values()) <= 8 + 4  # the second term: in flight at the kill
 
 
 def test_the_run_that_asks_pays(tmp_path: Path, paid_server, make_verdicts):
@@ -160,7 +160,7 @@ def test_waiting_for_a_suspended_run_ends(tmp_path: Path):
     assert asyncio.run(ask(0.3)) >= 0.3
     holder.kill()
     holder.join()
-    asyncio.run(asyncio.wait_for(ask(60), 30))  # free with its process
+    asyncio.run(asyncio.wait_for(ask(60), 30))  # the claim ends with its process
 
 
 def test_a_claims_file_that_is_a_link_is_refused(tmp_path: Path, paid_server, make_verdicts):

@@ -1,7 +1,7 @@
-"""Servers that misbehave, as all clients of endpoints meet them: annotator, sampler, batches.
+"""Misbehaving servers against every client of endpoints: annotator, sampler, batch client.
 
-Each gets one sentence that names the endpoint, in bounded time and memory, and nothing reaches
-another address.
+Each client fails with one sentence that names the endpoint, in bounded time and memory, and sends
+nothing to another address.
 """
 
 import gzip
@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from trace_opd.pipelines import endpoint, transport
 from trace_opd.pipelines.annotators import open_annotator
-from trace_opd.pipelines.annotators.batch_jobs import BatchClient, Job, JobFile
+from trace_opd.pipelines.annotators.batch_client import BatchClient
+from trace_opd.pipelines.annotators.batch_jobs import Job, JobFile
 from trace_opd.pipelines.endpoint import refill_s, seconds_asked
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
@@ -37,11 +38,11 @@ from trace_opd.trace.protocols import Prompt
 
 Answer = Callable[[socket.socket], None]
 KEY = "sk-planted-0123456789"
-BIG = 1 << 20  # the size limit here
+BIG = 1 << 20  # the size limit in these tests
 
 
 class Server:
-    """requests: (head, body) of each that came."""
+    """requests: (head, body) of each request received."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[bytes, bytes]] = []
@@ -51,12 +52,12 @@ class Server:
 
 @contextmanager
 def serving(answer: Callable[[socket.socket, Server], None]) -> Iterator[Server]:
-    """A server on loopback whose every connection gets one `answer`."""
+    """A server on loopback that handles every connection with `answer`."""
     server = Server()
     listening = socket.create_server(("127.0.0.1", 0))
 
     def connection(line: socket.socket) -> None:
-        with line, suppress(OSError):  # the client may hang up
+        with line, suppress(OSError):  # the client may close the connection
             raw = b""
             while b"\r\n\r\n" not in raw:
                 raw += line.recv(65536)
@@ -99,7 +100,7 @@ def sends(raw: bytes) -> Callable[[socket.socket, Server], None]:
 
 
 def repeats(start: bytes, piece: bytes, pause_s: float = 0.0) -> Any:
-    """Sends a start, then pieces until the client hangs up or the test ends."""
+    """Sends a start, then pieces until the client closes the connection or the test ends."""
 
     def answer(line: socket.socket, server: Server) -> None:
         line.sendall(start)
@@ -131,15 +132,15 @@ def sample(url: str, timeout_s: float = 3.0, **changes: Any) -> Any:
     return OpenAIPolicySampler(config, "m").sample([prompt], SamplingConfig(), [[1]])
 
 
-def look(url: str, timeout_s: float = 3.0, api_key_env: str | None = None) -> Any:
-    """A batch's state, by the synchronous client."""
+def refresh(url: str, timeout_s: float = 3.0, api_key_env: str | None = None) -> Any:
+    """A batch's state, fetched by the synchronous client."""
     job = Job(
         base_url=url, api_key_env=None, requests=1, worst_case_usd=0.0, refused=[],
         created_at="now", batch_id="batch-0",
     )  # fmt: skip
     client = BatchClient(url, api_key_env, 1, timeout_s, timeout_s)
     try:
-        return client.look(JobFile(Path("/nowhere/job.json"), job))
+        return client.refresh(JobFile(Path("/nowhere/job.json"), job))
     finally:
         client.close()
 
@@ -163,26 +164,26 @@ def tables() -> tuple[Any, Any, Any]:
     return PROBLEMS.table([problem]), ROLLOUTS.table([rollout]), VERDICTS.table([verdict])
 
 
-CLIENTS = pytest.mark.parametrize("ask", [annotate, sample, look])
+CLIENTS = pytest.mark.parametrize("ask", [annotate, sample, refresh])
 
 
 def refusal(ask: Callable[..., Any], server: Server, **changes: Any) -> str:
-    """The sentence with which a client ends."""
+    """The sentence with which a client fails."""
     with pytest.raises(InputError) as raised:
         ask(server.url, **changes)
-    said = str(raised.value)
-    assert server.url in said
-    assert "\n" not in said
-    return said
+    message = str(raised.value)
+    assert server.url in message
+    assert "\n" not in message
+    return message
 
 
 @pytest.fixture(autouse=True)
 def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wait of our own choice that no client has time for."""
+    """Retries back off for longer than any client's patience, so each client makes one attempt."""
     monkeypatch.setattr(endpoint, "_backoff", lambda state: 100.0)
 
 
-# --- where a request goes ---
+# --- redirects, proxies, keys ---
 
 
 @CLIENTS
@@ -191,11 +192,11 @@ def test_a_redirect_is_not_followed(ask, status):
     with serving(sends(http(b"{}"))) as stranger:
         where = f"location: {stranger.url}/chat/completions\r\n"
         with serving(sends(http(b"", f"{status} Elsewhere", where))) as server:
-            said = refusal(ask, server, timeout_s=5.0)
+            message = refusal(ask, server, timeout_s=5.0)
     assert stranger.requests == []
-    assert len(server.requests) == 1  # it would say the same again
-    assert "Redirected" in said
-    assert "set base_url to the endpoint itself" in said
+    assert len(server.requests) == 1  # a second attempt would be redirected too
+    assert "Redirected" in message
+    assert "set base_url to the endpoint itself" in message
 
 
 @CLIENTS
@@ -244,7 +245,7 @@ def test_only_the_configs_key_is_sent(ask, monkeypatch):
     assert all(KEY.encode() not in head for head, _ in server.requests)
 
 
-# --- how much of an answer is taken ---
+# --- the size of an answer ---
 
 CHUNKED = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n"
 CHUNK = b"10000\r\n" + b" " * 65536 + b"\r\n"
@@ -261,7 +262,7 @@ GZIP = "content-encoding: gzip\r\n"
         sends(http(ZEROS, "500 Oops", GZIP)),
         sends(http(b" " * (2 * BIG))),
         repeats(CHUNKED + b"\r\n", CHUNK),
-        # After the end of a gzip stream: nothing of it comes out of the decoder.
+        # Bytes after the end of a gzip stream: the decoder returns none of them.
         repeats(
             CHUNKED + GZIP.encode() + b"\r\n14\r\n" + gzip.compress(b"", 1, mtime=0) + b"\r\n",
             CHUNK,
@@ -298,7 +299,7 @@ def test_endless_headers_are_refused(ask):
         refusal(ask, server)
 
 
-# --- what is in an answer ---
+# --- the content of an answer ---
 
 BODIES = {
     "html": b"<html><body>Please log in</body></html>",
@@ -324,15 +325,16 @@ BODIES = {
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
 def test_a_body_that_is_not_what_was_asked_for_is_one_sentence(ask, body):
     with serving(sends(http(body))) as server:
-        said = refusal(ask, server)
-    assert "NotACompletion" in said
+        message = refusal(ask, server)
+    assert "NotACompletion" in message
 
 
 @CLIENTS
 @pytest.mark.parametrize("status", [400, 404, 429, 500])
 @pytest.mark.parametrize(
     "body", [*(BODIES[name] for name in ("html", "null", "deep", "nearly too deep")),
-             b'{"error": "busy"}', b'{"error": {"message": {}, "code": [], "param": {}, "type": 1}}'],
+              b'{"error": "busy"}',
+              b'{"error": {"message": {}, "code": [], "param": {}, "type": 1}}'],
 )  # fmt: skip
 def test_an_error_with_any_body_is_one_sentence(ask, status, body):
     with serving(sends(http(body, f"{status} Oops"))) as server:
@@ -359,7 +361,7 @@ def test_an_answer_that_is_no_http_is_one_sentence(ask, raw):
         refusal(ask, server)
 
 
-# --- how long a server may ask to wait ---
+# --- the wait that a server asks for ---
 
 RETRY_AFTER = [
     "99999999", "1e9", "-5", "NaN", "inf", "9" * 400, "0x10", " ",
@@ -372,7 +374,7 @@ RETRY_AFTER = [
 @CLIENTS
 @pytest.mark.parametrize("value", RETRY_AFTER)
 def test_no_wait_is_longer_than_the_config_allows(ask, value, monkeypatch):
-    if ask is annotate:  # its attempts end the wait, for the others the time that is left
+    if ask is annotate:  # its attempts end the wait; for the others the remaining time does
         monkeypatch.setattr(endpoint, "_backoff", lambda state: 0.0)
     headers = f"retry-after: {value}\r\ndate: {value}\r\nretry-after-ms: {value}\r\n"
     changes = {"patience_s": 0.3, "max_attempts": 2} if ask is annotate else {"timeout_s": 0.3}
@@ -386,9 +388,9 @@ def test_a_rate_limit_that_comes_back_after_the_patience_stops_the_stage(reset):
     limits += "x-ratelimit-remaining-requests: 0\r\n"
     answered = {"choices": [{"message": {"content": "no answer"}, "finish_reason": "stop"}]}
     with serving(sends(http(json.dumps(answered).encode(), headers=limits))) as server:
-        if reset.isdigit():  # without a unit it is no time
+        if reset.isdigit():  # without a unit it is not a duration
             annotate(server.url, timeout_s=5.0)
-        else:  # the corrective turn would be the next request
+        else:  # the next request would be the corrective turn
             assert "asks to wait" in refusal(annotate, server, timeout_s=5.0, patience_s=60.0)
     assert len(server.requests) == 1 + reset.isdigit()
 
@@ -400,7 +402,7 @@ DATE = st.one_of(
 
 
 @given(value=DATE, sent=DATE)
-def test_whatever_a_header_says_a_wait_is_a_finite_number_or_none(value, sent):
+def test_a_wait_from_any_header_is_a_finite_number_or_none(value, sent):
     for seconds in (seconds_asked(value, sent), refill_s({"x-ratelimit-reset-a": value}, "a", 1)):
         assert seconds is None or 0 <= seconds < float("inf")
 

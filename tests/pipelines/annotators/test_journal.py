@@ -1,4 +1,4 @@
-"""The journal of paid answers: durable before they count, shared by processes, tolerant of damage."""
+"""The journal of paid answers: durable, shared by processes, tolerant of damage."""
 
 import asyncio
 import multiprocessing
@@ -77,7 +77,7 @@ def test_damage_costs_only_the_lines_that_it_touches(tmp_path: Path, how: str):
         end = {"flip": begin + 1, "zeros": begin + 512, "cut": size}[how]
         kept = Journal(path.parent)
         for n, (line_begin, line_end) in enumerate(spans):
-            if line_end <= begin or line_begin > end:  # with the line end before it
+            if line_end <= begin or line_begin > end:  # the line end before a line belongs to it
                 assert kept.get(keys[n]) == {"n": n}
 
 
@@ -123,7 +123,7 @@ SHARED: dict[str, Any] = {
 
 
 def test_a_key_stays_the_same_over_versions():
-    """Another key would pay for every journalled answer again."""
+    """A changed key would pay for every journalled answer again."""
     key = "7b8e60ac6fc8799555a1928addef44664ce581c4be28ed39c98473f23e0bf0ca"
     assert request_key(**SHARED) == key
 
@@ -173,7 +173,7 @@ def write_and_read(folder: Path, name: str, count: int) -> None:
     journal = Journal(folder)
     for n in range(count):
         journal.append([Answered(f"{name}-{n}", {"n": n, "text": name * 500})])
-        journal.get(f"{name}-{n + 1}")  # missing: indexes what the others have written
+        journal.get(f"{name}-{n + 1}")  # missing: indexes the records of the others
 
 
 def test_threads_and_processes_share_a_folder(tmp_path: Path):
@@ -226,7 +226,7 @@ def test_waiting_records_share_a_write(tmp_path: Path):
 
     async def answer(commit: GroupCommit, n: int) -> None:
         await commit.append(str(n), {"n": n})
-        # It counts from here on, so every other reader must find it.
+        # It counts from here on, so every reader must find it.
         assert Journal(tmp_path).get(str(n)) == {"n": n}
 
     async def all_answers() -> None:
@@ -264,7 +264,7 @@ def test_a_reservation_is_durable_before_it_returns_and_lasts_until_it_is_settle
             case 1:
                 commit.settle(name)  # refused
             case 2:
-                pass  # lost
+                pass  # lost in flight
 
     async def all_requests() -> None:
         commit = GroupCommit(journal)

@@ -1,4 +1,4 @@
-"""The endpoint annotator against a real HTTP server on loopback that answers by a script."""
+"""The endpoint annotator against a real HTTP server on loopback that follows a script."""
 
 import json
 import multiprocessing
@@ -35,8 +35,8 @@ from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 
 KEY = "sk-planted-0123456789"
 VALID = '{"abstain": false, "spans": [{"segments": [1], "quote": null}], "type": "setup"}'
-# A body as str goes out as it is; as bytes it is half of what is announced, then the line is dead;
-# as a list it drips, one piece in 0.1 s.
+# A str body is sent unchanged. A bytes body is half of the announced length; then the connection is
+# closed. A list is sent slowly, one piece per 0.1 s.
 Reply = tuple[int, dict[str, str], dict | str | bytes | list[str]]
 
 
@@ -51,7 +51,7 @@ def fault(status: int, message: str = "no", headers: dict | None = None, **more:
 
 
 class Endpoint:
-    """Requests seen, and the script: (request's number from 0, its body) -> reply."""
+    """The requests received, and the script: (request's number from 0, its body) -> reply."""
 
     def __init__(self, script: Callable[[int, dict], Reply | None]) -> None:
         self.script = script
@@ -76,7 +76,7 @@ def served(script: Callable[[int, dict], Reply | None]) -> Iterator[tuple[Endpoi
                 endpoint.headers.append(self.headers)
                 endpoint.at.append(time.monotonic())
             reply = endpoint.script(number, body)
-            if reply is None:  # hang up without an answer
+            if reply is None:  # close the connection without an answer
                 self.close_connection = True
                 return
             status, headers, content = reply
@@ -90,7 +90,7 @@ def served(script: Callable[[int, dict], Reply | None]) -> Iterator[tuple[Endpoi
             self.end_headers()
             for number, raw in enumerate(raws):
                 time.sleep(0.1 if number else 0.0)
-                with suppress(ConnectionError):  # the client may have given up
+                with suppress(ConnectionError):  # the client may have closed it
                     self.wfile.write(raw)
             self.close_connection = half
 
@@ -116,12 +116,12 @@ def as_bytes(content: dict | str | bytes) -> bytes:
 
 
 def in_order(*replies: Reply | None) -> Callable[[int, dict], Reply | None]:
-    """One reply after another; the last one for ever."""
+    """One reply after another; the last one repeats."""
     return lambda number, body: replies[min(number, len(replies) - 1)]
 
 
 def tables(count: int, unscored: int = 0) -> tuple[pa.Table, pa.Table, pa.Table]:
-    """A problem and `count` different wrong rollouts; the last `unscored` have no verdict."""
+    """A problem and `count` distinct wrong rollouts; the last `unscored` have no verdict."""
     problem = {
         "problem_id": "p", "problem": "3 boxes of 4 pens?", "answer": "12", "answer_kind": "math",
         "solution": None, "steps": None, "source": "test", "split": "train",
@@ -225,8 +225,8 @@ def test_rate_limits_are_waited_out_as_the_server_asks():
         fault(503),
         (502, {"content-type": "text/html"}, "<html>Bad Gateway</html>"),
         fault(408),
-        None,  # hangs up without an answer
-        (200, {}, b'{"choices": [{"mess'),  # hangs up in the middle of one
+        None,  # closes the connection without an answer
+        (200, {}, b'{"choices": [{"mess'),  # closes the connection in the middle of an answer
         (200, {}, '{"choices": [{"mess'),
         (200, {}, "<html>busy</html>"),
         (200, {}, ""),
@@ -235,7 +235,7 @@ def test_rate_limits_are_waited_out_as_the_server_asks():
         (200, {"content-encoding": "gzip"}, "not gzip"),
     ],
 )
-def test_what_may_pass_is_tried_again(broken: Reply | None):
+def test_transient_failures_are_retried(broken: Reply | None):
     with served(in_order(broken, completion())) as (endpoint, url):
         (row,) = annotate(url)
     assert row["status"] == "ok"
@@ -250,7 +250,7 @@ def test_an_answer_that_is_late_is_given_up_and_asked_for_again(late: str):
         if late == "silent":
             time.sleep(2.0)
             return completion()
-        return 200, {}, [" "] * 20  # never long without a byte
+        return 200, {}, [" "] * 20  # sends a byte often enough to reset a read timeout
 
     with served(script) as (endpoint, url):
         (row,) = annotate(url, timeout_s=0.5)
@@ -274,7 +274,8 @@ def test_an_answer_without_usage_is_used_and_its_tokens_are_unknown():
     [
         [], "many", 7, {"prompt_tokens": 1.5, "completion_tokens": 1},
         {"prompt_tokens": "9", "completion_tokens": 1}, {"prompt_tokens": [9]},
-        {"prompt_tokens": -5, "completion_tokens": 1}, {"prompt_tokens": 2**31, "completion_tokens": 1},
+        {"prompt_tokens": -5, "completion_tokens": 1},
+        {"prompt_tokens": 2**31, "completion_tokens": 1},
         {"prompt_tokens": 10**30, "completion_tokens": 10**30}, {"prompt_tokens": True},
     ],
 )  # fmt: skip
@@ -282,7 +283,7 @@ def test_an_answer_is_kept_whatever_its_usage_is(tmp_path: Path, usage):
     _, _, body = completion()
     assert isinstance(body, dict)
     with served(in_order((200, {}, body | {"usage": usage}))) as (endpoint, url):
-        for _ in range(2):  # from the endpoint, then from the journal
+        for _ in range(2):  # first from the endpoint, then from the journal
             (row,) = annotate(url, journal=tmp_path, **PRICE)
             assert (row["status"], row["prompt_tokens"], row["cost_usd"]) == ("ok", None, None)
         assert len(endpoint.requests) == 1
@@ -309,7 +310,7 @@ def test_an_answer_in_parts_is_their_text(more: list):
     assert (row["status"], row["raw_answer"], len(endpoint.requests)) == ("ok", VALID, 1)
 
 
-def test_a_server_that_is_not_there_is_told_in_a_sentence():
+def test_an_unreachable_server_is_one_sentence():
     with pytest.raises(InputError, match=r"http://127.0.0.1:1/v1: 1 of 1 calls failed .*onnection"):
         annotate("http://127.0.0.1:1/v1", max_attempts=1)
 
@@ -331,9 +332,9 @@ def test_attempts_end():
         (404, "model_not_found"),
     ],
 )
-def test_what_dooms_every_call_stops_the_stage_at_the_first(status: int, code: str):
-    with served(in_order(fault(status, f"told {code}", code=code))) as (endpoint, url):
-        with pytest.raises(InputError, match=f"told {code}"):
+def test_a_failure_of_every_call_stops_the_stage_at_the_first(status: int, code: str):
+    with served(in_order(fault(status, f"refused {code}", code=code))) as (endpoint, url):
+        with pytest.raises(InputError, match=f"refused {code}"):
             annotate(url, count=20, concurrency=1)
         assert len(endpoint.requests) == 1
 
@@ -358,7 +359,7 @@ def test_more_than_half_failing_stops_and_keeps_what_was_paid(tmp_path: Path):
         with pytest.raises(InputError, match=r"10 of 15 calls failed .*no more"):
             annotate(url, count=40, journal=tmp_path, concurrency=1)
         asked = len(endpoint.requests)
-        assert 15 <= asked <= 16  # one may have gone out while the last failure was told
+        assert 15 <= asked <= 16  # one may be sent before the last failure is processed
         endpoint.script = in_order(completion())
         rows = annotate(url, count=40, journal=tmp_path, concurrency=1)
         assert len(endpoint.requests) == asked + 35
@@ -384,7 +385,7 @@ def test_a_refused_parameter_is_left_out_from_then_on(message, refused, instead)
     with served(script) as (endpoint, url):
         rows = annotate(url, count=8, concurrency=1)
     assert [row["status"] for row in rows] == ["ok"] * 8
-    # Two were under way when it was found out; a schema has two forms that can be refused.
+    # Two requests were in flight at the first refusal; a schema has two forms that can be refused.
     asked = [refused in request for request in endpoint.requests]
     assert asked[0]
     assert sum(asked) <= 4
@@ -401,7 +402,7 @@ def test_a_server_that_knows_no_schema_is_asked_for_a_json_object():
 
     with served(script) as (endpoint, url):
         rows = annotate(url, count=4, concurrency=1)
-    assert [row["status"] for row in rows] == ["ok"] * 4  # one of them after a corrective turn
+    assert [row["status"] for row in rows] == ["ok"] * 4  # one after a corrective turn
     kinds = [request["response_format"]["type"] for request in endpoint.requests]
     assert kinds[0] == "json_schema"
     assert kinds.count("json_schema") <= 2
@@ -477,7 +478,7 @@ def test_a_slow_disk_holds_requests_back(tmp_path: Path, monkeypatch):
     with served(answer) as (_, url):
         annotate(url, count=40, journal=tmp_path, concurrency=8)
     assert len(kept) == 40
-    assert max(unkept) <= 8  # a kill loses no more
+    assert max(unkept) <= 8  # the most that a kill can lose
 
 
 def test_equal_responses_are_one_question():
@@ -495,12 +496,12 @@ def test_equal_responses_are_one_question():
 
 def test_tokens_keep_to_the_pace_per_minute():
     with served(in_order(completion())) as (endpoint, url):
-        # 40 tokens a second, and an answer takes 110, whatever was set aside for it.
+        # 40 tokens a second; an answer takes 110, whatever was reserved for it.
         annotate(url, count=3, tokens_per_minute=2400, max_new_tokens=16, concurrency=1)
     assert endpoint.at[-1] - endpoint.at[0] >= 2 * 110 / 40 - 1.0
 
 
-def test_a_window_that_is_used_up_is_waited_for_without_being_told_off():
+def test_a_used_up_rate_limit_is_waited_for_before_a_429():
     left = {"x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "0"}
     status, _, body = completion()
     used_up: Reply = (status, left | {"x-ratelimit-reset-requests": "1m0s"}, body)
@@ -517,7 +518,7 @@ def test_a_request_above_the_limit_is_not_waited_for():
         assert len(endpoint.requests) == 1
 
 
-def test_an_endpoint_that_answers_nobody_stops_the_stage_and_what_was_paid_is_kept(tmp_path: Path):
+def test_an_endpoint_that_stops_answering_stops_the_stage_and_paid_answers_are_kept(tmp_path: Path):
     def script(number: int, body: dict) -> Reply:
         return completion() if number < 3 else fault(503, "maintenance")
 
@@ -530,7 +531,7 @@ def test_an_endpoint_that_answers_nobody_stops_the_stage_and_what_was_paid_is_ke
         assert len(endpoint.requests) == before + 27
 
 
-def test_a_wait_that_nobody_would_sit_through_stops_the_stage():
+def test_a_wait_above_the_patience_stops_the_stage():
     tomorrow = fault(429, "daily limit", headers={"Retry-After": "86400"})
     with served(in_order(tomorrow)) as (endpoint, url):
         with pytest.raises(InputError, match=r"asks to wait 86400 s .*daily limit"):
@@ -538,10 +539,10 @@ def test_a_wait_that_nobody_would_sit_through_stops_the_stage():
         assert len(endpoint.requests) == 1
 
 
-def test_a_stop_wakes_those_who_wait():
+def test_a_stop_wakes_waiting_requests():
     def script(number: int, body: dict) -> Reply:
         if number == 0:
-            return fault(500, headers={"Retry-After": "60"})  # waits long before its next attempt
+            return fault(500, headers={"Retry-After": "60"})  # its next attempt would be in 60 s
         time.sleep(0.3)
         return fault(401, "no such key")
 
@@ -557,7 +558,7 @@ PRICE = {"usd_per_million_prompt_tokens": 1.0, "usd_per_million_completion_token
 
 def test_a_spent_budget_stops_the_stage_and_more_of_it_goes_on(tmp_path: Path):
     with served(in_order(completion())) as (endpoint, url):
-        # A row costs 120 millionths; the worst case that is set aside for it is far above that.
+        # A row costs 120 millionths; its reserved worst case is far above that.
         with pytest.raises(InputError, match=r"budget of \$0.01 .*raise annotator.budget_usd"):
             annotate(url, 60, tmp_path, budget_usd=0.01, **PRICE)
         paid = len(endpoint.requests)
@@ -569,8 +570,8 @@ def test_a_spent_budget_stops_the_stage_and_more_of_it_goes_on(tmp_path: Path):
     assert sum(row["cost_usd"] for row in rows) == pytest.approx(60 * 120e-6)
 
 
-def test_an_answer_that_was_lost_on_the_way_counts_into_the_budget():
-    """A broken line doesn't tell whether the answer was made: the bill may hold it."""
+def test_an_answer_lost_in_flight_counts_into_the_budget():
+    """A closed connection does not show whether the answer was generated and billed."""
     with served(in_order(None)) as (endpoint, url):
         with pytest.raises(InputError, match=r"budget of \$0.01"):
             annotate(url, budget_usd=0.01, max_attempts=99, **PRICE)
@@ -588,7 +589,7 @@ def test_refused_requests_cost_nothing(tmp_path: Path, refused: Reply):
 
 
 def spent_usd(journal: Path) -> float:
-    """What a new run finds to be spent."""
+    """The amount that a new run counts as spent."""
     with closing(open_spending(config("http://x/v1", budget_usd=1.0, **PRICE), journal)) as opened:
         assert opened.budget is not None
         return opened.budget.spent_usd
@@ -621,7 +622,7 @@ def test_a_budget_holds_over_runs_whatever_becomes_of_the_answers(tmp_path: Path
             before = len(endpoint.requests)
             with suppress(InputError):
                 annotate(url, count, tmp_path, budget_usd=budget, max_attempts=1, **PRICE)
-        assert len(endpoint.requests) == before  # nothing is left for the last one
+        assert len(endpoint.requests) == before  # no money is left for the last request
         billed = sum(map(price.worst_case_usd, endpoint.requests))
     assert 0.7 * budget < billed <= budget
     assert spent_usd(tmp_path) == pytest.approx(billed)
@@ -660,9 +661,9 @@ def test_the_key_reaches_no_row_error_or_journal(tmp_path: Path, monkeypatch, ca
     assert "bad key ***?" in rows[0]["error"]
     with served(in_order(echo)) as (_, url), pytest.raises(InputError) as stopped:
         annotate(url, api_key_env="TEST_KEY")
-    told = [str(rows), str(stopped.value), *(p.read_text() for p in tmp_path.iterdir())]
-    told += [r.getMessage() for r in caplog.records if r.name.startswith("trace_opd")]
-    assert not [text for text in told if KEY in text]
+    texts = [str(rows), str(stopped.value), *(p.read_text() for p in tmp_path.iterdir())]
+    texts += [r.getMessage() for r in caplog.records if r.name.startswith("trace_opd")]
+    assert not [text for text in texts if KEY in text]
 
 
 def test_what_only_reads_an_answer_asks_nothing_again(tmp_path: Path, monkeypatch):
@@ -749,7 +750,7 @@ def run_stage(request: AnnotateConfig, root: Path) -> None:
 
 
 def journalled(root: Path) -> list[str]:
-    """What the whole lines in a store's journals answer to."""
+    """Ids of the answers in complete lines of a store's journals."""
     answered = []
     for path in root.glob("annotate/**/*.jsonl"):
         for line in path.read_bytes().splitlines(keepends=True):
@@ -759,7 +760,7 @@ def journalled(root: Path) -> list[str]:
 
 
 def test_a_stage_killed_again_and_again_pays_for_no_answer_twice(tmp_path: Path):
-    """SIGKILL at random moments: what is asked again was in flight, and the table is the same."""
+    """SIGKILL at random moments: only requests in flight are repeated; the table is the same."""
     rng = random.Random(0)
     asked: Counter[str] = Counter()
 
@@ -770,7 +771,7 @@ def test_a_stage_killed_again_and_again_pays_for_no_answer_twice(tmp_path: Path)
         turn = f"{pens[1]}-{len(texts)}"
         asked[turn] += 1
         time.sleep(0.05)
-        # Every third needs a corrective turn; what is marked follows from the content alone.
+        # Every third needs a corrective turn; the marks depend on the content alone.
         first_of_three = len(texts) == 2 and int(pens[1]) % 3 == 0
         answer = "Segment 1." if first_of_three else VALID.replace("[1]", f"[{int(pens[1]) % 2}]")
         status, headers, reply = completion(answer)
@@ -796,14 +797,15 @@ def test_a_stage_killed_again_and_again_pays_for_no_answer_twice(tmp_path: Path)
                 process.kill()
                 process.join()
                 kills += 1
-            assert paid == {turn: asked[turn] for turn in paid}  # none of them was asked again
+            # No journalled question is repeated.
+            assert paid == {turn: asked[turn] for turn in paid}
             if process.exitcode == 0:
                 break
             assert process.exitcode == -signal.SIGKILL
     assert kills == 6
     assert len(asked) == 160
-    assert sum(asked.values()) - 160 <= 2 * 4 * kills  # in flight or on the way to the disk
+    assert sum(asked.values()) - 160 <= 2 * 4 * kills  # in flight or not yet on disk
     finished = ANNOTATE_STAGE.run(request, Store(root))
     assert finished.id == undisturbed.id
-    told = ["latency_s"]
-    assert finished.read().drop_columns(told) == undisturbed.read().drop_columns(told)
+    timing = ["latency_s"]
+    assert finished.read().drop_columns(timing) == undisturbed.read().drop_columns(timing)

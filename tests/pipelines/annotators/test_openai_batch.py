@@ -1,4 +1,4 @@
-"""Annotation by the Batch API against a loopback server, through the real client."""
+"""Annotation by the Batch API against a loopback server, with the real client."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def run(request: AnnotateConfig, store: Store) -> Dataset:
 
 
 def questions(server) -> Counter[str]:
-    """How often each first question got an answer."""
+    """How many answers each first question got."""
     firsts = [body for body in server.answered if len(body["messages"]) == 2]
     return Counter(body["messages"][1]["content"] for body in firsts)
 
@@ -75,7 +75,7 @@ def test_all_parts_go_out_in_one_batch_at_the_batch_price(
     assert set(questions(paid_server).values()) == {1}
     tokens = dataset.summary["prompt_tokens"], dataset.summary["completion_tokens"]
     assert dataset.summary["cost_usd"] == pytest.approx(PRICE.of_tokens(*tokens) / 2)
-    assert dataset.summary["latency_s_median"] == 60.0  # the batch's
+    assert dataset.summary["latency_s_median"] == 60.0  # the batch's latency
     assert paid_server.authorization == {None}
     assert [job["status"] for job in jobs(tmp_path)] == ["collected"]
 
@@ -93,10 +93,10 @@ def test_an_invalid_answer_is_corrected_in_a_further_batch(
     valid = paid_server.answer
 
     def first_wrong(body: dict) -> tuple[int, dict]:
-        status, said = valid(body)
+        status, reply = valid(body)
         if len(body["messages"]) == 2 and "Pens: 1." in body["messages"][1]["content"]:
-            said["choices"][0]["message"]["content"] = "Segment 1."
-        return status, said
+            reply["choices"][0]["message"]["content"] = "Segment 1."
+        return status, reply
 
     paid_server.answer = first_wrong
     store = make_verdicts(tmp_path, parts=1, count=3)
@@ -137,8 +137,8 @@ def test_a_refused_parameter_is_left_out_in_the_next_batch(
 
     def modern(body: dict) -> tuple[int, dict]:
         if "max_tokens" in body:
-            said = "Unsupported parameter: 'max_tokens' is not supported with this model."
-            return 400, {"error": {"message": said, "param": "max_tokens"}}
+            reply = "Unsupported parameter: 'max_tokens' is not supported with this model."
+            return 400, {"error": {"message": reply, "param": "max_tokens"}}
         return valid(body)
 
     paid_server.answer = modern
@@ -148,7 +148,7 @@ def test_a_refused_parameter_is_left_out_in_the_next_batch(
     assert all("max_completion_tokens" in body for body in paid_server.answered)
 
 
-def test_an_expired_batch_is_told_and_only_its_rest_is_asked_again(
+def test_an_expired_batch_is_reported_and_only_its_rest_is_asked_again(
     tmp_path: Path, paid_server, make_verdicts
 ):
     paid_server.final = "expired"
@@ -163,7 +163,7 @@ def test_an_expired_batch_is_told_and_only_its_rest_is_asked_again(
     assert set(questions(paid_server).values()) == {1}
 
 
-def test_a_failed_batch_is_told_with_its_reason(tmp_path: Path, paid_server, make_verdicts):
+def test_a_failed_batch_is_reported_with_its_reason(tmp_path: Path, paid_server, make_verdicts):
     paid_server.final, paid_server.fault = "failed", "Enqueued token limit reached"
     store = make_verdicts(tmp_path, parts=1, count=2)
     with pytest.raises(
@@ -222,7 +222,7 @@ def test_a_run_killed_while_polling_finds_its_batch_again(
         [sys.executable, "-c", _RUN_STAGE, request.model_dump_json(), str(tmp_path)]
     )
     deadline = time.monotonic() + 60
-    while paid_server.looks < 3 and time.monotonic() < deadline:
+    while paid_server.polled < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -237,21 +237,21 @@ def test_a_run_killed_while_polling_finds_its_batch_again(
 def test_a_run_killed_before_it_remembered_a_step_submits_nothing_twice(
     tmp_path: Path, paid_server, make_verdicts, forgotten, monkeypatch
 ):
-    """As after a kill between a request to the server and the write of what it said."""
+    """Like a kill between a request to the server and the write of its reply."""
     store = make_verdicts(tmp_path, parts=1, count=3)
     with monkeypatch.context() as stopping:
 
         def stop(self, job) -> None:
             raise KeyboardInterrupt
 
-        stopping.setattr("trace_opd.pipelines.annotators.batch_jobs.BatchClient.look", stop)
+        stopping.setattr("trace_opd.pipelines.annotators.batch_client.BatchClient.refresh", stop)
         with pytest.raises(KeyboardInterrupt):
             run(config(paid_server.url), store)
     (path,) = tmp_path.glob("annotate/*/batches/*.json")
     job = json.loads(path.read_text())
     path.write_text(json.dumps(job | dict.fromkeys(forgotten)))
     path.with_suffix(".jsonl").write_bytes(paid_server.files["file-0"])
-    if "input_file_id" in forgotten:  # then no batch can have been made
+    if "input_file_id" in forgotten:  # then no batch can exist
         paid_server.batches.clear()
     assert run(config(paid_server.url), store).summary["status"] == {"ok": 3}
     assert len(paid_server.batches) == 1
@@ -262,7 +262,7 @@ def test_a_budget_limits_what_a_round_may_cost(tmp_path: Path, paid_server, make
     store = make_verdicts(tmp_path, parts=2, count=10)
     with pytest.raises(InputError, match=r"has no room .*raise annotator\.budget_usd"):
         run(priced(tmp_path, paid_server.url, budget_usd=0.006), store)
-    assert len(paid_server.batches) > 1  # settled answers make room for more
+    assert len(paid_server.batches) > 1  # settled answers release money for more
     usages = [paid_server.answer(body)[1]["usage"] for body in paid_server.answered]
     paid = sum(PRICE.of_tokens(u["prompt_tokens"], u["completion_tokens"]) / 2 for u in usages)
     assert 0.003 < paid <= 0.006
@@ -271,16 +271,16 @@ def test_a_budget_limits_what_a_round_may_cost(tmp_path: Path, paid_server, make
     assert set(questions(paid_server).values()) == {1}
 
 
-def test_answers_that_tell_no_tokens_count_as_their_worst_case_in_later_runs_too(
+def test_answers_without_usage_count_as_their_worst_case_in_later_runs_too(
     tmp_path: Path, paid_server, make_verdicts
 ):
-    told = paid_server.answer
+    original = paid_server.answer
 
     def silent(body: dict) -> tuple[int, dict]:
-        status, said = told(body)
+        status, reply = original(body)
         if "Pens: 1." in body["messages"][1]["content"]:
-            said["choices"] = []  # paid for, and nothing in it
-        return status, said | {"usage": None}
+            reply["choices"] = []  # billed, but empty
+        return status, reply | {"usage": None}
 
     paid_server.answer = silent
     store = make_verdicts(tmp_path, parts=1, count=8)
@@ -335,10 +335,10 @@ def test_a_server_that_sends_the_key_back_gets_it_nowhere(
     def echoing(body: dict) -> tuple[int, dict]:
         if "Pens: 0." in body["messages"][1]["content"]:
             return 400, {"error": {"message": f"not for {KEY}"}}
-        status, said = valid(body)
+        status, reply = valid(body)
         if "Pens: 1." in body["messages"][1]["content"]:
-            said["choices"][0]["message"]["content"] = KEY
-        return status, said
+            reply["choices"][0]["message"]["content"] = KEY
+        return status, reply
 
     paid_server.answer = echoing
     monkeypatch.setenv("TEST_KEY", KEY)

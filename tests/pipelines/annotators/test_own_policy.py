@@ -1,4 +1,4 @@
-"""Annotation by a policy: through a sampler in this process, and by a real model behind a server."""
+"""Annotation by a policy: with a sampler in this process, and with a real model behind a server."""
 
 import json
 import shutil
@@ -80,7 +80,7 @@ def tables() -> tuple[pa.Table, pa.Table, pa.Table]:
 
 
 class AnsweringSampler:
-    """A sampler that answers by what the last message says, and keeps what it was asked."""
+    """A sampler that answers by the last message and records its requests."""
 
     policy = PolicyInfo("answering", "rev", 7)
 
@@ -127,7 +127,7 @@ def test_each_turn_is_one_batch_with_seeds_of_its_own():
     assert [row["completion_tokens"] for row in rows] == [4 + 30, 30, 0, 20 + 30]
     assert [row["cost_usd"] for row in rows] == [None, None, 0.0, None]
     assert {row["annotator_model"] for row in rows} == {"answering@rev+7"}
-    # All three first; then the correction, and apart from it the cut answer under a raised limit.
+    # All three first; then the correction, and separately the cut answer under a raised limit.
     assert [(len(b[0]), b[1].max_new_tokens) for b in sampler.batches] == [
         (3, 50),
         (1, 50),
@@ -195,7 +195,7 @@ def test_without_structure_a_policy_that_never_saw_json_answers_nothing_of_use()
     config = SelfAnnotator(engine="self", max_new_tokens=2, temperature=1.0, structured=False)
     rows = annotated_by_micro(config)
     assert [row["status"] for row in rows] == ["invalid", "invalid", "skipped", "invalid"]
-    # Three turns: asked, asked with a raised limit or corrected, corrected.
+    # Three turns: the question, a raised limit or a correction, a correction.
     assert all(row["prompt_tokens"] > 0 for row in rows if row["status"] == "invalid")
 
 
@@ -225,7 +225,7 @@ def test_in_training_the_annotating_policy_is_the_student_its_base_or_another():
     assert annotating_policy(SelfAnnotator(engine="self", policy=other), base) == other
 
 
-def test_online_the_current_weights_annotate_and_each_row_tells_which(tmp_path: Path):
+def test_online_the_current_weights_annotate_and_each_row_names_them(tmp_path: Path):
     micro_yaml = Path(__file__).parents[3] / "configs" / "micro.yaml"
     store = Store(tmp_path)
     overrides = ["limit=4", "rows_per_part=4"]

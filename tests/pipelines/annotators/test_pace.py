@@ -1,4 +1,4 @@
-"""How fast an endpoint is asked: concurrency, rates, cool-down and circuit breaker, in real time."""
+"""The request rate to an endpoint: concurrency, rates, cool-down, circuit breaker, in real time."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ async def rounds(pace: Pace, outcomes: str) -> None:
 
 
 async def seconds_for(pace: Pace, count: int, tokens: float = 0.0, unused: float = 0.0) -> float:
-    """Seconds until the last of `count` requests that are all there at once is let through."""
+    """Seconds until the last of `count` simultaneous requests is let through."""
     began = time.monotonic()
 
     async def one() -> None:
@@ -38,12 +38,12 @@ async def seconds_for(pace: Pace, count: int, tokens: float = 0.0, unused: float
     [
         ("o", 12),
         ("oo", 9),
-        ("ooo", 1),  # the circuit is broken: one request at a time
-        ("ooos", 6),  # and mended
+        ("ooo", 1),  # the circuit breaker is open: one request at a time
+        ("ooos", 6),  # and closed again
         ("o" + 24 * "s", 12),
         ("o" + 25 * "s", 13),
         (100 * "s", 16),
-        ("ff", 16),  # a server that is down has not too many requests
+        ("ff", 16),  # a server that is down is not overloaded
         ("fff", 1),
         ("fffs", 16),
         ("fofs", 12),
@@ -80,17 +80,17 @@ def test_an_overloaded_endpoint_is_left_alone_for_longer_each_time():
     assert 2.0 <= third - second < 2.5
 
 
-def test_time_without_success_is_told_and_ends_with_one():
+def test_time_without_success_is_measured_and_ends_with_a_success():
     async def failing(pace: Pace) -> tuple[float, float]:
         await rounds(pace, "f")
         await asyncio.sleep(0.1)
         await rounds(pace, "f")
-        told = pace.failing_s
+        failing_s = pace.failing_s
         await rounds(pace, "s")
-        return told, pace.failing_s
+        return failing_s, pace.failing_s
 
-    told, after = asyncio.run(failing(Pace(4)))
-    assert 0.1 <= told < 0.5
+    before, after = asyncio.run(failing(Pace(4)))
+    assert 0.1 <= before < 0.5
     assert after == 0.0
 
 
@@ -101,20 +101,20 @@ def test_requests_keep_their_rate_with_a_second_of_burst():
 
 
 def test_tokens_keep_their_rate_whatever_a_request_takes():
-    # 1,000 a second. The first takes what a second has saved up and 1,000 more; the second waits
-    # for these and for another second of savings.
+    # 1,000 a second. The first request takes the burst of one second and 1,000 more; the second one
+    # waits for these and for another full burst.
     pace = Pace(64, tokens_per_minute=60_000)
     seconds = asyncio.run(seconds_for(pace, 2, tokens=1250))
     assert 1.25 <= seconds < 1.6
 
 
-def test_tokens_that_were_not_taken_are_given_back():
+def test_unused_tokens_are_given_back():
     pace = Pace(1, tokens_per_minute=60_000)
-    # 3.5 s if they were not.
+    # It would take 3.5 s otherwise.
     assert asyncio.run(seconds_for(pace, 5, tokens=900, unused=800)) < 1.0
 
 
-def test_closing_stops_whoever_waits_at_once_and_reopening_lets_in_again():
+def test_closing_stops_waiting_requests_at_once_and_reopening_admits_again():
     async def closed_while_waiting(pace: Pace) -> float:
         pace.hold(30.0)
         waiting = asyncio.gather(*(rounds(pace, "s") for _ in range(4)), return_exceptions=True)
@@ -149,10 +149,10 @@ def test_retry_after_is_read_in_both_of_its_forms():
 @pytest.mark.parametrize(
     ("remaining", "limit", "reset", "seconds"),
     [
-        ("0", "60", "1m0s", 1.0),  # one in 60 s
+        ("0", "60", "1m0s", 1.0),  # one request per 60 s
         ("0", "500", "120ms", 0.12 / 500),
-        ("1", "60", "59s", 0.0),  # there is one left
-        ("0", "30000", "", 0.0),  # no reset is told
+        ("1", "60", "59s", 0.0),  # one request is left
+        ("0", "30000", "", 0.0),  # no reset is given
         ("", "", "6m0s", 0.0),
         ("0", "0", "1s", 0.0),
         ("0", "14400", "2h", 0.5),

@@ -1,4 +1,4 @@
-"""The exact annotator, and the stage around it, on worked examples."""
+"""The exact rule annotator and its stage, on worked examples."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ STEPS_4821_3977 = [
     {"text": step.text, "value": step.value, "type": step.type, "key": step.key}
     for step in steps(4821, 3977)
 ]
-CLIPS = [  # 48 clips in April, half as many in May: how many altogether?
+CLIPS = [  # 48 clips in April, half as many in May: how many in total?
     {"text": "48/2=24", "value": "24", "type": "setup", "key": True},
     {"text": "48+24=72", "value": "72", "type": "arithmetic", "key": True},
 ]
@@ -129,7 +129,7 @@ def test_a_line_too_many_is_an_error_of_the_last_steps_type():
 @pytest.mark.parametrize(
     ("response", "correct"),
     [
-        ("1+7+0=8 c0\n\n2+7+0=9 c0\n", False),  # cut short: nothing that stands there is wrong
+        ("1+7+0=8 c0\n\n2+7+0=9 c0\n", False),  # truncated: every line in it is correct
         ("so the sum is 8798", True),
         ("", False),
     ],
@@ -187,7 +187,7 @@ def test_the_error_of_a_word_problem_is_found_by_its_equations(response, error, 
         ("5 - 8 = -3", [(-3, True)]),
         ("5 / 0 = 0", [(0, False)]),
         ("1/2 + 1/3 = 5/6", [(5 / 6, True)]),
-        # Of these nothing can be said for certain.
+        # Nothing can be concluded from these.
         ("2y + 3 + 4 = 10", []),
         ("2^3 + 1 = 9", []),
         ("3 + 4 = 7 + 2", []),
@@ -225,7 +225,7 @@ def test_the_stage_annotates_part_by_part_and_sums_up(tmp_path: Path):
     assert (dataset.parts, dataset.rows) == (2, 6)
     assert dataset.summary["status"] == {"ok": 4, "skipped": 2}
     assert dataset.summary["types"] == {"case_analysis": 4}
-    # One of five lines, 12 of 57 characters (its newline is the segment's).
+    # One of five lines, 12 of 57 characters (its newline belongs to the segment).
     assert dataset.summary["marked_share"] == pytest.approx(12 / 57, abs=1e-3)
     assert dataset.summary["cost_usd"] == 0.0
     assert dataset.input("verdicts").stage == "verdicts"
@@ -251,7 +251,7 @@ def annotate_many(**mistakes: float) -> list[dict]:
     return annotator.annotate(*tables(STEPS_4821_3977, [(RIGHT, True)] * 200)).to_pylist()
 
 
-def test_an_annotator_that_errs_moves_so_many_of_its_marks_and_is_the_same_when_asked_again():
+def test_an_annotator_with_errors_moves_that_share_of_its_marks_and_repeats_itself():
     rows = annotate_many(wrong_spans=0.25)
     wrong = [row for row in rows if row["spans"][0]["segments"] != [2]]
     assert 30 < len(wrong) < 70
@@ -261,7 +261,7 @@ def test_an_annotator_that_errs_moves_so_many_of_its_marks_and_is_the_same_when_
     assert [row["spans"] for row in annotate_many(wrong_spans=0.25)] == spans
 
 
-def test_an_annotator_that_errs_takes_the_type_of_another_step():
+def test_an_annotator_with_errors_takes_the_type_of_another_step():
     rows = annotate_many(wrong_types=1.0)
     assert {row["diagnostic_type"] for row in rows} == {"arithmetic", "final_answer"}
     assert {tuple(row["spans"][0]["segments"]) for row in rows} == {(2,)}

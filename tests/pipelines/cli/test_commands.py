@@ -1,4 +1,4 @@
-"""The command line: bad input stops early with one sentence, and the store can be looked into."""
+"""The command line: bad input stops early with one sentence; commands show a store."""
 
 import json
 import shutil
@@ -249,7 +249,7 @@ def test_the_installed_command_ends_without_a_traceback(tmp_path, args):
 # --- looking into the store ---
 
 
-def test_ls_lists_datasets_with_whole_ids_and_aliases(run, made):
+def test_ls_lists_datasets_with_full_ids_and_aliases(run, made):
     lines = run("ls", "--store", made).out.splitlines()
     store = Store(made)
     assert len(lines) == 1 + len(PIPELINE)
@@ -395,13 +395,13 @@ def test_an_unknown_preset_is_refused(run, made, stage):
     )
 
 
-def test_a_stage_that_a_preset_sets_nothing_of_takes_none(run):
+def test_a_stage_without_preset_fields_takes_no_preset(run):
     result = run("verify", CONFIG, "--preset", "sdpo")
     assert result.code == 2
     assert "No such option" in result.err
 
 
-def test_annotator_none_marks_nothing_and_serves_only_routing_that_looks_at_no_annotation(run, own):
+def test_annotator_none_marks_nothing_and_serves_only_routing_without_annotations(run, own):
     result = run("annotate", CONFIG, "annotator.engine=none", "--store", own)
     assert result.code == 0, result.err
     annotations = Store(own).get("annotations")
@@ -417,10 +417,10 @@ def test_annotator_none_marks_nothing_and_serves_only_routing_that_looks_at_no_a
 
 
 def test_training_asks_for_an_annotator_where_its_routing_needs_one(run, made):
-    nobody = "online.annotator.engine=none"
-    sentence = refused(run, made, "train", CONFIG, nobody)
+    no_annotator = "online.annotator.engine=none"
+    sentence = refused(run, made, "train", CONFIG, no_annotator)
     assert "online.annotator.engine is none, and online.routing looks at annotations" in sentence
-    result = run("train", CONFIG, "--preset", "opsd", nobody, "--dry-run", "--store", made)
+    result = run("train", CONFIG, "--preset", "opsd", no_annotator, "--dry-run", "--store", made)
     assert result.code == 0, result.err
 
 

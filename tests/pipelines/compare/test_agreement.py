@@ -20,11 +20,11 @@ from trace_opd.pipelines.compare.agreement import (
 )
 from trace_opd.pipelines.compare.marks import (
     TYPES,
+    capped_mask,
     character_units,
-    kept_units,
-    marked_units,
     marks_of,
     row_sums,
+    unit_mask,
 )
 from trace_opd.schemas.configs import RoutingConfig
 from trace_opd.schemas.labels import SpanKind
@@ -80,9 +80,9 @@ def annotations(rows: list[dict]) -> pa.Table:
 def side(rows: list[dict], alpha: float = 0.25) -> Side:
     marks = marks_of(annotations(rows))
     units = character_units(marks)
-    marked = marked_units(marks, units)
+    mask = unit_mask(marks, units)
     bills = {name: np.zeros(marks.rows) for name in BILLS}
-    return Side(marks, units, marked, kept_units(marks, units, marked, alpha), bills)
+    return Side(marks, units, mask, capped_mask(marks, units, mask, alpha), bills)
 
 
 def agreed(first: list[dict], second: list[dict], alpha: float = 0.25) -> dict[str, float]:
@@ -104,7 +104,7 @@ def test_a_worked_example():
     assert figure["kappa"] == pytest.approx((0.7 - 0.5) / (1 - 0.5))
     assert figure["iou"] == pytest.approx(3 / 6)
     assert figure["segment_precision"] == figure["segment_recall"] == 1 / 2
-    # α = 0.25 keeps 2 characters of each: 0 whole and no more; the first two of segment 1.
+    # α = 0.25 keeps 2 characters: only segment 0 of one, the first two of segment 1 of the other.
     assert (figure["reference_kept"], figure["other_kept"], figure["both_kept"]) == (1, 2, 0)
 
 
@@ -179,7 +179,7 @@ def test_first_errors_are_scored_as_in_processbench():
         row([2, 2, 2], [1], **wrong),
         row([2, 2, 2], [1], **wrong),
         row([2, 2, 2], [1], **wrong),
-        row([2, 2, 2], **wrong),  # looked and saw no error
+        row([2, 2, 2], **wrong),  # answered, without an error
         row([2, 2, 2], [0], correct=True),  # key spans: right
     ]
     said = [
@@ -201,7 +201,7 @@ def test_a_step_of_several_segments_is_found_by_any_of_them():
     assert agreed(truth, said)["wrong_hit"] == 2
 
 
-def test_a_reference_that_says_nothing_of_a_wrong_response_is_no_measure():
+def test_a_reference_without_an_answer_on_a_wrong_response_is_no_measure():
     truth = [row([2], status="abstained", correct=False), row([2], status="failed", correct=True)]
     figure = agreed(truth, [row([2], [0], correct=False), row([2], correct=True)])
     assert (figure["unlabelled"], figure["wrong"], figure["right"]) == (2, 0, 0)
@@ -251,7 +251,7 @@ def marked_rows(draw):
 @settings(max_examples=200)
 @given(st.lists(marked_rows(), min_size=1, max_size=4), st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]))
 def test_the_cap_is_the_one_of_training(rows, alpha):
-    capped = side(rows, alpha)
+    own = side(rows, alpha)
     kept = []
     for one in rows:
         token_segment = np.repeat(np.arange(len(one["lengths"])), one["lengths"])
@@ -265,7 +265,7 @@ def test_the_cap_is_the_one_of_training(rows, alpha):
             alpha,
         )
         kept.append(route_tokens(response, RoutingConfig(alpha=alpha)).span_id >= 0)
-    assert np.array_equal(capped.kept, np.concatenate(kept))
+    assert np.array_equal(own.capped, np.concatenate(kept))
 
 
 def test_row_sums_know_empty_rows():
@@ -290,7 +290,7 @@ def problem_sums(problems: int) -> np.ndarray:
     return sums
 
 
-def test_intervals_resample_problems_whole():
+def test_intervals_resample_problems():
     sums = problem_sums(40)
     low, high = intervals(sums, 500, seed=3)["iou"]
     rng = np.random.default_rng(3)

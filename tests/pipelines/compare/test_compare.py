@@ -14,7 +14,7 @@ import pytest
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.cli import main
 from trace_opd.pipelines.compare import page as comparison_report
-from trace_opd.pipelines.compare.compare import SCOPES, compare
+from trace_opd.pipelines.compare.compare import SCOPES, compare_annotations
 from trace_opd.pipelines.compare.table import comparison_table
 from trace_opd.pipelines.models import MICRO
 from trace_opd.schemas.configs import RoutingConfig
@@ -97,12 +97,12 @@ def annotated(
 ) -> Dataset:
     """Annotations of the rollouts named in `marks`, one character to a segment."""
     texts = {r["rollout_id"]: r["response"] for r in verdicts.input("rollouts").read().to_pylist()}
-    told = {row["rollout_id"]: row for row in verdicts.read().to_pylist()}
+    judged = {row["rollout_id"]: row for row in verdicts.read().to_pylist()}
     rows = [
-        {name: told[rollout_id][name] for name in ("problem_id", "group_id", "correct")}
+        {name: judged[rollout_id][name] for name in ("problem_id", "group_id", "correct")}
         | {"rollout_id": rollout_id, "diagnostic_type": "setup" if spans else None,
            "segments": [{"start": i, "end": i + 1} for i in range(len(texts[rollout_id]))],
-           "spans": [{"segments": span, "kind": "key" if told[rollout_id]["correct"] else "error",
+           "spans": [{"segments": span, "kind": "key" if judged[rollout_id]["correct"] else "error",
                       "rank": rank, "start": span[0], "end": span[-1] + 1, "text": "x"}
                      for rank, span in enumerate(spans)],
            "status": "ok" if spans else "empty", "annotator_name": name, "annotator_model": name,
@@ -140,7 +140,7 @@ def overall(table: pa.Table, kind: str = "all", other: str = "b") -> dict:
 
 
 def compared(store: Store, *names: str, **options) -> pa.Table:
-    return comparison_table(compare(names, store, **options), resamples=100)
+    return comparison_table(compare_annotations(names, store, **options), resamples=100)
 
 
 # --- figures -------------------------------------------------------------------------------------
@@ -176,7 +176,9 @@ def test_an_undefined_figure_is_null(store, texts):
 
 def test_capped_figures_are_over_the_tokens_that_convert_routes(sampled):
     alpha = 0.1
-    table = comparison_table(compare(("line", "value"), sampled, alpha=alpha), resamples=100)
+    table = comparison_table(
+        compare_annotations(("line", "value"), sampled, alpha=alpha), resamples=100
+    )
     tokenizer = load_tokenizer(str(Path(__file__).parents[3] / "data" / "micro"))
     routed = []
     for name in ("line", "value"):
@@ -203,7 +205,9 @@ def test_capped_figures_are_over_the_tokens_that_convert_routes(sampled):
 
 
 def test_annotators_that_cut_differently_are_compared_token_by_token(sampled):
-    row = overall(comparison_table(compare(("value", "coarse"), sampled)), other="coarse")
+    row = overall(
+        comparison_table(compare_annotations(("value", "coarse"), sampled)), other="coarse"
+    )
     assert row["unit"] == "tokens"
     assert 0 < row["iou"] < 1
     assert row["same_segments"] < row["judged"]
@@ -245,7 +249,7 @@ def test_a_tokenizer_with_code_counts_tokens_only_where_the_code_may_run(
         copied("annotate", sampled.get(name), ANNOTATIONS, {"verdicts": made}, name).ref
         for name in ("line", "value")
     ]
-    assert compare(names, store).unit == ("tokens" if allowed else "characters")
+    assert compare_annotations(names, store).unit == ("tokens" if allowed else "characters")
 
 
 def test_an_annotator_agrees_with_itself(store, texts):
@@ -257,7 +261,7 @@ def test_an_annotator_agrees_with_itself(store, texts):
 
 
 def test_a_rule_annotator_measures_the_first_wrong_step(sampled):
-    row = overall(comparison_table(compare(("line", "value"), sampled)), other="value")
+    row = overall(comparison_table(compare_annotations(("line", "value"), sampled)), other="value")
     line, value = (sampled.get(name).read().to_pylist() for name in ("line", "value"))
     wrong = [
         (a["spans"][0]["start"], b["spans"] and min(s["start"] for s in b["spans"]))
@@ -287,7 +291,7 @@ def test_rows_are_joined_by_id_whatever_their_order_and_parts(store, texts):
 def test_only_rollouts_in_common_count(store, texts):
     annotated(store, texts, "a", FIRST)
     annotated(store, texts, "b", {"r1": [[2]], "r2": [[3]]})
-    made = compare(("a", "b"), store)
+    made = compare_annotations(("a", "b"), store)
     assert made.common == 2
     assert "2 rollouts of 2 problems in common (a 4, b 2)" in comparison_report.summary_line(made)
 
@@ -296,34 +300,34 @@ def test_no_rollout_in_common_is_refused(store, texts):
     annotated(store, texts, "a", {"r0": []})
     annotated(store, texts, "b", {"r1": []})
     with pytest.raises(InputError, match="a, b: have no rollout in common"):
-        compare(("a", "b"), store)
+        compare_annotations(("a", "b"), store)
 
 
 def test_annotations_of_other_texts_are_refused(store, texts):
     annotated(store, texts, "a", {"r0": []})
     annotated(store, texts, "b", {"r0": []}, segments=[{"start": 0, "end": 3}])
     with pytest.raises(InputError, match="rollout r0"):
-        compare(("a", "b"), store)
+        compare_annotations(("a", "b"), store)
 
 
 @pytest.mark.parametrize("names", [("a",), ("a", "a")])
 def test_two_different_datasets_are_needed(store, texts, names):
     annotated(store, texts, "a", FIRST)
     with pytest.raises(InputError, match="two or more"):
-        compare(names, store)
+        compare_annotations(names, store)
 
 
 def test_the_reference_is_one_of_them(store, texts):
     annotated(store, texts, "a", FIRST)
     annotated(store, texts, "b", FIRST)
     with pytest.raises(InputError, match="--reference c: is none of a, b"):
-        compare(("a", "b"), store, reference="c")
+        compare_annotations(("a", "b"), store, reference="c")
 
 
 def test_three_annotators_make_three_pairs_led_by_the_reference(store, texts):
     for name in ("a", "b", "c"):
         annotated(store, texts, name, FIRST)
-    made = compare(("a", "b", "c"), store, reference="b")
+    made = compare_annotations(("a", "b", "c"), store, reference="b")
     pairs = [(pair.reference, pair.other) for pair in made.pairs]
     assert pairs == [("b", "a"), ("b", "c"), ("a", "c")]
 
@@ -331,8 +335,8 @@ def test_three_annotators_make_three_pairs_led_by_the_reference(store, texts):
 def test_units_are_characters_without_token_ids(store, texts):
     annotated(store, texts, "a", FIRST)
     annotated(store, texts, "b", SECOND)
-    made = compare(("a", "b"), store)
-    assert (made.unit, made.unit_reason) == ("characters", "some responses came without token ids")
+    made = compare_annotations(("a", "b"), store)
+    assert (made.unit, made.unit_reason) == ("characters", "some responses have no token ids")
 
 
 # --- what it says --------------------------------------------------------------------------------
@@ -341,7 +345,7 @@ def test_units_are_characters_without_token_ids(store, texts):
 def test_an_unknown_cost_stays_unknown(store, texts):
     annotated(store, texts, "a", FIRST)
     annotated(store, texts, "b", SECOND, cost_usd=None)
-    made = compare(("a", "b"), store)
+    made = compare_annotations(("a", "b"), store)
     table = comparison_table(made, resamples=100)
     row = overall(table)
     assert (row["reference_cost_usd"], row["other_cost_usd"]) == (2.0, None)
@@ -365,7 +369,7 @@ def test_the_page_loads_and_runs_nothing_whatever_a_problem_says(store, tmp_path
     verdicts = written(store, [("abcdefgh", True), ("abcdefgh", False)] * 2, hostile)
     annotated(store, verdicts, "a", FIRST)
     annotated(store, verdicts, "b", SECOND)
-    made = compare(("a", "b"), store)
+    made = compare_annotations(("a", "b"), store)
     table = comparison_table(made, resamples=100)
     paths = comparison_report.write(made, table, store, tmp_path / "out")
     assert pq.read_table(paths[0]).equals(table)
@@ -394,7 +398,7 @@ def test_the_command_prints_figures_and_where_they_are(sampled, tmp_path, capsys
 
 
 def overall_rows(store: Store) -> int:
-    return comparison_table(compare(("line", "value"), store), resamples=100).num_rows
+    return comparison_table(compare_annotations(("line", "value"), store), resamples=100).num_rows
 
 
 def test_labels_are_imported_and_compared_from_the_command_line(tmp_path, capsys):

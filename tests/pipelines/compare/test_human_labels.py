@@ -107,7 +107,7 @@ def human(made: dict) -> list[dict]:
 
 
 @pytest.mark.parametrize("lines", [True, False])
-def test_processbench_becomes_four_datasets_that_know_each_other(store, tmp_path, lines):
+def test_processbench_becomes_four_linked_datasets(store, tmp_path, lines):
     file = write(tmp_path / "gsm8k.json", [SUE, LUCKY, RIGHT], lines)
     made = import_labels("processbench", file, store, "x")
     assert list(made) == ["x-problems", "x-rollouts", "x-verdicts", "x-human"]
@@ -147,7 +147,7 @@ def test_an_error_before_a_right_answer_is_kept_as_an_error(store, tmp_path):
     assert (row["correct"], row["status"], row["spans"][0]["kind"]) == (True, "ok", "error")
 
 
-def test_people_do_not_say_what_is_key(store, tmp_path):
+def test_people_do_not_label_key_spans(store, tmp_path):
     made = import_labels("processbench", write(tmp_path / "f.json", [RIGHT]), store, "x")
     (row,) = human(made)
     assert (row["correct"], row["status"], row["spans"]) == (True, "abstained", [])
@@ -183,7 +183,7 @@ def test_the_same_file_is_imported_once(store, tmp_path):
     assert again["y-human"].manifest["finished_at"] == first["x-human"].manifest["finished_at"]
 
 
-def test_parts_hold_whole_problems(store, tmp_path):
+def test_parts_hold_complete_problems(store, tmp_path):
     rows = [SUE | {"id": f"gsm8k-{i}", "problem": f"problem {i % 100}", "generator": f"{i // 100}"}
             for i in range(200)]  # fmt: skip
     made = import_labels("processbench", write(tmp_path / "f.json", rows), store, "x")
@@ -205,7 +205,7 @@ def test_what_was_imported_can_be_annotated(store, tmp_path):
     assert ours == theirs
 
 
-def test_the_prompt_for_hidden_verdicts_tells_neither_verdict_nor_answer(store, tmp_path):
+def test_the_prompt_for_hidden_verdicts_reveals_neither_verdict_nor_answer(store, tmp_path):
     made = import_labels("processbench", write(tmp_path / "f.json", [RIGHT]), store, "x")
     tables = (made[f"x-{role}"].read() for role in ("problems", "rollouts", "verdicts"))
     (item,) = items(*tables, SegmentConfig())

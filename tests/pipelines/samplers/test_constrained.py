@@ -1,4 +1,4 @@
-"""Constrained decoding: responses follow their schema, end in time and stay the policy's own."""
+"""Constrained decoding: responses follow their schema, end in time, keep the policy's logprobs."""
 
 import json
 import random
@@ -66,7 +66,7 @@ def assert_follow(groups: list[list[Completion]], schemas: list[dict[str, Any]])
         for completion in group:
             assert completion.finish_reason is FinishReason.STOP
             Draft202012Validator(schema).validate(json.loads(completion.text))
-            # Whitespace is what json.dumps writes, and no choice of the model's.
+            # The whitespace is that of json.dumps; the model does not choose it.
             assert completion.text == json.dumps(json.loads(completion.text))
 
 
@@ -74,7 +74,8 @@ def assert_follow(groups: list[list[Completion]], schemas: list[dict[str, Any]])
 
 
 @pytest.mark.parametrize(
-    "sampling", [GREEDY, WARM, WARM.model_copy(update={"top_k": 2}), WARM.model_copy(update={"top_p": 0.5})]
+    "sampling",
+    [GREEDY, WARM, WARM.model_copy(update={"top_k": 2}), WARM.model_copy(update={"top_p": 0.5})],
 )  # fmt: skip
 def test_every_response_follows_its_prompts_schema_and_ends(policy, prompts, sampling):
     groups = TransformersPolicySampler(policy, 100_000).sample(prompts, sampling, SEEDS, SCHEMAS)
@@ -112,11 +113,11 @@ def test_logprobs_are_those_of_the_policy_without_the_mask(policy, prompts):
         logits = policy.model(ids).logits[0, len(prompt.token_ids) - 1 : -1] / sampling.temperature
         own = logits.log_softmax(-1).gather(1, ids[0, len(prompt.token_ids) :, None])[:, 0]
         assert completion.logprobs == pytest.approx(own.tolist(), abs=1e-3)
-        assert min(completion.logprobs) < -5  # the mask chose what the policy would not have
+        assert min(completion.logprobs) < -5  # the mask chose tokens that the policy would not
 
 
 def spell(policy: Policy, schema: dict[str, Any], choose: Callable[[list[int]], int]) -> list[int]:
-    """Token ids of a response whose every token `choose` picks among those allowed."""
+    """Token ids of a response; `choose` picks each token among the allowed ones."""
     end = policy.tokenizer.eos_token_id
     grammars = Grammars(policy.tokenizer, [end])
     matcher = grammars.start(schema)
@@ -135,7 +136,7 @@ def spell(policy: Policy, schema: dict[str, Any], choose: Callable[[list[int]], 
 
 @pytest.mark.parametrize("segments", [0, 1, 2, 7, 36, 200])
 def test_whatever_a_policy_prefers_its_answer_is_valid_and_within_the_limit(policy, segments):
-    """micro has a token per character: no vocabulary takes more tokens for an answer."""
+    """micro has one token per character, the most tokens that an answer can take."""
     schema = annotation_schema(segments)
     response = "x" * segments
     item = Item("r", "p", "g", {}, response, [(i, i + 1) for i in range(segments)], True)
@@ -150,7 +151,7 @@ def test_whatever_a_policy_prefers_its_answer_is_valid_and_within_the_limit(poli
 
 def test_the_padding_of_a_wide_head_is_never_drawn(policy, prompts):
     class Wide(torch.nn.Module):
-        """micro whose head has ids past the vocabulary, all likelier than its own."""
+        """micro with a head that has ids past the vocabulary, all of them likelier than its own."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -209,13 +210,13 @@ def test_vllm_keeps_to_the_same_schemas_with_the_same_whitespace():
     policy = load_policy(path, "cpu", "float32")
     prompts = [student_prompt(policy.tokenizer, PromptConfig(), text) for text in ("7+5", "1")]
     seeds, schemas = SEEDS[:2], SCHEMAS[:2]
-    engine = ENGINE.model_copy(update={"max_model_len": 1024})  # of 8,192, for so small a cache
+    engine = ENGINE.model_copy(update={"max_model_len": 1024})  # 8,192 needs a larger cache
     sampler = VllmPolicySampler(engine, path, "float32")
     try:
         for sampling in (GREEDY, WARM):
             groups = sampler.sample(prompts, sampling, seeds, schemas)
             assert_follow(groups, schemas)
-            # vLLM reports them after the mask: no ratio can be formed with those.
+            # vLLM reports log-probabilities under the mask, which no importance ratio can use.
             assert all(completion.logprobs is None for group in groups for completion in group)
         own = TransformersPolicySampler(policy, 100_000).sample(prompts, GREEDY, seeds, schemas)
         greedy = sampler.sample(prompts, GREEDY, seeds, schemas)
@@ -299,7 +300,7 @@ def refusing() -> Iterator[OpenAISampler]:
         server.server_close()
 
 
-def test_a_server_without_schemas_says_so_and_still_samples_freely(prompts):
+def test_a_server_without_schemas_is_one_sentence_and_still_samples_freely(prompts):
     with refusing() as config:
         sampler = OpenAIPolicySampler(config, "m")
         with pytest.raises(InputError, match=r"doesn't take a JSON schema .*structured outputs"):

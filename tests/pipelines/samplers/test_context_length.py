@@ -1,4 +1,4 @@
-"""Prompts that do not fit into the policy's context are refused before anything is sampled."""
+"""Prompts longer than the policy's context are refused before sampling starts."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def policy(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """Two parts of problems; the last problem has 300 characters, each of them a token."""
+    """Two parts of problems; the last problem has 300 characters, one token each."""
     store = Store(tmp_path / "store")
     draft = store.begin("problems", {"made": "here"}, {}, PROBLEMS)
     for part, texts in enumerate((["1+1", "2+2"], ["3+3", "4" * LONG])):
@@ -68,8 +68,8 @@ STAGES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_problem_and_its_tokens_are_named_before_any_work(store, policy, stage):
-    said = rf"problem p1-1: its prompt of {LONG + 2} tokens .*max_new_tokens=50 .*200 tokens"
-    with pytest.raises(InputError, match=said):
+    message = rf"problem p1-1: its prompt of {LONG + 2} tokens .*max_new_tokens=50 .*200 tokens"
+    with pytest.raises(InputError, match=message):
         start(stage, store, f"policy.path={policy}", *STAGES[stage])
     assert {path.name for path in Path(store.root).iterdir()} <= {"problems", "aliases.json"}
 

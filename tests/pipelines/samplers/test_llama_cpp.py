@@ -1,4 +1,4 @@
-"""The sampler for OpenAI-compatible servers, against llama.cpp's server with the bundled model."""
+"""The sampler for OpenAI-compatible servers against llama.cpp's server with the bundled model."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -50,7 +50,7 @@ def test_a_model_server_answers_and_repeats_itself_by_seed(llama_cpp: OpenAISamp
     assert all(row.text for row in first)
 
 
-def test_a_model_server_tells_ended_from_truncated(llama_cpp: OpenAISampler) -> None:
+def test_a_model_server_distinguishes_ended_from_truncated(llama_cpp: OpenAISampler) -> None:
     ended = sample(llama_cpp, CAPITAL, SamplingConfig(temperature=0, max_new_tokens=24), [0])[0]
     assert "Paris" in ended.text
     assert ended.finish_reason == "stop"

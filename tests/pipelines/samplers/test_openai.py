@@ -1,4 +1,4 @@
-"""The sampler for OpenAI-compatible servers, against a scripted server: when things go wrong."""
+"""The sampler for OpenAI-compatible servers against a scripted server: errors, limits, retries."""
 
 import json
 import threading
@@ -37,7 +37,7 @@ def failure(status: int, headers: dict[str, str] | None = None, **error: Any) ->
 
 
 class Script:
-    """Answers request number n by `answer(n, request)`; keeps what came and when."""
+    """Answers request number n by `answer(n, request)`; records requests and their times."""
 
     def __init__(self, answer: Callable[[int, dict], Reply]) -> None:
         self.answer = answer
@@ -150,7 +150,7 @@ def test_retry_after_may_be_a_date() -> None:
 
     with serving(answer) as (script, config):
         assert sample(config)[0][0].text == "ok"
-    assert 0.8 <= script.times[1] - script.times[0] < 3.0  # dates have whole seconds
+    assert 0.8 <= script.times[1] - script.times[0] < 3.0  # dates have a resolution of 1 s
 
 
 def test_server_errors_and_answers_without_a_completion_are_tried_again() -> None:
@@ -180,12 +180,12 @@ def test_an_exhausted_quota_is_no_rate_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(401, "API key is refused"), (404, r"policy\.path"), (400, "refuses")]
+    ("status", "message"), [(401, "API key is refused"), (404, r"policy\.path"), (400, "refuses")]
 )
-def test_permanent_refusals_are_one_clear_sentence(status: int, said: str) -> None:
+def test_permanent_refusals_are_one_clear_sentence(status: int, message: str) -> None:
     with (
         serving(lambda n, request: failure(status)) as (script, config),
-        pytest.raises(InputError, match=said) as raised,
+        pytest.raises(InputError, match=message) as raised,
     ):
         sample(config)
     assert config.base_url in str(raised.value)
@@ -195,13 +195,13 @@ def test_permanent_refusals_are_one_clear_sentence(status: int, said: str) -> No
 
 def test_no_server_is_a_clear_error() -> None:
     with serving(lambda n, request: completion("ok")) as (_, config):
-        pass  # closed: nothing listens at its port any more
+        pass  # closed: the port refuses connections
     with pytest.raises(InputError, match=r"cannot be reached .* start the server"):
         sample(config.model_copy(update={"timeout_s": 0.5}))
 
 
 def strict(n: int, request: dict) -> Reply:
-    """A server that refuses what OpenAI's own API does not know."""
+    """A server that refuses fields that OpenAI's own API does not have."""
     unknown = (EXTRA - {"logprobs"}) & set(request)
     return failure(400, code="unknown_parameter") if unknown else completion("ok")
 
@@ -333,7 +333,7 @@ def test_what_a_server_fails_to_answer_is_asked_of_another_with_the_same_seed(ho
         config = several(first, second)
         if how == "breaks":
             rows = sample(config, seeds=SEEDS)
-    if how == "refuses":  # nothing listens at the second any more
+    if how == "refuses":  # the second port refuses connections
         with serving(echo) as (good, third):
             rows = sample(several(second, third), seeds=SEEDS)
         assert len(good.requests) == 12

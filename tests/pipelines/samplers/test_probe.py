@@ -1,4 +1,4 @@
-"""The proof that an engine has the trainer's weights: another copy of the micro policy answers."""
+"""The probe that an engine has the trainer's weights; a copy of the micro policy is the engine."""
 
 import copy
 
@@ -11,7 +11,7 @@ from trace_opd.schemas.configs import PromptConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.trace.policy import Policy, load_policy
 
-ROUNDING = 1e-6  # nats: how two engines differ in float32
+ROUNDING = 1e-6  # nats: rounding differences of engines in float32
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def probe(base: Policy) -> Probe:
 
 
 def moved(policy: Policy, scale: float, seed: int = 0, only: str = "") -> Policy:
-    """A copy with other weights: those whose names hold `only`."""
+    """A copy with changed weights: those whose names contain `only`."""
     model = copy.deepcopy(policy.model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def moved(policy: Policy, scale: float, seed: int = 0, only: str = "") -> Policy
 
 @torch.no_grad()
 def says(policy: Policy, probe: Probe, seed: int) -> list[list[float]]:
-    """An engine's scores: the policy's, rounded in its own way."""
+    """An engine's scores: the policy's, with the engine's rounding."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for ids in probe.token_ids:
@@ -82,7 +82,7 @@ def test_an_engine_that_takes_over_a_part_alone_is_refused(base: Policy, probe: 
     probe.ask(base)
     probe.check("engine", says(base, probe, 0))
     student = moved(base, 3e-3)
-    half = moved(base, 3e-3, only="layers")  # the embedding, and with it the head, stay behind
+    half = moved(base, 3e-3, only="layers")  # the embedding and the tied head stay unchanged
     probe.ask(student)
     with pytest.raises(InputError, match="loaded only a part"):
         probe.check("engine", says(half, probe, 1))

@@ -1,4 +1,4 @@
-"""What a sampler's server may claim of a response: values that no policy can give end the stage."""
+"""Checks of a sampler server's replies: values that no policy can give stop the stage."""
 
 import json
 import threading
@@ -43,7 +43,7 @@ def read(content: bytes, prompt: list[int] | None = None) -> Completion:
 def test_a_possible_completion_is_kept_as_it_is():
     expected = Completion("ab", FinishReason.STOP, [4, 2], [-0.5, -1.0], [7, 8])
     assert read(body(), prompt=[7, 8]) == expected
-    # Padding of the model's vocabulary, and a log-probability of 1 that was rounded.
+    # An id in the vocabulary's padding, and a log-probability that rounded to above 0.
     edge = read(body(token_ids=[0, VOCAB - 1], logprobs=[1e-6, -1e4]))
     assert (edge.token_ids, edge.logprobs) == ([0, VOCAB - 1], [1e-6, -1e4])
 
@@ -63,7 +63,7 @@ def test_impossible_log_probabilities_are_refused(value):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (body(logprobs=[-0.5]), "another number of log-probabilities"),
         (body(logprobs=[-0.5] * 3), "another number of log-probabilities"),
@@ -75,8 +75,8 @@ def test_impossible_log_probabilities_are_refused(value):
         (body(finish_reason="\x1b[31m\n" + "x" * 999), "a finish_reason"),
     ],
 )
-def test_a_completion_that_was_not_asked_for_is_refused(content, said):
-    with pytest.raises(InputError, match=f"^{SERVER}: sends {said}") as raised:
+def test_a_completion_that_was_not_asked_for_is_refused(content, message):
+    with pytest.raises(InputError, match=f"^{SERVER}: sends {message}") as raised:
         read(content)
     assert len(str(raised.value)) < 400
     assert str(raised.value).isprintable()
@@ -98,7 +98,7 @@ def test_what_is_no_completion_may_be_asked_for_again(choice):
 
 @pytest.fixture
 def scripted() -> Iterator[Any]:
-    """A server on loopback that gives every request the body that is set."""
+    """A server on loopback that answers every request with the body that is set."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -1,4 +1,4 @@
-"""The local sampler on the bundled micro policy, and the drawing of tokens by itself."""
+"""The local sampler on the bundled micro policy, and token drawing on its own."""
 
 import copy
 from dataclasses import replace
@@ -29,7 +29,7 @@ def policy() -> Policy:
 
 @pytest.fixture(scope="module")
 def prompts(policy: Policy) -> list[Prompt]:
-    """Prompts of several lengths, whose answers end at different steps."""
+    """Prompts of several lengths, whose responses end at different steps."""
     problems = ["7+5", "88+67", *arithmetic_problems(3, 3)["problem"].to_pylist(), "12345+67890"]
     return [student_prompt(policy.tokenizer, PromptConfig(), problem) for problem in problems]
 
@@ -93,12 +93,12 @@ def test_greedy_answers_in_a_padded_shrinking_batch_equal_generate_on_each_promp
     lengths = []
     for prompt, (completion,) in zip(prompts, found, strict=True):
         ids = torch.tensor([prompt.token_ids])
-        whole = policy.model.generate(
+        expected = policy.model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=96
         )
-        assert completion.token_ids == whole[0, ids.shape[1] :].tolist()
+        assert completion.token_ids == expected[0, ids.shape[1] :].tolist()
         lengths.append(len(completion.token_ids))
-    assert max(lengths) > 2 * min(lengths)  # rows left the batch while others went on
+    assert max(lengths) > 2 * min(lengths)  # some rows left the batch early
 
 
 def test_padding_does_not_shift_learned_positions(policy, prompts):
@@ -127,7 +127,7 @@ def test_a_batch_shrinks_as_its_rows_finish_and_stays_within_the_budget(policy, 
     watched.model.register_forward_pre_hook(keep, with_kwargs=True)
     budget = 6 * (len(prompts[-1].token_ids) + 96)  # six of eighteen rows
     TransformersPolicySampler(watched, budget).sample(prompts, WARM, SEEDS)
-    assert prefills == [2, 2, 2]  # a prompt is read once for its group of three
+    assert prefills == [2, 2, 2]  # each prompt is read once for its group of three
     assert max(decodes) == 6
     assert min(decodes) < 4
     assert max(cells) <= budget
@@ -147,18 +147,18 @@ def test_the_end_token_is_included_and_stands_for_no_text(policy, sampled):
 def test_a_response_at_its_limit_is_cut_and_says_so(policy, prompts, sampled):
     short = WARM.model_copy(update={"max_new_tokens": 5})
     found = TransformersPolicySampler(policy, 100_000).sample(prompts, short, SEEDS)
-    for group, whole in zip(found, sampled, strict=True):
-        for completion, uncut in zip(group, whole, strict=True):
+    for group, uncut_group in zip(found, sampled, strict=True):
+        for completion, uncut in zip(group, uncut_group, strict=True):
             assert completion.finish_reason is FinishReason.LENGTH
             assert completion.token_ids == uncut.token_ids[:5]
 
 
 def test_a_response_that_ends_at_the_limit_has_stopped(policy, prompts):
     sampler = TransformersPolicySampler(policy, 100_000)
-    ((whole,),) = sampler.sample(prompts[:1], GREEDY, [[0]])
-    exact = GREEDY.model_copy(update={"max_new_tokens": len(whole.token_ids)})
-    assert sampler.sample(prompts[:1], exact, [[0]]) == [[whole]]
-    assert whole.finish_reason is FinishReason.STOP
+    ((ended,),) = sampler.sample(prompts[:1], GREEDY, [[0]])
+    exact = GREEDY.model_copy(update={"max_new_tokens": len(ended.token_ids)})
+    assert sampler.sample(prompts[:1], exact, [[0]]) == [[ended]]
+    assert ended.finish_reason is FinishReason.STOP
 
 
 def test_prompts_ids_come_back_with_the_completion(prompts, sampled):
@@ -198,7 +198,7 @@ def drawn(probs: list[float], sampling: SamplingConfig, uniform: list[float]) ->
 
 def counts_of(sampling: SamplingConfig) -> np.ndarray:
     uniform = np.random.default_rng(0).random(DRAWS, dtype=np.float32)
-    # The vocabulary's order must not matter: shuffle it and undo that in the counts.
+    # The vocabulary's order must not matter: shuffle it, and undo that in the counts.
     order = [3, 0, 4, 2, 1]
     ids = drawn([PROBS[i] for i in order], sampling, uniform.tolist())
     return np.bincount([order[i] for i in ids], minlength=len(PROBS))
@@ -212,10 +212,10 @@ def counts_of(sampling: SamplingConfig) -> np.ndarray:
         ({"temperature": 2.0}, [p**0.5 for p in PROBS]),
         ({"top_k": 3}, [0.4, 0.25, 0.2, 0, 0]),
         ({"top_k": 99}, PROBS),
-        ({"top_p": 0.7}, [0.4, 0.25, 0.2, 0, 0]),  # 0.65 is short of 0.7, so the third is kept
+        ({"top_p": 0.7}, [0.4, 0.25, 0.2, 0, 0]),  # 0.65 is below 0.7, so the third is kept
         ({"top_p": 0.6}, [0.4, 0.25, 0, 0, 0]),
         ({"top_p": 0.01}, [1, 0, 0, 0, 0]),
-        # Top-p sees what top-k leaves, renormalised: 0.4/0.65 = 0.615 reaches 0.6 alone.
+        # Top-p applies to the renormalised top-k: 0.4/0.65 = 0.615 reaches 0.6 alone.
         ({"top_k": 2, "top_p": 0.6}, [1, 0, 0, 0, 0]),
         ({"top_k": 2, "top_p": 0.62}, [0.4, 0.25, 0, 0, 0]),
         # Truncation follows temperature: 0.16 / 0.275 = 0.58 at 0.5.
@@ -290,7 +290,7 @@ def drawn_among(allowed: torch.Tensor, logits: torch.Tensor, sampling: SamplingC
     [
         ({}, [0.4, 0, 0.2, 0, 0.05]),
         ({"temperature": 0.5}, [0.16, 0, 0.04, 0, 0.0025]),
-        # Truncation sees the allowed tokens alone: two of the three, and 0.4/0.65 = 0.615.
+        # Truncation sees only the allowed tokens: two of three, 0.4/0.65 = 0.615.
         ({"top_k": 2}, [0.4, 0, 0.2, 0, 0]),
         ({"top_p": 0.6}, [1, 0, 0, 0, 0]),
         ({"temperature": 0}, [1, 0, 0, 0, 0]),
@@ -305,7 +305,7 @@ def test_allowed_tokens_are_drawn_with_their_own_proportions_and_no_others(field
     assert (counts[shares == 0] == 0).all()
     wanted = DRAWS * shares[shares > 0]
     assert ((counts[shares > 0] - wanted) ** 2 / wanted).sum() < 18.5
-    # The log-probability is the policy's, of all five tokens.
+    # The log-probability is the policy's, over all five tokens.
     scaled = (logits / (fields.get("temperature") or 1)).log_softmax(-1)
     assert logprobs.tolist() == pytest.approx(scaled[ids].tolist(), abs=1e-5)
 
@@ -321,7 +321,7 @@ def test_allowed_tokens_that_the_policy_all_but_excludes_are_drawn_all_the_same(
 
 
 def test_a_draw_that_rounds_up_to_the_total_stays_within_what_may_be_drawn():
-    """The last step below 1 times a sum that rounded: the product can be the sum itself."""
+    """The last step below 1 times a rounded sum: the product can equal the sum."""
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(4096, 300, generator=rng) * 4
     allowed = torch.zeros(4096, 300, dtype=torch.bool)

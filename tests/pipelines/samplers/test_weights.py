@@ -1,4 +1,4 @@
-"""The trainer's weights as engines load them."""
+"""The trainer's weights in the form that engines load."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def test_weights_have_the_names_of_the_models_own_tied_ones_included() -> None:
 
 
 @torch.no_grad()
-def test_adapters_come_merged_under_the_plain_models_names() -> None:
+def test_adapters_are_merged_under_the_plain_models_names() -> None:
     policy = load_policy(resolve_policy("micro"), "cpu", trainable=True, lora=LoraConfig(rank=2))
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:

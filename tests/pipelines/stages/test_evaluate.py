@@ -34,15 +34,17 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_one(samples):
             marks = [True] * correct + [False] * (samples - correct)
             subsets = list(combinations(marks, k))
             expected = sum(map(any, subsets)) / len(subsets)
-            assert pass_at_k(samples, np.array([correct]), k)[0] == pytest.approx(expected)
+            assert pass_at_k(np.array([samples]), np.array([correct]), k)[0] == pytest.approx(
+                expected
+            )
 
 
 def test_pass_at_k_in_closed_form():
     correct = np.arange(9)
-    assert pass_at_k(8, correct, 1).tolist() == pytest.approx((correct / 8).tolist())
-    assert pass_at_k(8, correct, 8).tolist() == [0.0] + [1.0] * 8
+    assert pass_at_k(np.full(9, 8), correct, 1).tolist() == pytest.approx((correct / 8).tolist())
+    assert pass_at_k(np.full(9, 8), correct, 8).tolist() == [0.0] + [1.0] * 8
     expected = [1 - comb(8 - c, 4) / comb(8, 4) for c in range(9)]
-    assert pass_at_k(8, correct, 4).tolist() == pytest.approx(expected)
+    assert pass_at_k(np.full(9, 8), correct, 4).tolist() == pytest.approx(expected)
 
 
 # --- majority ---
@@ -196,8 +198,9 @@ def summary(
         {
             "evaluation_id": f"{role}{i}", "problem_id": f"p{i:03}",
             "source": sources[i] if sources else "s", "policy": role, "policy_name": role,
-            "policy_revision": "r", "k": k if c is not None else 0, "correct": c or 0, "majority_correct": float(2 * (c or 0) > k),
-            "mean_tokens": 1.0, "truncated": 0, "unscored": 0,
+            "policy_revision": "r", "k": k if c is not None else 0, "correct": c or 0,
+            "majority_correct": float(2 * (c or 0) > k), "mean_tokens": 1.0,
+            "truncated": 0, "unscored": 0,
         }
         for role, counts in ((BASE, base), (TRAINED, trained or []))
         for i, c in enumerate(counts)

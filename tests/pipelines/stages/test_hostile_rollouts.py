@@ -379,7 +379,7 @@ def test_an_obedient_answer_becomes_a_row_that_a_table_takes(hostile: Hostile):
     assert len(stored["error"] or "") <= 300
 
 
-# --- what people look at -------------------------------------------------------------------------
+# --- views ---------------------------------------------------------------------------------------
 
 # All that a terminal may obey or hide, but for newlines and the styles that we write ourselves.
 OBEYED = re.compile(

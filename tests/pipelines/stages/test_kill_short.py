@@ -42,7 +42,8 @@ STAGES = {
     "convert": ["convert", CONFIG],
     "train": [
         "train", CONFIG, "offline.steps=1", "online.steps=2", "online.group_size=2",
-        "groups_per_step=2", "schedule.hold_steps=2", "schedule.decay_steps=1", "checkpoint_every=1",
+        "groups_per_step=2", "schedule.hold_steps=2", "schedule.decay_steps=1",
+        "checkpoint_every=1",
     ],
     "evaluate": ["evaluate", CONFIG, "k=1", "bootstrap=100"],
 }  # fmt: skip
@@ -200,14 +201,14 @@ def test_a_budget_holds_over_kills(paid_server: PaidServer, runs, undisturbed, t
 
 
 def journalled(folder: Path) -> Counter[bytes]:
-    """Whole records in a journal's files, by key."""
-    whole = [
+    """Complete records in a journal's files, by key."""
+    complete = [
         line
         for path in folder.glob("*.jsonl")
         for line in path.read_bytes().splitlines(keepends=True)
         if line.endswith(b"\n")
     ]
-    return Counter(re.findall(rb'^{"key": ?"([^"]+)"', line)[0] for line in whole)
+    return Counter(re.findall(rb'^{"key": ?"([^"]+)"', line)[0] for line in complete)
 
 
 def test_a_full_disk_ends_in_a_sentence_and_the_stage_goes_on(runs, undisturbed, tmp_path):

@@ -1,4 +1,4 @@
-"""Which model a stage's dataset id stands for: folders, hub ids in the cache, models behind servers."""
+"""The model in a stage's dataset id: a folder, a hub id in the cache, a model behind a server."""
 
 import shutil
 from pathlib import Path

@@ -126,12 +126,12 @@ def test_a_changed_file_under_the_same_path_makes_another_dataset(store, problem
 
 def test_a_stage_goes_on_from_its_finished_parts(store):
     config = ProblemsConfig(source=WORDS, limit=6, rows_per_part=2)
-    whole = texts(PROBLEMS_STAGE.run(config, Store(store.root + "-whole")))
+    undisturbed = texts(PROBLEMS_STAGE.run(config, Store(store.root + "-undisturbed")))
     plan, draft = PROBLEMS_STAGE.begin(config, store)
     PROBLEMS_STAGE.make_part(plan, draft, 1)
     finished = store.local_root() / draft.ref / "part-00001.parquet"
     written = finished.stat().st_mtime_ns
-    assert texts(PROBLEMS_STAGE.run(config, store)) == whole
+    assert texts(PROBLEMS_STAGE.run(config, store)) == undisturbed
     assert finished.stat().st_mtime_ns == written
 
 

@@ -1,4 +1,4 @@
-"""Every stage on a store in memory and on S3: the datasets of a folder, and all commands read them."""
+"""Every stage on a store in memory and on S3 makes a folder's datasets; all commands read them."""
 
 import os
 import sys
@@ -99,7 +99,7 @@ def test_a_remote_store_holds_the_datasets_of_a_folder(here, there):
 
 @pytest.mark.slow
 def test_every_command_reads_a_remote_store(there, tmp_path, capsys, monkeypatch):
-    def told(*arguments: str) -> str:
+    def output(*arguments: str) -> str:
         monkeypatch.setattr(
             sys, "argv", ["trace-opd", arguments[0], "--store", there.root, *arguments[1:]]
         )
@@ -110,12 +110,12 @@ def test_every_command_reads_a_remote_store(there, tmp_path, capsys, monkeypatch
         return said.out
 
     routed, train = there.get("routed"), there.get("train")
-    assert routed.ref in told("ls")
-    assert f"{routed.rows}" in told("show", "routed")
-    assert there.get("problems").ref in told("lineage", "train")
-    assert "κ" in told("compare", "annotations", "again")
-    assert "whole" in told("verify-store")
-    page = Path(told("report", "dataset=train").strip())
+    assert routed.ref in output("ls")
+    assert f"{routed.rows}" in output("show", "routed")
+    assert there.get("problems").ref in output("lineage", "train")
+    assert "κ" in output("compare", "annotations", "again")
+    assert "intact" in output("verify-store")
+    page = Path(output("report", "dataset=train").strip())
     assert page.is_relative_to(os.environ["TRACE_OPD_LOCAL"])
     assert train.ref in page.read_text()
     with open_server(Viewer(there, "routed"), 0) as server:

@@ -1,4 +1,4 @@
-"""One optimiser step, looked at closely."""
+"""The effect of one optimiser step."""
 
 import pyarrow as pa
 import pytest
@@ -29,7 +29,7 @@ CONFIG = TrainConfig.model_validate(
 )
 
 
-def test_a_wrong_label_is_one_that_the_rollouts_know_and_says_something():
+def test_a_wrong_label_is_a_meaningful_type_of_the_same_rollouts():
     used = [DiagnosticType.ARITHMETIC, DiagnosticType.CASE_ANALYSIS]
     table = pa.table({"diagnostic_type": ["case_analysis", None, "arithmetic", "other"]})
     assert kinds_in_use(table) == used

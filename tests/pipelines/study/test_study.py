@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from trace_opd.pipelines.cli.commands import app
-from trace_opd.pipelines.study.figures import bootstrap, curves
+from trace_opd.pipelines.statistics import bootstrap_crossed
+from trace_opd.pipelines.study.figures import curves
 from trace_opd.schemas.configs import StudyConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config, override
@@ -61,9 +62,9 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_study_has_a_row_per_run_look_split_and_decoding(made):
+def test_a_study_has_a_row_per_run_evaluation_split_and_decoding(made):
     table = pl.read_parquet(made / "small" / "results.parquet")
-    # Two arms by two seeds, two of the ablation by one; looks before the first step and after the last.
+    # Two arms by two seeds, two of the ablation by one; evaluations before and after the steps.
     assert len(table) == (2 * 2 + 2) * 2 * 2 * 2
     assert table["step"].unique().sort().to_list() == [0, 2]
     assert set(table["decoding"]) == {"sampled", "greedy"}
@@ -75,8 +76,8 @@ def test_a_study_has_a_row_per_run_look_split_and_decoding(made):
     )
 
 
-def test_the_page_says_what_the_files_say(made):
-    page = (made / "small" / "STUDY.md").read_text()
+def test_the_page_shows_the_figures_of_the_files(made):
+    page = (made / "small" / "study.md").read_text()
     table = pl.read_parquet(made / "small" / "results.parquet")
     last = table.filter((pl.col("step") == 2) & (pl.col("decoding") == "sampled"))
     for method in ("grpo", "trace-fkl", "all"):
@@ -94,14 +95,14 @@ def test_the_page_says_what_the_files_say(made):
 
 
 def test_the_page_names_what_an_arm_is_compared_with(made):
-    page = (made / "small" / "STUDY.md").read_text()
+    page = (made / "small" / "study.md").read_text()
     assert re.search(r"^\| all \| .+ to half \| ", page, re.M)
     assert re.search(r"^\| half \| [^|]+\| [^|]+\| – \| ", page, re.M)  # all are compared with it
     assert re.search(r"^\| grpo \| [^|]+ \| [^|]+ \| – \| ", page, re.M)
 
 
 def test_the_page_sets_exposure_against_what_other_splits_lost(made):
-    page = (made / "small" / "STUDY.md").read_text()
+    page = (made / "small" / "study.md").read_text()
     section = page.split("## exposure")[1].split("##")[0]
     answers = pl.read_parquet(made / "small" / "answers.parquet").filter(
         (pl.col("method") == "half") & (pl.col("decoding") == "sampled")
@@ -110,7 +111,7 @@ def test_the_page_sets_exposure_against_what_other_splits_lost(made):
 
 
 def test_the_page_shows_one_step_as_its_file_has_it(made):
-    page = (made / "small" / "STUDY.md").read_text()
+    page = (made / "small" / "study.md").read_text()
     table = pl.read_parquet(made / "small" / "mechanism.parquet")
     assert table["seed"].unique().sort().to_list() == [0, 1]
     for (objective,), own in table.group_by("objective"):
@@ -121,7 +122,7 @@ def test_the_page_shows_one_step_as_its_file_has_it(made):
     assert f" | {100 * clipped['trace-fkl, clip token']:.1f} % |" in page
 
 
-def test_coverage_is_the_share_of_tokens_that_the_kl_was_on(made):
+def test_coverage_is_the_share_of_tokens_under_the_kl(made):
     table = pl.read_parquet(made / "small" / "results.parquet").filter(pl.col("step") == 2)
     coverage = {method: own["coverage"].to_numpy() for (method,), own in table.group_by("method")}
     assert (coverage["grpo"] == 0).all()
@@ -134,7 +135,7 @@ def test_the_choice_is_the_one_whose_runs_did_best_and_the_page_shows_both(made)
     tuning = pl.read_parquet(made / "small" / "tuning.parquet")
     assert set(tuning["split"]) == {"tuning"}
     assert set(tuning["seed"]) == {1000}
-    page = (made / "small" / "STUDY.md").read_text().split("## What tuning chose")[1]
+    page = (made / "small" / "study.md").read_text().split("## What tuning chose")[1]
     table = pl.read_parquet(made / "small" / "results.parquet")
     for method in ("grpo", "trace-fkl"):
         choices = ("optim.lr=1.0e-4", "optim.lr=1.0e-3")
@@ -162,12 +163,12 @@ def test_an_arm_of_an_ablation_takes_the_choice_of_the_arm_that_it_is_like(made)
 
 def test_a_study_goes_on_from_the_runs_that_its_store_has(made):
     before = {path: path.stat().st_mtime_ns for path in made.glob("store/train/*/manifest.json")}
-    page = (made / "small" / "STUDY.md").read_bytes()
+    page = (made / "small" / "study.md").read_bytes()
     arguments = ["study", str(CONFIG), *SMALL, "--store", f"{made}/store", "--output", str(made)]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     after = {path: path.stat().st_mtime_ns for path in made.glob("store/train/*/manifest.json")}
     assert after == before
-    assert (made / "small" / "STUDY.md").read_bytes() == page
+    assert (made / "small" / "study.md").read_bytes() == page
 
 
 def test_a_study_leaves_the_names_of_the_users_own_datasets_alone(made):
@@ -206,7 +207,7 @@ def test_curves_and_their_summaries_by_hand():
     np.testing.assert_allclose(drawn.area, [[0.5, 0], [0.5, 1]])
     assert drawn.first_step(0.7) == 4
     assert drawn.first_step(0.8) is None
-    estimate = bootstrap(drawn.final, 500)
+    estimate = bootstrap_crossed(drawn.final, 500)
     assert estimate.value == 0.75
     assert estimate.low < 0.75 < estimate.high == 1.0
 
@@ -221,7 +222,7 @@ def test_curves_and_their_summaries_by_hand():
         ("ablations.clip={a: {like: nobody}}", "nobody"),
     ],
 )
-def test_a_study_that_does_not_hold_together_is_refused(change, message):
+def test_a_study_with_contradictions_is_refused(change, message):
     config = load_config(StudyConfig, CONFIG)
     with pytest.raises(InputError, match=message):
         override(config, [change])

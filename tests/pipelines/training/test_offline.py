@@ -1,4 +1,4 @@
-"""What offline training reads: every group once an epoch, in an order that depends on the step alone."""
+"""The reader of offline training: every group once per epoch, in an order that the step decides."""
 
 from itertools import groupby
 
@@ -13,7 +13,7 @@ from trace_opd.schemas.configs import OfflineConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.tables import ROUTED
 
-# Groups of each part: of 1 to 3 rows, some of whose rows do not lie side by side.
+# Groups of each part: 1 to 3 rows each, not all of them adjacent.
 PARTS = [["a", "b", "a", "c", "c"], ["d"], ["e", "f", "g", "f", "g", "h", "h", "e"]]
 EPOCH = 8
 
@@ -43,7 +43,7 @@ def reader(routed: Dataset, groups_per_step: int, seed: int = 0) -> OfflineReade
 
 
 def order(seed: int, epoch: int) -> list[str]:
-    """Parts shuffled, then the groups of each, numbered as they first appear."""
+    """Parts shuffled, then the groups of each part, numbered by first appearance."""
     rng = np.random.default_rng([seed, epoch])
     out = []
     for part in rng.permutation(len(PARTS)):
@@ -81,7 +81,7 @@ def test_a_resumed_run_reads_what_an_undisturbed_one_does(routed):
 
 
 def dataset_of(folder, contract, *parts) -> Dataset:
-    """A dataset whose parts are written as a stranger would: without a check."""
+    """A dataset with unchecked parts, like a foreign program's."""
     draft = Store(folder).begin("convert", {}, {}, contract)
     for index, part in enumerate(parts):
         sink = pa.BufferOutputStream()
@@ -94,7 +94,7 @@ NEWER = ROUTED.schema.with_metadata(ROUTED.schema.metadata | {b"trace_opd.versio
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"token_ids": [100]}, "row 1: token_ids has a token id outside the policy's 0 … "),
         ({"prompt_token_ids": [10**6]}, "row 1: prompt_token_ids has a token id"),
@@ -106,10 +106,10 @@ NEWER = ROUTED.schema.with_metadata(ROUTED.schema.metadata | {b"trace_opd.versio
         ({"advantage": float("inf")}, "row 1: advantage has a number"),
     ],
 )
-def test_a_bad_row_of_any_part_is_one_sentence_before_the_first_step(tmp_path, change, said):
+def test_a_bad_row_of_any_part_is_one_sentence_before_the_first_step(tmp_path, change, message):
     good = ROUTED.table([row("0", "a")])
     bad = ROUTED.table([row("1", "b"), row("2", "c") | change])
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         reader(dataset_of(tmp_path, ROUTED, good, bad), groups_per_step=1)
 
 

@@ -1,4 +1,4 @@
-"""Online steps in the store: which problems they ask, and tables that hold together."""
+"""Online steps in the store: which problems they ask, and tables that are consistent."""
 
 import json
 import re
@@ -72,7 +72,7 @@ def test_what_a_step_asks_depends_on_step_round_and_seed_alone(root):
     order = [(step, refill) for step in range(STEPS) for refill in range(3)]
     first = {at: asked(online, *at) for at in order}
     assert {at: asked(again, *at) for at in reversed(order)} == first
-    # A pass goes over all problems before it asks one again; a refill is each step's own draw.
+    # A pass goes over all problems before it repeats one; each refill is its own draw.
     own = [first[step, 0] for step in range(STEPS)]
     assert len({problem for ids in own for problem in ids}) == 9
     assert len({tuple(first[step, 1]) for step in range(STEPS)}) > 1
@@ -105,7 +105,7 @@ def test_replaced_groups_are_in_the_tables_and_their_annotations_are_skipped(roo
         assert set(statuses[len(trained) :]) <= {"skipped"}
 
 
-def test_a_routing_that_looks_at_no_annotation_opens_no_annotator(root, monkeypatch):
+def test_a_routing_without_annotations_opens_no_annotator(root, monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     paid = [
         "online.annotator={engine: openai, model: m, api_key_env: NO_SUCH_KEY}",
@@ -122,16 +122,16 @@ def test_a_routing_that_looks_at_no_annotation_opens_no_annotator(root, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["sampler={engine: vllm}", "online.sampling.top_k=5"], "set top_p=1, top_k=0"),
         (["sampler={engine: openai, base_url: 'http://127.0.0.1:9/v1'}"], "can't be used"),
     ],
 )
 def test_a_sampler_that_cannot_serve_training_is_refused_before_the_first_step(
-    root, overrides, said
+    root, overrides, message
 ):
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         tables_of(root, config_of("seed=5", *overrides))
 
 
@@ -140,7 +140,7 @@ def test_one_step_ahead_needs_a_sampler_with_weights_of_its_own():
         config_of("online.max_staleness=1")
 
 
-def test_where_an_engine_runs_is_not_what_is_made(root):
+def test_the_place_of_an_engine_does_not_change_the_dataset_id(root):
     refs = set()
     for url in ("http://one:1/v1", "[http://two:2/v1, http://three:3/v1]"):
         sampler = f"sampler={{engine: openai, base_url: {url}, timeout_s: 9}}"

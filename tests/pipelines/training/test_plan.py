@@ -1,4 +1,4 @@
-"""The plan of a run: counts are exact, memory is what real steps take."""
+"""The plan of a run: exact counts, and memory within a tenth of real steps."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def test_activation_bytes_are_what_autograd_keeps_of_a_layer(kind, precision, lo
 
 
 def kept_bytes(model, row, tokens):
-    """Bytes of what autograd keeps per token: no parameters, no low-precision copies of them."""
+    """Bytes that autograd keeps per token, without parameters and their low-precision copies."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -119,7 +119,7 @@ def kept_bytes(model, row, tokens):
     return sum(size for size, _ in kept.values())
 
 
-# Large blocks go back to the system as they are freed, so that the resident set is what is in use.
+# Large blocks return to the system when they are freed, so the resident set is the memory in use.
 NO_HOARDING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 PROGRAM = """
 import json, sys
@@ -164,7 +164,8 @@ def resident(name):
 
 full = AutoConfig.from_pretrained(config.policy.path)
 small = AutoConfig.from_pretrained(config.policy.path)
-small.hidden_size, small.intermediate_size, small.num_hidden_layers, small.vocab_size = 16, 16, 1, 64
+small.hidden_size, small.intermediate_size = 16, 16
+small.num_hidden_layers, small.vocab_size = 1, 64
 small.layer_types = None
 for _ in range(2):  # libraries' own memory
     step(trainer(AutoConfig.for_model(**small.to_dict())), 64)
@@ -275,11 +276,11 @@ def test_throughput_is_measured_where_it_is_not_given():
     assert 1e8 < bandwidth < 1e13
 
 
-def test_a_model_that_is_no_such_decoder_is_refused(tmp_path):
+def test_another_architecture_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"config\.json cannot be loaded"):
         model_shape(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(InputError, match="no intermediate_size"):
         model_shape(str(tmp_path))
-    # A run of it goes on without a plan.
+    # Training without a plan still works.
     assert memory_line(train_config(str(tmp_path))).startswith("memory: not planned (policy ")

@@ -1,4 +1,4 @@
-"""What ends a training run early costs nothing: SIGTERM, a full disk; and torchrun's many processes."""
+"""Early ends of a training run lose nothing: SIGTERM, a full disk; also runs under torchrun."""
 
 import os
 import resource
@@ -32,7 +32,7 @@ TRAIN = [
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Runs in processes of their own and in this one sum in the same order."""
+    """All runs sum in the same order, in this process and in others."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -66,8 +66,9 @@ def start(
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = ["-m", "trace_opd.pipelines.cli", "train", CONFIG, *TRAIN, *overrides]
     return subprocess.Popen(
-        [*launcher, "-m", "trace_opd.pipelines.cli", "train", CONFIG, *TRAIN, *overrides, "--store", root],
+        [*launcher, *command, "--store", root],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -98,12 +99,12 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_to_the_same_end(
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     done = len(lines(root))
     assert after <= done < 6
-    assert f"stopped after {done} of 6 steps" in said
-    assert "Traceback" not in said
+    assert f"stopped after {done} of 6 steps" in stderr
+    assert "Traceback" not in stderr
     assert [path.name for path in root.glob("train/*/checkpoints/*")] == [f"step-{done:05d}"]
     resumed = stage("train", root, *TRAIN)
     assert final_weights(resumed) == final_weights(undisturbed)
@@ -112,13 +113,13 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_to_the_same_end(
 @pytest.mark.slow
 def test_a_full_disk_ends_with_one_sentence_and_loses_no_checkpoint(undisturbed, tmp_path):
     root = routed_store(tmp_path)
-    # A file may not grow beyond this: the model's float32 weights are larger.
+    # The size limit of a file: the model's float32 weights are larger.
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # noqa: E731
     process = start(root, "checkpoint_every=2", before=limit)
-    _, said = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "could not be written" in said
-    assert "Traceback" not in said
+    assert "could not be written" in stderr
+    assert "Traceback" not in stderr
     assert list(root.glob("train/*/checkpoints/*")) == []
     assert final_weights(stage("train", root, *TRAIN)) == final_weights(undisturbed)
 
@@ -127,9 +128,9 @@ def test_a_full_disk_ends_with_one_sentence_and_loses_no_checkpoint(undisturbed,
 def test_under_torchrun_two_processes_make_the_dataset_that_one_makes(undisturbed, tmp_path):
     root = routed_store(tmp_path)
     process = start(root, ranks=2)
-    out, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    assert out.count("  0 rows") == 1  # one of them talks
+    out, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
+    assert out.count("  0 rows") == 1  # only rank 0 prints
     together = Store(root).get("train")
     assert together.ref == undisturbed.ref
     ours, theirs = (

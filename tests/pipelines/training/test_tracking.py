@@ -1,4 +1,4 @@
-"""Where metrics go: the JSON lines, and each board with its real package."""
+"""Where metrics go: the JSON lines, and each tracker with its real package."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_without_a_tracker_there_are_json_lines_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tensorboard", "trackio", "wandb"])
 def test_a_board_that_is_not_installed_is_named_with_its_pip_command(kind, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, kind, None)  # for find_spec: not installed
+    monkeypatch.setitem(sys.modules, kind, None)  # find_spec then reports it as not installed
     with pytest.raises(InputError, match=f"pip install {kind}"):
         check_tracker(kind)
     with pytest.raises(InputError, match="tracker=none"):
@@ -80,7 +80,7 @@ def test_wandb_resumes_the_dataset_s_run_offline(tmp_path):
     track(tmp_path, "wandb", 0, 3, WANDB_MODE="offline")
     track(tmp_path, "wandb", 2, 5, WANDB_MODE="offline")
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-train-0123abcd.wandb"))
-    assert len(files) == 2  # both go to the same run when they are synced
+    assert len(files) == 2  # both sync to the same run
     for file in files:
         content = file.read_bytes()
         assert REF.encode() in content  # the run's name

@@ -1,4 +1,4 @@
-"""Held-out problems on the way of a training: what is asked, when, and what is kept."""
+"""Validation on held-out problems during training: which problems, when, and what is kept."""
 
 from pathlib import Path
 
@@ -41,15 +41,15 @@ def trained(store: Store, *overrides: str) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def looked(store) -> Dataset:
+def validated(store) -> Dataset:
     held_out = problems(store, 5, 1)
     return trained(
         store, f"validation.problems={{test: {held_out}}}", "validation.every=2", "validation.k=3"
     )
 
 
-def test_a_run_looks_before_its_first_step_every_few_steps_and_after_its_last(looked):
-    table = VALIDATIONS.table(read_validation(looked).to_pylist())
+def test_a_run_validates_before_its_first_step_every_few_steps_and_after_its_last(validated):
+    table = VALIDATIONS.table(read_validation(validated).to_pylist())
     rows = pl.DataFrame(table)
     counts = rows.group_by("step", "decoding").agg(pl.len(), pl.col("k").sum()).sort("step")
     expected = {(s, d, 5, k) for s in (0, 2, 3) for d, k in (("sampled", 15), ("greedy", 5))}
@@ -59,9 +59,9 @@ def test_a_run_looks_before_its_first_step_every_few_steps_and_after_its_last(lo
     assert (sampled["entropy"] > 0).all()
 
 
-def test_what_was_seen_stands_among_the_steps_metrics(looked):
-    rows = pl.DataFrame(read_validation(looked))
-    lines = {line["step"] + 1: line for line in read_metrics(looked.local_path("metrics.jsonl"))}
+def test_validation_scores_are_among_the_steps_metrics(validated):
+    rows = pl.DataFrame(read_validation(validated))
+    lines = {line["step"] + 1: line for line in read_metrics(validated.local_path("metrics.jsonl"))}
     assert "validation_test_sampled" not in lines[1]
     for step in (2, 3):
         for decoding in ("sampled", "greedy"):
@@ -70,16 +70,16 @@ def test_what_was_seen_stands_among_the_steps_metrics(looked):
             assert lines[step][f"validation_test_{decoding}"] == pytest.approx(rate)
 
 
-def test_looking_changes_nothing_of_the_training(looked, store):
+def test_validation_does_not_change_the_training(validated, store):
     alone = trained(store)
-    assert alone.ref != looked.ref
+    assert alone.ref != validated.ref
 
-    def told(run: Dataset) -> list[dict]:
+    def trained_metrics(run: Dataset) -> list[dict]:
         lines = read_metrics(run.local_path("metrics.jsonl"))
         left_out = ("seconds", "tokens_per_second", "validation")
         return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
 
-    assert told(alone) == told(looked)
+    assert trained_metrics(alone) == trained_metrics(validated)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_a_validation_without_a_sampler_is_refused(store):
         config_of(store, "offline.steps=2", "online.steps=0", "validation.every=1")
 
 
-def test_runs_of_one_base_share_the_look_before_the_first_step(looked, store, monkeypatch):
-    """Another learning rate, the same base: its first look is the first run's file."""
+def test_runs_of_one_base_share_the_validation_before_the_first_step(validated, store, monkeypatch):
+    """Another learning rate on the same base reuses the first run's validation file."""
     steps = []
     evaluate = Validation.evaluate
 
@@ -109,15 +109,15 @@ def test_runs_of_one_base_share_the_look_before_the_first_step(looked, store, mo
         return evaluate(self, step)
 
     monkeypatch.setattr(Validation, "evaluate", counted)
-    (problems,) = looked.manifest["config"]["validation"]["problems"].values()
+    (problems,) = validated.manifest["config"]["validation"]["problems"].values()
     same = [f"validation.problems={{test: {problems}}}", "validation.every=2"]
     again = trained(store, *same, "validation.k=3", "optim.lr=1.0e-3")
     assert steps == [2, 3]
     first, second = (
-        Path(run.path("validation/step-000000.parquet")).read_bytes() for run in (looked, again)
+        Path(run.path("validation/step-000000.parquet")).read_bytes() for run in (validated, again)
     )
     assert first == second
-    # Asked otherwise, it is another look.
+    # Another question makes another validation.
     trained(store, *same, "validation.k=2", "optim.lr=1.0e-3")
     assert steps == [2, 3, 0, 2, 3]
     assert len(list(Path(store.base, ".looks").iterdir())) == 2

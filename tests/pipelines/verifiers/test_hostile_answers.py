@@ -1,7 +1,7 @@
-"""Hostile final answers end their worker at worst: never the stage, and never with a reward.
+"""Hostile final answers at worst end their worker. The stage continues, and the reward is none.
 
-`hostile_answers.jsonl`: gold, the answer as pieces of text with how often each is repeated; `right`
-where 1 is no mistake; `slow` where the deadline ends it, left to `make bench-verify`.
+`hostile_answers.jsonl`: gold; the answer as pieces of text with repetition counts; `right`: a
+reward of 1 is correct; `slow`: only the deadline ends it, so only `make bench-verify` runs it.
 """
 
 import json
@@ -24,9 +24,9 @@ ROWS = [
     for line in Path(__file__).with_name("hostile_answers.jsonl").read_text().splitlines()
 ]
 TIMEOUT_S, MEMORY_MIB = 1.0, 512
-# From the deadline to the parent's note of it, on a machine with other work.
+# Time from the deadline until the parent notices, on a busy machine.
 LATE_S = 10.0
-TRACE = Path("/tmp/hostile-answer")  # noqa: S108 - some answers try to make this file
+TRACE = Path("/tmp/hostile-answer")  # noqa: S108 - some answers try to create this file
 
 
 def problem(name: str, answer: str) -> dict:
@@ -50,21 +50,21 @@ def rollout(name: str, answer: str) -> dict:
 
 @contextmanager
 def peaks() -> Iterator[dict[int, int]]:
-    """Most address space, in MiB, that each verification worker ever had, by process id."""
+    """The largest address space of each verification worker, in MiB, by process id."""
     found: dict[int, int] = {}
     ended = threading.Event()
 
-    def look() -> None:
+    def watch() -> None:
         while not ended.wait(0.02):
             for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
                 try:
                     if b"verifiers.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                         status = Path(f"/proc/{pid}/status").read_text()
                         found[int(pid)] = int(status.partition("VmPeak:")[2].split()[0]) // 1024
-                except (OSError, IndexError):  # it has just ended
+                except (OSError, IndexError):  # the process has just ended
                     continue
 
-    watcher = threading.Thread(target=look)
+    watcher = threading.Thread(target=watch)
     watcher.start()
     try:
         yield found
@@ -77,7 +77,7 @@ def peaks() -> Iterator[dict[int, int]]:
 def test_hostile_answers_get_no_reward_and_stay_within_deadline_and_memory():
     rows = [row for row in ROWS if not row.get("slow")]
     answers = ["".join(text * times for text, times in row["answer"]) for row in rows]
-    # Text columns hold no lone surrogates: such an answer cannot come so far.
+    # Text columns hold no lone surrogates, so such an answer never gets here.
     answers = [answer.encode(errors="replace").decode() for answer in answers]
     config = VerifyConfig(workers=2, timeout_s=TIMEOUT_S, memory_mib=MEMORY_MIB)
     TRACE.unlink(missing_ok=True)
@@ -104,6 +104,6 @@ def test_hostile_answers_get_no_reward_and_stay_within_deadline_and_memory():
     assert found
     assert max(found.values()) <= MEMORY_MIB
     assert not TRACE.exists()
-    # Some of them do need the deadline, or it would be untested.
+    # Some rows need the deadline; otherwise it would be untested.
     assert any(verdict["status"] == VerdictStatus.TIMEOUT for verdict in verdicts)
     assert after["correct"] is True

@@ -1,6 +1,6 @@
-"""What counts as equal: a table of golds and answers, and the short cuts held to the long way.
+"""Equality of answers: a table of golds and answers, and the fast paths against the full path.
 
-`answers.jsonl`: gold, answer, what a reward should say; `missed`: an equal answer that is refused.
+`answers.jsonl`: gold, answer, the correct reward; `missed`: an equal answer that is refused.
 """
 
 import json
@@ -24,18 +24,18 @@ ROWS = [
 
 def test_a_table_of_answers_is_judged_as_a_reward_should():
     pool = VerifierPool(workers=2, timeout_s=60, memory_mib=2048)
-    said = [exact_match(row["gold"], row["answer"]) for row in ROWS]
-    asked = [Job(row["gold"], row["answer"]) for row, known in zip(ROWS, said, strict=True)]
-    outcomes = pool.judge([job for job, known in zip(asked, said, strict=True) if known is None])
+    fast = [exact_match(row["gold"], row["answer"]) for row in ROWS]
+    asked = [Job(row["gold"], row["answer"]) for row, known in zip(ROWS, fast, strict=True)]
+    outcomes = pool.judge([job for job, known in zip(asked, fast, strict=True) if known is None])
     pool.close()
     judged = iter(outcome.correct for outcome in outcomes)
-    verdicts = [next(judged) if known is None else known for known in said]
+    verdicts = [next(judged) if known is None else known for known in fast]
     wrongly_right = [r for r, v in zip(ROWS, verdicts, strict=True) if v and not r["expected"]]
     refused = [r for r, v in zip(ROWS, verdicts, strict=True) if r["expected"] and not v]
     assert len(ROWS) >= 300
     assert wrongly_right == []
     assert refused == [row for row in ROWS if row.get("missed")]
-    # Each says so for a reason, not because it came to no end.
+    # Each has a verdict for a reason, not because of a timeout.
     ended = {VerdictStatus.OK, VerdictStatus.PRED_UNPARSED}
     assert {outcome.status for outcome in outcomes} <= ended
 
@@ -56,7 +56,7 @@ NUMBER = st.builds(str.__add__, SIGN, PLAIN)
 
 
 def spellings(number: int, places: int) -> st.SearchStrategy[str]:
-    """A decimal with six places at most, and its like: near misses and equals are what matters."""
+    """A decimal with at most six places, and similar ones: near misses and equals matter most."""
     bottom = 10**places
     near = [number, number + 1, number - 1, 10 * number]
     return st.sampled_from(
@@ -77,7 +77,7 @@ PAIR = st.one_of(
 
 @settings(max_examples=100, deadline=None)
 @given(pair=PAIR)
-def test_the_short_cut_for_plain_numbers_says_what_the_worker_says(pair: tuple[str, str]):
+def test_the_fast_path_for_plain_numbers_agrees_with_the_worker(pair: tuple[str, str]):
     known = exact_match(*pair)
     status, correct, _ = judge(*pair)
     assert status == VerdictStatus.OK

@@ -1,4 +1,4 @@
-"""The pool of verification workers: what is equal, hostile answers, dead workers."""
+"""The pool of verification workers: equality, hostile answers, dead workers."""
 
 import itertools
 import os
@@ -15,7 +15,7 @@ import pytest
 from trace_opd.pipelines.verifiers.pool import Job, VerifierPool
 from trace_opd.schemas.labels import VerdictStatus
 
-# Above what an honest comparison takes on a loaded machine, far below what a hostile one would.
+# Above an honest comparison's time on a loaded machine, far below a hostile one's.
 TIMEOUT_S = 3.0
 HOSTILE = Job("2", r"\binom{1000000000}{500000000}")
 GREEDY = Job("5", r"\lfloor 2^{30000000000} \rfloor")
@@ -31,7 +31,7 @@ def pool() -> Iterator[VerifierPool]:
 
 
 def parent_of(pid: int) -> int | None:
-    """Parent of a live process; None if it has ended."""
+    """Parent of a live process; None if the process has ended."""
     try:
         state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except (FileNotFoundError, ProcessLookupError):
@@ -47,18 +47,18 @@ def worker_pids(parent: int | None = None) -> set[int]:
 
 
 def warm(pool: VerifierPool) -> None:
-    """Have a worker running: with a job that is not remembered."""
+    """Start a worker, with a job that is not cached."""
     pool.judge([Job("x", f"{next(NUMBERS)}y")])
 
 
 def wait_until(condition, seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "still not so"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.05)
 
 
-# --- what is equal -------------------------------------------------------------------------------
+# --- equality ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -79,10 +79,10 @@ def wait_until(condition, seconds: float = 20.0) -> None:
         ("1/3", "0.33", False),
         ("12", r"12\text{ cm}", True),  # units and bases are dropped
         ("1010_2", "1010", True),
-        ("1", "1 and 2", False),  # hedging
+        ("1", "1 and 2", False),  # two answers
         ("1234", "1,234", True),
         ("x^2+2x+1", "(x+1)^2", True),
-        ("7", "I think it is 7", False),  # no number is picked out of prose
+        ("7", "I think it is 7", False),  # no number is taken from prose
     ],
 )  # test_verify_answers.py has a table of many more
 def test_answers_are_compared_as_mathematics(
@@ -93,14 +93,14 @@ def test_answers_are_compared_as_mathematics(
     assert outcome.seconds > 0
 
 
-def test_what_does_not_parse_is_told_apart_by_side(pool: VerifierPool):
+def test_a_parse_failure_names_its_side(pool: VerifierPool):
     bad_gold, bad_answer = pool.judge([Job("}{", "5"), Job("5", "}{")])
     assert (bad_gold.status, bad_gold.correct) == (VerdictStatus.GOLD_UNPARSED, None)
     assert (bad_answer.status, bad_answer.correct) == (VerdictStatus.PRED_UNPARSED, False)
 
 
 def test_a_gold_that_does_not_parse_is_unscored_even_for_an_equal_answer(pool: VerifierPool):
-    # Else only the right responses of such a group would have a reward.
+    # Otherwise only the correct responses of the group would have a reward.
     (outcome,) = pool.judge([Job("}{", "}{")])
     assert outcome.status == VerdictStatus.GOLD_UNPARSED
 
@@ -120,7 +120,7 @@ def test_an_outcome_that_is_no_verdict_is_not_remembered(pool: VerifierPool):
     assert again.seconds > 0
 
 
-# --- what workers survive ------------------------------------------------------------------------
+# --- hostile answers and dead workers ------------------------------------------------------------
 
 
 @needs_proc
@@ -139,7 +139,7 @@ def test_a_hostile_answer_costs_its_deadline_and_its_worker(pool: VerifierPool, 
     assert not before & worker_pids()
 
 
-def test_an_answer_above_the_memory_limit_is_oom_although_sympy_swallows_it():
+def test_an_answer_above_the_memory_limit_is_oom_although_sympy_catches_the_error():
     pool = VerifierPool(workers=1, timeout_s=60, memory_mib=256)
     hostile, ordinary = pool.judge([GREEDY, Job("2x", "x+x")])
     pool.close()
@@ -151,7 +151,7 @@ def test_an_answer_above_the_memory_limit_is_oom_although_sympy_swallows_it():
 def test_a_job_whose_worker_is_killed_is_judged_by_another(pool: VerifierPool):
     warm(pool)
     (victim,) = worker_pids()
-    os.kill(victim, signal.SIGSTOP)  # it takes the job and never gets to it
+    os.kill(victim, signal.SIGSTOP)  # it receives the job and never starts it
     killer = threading.Timer(0.3, os.kill, (victim, signal.SIGKILL))
     killer.start()
     outcomes = pool.judge([Job("2x", "x+x"), Job("2x", "5x")])
@@ -214,7 +214,7 @@ def test_workers_end_when_their_parent_is_killed():
         assert parent.stdout is not None
         parent.stdout.readline()
         (worker,) = worker_pids(parent.pid)
-        time.sleep(0.5)  # the hostile job is under way
+        time.sleep(0.5)  # the hostile job is running
         parent.kill()
 
     wait_until(lambda: parent_of(worker) is None)

@@ -1,4 +1,4 @@
-"""Reading final answers and letters from responses, and the comparisons made on strings."""
+"""Extraction of final answers and letters from responses, and comparisons of strings."""
 
 import time
 
@@ -64,7 +64,7 @@ def test_a_response_that_commits_to_nothing_has_no_answer(response: str):
 @given(before=st.text(), content=st.text(alphabet="ab1 +^\n", min_size=1), depth=st.integers(0, 5))
 def test_a_box_is_found_whatever_stands_before_it(before: str, content: str, depth: int):
     inside = "{" * depth + "x" + content + "y" + "}" * depth
-    # A trailing backslash would escape the box's own.
+    # A trailing backslash would escape the box's brace.
     assert final_answer(f"{before} \\boxed{{{inside}}}") == inside.strip()
 
 
@@ -148,7 +148,7 @@ def test_an_unclear_choice_is_no_choice(response: str):
         ("1,234", "1234.0", True),
         ("-3/4", r"-\frac{3}{4}", True),
         ("1/3", "0.33", False),
-        ("1/3", "0.333333", None),  # as many places count as math-verify says
+        ("1/3", "0.333333", None),  # math-verify decides how many places count
         ("5", "٥", None),
         ("12", "1,2", None),
         ("0.09", r"9\%", None),

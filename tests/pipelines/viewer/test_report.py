@@ -696,12 +696,12 @@ def shown(prefix: str, store: Store, color: bool = False) -> str:
 
 
 def test_every_paint_differs_without_colours():
-    looks = set()
+    styles = set()
     for paint in Paint:
         style = response_text([Piece("a", paint, -1, None)]).spans
         parsed = Style.parse(str(style[0].style)) if style else Style()
-        looks.add((parsed.bold, parsed.italic, parsed.underline, parsed.underline2, parsed.strike))
-    assert len(looks) == len(Paint)
+        styles.add((parsed.bold, parsed.italic, parsed.underline, parsed.underline2, parsed.strike))
+    assert len(styles) == len(Paint)
 
 
 def test_show_prints_the_newest_routing_of_a_rollout(hostile_run):

@@ -347,7 +347,7 @@ def found(address: str, **parameters: Any) -> list[int]:
     return [IDS.index(row["id"]) for row in get(address, "/rows", **parameters)["rows"]]
 
 
-def test_list_stands_in_groups_or_by_disagreement(address):
+def test_list_is_ordered_by_group_or_by_disagreement(address):
     assert found(address) == [0, 2, 4, 1, 3, 5]
     assert found(address, sort="disagreement") == [2, 1, 4, 0, 5, 3]
 
@@ -510,7 +510,7 @@ def test_a_malformed_request_gets_a_4xx_or_5xx_in_plain_text(address, request_te
     assert capfd.readouterr().err == ""
 
 
-def test_a_part_that_is_gone_is_a_sentence(tmp_path):
+def test_a_missing_part_is_one_sentence(tmp_path):
     pair = make_pair(tmp_path / "store")
     with serving(Viewer(pair.store, pair.a.ref)) as address:
         rollouts = pair.a.input("verdicts").input("rollouts")
@@ -646,7 +646,7 @@ class Browser:
 def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 
