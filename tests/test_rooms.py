@@ -57,9 +57,9 @@ def files_of(room: str) -> list[Path]:
 
 
 def test_the_rules_see_relative_lazy_and_bare_imports():
-    lazy = set(imports(ROOT / "pipelines" / "samplers" / "__init__.py"))
+    lazy = set(imports(ROOT / "pipelines" / "samplers" / "openai.py"))
     assert "trace_opd.schemas.configs.PolicyConfig" in lazy
-    assert "trace_opd.pipelines.samplers.vllm.VllmPolicySampler" in lazy
+    assert "trace_opd.pipelines.samplers.vllm_servers.VllmServersSampler" in lazy
     assert "trace_opd.pipelines.stages.base.Plan" in set(imports(ROOT / "flows.py"))
 
 

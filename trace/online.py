@@ -1,15 +1,15 @@
-"""Online steps: sample, verify, annotate and route from the current weights.
+"""The online source: makes each step's routed table from the current weights.
 
-The trainer calls `collect` of one source per step. `OnlineSource` makes a step's tables; the others
-wrap a source for a sampler that has weights of its own (`Following`), for one that works one step
-ahead in a thread (`Ahead`), and for several ranks (`SharedOnline`). pipelines/training composes them.
+The trainer calls `OnlineSource.collect` at every online step (`trainer.Online`);
+pipelines/training/online.py builds it from the engines and keeps its tables in the store. One class
+serves one rank and many, samplers with weights of their own, and steps that are made ahead.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -22,24 +22,22 @@ from .convert import groups_without_signal, routed_table
 from .protocols import Annotator, Verifier
 from .ranks import Ranks
 from .route import needs_annotations
-from .trainer import Online
 
-_POLL_S = 0.5  # between checks whether the run was asked to stop
+Made = tuple[pa.Table, dict[str, float]]  # a step's routed table, and counts for its metrics
+Phase = Callable[[str], None]  # called with a phase's name when that phase begins
 
-Phase = Callable[[str], None]
-Sample = Callable[[pa.Table, int], pa.Table]
-Collected = tuple[Any, dict[str, float]]
+_POLL_S = 0.5  # between checks for a stop while a step that is made ahead is not ready
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Rollouts and their verdicts, row by row."""
+    """Rollouts and their verdicts, row for row."""
 
     rollouts: pa.Table
     verdicts: pa.Table
 
     def split(self, groups: Sequence[str]) -> tuple["Judged", "Judged"]:
-        """The rows outside these groups, and the rows inside."""
+        """Those outside the groups, and those inside."""
         inside = pc.is_in(self.rollouts["group_id"], pa.array(groups, pa.string()))
         return self._where(pc.invert(inside)), self._where(inside)
 
@@ -53,36 +51,81 @@ class Judged:
         return Judged(self.rollouts.filter(mask), self.verdicts.filter(mask))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class OnlineSource:
-    """Makes each step's tables by an engine that samples with the current weights.
+    """Makes the tables of online steps; every rank has one.
 
-    problems: (step, round) -> the step's problems (round 0), or replacements for them; no problem
-    appears twice in a step. sample: (problems, step) -> rollouts by the current weights, a group
-    per problem. annotator: None if the routing needs no annotations. write: (step, tables) stores
-    the step's tables, by table name. refill_rounds: how often groups without signal are replaced.
+    problems: (step, round) -> the problems of that step (round 0) and those that may replace them;
+        no problem appears twice in a step.
+    sample: (problems, step) -> rollouts by the current weights, a group per problem.
+    annotator: None where the routing needs no annotation, and on ranks other than the first.
+    write: (step, tables) keeps the step's tables, by table name.
+    refill_rounds: how often groups without signal are replaced.
+    follow: gives the sampler the current weights; every rank calls it at each step. None: the
+        sampler uses the weights that are trained.
+    rest: called after each step that is not made ahead; the sampler is idle until `follow`.
+    ranks: the first rank does everything but sampling.
+    share: whether all ranks sample, each its slice of the problems; otherwise only the first does.
+    ahead: steps to make, on the first rank, while the step before trains, and whether each has a
+        teacher.
     """
 
     problems: Callable[[int, int], pa.Table]
-    sample: Sample
+    sample: Callable[[pa.Table, int], pa.Table]
     verifier: Verifier
     annotator: Annotator | None
     bytes: ByteTable
     routing: RoutingConfig
     write: Callable[[int, dict[str, pa.Table]], None]
     refill_rounds: int = 0
+    follow: Callable[[], None] | None = None
+    rest: Callable[[], None] | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    share: bool = True
+    ahead: Mapping[int, bool] = field(default_factory=dict)
 
-    def spread(self, sample: Sample) -> "OnlineSource":
-        """The same source with another `sample`."""
-        return replace(self, sample=sample)
+    def __post_init__(self) -> None:
+        # Where steps are made ahead this thread alone uses the engines, but for the first step.
+        self._thread = ThreadPoolExecutor(1, "ahead")
+        self._coming: dict[int, Future[Made]] = {}
+        self._closing = False
 
-    def collect(self, step: int, with_teacher: bool, phase: Phase) -> Collected:
-        """The routed table of one step, and counts for its metrics.
+    def collect(self, step: int, with_teacher: bool, phase: Phase) -> Made:
+        """The routed table of one step and counts for its metrics, the same on every rank.
 
-        Without a teacher (λ is 0) nothing is annotated and the table is plain GRPO's. All samples
-        are written: first the rollouts that the step trains on, then those of replaced groups,
-        which have no rows in the annotations and in the routed table.
-        phase: called with the name of each phase as it begins, for the step's timings.
+        Without a teacher (λ is 0) nothing is annotated and the table is plain GRPO's.
+
+        A step that is made ahead is one step off-policy, never more: the weights pass to the sampler
+        when it is idle, between the end of that step's sampling and the start of the next one's. The
+        first step of a run, and of a resumed one, is on-policy. The counts of a step made ahead hold
+        the seconds of its phases, which ran during training; waiting for it is a phase of the
+        trainer's step.
+        """
+        coming = self._coming.pop(step, None)
+        made = None if coming is None else _wait(coming, phase)
+        if self.follow is not None:
+            phase("weights")
+            self.follow()
+        if not self.ranks.first:
+            made = self._assist()
+        elif made is None:
+            made = self._make(step, with_teacher, phase)
+        if self.ranks.first and step + 1 in self.ahead:
+            self._coming[step + 1] = self._thread.submit(self._make_ahead, step + 1)
+        elif self.rest is not None:
+            self.rest()
+        if self.ranks.first:
+            self.ranks.broadcast((None, made))
+        return made
+
+    def close(self) -> None:
+        """Stop a step that is being made ahead at its next phase, and wait for that."""
+        self._closing = True
+        self._thread.shutdown(wait=True)
+
+    def _make(self, step: int, with_teacher: bool, phase: Phase) -> Made:
+        """All rollouts are written: first those that the step trains on, then those of replaced
+        groups. Only the former have rows in the annotations and in the routed table.
         """
         problems, judged, replaced = self._dynamic_sample(step, phase)
         annotations = None
@@ -113,6 +156,24 @@ class OnlineSource:
             "staleness": step - pc.min(judged.rollouts["policy_step"]).as_py(),
         }
 
+    def _make_ahead(self, step: int) -> Made:
+        """`_make` in the thread, with the seconds of its phases among the counts."""
+        seconds: dict[str, float] = defaultdict(float)
+        current, since = "", time.perf_counter()
+
+        def phase(name: str) -> None:
+            nonlocal current, since
+            if self._closing:
+                raise Stopped
+            now = time.perf_counter()
+            if current:
+                seconds[f"seconds_{current}"] += now - since
+            current, since = name, now
+
+        table, counts = self._make(step, self.ahead[step], phase)
+        phase("")
+        return table, counts | seconds
+
     def _dynamic_sample(self, step: int, phase: Phase) -> tuple[pa.Table, Judged, Judged]:
         """Problems sampled, groups to train on, and groups replaced.
 
@@ -134,144 +195,32 @@ class OnlineSource:
 
     def _judge(self, problems: pa.Table, step: int, phase: Phase) -> Judged:
         phase("sample")
-        rollouts = self.sample(problems, step)
+        if self.share and self.ranks.count > 1:
+            self.ranks.broadcast((problems, step))
+            rollouts = self._sample_share(problems, step)
+        else:
+            rollouts = self.sample(problems, step)
         phase("verify")
         return Judged(rollouts, self.verifier.verify(problems, rollouts))
 
-
-@dataclass(frozen=True)
-class Following:
-    """A source whose sampler gets the current weights before each step.
-
-    follow: hands them over. rest: called once sampling is done; the sampler may free memory until
-    the next `follow`.
-    """
-
-    source: Online
-    follow: Callable[[], None]
-    rest: Callable[[], None]
-
-    def collect(self, step: int, with_teacher: bool, phase: Phase) -> Collected:
-        """See `OnlineSource.collect`."""
-        phase("weights")
-        self.follow()
-        made = self.source.collect(step, with_teacher, phase)
-        self.rest()
-        return made
-
-
-class Ahead:
-    """A source that makes the next step's table in a thread while a step trains.
-
-    The sampler gets the weights at the begin of a step, while it is idle, and the next step trains
-    on what it samples from then on. So rollouts are exactly one step off-policy, and handing over
-    the weights never waits for a busy sampler.
-
-    source: used by that thread alone after the first step. follow: gives its sampler the current
-    weights. with_teacher: step -> whether λ > 0. steps: number of steps of the run.
-    """
-
-    def __init__(
-        self,
-        source: Online,
-        follow: Callable[[], None],
-        with_teacher: Callable[[int], bool],
-        steps: int,
-    ) -> None:
-        self._source, self._follow = source, follow
-        self._with_teacher, self._steps = with_teacher, steps
-        self._thread = ThreadPoolExecutor(1, "ahead")
-        self._next: tuple[int, Future[Collected]] | None = None
-        self._closing = False
-
-    def collect(self, step: int, with_teacher: bool, phase: Phase) -> Collected:
-        """See `OnlineSource.collect`. A run's first step is on-policy, a resumed run's too.
-
-        The counts hold the seconds of the phases that ran in the thread. Waiting for the thread is
-        a phase of the step itself.
-        """
-        made = None
-        if self._next is not None and self._next[0] == step:
-            made = self._await(self._next[1], phase)
-        phase("weights")
-        self._follow()
-        if made is None:
-            made = self._source.collect(step, with_teacher, phase)
-        if step + 1 < self._steps:
-            self._next = step + 1, self._thread.submit(self._make, step + 1)
-        return made
-
-    def close(self) -> None:
-        """Stop the thread at its next phase and wait for it."""
-        self._closing = True
-        self._thread.shutdown(wait=True)
-
-    def _await(self, coming: Future[Collected], phase: Phase) -> Collected:
-        phase("wait")
-        while not wait([coming], timeout=_POLL_S).done:
-            phase("wait")
-        return coming.result()
-
-    def _make(self, step: int) -> Collected:
-        seconds: dict[str, float] = defaultdict(float)
-        at, since = "", time.perf_counter()
-
-        def phase(name: str) -> None:
-            nonlocal at, since
-            if self._closing:
-                raise Stopped
-            now = time.perf_counter()
-            if at:
-                seconds[f"seconds_{at}"] += now - since
-            at, since = name, now
-
-        table, counts = self._source.collect(step, self._with_teacher(step), phase)
-        phase("")
-        return table, counts | seconds
-
-
-class SharedOnline:
-    """A source under several ranks: the first rank runs it, and all may sample.
-
-    source: the first rank's, None on the others. sample: (problems, step) -> rollouts by this
-    rank's copy of the current weights; it replaces the `sample` of an OnlineSource. None: the first
-    rank's source samples alone, by servers, and need not be an OnlineSource.
-    """
-
-    def __init__(self, source: Online | None, sample: Sample | None, ranks: Ranks) -> None:
-        self._source = source
-        self._sample = sample
-        self._ranks = ranks
-
-    def collect(self, step: int, with_teacher: bool, phase: Phase) -> Collected:
-        """See `OnlineSource.collect`; the same result on every rank."""
-        if self._source is None:
-            return self._follow()
-        source = self._source
-        if self._sample is not None:
-            assert isinstance(source, OnlineSource), "only this class can replace its `sample`"
-            source = source.spread(self._lead)
-        made = source.collect(step, with_teacher, phase)
-        self._ranks.broadcast((None, made))
-        return made
-
-    def _lead(self, problems: pa.Table, step: int) -> pa.Table:
-        self._ranks.broadcast((problems, step))
-        return self._share(problems, step)
-
-    def _follow(self) -> Any:
-        """Sample as often as the first rank does, until it broadcasts the step's table."""
+    def _assist(self) -> Made:
+        """On the other ranks: sample whenever the first rank does, until it sends the step."""
         while True:
-            problems, step_or_made = self._ranks.broadcast(None)
+            problems, sent = self.ranks.broadcast(None)
             if problems is None:
-                return step_or_made
-            self._share(problems, step_or_made)
+                return sent
+            self._sample_share(problems, sent)
 
-    def _share(self, problems: pa.Table, step: int) -> pa.Table:
-        """Sample this rank's slice of the problems; returns the rollouts of all ranks."""
-        index, count = self._ranks.index, self._ranks.count
+    def _sample_share(self, problems: pa.Table, step: int) -> pa.Table:
+        """Sample this rank's slice of the problems; the rollouts of all slices, on every rank."""
+        index, count = self.ranks.index, self.ranks.count
         begin, end = (len(problems) * edge // count for edge in (index, index + 1))
-        share = problems.slice(begin, end - begin)
-        assert self._sample is not None
-        rollouts = self._sample(share, step) if len(share) else None
-        return pa.concat_tables(part for part in self._ranks.gather(rollouts) if part is not None)
+        rollouts = self.sample(problems.slice(begin, end - begin), step) if end > begin else None
+        return pa.concat_tables(part for part in self.ranks.gather(rollouts) if part is not None)
+
+
+def _wait(coming: Future[Made], phase: Phase) -> Made:
+    phase("wait")
+    while not wait([coming], timeout=_POLL_S).done:
+        phase("wait")  # raises Stopped if the run has to stop
+    return coming.result()

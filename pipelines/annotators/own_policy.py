@@ -19,9 +19,8 @@ from ...schemas.labels import FinishReason
 from ...schemas.tables import ANNOTATIONS
 from ...trace.prompt import render_chat
 from ...trace.protocols import PolicyInfo, Prompt, Sampler
-from ..samplers import open_sampler
+from ..samplers import sampling_engine
 from ..samplers.constrained import require_writable
-from ..samplers.rollouts import policy_identity
 from . import Engine
 from .bounds import bounded_schema
 from .dialogue import Answer, Question, replay, usage
@@ -178,7 +177,7 @@ def turn_seed(base: int, rollout_id: str, turn: int) -> int:
 def _identity(config: SelfAnnotator, problems: Dataset, in_training: bool) -> dict[str, Any]:
     identity = load_prompt(config.prompt, config.answer_schema).sha256
     if config.policy is not None:
-        return identity | {"policy": policy_identity(config.sampler, config.policy)}
+        return identity | {"policy": sampling_engine(config.sampler, config.policy).identity()}
     if not in_training:
         raise InputError(
             "annotator.policy is not set; name the policy that annotates (only in training it may "
@@ -191,7 +190,7 @@ def _open_sampler(
     config: SelfAnnotator, student: PolicyConfig | None
 ) -> tuple[Sampler, PreTrainedTokenizerBase | None] | None:
     policy = annotating_policy(config, student)
-    return None if policy is None else open_sampler(config.sampler, policy)
+    return None if policy is None else sampling_engine(config.sampler, policy).open()
 
 
 def _open(

@@ -88,19 +88,12 @@ def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_r
     if dry_run:
         show_plan(name, config, store, console)
         return
-    first = whole_number("RANK", 0) == 0  # of torchrun's processes one prints
-    if isinstance(config, TrainConfig) and first:
-        from ..stages.train import begin
-        from ..training.plan import memory_line
-
-        _, target = begin(config, store)  # refuses bad input before anything is printed
-        if not isinstance(target, Dataset):
-            processes = whole_number("WORLD_SIZE", 1)
-            console.print(memory_line(config, processes), soft_wrap=True)
     made = run_stage(name, config, store, alias)
-    if first and isinstance(made, Dataset):
+    if whole_number("RANK", 0) != 0:  # only the first of torchrun's processes prints
+        return
+    if isinstance(made, Dataset):
         show_dataset(made, console)
-    elif first:
+    else:
         console.print(made, soft_wrap=True)
 
 

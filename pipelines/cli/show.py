@@ -104,7 +104,9 @@ def _summary_tables(dataset: Dataset) -> Iterator[Table]:
 
 def _figure(key: str, value: Any) -> str:
     """A figure of a summary; an unknown cost shows as unknown, not as none."""
-    return dollars(value) if "usd" in key else str(value)
+    if "usd" in key:
+        return dollars(value)
+    return "n/a" if value is None else str(value)
 
 
 def _evaluation_table(summary: dict[str, Any]) -> Table:

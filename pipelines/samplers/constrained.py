@@ -1,7 +1,8 @@
-"""Constrained decoding: which tokens may come next, so that a response follows a JSON schema.
+"""Constrained decoding: the tokens that may follow, so that a response matches a JSON schema.
 
-llguidance says it, per row and step, for the whole vocabulary; the sampler draws among those. Whitespace is fixed to what `json.dumps` writes: a small model that may choose it repeats it
-until the token limit.
+Engine transformers masks its logits with `Grammars`, which asks llguidance per row and step; the
+other engines send the schema of `with_fixed_whitespace`. Whitespace is fixed to that of `json.dumps`:
+a small model that may choose it repeats it until the token limit.
 """
 
 import json
@@ -20,25 +21,25 @@ _AS_JSON_DUMPS = {"whitespace_flexible": False, "item_separator": ", ", "key_sep
 
 
 def with_fixed_whitespace(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with llguidance's own keyword, which other validators pass over."""
+    """The schema with llguidance's own keyword, which other validators ignore."""
     return schema | {"x-guidance": _AS_JSON_DUMPS}
 
 
 def require_writable(
     tokenizer: PreTrainedTokenizerBase, schema: dict[str, Any], otherwise: str
 ) -> None:
-    """Check that a vocabulary has a token for each character that a schema dictates.
+    """Check that a vocabulary has a token for each character that a schema requires.
 
-    otherwise: the setting under which the policy does without, for the error.
+    otherwise: the setting that turns constrained decoding off, for the error.
 
     Raises:
-        InputError: it lacks one; decoding would stop in the middle.
+        InputError: a character without a token, at which decoding would stop.
     """
     alone = set(byte_table(tokenizer).pieces)
-    dictated = "0123456789" + json.dumps(schema)  # its keywords too: letters like any others
+    required = "0123456789" + json.dumps(schema)  # with its keywords: letters like any others
     lacking = [
         char
-        for char in dict.fromkeys(dictated)
+        for char in dict.fromkeys(required)
         if char.encode() not in alone and not {bytes([b]) for b in char.encode()} <= alone
     ]
     if lacking:
@@ -49,9 +50,9 @@ def require_writable(
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance reads it: the bytes of each id, and canonical encoding.
+    """A tokenizer in llguidance's form: the bytes of each id, and canonical encoding.
 
-    llguidance's own reader of tokenizers knows fewer kinds than `byte_table`.
+    llguidance's own reader knows fewer kinds of tokenizers than `byte_table`.
     """
 
     bos_token_id = None
@@ -67,7 +68,7 @@ class _Vocabulary:
 
 
 class Grammars:
-    """Schemas compiled for one vocabulary; each is compiled once and copied per response."""
+    """Schemas compiled for one vocabulary, once each, and copied per response."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:
         """ends: the tokens that end a response."""
@@ -89,12 +90,12 @@ class Grammars:
         return self._compiled[text].deep_copy()
 
     def allowed(self, matchers: Sequence[LLMatcher | None], width: int) -> torch.Tensor:
-        """Tokens that may come next: (rows, width) bool on the CPU; all of them for None.
+        """Tokens that may follow: (rows, width) bool on the CPU; all tokens for a None matcher.
 
-        width: of the logits; ids past the vocabulary, a wide head's padding, never come next.
+        width: of the logits; ids past the vocabulary (padding of the head) are never allowed.
 
         Raises:
-            InputError: a vocabulary that can't write what must come next.
+            InputError: the vocabulary has no token that may follow.
         """
         flags = np.zeros((len(matchers), width), dtype=np.bool_)
         for row, matcher in enumerate(matchers):
@@ -108,10 +109,10 @@ class Grammars:
 
 
 def _check(matcher: LLMatcher) -> None:
-    """A matcher keeps its error to itself until it is asked."""
+    """Raise a matcher's error: it only records it."""
     if matcher.is_error():
-        said = " ".join(matcher.get_error().split())
+        error = " ".join(matcher.get_error().split())
         raise InputError(
-            f"constrained decoding: the JSON schema can't be followed ({said:.200}); simplify it, "
+            f"constrained decoding: the JSON schema can't be followed ({error:.200}); simplify it, "
             "or sample without a schema"
         )

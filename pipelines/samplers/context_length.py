@@ -1,6 +1,6 @@
 """Find prompts and sequences that are longer than the policy's context before any work.
 
-Called by the rollout and train stages when they resolve their inputs.
+Stages rollout, evaluate and train call the checks; samplers call `context_length`.
 """
 
 from collections.abc import Iterable
@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data.store import Dataset
-from ...schemas.configs import OpenAISampler, PolicyConfig, PromptConfig, VllmSampler
-from ...schemas.configs import Sampler as SamplerConfig
+from ...schemas.configs import PolicyConfig, PromptConfig
 from ...schemas.errors import InputError
 from ...trace.loading import load_config
 from ...trace.policy import load_tokenizer
@@ -20,34 +19,28 @@ from ..models import resolve_policy
 
 # A normaliser may write several characters for one, and a token stands for a byte at least.
 _TOKENS_PER_BYTE = 4
-# For these kinds max_position_embeddings is the context length already.
-_OTHER_LENGTHS = ("default", "llama3", "longrope", "su")
+# Kinds of rotary embeddings whose max_position_embeddings already is the stretched length.
+_STRETCHED = ("default", "llama3", "longrope", "su")
 
 
 def require_room(
     problems: Dataset,
     policy: PolicyConfig,
-    sampler: SamplerConfig,
+    context: int | None,
     prompt: PromptConfig,
     max_new_tokens: int,
 ) -> None:
     """Check that each problem's prompt and a response of full length fit into the context.
 
-    A server's context is its own to check.
+    context: tokens; None: unbounded, or a server checks it (`Engine.context`).
 
     Raises:
-        InputError: one does not fit; says which, and how many tokens it has.
+        InputError: a prompt that does not fit, with its number of tokens.
     """
-    if isinstance(sampler, OpenAISampler):
-        return
-    path = resolve_policy(policy.path)
-    context = context_length(load_config(path, policy.trust_remote_code))
-    if isinstance(sampler, VllmSampler):
-        context = sampler.max_model_len or context
     if context is None:
         return
     room = context - max_new_tokens
-    tokenizer = load_tokenizer(path, policy.trust_remote_code)
+    tokenizer = load_tokenizer(resolve_policy(policy.path), policy.trust_remote_code)
 
     def tokens(problem: str) -> int:
         ids = student_prompt(tokenizer, prompt, problem).token_ids
@@ -73,10 +66,9 @@ def require_short_rows(routed: Dataset, policy: PolicyConfig) -> None:
     Another policy may have sampled them.
 
     Raises:
-        InputError: one does not fit; says which, and how many tokens it has.
+        InputError: a sequence that does not fit, with its number of tokens.
     """
-    path = resolve_policy(policy.path)
-    context = context_length(load_config(path, policy.trust_remote_code))
+    context = policy_context(policy)
     if context is None:
         return
     for part in range(routed.parts):
@@ -94,6 +86,11 @@ def require_short_rows(routed: Dataset, policy: PolicyConfig) -> None:
             )
 
 
+def policy_context(policy: PolicyConfig) -> int | None:
+    """`context_length` of the model that a policy names."""
+    return context_length(load_config(resolve_policy(policy.path), policy.trust_remote_code))
+
+
 def context_length(config: Any) -> int | None:
     """Most tokens that a model has positions for; None: unbounded (no position embeddings).
 
@@ -105,7 +102,7 @@ def context_length(config: Any) -> int | None:
     if length is None or not isinstance(rope, dict):
         return length
     kind, factor = rope.get("rope_type", "default"), rope.get("factor")
-    if kind in _OTHER_LENGTHS or not isinstance(factor, int | float):
+    if kind in _STRETCHED or not isinstance(factor, int | float):
         return length
     return max(length, int(rope.get("original_max_position_embeddings", length) * factor))
 

@@ -1,9 +1,9 @@
-"""Sampling over any OpenAI-compatible chat endpoint: `vllm serve`, llama.cpp, a hosted API.
+"""Engine openai: samples over any OpenAI-compatible chat endpoint (vLLM, llama.cpp, a hosted API).
 
-Each response is a request of its own with its own seed. Servers that return token ids (vLLM knows
-`return_token_ids`) give rows that can be trained on; the text of others can be verified, annotated
-and evaluated. Where the tokenizer is not on this machine, the text is the server's: run it without
-a reasoning parser, which would take the thinking out.
+Each response is one request with its own seed. Servers that return token ids (vLLM knows
+`return_token_ids`) give rows that can be trained on; text from others can be verified, annotated
+and evaluated. Without a local tokenizer the text is the server's: run the server without a
+reasoning parser, which would remove the thinking. Training asks vllm_servers.py instead.
 """
 
 import asyncio
@@ -11,25 +11,23 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception,
-)
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 from transformers import PreTrainedTokenizerBase
 
-from ...schemas.configs import OpenAISampler, SamplingConfig
+from ...schemas.configs import OpenAISampler, PolicyConfig, SamplingConfig
 from ...schemas.errors import InputError
 from ...trace.align import byte_table
 from ...trace.policy import load_tokenizer, policy_name, vocab_fingerprint, vocab_size
-from ...trace.protocols import Completion, PolicyInfo, Prompt
+from ...trace.protocols import Completion, PolicyInfo, Prompt, Sampler
 from .. import endpoint, transport
 from ..models import served_model
-from .constrained import with_fixed_whitespace
+from .chat_request import explanation, extra_fields, request_fields, response_format
+from .engine import Engine, Training, require_ratios
 from .pool import Pool, server_failed
 from .reply import read_completion
 
@@ -38,9 +36,41 @@ logger = logging.getLogger(__name__)
 _UNREACHABLE_ATTEMPTS = 5
 
 
+class OpenAIEngine:
+    """See `Engine`."""
+
+    served = True
+    follows = True
+    batch_tokens: int | None = None
+
+    def __init__(self, config: OpenAISampler, policy: PolicyConfig) -> None:
+        self._config, self._policy = config, policy
+
+    def identity(self) -> list[str]:
+        endpoint.read_key(self._config.api_key_env, "sampler.api_key_env")
+        model = self._policy.path
+        local = served_model(model)  # its tokenizer makes the rows' text and fingerprints
+        return [*self._config.servers, model, *([] if local is None else local[1:])]
+
+    def context(self) -> int | None:
+        return None
+
+    def open(self) -> tuple["OpenAIPolicySampler", None]:
+        return OpenAIPolicySampler(self._config, self._policy.path), None
+
+    def open_in_training(self, training: Training) -> Sampler:
+        require_ratios(training.sampling)
+        from .vllm_servers import VllmServersSampler
+
+        shared = self._config.weights_folder
+        folder = Path(shared) / training.folder.name if shared else training.folder / "weights"
+        temperature = training.sampling.temperature
+        return VllmServersSampler(self._config, training.policy.tokenizer, folder, temperature)
+
+
 @dataclass(frozen=True)
 class _Call:
-    """What the requests of one call share: a client lives as long as its event loop."""
+    """What the requests of one `sample` share. A client lives as long as its event loop."""
 
     pool: Pool
     clients: dict[str, openai.AsyncOpenAI]
@@ -49,9 +79,9 @@ class _Call:
 class OpenAIPolicySampler:
     """Samples a model by the name under which an endpoint, or each of several, serves it.
 
-    The policy's fingerprints are the model's if the name is a folder, or a hub id in the local
-    cache. Otherwise the endpoint stands for the weights and the vocabulary is unknown. That a
-    server holds the weights of that name is its operator's word.
+    The policy's fingerprints are the model's if the name is a folder or a hub id in the local cache.
+    Otherwise the endpoint stands for the weights and the vocabulary is unknown. That a server holds
+    the weights of that name is not checked.
     """
 
     def __init__(
@@ -62,8 +92,8 @@ class OpenAIPolicySampler:
         admit: Callable[[str], None] | None = None,
         logprobs_at_temperature: bool = False,
     ) -> None:
-        """tokenizer: the model's; None: looked for under its name. admit: see `Pool`.
-        logprobs_at_temperature: the server is known to report them so.
+        """tokenizer: the model's; None: the one under its name, if any. admit: see `Pool`.
+        logprobs_at_temperature: the server is known to report them at the sampling temperature.
         """
         self._config, self._model, self._admit = config, model, admit
         self._at_temperature = logprobs_at_temperature
@@ -100,11 +130,11 @@ class OpenAIPolicySampler:
         try:
             return asyncio.run(self._sample(prompts, sampling, seeds, schemas))
         except endpoint.FAILURES as error:
-            said = self._explain(error)
-        raise InputError(said)  # outside: the error below, which may echo the key, doesn't hang on
+            sentence = explanation(error, self._config, self._model, self._key)
+        raise InputError(sentence)  # outside, so that no cause is attached: it may hold the key
 
     def close(self) -> None:
-        """Nothing stays open between calls: a client lives as long as its event loop."""
+        """Nothing is open between calls."""
 
     async def _sample(
         self,
@@ -113,7 +143,7 @@ class OpenAIPolicySampler:
         seeds: Sequence[Sequence[int]],
         schemas: Sequence[dict[str, Any]] | None,
     ) -> list[list[Completion]]:
-        formats = [None] * len(prompts) if schemas is None else map(_response_format, schemas)
+        formats = [None] * len(prompts) if schemas is None else map(response_format, schemas)
         plain = schemas is None and sampling.untruncated
         plain = plain and (sampling.temperature == 1 or self._at_temperature)
         slots = asyncio.Semaphore(self._config.concurrency)
@@ -124,7 +154,7 @@ class OpenAIPolicySampler:
                 call.clients[server] = await stack.enter_async_context(client)
 
             async def one(prompt: Prompt, form: dict[str, Any] | None, seed: int) -> Completion:
-                request = self._fields(prompt, sampling, form, seed)
+                request = request_fields(self._model, prompt, sampling, form, seed)
                 async with slots:
                     reply = await self._request(call, request, prompt, sampling)
                 return self._completion(reply, plain)
@@ -138,20 +168,6 @@ class OpenAIPolicySampler:
             self.servers_up = call.pool.up
             return completions
 
-    def _fields(
-        self, prompt: Prompt, sampling: SamplingConfig, form: dict[str, Any] | None, seed: int
-    ) -> dict[str, Any]:
-        """A request in OpenAI's own fields."""
-        fields: dict[str, Any] = {
-            "model": self._model,
-            "messages": prompt.messages,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_new_tokens,
-            "seed": seed,
-        }
-        return fields if form is None else fields | {"response_format": form}
-
     async def _request(
         self,
         call: _Call,
@@ -159,14 +175,14 @@ class OpenAIPolicySampler:
         prompt: Prompt,
         sampling: SamplingConfig,
     ) -> Completion:
-        """One response; without the extra fields if the server refuses them and only them."""
+        """One response; without the extra fields if the server refuses only them."""
         if self._extended:
             try:
-                extra = _extra_fields(prompt, sampling)
+                extra = extra_fields(prompt, sampling)
                 return await self._send(call, request | extra, prompt)
             except (openai.BadRequestError, openai.UnprocessableEntityError):
                 reply = await self._send(call, request, prompt)
-            if self._extended:  # else another request in flight found out first
+            if self._extended:  # otherwise a concurrent request has already logged it
                 logger.warning("%s: gives no token ids (unknown fields)", self._where)
             self._extended = False
             if not sampling.top_k:
@@ -178,15 +194,15 @@ class OpenAIPolicySampler:
         return await self._send(call, request, prompt)
 
     async def _send(self, call: _Call, request: dict[str, Any], prompt: Prompt) -> Completion:
-        """Repeats what may pass (rate limits, server and connection errors) for `timeout_s`; what a
-        server failed to answer goes to another at once.
+        """Retry transient failures (rate limits, server and connection errors) for `timeout_s`; a
+        request that a server failed to answer goes to another server at once.
         """
 
         def elsewhere(state: RetryCallState) -> bool:
             return bool(call.pool.up) and server_failed(_error(state))
 
         def give_up(state: RetryCallState) -> bool:
-            """When the next attempt would be after `timeout_s`; sooner if no server is there at all,
+            """Whether the next attempt would be after `timeout_s`; earlier if no server is reachable,
             rather than busy.
             """
             if elsewhere(state):
@@ -201,7 +217,7 @@ class OpenAIPolicySampler:
             retry=retry_if_exception(endpoint.may_pass),
             wait=lambda state: 0.0 if elsewhere(state) else endpoint.wait_s(state),
             stop=give_up,
-            before_sleep=self._tell,
+            before_sleep=self._log_retry,
             reraise=True,
         )
 
@@ -213,8 +229,8 @@ class OpenAIPolicySampler:
             reply = read_completion(
                 response.content, server, request["max_tokens"], self.vocab_size, prompt.token_ids
             )
-            said = reply.text.encode()
-            if endpoint.without_key(said, self._key) != said:
+            text = reply.text.encode()
+            if endpoint.without_key(text, self._key) != text:
                 raise InputError(
                     f"{self._where}: sends the API key back in a response, which would "
                     "become data; use another server"
@@ -223,50 +239,21 @@ class OpenAIPolicySampler:
 
         return await retrying(attempt)
 
-    def _tell(self, state: RetryCallState) -> None:
+    def _log_retry(self, state: RetryCallState) -> None:
         error = _error(state)
         if error is not None and state.next_action is not None:
-            said = endpoint.sentence(error, self._key)
-            pause_s = state.next_action.sleep
-            logger.warning("%s: %s; again in %.1f s", self._where, said, pause_s)
+            sentence, pause_s = endpoint.sentence(error, self._key), state.next_action.sleep
+            logger.warning("%s: %s; again in %.1f s", self._where, sentence, pause_s)
 
     def _completion(self, reply: Completion, plain: bool) -> Completion:
-        """plain: neither temperature nor truncation nor a schema stands between the policy and its
-        samples. A server may report log-probabilities before or after these (vLLM's
-        --logprobs-mode): without them both mean the same.
+        """plain: samples follow the policy itself, without temperature, truncation or a schema. A
+        server may report log-probabilities before or after these (vLLM's --logprobs-mode); both are
+        the same without them.
         """
         text = reply.text
         if reply.token_ids is not None and self._bytes is not None:
             text = self._bytes.text(reply.token_ids)
         return replace(reply, text=text, logprobs=reply.logprobs if plain else None)
-
-    def _explain(self, error: Exception) -> str:
-        url, key = self._where, self._config.api_key_env
-        said = f"({endpoint.sentence(error, self._key)})"
-        asked = endpoint.retry_after_s(error)
-        if asked is not None and asked >= self._config.timeout_s:
-            return f"{url}: asks to wait {asked:.0f} s {said}; run again then"
-        match error:
-            case openai.AuthenticationError() | openai.PermissionDeniedError():
-                how = (
-                    f"the one in {key}" if key else "sampler.api_key_env, which names its variable"
-                )
-                return f"{url}: the API key is refused {said}; check {how}"
-            case openai.NotFoundError():
-                return (
-                    f"{url}: not found {said}; set policy.path to a model that it serves, and "
-                    "sampler.base_url to the part before /chat/completions"
-                )
-            case openai.APITimeoutError():
-                return f"{url}: no answer in time {said}; raise sampler.timeout_s"
-            case openai.APIConnectionError():
-                return f"{url}: cannot be reached {said}; start the server or fix sampler.base_url"
-            case openai.APIStatusError() if endpoint.refused_parameter(error) == "response_format":
-                return (
-                    f"{url}: doesn't take a JSON schema {said}; use a server with structured "
-                    "outputs, or sample without a schema"
-                )
-        return f"{url}: refuses or fails to answer a request for model {self._model} {said}"
 
 
 def _error(state: RetryCallState) -> BaseException | None:
@@ -280,25 +267,4 @@ def _local_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _extra_fields(prompt: Prompt, sampling: SamplingConfig) -> dict[str, Any]:
-    """Fields beyond OpenAI's own.
-
-    Truncations and penalties are always named: servers have their own defaults (llama.cpp min_p,
-    vLLM those of the model's generation_config.json).
-    """
-    fields: dict[str, Any] = {
-        "top_k": sampling.top_k,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "logprobs": True,
-        "return_token_ids": True,
-    }
-    if prompt.thinking is not None:
-        fields["chat_template_kwargs"] = {"enable_thinking": prompt.thinking}
-    return fields
-
-
-def _response_format(schema: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's field for constrained decoding, which vLLM and llama.cpp know too."""
-    named = {"name": "answer", "schema": with_fixed_whitespace(schema), "strict": True}
-    return {"type": "json_schema", "json_schema": named}
+ENGINE: type[Engine] = OpenAIEngine

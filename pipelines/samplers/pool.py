@@ -1,4 +1,4 @@
-"""Which of several servers gets the next request."""
+"""Load balancing for engine openai: which of several servers gets the next request."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -8,19 +8,19 @@ import openai
 
 
 def server_failed(error: BaseException | None) -> bool:
-    """Whether another server may answer what this one didn't: unreachable, cut off, broken."""
+    """Whether another server may succeed: this one is unreachable, hung up, or has an error."""
     return isinstance(error, openai.APIConnectionError | openai.InternalServerError)
 
 
 class Pool:
-    """The servers of one call: a request goes to the least busy of those that are up.
+    """The servers of one call: a request goes to the least busy one that is up.
 
-    A server that failed is left alone while another is up. When none is, each is asked for again.
+    A server that failed gets no request while another is up. When none is, all are admitted again.
     """
 
     def __init__(self, servers: Sequence[str], admit: Callable[[str], None] | None = None) -> None:
-        """admit: makes a server ready for use, in a thread, before its first request and again
-        after it failed; raises openai.APIConnectionError where it is down. None: all are ready.
+        """admit: makes a server ready, in a thread, before its first request and after a failure;
+        raises openai.APIConnectionError if it is down. None: all servers are ready.
         """
         self._busy = dict.fromkeys(servers, 0)
         self._admit = admit
@@ -33,10 +33,10 @@ class Pool:
 
     @asynccontextmanager
     async def server(self) -> AsyncIterator[str]:
-        """A server for one request. What the request raises tells whether it is up.
+        """A server for one request; an error of the request may mark it as down.
 
         Raises:
-            openai.APIConnectionError: none may be used.
+            openai.APIConnectionError: no server can be admitted.
         """
         if not self._up:
             async with self._admitting:

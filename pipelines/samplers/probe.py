@@ -1,8 +1,9 @@
-"""Proof that an engine samples with the trainer's weights: what both say of a few fixed tokens.
+"""Checks that an engine samples with the trainer's weights: both score a few fixed tokens.
 
-One optimiser step may move log-probabilities by less than two engines differ in rounding, so
-being near the new weights proves little. The probe also asks how much of the trainer's own change
-the engine went along with: all of it if it has the new weights, nothing if it kept the old ones.
+Online training asks the trainer's weights; samplers that follow them (`Follower`) check their
+engine's scores. One optimiser step may change log-probabilities by less than two engines differ in
+rounding, so close scores prove little. The probe also measures how much of the trainer's own change
+the engine's scores show: all of it with the new weights, nothing with the old ones.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from ...trace.prompt import student_prompt
 _MOST_TOKENS = 128  # of each probe
 # Mean |difference| between engine and trainer, nats. Measured with SmolLM2-135M: 1e-5 in float32.
 _LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-# A change is judged once its norm is this many times the rounding's; until then changes add up.
+# A change is judged once its norm is this many times the rounding's; smaller changes add up.
 _CLEAR = 4.0
 _GO_ON = (
     "restart it and run the same command, which goes on from the last checkpoint, or take "
@@ -28,15 +29,15 @@ _GO_ON = (
 
 
 class Probe:
-    """What the trainer's weights say of the fixed tokens, and what each engine said before.
+    """The trainer's scores of the fixed tokens, and each engine's earlier ones.
 
-    token_ids: the probes; the first token of each is given, the others are scored.
+    token_ids: the probes; all tokens but the first of each are scored.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, problems: Sequence[str]
     ) -> None:
-        """problems: texts; each probe is one's prompt and the text again."""
+        """problems: texts; a probe is a problem's prompt followed by its text."""
         self.token_ids: list[list[int]] = []
         for problem in problems:
             ids = student_prompt(tokenizer, prompt, problem).token_ids
@@ -49,7 +50,7 @@ class Probe:
 
     @torch.no_grad()
     def ask(self, policy: Policy) -> None:
-        """Let the trainer score the probes with its current weights."""
+        """Score the probes with the trainer's current weights."""
         scores = []
         for ids in self.token_ids:
             row = torch.tensor([ids], device=policy.device)
@@ -61,14 +62,14 @@ class Probe:
         self._limit = _LIMIT[policy.compute_dtype]
 
     def check(self, engine: str, scores: Sequence[Sequence[float]]) -> float:
-        """Compare an engine's log-probabilities of the probes, after a hand-over, with the
-        trainer's; returns the mean |difference|, nats.
+        """Compare an engine's log-probabilities of the probes with the trainer's, after the engine
+        loaded new weights; returns the mean |difference|, nats.
 
         Raises:
-            InputError: they disagree, or the engine did not follow the trainer's change.
+            InputError: they differ, or the engine's scores do not show the trainer's change.
         """
-        said = np.concatenate([np.asarray(row, dtype=np.float64) for row in scores])
-        gap = float(np.abs(said - self._now).mean())
+        theirs = np.concatenate([np.asarray(row, dtype=np.float64) for row in scores])
+        gap = float(np.abs(theirs - self._now).mean())
         if not gap <= self._limit:  # NaN too
             differs = (
                 f"{engine}: its log-probabilities differ from the trainer's by {gap:.2g} nats in "
@@ -76,28 +77,28 @@ class Probe:
             )
             if engine in self._before:
                 raise InputError(
-                    f"{differs}, though they agreed before: it has taken over only a part of the "
-                    f"new weights; {_GO_ON}"
+                    f"{differs}, though they agreed before: it has loaded only a part of the new "
+                    f"weights; {_GO_ON}"
                 )
             raise InputError(
                 f"{differs}; let it serve policy.path in the trainer's precision "
                 "(policy.precision; vllm serve --dtype)"
             )
         if engine not in self._before:
-            self._before[engine] = self._now, said
+            self._before[engine] = self._now, theirs
             return gap
-        now_before, said_before = self._before[engine]
-        moved, followed = self._now - now_before, said - said_before
-        rounding = float(np.linalg.norm(said_before - now_before))
-        # An engine that was wrong at first must not pass for one that rounds badly.
-        rounding = min(rounding, self._limit * len(said) ** 0.5)
+        ours_before, theirs_before = self._before[engine]
+        moved, followed = self._now - ours_before, theirs - theirs_before
+        rounding = float(np.linalg.norm(theirs_before - ours_before))
+        # An engine that was wrong at first must not count as one that rounds badly.
+        rounding = min(rounding, self._limit * len(theirs) ** 0.5)
         size = float(np.linalg.norm(moved))
         if size > _CLEAR * rounding:
             share = float(followed @ moved) / size**2
             if share < 0.5:
                 raise InputError(
-                    f"{engine}: still has old weights: it went along with {share:.0%} of the "
-                    f"trainer's change since the last hand-over that could be judged; {_GO_ON}"
+                    f"{engine}: still has old weights: it shows {share:.0%} of the trainer's change "
+                    f"since the last update that could be judged; {_GO_ON}"
                 )
-            self._before[engine] = self._now, said
+            self._before[engine] = self._now, theirs
         return gap

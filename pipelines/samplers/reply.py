@@ -1,8 +1,9 @@
-"""What a sampler's server answers, read strictly: its token ids and log-probabilities are trained on.
+"""Strict reading of a server's chat completion: its token ids and log-probabilities are trained on.
 
-A body that is no chat completion may be a gateway's passing trouble, and the request is repeated. A
-completion with impossible values comes from a broken server or another model: the stage stops. To
-drop the row would bias its group, and the server's other rows deserve no more trust.
+Engine openai reads every response here. A body that is no chat completion may be a gateway's
+temporary failure, and the request is retried. A completion with impossible values is from a broken
+server or another model, and the stage stops: dropping the row would bias its group, and the server's
+other rows are no more trustworthy.
 """
 
 import math
@@ -17,7 +18,7 @@ from ...trace.protocols import Completion
 from ..endpoint import NotACompletion, read_body
 from ..visible import visible
 
-# What ends a response other than its own end token (a content filter, say) cut it short.
+# A response that does not end with its own end token (a content filter, say) is truncated.
 _REASONS = {
     "stop": FinishReason.STOP,
     "length": FinishReason.LENGTH,
@@ -35,7 +36,7 @@ class _Logprobs(BaseModel):
 
 
 class _Message(BaseModel):
-    content: Any = None  # pydantic's str takes no half of a surrogate pair
+    content: Any = None  # pydantic's str refuses half of a surrogate pair
 
 
 class _Choice(BaseModel):
@@ -59,8 +60,8 @@ def read_completion(
 ) -> Completion:
     """The completion in a response's body; its text is the server's.
 
-    vocab_size: of the model, padding included; None: unknown. prompt_token_ids: the prompt's, where
-    they are known here.
+    vocab_size: of the model, with padding; None: unknown. prompt_token_ids: the expected ones, if the
+    tokenizer is known here.
 
     Raises:
         NotACompletion: the body is something else.
@@ -71,15 +72,15 @@ def read_completion(
     text = choice.message.content
     if text is not None and not isinstance(text, str):
         raise NotACompletion(f"content is no text but a {type(text).__name__}")
-    # JSON may hold half of a surrogate pair, and no table can: it becomes U+FFFD.
+    # JSON may hold half of a surrogate pair, Arrow can't: it becomes U+FFFD.
     text = (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     def refuse(what: str, value: Any) -> InputError:
         plain = value is None or isinstance(value, int | float | str)
         shown = repr(value) if plain else f"a {type(value).__name__}"
         return InputError(
-            f"{server}: sends {what} ({visible(shown)[:_SHOWN_CHARS]}); see whether it serves the policy, and restart it or "
-            "use another server"
+            f"{server}: sends {what} ({visible(shown)[:_SHOWN_CHARS]}); see whether it serves the "
+            "policy, and restart it or use another server"
         )
 
     if len(body.choices) > 1:

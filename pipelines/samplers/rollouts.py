@@ -1,4 +1,4 @@
-"""Rollouts of a policy: the table that any sampler fills, and the policy's identity.
+"""The rollouts table of a policy, for any sampler.
 
 Stages rollout and evaluate, online training and the study sample through `rollouts_table`.
 """
@@ -7,16 +7,11 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ...data.store import content_hash
-from ...schemas.configs import OpenAISampler, PolicyConfig, PromptConfig, SamplingConfig
-from ...schemas.configs import Sampler as SamplerConfig
+from ...schemas.configs import PromptConfig, SamplingConfig
 from ...schemas.errors import InputError
 from ...schemas.tables import ROLLOUTS
-from ...trace.identity import model_revision
-from ...trace.policy import load_tokenizer
-from ...trace.prompt import render_chat, student_prompt
+from ...trace.prompt import student_prompt
 from ...trace.protocols import PolicyInfo, Sampler
-from ..endpoint import read_key
-from ..models import resolve_policy, served_model
 
 
 def sample_seed(base: int, problem_id: str, sample_index: int) -> int:
@@ -76,23 +71,6 @@ def rollouts_table(
                 }
             )
     return ROLLOUTS.table(rows)
-
-
-def policy_identity(sampler: SamplerConfig, policy: PolicyConfig) -> list[str]:
-    """Who samples, for the dataset id: the model's files; behind an endpoint its address, the
-    model's name, and the files that are on this machine too.
-
-    Raises:
-        InputError: no policy there, a tokenizer without a chat template, a missing key. So these
-            stop a stage before a model is loaded.
-    """
-    if isinstance(sampler, OpenAISampler):
-        read_key(sampler.api_key_env, "sampler.api_key_env")
-        served = served_model(policy.path)  # its tokenizer makes text and fingerprints of the rows
-        return [*sampler.servers, policy.path, *([] if served is None else served[1:])]
-    path = resolve_policy(policy.path)
-    render_chat(load_tokenizer(path, policy.trust_remote_code), [{"role": "user", "content": ""}])
-    return [model_revision(path, policy.trust_remote_code)]
 
 
 def require_planned(planned: list[str], opened: PolicyInfo) -> None:

@@ -1,8 +1,8 @@
-"""Sampling with a transformers model in this process: batched, KV-cached, seeded per sample.
+"""Engine transformers: samples with a model in this process, batched, KV-cached, seeded per sample.
 
 A prompt's key-value cache is computed once and repeated for its group; finished rows leave the
 batch. Each sample draws from its own random stream by inverting the cumulative distribution, so a
-sample's randomness does not depend on who shares its batch.
+sample's randomness does not depend on the rest of its batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,22 +12,24 @@ from typing import Any
 import numpy as np
 import torch
 from llguidance import LLMatcher
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from ...schemas.configs import SamplingConfig
+from ...schemas.configs import PolicyConfig, SamplingConfig, TransformersSampler
 from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
-from ...trace.policy import Policy, end_token_ids
+from ...trace.policy import Policy, end_token_ids, load_policy
 from ...trace.protocols import Completion, PolicyInfo, Prompt
+from ..models import resolve_policy
 from .constrained import Grammars
-from .context_length import context_length
+from .context_length import context_length, policy_context
+from .engine import Engine, Training, local_identity
 
 _COMPACT_BELOW = 0.75
 
 
 @dataclass
 class _Row:
-    """One sample in the making: which prompt and seed it answers, and where in its schema it is."""
+    """An unfinished sample: indices of its prompt and seed, and the state of its schema's matcher."""
 
     prompt: int
     sample: int
@@ -36,8 +38,37 @@ class _Row:
     matcher: LLMatcher | None = None
 
 
+class TransformersEngine:
+    """See `Engine`."""
+
+    served = False
+    follows = False
+
+    def __init__(self, config: TransformersSampler, policy: PolicyConfig) -> None:
+        self.batch_tokens: int | None = config.batch_tokens
+        self._config, self._policy = config, policy
+
+    def identity(self) -> list[str]:
+        return local_identity(self._policy)
+
+    def context(self) -> int | None:
+        return policy_context(self._policy)
+
+    def open(self) -> tuple["TransformersPolicySampler", PreTrainedTokenizerBase]:
+        policy = load_policy(
+            resolve_policy(self._policy.path),
+            self._policy.device,
+            self._policy.precision,
+            trust_remote_code=self._policy.trust_remote_code,
+        )
+        return TransformersPolicySampler(policy, self._config.batch_tokens), policy.tokenizer
+
+    def open_in_training(self, training: Training) -> "TransformersPolicySampler":
+        return TransformersPolicySampler(training.policy, self._config.batch_tokens)
+
+
 class TransformersPolicySampler:
-    """Samples from a loaded policy; the same object follows its weights as they train."""
+    """Samples from a loaded policy, with the weights that it has at each call."""
 
     def __init__(self, policy: Policy, batch_tokens: int) -> None:
         self._policy = policy
@@ -260,3 +291,6 @@ def _last_logits(
         logits_to_keep=1,
     )
     return out.logits[:, -1]
+
+
+ENGINE: type[Engine] = TransformersEngine

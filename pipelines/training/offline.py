@@ -1,4 +1,7 @@
-"""Groups of a routed dataset, step by step: what offline training reads."""
+"""The offline source: groups of a routed dataset by step.
+
+Stage train opens one `OfflineReader` on every rank; the trainer calls it at every offline step.
+"""
 
 from functools import lru_cache
 
@@ -10,31 +13,31 @@ from ...data.store import Dataset
 from ...schemas.configs import TrainConfig
 from ...schemas.errors import InputError
 from ...trace.convert import rows_of
+from ...trace.ranks import Ranks
 from ..samplers.vocabulary import check_token_ids
 
 
 class OfflineReader:
     """Groups of a routed dataset by step: parts in shuffled order, groups shuffled within a part.
 
-    Stateless in the step, so a resumed run reads what an undisturbed one would. All parts are read
-    and checked before the first step: a bad row would end a training days later.
+    Stateless in the step, so a resumed run reads the same groups. The first rank reads and checks
+    all parts before the first step: a bad row would otherwise end a training days later.
     """
 
-    def __init__(self, routed: Dataset, config: TrainConfig, vocab_size: int) -> None:
+    def __init__(
+        self, routed: Dataset, config: TrainConfig, vocab_size: int, ranks: Ranks | None = None
+    ) -> None:
         """vocab_size: token ids that the policy knows.
 
         Raises:
-            InputError: no rows, or one that breaks the contract or has another token id.
+            InputError: no rows, or a row that violates the contract or has an unknown token id.
         """
+        ranks = ranks or Ranks()
         self._routed = routed
         self._per_step = config.groups_per_step
         self._seed = config.seed
-        groups = []
-        for part in range(routed.parts):
-            table = routed.read_part(part)
-            check_token_ids(table, vocab_size, f"{routed.ref}, part {part}")
-            groups.append(pc.count_distinct(table["group_id"]).as_py())
-        self._groups = np.array(groups)  # (parts,) groups of each part
+        groups = _checked_groups(routed, vocab_size) if ranks.first else None
+        self._groups = np.array(ranks.broadcast(groups))  # (parts,) groups of each part
         if not self._groups.sum():
             raise InputError(f"dataset {routed.ref} has no rows; make rollouts that can be scored")
         self._order = lru_cache(maxsize=2)(self._shuffled)
@@ -58,6 +61,16 @@ class OfflineReader:
         parts = rng.permutation(len(self._groups))
         groups = [rng.permutation(self._groups[part]) for part in parts.tolist()]
         return np.repeat(parts, self._groups[parts]), np.concatenate(groups)
+
+
+def _checked_groups(routed: Dataset, vocab_size: int) -> list[int]:
+    """The number of groups of each part."""
+    groups = []
+    for part in range(routed.parts):
+        table = routed.read_part(part)
+        check_token_ids(table, vocab_size, f"{routed.ref}, part {part}")
+        groups.append(pc.count_distinct(table["group_id"]).as_py())
+    return groups
 
 
 def _groups_of(table: pa.Table, groups: list[int]) -> pa.Table:

@@ -1,26 +1,30 @@
-"""What a training run will need, before anything is loaded: memory per GPU and seconds per step.
+"""Predicts a training run's memory per GPU and seconds per step, before anything is loaded.
 
-Memory is counted, not fitted: what the trainer holds, and what autograd keeps per token of a layer
-(`activation_bytes`). Seconds are floating-point operations over a throughput; they leave out what
-waits for the verifier, the annotator and the disk.
+`trace-opd plan` prints `plan_table`; stage train announces `memory_line`. Memory is counted, not
+fitted: what the trainer holds, and what autograd keeps per token of a layer (`activation_bytes`).
+Seconds are floating-point operations over a throughput, without waiting for the verifier, the
+annotator and the disk.
 """
 
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Literal
 
 import torch
 from rich.table import Table
 
-from ...schemas.configs import TrainConfig, TransformersSampler
+from ...schemas.configs import TrainConfig
 from ...schemas.errors import InputError
 from ...trace.fused import BUFFER_BYTES
 from ..models import resolve_policy
+from ..samplers import sampling_engine
+from ..samplers.engine import Engine
 from .model_shape import ModelShape, model_shape
 from .throughput import measured_rates
 
-# Bytes that autograd keeps per token and layer, per number of: hidden, intermediate, queries,
-# queries and keys where they are normalised, and per rank of the adapters on seven projections.
-# By (adapters, computing in bfloat16).
+# By (adapters, computing in bfloat16): bytes that autograd keeps per token and layer for each unit of
+# the hidden size, the intermediate size, queries, normalised queries and keys, and the rank of the
+# adapters on seven projections.
 _KEPT = {
     (False, False): (24, 16, 20, 8, 0),
     (False, True): (26, 8, 10, 6, 0),
@@ -32,7 +36,7 @@ _ADAM_STATES = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """A config, its model's shape, and where it runs.
+    """A config, its model's shape, and the hardware.
 
     prompt_tokens, response_tokens: mean lengths that the plan assumes.
     """
@@ -56,14 +60,31 @@ class Setting:
         return min(self.config.micro_batch_tokens, self.step_tokens)
 
     @property
+    def most_tokens(self) -> int:
+        """Of a prompt and a response at its limit."""
+        return self.prompt_tokens + self.config.online.sampling.max_new_tokens
+
+    @property
+    def engine(self) -> Engine:
+        return sampling_engine(self.config.sampler, self.config.policy)
+
+    @property
+    def rows_at_once(self) -> float:
+        """Responses that a GPU's sampler works on together."""
+        responses = self.config.groups_per_step * self.config.online.group_size
+        budget = self.engine.batch_tokens
+        limit = responses if budget is None else max(1, budget // self.most_tokens)
+        return min(responses / self.gpus, limit)
+
+    @property
     def weight_bytes(self) -> int:
-        """Per weight of the policy and its copies: adapters leave the base in low precision."""
+        """Per weight of the policy and its copies; with adapters the base stays in low precision."""
         return 2 if self.config.lora and self.bfloat16 else 4
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per GPU by name: held all the time, and in each phase on top of that."""
+    """Bytes per GPU by name: held all the time, and added in each phase."""
 
     held: dict[str, int]
     training: dict[str, int]
@@ -85,7 +106,7 @@ def setting(
     prompt_tokens: int = 256,
     response_tokens: int | None = None,
 ) -> Setting:
-    """gpus: planned for so many; None: for this machine, one GPU or the CPU.
+    """gpus: number of GPUs to plan for; None: this machine, one GPU or the CPU.
 
     response_tokens: mean length; None: the limit, online.sampling.max_new_tokens.
 
@@ -110,11 +131,11 @@ def setting(
 
 
 def activation_bytes(where: Setting) -> int:
-    """Bytes per token that autograd keeps of one layer, attention over packed rows included.
+    """Bytes per token that autograd keeps for one layer, attention over packed rows included.
 
-    Per layer: the inputs of norms and projections, both factors of the gated MLP, queries and the
-    keys and values repeated to their heads, attention's output twice (by sequence, joined), and a
-    few numbers per token and head. Frozen projections keep no inputs, adapters keep theirs.
+    The inputs of norms and projections, both factors of the gated MLP, queries, the keys and values
+    repeated to their heads, attention's output twice (by sequence, joined), and a few numbers per
+    token and head. Frozen projections keep no inputs, adapters keep theirs.
     """
     shape, lora = where.shape, where.config.lora
     hidden, inner, queries, normed, rank = _KEPT[lora is not None, where.bfloat16]
@@ -127,7 +148,7 @@ def activation_bytes(where: Setting) -> int:
 
 
 def predict_memory(where: Setting) -> Memory:
-    """Memory at its fullest in each phase of a step while λ > 0, allocator's slack left out."""
+    """Peak memory in each phase of a step while λ > 0, without the allocator's slack."""
     config, shape, shards = where.config, where.shape, where.gpus
     adapters = shape.trainable if config.lora else 0
     weights = (where.weight_bytes * shape.parameters + 4 * adapters) // shards
@@ -138,24 +159,24 @@ def predict_memory(where: Setting) -> Memory:
     if config.loss.reference_kl:
         held["reference"] = weights
     training = {"gradients": trained} | _in_flight(where)
-    # PyTorch's AdamW works on all weights at once on CUDA, on one after another on the CPU.
+    # PyTorch's AdamW updates all weights at once on CUDA, one tensor after another on the CPU.
     temporary = trained if where.device == "cuda" else 8 * shape.head
     update = {"gradients": trained, "AdamW temporaries": temporary}
-    # What vLLM's engine holds is its own setting (gpu_memory_utilization), or on another machine.
-    sampling = config.online.steps and isinstance(config.sampler, TransformersSampler)
+    # An engine with weights of its own has its own limit (vLLM's gpu_memory_utilization).
+    sampling = config.online.steps and not where.engine.follows
     return Memory(held, training, update, _sampling(where) if sampling else {})
 
 
 def _in_flight(where: Setting) -> dict[str, int]:
-    """What a micro-batch adds while it is at its fullest, before its backward pass."""
+    """A micro-batch's memory at its peak, before its backward pass."""
     config, shape, tokens = where.config, where.shape, where.micro_batch_tokens
     per_layer = activation_bytes(where)
     if config.gradient_checkpointing:
-        # Inputs of all layers, and one layer's whole while it is recomputed.
+        # Inputs of all layers, and everything of the one layer that is recomputed.
         layers = shape.layers * where.weight_bytes * shape.hidden + per_layer
     else:
         layers = shape.layers * per_layer
-    # Around the layers: embeddings, final norm, the states that the loss reads and their gradient.
+    # Outside the layers: embeddings, final norm, the states that the loss reads and their gradient.
     ends = 16 * shape.hidden + 8 * shape.head_dim + 12
     logits = 4 * shape.vocab
     rows = min(tokens, max(2, BUFFER_BYTES[where.device] // logits))
@@ -167,45 +188,36 @@ def _in_flight(where: Setting) -> dict[str, int]:
     if config.lora is None:
         parts["head gradient"] = 4 * shape.head
     if where.gpus > 1:
-        whole = (1 if shape.tied else 2) * shape.head + 2 * shape.linear // shape.layers
-        parts["gathered weights"] = (2 if low else 4) * whole
+        gathered = (1 if shape.tied else 2) * shape.head + 2 * shape.linear // shape.layers
+        parts["gathered weights"] = (2 if low else 4) * gathered
     elif low and config.lora is None:
         parts["bfloat16 weights"] = 2 * (shape.linear + shape.head)
     return parts
 
 
 def _sampling(where: Setting) -> dict[str, int]:
-    """The live policy's rollouts: key-value cache and logits at the token budget."""
+    """Sampling with the trained policy: key-value cache and logits at the token budget."""
     config, shape, low = where.config, where.shape, where.bfloat16
-    limit = where.prompt_tokens + config.online.sampling.max_new_tokens
-    rows = -(-config.groups_per_step * config.online.group_size // where.gpus)
-    rows = min(rows, _rows_at_once(config, limit))
-    # Keys come out of float32 rotary embeddings; values of the projection, in its precision.
+    rows, limit = ceil(where.rows_at_once), where.most_tokens
+    # Keys are float32 after rotary embeddings; values have the projection's precision.
     entry = shape.keys * ((6 if low else 8) if where.weight_bytes == 4 else 4)
     parts = {
-        # A layer's cache is copied when it grows.
+        # One layer's cache is copied when it grows.
         "key-value cache": (shape.layers + 1) * entry * rows * limit,
         "sampling distributions": 4 * 4 * rows * shape.vocab,
     }
     if where.gpus > 1:
-        parts["whole weights"] = where.weight_bytes * shape.parameters
+        parts["unsharded weights"] = where.weight_bytes * shape.parameters
     if low and config.lora is None:
         parts["bfloat16 weights"] = 2 * (shape.linear + shape.head)
     return parts
-
-
-def _rows_at_once(config: TrainConfig, limit: int) -> int:
-    """Responses that the sampler works on together; limit: tokens of a prompt and a response."""
-    if isinstance(config.sampler, TransformersSampler):
-        return max(1, config.sampler.batch_tokens // limit)
-    return config.groups_per_step * config.online.group_size
 
 
 def predict_seconds(where: Setting, flops: float, bandwidth: float) -> dict[str, float]:
     """Seconds of a step's parts on each GPU. flops: per second; bandwidth: bytes per second.
 
     A product takes 2 operations per weight and token; its two gradients 4, its recomputation 2. A
-    decoding step reads every weight once for all rows, or computes, whichever takes longer.
+    decoding step takes the longer of reading every weight once for all rows, and computing.
     """
     config, shape, tokens = where.config, where.shape, where.step_tokens
     sequence = where.prompt_tokens + where.response_tokens
@@ -217,14 +229,13 @@ def predict_seconds(where: Setting, flops: float, bandwidth: float) -> dict[str,
     seconds = {"training": tokens * (passes * forward + head_passes * 2 * shape.head) / flops}
     if config.schedule.w0:
         share = config.online.routing.alpha if config.online.routing.rule != "all" else 1.0
-        # At most: it stops at a response's last routed token, and where nothing is routed.
+        # At most: the teacher stops at a response's last routed token.
         seconds["teacher, while λ > 0"] = tokens * (forward + share * 2 * shape.head) / flops
     if config.loss.reference_kl:
         seconds["reference"] = tokens * (forward + 2 * shape.head) / flops
     if config.online.steps:
         responses = config.groups_per_step * config.online.group_size / where.gpus
-        limit = where.prompt_tokens + config.online.sampling.max_new_tokens
-        rows = min(responses, _rows_at_once(config, limit))
+        rows = where.rows_at_once
         weights = (2 if where.bfloat16 else 4) * (shape.linear + shape.head)
         one = max(weights / bandwidth, rows * (forward + 2 * shape.head) / flops)
         seconds["sampling"] = responses / rows * where.response_tokens * one
@@ -239,7 +250,7 @@ def plan_table(
     prompt_tokens: int = 256,
     response_tokens: int | None = None,
 ) -> Table:
-    """The prediction as a table; rates that are not given are measured where the device is here.
+    """The prediction as a table; rates that are not given are measured if the device is here.
 
     Raises:
         InputError: the policy's config cannot be read.
@@ -273,7 +284,7 @@ def plan_table(
 
 
 def memory_line(config: TrainConfig, processes: int = 1) -> str:
-    """One line for the start of a run on this machine."""
+    """A line for the start of a run on this machine."""
     try:
         memory = predict_memory(replace(setting(config), gpus=processes))
     except InputError as error:

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies and copies: two short probes."""
+"""Measures how fast this machine multiplies and copies; the training plan calls it."""
 
 import time
 from collections.abc import Callable
@@ -8,11 +8,9 @@ import torch
 
 
 def measured_rates(device: str, bfloat16: bool, seconds: float = 0.3) -> tuple[float, float]:
-    """Operations and bytes per second of this machine: a square product and a copy, repeated."""
-    size, dtype = (
-        (8192 if device == "cuda" else 1024),
-        torch.bfloat16 if bfloat16 else torch.float32,
-    )
+    """Operations and bytes per second of a repeated square matrix product, and of a copy."""
+    size = 8192 if device == "cuda" else 1024
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
     matrix = torch.randn(size, size, device=device).to(dtype)
     source = torch.zeros(64 << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

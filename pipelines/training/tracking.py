@@ -1,4 +1,7 @@
-"""Where a training run's metrics go: metrics.jsonl always, and a board of the user's choice."""
+"""Writes a training run's metrics: metrics.jsonl always, and to the board that the user chose.
+
+Stage train opens one `Tracker` on the first rank.
+"""
 
 import json
 import os
@@ -11,25 +14,25 @@ from typing import Any, Literal
 
 from ...data.atomic import write_atomic, writing
 from ...schemas.errors import InputError
+from ..run_metrics import METRICS, read_metrics
 
 TrackerKind = Literal["tensorboard", "trackio", "wandb", "none"]
-METRICS = "metrics.jsonl"
 _PROJECT = "trace-opd"
 
 
 @dataclass(frozen=True)
 class Board:
-    """An open board. log: takes a step and its numbers by name; close: sends what is left."""
+    """An open board. log: takes a step and its numbers by name; close: sends unsent numbers."""
 
     log: Callable[[int, dict[str, float]], None]
     close: Callable[[], None]
 
 
 class Tracker:
-    """Appends each step's metrics; a resumed run goes on where its checkpoint was written.
+    """Appends each step's metrics; a resumed run continues after its checkpoint.
 
-    metrics.jsonl and TensorBoard hold a step once `log` returns. W&B and trackio send from a process
-    or thread of their own: `close` waits for them, a kill may cost them the last second.
+    metrics.jsonl and TensorBoard hold a step once `log` returns. W&B and trackio send from their own
+    process or thread: `close` waits for it, a kill may lose the last second.
     """
 
     def __init__(
@@ -40,20 +43,20 @@ class Tracker:
         ref: str = "",
         config: dict[str, Any] | None = None,
     ) -> None:
-        """folder: the run's; ref: its dataset, which names the run on W&B and trackio.
+        """folder: the run's; ref: its dataset's, the run's name on W&B and trackio.
 
         Raises InputError if the board's package is not installed.
         """
         check_tracker(kind)
         self._path = folder / METRICS
         kept = [line for line in read_metrics(self._path) if line["step"] < first_step]
-        # Replaced whole: a kill here must not lose the steps before the checkpoint.
+        # Replaced atomically: a kill here must not lose the steps before the checkpoint.
         write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         with writing(folder):
             self._board = _open_board(kind, folder, first_step, ref, config or {})
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One step: a JSON line, on the disk before this returns, and the board's numbers."""
+        """Write a step: a JSON line, on disk before this returns, and the board's numbers."""
         with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
             file.flush()
@@ -82,19 +85,6 @@ def check_tracker(kind: TrackerKind) -> None:
         )
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; [] if there is none. A torn line ends the reading."""
-    lines: list[dict[str, Any]] = []
-    if not path.exists():
-        return lines
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
 def _open_board(
     kind: TrackerKind, folder: Path, first_step: int, ref: str, config: dict[str, Any]
 ) -> Board | None:
@@ -110,7 +100,7 @@ def _open_board(
 def _tensorboard(folder: Path, first_step: int) -> Board:
     from torch.utils.tensorboard import SummaryWriter
 
-    # Steps that a resumed run repeats replace those from before.
+    # Steps that a resumed run repeats replace the earlier ones.
     writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def log(step: int, numbers: dict[str, float]) -> None:
@@ -122,7 +112,7 @@ def _tensorboard(folder: Path, first_step: int) -> Board:
 
 
 def _wandb(folder: Path, ref: str, config: dict[str, Any]) -> Board:
-    """WANDB_MODE, WANDB_PROJECT and the rest of W&B's environment hold."""
+    """W&B reads WANDB_MODE and its other environment variables."""
     run = import_module("wandb").init(
         project=os.environ.get("WANDB_PROJECT", _PROJECT),
         name=ref,
@@ -131,17 +121,17 @@ def _wandb(folder: Path, ref: str, config: dict[str, Any]) -> Board:
         dir=str(folder),
         config=config,
     )
-    # W&B keeps the first value of a step that a resumed run repeats; the two are equal.
+    # W&B keeps the first value of a step that a resumed run repeats; both are equal.
     return Board(lambda step, numbers: run.log(numbers, step=step), run.finish)
 
 
 def _trackio(ref: str, config: dict[str, Any]) -> Board:
-    """TRACKIO_DIR, TRACKIO_SPACE_ID and the rest of trackio's environment hold."""
+    """trackio reads TRACKIO_DIR, TRACKIO_SPACE_ID and its other environment variables."""
     run = import_module("trackio").init(
         project=os.environ.get("TRACKIO_PROJECT", _PROJECT),
         name=ref,
         resume="allow",
         config=config,
     )
-    # A step that a resumed run repeats stands there twice, with equal values.
+    # trackio keeps both values of a step that a resumed run repeats; they are equal.
     return Board(lambda step, numbers: run.log(numbers, step=step), run.finish)

@@ -1,10 +1,11 @@
-"""Validation on the way: what the policy answers to held-out problems every few steps.
+"""Validation: evaluates the policy on held-out problems every few steps of a training.
 
-Each look is a file of the run, `validation/step-000020.parquet`, a row per problem, split and
-decoding (schemas.tables.VALIDATIONS): small enough to keep, enough to draw curves with intervals over
-problems afterwards. A resumed run makes the looks after its checkpoint again, with the same answers.
-Before the first step runs of one base would all see the same: the first of them looks, and the others take
-its file from the store's `.looks`.
+Stage train calls `Validation`; the study reads the results with `read_validation`. Each evaluation
+writes one Parquet file of the run, `validation/step-000020.parquet`, with a row per problem, split and
+decoding (schemas.results.VALIDATIONS), enough to draw curves with intervals over problems later. A
+resumed run repeats the evaluations after its checkpoint, with the same answers. Before the first
+step all runs of a base give the same answers: the first run evaluates it, the others copy its file
+from the store's `.looks`.
 """
 
 import io
@@ -26,7 +27,7 @@ from ...trace.protocols import Verifier
 from ..statistics import answers_by_problem
 
 FOLDER = "validation"
-LOOKS = ".looks"
+BASE_EVALUATIONS = ".looks"  # in the store's root
 SAMPLED, GREEDY = "sampled", "greedy"
 
 # (problems, sampling, answers per problem, seed) -> rollouts by the current weights
@@ -34,7 +35,7 @@ Sample = Callable[[pa.Table, SamplingConfig, int, int], pa.Table]
 
 
 class Validation:
-    """Asks the splits' problems and keeps what came."""
+    """Samples the splits' problems, verifies the answers and keeps the results."""
 
     def __init__(
         self,
@@ -48,15 +49,15 @@ class Validation:
         assert config.validation is not None
         self._config = config.validation
         self._sample, self._verifier = sample, verifier
-        # All splits are asked together: few large batches are faster than many small ones.
+        # All splits are sampled together: few large batches are faster than many small ones.
         self._problems = _distinct(pa.concat_tables(splits.values()))
         self._splits = {split: pc.unique(table["problem_id"]) for split, table in splits.items()}
         self._folder = run / FOLDER
         same = config.model_dump(include={"policy", "prompt", "sampler"}, mode="json")
         online = config.online.model_dump(include={"sampling", "verify"}, mode="json")
-        look = self._config.model_dump(include={"k", "greedy", "seed"})
+        own = self._config.model_dump(include={"k", "greedy", "seed"})
         asked = {split: ids.to_pylist() for split, ids in self._splits.items()}
-        self._identity = [same, online, look, asked, version("trace-opd")]
+        self._identity = [same, online, own, asked, version("trace-opd")]
         sampling = config.online.sampling
         self._decodings = {SAMPLED: (sampling, self._config.k)}
         if self._config.greedy:
@@ -64,23 +65,26 @@ class Validation:
             self._decodings[GREEDY] = (greedy, 1)
 
     def due(self, step: int, last: int) -> bool:
-        """Whether to look after so many steps of `last`."""
+        """Whether to evaluate after so many of `last` steps."""
         return step % self._config.every == 0 or step == last
 
-    def look_at_base(self, revision: str, looks: Path) -> None:
-        """The look before the first step; revision: of the base's weights, looks: the shared files."""
-        shared = looks / f"{content_hash([revision, *self._identity])}.parquet"
+    def evaluate_base(self, revision: str, folder: Path) -> None:
+        """Evaluate before the first step, or copy the result of another run of the same base.
+
+        revision: of the base's weights; folder: of the files that runs share.
+        """
+        shared = folder / f"{content_hash([revision, *self._identity])}.parquet"
         if shared.exists():
             self._keep(0, shared.read_bytes())
             return
-        self.look(0)
-        with writing(looks):
-            looks.mkdir(exist_ok=True)
+        self.evaluate(0)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         write_atomic(shared, (self._folder / _file(0)).read_bytes())
         sweep_siblings(shared)
 
-    def look(self, step: int) -> dict[str, float]:
-        """Ask all problems; the pass rates by `validation_<split>_<decoding>`."""
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Evaluate and keep the results; the pass rates by `validation_<split>_<decoding>`."""
         tables, figures = [], {}
         for decoding, (sampling, k) in self._decodings.items():
             rollouts = self._sample(self._problems, sampling, k, self._config.seed)
@@ -110,7 +114,7 @@ def _file(step: int) -> str:
 
 
 def _distinct(problems: pa.Table) -> pa.Table:
-    """The first row of each problem: splits may share some."""
+    """The first row of each problem; splits may share problems."""
     ids = problems["problem_id"].to_pylist()
     first = {problem_id: row for row, problem_id in reversed(list(enumerate(ids)))}
     return problems.take(sorted(first.values()))
@@ -119,7 +123,7 @@ def _distinct(problems: pa.Table) -> pa.Table:
 def validation_rows(
     step: int, split: str, decoding: str, rollouts: pa.Table, verdicts: pa.Table
 ) -> list[dict[str, Any]]:
-    """One row per problem from its answers and their verdicts."""
+    """A row per problem (schemas.results.VALIDATIONS) from its rollouts and their verdicts."""
     names = ["problem_id", "response", "token_ids", "logprobs", "finish_reason"]
     answers = answers_by_problem(
         rollouts.select(names).to_pylist(), verdicts.select(["correct"]).to_pylist()
@@ -146,6 +150,6 @@ def validation_rows(
 
 
 def read_validation(run: Dataset) -> pa.Table:
-    """All looks of a finished train dataset, in the order of steps."""
+    """All evaluations of a finished train dataset, in the order of steps."""
     paths = sorted(run.local_path(FOLDER).glob("step-*.parquet"))
     return pa.concat_tables([pq.read_table(path) for path in paths])

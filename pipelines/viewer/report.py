@@ -23,7 +23,7 @@ from .rollout_tables import (
     find_tables,
 )
 from .rollout_view import RolloutReader, RolloutView, rollout_data
-from .training_curves import charts, read_metrics
+from .training_curves import charts, metrics_of
 
 
 def run(config: ReportConfig, store: Store, output: Path | None = None) -> Path:
@@ -42,7 +42,7 @@ def run(config: ReportConfig, store: Store, output: Path | None = None) -> Path:
     output = output or _default_output(dataset, against, store)
     index = build_index(tables, against, choose_groups(tables.lead, config.limit))
     views = RolloutReader(tables, find_byte_table(dataset, tables), against).read(index.rows)
-    html = _render(dataset, tables, against, index, views, read_metrics(dataset, store))
+    html = _render(dataset, tables, against, index, views, metrics_of(dataset, store))
     write_atomic(output, html.encode())
     sweep_siblings(output)
     return output

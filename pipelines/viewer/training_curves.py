@@ -3,13 +3,13 @@
 report.py calls it for a train run; web/curves.js draws the charts.
 """
 
-import json
 import math
 import re
 from typing import Any
 
 from ...data.store import Dataset, Store
 from ...schemas.labels import Route
+from ..run_metrics import METRICS, parse_metrics
 
 _ROUTES = "|".join(route.name.lower() for route in Route)
 # Title, unit, pattern of the names in metrics.jsonl. Every other metric gets a chart of its own.
@@ -34,19 +34,19 @@ _CHARTS = (
 )
 
 
-def read_metrics(dataset: Dataset, store: Store) -> list[dict[str, Any]]:
+def metrics_of(dataset: Dataset, store: Store) -> list[dict[str, Any]]:
     """A train run's metrics per step; [] for other datasets. NaN and infinities become None."""
-    path = f"{dataset.ref}/metrics.jsonl"
+    path = f"{dataset.ref}/{METRICS}"
     if dataset.stage != "train" or not store.files.exists(path):
         return []
     with store.files.open(path) as file:
-        rows = [json.loads(line) for line in file.read().decode().splitlines() if line.strip()]
+        steps = parse_metrics(file.read())
     return [
         {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in row.items()
+            for name, value in step.items()
         }
-        for row in rows
+        for step in steps
     ]
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from trace_opd.data.atomic import is_temporary
 from trace_opd.data.store import Dataset, Store
-from trace_opd.pipelines.training.tracking import read_metrics
+from trace_opd.pipelines.run_metrics import read_metrics
 
 _TIMINGS = {"seconds", "latency_s"}
 

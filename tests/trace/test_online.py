@@ -1,7 +1,9 @@
-"""Online steps: dynamic sampling, which rollouts are annotated, and which tables are written."""
+"""Online steps: dynamic sampling, which rollouts are annotated and written, and steps made ahead."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -10,6 +12,7 @@ from trace_opd.pipelines.annotators.rule import StepsAnnotator
 from trace_opd.pipelines.bundled.micro import arithmetic_problems, exact_verdicts
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import RoutingConfig, RuleAnnotator, SegmentConfig
+from trace_opd.schemas.errors import InputError, Stopped
 from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS
 from trace_opd.trace.align import byte_table
 from trace_opd.trace.online import OnlineSource
@@ -25,6 +28,7 @@ class Run:
 
     signal: whether a problem's group of two has a correct and a wrong response; otherwise both are
     wrong.
+    weights, held: steps that the trained weights, and those of the sampler, have seen.
     """
 
     signal: Callable[[dict], bool]
@@ -35,10 +39,17 @@ class Run:
     annotated: list[str] = field(default_factory=list)
     written: dict[int, dict[str, pa.Table]] = field(default_factory=dict)
     phases: list[str] = field(default_factory=list)
+    weights: int = 0
+    held: int = 0
+    rests: int = 0
+    threads: set[str] = field(default_factory=set)
 
-    def collect(self, with_teacher: bool = True) -> tuple[pa.Table, dict[str, int]]:
+    def collect(self, with_teacher: bool = True) -> tuple[pa.Table, dict[str, float]]:
+        return self.source().collect(0, with_teacher, self.phases.append)
+
+    def source(self, **options: Any) -> OnlineSource:
         self.tokenizer = load_tokenizer(resolve_policy("micro"))
-        source = OnlineSource(
+        return OnlineSource(
             problems=self.problems,
             sample=self.sample,
             verifier=self,
@@ -47,14 +58,21 @@ class Run:
             routing=self.routing,
             write=self.written.__setitem__,
             refill_rounds=self.refill_rounds,
+            **options,
         )
-        return source.collect(0, with_teacher, self.phases.append)
+
+    def follow(self) -> None:
+        self.held = self.weights
+
+    def rest(self) -> None:
+        self.rests += 1
 
     def problems(self, step: int, refill: int) -> pa.Table:
         self.asked.append(refill)
         return self.pool.slice(refill * GROUPS, GROUPS)
 
     def sample(self, problems: pa.Table, step: int) -> pa.Table:
+        self.threads.add(threading.current_thread().name)
         rows = []
         for problem in problems.to_pylist():
             right = problem["solution"]
@@ -75,7 +93,7 @@ class Run:
                         "finish_reason": "stop",
                         "policy_name": "rule",
                         "policy_revision": "r",
-                        "policy_step": step,
+                        "policy_step": self.held,
                         "vocab_fingerprint": "v",
                         "temperature": 1.0,
                         "top_p": 1.0,
@@ -192,3 +210,102 @@ def test_the_annotator_is_not_called_where_the_routing_needs_no_annotation(field
     table, _ = run.collect()
     assert not run.annotated
     assert [any(route) for route in table["route"].to_pylist()][:2] == routed
+
+
+# --- samplers with weights of their own, and steps made ahead -------------------------------------
+
+STEPS = 5
+AHEAD = {step: step < 3 for step in range(STEPS)}
+
+
+def train(run: Run, source: OnlineSource, first: int = 0) -> list[dict[str, float]]:
+    """Steps as the trainer makes them; the weights after step k are k + 1. Their counts."""
+    counts = []
+    for step in range(first, STEPS):
+        run.weights = step
+        _, made = source.collect(step, step < 3, lambda _: None)
+        counts.append(made)
+    source.close()
+    return counts
+
+
+def test_a_step_made_ahead_is_one_step_stale_and_never_more():
+    run = run_where(0)
+    counts = train(run, run.source(follow=run.follow, ahead=AHEAD))
+    assert [made["staleness"] for made in counts] == [0, 1, 1, 1, 1]
+    assert [set(run.written[step]["rollouts"]["policy_step"].to_pylist()) for step in AHEAD] == [
+        {0}, {0}, {1}, {2}, {3},
+    ]  # fmt: skip
+    assert ["annotations" in run.written[step] for step in AHEAD] == list(AHEAD.values())
+    assert len(run.threads) == 2
+    phases = {f"seconds_{name}" for name in ("sample", "verify", "annotate", "route")}
+    assert phases <= counts[1].keys()
+    assert not phases & counts[0].keys()  # timed by the trainer
+
+
+def test_a_resumed_run_begins_on_policy():
+    run = run_where(0)
+    counts = train(run, run.source(follow=run.follow, ahead=AHEAD), first=2)
+    assert [made["staleness"] for made in counts] == [0, 1, 1]
+
+
+def test_without_steps_ahead_every_step_is_on_policy_and_the_sampler_rests():
+    run = run_where(0)
+    counts = train(run, run.source(follow=run.follow, rest=run.rest))
+    assert {made["staleness"] for made in counts} == {0}
+    assert run.rests == STEPS
+    assert len(run.threads) == 1
+
+
+def test_weights_pass_to_the_sampler_first_and_after_waiting_for_a_step_made_ahead():
+    run = run_where(0)
+    source = run.source(follow=run.follow, ahead=AHEAD)
+    source.collect(0, True, run.phases.append)
+    assert run.phases == ["weights", "sample", "verify", "annotate", "route"]
+    run.phases.clear()
+    source.collect(1, True, run.phases.append)
+    source.close()
+    assert run.phases[0] == "wait"
+    assert run.phases[-1] == "weights"
+    assert set(run.phases) == {"wait", "weights"}
+
+
+def test_an_error_during_training_is_raised_at_the_step_that_needs_the_table():
+    run = run_where(0)
+    annotate = run.annotate
+
+    def failing(*tables: pa.Table) -> pa.Table:
+        if len(run.written) == 2:
+            raise InputError("the annotator's key is gone")
+        return annotate(*tables)
+
+    run.annotate = failing  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="key is gone"):
+        train(run, run.source(follow=run.follow, ahead=AHEAD))
+    assert sorted(run.written) == [0, 1]
+
+
+def test_a_stop_while_waiting_ends_the_run_and_the_step_that_is_made_ahead():
+    run = run_where(0)
+    gate, phases = threading.Event(), []
+    sample = run.sample
+
+    def slow(problems: pa.Table, step: int) -> pa.Table:
+        if step == 1:
+            gate.wait()
+        return sample(problems, step)
+
+    run.sample = slow  # type: ignore[method-assign]
+    source = run.source(follow=run.follow, ahead=AHEAD)
+    source.collect(0, True, phases.append)
+
+    def stopping(phase: str) -> None:
+        phases.append(phase)
+        if phases.count("wait") == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        source.collect(1, True, stopping)
+    threading.Timer(0.2, gate.set).start()
+    source.close()
+    assert sorted(run.written) == [0]

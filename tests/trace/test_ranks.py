@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -59,6 +60,59 @@ for folder, config, until in json.loads(runs):
     save_checkpoint(trainer, folder)
     save_model(trainer, folder / "final")
 """
+# Two online steps: all ranks sample, then the first alone and one step ahead. Leaves each rank's
+# tables, how many problems it sampled in each way, and how often it followed the weights.
+ONLINE = """
+import json, sys
+from pathlib import Path
+import pyarrow.parquet as pq
+import torch
+from trace_opd.pipelines.annotators.rule import StepsAnnotator
+from trace_opd.pipelines.bundled.micro import arithmetic_problems, exact_verdicts
+from trace_opd.pipelines.samplers.rollouts import rollouts_table
+from trace_opd.pipelines.samplers.transformers import TransformersPolicySampler
+from trace_opd.schemas.configs import *
+from trace_opd.trace.align import byte_table
+from trace_opd.trace.online import OnlineSource
+from trace_opd.trace.policy import load_policy
+from trace_opd.trace.ranks import join_ranks
+
+class Verifier:
+    verify = staticmethod(exact_verdicts)
+
+folder, path, prompt = Path(sys.argv[1]), sys.argv[2], PromptConfig.model_validate_json(sys.argv[3])
+torch.set_num_threads(1)
+ranks = join_ranks("cpu")
+policy = load_policy(path, "cpu")
+sampler = TransformersPolicySampler(policy, 32_768)
+sampled, followed = [0, 0], []
+
+def sample(problems, step):
+    sampled[not share] += len(problems)
+    how = SamplingConfig(max_new_tokens=96)
+    return rollouts_table(problems, sampler, policy.tokenizer, prompt, how, 4, step)
+
+for share in (True, False):
+    source = OnlineSource(
+        problems=lambda step, refill: arithmetic_problems(5, 10 * step + refill),
+        sample=sample,
+        verifier=Verifier(),
+        annotator=StepsAnnotator(RuleAnnotator(engine="rule"), SegmentConfig()) if ranks.first else None,
+        bytes=byte_table(policy.tokenizer),
+        routing=RoutingConfig(key="fkl", error="rkl"),
+        write=lambda step, tables: None,
+        refill_rounds=1,
+        follow=lambda: followed.append(share),
+        ranks=ranks,
+        share=share,
+        ahead={} if share else {0: True, 1: False},
+    )
+    for step in range(2):
+        table, _ = source.collect(step, step == 0, lambda _: None)
+        pq.write_table(table, folder / f"{share}-{step}-{ranks.index}.parquet")
+    source.close()
+(folder / f"{ranks.index}.json").write_text(json.dumps([sampled, len(followed)]))
+"""
 SETTINGS = {
     "prompt": PROMPT.model_dump(),
     "offline": {"steps": 3},
@@ -97,20 +151,23 @@ def train(ranks: int, routed: Path, *runs: tuple[Path, dict, int]) -> None:
     """Runs on `ranks` ranks, one after another in the same processes: folder, config, last step."""
     for folder, _, _ in runs:
         folder.mkdir(exist_ok=True)
+    plan = json.dumps([(str(folder), SETTINGS | config, until) for folder, config, until in runs])
+    launch(ranks, PROGRAM, routed, resolve_policy("micro"), plan)
+
+
+def launch(ranks: int, program: str, *arguments: str | Path) -> None:
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    program = routed.parent / "program.py"
-    program.write_text(PROGRAM)
-    request = json.dumps(
-        [(str(folder), SETTINGS | config, until) for folder, config, until in runs]
-    )
-    subprocess.run(
-        [*launcher, program, routed, resolve_policy("micro"), request],
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(program)
+        file.flush()
+        subprocess.run(
+            [*launcher, file.name, *arguments],
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            timeout=300,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +211,29 @@ def test_a_run_resumes_with_another_number_of_ranks(routed, one, two):
     train(1, routed, (two / "plain", CASES["plain"], 3))
     assert [line["step"] for line in metrics(two / "plain")] == [0, 1, 2]
     assert largest_difference(one / "plain", two / "plain") < 2e-6
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_online_steps_of_one(tmp_path):
+    for ranks in (1, 2):
+        (tmp_path / str(ranks)).mkdir()
+        launch(
+            ranks, ONLINE, tmp_path / str(ranks), resolve_policy("micro"), PROMPT.model_dump_json()
+        )
+    for share in (True, False):
+        for step in range(2):
+            alone, *together = (
+                pq.read_table(tmp_path / folder / f"{share}-{step}-{rank}.parquet")
+                for folder, rank in (("1", 0), ("2", 0), ("2", 1))
+            )
+            assert together[0] == together[1]
+            # A batch of other prompts changes the last bits of the logits.
+            compared = ["rollout_id"] if share else alone.column_names
+            assert together[0].select(compared) == alone.select(compared)
+    (one, _), (first, follows), (second, others) = (
+        json.loads((tmp_path / name).read_text()) for name in ("1/0.json", "2/0.json", "2/1.json")
+    )
+    assert follows == others == 4
+    assert [first[0] + second[0], first[1]] == one
+    assert second[0] > 4
+    assert second[1] == 0

@@ -164,7 +164,7 @@ def test_a_hand_over_that_is_withheld_stops_the_run(probe: Probe, perturb: Any) 
     follow(sampler, student, probe)
     sampler._load = lambda policy: None
     perturb(student, 1e-5, seed=1)
-    with pytest.raises(InputError, match=r"still has old weights: it went along with -?0%"):
+    with pytest.raises(InputError, match=r"still has old weights: it shows -?0%"):
         follow(sampler, student, probe)
     sampler.close()
 

@@ -24,7 +24,7 @@ from trace_opd.pipelines.annotators.own_policy import annotating_policy, turn_se
 from trace_opd.pipelines.annotators.prompting import load_prompt
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.pipeline import run_stage
-from trace_opd.pipelines.samplers import open_sampler
+from trace_opd.pipelines.samplers import sampling_engine
 from trace_opd.pipelines.stages import REGISTRY, train
 from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.schemas.configs import (
@@ -158,7 +158,7 @@ def test_each_rollout_is_asked_under_a_schema_of_its_own_without_thinking():
 
 
 def annotated_by_micro(config: SelfAnnotator, rows: slice = slice(None)) -> list[dict[str, Any]]:
-    sampler, tokenizer = open_sampler(TransformersSampler(), PolicyConfig(path="micro"))
+    sampler, tokenizer = sampling_engine(TransformersSampler(), PolicyConfig(path="micro")).open()
     annotator = open_annotator(config, SegmentConfig(), sampler=sampler, tokenizer=tokenizer)
     problems, rollouts, verdicts = tables()
     chosen = pa.array(range(len(rollouts))[rows])

@@ -84,7 +84,7 @@ def test_an_engine_that_takes_over_a_part_alone_is_refused(base: Policy, probe: 
     student = moved(base, 3e-3)
     half = moved(base, 3e-3, only="layers")  # the embedding and the tied head stay unchanged
     probe.ask(student)
-    with pytest.raises(InputError, match="taken over only a part"):
+    with pytest.raises(InputError, match="loaded only a part"):
         probe.check("engine", says(half, probe, 1))
 
 

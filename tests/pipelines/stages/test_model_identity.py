@@ -9,7 +9,8 @@ import pytest
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.models import MICRO, resolve_policy, served_model
 from trace_opd.pipelines.pipeline import TABLE_STAGES, run_stage
-from trace_opd.pipelines.samplers.rollouts import policy_identity, require_planned
+from trace_opd.pipelines.samplers import sampling_engine
+from trace_opd.pipelines.samplers.rollouts import require_planned
 from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.pipelines.stages.convert import STAGE as CONVERT_STAGE
 from trace_opd.pipelines.stages.train import begin
@@ -129,13 +130,16 @@ def test_a_policy_that_changes_under_a_run_is_refused():
 
 
 def test_a_hub_id_is_its_newest_commit_and_is_known_by_its_files(hub):
-    identity = policy_identity(TransformersSampler(), PolicyConfig(path="owner/tiny"))
+    identity = sampling_engine(TransformersSampler(), PolicyConfig(path="owner/tiny")).identity()
     assert identity == [model_revision(str(MICRO))]
     folder = resolve_policy("owner/tiny")
     assert Path(folder) == hub / "snapshots" / COMMITS[0]
     assert load_policy(folder, "cpu").info.name == "tiny"
     (hub / "refs" / "main").write_text(COMMITS[1])
-    assert policy_identity(TransformersSampler(), PolicyConfig(path="owner/tiny")) != identity
+    assert (
+        sampling_engine(TransformersSampler(), PolicyConfig(path="owner/tiny")).identity()
+        != identity
+    )
 
 
 @pytest.mark.parametrize("download", [True, False])
@@ -148,7 +152,7 @@ def test_a_served_model_is_known_by_the_files_that_are_here_too(hub, folder):
     sampler = OpenAISampler(engine="openai", base_url="http://127.0.0.1:9/v1")
 
     def identity(path: str) -> list[str]:
-        return policy_identity(sampler, PolicyConfig(path=path))[2:]
+        return sampling_engine(sampler, PolicyConfig(path=path)).identity()[2:]
 
     assert identity("owner/tiny") == [COMMITS[0]]
     assert identity(str(folder)) == [model_revision(str(folder))]

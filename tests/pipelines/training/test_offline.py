@@ -96,7 +96,7 @@ NEWER = ROUTED.schema.with_metadata(ROUTED.schema.metadata | {b"trace_opd.versio
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"token_ids": [100]}, "row 1: token_ids has a token id that the policy does not know"),
+        ({"token_ids": [100]}, "row 1: token_ids has a token id outside the policy's 0 … "),
         ({"prompt_token_ids": [10**6]}, "row 1: prompt_token_ids has a token id"),
         ({"token_ids": [-1]}, "row 1: token_ids has a number"),
         ({"logprobs": [float("nan")]}, "row 1: logprobs has a number"),

@@ -1,10 +1,18 @@
 """Online steps in the store: which problems they ask, and tables that are consistent."""
 
+import json
+import re
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
 from trace_opd.data.store import Dataset, Draft, Store
+from trace_opd.pipelines.cli.commands import app
+from trace_opd.pipelines.cli.show import show_dataset
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.stages import REGISTRY, train
@@ -16,6 +24,9 @@ from trace_opd.trace.policy import load_policy
 
 CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
 STEPS = 3
+OVERRIDES = [
+    "offline.steps=0", f"online.steps={STEPS}", "groups_per_step=3", "online.group_size=2"
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +42,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def config_of(*overrides: str) -> TrainConfig:
-    fixed = ["offline.steps=0", f"online.steps={STEPS}", "groups_per_step=3", "online.group_size=2"]
-    return load_config(TrainConfig, CONFIG, [*fixed, *overrides], "train")
+    return load_config(TrainConfig, CONFIG, [*OVERRIDES, *overrides], "train")
 
 
 def tables_of(root: Path, config: TrainConfig) -> tuple[OnlineTables, Store]:
@@ -137,3 +147,31 @@ def test_the_place_of_an_engine_does_not_change_the_dataset_id(root):
         _, draft = train.begin(config_of("seed=6", sampler), Store(root))
         refs.add(draft.ref)
     assert len(refs) == 1
+
+
+def test_a_run_without_a_scored_rollout_has_null_pass_rates(root):
+    nothing_scored = ["online.sampling.max_new_tokens=1", "online.verify.truncated=mask"]
+    made = train.run(config_of("seed=7", *nothing_scored), Store(root))
+    manifest = json.loads(Path(made.path("manifest.json")).read_text(), parse_constant=pytest.fail)
+    assert manifest["summary"]["pass_rate_first"] is None
+    assert manifest["summary"]["pass_rate_last"] is None
+    assert manifest["summary"]["seconds_per_step"] > 0
+    out = StringIO()
+    show_dataset(made, Console(file=out, width=80))
+    assert re.search(r"pass_rate_last +n/a", out.getvalue())
+
+
+def test_a_run_checks_its_inputs_once_and_says_what_memory_it_needs(root, monkeypatch):
+    checked = []
+    require_room = train.require_room
+
+    def counted(problems: Dataset, *rest: Any) -> None:
+        checked.append(problems.ref)
+        require_room(problems, *rest)
+
+    monkeypatch.setattr(train, "require_room", counted)
+    arguments = ["train", str(CONFIG), "--store", str(root), *OVERRIDES, "seed=8"]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert checked == [Store(root).get("problems").ref]
+    assert done.output.count("at its peak (weights ") == 1

@@ -14,8 +14,8 @@ import torch
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.pipeline import run_stage
+from trace_opd.pipelines.run_metrics import read_metrics
 from trace_opd.pipelines.stages import REGISTRY
-from trace_opd.pipelines.training.tracking import read_metrics
 from trace_opd.schemas.settings import load_config
 
 CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"

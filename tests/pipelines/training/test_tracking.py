@@ -10,7 +10,8 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trace_opd.pipelines.training.tracking import Tracker, check_tracker, read_metrics
+from trace_opd.pipelines.run_metrics import read_metrics
+from trace_opd.pipelines.training.tracking import Tracker, check_tracker
 from trace_opd.schemas.errors import InputError
 
 REF = "train/0123abcd"

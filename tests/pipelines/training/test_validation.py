@@ -7,7 +7,7 @@ import pytest
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.pipeline import run_stage
-from trace_opd.pipelines.training.tracking import read_metrics
+from trace_opd.pipelines.run_metrics import read_metrics
 from trace_opd.pipelines.training.validation import Validation, read_validation
 from trace_opd.schemas.configs import ProblemsConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
@@ -102,13 +102,13 @@ def test_a_validation_without_a_sampler_is_refused(store):
 def test_runs_of_one_base_share_the_validation_before_the_first_step(validated, store, monkeypatch):
     """Another learning rate on the same base reuses the first run's validation file."""
     steps = []
-    look = Validation.look
+    evaluate = Validation.evaluate
 
     def counted(self: Validation, step: int) -> dict[str, float]:
         steps.append(step)
-        return look(self, step)
+        return evaluate(self, step)
 
-    monkeypatch.setattr(Validation, "look", counted)
+    monkeypatch.setattr(Validation, "evaluate", counted)
     (problems,) = validated.manifest["config"]["validation"]["problems"].values()
     same = [f"validation.problems={{test: {problems}}}", "validation.every=2"]
     again = trained(store, *same, "validation.k=3", "optim.lr=1.0e-3")

@@ -1,13 +1,18 @@
-"""What vLLM reads of the environment, and what it logs."""
+"""vLLM's engine process: its environment, its logs, and calls that notice its end (vllm.py)."""
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
-from ...schemas.errors import InputError
+from ...schemas.errors import EngineEnded, InputError
+
+_T = TypeVar("_T")
+_POLL_S = 1.0  # between checks that the engine's process lives
 
 _QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
 _TORCHRUN = (
@@ -17,7 +22,7 @@ _TORCHRUN = (
 
 
 def import_quietly() -> Any:
-    """The module vllm, which reports to nobody and logs warnings alone."""
+    """The module vllm, with telemetry disabled and only warnings logged."""
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
     return import_module("vllm")
@@ -25,9 +30,13 @@ def import_quietly() -> Any:
 
 @contextmanager
 def engine_environment(in_process: bool, on_gpu: bool) -> Iterator[None]:
-    """What vLLM reads of the environment while it starts an engine."""
+    """The environment in which vLLM starts an engine.
+
+    Raises:
+        InputError: CUDA_VISIBLE_DEVICES has no device for this rank.
+    """
     during: dict[str, str | None] = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1"}
-    # An engine's process is none of torchrun's, but it works on the GPU of the rank it belongs to.
+    # The engine's process is not one of torchrun's ranks, but it uses the GPU of its rank.
     if on_gpu and (rank := os.environ.get("LOCAL_RANK")) is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else None
@@ -48,6 +57,37 @@ def engine_environment(in_process: bool, on_gpu: bool) -> Iterator[None]:
         _set_variables(before)
 
 
+def ask_process(processes: Sequence[Any], call: Callable[[], _T]) -> _T:
+    """The result of a call to an engine that runs in `processes`. vLLM blocks forever if its engine
+    process dies, so poll the process.
+
+    Raises:
+        EngineEnded: a process has ended.
+    """
+    answer: Future[_T] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    while not wait([answer], timeout=_POLL_S).done:
+        _require_alive(processes)
+    if answer.exception() is not None:
+        _require_alive(processes)
+    return answer.result()
+
+
+def _require_alive(processes: Sequence[Any]) -> None:
+    if not all(process.is_alive() for process in processes):
+        raise EngineEnded(
+            "sampler vllm: the engine's process has ended; give the same command again, it goes on "
+            "from what is finished"
+        )
+
+
 def _set_variables(values: dict[str, str | None]) -> None:
     for variable, value in values.items():
         if value is None:
@@ -57,7 +97,7 @@ def _set_variables(values: dict[str, str | None]) -> None:
 
 
 def _without_rotary(record: logging.LogRecord) -> bool:
-    """Rotary embeddings have no weights; vLLM warns that it loaded none at each reload."""
+    """Rotary embeddings have no weights; at each reload vLLM warns that it loaded none."""
     return "RotaryEmbedding" not in record.getMessage()
 
 
