@@ -10,7 +10,8 @@ __version__ = "0.1.0"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Read by torch's CPU allocator when it is first asked: tensors of megabytes come in pages of 2 MiB
-# where the system offers them (transparent_hugepage = madvise), instead of a page fault every 4 KiB.
+# where the system offers them (transparent_hugepage = madvise), instead of a page fault every 4
+# KiB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Read by pyarrow's allocator when pyarrow is first loaded: by default it gives freed memory back to

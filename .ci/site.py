@@ -1,7 +1,8 @@
 """Hooks of the documentation site (mkdocs.yml, `make docs`): pages and links from outside docs/.
 
 - README.md, ARCHITECTURE.md, CONTRIBUTING.md and CHANGELOG.md become pages of the site.
-- Each package gets a page under api/ with the docstrings of all its modules, from the list of files,
+- Each package gets a page under api/ with the docstrings of all its modules, from the list
+of files,
   so that no module is missing.
 - The notes in docs/decisions/ are listed in the navigation.
 - Links are written for readers of the repository. A link to a file that is no page (a YAML file, a

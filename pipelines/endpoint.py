@@ -122,7 +122,8 @@ def retry_after_s(error: BaseException) -> float | None:
 
 
 def refill_s(headers: Mapping[str, str], kind: str, amount: float) -> float:
-    """Seconds until so many requests or tokens (`kind`) are allowed, by OpenAI's x-ratelimit headers.
+    """Seconds until so many requests or tokens (`kind`) are allowed, by OpenAI's x-ratelimit
+    headers.
 
     The limit refills evenly until the reset, when all of it is available.
     """

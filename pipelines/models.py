@@ -1,4 +1,6 @@
-"""From the name of a policy to a local folder. Called by stages, samplers, training and the plan."""
+"""From the name of a policy to a local folder. Called by stages, samplers, training and the
+plan.
+"""
 
 import os
 from pathlib import Path
@@ -17,7 +19,8 @@ def resolve_policy(path: str, weights: bool = True, download: bool = True) -> st
     """The folder of a policy: a bundled name (micro, smollm2), a folder, or a hub id.
 
     smollm2 is prepared on first use in $TRACE_OPD_MODELS (default: models/ here). A hub id becomes
-    its snapshot in the hub's cache: its files are of one commit, and are its identity. weights: False
+    its snapshot in the hub's cache: its files are of one commit, and are its identity. weights:
+    False
     leaves them on the hub. download: False uses the cache alone.
 
     Raises:
@@ -72,12 +75,14 @@ def _snapshot(hub_id: str, weights: bool, download: bool) -> str:
         )
     except LocalEntryNotFoundError:
         raise InputError(
-            f"policy {hub_id}: is not in the hub's cache and the hub cannot be reached; download it "
+            f"policy {hub_id}: is not in the hub's cache and the hub cannot be reached; download "
+            "it "
             f"once (`hf download {hub_id}`), or give a model folder"
         ) from None
     except Exception as error:  # its versions differ in their HTTP library, and so in its errors
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"policy {hub_id}: cannot be fetched from the hub ({first_line:.160}); check the id and "
+            f"policy {hub_id}: cannot be fetched from the hub ({first_line:.160}); check the id "
+            "and "
             "your access to it, or give a model folder"
         ) from None

@@ -22,8 +22,8 @@ from .endpoint import NotACompletion, Redirected
 
 # A completion of 100,000 tokens with log-probabilities takes about 15 MB.
 MOST_BYTES = 64 << 20
-# Headers that are sent with the key. The client adds OPENAI_CUSTOM_HEADERS of the environment, which
-# may hold a credential for another server.
+# Headers that are sent with the key. The client adds OPENAI_CUSTOM_HEADERS of the environment,
+# which may hold a credential for another server.
 _SENT = {
     b"accept", b"accept-encoding", b"connection", b"content-length", b"content-type", b"host",
     b"openai-organization", b"openai-project", b"transfer-encoding", b"user-agent",
@@ -235,7 +235,8 @@ def _ssl_context() -> ssl.SSLContext:
 
 
 def _proxy(base_url: str) -> str | None:
-    """The environment's proxy for an https endpoint, which sees the host's name and encrypted bytes.
+    """The environment's proxy for an https endpoint, which sees the host's name and encrypted
+    bytes.
 
     A proxy for plain http would read key and prompts, and the config does not name it.
     """

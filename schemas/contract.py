@@ -25,9 +25,10 @@ class TableContract:
     """A table's name, version, Arrow schema and row id, and its rules beyond types.
 
     labels: string columns with values of an enumeration; codes: the same for lists of integers;
-    nested_labels: for strings in lists of structs, by (column, field); same_length: columns of lists
-    of equal length; ranges: (least, most) of finite numbers, or of lists of them; filled: lists that
-    are never empty; faults: (column, what is wrong, function that returns a mask of wrong rows).
+    nested_labels: for strings in lists of structs, by (column, field); same_length: columns of
+    lists of equal length; ranges: (least, most) of finite numbers, or of lists of them; filled:
+    lists that are never empty; faults: (column, what is wrong, function that returns a mask of
+    wrong rows).
     """
 
     name: str
@@ -132,7 +133,8 @@ def check_columns(
     version = (table.schema.metadata or {}).get(VERSION_KEY)
     if version is not None and version != str(contract.version).encode():
         raise InputError(
-            f"{where}: is version {version.decode(errors='replace')} of table {contract.name}, this "
+            f"{where}: is version {version.decode(errors='replace')} of table {contract.name}, "
+            "this "
             f"release reads version {contract.version}; make it again with this release"
         )
     for name in columns:
@@ -241,7 +243,9 @@ def _check_ranges(table: pa.Table, contract: TableContract, where: str) -> None:
 
 
 def outside(column: pa.ChunkedArray, least: float, most: float) -> int | None:
-    """The first row with a number, or list entry, that is NaN or not in least … most; None: none."""
+    """The first row with a number, or list entry, that is NaN or not in least … most; None:
+    none.
+    """
     before = 0
     nested = pa.types.is_list(column.type)
     for chunk in column.chunks:
@@ -265,6 +269,7 @@ def _check_unique(table: pa.Table, contract: TableContract, where: str) -> None:
     for row, value in enumerate(ids.to_pylist()):
         if value in seen:
             raise InputError(
-                f"{where}, row {row}: {contract.row_id} {value} appears twice; drop the repeated row"
+                f"{where}, row {row}: {contract.row_id} {value} appears twice; drop the repeated "
+                "row"
             )
         seen.add(value)

@@ -1,4 +1,6 @@
-"""Numbers in environment variables, such as torchrun's RANK; ranks.py and pipelines/ read them here."""
+"""Numbers in environment variables, such as torchrun's RANK; ranks.py and pipelines/ read them
+here.
+"""
 
 import os
 

@@ -29,7 +29,9 @@ class TooManyFailed(InputError):
 
 
 class EngineEnded(InputError):
-    """A sampler's engine process ended during a call: killed, out of memory, or stopped with the run."""
+    """A sampler's engine process ended during a call: killed, out of memory, or stopped with the
+    run.
+    """
 
 
 class DamagedFile(InputError):

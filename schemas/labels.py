@@ -33,7 +33,9 @@ class Route(IntEnum):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, *_: Any) -> core_schema.CoreSchema:
-        """A config field of this type holds the member; its JSON, which dataset ids hash, `action`."""
+        """A config field of this type holds the member; its JSON, which dataset ids hash,
+        `action`.
+        """
         members = {route.action: route for route in cls}
         names = core_schema.literal_schema(list(members))
         return core_schema.no_info_before_validator_function(
@@ -111,10 +113,10 @@ class VerdictStatus(StrEnum):
 class AnnotationStatus(StrEnum):
     """How an annotation ended.
 
-    OK: spans found; EMPTY: the annotator marked nothing; ABSTAINED: it declined; INVALID: its answer
-    did not parse or names missing segments; SKIPPED: the rollout has no reward, or no annotator was
-    asked; FAILED: the call never succeeded (its error begins with "unanswered" if another attempt may
-    succeed).
+    OK: spans found; EMPTY: the annotator marked nothing; ABSTAINED: it declined; INVALID: its
+    answer did not parse or names missing segments; SKIPPED: the rollout has no reward, or no
+    annotator was asked; FAILED: the call never succeeded (its error begins with "unanswered" if
+    another attempt may succeed).
     """
 
     OK = "ok"

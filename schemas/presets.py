@@ -1,8 +1,8 @@
 """Named presets: TRACE and the baselines of METHOD.md as values of the same few fields.
 
-`--preset` and a study's arms apply them. A preset sets fields of `routing` (which tokens, which loss,
-what the teacher sees), `schedule` (λ), `teacher` (whose weights) and `loss`. It overrides the config
-file, and key=value overrides it. It leaves α, the clip and the optimiser to the file.
+`--preset` and a study's arms apply them. A preset sets fields of `routing` (which tokens, which
+loss, what the teacher sees), `schedule` (λ), `teacher` (whose weights) and `loss`. It overrides the
+config file, and key=value overrides it. It leaves α, the clip and the optimiser to the file.
 """
 
 import json

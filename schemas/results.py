@@ -48,14 +48,16 @@ VALIDATIONS = make_contract(
         described(
             "tokens",
             pa.int32(),
-            "Response tokens, all answers together; null where the sampler keeps none (vLLM's greedy "
+            "Response tokens, all answers together; null where the sampler keeps none (vLLM's "
+            "greedy "
             "answers).",
             True,
         ),
         described(
             "entropy",
             pa.float32(),
-            "Mean negative log-probability of the sampled tokens, nats: an estimate of the policy's "
+            "Mean negative log-probability of the sampled tokens, nats: an estimate of the "
+            "policy's "
             "entropy under sampling; null for greedy, whose tokens are no samples.",
             True,
         ),
@@ -78,7 +80,8 @@ _WHAT = (
 )
 _COUNTS = {
     "rollouts": "Rollouts that all named datasets hold, of this kind.",
-    "judged": "Of them, those that both annotators answered (ok or empty) for the same kind of span.",
+    "judged": "Of them, those that both annotators answered (ok or empty) for the same kind of "
+    "span.",
     "only_reference": "Answered by the reference alone.",
     "only_other": "Answered by the other annotator alone.",
     "neither": "Answered by neither.",

@@ -272,7 +272,8 @@ ROUTED = make_contract(
         described(
             "coverage",
             _float32,
-            "Share of response tokens with a span; at most α except for rule all and your own rules.",
+            "Share of response tokens with a span; at most α except for rule all and your own "
+            "rules.",
         ),
         described(
             "dropped_tokens",
@@ -290,7 +291,8 @@ ROUTED = make_contract(
     faults=(
         (
             "diagnostic_type",
-            "is null, and so is teacher_context, in a row with routed tokens; give the row its type, "
+            "is null, and so is teacher_context, in a row with routed tokens; give the row its "
+            "type, "
             "or route 0 to all its tokens",
             _untaught,
         ),

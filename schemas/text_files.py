@@ -1,4 +1,6 @@
-"""Reading small text files that people write: configs (settings.py), prompts, prices (annotators)."""
+"""Reading small text files that people write: configs (settings.py), prompts, prices
+(annotators).
+"""
 
 import stat
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Safe YAML: settings.py and the prompt and price files load untrusted text with it, under limits."""
+"""Safe YAML: settings.py and the prompt and price files load untrusted text with it, under
+limits.
+"""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """CONTRIBUTING.md, "How to add something": each example works in a copy of the package.
 
-A block that begins with a file's name is that file's content, or an edit of it; an `sh` block is run
-there. So an edit that an example forgets to list fails here.
+A block that begins with a file's name is that file's content, or an edit of it; an `sh` block is
+run there. So an edit that an example forgets to list fails here.
 """
 
 import json

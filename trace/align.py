@@ -40,7 +40,9 @@ class ByteTable:
         return pa.array([*self.pieces, b""], pa.large_binary())
 
     def spelled(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The joined bytes of tokens, (bytes,) uint8, and where each begins, (tokens + 1,) int64."""
+        """The joined bytes of tokens, (bytes,) uint8, and where each begins, (tokens + 1,)
+        int64.
+        """
         taken = self._lookup.take(pa.array(np.minimum(token_ids, len(self.pieces))))
         _, offsets, joined = taken.buffers()
         starts = np.frombuffer(offsets, np.int64, len(taken) + 1)

@@ -1,10 +1,10 @@
 """Chat templates rendered under limits; prompt.py calls `render_template`.
 
 A template is a program that comes with a model. Jinja's sandbox denies it files and Python objects,
-but it may loop or exhaust memory. So this process renders only known templates. Any other renders in
-a worker process with limits on CPU time, memory and the length of the text: this module, started as
-`python -m trace_opd.trace.chat_template <fd> <CPU s> <memory MiB>`. Questions and answers are JSON,
-so nothing that a template wrote is unpickled.
+but it may loop or exhaust memory. So this process renders only known templates. Any other renders
+in a worker process with limits on CPU time, memory and the length of the text: this module, started
+as `python -m trace_opd.trace.chat_template <fd> <CPU s> <memory MiB>`. Questions and answers are
+JSON, so nothing that a template wrote is unpickled.
 """
 
 import atexit
@@ -81,7 +81,8 @@ def _is_known(template: Any) -> bool:
 
 def _refused(tokenizer: PreTrainedTokenizerBase, what: str) -> InputError:
     return InputError(
-        f"tokenizer {tokenizer.name_or_path}: its chat template {what}; mend chat_template.jinja in "
+        f"tokenizer {tokenizer.name_or_path}: its chat template {what}; mend chat_template.jinja "
+        "in "
         "the model folder, or use another model"
     )
 
@@ -135,8 +136,8 @@ class _Worker:
         if self._connection is not None and self._owner == os.getpid():
             return self._connection
         self._connection, theirs = Pipe()
-        # -P keeps the working directory off the module path, where a checkout's `trace` folder would
-        # shadow the standard library's module. A new session shields the worker from Ctrl-C.
+        # -P keeps the working directory off the module path, where a checkout's `trace` folder
+        # would shadow the standard library's module. A new session shields the worker from Ctrl-C.
         command = [sys.executable, "-P", "-W", "ignore", "-m", f"{__package__}.chat_template"]
         self._process = subprocess.Popen(
             [*command, str(theirs.fileno()), str(_CPU_S), str(_MEMORY_MIB)],

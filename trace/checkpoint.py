@@ -7,8 +7,8 @@ step-00050/  config.json model.safetensors tokenizer.json …   AutoModelForCaus
              trainer.safetensors                                optimiser, teacher, state, RNGs
              SHA256SUMS                                         of all of these
 
-Weights are stored unsharded, so a run may resume under another number of ranks. A damaged checkpoint
-is renamed to damaged-step-NNNNN, and training resumes from the one before.
+Weights are stored unsharded, so a run may resume under another number of ranks. A damaged
+checkpoint is renamed to damaged-step-NNNNN, and training resumes from the one before.
 """
 
 import logging
@@ -81,7 +81,8 @@ def save_checkpoint(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
 def prune_checkpoints(newest: Path, keep: int) -> None:
     """Remove a run's older checkpoints, each atomically; keep `newest` and `keep` - 1 before it.
 
-    newest: just written or just restored, so it is sound. Damaged checkpoints do not count, and stay.
+    newest: just written or just restored, so it is sound. Damaged checkpoints do not count, and
+    stay.
     """
     older = [path for path in checkpoints(newest.parent) if step_of(path) < step_of(newest)]
     complete = [path for path in older if _is_complete(path)]
@@ -191,7 +192,9 @@ def _apply(trainer: Trainer, saved: SavedRun) -> None:
 def _write_model(
     trainer: Trainer, folder: Path, weights: dict[str, torch.Tensor], merge: bool
 ) -> None:
-    """Write model and tokenizer; a policy with adapters writes the merged model, or adapters only."""
+    """Write model and tokenizer; a policy with adapters writes the merged model, or adapters
+    only.
+    """
     model = trainer.policy.model
     if not has_adapters(model):
         model.save_pretrained(folder, state_dict=weights)
@@ -228,7 +231,8 @@ def _publish(target: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
-            f"{target}: could not be written ({error}); make room there and repeat the command, which "
+            f"{target}: could not be written ({error}); make room there and repeat the command, "
+            "which "
             "resumes from the newest checkpoint"
         ) from None
     if target.is_dir():

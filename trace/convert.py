@@ -109,7 +109,8 @@ def scored_rollouts(rollouts: pa.Table, verdicts: pa.Table, config: RoutingConfi
     """The rollouts to train on; the two tables hold the same rollouts row by row.
 
     Rollouts without a reward, without the sampler's token ids (off-policy) or without tokens leave
-    their group before its advantages are computed; under overlong `mask` truncated ones leave after.
+    their group before its advantages are computed; under overlong `mask` truncated ones leave
+    after.
     """
     lengths = to_numpy(pc.list_value_length(rollouts["token_ids"]))
     scored = to_numpy(pc.is_valid(verdicts["reward"])) & to_numpy(rollouts["on_policy"])

@@ -49,9 +49,9 @@ def routed_loss(
     """TRACE's objective (arXiv 2605.10194; METHOD.md, "Objective") for one micro-batch.
 
     hidden: (tokens, hidden) states that predict the tokens, with gradient. kl_weight: λ_k;
-    grpo_weight: 1 − λ_k / w0, GRPO's on routed tokens. teacher_hidden: (routed, hidden) in the order
-    of the tokens whose route is not GRPO; None when λ is 0 or nothing is routed. Sums are at least
-    float32 for inputs of any type.
+    grpo_weight: 1 − λ_k / w0, GRPO's on routed tokens. teacher_hidden: (routed, hidden) in the
+    order of the tokens whose route is not GRPO; None when λ is 0 or nothing is routed. Sums are at
+    least float32 for inputs of any type.
     """
     heated = bool((inputs.temperature != 1).any())
     call = _Call(inputs, config, kl_weight, grpo_weight, head, teacher_head, heated)
@@ -178,8 +178,8 @@ def _chunks(call: _Call, with_teacher: bool, rows: int):
     costs = torch.cumsum(1 + routed.long(), 0)  # rows of logits, the teacher's included
     teacher_rows = torch.cumsum(routed.long(), 0) - 1
     total = int(costs[-1]) if len(costs) else 0
-    # Even chunks, because a short last one is inefficient. A routed token has two rows and may cross
-    # a border, hence rows − 1.
+    # Even chunks, because a short last one is inefficient. A routed token has two rows and may
+    # cross a border, hence rows − 1.
     count = -(-total // (rows - 1))
     chunk_of = (costs - 1) * count // max(total, 1)
     for positions in torch.arange(len(kinds)).split(chunk_of.bincount(minlength=count).tolist()):

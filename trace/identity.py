@@ -1,10 +1,10 @@
 """Hashes of model folders: a model's identity, and the checksums of a checkpoint.
 
 `model_revision` hashes every file that decides what a model answers: weights, config, generation
-config, tokenizer and chat templates, but neither documentation nor training state. policy.py and the
-stages that record a policy call it. SHA-256 of large files is cached by size, times and inode, so a
-second run does not read 16 GB of weights again. checkpoint.py writes and checks SHA256SUMS, which
-`sha256sum -c SHA256SUMS` checks too. Imports no torch.
+config, tokenizer and chat templates, but neither documentation nor training state. policy.py and
+the stages that record a policy call it. SHA-256 of large files is cached by size, times and inode,
+so a second run does not read 16 GB of weights again. checkpoint.py writes and checks SHA256SUMS,
+which `sha256sum -c SHA256SUMS` checks too. Imports no torch.
 """
 
 import hashlib
@@ -56,7 +56,8 @@ def model_revision(path: str, trust_remote_code: bool = False) -> str:
             digests = list(pool.map(cached_sha256, files))
     except OSError as error:
         raise InputError(
-            f"{error.filename}: cannot be read ({error.strerror}); make it readable or give another "
+            f"{error.filename}: cannot be read ({error.strerror}); make it readable or give "
+            "another "
             "model folder"
         ) from None
     names = [os.path.relpath(file, folder) for file in files]
@@ -153,8 +154,8 @@ def write_checksums(folder: Path) -> None:
 def damage(folder: Path, read: bool = True) -> str | None:
     """How a folder differs from its SHA256SUMS; None if it does not, or if there is no list.
 
-    read: False checks names and safetensors headers only, which takes milliseconds and finds missing
-    and torn files.
+    read: False checks names and safetensors headers only, which takes milliseconds and finds
+    missing and torn files.
 
     Raises:
         OSError: a file cannot be read.

@@ -1,8 +1,8 @@
 """Loading a model folder: every file is checked, and missing weights are an error.
 
 policy.py and the samplers load models, tokenizers and configs here; engines that load a folder
-themselves call `check_model` first. transformers, tokenizers and safetensors raise errors of any type
-on a damaged folder; each becomes one sentence with the file's name.
+themselves call `check_model` first. transformers, tokenizers and safetensors raise errors of any
+type on a damaged folder; each becomes one sentence with the file's name.
 """
 
 import json
@@ -47,7 +47,8 @@ def load_model(
     if (Path(path) / "adapter_config.json").exists():
         # transformers applies them if peft is installed, vLLM never does.
         raise InputError(
-            f"policy {path}: holds adapters next to the weights (adapter_config.json); merge them with "
+            f"policy {path}: holds adapters next to the weights (adapter_config.json); merge "
+            "them with "
             "peft's merge_and_unload, or move them to another folder"
         )
     with _errors(path, "config.json or its weights"), _quiet():
@@ -203,8 +204,8 @@ def _require_finite(tensor: torch.Tensor, name: str, path: str) -> None:
         return
     for chunk in tensor.detach().flatten().split(_CHUNK):
         chunk = chunk.float() if chunk.element_size() == 1 else chunk
-        # NaN and infinity survive a sum, which is many times faster than isfinite on the CPU. If the
-        # sum overflows, each number is checked.
+        # NaN and infinity survive a sum, which is many times faster than isfinite on the CPU. If
+        # the sum overflows, each number is checked.
         if not chunk.sum(dtype=torch.float32).isfinite() and not chunk.isfinite().all():
             raise InputError(
                 f"policy {path}: tensor {name} holds NaN or infinity; take another checkpoint, or "

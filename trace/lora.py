@@ -1,8 +1,9 @@
-"""Low-rank adapters by peft: added to a policy (policy.py), saved, restored and merged (checkpoint.py).
+"""Low-rank adapters by peft: added to a policy (policy.py), saved, restored and merged
+(checkpoint.py).
 
 A checkpoint holds only the adapters, because the base's weights never change. The final model is
-saved with merged weights, which any reader of transformers folders loads, and next to them `adapter/`,
-which peft loads.
+saved with merged weights, which any reader of transformers folders loads, and next to them
+`adapter/`, which peft loads.
 """
 
 from collections.abc import Mapping
@@ -99,7 +100,8 @@ def read_adapters(model: Any, folder: Path) -> dict[str, torch.Tensor]:
         if name in expected and name in weights and expected[name].shape == weights[name].shape:
             continue
         raise InputError(
-            f"{folder}: holds adapters of another shape ({name}); resume with the lora settings that "
+            f"{folder}: holds adapters of another shape ({name}); resume with the lora settings "
+            "that "
             "made it"
         )
     return weights

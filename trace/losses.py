@@ -106,7 +106,8 @@ def policy_terms(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """GRPO's term per token, differentiable in `logprobs`, and whether its bound binds; (tokens,).
 
-    By default this is the clipped surrogate. With `truncated_importance` the trainer's own policy is
+    By default this is the clipped surrogate. With `truncated_importance` the trainer's own policy
+    is
     the proximal policy: its ratio is 1 and only carries the gradient, and the importance weight
     between sampler and trainer is capped (truncated importance sampling).
     """
@@ -130,9 +131,9 @@ def policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The part of the loss that depends on the sampled tokens' log-probabilities alone.
 
-    logprobs, advantage, grpo_weight: (rows,); rows: (rows,) int64, their places in `inputs`. Returns
-    loss, its slope in `logprobs`, whether GRPO's bound binds, and the KL to the base policy in nats
-    (0 without one), all (rows,) without gradient.
+    logprobs, advantage, grpo_weight: (rows,); rows: (rows,) int64, their places in `inputs`.
+    Returns loss, its slope in `logprobs`, whether GRPO's bound binds, and the KL to the base policy
+    in nats (0 without one), all (rows,) without gradient.
     """
     with torch.enable_grad():
         variable = logprobs.detach().requires_grad_()

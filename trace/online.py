@@ -95,11 +95,11 @@ class OnlineSource:
 
         Without a teacher (λ is 0) nothing is annotated and the table is plain GRPO's.
 
-        A step that is made ahead is one step off-policy, never more: the weights pass to the sampler
-        when it is idle, between the end of that step's sampling and the start of the next one's. The
-        first step of a run, and of a resumed one, is on-policy. The counts of a step made ahead hold
-        the seconds of its phases, which ran during training; waiting for it is a phase of the
-        trainer's step.
+        A step that is made ahead is one step off-policy, never more: the weights pass to the
+        sampler when it is idle, between the end of that step's sampling and the start of the next
+        one's. The first step of a run, and of a resumed one, is on-policy. The counts of a step
+        made ahead hold the seconds of its phases, which ran during training; waiting for it is a
+        phase of the trainer's step.
         """
         coming = self._coming.pop(step, None)
         made = None if coming is None else _wait(coming, phase)
@@ -177,8 +177,8 @@ class OnlineSource:
     def _dynamic_sample(self, step: int, phase: Phase) -> tuple[pa.Table, Judged, Judged]:
         """Problems sampled, groups to train on, and groups replaced.
 
-        Dynamic sampling (DAPO, arXiv 2503.14476): other problems replace groups without signal. Such
-        a group stays if no problem is left.
+        Dynamic sampling (DAPO, arXiv 2503.14476): other problems replace groups without signal.
+        Such a group stays if no problem is left.
         """
         problems = self.problems(step, 0)
         judged, replaced = self._judge(problems, step, phase).split([])

@@ -1,10 +1,10 @@
 """Packing: sequences in one row without padding, a prompt once for all responses that share it.
 
 sequences.py builds the rows, trainer.py passes them to a PackedModel. A row is a list of blocks: a
-prompt's tokens, then each response's. Operations on single tokens (embedding, projections, MLP, norms)
-see each token once. Attention loops over sequences: a response attends to its prompt and to itself,
-as if the two were alone, through PyTorch's scaled_dot_product_attention with its causal kernel.
-Positions restart with each prompt and continue from it in each response.
+prompt's tokens, then each response's. Operations on single tokens (embedding, projections, MLP,
+norms) see each token once. Attention loops over sequences: a response attends to its prompt and to
+itself, as if the two were alone, through PyTorch's scaled_dot_product_attention with its causal
+kernel. Positions restart with each prompt and continue from it in each response.
 """
 
 from collections.abc import Callable, Sequence
@@ -162,13 +162,15 @@ class PackedModel(torch.nn.Module):
             states = decoder(
                 input_ids=row.input_ids.to(device),
                 position_ids=row.position_ids.to(device),
-                # Four-dimensional, so that transformers builds no mask: packed attention needs none.
+                # Four-dimensional, so that transformers builds no mask: packed attention needs
+                # none.
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
                 packed=row.layout,
                 use_cache=False,
             ).last_hidden_state  # (1, tokens, hidden)
-        # Gather by embedding, not by indexing. A prompt's last state predicts the first token of each
-        # response, and on CPU indexing's backward adds such gradients in a nondeterministic order.
+        # Gather by embedding, not by indexing. A prompt's last state predicts the first token of
+        # each response, and on CPU indexing's backward adds such gradients in a nondeterministic
+        # order.
         kept = torch.nn.functional.embedding(row.logit_positions.to(device), states[0])
         weight, bias = output_head(self.model)
         softcap = getattr(self.model.config, "final_logit_softcapping", None)

@@ -95,7 +95,8 @@ def checkpoint_layers(model: Any) -> None:
     plain, decoder = transformers_model(model), backbone(model)
     if not any(isinstance(module, GradientCheckpointingLayer) for module in decoder.modules()):
         raise InputError(
-            f"policy {plain.config.model_type}: transformers does not checkpoint this architecture; "
+            f"policy {plain.config.model_type}: transformers does not checkpoint this "
+            "architecture; "
             "set gradient_checkpointing=false"
         )
     plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -137,7 +138,9 @@ def policy_info(
 
 
 def policy_name(path: str) -> str:
-    """The folder's name; for a snapshot in the hub's cache (models--owner--name) the model's name."""
+    """The folder's name; for a snapshot in the hub's cache (models--owner--name) the model's
+    name.
+    """
     folder = Path(path)
     if folder.parent.name == "snapshots":
         return folder.parents[1].name.rpartition("--")[2]

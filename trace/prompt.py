@@ -1,10 +1,10 @@
 """Chat prompts of the student and of the teacher: the privilege boundary.
 
-TRACE's teacher prompt, `teacher_messages`, is a function of the problem and of one member of a closed
-enumeration. It takes no text, no position and no answer, so nothing else can reach the teacher. The
-baselines whose teacher reads an answer, a solution or a peer's response use `privileged_messages`.
-The stages that sample call `student_prompt`, convert.py `teacher_contexts`, sequences.py
-`teacher_chat`.
+TRACE's teacher prompt, `teacher_messages`, is a function of the problem and of one member of a
+closed enumeration. It takes no text, no position and no answer, so nothing else can reach the
+teacher. The baselines whose teacher reads an answer, a solution or a peer's response use
+`privileged_messages`. The stages that sample call `student_prompt`, convert.py `teacher_contexts`,
+sequences.py `teacher_chat`.
 """
 
 import re
@@ -36,7 +36,9 @@ def student_messages(config: PromptConfig, problem: str) -> Messages:
 def teacher_messages(
     config: PromptConfig, problem: str, diagnostic_type: DiagnosticType
 ) -> Messages:
-    """The same conversation with the label, which is all that the teacher sees besides the problem."""
+    """The same conversation with the label, which is all that the teacher sees besides the
+    problem.
+    """
     label = DiagnosticType(diagnostic_type).value
     return _messages(config, config.teacher.format(problem=problem, diagnostic_type=label))
 

@@ -1,4 +1,5 @@
-"""Protocols of exchangeable engines (samplers, verifiers, annotators) and the records they exchange.
+"""Protocols of exchangeable engines (samplers, verifiers, annotators) and the records they
+exchange.
 
 pipelines/samplers, pipelines/verifiers and pipelines/annotators implement them; online.py and the
 stages call them.
@@ -16,7 +17,9 @@ from ..schemas.labels import FinishReason
 
 @dataclass(frozen=True)
 class PolicyInfo:
-    """A policy's identity: name, hash of its files, optimiser steps since, hash of its vocabulary."""
+    """A policy's identity: name, hash of its files, optimiser steps since, hash of its
+    vocabulary.
+    """
 
     name: str
     revision: str

@@ -1,8 +1,8 @@
 """Ranks: the trainer's use of torch.distributed, with one process or many under torchrun.
 
-trainer.py, checkpoint.py and online.py call it. Every rank knows all sequences of a step and trains on
-its share; FSDP2 shards weights, gradients and optimiser states. One process is one rank with nothing
-sharded.
+trainer.py, checkpoint.py and online.py call it. Every rank knows all sequences of a step and trains
+on its share; FSDP2 shards weights, gradients and optimiser states. One process is one rank with
+nothing sharded.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """All responses of a block at once: texts checked, tokens assigned to segments, tokens routed.
 
 convert.py calls `aligned` and `route_responses`. Tokens and segments are flat arrays over all rows,
-with offsets to find a row, so each step is a few array operations. They do what `ByteTable` does for
-one response; only texts with invalid UTF-8 pass through it row by row.
+with offsets to find a row, so each step is a few array operations. They do what `ByteTable` does
+for one response; only texts with invalid UTF-8 pass through it row by row.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,9 @@ from .route import NamedSegments, Response, Routing, apply_rule, label_tokens, t
 
 @dataclass(frozen=True)
 class Ragged:
-    """Lists of several rows: values, all entries one row after another; offsets: (rows + 1,) int64."""
+    """Lists of several rows: values, all entries one row after another; offsets: (rows + 1,)
+    int64.
+    """
 
     values: Any
     offsets: np.ndarray

@@ -254,7 +254,8 @@ def apply_rule(response: Response, rule: str) -> np.ndarray:
     tokens, highest = response.tokens, np.iinfo(np.int16).max
     if span_id.shape != (tokens,) or span_id.dtype.kind != "i" or (span_id > highest).any():
         raise InputError(
-            f"routing.rule {rule!r}: returned {span_id.dtype} of shape {span_id.shape} for {tokens} "
+            f"routing.rule {rule!r}: returned {span_id.dtype} of shape {span_id.shape} for "
+            f"{tokens} "
             f"tokens; return one integer per token, its span's rank (at most {highest}) or −1"
         )
     return span_id.astype(np.int16)

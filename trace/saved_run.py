@@ -212,6 +212,7 @@ def load_state(path: Path) -> dict[str, Any]:
             return state
     except (OSError, SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{path}: is no state of a training run ({error}); remove its folder, and the run resumes "
+            f"{path}: is no state of a training run ({error}); remove its folder, and the run "
+            "resumes "
             "from the checkpoint before"
         ) from None

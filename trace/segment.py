@@ -27,8 +27,8 @@ _OPENER = re.compile(
 _CLOSER = {"```": "```", "$$": "$$", "\\[": "\\]", "\\(": "\\)"}
 _END = re.compile(r"\\end\{[a-zA-Z*]+\}")
 _INLINE = re.compile(r"\$(?:\\.|[^$\\\n])+?(?<!\s)\$(?!\d)", re.DOTALL)
-# Texts before `.`, `!` or `?` that do not end a sentence: numbers of a list ("1. First …"), which stay
-# with their items, and abbreviations. Lookbehinds, so that the search skips from sign to sign.
+# Texts before `.`, `!` or `?` that do not end a sentence: numbers of a list ("1. First …"), which
+# stay with their items, and abbreviations. Lookbehinds, so that the search skips from sign to sign.
 _NO_END = "".join(
     rf"(?<!{before}[.!?])"
     for before in (

@@ -1,8 +1,8 @@
 """Training sequences: from a routed table's rows to the tensors of a micro-batch.
 
 trainer.py calls these functions first in each step: a table's rows become sequences, ranks share
-them, a share is cut into micro-batches, and each micro-batch becomes packed rows (packing.py) and the
-inputs of the loss (losses.py).
+them, a share is cut into micro-batches, and each micro-batch becomes packed rows (packing.py) and
+the inputs of the loss (losses.py).
 """
 
 from bisect import bisect_left

@@ -5,8 +5,9 @@ Stage train runs it. One optimiser step packs the routed sequences of some group
 λ > 0 (schedule.py), the teacher's at routed tokens enter the loss (fused.py, losses.py). Gradients
 add up with weights that are global to the step.
 
-The teacher holds the student's weights of some steps ago, their moving average, or the base policy's.
-Once λ is 0 the teacher is dropped and the annotator no longer called: the rest is plain GRPO.
+The teacher holds the student's weights of some steps ago, their moving average, or the base
+policy's. Once λ is 0 the teacher is dropped and the annotator no longer called: the rest is plain
+GRPO.
 """
 
 import copy
@@ -160,7 +161,8 @@ class Trainer:
         if self.state.skipped_in_a_row > config.optim.max_skipped_steps:
             raise InputError(
                 f"step {self.state.step - 1}: the gradient was not finite "
-                f"{self.state.skipped_in_a_row} times in a row; lower optim.lr, inspect the metrics "
+                f"{self.state.skipped_in_a_row} times in a row; lower optim.lr, inspect the "
+                "metrics "
                 "of the steps before, and resume from the last checkpoint"
             )
         self.restore_identity()

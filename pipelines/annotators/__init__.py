@@ -29,9 +29,9 @@ def _no_sampler(config: Any, student: PolicyConfig | None) -> None:
 class Engine:
     """What an engine answers about a config of its own: the `ENGINE` of its file.
 
-    identity(config, problems, in_training): what a dataset id hashes in place of paths; in_training:
-        a policy that is left out stands for the current weights. Raises InputError for whatever can be
-        known to be wrong before the first row.
+    identity(config, problems, in_training): what a dataset id hashes in place of paths;
+        in_training: a policy that is left out stands for the current weights. Raises InputError
+        for every fault that can be found before the first row.
     open(config, segment, **given): the annotator; see `open_annotator`.
     asks_endpoint: its requests are billed. Its journal, budget and pace belong to one process.
     request_body(config, prompt, question): what is sent for a question; None: no model is asked.

@@ -185,7 +185,9 @@ class BatchClient:
             response.stream_to_file(path)
 
     def _created(self, job: Job) -> Batch:
-        """The batch of the uploaded file: an earlier attempt may have made it and lost the reply."""
+        """The batch of the uploaded file: an earlier attempt may have made it and lost the
+        reply.
+        """
         assert job.input_file_id is not None, "uploaded before"
         after: str | openai.Omit = openai.omit
         for _ in range(_MOST_PAGES):

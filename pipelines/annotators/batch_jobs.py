@@ -1,8 +1,8 @@
 """Jobs of the Batch API on disk, and the table of those that are out (`trace-opd batches`).
 
 A job is a JSON file, written before each step that costs something: a process that is killed at any
-moment finds what it has submitted, and submits nothing twice. Called by openai_batch.py, the estimate and
-the command line.
+moment finds what it has submitted, and submits nothing twice. Called by openai_batch.py, the
+estimate and the command line.
 """
 
 import json

@@ -1,8 +1,8 @@
 """The answer's JSON schema made finite, so that constrained decoding ends with any model.
 
 A small model repeats digits, spans or words until its token limit if the schema lets it. So
-everything has a bound, and the longest answer fits the limit even if each byte takes a token. Called
-by the engine `self`.
+everything has a bound, and the longest answer fits the limit even if each byte takes a token.
+Called by the engine `self`.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""A spending limit that holds under concurrency: the worst case is reserved before a request is sent.
+"""A spending limit that holds under concurrency: the worst case is reserved before a request is
+sent.
 
 Reserved and spent money together never exceed the limit, so neither can the bill. Tasks of several
 event loops on several threads may share one budget. Called by spending.py, which knows the price;

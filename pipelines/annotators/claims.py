@@ -1,9 +1,10 @@
 """Locks on questions in flight, so that processes on one store ask each question once.
 
-`Journal` holds a `Claims`; engine `openai` claims each question before it asks. A claim locks one byte of
-a file, at an offset derived from the question's key. The kernel releases it when its process ends, so no
-claim is ever stale. A task holds one claim at a time and waits for none while it holds one, so there are
-no deadlocks. The file grows by a byte per write to any journal: an unchanged size means no new answers.
+`Journal` holds a `Claims`; engine `openai` claims each question before it asks. A claim locks one
+byte of a file, at an offset derived from the question's key. The kernel releases it when its
+process ends, so no claim is ever stale. A task holds one claim at a time and waits for none while
+it holds one, so there are no deadlocks. The file grows by a byte per write to any journal: an
+unchanged size means no new answers.
 """
 
 import errno
@@ -23,7 +24,9 @@ _KEY_DIGITS = 15  # hexadecimal: 60 bits fit a file offset; a collision only mak
 
 
 class Claims:
-    """One process's claims. Open a file once per process: any `close` of it drops its POSIX locks."""
+    """One process's claims. Open a file once per process: any `close` of it drops its POSIX
+    locks.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises InputError: the file can't be opened, or is a link."""

@@ -1,7 +1,8 @@
-"""The conversation with an annotator, without the sending: one engine awaits answers, two batch them.
+"""The conversation with an annotator, without the sending: one engine awaits answers, two batch
+them.
 
-`dialogue` yields the next question, is sent the answer and returns the reading. Called by the engines
-that ask a model, and by the estimate.
+`dialogue` yields the next question, is sent the answer and returns the reading. Called by the
+engines that ask a model, and by the estimate.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -48,7 +49,9 @@ Dialogue = Generator[Question, Answer, Reading]
 
 
 def dialogue(prompt: AnnotationPrompt, item: Item, config: AnnotatorPrompt) -> Dialogue:
-    """Ask; once more with a raised limit if the answer was cut; correct an answer that is invalid."""
+    """Ask; once more with a raised limit if the answer was cut; correct an answer that is
+    invalid.
+    """
     question = Question(ask(prompt, item), config.max_new_tokens)
     corrections = 0
     raised = False

@@ -16,8 +16,9 @@ from ...schemas.errors import Stopped
 def drained(drain: Callable[[], object], sentence: str) -> Iterator[None]:
     """Call `drain` at the first SIGINT or SIGTERM; let the signal take effect after the block.
 
-    drain: makes the block end soon. A second signal takes effect at once. Earlier handlers (a training's,
-    Prefect's) get the signal after the block. Outside the main thread signals are left alone.
+    drain: makes the block end soon. A second signal takes effect at once. Earlier handlers (a
+    training's, Prefect's) get the signal after the block. Outside the main thread signals are left
+    alone.
 
     Raises:
         KeyboardInterrupt: after SIGINT; Stopped, with the sentence: after SIGTERM.
@@ -36,7 +37,8 @@ def drained(drain: Callable[[], object], sentence: str) -> Iterator[None]:
     def first(number: int, _: Any) -> None:
         restore()
         if before[signal.SIGINT] is signal.default_int_handler:
-            # A KeyboardInterrupt within the event loop would leave tasks and print their tracebacks.
+            # A KeyboardInterrupt within the event loop would leave tasks and print their
+            # tracebacks.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         received.append(number)
         drain()

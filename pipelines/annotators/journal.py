@@ -1,9 +1,9 @@
 """The journal of paid answers. Engines `openai` and `openai_batch` write it; the estimate reads it.
 
-An answer is durable in the journal before it counts, under a key of everything that decides it, so a
-killed stage pays for nothing twice. Each process appends to a file of its own. Writers therefore need no
-lock, and a torn line is always the last of its file. Damage costs only the lines that it touches.
-docs/decisions/paid-journal.md compares this with SQLite.
+An answer is durable in the journal before it counts, under a key of everything that decides it, so
+a killed stage pays for nothing twice. Each process appends to a file of its own. Writers therefore
+need no lock, and a torn line is always the last of its file. Damage costs only the lines that it
+touches. docs/decisions/paid-journal.md compares this with SQLite.
 """
 
 import asyncio
@@ -78,7 +78,7 @@ class Journal:
         self._path: Path | None = None
         self._file: FileIO | None = None
         if claims is not None:
-            claims.changed()  # resets it: what others write during the first index counts as a change
+            claims.changed()  # resets it: a line written during the first index counts as a change
         self._index(*elsewhere(), folder)
 
     def __len__(self) -> int:
@@ -179,8 +179,8 @@ class Journal:
 class GroupCommit:
     """Appends to a journal for the tasks of one event loop, with one fsync for all waiting lines.
 
-    The first task waits `_GATHER_S` for others. A thread and an fsync per line would cost more CPU than
-    everything else about an answer except sending the request.
+    The first task waits `_GATHER_S` for others. A thread and an fsync per line would cost more CPU
+    than everything else about an answer except sending the request.
     """
 
     def __init__(self, journal: Journal) -> None:

@@ -4,8 +4,8 @@
 {"reserved": …, "usd": …}   a request that is about to be sent, and the most that it may cost
 {"settled": …}              the cost of that request is known: it was answered or refused
 
-A reservation that is never settled may have been billed: the process was killed or the connection broke.
-The reader accepts any bytes.
+A reservation that is never settled may have been billed: the process was killed or the connection
+broke. The reader accepts any bytes.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Annotation by a model behind any OpenAI-compatible chat endpoint, engine `openai`.
 
-Rows are made here, requests are sent by paid_requests.py. `batch=true` asks through the Batch API instead
-(openai_batch.py).
+Rows are made here, requests are sent by paid_requests.py. `batch=true` asks through the Batch API
+instead (openai_batch.py).
 """
 
 import asyncio

@@ -249,7 +249,9 @@ class BatchAnnotator:
         return None if price is None else price.billed_usd(read_record(record))
 
     def _lost(self, file: JobFile, lines: list[tuple[str, Record | Exception]]) -> list[Reserved]:
-        """Answers that were billed and can't be kept count at their worst case, in later runs too."""
+        """Answers that were billed and can't be kept count at their worst case, in later runs
+        too.
+        """
         price = self._spending.price
         if self._spending.budget is None or price is None:
             return []

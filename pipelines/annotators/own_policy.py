@@ -142,7 +142,8 @@ class PolicyAnnotator:
         if long and not self._warned:
             self._warned = True  # once: in training each step asks
             logger.warning(
-                "%d of %d questions with an answer of up to %d tokens are longer than the context of %d "
+                "%d of %d questions with an answer of up to %d tokens are longer than the "
+                "context of %d "
                 "tokens of policy %s: its answers may be worth little",
                 long,
                 len(prompts),

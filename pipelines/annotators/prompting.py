@@ -1,12 +1,12 @@
 """The annotation prompt: loaded from files that a person can read and change, filled per rollout.
 
 Called by the engines that ask a model, and by the estimate. A prompt file is Markdown with a front
-matter that names its version and the sections `# system`, `# user` and `# correction`. `{{name}}` is
-replaced in one pass, so a text that is filled in can't bring placeholders of its own.
+matter that names its version and the sections `# system`, `# user` and `# correction`. `{{name}}`
+is replaced in one pass, so a text that is filled in can't bring placeholders of its own.
 
-Rollouts are untrusted. A segment's number is at the start of a line and the other lines of a segment
-are indented, so a response can't forge a segment; the tags around each text carry a hash of the
-response, so it can't close them.
+Rollouts are untrusted. A segment's number is at the start of a line and the other lines of a
+segment are indented, so a response can't forge a segment; the tags around each text carry a hash of
+the response, so it can't close them.
 """
 
 import hashlib

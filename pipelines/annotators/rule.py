@@ -85,7 +85,8 @@ def by_line(item: Item) -> Reading:
 def by_value(item: Item) -> Reading:
     """Key segments: the first to state each key step's value as the result of an equation.
 
-    Error: the first false equation; else the first whose result is no step's; else the final answer.
+    Error: the first false equation; else the first whose result is no step's; else the final
+    answer.
     """
     steps = item.problem["steps"]
     stated = [

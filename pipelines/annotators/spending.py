@@ -158,7 +158,8 @@ def _spent_usd(journal: Path, price: Price) -> float:
                     usd = price.billed_usd(read_record(record))
                     if usd is None:
                         raise InputError(
-                            f"{entry.path}: holds an answer whose tokens the endpoint did not tell, "
+                            f"{entry.path}: holds an answer whose tokens the endpoint did not "
+                            "tell, "
                             "so what has been spent is unknown; leave annotator.budget_usd out"
                         )
                     answers_usd += usd

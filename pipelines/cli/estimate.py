@@ -160,7 +160,9 @@ def _money(annotator: Any, price: Price | None, draft: Draft) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Asking:
-    """How an annotator asks: its config, its prompt, its requests, and the answers it has already."""
+    """How an annotator asks: its config, its prompt, its requests, and the answers it has
+    already.
+    """
 
     config: Any
     prompt: AnnotationPrompt

@@ -1,9 +1,10 @@
 """Sampling engines: a registry from a config's tag to the file of its engine.
 
-Stages, online training, own-policy annotation and the training plan call `sampling_engine`; engine.py
-says what an engine answers. To add one: a config class with its tag in schemas/configs, and a file here
-named after the tag that exports `ENGINE`. It is imported when a config names it, because each needs
-other packages.
+Stages, online training, own-policy annotation and the training plan call `sampling_engine`;
+engine.py
+says what an engine answers. To add one: a config class with its tag in schemas/configs, and a file
+here named after the tag that exports `ENGINE`. It is imported when a config names it, because each
+needs other packages.
 """
 
 from importlib import import_module

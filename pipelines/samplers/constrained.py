@@ -1,8 +1,8 @@
 """Constrained decoding: the tokens that may follow, so that a response matches a JSON schema.
 
 Engine transformers masks its logits with `Grammars`, which asks llguidance per row and step; the
-other engines send the schema of `with_fixed_whitespace`. Whitespace is fixed to that of `json.dumps`:
-a small model that may choose it repeats it until the token limit.
+other engines send the schema of `with_fixed_whitespace`. Whitespace is fixed to that of
+`json.dumps`: a small model that may choose it repeats it until the token limit.
 """
 
 import json

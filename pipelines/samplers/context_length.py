@@ -53,7 +53,8 @@ def require_room(
         for problem_id, problem in _longer(problems.read_part(part), spare / per_byte):
             if (count := tokens(problem)) > room:
                 raise InputError(
-                    f"dataset {problems.ref}, problem {problem_id}: its prompt of {count} tokens and "
+                    f"dataset {problems.ref}, problem {problem_id}: its prompt of {count} tokens "
+                    "and "
                     f"a response of max_new_tokens={max_new_tokens} do not fit into the context of "
                     f"{context} tokens of policy {policy.path}; lower max_new_tokens or drop the "
                     "problem"
@@ -80,7 +81,8 @@ def require_short_rows(routed: Dataset, policy: PolicyConfig) -> None:
         if (longest := pc.max(lengths).as_py() or 0) > context:
             row = pc.index(lengths, longest).as_py()
             raise InputError(
-                f"dataset {routed.ref}, rollout {table['rollout_id'][row]}: its {longest} tokens do "
+                f"dataset {routed.ref}, rollout {table['rollout_id'][row]}: its {longest} tokens "
+                "do "
                 f"not fit into the context of {context} tokens of policy {policy.path}; train the "
                 "policy that sampled it, or sample again with a lower max_new_tokens"
             )

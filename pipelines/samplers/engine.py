@@ -40,8 +40,8 @@ class Training:
     """The training that an engine samples for.
 
     policy: the weights that are trained, or this rank's copy of them. folder: the run's own, named
-    by its id. alone: one rank trains, and never while it samples, so an engine may share its process
-    and GPU.
+    by its id. alone: one rank trains, and never while it samples, so an engine may share its
+    process and GPU.
     """
 
     policy: Policy

@@ -79,9 +79,9 @@ class _Call:
 class OpenAIPolicySampler:
     """Samples a model by the name under which an endpoint, or each of several, serves it.
 
-    The policy's fingerprints are the model's if the name is a folder or a hub id in the local cache.
-    Otherwise the endpoint stands for the weights and the vocabulary is unknown. That a server holds
-    the weights of that name is not checked.
+    The policy's fingerprints are the model's if the name is a folder or a hub id in the local
+    cache. Otherwise the endpoint stands for the weights and the vocabulary is unknown. That a
+    server holds the weights of that name is not checked.
     """
 
     def __init__(
@@ -202,8 +202,8 @@ class OpenAIPolicySampler:
             return bool(call.pool.up) and server_failed(_error(state))
 
         def give_up(state: RetryCallState) -> bool:
-            """Whether the next attempt would be after `timeout_s`; earlier if no server is reachable,
-            rather than busy.
+            """Whether the next attempt would be after `timeout_s`; earlier if no server is
+            reachable, rather than busy.
             """
             if elsewhere(state):
                 return False

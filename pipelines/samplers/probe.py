@@ -97,7 +97,8 @@ class Probe:
             share = float(followed @ moved) / size**2
             if share < 0.5:
                 raise InputError(
-                    f"{engine}: still has old weights: it shows {share:.0%} of the trainer's change "
+                    f"{engine}: still has old weights: it shows {share:.0%} of the trainer's "
+                    "change "
                     f"since the last update that could be judged; {_GO_ON}"
                 )
             self._before[engine] = self._now, theirs

@@ -2,8 +2,8 @@
 
 Engine openai reads every response here. A body that is no chat completion may be a gateway's
 temporary failure, and the request is retried. A completion with impossible values is from a broken
-server or another model, and the stage stops: dropping the row would bias its group, and the server's
-other rows are no more trustworthy.
+server or another model, and the stage stops: dropping the row would bias its group, and the
+server's other rows are no more trustworthy.
 """
 
 import math
@@ -60,8 +60,8 @@ def read_completion(
 ) -> Completion:
     """The completion in a response's body; its text is the server's.
 
-    vocab_size: of the model, with padding; None: unknown. prompt_token_ids: the expected ones, if the
-    tokenizer is known here.
+    vocab_size: of the model, with padding; None: unknown. prompt_token_ids: the expected ones, if
+    the tokenizer is known here.
 
     Raises:
         NotACompletion: the body is something else.
@@ -98,7 +98,8 @@ def read_completion(
         raise refuse(f"more tokens than max_tokens={max_new_tokens}", len(ids))
     if prompt_ids is not None and prompt_token_ids is not None and prompt_ids != prompt_token_ids:
         raise refuse(
-            "other prompt_token_ids than the policy's chat template gives, as under another template "
+            "other prompt_token_ids than the policy's chat template gives, as under another "
+            "template "
             "or for a problem that spells control tokens",
             f"{len(prompt_ids)} tokens, not {len(prompt_token_ids)}",
         )

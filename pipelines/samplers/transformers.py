@@ -29,7 +29,9 @@ _COMPACT_BELOW = 0.75
 
 @dataclass
 class _Row:
-    """An unfinished sample: indices of its prompt and seed, and the state of its schema's matcher."""
+    """An unfinished sample: indices of its prompt and seed, and the state of its schema's
+    matcher.
+    """
 
     prompt: int
     sample: int

@@ -85,7 +85,8 @@ class VllmPolicySampler:
         in_process: bool = False,
         sleeps: bool = False,
     ) -> None:
-        """in_process: without a child process; one such engine at a time. sleeps: `rest` frees the GPU.
+        """in_process: without a child process; one such engine at a time. sleeps: `rest` frees the
+        GPU.
 
         Raises:
             InputError: vLLM is not installed, or there is no model at the path.
@@ -148,8 +149,8 @@ class VllmPolicySampler:
         """
         prompt_ids = [self._prompt_ids(index, prompt) for index, prompt in enumerate(prompts)]
         plain = schemas is None and sampling.untruncated
-        # The prefix cache shares a prompt's prefill within a group. It starts empty in each call, or
-        # the last bits of the logits would depend on earlier calls.
+        # The prefix cache shares a prompt's prefill within a group. It starts empty in each call,
+        # or the last bits of the logits would depend on earlier calls.
         self._ask(self._llm.reset_prefix_cache)
         flat = [
             (ids, seed, structure)
@@ -218,8 +219,8 @@ class VllmPolicySampler:
         return ask_process(self._processes, lambda: call(*args, **kwargs))
 
     def _load(self, policy: Policy) -> None:
-        """Reload the weights. The model's own load_weights is not enough: on CPU the engine computes
-        with copies of the weights in another layout, which only a reload renews.
+        """Reload the weights. The model's own load_weights is not enough: on CPU the engine
+        computes with copies of the weights in another layout, which only a reload renews.
         """
         if self._in_process:
             weights = list(policy_weights(policy).items())

@@ -42,7 +42,8 @@ def engine_environment(in_process: bool, on_gpu: bool) -> Iterator[None]:
         devices = visible.split(",") if visible else None
         if devices is not None and int(rank) >= len(devices):
             raise InputError(
-                f"CUDA_VISIBLE_DEVICES={visible}: names no device for LOCAL_RANK={rank}; start as many "
+                f"CUDA_VISIBLE_DEVICES={visible}: names no device for LOCAL_RANK={rank}; start "
+                "as many "
                 "processes as it names devices"
             )
         during["CUDA_VISIBLE_DEVICES"] = devices[int(rank)] if devices is not None else rank

@@ -1,8 +1,9 @@
-"""Engine openai in training: vLLM servers that follow the trainer's weights; any may fail and return.
+"""Engine openai in training: vLLM servers that follow the trainer's weights; any may fail and
+return.
 
-`OpenAIEngine.open_in_training` opens it. Weights pass through a folder that trainer and servers both
-see; the servers load them by the endpoints of vLLM's development mode. Each server reports the version
-of its weights, so a restarted one gets the current weights before its first request.
+`OpenAIEngine.open_in_training` opens it. Weights pass through a folder that trainer and servers
+both see; the servers load them by the endpoints of vLLM's development mode. Each server reports the
+version of its weights, so a restarted one gets the current weights before its first request.
 """
 
 import logging
@@ -192,7 +193,8 @@ class VllmServersSampler:
             ) from None
         if info.logprobs_mode != "processed_logprobs":
             raise InputError(
-                f"{server}: reports log-probabilities at temperature 1 ({info.logprobs_mode}); start "
+                f"{server}: reports log-probabilities at temperature 1 ({info.logprobs_mode}); "
+                "start "
                 "it with --logprobs-mode processed_logprobs, or set online.sampling.temperature=1"
             )
 

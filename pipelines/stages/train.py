@@ -227,7 +227,9 @@ def _summary(run: Draft, trainer: Trainer, tables: dict[str, str]) -> dict[str, 
     tail = max(len(metrics) // 10, 1)
 
     def mean(lines: list[dict[str, Any]], name: str) -> float | None:
-        """None if no step has the metric: a step whose rollouts all lack a verdict has no pass rate."""
+        """None if no step has the metric: a step whose rollouts all lack a verdict has no pass
+        rate.
+        """
         values = [line[name] for line in lines if name in line]
         return round(float(np.mean(values)), 4) if values else None
 

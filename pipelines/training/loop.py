@@ -1,4 +1,5 @@
-"""The loop over a training's steps: metrics, validation, checkpoints, and an orderly end on SIGTERM.
+"""The loop over a training's steps: metrics, validation, checkpoints, and an orderly end on
+SIGTERM.
 
 Stage train calls `train_steps` on every rank.
 """

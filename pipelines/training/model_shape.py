@@ -15,7 +15,8 @@ from ...trace.policy import backbone, output_head
 class ModelShape:
     """Sizes of a decoder with a gated MLP (Llama, Qwen and similar).
 
-    parameters: number of weights, tied ones once, without adapters. trainable: those with gradients.
+    parameters: number of weights, tied ones once, without adapters. trainable: those with
+    gradients.
     linear: weights of the matrices that each token is multiplied by, without the head.
     """
 

@@ -57,7 +57,8 @@ class OnlineTables:
         ranks: Ranks | None = None,
         refresh: Callable[[], None] | None = None,
     ) -> None:
-        """policy: samples; under several ranks a copy, to which `refresh` copies the current weights.
+        """policy: samples; under several ranks a copy, to which `refresh` copies the current
+        weights.
 
         Raises:
             InputError: an engine that can't be opened or can't follow the weights.

@@ -22,9 +22,9 @@ from ..samplers.engine import Engine
 from .model_shape import ModelShape, model_shape
 from .throughput import measured_rates
 
-# By (adapters, computing in bfloat16): bytes that autograd keeps per token and layer for each unit of
-# the hidden size, the intermediate size, queries, normalised queries and keys, and the rank of the
-# adapters on seven projections.
+# By (adapters, computing in bfloat16): bytes that autograd keeps per token and layer for each unit
+# of the hidden size, the intermediate size, queries, normalised queries and keys, and the rank of
+# the adapters on seven projections.
 _KEPT = {
     (False, False): (24, 16, 20, 8, 0),
     (False, True): (26, 8, 10, 6, 0),
@@ -78,7 +78,9 @@ class Setting:
 
     @property
     def weight_bytes(self) -> int:
-        """Per weight of the policy and its copies; with adapters the base stays in low precision."""
+        """Per weight of the policy and its copies; with adapters the base stays in low
+        precision.
+        """
         return 2 if self.config.lora and self.bfloat16 else 4
 
 

@@ -31,7 +31,8 @@ class Board:
 class Tracker:
     """Appends each step's metrics; a resumed run continues after its checkpoint.
 
-    metrics.jsonl and TensorBoard hold a step once `log` returns. W&B and trackio send from their own
+    metrics.jsonl and TensorBoard hold a step once `log` returns. W&B and trackio send from their
+    own
     process or thread: `close` waits for it, a kill may lose the last second.
     """
 

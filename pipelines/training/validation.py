@@ -1,11 +1,11 @@
 """Validation: evaluates the policy on held-out problems every few steps of a training.
 
 Stage train calls `Validation`; the study reads the results with `read_validation`. Each evaluation
-writes one Parquet file of the run, `validation/step-000020.parquet`, with a row per problem, split and
-decoding (schemas.results.VALIDATIONS), enough to draw curves with intervals over problems later. A
-resumed run repeats the evaluations after its checkpoint, with the same answers. Before the first
-step all runs of a base give the same answers: the first run evaluates it, the others copy its file
-from the store's `.looks`.
+writes one Parquet file of the run, `validation/step-000020.parquet`, with a row per problem, split
+and decoding (schemas.results.VALIDATIONS), enough to draw curves with intervals over problems
+later. A resumed run repeats the evaluations after its checkpoint, with the same answers. Before the
+first step all runs of a base give the same answers: the first run evaluates it, the others copy its
+file from the store's `.looks`.
 """
 
 import io

@@ -270,8 +270,8 @@ def _only_if_solvable(compare: Any) -> Any:
     return guarded
 
 
-# math-verify compares sets, tuples, intervals, matrices and relations element by element with these.
-# 10^{-20} is no 10^{-30} and not 0, although both are cut to zero there.
+# math-verify compares sets, tuples, intervals, matrices and relations element by element with
+# these. 10^{-20} is no 10^{-30} and not 0, although both are cut to zero there.
 grader.sympy_numeric_eq = _only_if_close(grader.sympy_numeric_eq)
 grader.sympy_symbolic_eq = _only_if_close(_expanded_first(grader.sympy_symbolic_eq))
 grader.sympy_solve_and_compare = _only_if_solvable(grader.sympy_solve_and_compare)

@@ -1,9 +1,10 @@
-"""The notation of an answer, checked before it is read as mathematics. Called by math.py and worker.py.
+"""The notation of an answer, checked before it is read as mathematics. Called by math.py and
+worker.py.
 
 math-verify drops units, bases, shapes of brackets and dots, evaluates any expression, and picks a
-formula out of a sentence. `prepare` leaves it one formula to read; `conflict` finds differences that
-no later comparison would see. docs/decisions/own-verification-workers.md lists the cases. Text only,
-linear in the answer's length, without sympy.
+formula out of a sentence. `prepare` leaves it one formula to read; `conflict` finds differences
+that no later comparison would see. docs/decisions/own-verification-workers.md lists the cases. Text
+only, linear in the answer's length, without sympy.
 """
 
 import re
@@ -71,7 +72,8 @@ _OPERATOR = re.compile(
     r"|\\(operatorname)\s*\{(?!a)|\\[dt]?frac\s*\{?\s*(d)\s*\}?\s*\{\s*d\s*[a-z\\]|\\begin\{([vV])matrix"
 )
 _ARITHMETIC = re.compile(
-    r"(?:[0-9.\s+*/()-]|\\(?:cdot|times|div|left|right|[ ,;:!])|\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\})+$"
+    r"(?:[0-9.\s+*/()-]|\\(?:cdot|times|div|left|right|[ "
+    ",;:!])|\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\})+$"
 )
 _BINARY = re.compile(r"[0-9)}]\s*(?:[+*(-]|\\(?:cdot|times|div|left)|/.*/)")
 
@@ -92,8 +94,8 @@ def plain_number(text: str) -> Fraction | None:
 def prepare(text: str) -> str | None:
     """The one formula in an answer, without its unit; None if there is a box inside.
 
-    math-verify would pick one of nested boxes, or a box next to other text: an answer could show one
-    number and be graded on another. The same holds for a subscript that is no base.
+    math-verify would pick one of nested boxes, or a box next to other text: an answer could show
+    one number and be graded on another. The same holds for a subscript that is no base.
     """
     text = _unwrapped(text)
     if "\\boxed" in text or "\\fbox" in text:

@@ -1,10 +1,10 @@
 """A pool of verification processes that survives every answer it compares.
 
-Called by the verify stage and by the check of gold answers. Each worker is a fresh Python process with
-a pipe, an address-space limit and a deadline per job that the parent keeps: a late worker is killed
-and replaced without effect on the others. A few jobs wait in a worker's pipe, so that it never waits
-for the parent. `ProcessPoolExecutor` cannot kill one job; threads and asyncio cannot stop a
-computation at all.
+Called by the verify stage and by the check of gold answers. Each worker is a fresh Python process
+with a pipe, an address-space limit and a deadline per job that the parent keeps: a late worker is
+killed and replaced without effect on the others. A few jobs wait in a worker's pipe, so that it
+never waits for the parent. `ProcessPoolExecutor` cannot kill one job; threads and asyncio cannot
+stop a computation at all.
 """
 
 import logging
@@ -30,8 +30,8 @@ _START_LIMIT_S = 120.0
 _ORPHAN_GRACE_S = 5.0
 # A job whose worker dies, or is killed from outside, is tried once more.
 _ATTEMPTS = 2
-# Jobs in a worker's pipe, and their characters. More could fill it: the parent would then block in a
-# write to a worker that computes, and keep no deadline.
+# Jobs in a worker's pipe, and their characters. More could fill it: the parent would then block in
+# a write to a worker that computes, and keep no deadline.
 _AHEAD, _AHEAD_CHARS = 8, 8192
 # Outcomes kept for later calls: problems and short answers repeat.
 _REMEMBERED, _REMEMBERED_CHARS = 50_000, 200

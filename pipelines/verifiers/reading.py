@@ -88,7 +88,8 @@ def gold_parses(answer: str, kind: AnswerKind) -> bool | None:
 def exact_match(gold: str, answer: str) -> bool | None:
     """Compare without computer algebra where that decides; None where it does not.
 
-    It decides for two plain numbers, except for decimals that agree in six places, and for a gold of
+    It decides for two plain numbers, except for decimals that agree in six places, and for a gold
+    of
     words: math-verify reads a word as the product of its letters, so anagrams would be equal. Other
     equal strings are left to the worker: whether the gold parses must not depend on the response,
     or only right responses would be scored.

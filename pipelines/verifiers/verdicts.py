@@ -34,8 +34,8 @@ class MathVerifier:
     Rewards: 1 right, 0 wrong. A response without an answer that parses is wrong: a policy must not
     learn to say nothing. gold_unparsed, timeout, oom and error say nothing about the response: no
     reward. A truncated response has reward 0, or none with `truncated="mask"`, even if a right
-    answer is boxed somewhere in it: it never came to an end, that box may be a trial on the way,
-    and rewarding it would teach to answer early and ramble on. The answer found is recorded.
+    answer is boxed somewhere in it: it has no end, that box may be an
+    intermediate trial, and rewarding it would teach to answer early and ramble on. The answer found is recorded.
 
     The verdicts' seconds are time in a worker: 0 where strings decide, or where an equal pair was
     judged before.
@@ -65,7 +65,8 @@ class MathVerifier:
         for index, row in enumerate(rollouts.select(JUDGED_COLUMNS).to_pylist()):
             if row["problem_id"] not in golds:
                 raise InputError(
-                    f"rollouts, row {index}: problem {row['problem_id']} is not among the problems; "
+                    f"rollouts, row {index}: problem {row['problem_id']} is not among the "
+                    "problems; "
                     "verify rollouts with the problems that they were sampled for"
                 )
             readings.append(self._read(row, *golds[row["problem_id"]]))

@@ -155,7 +155,8 @@ def open_server(viewer: Viewer, port: int = 0) -> ThreadingHTTPServer:
         server = _Server((HOST, port), partial(_Handler, viewer))
     except OSError as error:
         raise InputError(
-            f"port {port} of {HOST}: {error.strerror}; pass another --port, or none for any free one"
+            f"port {port} of {HOST}: {error.strerror}; pass another --port, or none for any free "
+            "one"
         ) from None
     return server
 

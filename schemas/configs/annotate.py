@@ -55,7 +55,8 @@ class RuleAnnotator(Config):
         default=0.0,
         ge=0,
         le=1,
-        description="Share of marks moved to another segment of the response, to measure the cost of "
+        description="Share of marks moved to another segment of the response, to measure the "
+        "cost of "
         "an annotator's mistakes.",
     )
     wrong_types: float = Field(
@@ -95,7 +96,8 @@ class SelfAnnotator(AnnotatorPrompt):
     max_spans: int = Field(default=3, ge=1, description="Most spans of a structured answer.")
     weights: Literal["current", "base"] = Field(
         default="current",
-        description="Weights of the annotator in training if `policy` is None: the current ones, or "
+        description="Weights of the annotator in training if `policy` is None: the current ones, "
+        "or "
         "a static copy of the first ones.",
     )
 
@@ -154,7 +156,8 @@ class OpenAIAnnotator(AnnotatorPrompt):
     )
     keep_failed: bool = operational(
         False,
-        "Use a finished dataset even if rows in it failed. false: rows without an answer (time-outs, "
+        "Use a finished dataset even if rows in it failed. false: rows without an answer "
+        "(time-outs, "
         "server errors, connections) are requested again, for another dataset.",
     )
 
@@ -179,7 +182,8 @@ class RoutingConfig(Config):
 
     rule: str = Field(
         default="spans",
-        description="Which tokens are routed: spans (the annotator's), all, random, inverted (random "
+        description="Which tokens are routed: spans (the annotator's), all, random, inverted "
+        "(random "
         "outside the annotator's spans), or your own module:function.",
     )
     alpha: float = Field(

@@ -1,6 +1,7 @@
 """Types of an endpoint's address and key.
 
-Manifests, reports and logs contain configs, so neither may hold a secret, and errors do not quote it.
+Manifests, reports and logs contain configs, so neither may hold a secret, and errors do not quote
+it.
 """
 
 import re

@@ -47,7 +47,8 @@ class ReportConfig(Config):
     )
     against: str | None = Field(
         default=None,
-        description="Annotations dataset of the same rollouts to compare with; `dataset` must be an "
+        description="Annotations dataset of the same rollouts to compare with; `dataset` must be "
+        "an "
         "annotations dataset then. None: one annotator.",
     )
     limit: int = Field(default=2000, ge=1, description="At most this many rollouts on the page.")

@@ -20,11 +20,13 @@ class PromptConfig(Config):
     examples: list[Example] = Field(default=[], description="Few-shot turns before the problem.")
     student: str = Field(default="{problem}", description="Template of the student's user turn.")
     teacher: str = Field(
-        default="{problem}\n\nHint: the difficulty of this problem is of the type {diagnostic_type}.",
+        default="{problem}\n\nHint: the difficulty of this problem is of the type "
+        "{diagnostic_type}.",
         description="Template of the teacher's user turn, with the type label.",
     )
     privileged: str = Field(
-        default="{problem}\n\nFor reference, a correct solution:\n{context}\n\nNow solve it yourself.",
+        default="{problem}\n\nFor reference, a correct solution:\n{context}\n\nNow solve it "
+        "yourself.",
         description="Template of the teacher's user turn if teacher_context is not type.",
     )
     thinking: bool | None = Field(
@@ -80,7 +82,9 @@ class SamplingConfig(Config):
 
     @property
     def untruncated(self) -> bool:
-        """Whether tokens are drawn from all of the softmax: neither greedy nor by top-p or top-k."""
+        """Whether tokens are drawn from all of the softmax: neither greedy nor by top-p or
+        top-k.
+        """
         return self.temperature > 0 and not self.truncates
 
 
@@ -94,7 +98,8 @@ class TransformersSampler(Config):
 class OpenAISampler(Config):
     engine: Literal["openai"] = Field(description="Sampling engine.")
     base_url: EndpointUrls = Field(
-        description="Endpoint, e.g. http://localhost:8000/v1, or a list of them that serve the same "
+        description="Endpoint, e.g. http://localhost:8000/v1, or a list of them that serve the "
+        "same "
         "model: requests go to the least busy, and to another when one fails."
     )
     api_key_env: KeyVariable | None = Field(

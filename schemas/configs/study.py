@@ -18,7 +18,8 @@ class ArmConfig(Config):
     set: list[str] = Field(default=[], description="key=value overrides of `train`.")
     like: str | None = Field(
         default=None,
-        description="Arm of the first ablation whose tuned choice this one takes; null: as configured. "
+        description="Arm of the first ablation whose tuned choice this one takes; null: as "
+        "configured. "
         "With its own choice the comparison would measure tuning.",
     )
     against: str | None = Field(
@@ -29,13 +30,16 @@ class ArmConfig(Config):
 
 
 class TuningConfig(Config):
-    """The same budget for each arm of the first ablation: every choice runs once, the best is kept."""
+    """The same budget for each arm of the first ablation: every choice runs once, the best is
+    kept.
+    """
 
     choices: list[list[str]] = Field(
         min_length=1, description="Sets of key=value overrides to choose from."
     )
     problems: ProblemsConfig = Field(
-        description="Problems whose sampled pass rate, averaged over validations, decides; used for "
+        description="Problems whose sampled pass rate, averaged over validations, decides; used "
+        "for "
         "nothing else.",
     )
     seed: int = Field(default=1000, ge=0, description="Seed of the tuning runs; none of `seeds`.")
@@ -116,6 +120,7 @@ class StudyConfig(Config):
                     )
                 if arm.against is not None and arm.against not in rows:
                     raise ValueError(
-                        f"ablations.{ablation}.{name}.against {arm.against!r} is none of {list(rows)}"
+                        f"ablations.{ablation}.{name}.against {arm.against!r} is none of "
+                        f"{list(rows)}"
                     )
         return self

@@ -71,7 +71,8 @@ class LossConfig(Config):
     entropy_beta: float = Field(
         default=0.0,
         ge=0,
-        description="β of the weight exp(−β H) of a routed token's KL; H is the teacher's entropy, nats.",
+        description="β of the weight exp(−β H) of a routed token's KL; H is the teacher's "
+        "entropy, nats.",
     )
     reweight_clip: float = Field(
         default=0.2,
@@ -150,7 +151,8 @@ class ValidationConfig(Config):
 
     problems: dict[str, str] = Field(
         default={},
-        description="Problems dataset (alias, id or stage/id) of each split; a study fills them in.",
+        description="Problems dataset (alias, id or stage/id) of each split; a study fills them "
+        "in.",
     )
     every: int = Field(default=10, ge=1, description="Steps between validations.")
     k: int = Field(default=4, ge=1, description="Samples per problem, by online.sampling.")
@@ -191,7 +193,8 @@ class TrainConfig(Config):
     )
     sampler: Sampler = Field(
         default=TransformersSampler(),
-        description="Engine of online rollouts: transformers uses the trainer's own weights; vllm and "
+        description="Engine of online rollouts: transformers uses the trainer's own weights; "
+        "vllm and "
         "openai (vLLM servers) receive a copy before each step.",
     )
     checkpoint_every: int = operational(50, "Steps between checkpoints.", ge=1)
@@ -211,7 +214,8 @@ class TrainConfig(Config):
             )
         if self.online.max_staleness and isinstance(self.sampler, TransformersSampler):
             raise ValueError(
-                "online.max_staleness is 1 but sampler.engine=transformers samples with the trainer's "
+                "online.max_staleness is 1 but sampler.engine=transformers samples with the "
+                "trainer's "
                 "own weights; use engine vllm or openai, or max_staleness=0"
             )
         return self

@@ -105,7 +105,9 @@ TIMES_OUT = len(FIRST)
 
 @contextmanager
 def echoing(script: Callable[[str, int], Reply | None]) -> Iterator[str]:
-    """A server on loopback; script: (the last user's message so far, times that it came) -> reply."""
+    """A server on loopback; script: (the last user's message so far, times that it came) ->
+    reply.
+    """
     seen: Counter[str] = Counter()
     lock = threading.Lock()
 
@@ -215,7 +217,7 @@ def test_a_server_that_echoes_the_key_everywhere_gets_it_nowhere(tmp_path: Path)
     make_verdicts(root, TIMES_OUT + 1)
     store = ["--store", str(root)]
     with echoing(by_rollout) as url:
-        told = commands(
+        printed = commands(
             annotate_arguments(url, root, "timeout_s=1", "concurrency=4", "max_failed_share=1"),
             [*annotate_arguments(url, root, "timeout_s=1", "name=planned"), "--dry-run"],
             ["show", "annotations", *store],
@@ -224,13 +226,13 @@ def test_a_server_that_echoes_the_key_everywhere_gets_it_nowhere(tmp_path: Path)
             ["lineage", "annotations", *store],
             ["report", "dataset=annotations", *store],
         )
-    assert told.count("ended with 0") == 7, told
+    assert printed.count("ended with 0") == 7, printed
     rows = Store(root).get("annotations").read().to_pylist()
     statuses = Counter(row["status"] for row in rows)
     # Two requests are refused for good; all the others come to an answer in the end.
     assert statuses == {"ok": TIMES_OUT - 2, "abstained": 1, "failed": 2}
     assert any("***" in row["raw_answer"] for row in rows if row["status"] == "ok")
-    assert not leaks(told)
+    assert not leaks(printed)
     assert not leaks_in(tmp_path)
 
 
@@ -241,10 +243,10 @@ def test_a_stage_that_stops_tells_no_key(tmp_path: Path):
         faults = [fault(status) for status in (401, 403, 404, 429, 500)]
         scripts = [lambda asked, times, reply=reply: reply for reply in faults]
         urls = [servers.enter_context(echoing(script)) for script in scripts]
-        told = commands(*(annotate_arguments(url, root, "max_attempts=2") for url in urls))
-    assert told.count("ended with 2") == told.count("calls failed") == len(urls), told
-    assert "***" in told  # what the server said is told, but for the key
-    assert not leaks(told)
+        printed = commands(*(annotate_arguments(url, root, "max_attempts=2") for url in urls))
+    assert printed.count("ended with 2") == printed.count("calls failed") == len(urls), printed
+    assert "***" in printed  # the reply is printed without the key
+    assert not leaks(printed)
     assert not leaks_in(tmp_path)
 
 
@@ -275,7 +277,7 @@ def test_a_sampler_tells_no_key(monkeypatch, caplog):
         )
         with pytest.raises(InputError) as stopped:
             sampler.sample([Prompt([{"role": "user", "content": "1+2"}])], SamplingConfig(), [[0]])
-    assert "***" in caplog.text  # the retry was told
+    assert "***" in caplog.text  # the retry was logged
     assert not leaks(caplog.text)
     assert not {leak for error in chain(stopped.value) for leak in leaks(repr(error) + str(error))}
 

@@ -1,4 +1,6 @@
-"""Online steps: dynamic sampling, which rollouts are annotated and written, and steps made ahead."""
+"""Online steps: dynamic sampling, which rollouts are annotated and written, and steps made
+ahead.
+"""
 
 import threading
 from collections.abc import Callable

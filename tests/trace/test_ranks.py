@@ -93,11 +93,12 @@ def sample(problems, step):
     return rollouts_table(problems, sampler, policy.tokenizer, prompt, how, 4, step)
 
 for share in (True, False):
+    annotator = StepsAnnotator(RuleAnnotator(engine="rule"), SegmentConfig())
     source = OnlineSource(
         problems=lambda step, refill: arithmetic_problems(5, 10 * step + refill),
         sample=sample,
         verifier=Verifier(),
-        annotator=StepsAnnotator(RuleAnnotator(engine="rule"), SegmentConfig()) if ranks.first else None,
+        annotator=annotator if ranks.first else None,
         bytes=byte_table(policy.tokenizer),
         routing=RoutingConfig(key="fkl", error="rkl"),
         write=lambda step, tables: None,
