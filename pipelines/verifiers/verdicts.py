@@ -35,7 +35,8 @@ class MathVerifier:
     learn to say nothing. gold_unparsed, timeout, oom and error say nothing about the response: no
     reward. A truncated response has reward 0, or none with `truncated="mask"`, even if a right
     answer is boxed somewhere in it: it has no end, that box may be an
-    intermediate trial, and rewarding it would teach to answer early and ramble on. The answer found is recorded.
+    intermediate trial, and rewarding it would teach to answer early and ramble on. The answer found
+    is recorded.
 
     The verdicts' seconds are time in a worker: 0 where strings decide, or where an equal pair was
     judged before.
