@@ -419,7 +419,7 @@ def test_annotator_none_marks_nothing_and_serves_only_routing_without_annotation
 def test_training_asks_for_an_annotator_where_its_routing_needs_one(run, made):
     no_annotator = "online.annotator.engine=none"
     sentence = refused(run, made, "train", CONFIG, no_annotator)
-    assert "online.annotator.engine is none, and online.routing looks at annotations" in sentence
+    assert "online.annotator.engine is none, and online.routing reads annotations" in sentence
     result = run("train", CONFIG, "--preset", "opsd", no_annotator, "--dry-run", "--store", made)
     assert result.code == 0, result.err
 
