@@ -23,7 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from trace_opd.pipelines.visible import visible
+from trace_opd.pipelines.terminal import visible
 from trace_opd.schemas.environment import PREFECT_DEFAULTS
 from trace_opd.schemas.errors import DamagedFile, InputError
 

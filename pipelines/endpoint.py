@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from tenacity import RetryCallState, wait_random_exponential
 
 from ..schemas.errors import InputError
-from .visible import visible
+from .terminal import visible
 
 _MOST_CHARS = 300
 _LEAST_SECRET = 8  # characters; local servers take EMPTY or 1, which answers are full of

@@ -18,9 +18,9 @@ from rich.table import Table
 from ...data.atomic import write_atomic
 from ...data.store import Store, content_hash
 from ...schemas.labels import AnnotationStatus
+from ..terminal import visible
 from ..viewer.page import csp_hash, page_template
 from ..viewer.rollout_tables import find_tables
-from ..visible import visible
 from .agreement import FIGURES
 from .compare import SCOPES, Comparison
 from .marks import TYPES

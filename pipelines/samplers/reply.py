@@ -16,7 +16,7 @@ from ...schemas.labels import FinishReason
 from ...schemas.tables import MOST_LOGPROB, MOST_TOKEN_ID
 from ...trace.protocols import Completion
 from ..endpoint import NotACompletion, read_body
-from ..visible import visible
+from ..terminal import visible
 
 # A response that does not end with its own end token (a content filter, say) is truncated.
 _REASONS = {

@@ -20,7 +20,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 
 from ...schemas.labels import VerdictStatus
-from ..visible import visible
+from ..terminal import visible
 
 logger = logging.getLogger(__name__)
 

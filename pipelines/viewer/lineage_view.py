@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from ...data.store import Dataset
-from ..visible import visible
+from ..terminal import visible
 
 # Stage: the config fields that the lineage shows without unfolding, with their labels.
 _FACTS = {

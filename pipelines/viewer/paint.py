@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ...schemas.labels import Route
-from ..visible import visible
+from ..terminal import visible
 
 if TYPE_CHECKING:
     from ...trace.align import ByteTable

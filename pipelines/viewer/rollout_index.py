@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data.store import Dataset
-from ..visible import visible
+from ..terminal import visible
 from .facets import (
     Facet,
     agreement_facets,

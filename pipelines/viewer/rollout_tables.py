@@ -12,7 +12,7 @@ from ...data.dataset import find_dataset
 from ...data.store import Dataset, Store
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, ROUTED
-from ..visible import visible
+from ..terminal import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...data.store import Dataset
-from ..visible import visible
+from ..terminal import visible
 from .paint import (
     CharPaint,
     Piece,

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trace_opd.data.store import Dataset, Store, content_hash
 from trace_opd.pipelines.cli.show import response_text, show_rollout
+from trace_opd.pipelines.terminal import visible
 from trace_opd.pipelines.viewer import report
 from trace_opd.pipelines.viewer.page import csp_hash
 from trace_opd.pipelines.viewer.paint import (
@@ -34,7 +35,6 @@ from trace_opd.pipelines.viewer.paint import (
 )
 from trace_opd.pipelines.viewer.rollout_tables import choose_groups, load_policy_tokenizer
 from trace_opd.pipelines.viewer.training_curves import charts
-from trace_opd.pipelines.visible import visible
 from trace_opd.schemas.configs import ReportConfig, RoutingConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import Route, SpanKind

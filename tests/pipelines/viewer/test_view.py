@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from websockets.sync.client import connect
 
 from trace_opd.data.store import Dataset, Store, content_hash
+from trace_opd.pipelines.terminal import visible
 from trace_opd.pipelines.viewer import report
 from trace_opd.pipelines.viewer.row_reader import RowReader
 from trace_opd.pipelines.viewer.side_by_side import Agreement, compare_marks
 from trace_opd.pipelines.viewer.span_overlap import SpanEnds, disagreement, overlap
 from trace_opd.pipelines.viewer.view import HOST, Viewer, open_server
-from trace_opd.pipelines.visible import visible
 from trace_opd.schemas.configs import ReportConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
