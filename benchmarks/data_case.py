@@ -22,8 +22,8 @@ from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.labels import AnnotationStatus, DiagnosticType
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.trace.align import ByteTable, byte_table
-from trace_opd.trace.convert import lists_of
 from trace_opd.trace.policy import load_tokenizer, vocab_fingerprint
+from trace_opd.trace.routed import lists_of
 from trace_opd.trace.segment import segment
 
 POLICY = "smollm2"

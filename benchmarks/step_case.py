@@ -39,8 +39,8 @@ from trace_opd.schemas.configs import (
 from trace_opd.schemas.labels import AnnotationStatus, DiagnosticType, VerdictStatus
 from trace_opd.schemas.tables import ANNOTATIONS, ROLLOUTS, VERDICTS
 from trace_opd.trace.align import ByteTable
-from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import Policy, load_policy
+from trace_opd.trace.routed import routed_table
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 LEARNING_RATE, BETA1, BETA2 = 1e-6, 0.9, 0.99

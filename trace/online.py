@@ -1,8 +1,9 @@
 """The online source: makes each step's routed table from the current weights.
 
 The trainer calls `OnlineSource.collect` at every online step (`trainer.Online`);
-pipelines/training/online.py builds it from the engines and keeps its tables in the store. One class
-serves one rank and many, samplers with weights of their own, and steps that are made ahead.
+pipelines/training/online_tables.py builds it from the engines and keeps its tables in the store.
+One class serves one rank and many, samplers with weights of their own, and steps that are made
+ahead.
 """
 
 import time
@@ -18,10 +19,10 @@ import pyarrow.compute as pc
 from ..schemas.configs import RoutingConfig
 from ..schemas.errors import Stopped
 from .align import ByteTable
-from .convert import groups_without_signal, routed_table
 from .protocols import Annotator, Verifier
 from .ranks import Ranks
 from .route import needs_annotations
+from .routed import groups_without_signal, routed_table
 
 Made = tuple[pa.Table, dict[str, float]]  # a step's routed table, and counts for its metrics
 Phase = Callable[[str], None]  # called with a phase's name when that phase begins

@@ -3,7 +3,7 @@
 TRACE's teacher prompt, `teacher_messages`, is a function of the problem and of one member of a
 closed enumeration. It takes no text, no position and no answer, so nothing else can reach the
 teacher. The baselines whose teacher reads an answer, a solution or a peer's response use
-`privileged_messages`. The stages that sample call `student_prompt`, convert.py `teacher_contexts`,
+`privileged_messages`. The stages that sample call `student_prompt`, routed.py `teacher_contexts`,
 sequences.py `teacher_chat`.
 """
 

@@ -1,6 +1,6 @@
 """All responses of a block at once: texts checked, tokens assigned to segments, tokens routed.
 
-convert.py calls `aligned` and `route_responses`. Tokens and segments are flat arrays over all rows,
+routed.py calls `aligned` and `route_responses`. Tokens and segments are flat arrays over all rows,
 with offsets to find a row, so each step is a few array operations. They do what `ByteTable` does
 for one response; only texts with invalid UTF-8 pass through it row by row.
 """

@@ -124,9 +124,9 @@ def _report(
     if dry_run:
         print_config(loaded)
         return
-    from ..viewer import report
+    from ..viewer import report_page
 
-    console.print(report.run(loaded, Store(store), output), soft_wrap=True)
+    console.print(report_page.run(loaded, Store(store), output), soft_wrap=True)
 
 
 for _entry in REGISTRY.values():

@@ -14,9 +14,9 @@ from ...schemas.errors import InputError
 from ...schemas.labels import Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
 from ...trace.align import byte_table
-from ...trace.convert import routed_table
 from ...trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
 from ...trace.route import needs_annotations, rule_source
+from ...trace.routed import routed_table
 from ..models import resolve_policy
 from ..samplers.vocabulary import check_token_ids, check_vocabulary
 from .base import PartMaker, Plan, Stage

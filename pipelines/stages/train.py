@@ -36,7 +36,7 @@ from ..samplers.vocabulary import check_vocabulary
 from ..terminal import console
 from ..training.loop import train_steps
 from ..training.offline import OfflineReader
-from ..training.online import OnlineTables
+from ..training.online_tables import OnlineTables
 from ..training.plan import memory_line
 from ..training.tracking import check_tracker
 from ..training.validation import FOLDER

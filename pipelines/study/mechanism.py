@@ -36,10 +36,10 @@ from ...schemas.errors import InputError
 from ...schemas.labels import DiagnosticType, KlClip, Route
 from ...schemas.settings import override
 from ...trace.align import byte_table
-from ...trace.convert import routed_table
 from ...trace.packing import response_logits
 from ...trace.policy import Policy, load_policy
 from ...trace.prompt import render_chat, teacher_messages
+from ...trace.routed import routed_table
 from ...trace.sequences import training_sequences
 from ...trace.trainer import Trainer
 from ..annotators.rule import StepsAnnotator

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 from ...data.store import Dataset
 from ...schemas.configs import TrainConfig
 from ...schemas.errors import InputError
-from ...trace.convert import rows_of
 from ...trace.ranks import Ranks
+from ...trace.routed import rows_of
 from ..samplers.vocabulary import check_token_ids
 
 

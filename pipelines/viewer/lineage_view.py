@@ -1,4 +1,4 @@
-"""The lineage of a dataset and its rollouts, as the head of report.py's page shows it."""
+"""The lineage of a dataset and its rollouts, as the head of report_page.py's page shows it."""
 
 from pathlib import Path
 from typing import Any

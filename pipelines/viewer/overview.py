@@ -1,4 +1,6 @@
-"""Figures over all rollouts of a dataset: the tiles and bars of the page that report.py writes."""
+"""Figures over all rollouts of a dataset: the tiles and bars of the page that report_page.py
+writes.
+"""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -1,4 +1,5 @@
-"""The HTML page that report.py writes and view.py serves: markup, style and script of web/ in one.
+"""The HTML page that report_page.py writes and view.py serves: markup, style and script of web/ in
+one.
 
 The page loads nothing except, when it is served, its own server's data. Its content security policy
 allows no script but its own, whatever a response contains. compare/page.py uses the template

@@ -1,6 +1,6 @@
 """All rollouts of a dataset as a list shows, sorts and filters them: a few bytes per rollout.
 
-view.py keeps one index per server, report.py makes one of the rollouts it draws, and
+view.py keeps one index per server, report_page.py makes one of the rollouts it draws, and
 rollout_view.load_rollouts one of the rollouts that the terminal shows. Why not SQL over the parts:
 docs/decisions/viewer-index.md.
 """

@@ -1,6 +1,6 @@
 """Finds the tables behind a dataset's rollouts, the policy's tokenizer, and a page's rollouts.
 
-Called by view.py and report.py, by `trace-opd show`, and by compare/.
+Called by view.py and report_page.py, by `trace-opd show`, and by compare/.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Joins what all stages recorded about a rollout and makes it ready to draw.
 
-view.py and report.py send it to the page as JSON; `trace-opd show` prints it.
+view.py and report_page.py send it to the page as JSON; `trace-opd show` prints it.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """Training curves of a run: which metrics share a chart.
 
-report.py calls it for a train run; web/curves.js draws the charts.
+report_page.py calls it for a train run; web/curves.js draws the charts.
 """
 
 import math

@@ -13,8 +13,8 @@ from trace_opd.schemas.contract import validate
 from trace_opd.schemas.labels import AnnotationStatus, DiagnosticType
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
 from trace_opd.trace.align import ByteTable, byte_table
-from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import load_tokenizer
+from trace_opd.trace.routed import routed_table
 
 LIMIT = 20
 

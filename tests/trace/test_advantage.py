@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trace_opd.schemas.configs import RoutingConfig
-from trace_opd.trace.convert import group_advantages, groups_without_signal, overlong_penalty
+from trace_opd.trace.routed import group_advantages, groups_without_signal, overlong_penalty
 
 
 def test_one_right_of_four_by_hand():

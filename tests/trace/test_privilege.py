@@ -49,9 +49,9 @@ from trace_opd.schemas.tables import (
 )
 from trace_opd.trace import prompt
 from trace_opd.trace.align import byte_table
-from trace_opd.trace.convert import routed_table
 from trace_opd.trace.online import OnlineSource
 from trace_opd.trace.policy import Policy, load_policy, load_tokenizer
+from trace_opd.trace.routed import routed_table
 from trace_opd.trace.sequences import training_sequences
 from trace_opd.trace.trainer import Trainer
 

@@ -26,8 +26,8 @@ from trace_opd.schemas.configs import (
 )
 from trace_opd.schemas.labels import Route
 from trace_opd.trace.align import byte_table
-from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import load_policy
+from trace_opd.trace.routed import routed_table
 
 PROMPT = PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE)
 # Trains each given run to its last step, from the newest checkpoint if there is one, and leaves a

@@ -40,12 +40,12 @@ from trace_opd.schemas.labels import DiagnosticType, KlClip, Route
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS
 from trace_opd.trace.align import byte_table
 from trace_opd.trace.checkpoint import checkpoints, restore, save_checkpoint, save_model
-from trace_opd.trace.convert import routed_table
 from trace_opd.trace.metrics import step_metrics
 from trace_opd.trace.online import OnlineSource
 from trace_opd.trace.packing import response_logits
 from trace_opd.trace.policy import Policy, load_policy
 from trace_opd.trace.prompt import render_chat, teacher_messages
+from trace_opd.trace.routed import routed_table
 from trace_opd.trace.sequences import TrainingSequence, training_sequences
 from trace_opd.trace.trainer import Trainer
 

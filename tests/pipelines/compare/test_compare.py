@@ -23,8 +23,8 @@ from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.results import COMPARISONS
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.trace.align import byte_table
-from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import load_tokenizer
+from trace_opd.trace.routed import routed_table
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "micro.yaml")
 

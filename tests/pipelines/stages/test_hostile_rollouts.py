@@ -30,7 +30,7 @@ from trace_opd.pipelines.cli.show import show_rollout
 from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.pipelines.stages.convert import STAGE as CONVERT_STAGE
-from trace_opd.pipelines.viewer import report
+from trace_opd.pipelines.viewer import report_page
 from trace_opd.schemas.configs import (
     AnnotateConfig,
     ConvertConfig,
@@ -389,7 +389,7 @@ OBEYED = re.compile(
 
 
 def test_the_page_shows_hostile_rollouts_as_text(among):
-    path = report.run(ReportConfig(dataset=among.routed.ref, limit=100), among.store)
+    path = report_page.run(ReportConfig(dataset=among.routed.ref, limit=100), among.store)
     page = path.read_text(encoding="utf-8")
     for markup in ("<script>alert", "<img src=x", "<svg/", "<style>*", "<link ", "<base "):
         assert markup not in page

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from trace_opd.data.store import Dataset, Store, content_hash
 from trace_opd.pipelines.cli.show import response_text, show_rollout
 from trace_opd.pipelines.terminal import visible
-from trace_opd.pipelines.viewer import report
+from trace_opd.pipelines.viewer import report_page
 from trace_opd.pipelines.viewer.page import csp_hash
 from trace_opd.pipelines.viewer.paint import (
     Paint,
@@ -41,9 +41,9 @@ from trace_opd.schemas.labels import Route, SpanKind
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.schemas.tables import ROUTED as ROUTED_TABLE
 from trace_opd.trace.align import ByteTable, byte_table
-from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import vocab_fingerprint
 from trace_opd.trace.route import Response, Routing, route_tokens
+from trace_opd.trace.routed import routed_table
 from trace_opd.trace.segment import segment
 
 PWNED = "document.title='pwned'"
@@ -385,7 +385,7 @@ def hostile_run(tmp_path_factory, tokenizer) -> Run:
 
 
 def test_hostile_texts_are_data_and_never_markup(hostile_run):
-    path = report.run(ReportConfig(dataset=hostile_run.routed.ref), hostile_run.store)
+    path = report_page.run(ReportConfig(dataset=hostile_run.routed.ref), hostile_run.store)
     assert path == Path(hostile_run.routed.path("report.html"))
     page = path.read_text(encoding="utf-8")
     assert len(re.findall("<script", page, re.IGNORECASE)) == 2  # the data and our own
@@ -401,9 +401,9 @@ def test_hostile_texts_are_data_and_never_markup(hostile_run):
 
 
 def test_page_loads_nothing_and_runs_only_its_own_script(hostile_run):
-    page = report.run(ReportConfig(dataset=hostile_run.routed.ref), hostile_run.store).read_text(
-        encoding="utf-8"
-    )
+    page = report_page.run(
+        ReportConfig(dataset=hostile_run.routed.ref), hostile_run.store
+    ).read_text(encoding="utf-8")
     assert not re.findall(r"""(?:src|href)=["'](?!#)""", page)
     assert "@import" not in page
     assert "url(" not in page
@@ -415,7 +415,7 @@ def test_page_loads_nothing_and_runs_only_its_own_script(hostile_run):
 
 def test_page_paints_exactly_where_the_policy_is_at_hand(tmp_path, tokenizer):
     run = make_run(tmp_path, tokenizer, [["ab\ncd\nefghijklmnop\n"]], alpha=0.2)  # cap 4 of 20
-    page = report.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
+    page = report_page.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
     (rollout,) = page_data(page)["rollouts"]
     assert [tuple(piece) for piece in rollout["pieces"]] == [
         ("ab\n", Paint.FKL, 0, 0),
@@ -434,7 +434,7 @@ def test_a_tokenizers_own_code_runs_only_if_config_and_environment_allow_it(
     if allowed:
         monkeypatch.setenv("TRACE_OPD_TRUST_REMOTE_CODE", "1")
     run = make_run(tmp_path, tokenizer, [["ab\ncd\nefghijklmnop\n"]], with_code=True)
-    page = report.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
+    page = report_page.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
     (rollout,) = page_data(page)["rollouts"]
     assert rollout["exact"] == (tmp_path / "sprung").exists() == allowed
     assert ("set TRACE_OPD_TRUST_REMOTE_CODE=1 to run it" in caplog.text) != allowed
@@ -452,7 +452,7 @@ def test_the_environment_alone_runs_no_code_of_a_tokenizer(tmp_path, tokenizer, 
 
 def test_page_paints_by_spans_and_says_so_where_the_policy_is_gone(tmp_path, tokenizer):
     run = make_run(tmp_path, tokenizer, [["ab\ncd\nefghijklmnop\n"]], alpha=0.2, with_policy=False)
-    page = report.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
+    page = report_page.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
     (rollout,) = page_data(page)["rollouts"]
     assert [piece[1] for piece in rollout["pieces"]] == [Paint.FKL, Paint.DROPPED, Paint.PLAIN]
     assert not rollout["exact"]
@@ -463,7 +463,7 @@ def test_page_without_the_policy_is_exact_where_all_tokens_are_on_one_route(tmp_
     responses = [["ab\ncdefgh\n", "ij\nklmnop\n"]]
     baseline = {"rule": "all", "key": "jsd", "error": "reweight"}
     run = make_run(tmp_path, tokenizer, responses, with_policy=False, **baseline)
-    page = report.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
+    page = report_page.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
     right, wrong = page_data(page)["rollouts"]
     assert {piece[1] for piece in right["pieces"]} == {Paint.JSD}
     assert {piece[1] for piece in wrong["pieces"]} == {Paint.REWEIGHT}
@@ -474,7 +474,7 @@ def test_page_without_the_policy_is_exact_where_all_tokens_are_on_one_route(tmp_
 
 def test_page_without_the_policy_estimates_where_a_rule_drew_tokens(tmp_path, tokenizer):
     run = make_run(tmp_path, tokenizer, [["ab\ncd\nefghijk\n"]], with_policy=False, rule="inverted")
-    page = report.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
+    page = report_page.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
     (rollout,) = page_data(page)["rollouts"]
     assert {piece[1] for piece in rollout["pieces"]} >= {Paint.FKL, Paint.DROPPED}
     assert not rollout["exact"]
@@ -485,7 +485,7 @@ def test_page_explains_the_paints_and_counts_the_routes_that_it_holds(tmp_path, 
     # The cap lets 3 of 14 tokens through: the first of the two marked segments.
     responses = [["ab\ncdefgh\nij\n", "kl\nmnopqr\nst\n"]]
     run = make_run(tmp_path, tokenizer, responses, key="jsd", error="none")
-    page = report.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
+    page = report_page.run(ReportConfig(dataset=run.routed.ref), run.store).read_text("utf-8")
     (legend,) = re.findall('<p class="legend">(.*?)</p>', page, re.DOTALL)
     assert re.findall('class="p-(.+?)"', legend) == ["plain", "jsd", "marked", "dropped"]
     assert re.findall('<li class="(.+?)"><i>', page) == ["grpo", "jsd"]
@@ -494,7 +494,7 @@ def test_page_explains_the_paints_and_counts_the_routes_that_it_holds(tmp_path, 
 def test_annotations_are_drawn_before_they_are_routed(hostile_run, tmp_path):
     output = tmp_path / "deep" / "page.html"
     config = ReportConfig(dataset=hostile_run.annotations.ref)
-    assert report.run(config, hostile_run.store, output) == output
+    assert report_page.run(config, hostile_run.store, output) == output
     page = output.read_text(encoding="utf-8")
     rollout = page_data(page)["rollouts"][0]
     assert {piece[1] for piece in rollout["pieces"]} == {Paint.PLAIN, Paint.MARKED}
@@ -503,7 +503,9 @@ def test_annotations_are_drawn_before_they_are_routed(hostile_run, tmp_path):
 
 
 def test_an_unknown_price_is_not_zero(hostile_run):
-    page = report.run(ReportConfig(dataset=hostile_run.routed.ref), hostile_run.store).read_text()
+    page = report_page.run(
+        ReportConfig(dataset=hostile_run.routed.ref), hostile_run.store
+    ).read_text()
     assert "<dd>unknown</dd>" in page
     assert "150 tokens, no price set" in page  # 10 rollouts of 10 + 5 tokens
 
@@ -513,14 +515,14 @@ def test_a_limited_page_holds_whole_groups_spread_over_the_dataset(tmp_path, tok
     chosen = choose_groups(run.routed, limit=5)
     assert chosen == [content_hash([index, sample]) for index in (0, 5) for sample in (0, 1)]
     config = ReportConfig(dataset=run.routed.ref, limit=5)
-    page = report.run(config, run.store).read_text("utf-8")
+    page = report_page.run(config, run.store).read_text("utf-8")
     assert len(page_data(page)["rollouts"]) == 4
     assert "4 of 20 rollouts are on this page" in page
 
 
 def test_other_datasets_are_refused(hostile_run):
     with pytest.raises(InputError, match=r"holds problems; give a routed or an annotations"):
-        report.run(ReportConfig(dataset=hostile_run.problems.ref), hostile_run.store)
+        report_page.run(ReportConfig(dataset=hostile_run.problems.ref), hostile_run.store)
 
 
 # --- training curves -----------------------------------------------------------------------------
@@ -543,7 +545,7 @@ def test_train_run_shows_curves_of_both_phases_and_its_rollouts(hostile_run):
     ]
     tables = {"routed": hostile_run.routed.ref, "annotations": hostile_run.annotations.ref}
     trained = finish_training(hostile_run, rows, tables)
-    page = report.run(ReportConfig(dataset=trained.ref), hostile_run.store).read_text("utf-8")
+    page = report_page.run(ReportConfig(dataset=trained.ref), hostile_run.store).read_text("utf-8")
     data = page_data(page)
     assert data["phases"] == ["offline", "offline", "online"]
     assert data["charts"] == [
@@ -633,13 +635,13 @@ def test_online_table_finds_the_policy_of_its_training_run(tmp_path, tokenizer):
         draft = run.store.begin(stage, online, {role: made}, contract)
         draft.write_part(0, source.read())
         made = draft.finish(1)
-    page = report.run(ReportConfig(dataset=made.ref), run.store).read_text("utf-8")
+    page = report_page.run(ReportConfig(dataset=made.ref), run.store).read_text("utf-8")
     assert page_data(page)["rollouts"][0]["exact"]
 
 
 def test_train_run_without_online_tables_shows_what_it_was_trained_on(hostile_run):
     trained = finish_training(hostile_run, [{"step": 0, "phase": "offline", "reward": 0.5}])
-    page = report.run(ReportConfig(dataset=trained.ref), hostile_run.store).read_text("utf-8")
+    page = report_page.run(ReportConfig(dataset=trained.ref), hostile_run.store).read_text("utf-8")
     assert len(page_data(page)["rollouts"]) == 2 * len(HOSTILE)
 
 
@@ -666,7 +668,7 @@ def dump_dom(url: str, profile: Path) -> str:
 def test_browser_draws_the_rollout_and_runs_no_planted_script(hostile_run, tmp_path):
     rows = [{"step": 0, "phase": "offline", "reward": 0.5}, {"step": 1, "phase": "online"}]
     trained = finish_training(hostile_run, rows, {"routed": hostile_run.routed.ref})
-    path = report.run(ReportConfig(dataset=trained.ref), hostile_run.store)
+    path = report_page.run(ReportConfig(dataset=trained.ref), hostile_run.store)
     dom = dump_dom(f"{path.as_uri()}#id={content_hash([1, 1])}", tmp_path)
     assert re.findall("<title>(.*?)</title>", dom)[0] == f"{trained.ref} · trace-opd"
     assert dom.count('class="row"') == 2 * len(HOSTILE)
@@ -679,7 +681,7 @@ def test_browser_draws_the_rollout_and_runs_no_planted_script(hostile_run, tmp_p
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_browser_filters_by_the_hash_of_the_address(hostile_run, tmp_path):
-    path = report.run(ReportConfig(dataset=hostile_run.routed.ref), hostile_run.store)
+    path = report_page.run(ReportConfig(dataset=hostile_run.routed.ref), hostile_run.store)
     dom = dump_dom(f"{path.as_uri()}#correct=no&q=what+is+3", tmp_path)
     assert re.findall(r'<p class="id">(\w+)</p>', dom) == [content_hash([3, 1])]
     assert dom.count('class="row"') == 1

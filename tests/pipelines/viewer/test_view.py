@@ -24,7 +24,7 @@ from websockets.sync.client import connect
 
 from trace_opd.data.store import Dataset, Store, content_hash
 from trace_opd.pipelines.terminal import visible
-from trace_opd.pipelines.viewer import report
+from trace_opd.pipelines.viewer import report_page
 from trace_opd.pipelines.viewer.row_reader import RowReader
 from trace_opd.pipelines.viewer.side_by_side import Agreement, compare_marks
 from trace_opd.pipelines.viewer.span_overlap import SpanEnds, disagreement, overlap
@@ -239,7 +239,7 @@ def test_disagreement_is_the_share_marked_by_one_plus_one_for_another_type():
 
 def test_report_lays_two_annotators_side_by_side(pair):
     config = ReportConfig(dataset=pair.a.ref, against=pair.b.ref)
-    path = report.run(config, pair.store)
+    path = report_page.run(config, pair.store)
     assert path.name == f"against-{pair.b.id}.html"
     data = page_data(path.read_text(encoding="utf-8"))
     assert data["labels"] == ["ann", "bob"]
@@ -257,7 +257,7 @@ def test_report_lays_two_annotators_side_by_side(pair):
 
 def test_report_lists_how_far_the_annotators_are_apart(pair):
     config = ReportConfig(dataset=pair.a.ref, against=pair.b.ref)
-    data = page_data(report.run(config, pair.store).read_text(encoding="utf-8"))
+    data = page_data(report_page.run(config, pair.store).read_text(encoding="utf-8"))
     scores = {row["id"]: row["disagreement"] for row in data["rows"]}
     hostile = 1 - len(HOSTILE) / len(HOSTILE + "seven\n")
     # Rollout 2: "one\ntwo\n" against "two\n", and another type.
@@ -278,7 +278,7 @@ def test_annotators_of_one_name_get_their_datasets_ids(tmp_path, pair):
     same.header["config"] = pair.a.manifest["config"]
     again = same.finish(pair.a.parts)
     config = ReportConfig(dataset=pair.a.ref, against=again.ref)
-    data = page_data(report.run(config, pair.store).read_text(encoding="utf-8"))
+    data = page_data(report_page.run(config, pair.store).read_text(encoding="utf-8"))
     assert data["labels"] == [f"ann {pair.a.id[:8]}", f"ann {again.id[:8]}"]
 
 
@@ -293,9 +293,9 @@ def test_annotators_of_other_rollouts_are_refused(pair, tmp_path):
     draft.write_part(0, pair.b.read_part(0))
     stranger = draft.finish(1)
     with pytest.raises(InputError, match="annotate different rollouts"):
-        report.run(ReportConfig(dataset=pair.a.ref, against=stranger.ref), pair.store)
+        report_page.run(ReportConfig(dataset=pair.a.ref, against=stranger.ref), pair.store)
     with pytest.raises(InputError, match="holds rollouts, this stage needs table annotations"):
-        report.run(ReportConfig(dataset=pair.a.ref, against=rollouts.ref), pair.store)
+        report_page.run(ReportConfig(dataset=pair.a.ref, against=rollouts.ref), pair.store)
 
 
 # --- rows by number ------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ def test_next_disagreement_and_the_place_of_a_rollout_are_found(address):
 def test_rollout_is_served_as_the_report_draws_it(address, pair):
     served = get(address, "/rollout", id=IDS[4])
     config = ReportConfig(dataset=pair.a.ref, against=pair.b.ref)
-    written = page_data(report.run(config, pair.store).read_text(encoding="utf-8"))
+    written = page_data(report_page.run(config, pair.store).read_text(encoding="utf-8"))
     (drawn,) = [rollout for rollout in written["rollouts"] if rollout["id"] == IDS[4]]
     assert served.pop("members") == [{"id": IDS[i], "correct": "yes"} for i in (0, 2, 4)]
     assert served.pop("problem") == written["problems"]["p0"]
@@ -672,7 +672,9 @@ def becomes(browser: Browser, rollout: int) -> None:
 def page(request, pair, address) -> str:
     if request.param == "served":
         return address + "/"
-    return report.run(ReportConfig(dataset=pair.a.ref, against=pair.b.ref), pair.store).as_uri()
+    return report_page.run(
+        ReportConfig(dataset=pair.a.ref, against=pair.b.ref), pair.store
+    ).as_uri()
 
 
 def test_browser_draws_two_columns_of_one_text(browser, page):

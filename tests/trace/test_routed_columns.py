@@ -22,10 +22,10 @@ from trace_opd.schemas.configs import RoutingConfig
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.labels import DiagnosticType, Route
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
-from trace_opd.trace import convert
+from trace_opd.trace import routed
 from trace_opd.trace.align import ByteTable, byte_table
-from trace_opd.trace.convert import routed_table
 from trace_opd.trace.policy import load_tokenizer
+from trace_opd.trace.routed import routed_table
 
 # --- the slow twin --------------------------------------------------------------------------------
 
@@ -275,7 +275,7 @@ def test_a_part_is_routed_as_row_by_row(
     *tables, annotations = data.draw(parts(table)).values()
     tables.append(annotations if with_annotations else None)
     expected = ROUTED.table(row_by_row(*tables, table, config, with_teacher))
-    with patch.object(convert, "_BLOCK_TOKENS", block_tokens):
+    with patch.object(routed, "_BLOCK_TOKENS", block_tokens):
         made = routed_table(*tables, table, config, with_teacher)
     assert validate(made, ROUTED).equals(expected)
 

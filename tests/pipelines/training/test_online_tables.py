@@ -16,7 +16,7 @@ from trace_opd.pipelines.cli.show import show_dataset
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.stages import REGISTRY, train
-from trace_opd.pipelines.training.online import OnlineTables
+from trace_opd.pipelines.training.online_tables import OnlineTables
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config
