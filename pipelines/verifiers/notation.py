@@ -72,8 +72,8 @@ _OPERATOR = re.compile(
     r"|\\(operatorname)\s*\{(?!a)|\\[dt]?frac\s*\{?\s*(d)\s*\}?\s*\{\s*d\s*[a-z\\]|\\begin\{([vV])matrix"
 )
 _ARITHMETIC = re.compile(
-    r"(?:[0-9.\s+*/()-]|\\(?:cdot|times|div|left|right|[ "
-    ",;:!])|\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\})+$"
+    r"(?:[0-9.\s+*/()-]|\\(?:cdot|times|div|left|right|[ ,;:!])"
+    r"|\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\})+$"
 )
 _BINARY = re.compile(r"[0-9)}]\s*(?:[+*(-]|\\(?:cdot|times|div|left)|/.*/)")
 

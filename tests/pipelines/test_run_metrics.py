@@ -8,13 +8,14 @@ from trace_opd.pipelines.viewer.training_curves import charts, metrics_of
 
 
 def test_a_torn_last_line_costs_that_step_alone(tmp_path):
-    draft = Store(tmp_path).begin("train", {}, {}, None)
+    store = Store(tmp_path)
+    draft = store.begin("train", {}, {}, None)
     lines = "".join(json.dumps({"step": step, "reward": 0.5}) + "\n" for step in range(3))
     file = draft.local_path() / METRICS
     file.write_text(lines[:-9])
     made = draft.finish(0, files=[METRICS])
     assert [step["step"] for step in read_metrics(file)] == [0, 1]
-    (chart,) = charts(metrics_of(made, made.store))
+    (chart,) = charts(metrics_of(made, store))
     assert chart["series"] == [{"name": "reward", "values": [0.5, 0.5]}]
 
 

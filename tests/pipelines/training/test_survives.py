@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trace_opd.data.dataset import get_dataset
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.run_metrics import read_metrics
@@ -139,8 +140,7 @@ def test_under_torchrun_two_processes_make_the_dataset_that_one_makes(undisturbe
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for name in ("loss", "reward", "tokens", "entropy"):
         assert ours[0][name] == pytest.approx(theirs[0][name], rel=1e-4, abs=1e-6)
-    store_of = {id(together): Store(root), id(undisturbed): undisturbed.store}
     for run in (together, undisturbed):
-        rollouts = store_of[id(run)].get(run.summary["tables"]["rollouts"])
+        rollouts = get_dataset(run.files, run.summary["tables"]["rollouts"])
         assert (rollouts.parts, rollouts.rows) == (3, 48)
         assert set(rollouts.read()["policy_step"].to_pylist()) == {3, 4, 5}
