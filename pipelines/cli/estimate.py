@@ -16,6 +16,7 @@ from ...data.store import Draft
 from ...schemas.configs import AnnotateConfig
 from ...schemas.labels import AnnotationStatus
 from ..annotators import Engine, engine_of
+from ..annotators.attempts import first_attempt
 from ..annotators.batch_jobs import read_jobs
 from ..annotators.completion import is_answer, question_key, read_record
 from ..annotators.dialogue import RAISED_LIMIT, Answer, Question, replay
@@ -25,7 +26,6 @@ from ..annotators.prompting import AnnotationPrompt, correct, load_prompt
 from ..annotators.rows import Item, items
 from ..annotators.spending import count, dollars
 from ..progress import progress_bar
-from ..stages.attempts import first_attempt
 from ..stages.base import Plan
 
 _BYTES_PER_TOKEN = 4.0  # of English prose in common tokenizers, until an answer is measured
@@ -130,7 +130,7 @@ def estimate_view(found: Estimate, plan: Plan, draft: Draft) -> Group:
         price = find_price(annotator)
         costs = [tokens and tokens.usd(price, annotator.batch) for tokens in columns.values()]
         table.add_row("cost", *map(dollars, costs))
-        notes += _money(annotator, price, first_attempt(plan, draft))
+        notes += _money(annotator, price, first_attempt(plan.semantic, plan.inputs, draft))
     return Group(table, Text("\n".join(notes)))
 
 

@@ -22,11 +22,11 @@ from ...schemas.errors import InputError, TooManyFailed
 from ...schemas.labels import AnnotationStatus
 from ...schemas.tables import ANNOTATIONS, VERDICTS
 from ..annotators import engine_of, open_annotator
+from ..annotators.attempts import UNANSWERED, attempt_figures, current_attempt, first_attempt
 from ..annotators.batch_jobs import read_jobs
 from ..annotators.rows import NO_ANSWER, Usage
 from ..annotators.spending import Spending, count, dollars, open_spending, plus
 from ..progress import show_fields
-from .attempts import UNANSWERED, attempt_figures, current_attempt, first_attempt
 from .base import Plan, Stage
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class _Maker:
         rows = plan.inputs["verdicts"].rows
         folders: dict[str, Any] = {}
         if self._asks_endpoint:
-            folders = _folders(config, first_attempt(plan, draft))
+            folders = _folders(config, first_attempt(plan.semantic, plan.inputs, draft))
             self._spending = open_spending(annotator, folders["journal"], rows, show_fields)
         else:
             self._spending = Spending(rows=rows, tell=show_fields)

@@ -13,7 +13,6 @@ from typing import Any
 from ...data.dataset import dataset_id
 from ...data.store import Dataset, Draft, Store
 from ...schemas.tables import ANNOTATIONS
-from .base import Plan
 
 UNANSWERED = "unanswered"  # key in a dataset's summary: rows that may succeed in another attempt
 _ATTEMPT = "attempt"
@@ -42,7 +41,9 @@ def attempt_figures(semantic: dict[str, Any]) -> dict[str, Any]:
     return {name: semantic[name] for name in (_ATTEMPT,) if name in semantic}
 
 
-def first_attempt(plan: Plan, draft: Draft) -> Draft:
+def first_attempt(
+    semantic: Mapping[str, Any], inputs: Mapping[str, Dataset], draft: Draft
+) -> Draft:
     """The draft in whose folder all attempts keep their journal and batches."""
-    semantic = {name: value for name, value in plan.semantic.items() if name != _ATTEMPT}
-    return replace(draft, id=dataset_id("annotate", semantic, plan.inputs, ANNOTATIONS))
+    first = {name: value for name, value in semantic.items() if name != _ATTEMPT}
+    return replace(draft, id=dataset_id("annotate", first, inputs, ANNOTATIONS))
