@@ -102,11 +102,13 @@ def task_runner() -> TaskRunner[Any]:
         raise InputError(f"TRACE_OPD_TASK_RUNNER={kind}: use threads, processes, ray or dask")
     try:
         if kind == "ray":
-            from prefect_ray import RayTaskRunner  # pyright: ignore
+            from prefect_ray import RayTaskRunner  # pyright: ignore[reportMissingImports]
 
             address = os.environ.get("RAY_ADDRESS")
             return RayTaskRunner(address, init_kwargs={} if address else {"num_cpus": workers})
-        from prefect_dask.task_runners import DaskTaskRunner  # pyright: ignore
+        from prefect_dask.task_runners import (  # pyright: ignore[reportMissingImports]
+            DaskTaskRunner,
+        )
     except ImportError:
         raise InputError(
             f"TRACE_OPD_TASK_RUNNER={kind}: is not installed; pip install 'trace-opd[{kind}]'"
