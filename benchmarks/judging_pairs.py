@@ -34,6 +34,7 @@ class Case:
     right: bool
     is_response: bool = False
     is_choice: bool = False
+    is_missed: bool = False  # a right answer that is refused, as is known
 
     @property
     def response(self) -> str:
@@ -59,6 +60,7 @@ def recorded(name: str) -> list[Case]:
             row["expected"],
             "response" in row,
             row.get("choice", False),
+            row.get("missed", False),
         )
         for row in rows
     ]

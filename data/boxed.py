@@ -24,14 +24,17 @@ _STEP = re.compile(
     r"|gets?|get|have|has|we|it|i|which|that|this|first|next|finally|check\w*|actually)\b",
     re.IGNORECASE,
 )
-_HEDGE = r"(?:(?:maybe|perhaps|possibly|also|even|else|alternatively|equivalently|simply)\s+)?"
+_HEDGE = (
+    r"(?:(?:maybe|perhaps|possibly|also|even|else|alternatively|equivalently|simply)(?:,?(?: |$)))?"
+)
 _JOINED = re.compile(
     r"(?:[\w(][\w()./^-]*(?: |(?=[,;/]))){0,6}?"
-    r"\(?(?:(?P<or>,? ?\bor\b|/)|,? ?\band\b|[,;])\(? ?"
+    r"\(?(?:(?P<or>,? ?\bor\b|/)|,? ?\b(?:and|as well as)\b|[,;])\(? ?"
     rf"{_HEDGE}\(?(?:[^\s=]{{1,30}}(?: \S{{1,10}})? ?(?:=|\\approx|\\in) ?)?",
     re.IGNORECASE,
 )
-_OR = re.compile(r"\bor\b", re.IGNORECASE)
+_PART = re.compile(r"[,;]?(?: ?and)? ?\(?[a-z0-9]{1,3}\)", re.IGNORECASE)  # as (b)
+_OR = re.compile(r"(?:^|[,;(] ?)or\b(?: \S+){0,4}$|\bor\b(?: \S+)?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def joint(between: str) -> str | None:
     if len(between) > _MAX_BETWEEN or _SENTENCE_END.search(between):
         return None
     plain = " ".join(_DELIMITERS.sub(" ", between).split())
-    if not plain:
+    if not plain or _PART.fullmatch(plain):
         return "and"
     match = _JOINED.fullmatch(plain)
     if match and not _STEP.search(plain):

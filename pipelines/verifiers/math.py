@@ -331,7 +331,8 @@ def _answers(left: Any, value: Any) -> bool:
         return True
     if left.free_symbols and value.is_number and not value.is_zero:
         named = left.args[0] if isinstance(left, sympy.Abs | TrigonometricFunction) else left
-        return named.is_Symbol or (len(named.free_symbols) > 1 and _combines_names(named))
+        several = len(named.free_symbols | named.atoms(AppliedUndef)) > 1
+        return named.is_Symbol or (several and _combines_names(named))
     return not _apart(left, value) and not (left.free_symbols and value.is_zero)
 
 

@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import product
 
-from .units import split_unit, unit_of
+from .units import split_unit, unit_of, without_inner_units
 
 _INTEGER = r"(?:[1-9][0-9]{0,2}(?:(?:,|\{,\})[0-9]{3})+|[0-9]+)"
 _PLAIN = re.compile(
@@ -55,6 +55,11 @@ _SYNONYMS = [
     (re.compile(r"\\(?:mathrm|text|mathbf)\s*\{\s*i\s*\}"), " i"),
     (re.compile(r"(?<=[0-9}])(?:\s|\\[ ,;:!]|\\cdot(?![A-Za-z])|\*)+i(?![A-Za-z])"), "i"),
 ]
+# Most answers have none of these.
+_RARE = re.compile(
+    r"\\(?:[bB]ig|m(?:iddle|left|right)|displaystyle|textstyle|[lr]brace|[lr]angle|varnothing|degree|q?quad"
+    r"|(?:text|math(?:rm|bf))\s*\{\s*[i\\%])|[ ;,:!*t]i(?![A-Za-z])|^\{-"
+)
 _ROUGHLY = re.compile(
     r"(?:(?:\\(?:approx|simeq|sim|cong)(?![A-Za-z])|~=|(?:\\text\s*\{\s*)?(?:approximately|approx\.?"
     r"|about|roughly|around)\s*\}?)\s*)(?=[-+0-9.$\\(])"
@@ -116,6 +121,7 @@ def prepare(text: str) -> str | None:
     value = split_unit(text)[0].removeprefix("+")
     if "," in value and r"\text" in value:
         value = ", ".join(split_unit(part.strip())[0] for part in _parts(value))
+        value = without_inner_units(value)
     if _GROUPED.fullmatch(value):
         return _SEPARATOR.sub("", value)
     if match := _MIXED.fullmatch(value):
@@ -133,13 +139,11 @@ def _plain(text: str) -> str:
     text = _unwrapped(text)
     if not text.isascii():
         text = text.translate(_TO_LATEX)
-    if "\\" in text or "{" in text:
+    if _RARE.search(text):
         text = _SIZED.sub("", text)
         for synonym, usual in _SYNONYMS:
             text = synonym.sub(usual, text)
-    else:
-        text = _SYNONYMS[-1][0].sub("i", text)
-    text = text.strip()
+        text = text.strip()
     if match := _ROUGHLY.match(text):
         text = text[match.end() :]
     return text

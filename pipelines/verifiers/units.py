@@ -29,7 +29,11 @@ _BARE = re.compile(
 _TEMPERATURE = re.compile(
     rf"{_SPACE}\^\s*\{{?\s*\\circ\s*\}}?{_SPACE}(?:{_MARK}\s*\{{\s*([CF])\s*\}}|([CF]))\s*$"
 )
-_CURRENCY = {r"\$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
+_CURRENCY = {r"\$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "¢": "cent"}
+_CURRENCY_WORD = re.compile(r"(?:\\text\{\s*)?(Rs|USD|EUR|US\\\$)\.?\s*\}?\s*(?=[0-9])")
+_INNER = re.compile(
+    rf"(?<=[0-9}}]){_SPACE}{_MARK}\s*\{{({_INSIDE})\}}{_SPACE}{_POWER}(?=\s*[,)\]])"
+)
 _TAIL = 120
 
 _VALUE_END = re.compile(r"(?:[0-9})\]%.]|\\pi|\\circ)$")
@@ -70,10 +74,19 @@ def split_unit(text: str) -> tuple[str, str | None]:
             return text.removeprefix(sign).strip(), _CURRENCY[sign]
         if text.endswith(sign):
             return text.removesuffix(sign).strip(), _CURRENCY[sign]
+    if match := _CURRENCY_WORD.match(text):
+        return text[match.end() :], match[1].lower()
+    if text.endswith((")", "]")) or (text[-1:].isdigit() and "^" not in text[-_TAIL:]):
+        return text, None
     if match := _TEMPERATURE.search(text[-_TAIL:]):
         return _before(text, match), "celsius" if "C" in match.groups() else "fahrenheit"
     value, words = _split_marked(text)
     return (value, words) if words is not None else _split_bare(text)
+
+
+def without_inner_units(text: str) -> str:
+    """A list or tuple without the known units of its members."""
+    return _INNER.sub(lambda match: match[0] if _canonical(match[1]) is None else "", text)
 
 
 def _before(text: str, match: re.Match) -> str:
