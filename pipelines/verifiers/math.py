@@ -196,6 +196,8 @@ def equal(gold: Any, answer: Any) -> bool:
 
 def rounds(value: Any, decimal: str) -> bool:
     """Whether a decimal is a value to its last place, or cut there."""
+    if grader.is_equation(value):
+        value = grader.take_last_relation(value).rhs
     if not isinstance(value, sympy.Expr) or not value.is_number:
         return False
     place = sympy.Rational(1, 10 ** len(decimal.partition(".")[2]))

@@ -119,7 +119,7 @@ def prepare(text: str) -> str | None:
         return None
     text = _REPEATING.sub(_as_fraction, text)
     value = split_unit(text)[0].removeprefix("+")
-    if "," in value and r"\text" in value:
+    if r"\text" in value or r"\math" in value or r"\mbox" in value:
         value = ", ".join(split_unit(part.strip())[0] for part in _parts(value))
         value = without_inner_units(value)
     if _GROUPED.fullmatch(value):
@@ -203,8 +203,9 @@ def conflict(gold: str, answer: str) -> bool:
 
 def approximation(answer: str) -> str | None:
     """The number behind the approximation sign, as 12.57 in `4\\pi \\approx 12.57`."""
-    before, sign, number = (part.strip() for part in _plain(answer).rpartition(r"\approx"))
-    return number if before and sign and _PLAIN_DECIMAL.fullmatch(number) else None
+    before, sign, number = _plain(answer).rpartition(r"\approx")
+    number = split_unit(number.strip())[0]
+    return number if before.strip() and sign and _PLAIN_DECIMAL.fullmatch(number) else None
 
 
 def _unwrapped(text: str) -> str:

@@ -32,7 +32,8 @@ _TEMPERATURE = re.compile(
 _CURRENCY = {r"\$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "¢": "cent"}
 _CURRENCY_WORD = re.compile(r"(?:\\text\{\s*)?(Rs|USD|EUR|US\\\$)\.?\s*\}?\s*(?=[0-9])")
 _INNER = re.compile(
-    rf"(?<=[0-9}}]){_SPACE}{_MARK}\s*\{{({_INSIDE})\}}{_SPACE}{_POWER}(?=\s*[,)\]])"
+    rf"(?:(?<=[0-9}}])|(?<=\\pi)){_SPACE}{_MARK}\s*\{{({_INSIDE})\}}{_SPACE}{_POWER}"
+    r"(?=\s*(?:[,)\]=]|\\approx))"
 )
 _TAIL = 120
 
@@ -144,7 +145,8 @@ def _is_bare_unit(words: str, spaced: bool) -> bool:
     named = words.lower().replace("/", " ").split()
     if not spaced:
         return len(named) == 1 and len(named[0]) > 1 and _known(named[0]) is not None
-    return all(len(w) > 3 or w in _SHORT_WORDS or _known(w) for w in named)
+    words_only = any(len(w) > 3 for w in named) and all(len(w) > 1 for w in named)
+    return words_only or all(len(w) > 3 or w in _SHORT_WORDS or _known(w) for w in named)
 
 
 def _known(word: str) -> str | None:
