@@ -86,7 +86,9 @@ class EndpointAnnotator:
             error = next(reading.error for _, reading, _ in made if reading.error is not None)
             self._end_failing(error.removeprefix(NO_ANSWER))
         if (why := self._requests.stopped) is not None:
-            raise InputError(f"{name} at {self._config.base_url}: {why}: {KEPT}")
+            unanswered = self._spending.named()
+            counted = f" (requests without an answer: {unanswered})" if unanswered else ""
+            raise InputError(f"{name} at {self._config.base_url}: {why}{counted}: {KEPT}")
         return ANNOTATIONS.table(self._row(*done) for done in made)
 
     def recall(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> None:

@@ -105,6 +105,10 @@ class Spending:
         with self._lock:
             self._failures[reason] += 1
 
+    def named(self) -> str:
+        """How many requests of this process have no answer, by reason; empty if all have one."""
+        return ", ".join(f"{number} {reason}" for reason, number in self._failures.items())
+
     def _usage(self, answers: Sequence[Answer]) -> Usage:
         return usage(answers, self.cost_usd(answers) if answers else 0.0)
 

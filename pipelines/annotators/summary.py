@@ -84,4 +84,4 @@ def _sharing(table: pa.Table) -> list[bool]:
     names = ("prompt_tokens", "completion_tokens", "latency_s")
     used = zip(*(table[name].to_pylist() for name in names), strict=True)
     answered = pc.is_valid(table["raw_answer"]).to_pylist()
-    return [has and all(n == 0 for n in row) for has, row in zip(answered, used, strict=True)]
+    return [bool(has) and all(n == 0 for n in row) for has, row in zip(answered, used, strict=True)]

@@ -245,7 +245,7 @@ class OnlineTables:
         )
         if self._annotator is None or not engine_of(annotator).asks_endpoint:
             return summary
-        return summary | read_bill(self._journal, find_price(annotator)).figures()
+        return summary | read_bill(self._journal, find_price(cast(Any, annotator))).figures()
 
     def close(self) -> None:
         for opened in self._open:

@@ -127,10 +127,9 @@ def test_online_annotation_asks_equal_responses_once_over_steps_and_resumed_runs
 ):
     """At temperature 0.001 a group's responses are equal, and so are those of a later epoch."""
     shutil.copytree(root, tmp_path / "store")
-    price = "usd_per_million_prompt_tokens: 1, usd_per_million_completion_tokens: 2"
-    paid = (
-        f"{{engine: openai, base_url: '{paid_server.url}', model: m, api_key_env: null, {price}}}"
-    )
+    prices = "usd_per_million_prompt_tokens: 1, usd_per_million_completion_tokens: 2"
+    server = f"base_url: '{paid_server.url}', model: m, api_key_env: null"
+    paid = f"{{engine: openai, {server}, {prices}}}"
     config = config_of(
         "seed=6", "groups_per_step=10", "online.sampling.temperature=0.001",
         f"online.annotator={paid}",
