@@ -74,9 +74,8 @@ def overview(tables: Tables) -> Overview:
             ["status", "cost_usd", "prompt_tokens", "completion_tokens"]
         )
         tiles.append(_cost_tile(annotations.to_pylist()))
-        bars.append(Bars("Annotation", "status", _counts(annotations["status"].to_pylist())))
-    verdicts = tables.by_role["verdicts"].read(["status"])
-    bars.append(Bars("Verdict", "verdict", _counts(verdicts["status"].to_pylist())))
+        bars.append(Bars("Annotation", "status", _statuses(tables, "annotations")))
+    bars.append(Bars("Verdict", "verdict", _statuses(tables, "verdicts")))
     return Overview(lead.rows, tiles, [bar for bar in bars if bar.counts], route_tokens)
 
 
@@ -112,6 +111,14 @@ def _route_tokens(routed: Dataset) -> list[tuple[str, int]]:
         routes = pc.list_flatten(routed.read_part(part, ["route"])["route"]).to_numpy()
         counts += np.bincount(routes, minlength=len(Route))
     return [(route.name.lower(), int(counts[route])) for route in Route if counts[route]]
+
+
+def _statuses(tables: Tables, role: str) -> list[tuple[str, int]]:
+    """Statuses of the rollouts in the leading table: others have rows too, such as those of
+    replaced groups."""
+    table = tables.by_role[role].read(["rollout_id", "status"])
+    lead = tables.lead.read(["rollout_id"])["rollout_id"]
+    return _counts(table.filter(pc.is_in(table["rollout_id"], lead))["status"].to_pylist())
 
 
 def _counts(values: Iterable[str | None]) -> list[tuple[str, int]]:

@@ -15,6 +15,7 @@ import pytest
 
 from trace_opd.data.store import Store
 from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS, VERDICTS
+from trace_opd.tests.pipelines.browser import CHROMIUM, Browser
 
 VALID = '{"abstain": false, "spans": [{"segments": [1], "quote": null}], "type": "setup"}'
 Answer = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
@@ -141,6 +142,15 @@ def _uploaded(raw: bytes, content_type: str) -> bytes:
         if re.search(rb'name="file"', head):
             return content.removesuffix(b"\r\n")
     raise AssertionError("no file in the form")
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
 
 
 @pytest.fixture
