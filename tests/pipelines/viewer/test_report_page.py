@@ -13,7 +13,9 @@ from trace_opd.pipelines.compare.compare import compare_annotations
 from trace_opd.pipelines.compare.table import comparison_table
 from trace_opd.pipelines.stages.evaluate import summarize
 from trace_opd.pipelines.viewer import report_page
+from trace_opd.pipelines.viewer.overview import ANNOTATED, VERIFIED
 from trace_opd.schemas.configs import EvaluateConfig, ReportConfig
+from trace_opd.schemas.labels import AnnotationStatus, VerdictStatus
 from trace_opd.schemas.tables import ANNOTATIONS, EVALUATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.schemas.tables import ROUTED as ROUTED_TABLE
 from trace_opd.tests.pipelines.viewer.test_report import HOSTILE, Run, byte_tokenizer, make_run
@@ -118,6 +120,11 @@ def test_tables_of_offline_and_online_steps_are_two_rows(run, offline, online, e
     text = text_of(page)
     assert ("trace-opd report dataset=convert/" in text) == bool(offline and online)
     assert ("had no evaluation of this run" in text) == (not evaluated)
+
+
+def test_every_status_but_ok_is_explained():
+    statuses = {*AnnotationStatus, *VerdictStatus}
+    assert {*ANNOTATED, *VERIFIED} == statuses - {AnnotationStatus.OK, VerdictStatus.OK}
 
 
 def test_figures_before_and_after_have_their_intervals(run):
