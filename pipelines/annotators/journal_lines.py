@@ -18,6 +18,8 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
+_MOST_TOKENS = 2**31
+
 Record = dict[str, Any]
 
 
@@ -87,7 +89,8 @@ def read_line(raw: bytes) -> Line | None:
         case {"settled": str(name)}:
             return Settled(name)
         case {"unanswered": str(reason), "key": str(key), "at_most": [int(prompt), int(tokens)]}:
-            return Unanswered(key, reason, (prompt, tokens))
+            known = all(0 <= count < _MOST_TOKENS for count in (prompt, tokens))
+            return Unanswered(key, reason, (prompt, tokens) if known else None)
         case {"unanswered": str(reason), "key": str(key)}:
             return Unanswered(key, reason)
     return None
