@@ -92,7 +92,7 @@ class EndpointAnnotator:
         return ANNOTATIONS.table(self._row(*done) for done in made)
 
     def recall(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> None:
-        """Note which answers an earlier run's part has counted: later rows share them for free."""
+        """Note rows of an earlier run that bear their answers' cost: later rows share them free."""
         for item in items(problems, rollouts, verdicts, self._segment):
             if item.correct is not None:
                 answers: dict[str, Answer] = {}

@@ -29,6 +29,17 @@ def part_usage(table: pa.Table) -> tuple[int, Usage]:
     return len(table), Usage(*(total(field.name) for field in fields(Usage)))
 
 
+def bearing(annotations: pa.Table, table: pa.Table) -> pa.Table:
+    """The rows of a table with rollout ids whose annotations bear the cost of their answers."""
+    answered = pc.is_valid(annotations["raw_answer"]).to_pylist()
+    bears = [
+        bool(has) and not shares
+        for has, shares in zip(answered, _sharing(annotations), strict=True)
+    ]
+    ids = annotations["rollout_id"].filter(pa.array(bears, pa.bool_()))
+    return table.filter(pc.is_in(table["rollout_id"], ids))
+
+
 def summarize(tables: Iterator[pa.Table]) -> dict[str, Any]:
     """A dataset's figures, from its parts in order."""
     status: Counter[str] = Counter()

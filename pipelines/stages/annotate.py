@@ -24,7 +24,7 @@ from ..annotators.batch_jobs import read_jobs
 from ..annotators.bill import read_bill
 from ..annotators.prices import find_price
 from ..annotators.spending import Spending, count, dollars, open_spending
-from ..annotators.summary import part_usage, summarize
+from ..annotators.summary import bearing, part_usage, summarize
 from ..progress import show_fields
 from .base import Plan, Stage
 
@@ -82,7 +82,9 @@ class _Maker:
         )
         if self._asks_endpoint:
             for part in self._recurring(done):
-                self._annotator.recall(*self._tables(part))
+                made = draft.read_part(part)
+                problems, rollouts, verdicts = self._tables(part)
+                self._annotator.recall(problems, bearing(made, rollouts), bearing(made, verdicts))
 
     def __call__(self, part: int) -> pa.Table:
         table = self._annotator.annotate(*self._tables(part))

@@ -9,12 +9,10 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import SamplingConfig, TrainConfig
 from ...schemas.errors import InputError
-from ...schemas.labels import AnnotationStatus
 from ...schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
 from ...trace.align import byte_table
 from ...trace.online import OnlineSource
@@ -27,7 +25,7 @@ from ..annotators import engine_of, open_annotator
 from ..annotators.bill import read_bill
 from ..annotators.prices import find_price
 from ..annotators.rows import skipped_annotations
-from ..annotators.summary import summarize
+from ..annotators.summary import bearing, summarize
 from ..samplers import sampling_engine
 from ..samplers.engine import Follower, Training
 from ..samplers.probe import Probe
@@ -176,13 +174,8 @@ class OnlineTables:
             return
         for part in range(step - self._first):
             tables = {role: draft.read_part(part) for role, draft in self._drafts.items()}
-            skipped = pc.is_in(
-                tables["annotations"]["status"], pa.array([AnnotationStatus.SKIPPED.value])
-            )
-            asked = tables["annotations"].filter(pc.invert(skipped))
             rollouts, verdicts = (
-                tables[role].filter(pc.is_in(tables[role]["rollout_id"], asked["rollout_id"]))
-                for role in ("rollouts", "verdicts")
+                bearing(tables["annotations"], tables[role]) for role in ("rollouts", "verdicts")
             )
             self._annotator.recall(tables["problems"], rollouts, verdicts)
 
