@@ -18,7 +18,7 @@ ANNOTATED = {
     AnnotationStatus.EMPTY: "nothing marked",
     AnnotationStatus.ABSTAINED: "the annotator declined",
     AnnotationStatus.INVALID: "the answer can't be read",
-    AnnotationStatus.SKIPPED: "not asked: no reward, λ was 0, or the routing needs no annotation",
+    AnnotationStatus.SKIPPED: "not asked (no reward, λ was 0, or the routing needs no annotation)",
     AnnotationStatus.FAILED: "no answer",
 }
 VERIFIED = {
