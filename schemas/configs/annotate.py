@@ -2,12 +2,24 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, Tag
 
 from ..labels import Route
-from .base import Config, operational
+from .base import Config, added, operational
 from .endpoint import EndpointUrl, KeyVariable
+from .own import NAMED, OWN, OwnAnnotator, OwnReward, named_or_own
 from .rollout import PolicyConfig, Sampler, TransformersSampler
+
+
+class AnswerReward(Config):
+    """1 if the final answer equals the gold answer, else 0: math-verify, choices, or plain text."""
+
+    engine: Literal["answer"] = Field(default="answer", description="What rewards.")
+
+
+Reward = Annotated[
+    Annotated[AnswerReward, Tag(NAMED)] | Annotated[OwnReward, Tag(OWN)], named_or_own("engine")
+]
 
 
 class VerifyConfig(Config):
@@ -15,6 +27,9 @@ class VerifyConfig(Config):
 
     rollouts: str = Field(
         default="rollouts", description="Rollouts dataset: alias, id or stage/id."
+    )
+    reward: Reward = added(
+        AnswerReward(), "What rewards a response: its final answer, or a function of your own."
     )
     timeout_s: float = Field(default=10.0, gt=0, description="Deadline per verification.")
     memory_mib: int = Field(default=2048, ge=256, description="Address-space limit per worker.")
@@ -162,8 +177,12 @@ class OpenAIAnnotator(AnnotatorPrompt):
     )
 
 
-Annotator = Annotated[
+NamedAnnotator = Annotated[
     NoAnnotator | RuleAnnotator | SelfAnnotator | OpenAIAnnotator, Field(discriminator="engine")
+]
+Annotator = Annotated[
+    Annotated[NamedAnnotator, Tag(NAMED)] | Annotated[OwnAnnotator, Tag(OWN)],
+    named_or_own("engine"),
 ]
 
 
@@ -184,7 +203,7 @@ class RoutingConfig(Config):
         default="spans",
         description="Which tokens are routed: spans (the annotator's), all, random, inverted "
         "(random "
-        "outside the annotator's spans), or your own module:function.",
+        "outside the annotator's spans), or file.py:function or module:function of your own.",
     )
     alpha: float = Field(
         default=0.25, ge=0, le=1, description="Largest share of a response that spans may cover."
