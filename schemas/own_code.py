@@ -105,12 +105,14 @@ def load(name: str, where: str, sha256: str | None = None) -> OwnCode:
     return OwnCode(where, name, file, found, value)
 
 
-def loaded_value(name: str, where: str) -> Any:
-    """As `load(...).value`, without reading the file again; for calls per row."""
+def loaded(name: str, where: str) -> OwnCode:
+    """As `load`, without reading the file again; for calls per row."""
     place, _, attribute = name.rpartition(":")
-    if place in _loaded and callable(value := getattr(_loaded[place][1], attribute, None)):
-        return value
-    return load(name, where).value
+    if place in _loaded:
+        sha256, module, file = _loaded[place]
+        if callable(value := getattr(module, attribute, None)):
+            return OwnCode(where, name, file, sha256, value)
+    return load(name, where)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ...schemas.labels import Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
 from ...trace.align import byte_table
 from ...trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
-from ...trace.route import needs_annotations, rule_source
+from ...trace.route import needs_annotations, require_rule, rule_source
 from ...trace.routed import routed_table
 from ..models import resolve_policy
 from ..samplers.vocabulary import check_token_ids, check_vocabulary
@@ -45,6 +45,7 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
     }
     if (source := rule_source(config.routing.rule)) is not None:
         semantic["rule"] = content_hash(source)
+    config = config.model_copy(update={"routing": config.routing.located()})
     return Plan(config, inputs, semantic, annotations.parts)
 
 
@@ -61,6 +62,7 @@ def _check_annotator(annotations: Dataset) -> None:
 @contextmanager
 def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
     config: ConvertConfig = plan.config
+    require_rule(config.routing.rule, plan.semantic.get("rule"), content_hash)
     path = resolve_policy(config.policy.path, weights=False)
     pieces = byte_table(load_tokenizer(path, config.policy.trust_remote_code))
     vocab = vocab_size(path, config.policy.trust_remote_code)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ...data.store import Dataset, Draft, Store, content_hash
-from ...schemas.configs import TrainConfig
+from ...schemas.configs import OwnSampler, TrainConfig
 from ...schemas.errors import InputError
 from ...schemas.tables import PROBLEMS, ROUTED
 from ...trace.checkpoint import prune_checkpoints, resume, save_model
@@ -40,6 +40,7 @@ from ..training.online_tables import OnlineTables
 from ..training.plan import memory_line
 from ..training.tracking import check_tracker
 from ..training.validation import FOLDER
+from ..verifiers.registry import verifier_identity
 from .base import SingleStage, print_waiting
 
 FINAL = "checkpoints/final"
@@ -58,7 +59,9 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
     semantic = config.semantic()
     semantic["policy"] = model_revision(path, config.policy.trust_remote_code)
     # Not the engine's addresses and settings: a stopped run may continue on other servers.
-    semantic["sampler"] = {"engine": config.sampler.engine}
+    sampler = config.sampler.semantic()
+    own = isinstance(config.sampler, OwnSampler)
+    semantic["sampler"] = sampler if own else {"engine": sampler["engine"]}
     inputs = {}
     if config.offline.steps:
         inputs["routed"] = routed = store.get(config.offline.routed, ROUTED)
@@ -67,6 +70,7 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
         del semantic["offline"]["routed"]
     if config.online.steps:
         inputs["problems"] = problems = store.get(config.online.problems, PROBLEMS)
+        verifier_identity(config.online.verify)  # a reward of one's own is there and fits
         if needs_annotations(config.online.routing):
             annotator = config.online.annotator
             semantic["online"]["annotator"] |= engine_of(annotator).identity(

@@ -16,7 +16,8 @@ from ...data.store import Draft, Store
 from ...schemas.configs import VerifyConfig
 from ...schemas.errors import InputError
 from ...schemas.tables import ROLLOUTS, VERDICTS
-from ..verifiers.verdicts import CHOICE_MATCHER, JUDGED_COLUMNS, MathVerifier, math_matcher
+from ..verifiers.registry import open_verifier, verifier_identity
+from ..verifiers.verdicts import JUDGED_COLUMNS
 from .base import PartMaker, Plan, Stage
 
 
@@ -30,7 +31,7 @@ def _resolve(config: VerifyConfig, store: Store) -> Plan:
         )
     semantic = config.semantic()
     del semantic["rollouts"]  # the dataset's id stands for it
-    semantic["verifiers"] = [math_matcher(), CHOICE_MATCHER]
+    semantic["verifiers"] = verifier_identity(config)
     return Plan(config, {"rollouts": rollouts}, semantic, rollouts.parts)
 
 
@@ -38,7 +39,7 @@ def _resolve(config: VerifyConfig, store: Store) -> Plan:
 def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
     rollouts = plan.inputs["rollouts"]
     problems = rollouts.input("problems")
-    with closing(MathVerifier(plan.config)) as verifier:
+    with closing(open_verifier(plan.config)) as verifier:
         yield lambda part: verifier.verify(
             problems.read_part(part), rollouts.read_part(part, JUDGED_COLUMNS)
         )

@@ -27,7 +27,7 @@ from ..samplers import sampling_engine
 from ..samplers.engine import Follower, Training
 from ..samplers.probe import Probe
 from ..samplers.rollouts import rollouts_table
-from ..verifiers.verdicts import MathVerifier
+from ..verifiers.registry import open_verifier
 from .validation import Validation
 
 # Online tables: role, stage, contract, and the roles that are the dataset's inputs.
@@ -87,7 +87,7 @@ class OnlineTables:
             self._follower = cast(Follower, self._sampler)
             texts = [str(text) for text in self._problems["problem"].slice(0, _PROBES).to_pylist()]
             self._probe = Probe(policy.tokenizer, config.prompt, texts)
-        self._verifier = MathVerifier(online.verify)
+        self._verifier = open_verifier(online.verify)
         annotator = None
         if ranks.first:
             self._drafts = _online_drafts(store, run, inputs["problems"])

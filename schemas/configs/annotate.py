@@ -1,9 +1,10 @@
 """Configs of stages verify, annotate and convert."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag
 
+from .. import own_code
 from ..labels import Route
 from .base import Config, added, operational
 from .endpoint import EndpointUrl, KeyVariable
@@ -233,6 +234,17 @@ class RoutingConfig(Config):
     overlong_buffer: int = Field(
         default=256, ge=1, description="Tokens before the limit at which overlong=soft begins."
     )
+
+
+    def semantic(self) -> dict[str, Any]:
+        """A rule of one's own is known by its file's name; the stage adds the file's hash."""
+        own = own_code.is_own(self.rule)
+        return super().semantic() | ({"rule": own_code.short_name(self.rule)} if own else {})
+
+    def located(self) -> "RoutingConfig":
+        """With the absolute path of a rule of one's own, for workers in other folders."""
+        own = own_code.is_own(self.rule)
+        return self.model_copy(update={"rule": own_code.absolute_name(self.rule)} if own else {})
 
 
 class ConvertConfig(Config):
