@@ -58,7 +58,7 @@ class TableContract:
     def schema_of(self, names: Container[str]) -> pa.Schema:
         """The schema with only those optional columns that are among the names."""
         kept = [f for f in self.schema if f.name not in self.optional or f.name in names]
-        return pa.schema(kept, metadata=self.schema.metadata)
+        return pa.schema(kept).with_metadata(self.schema.metadata or {})
 
 
 def described(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:

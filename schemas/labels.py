@@ -70,7 +70,7 @@ class DiagnosticType(StrEnum):
 
 
 class AnswerKind(StrEnum):
-    """How a gold answer is compared: as mathematics, as the letter of a choice, or as plain text."""
+    """How a gold answer is compared: as mathematics, as a choice's letter, or as plain text."""
 
     MATH = "math"
     CHOICE = "choice"

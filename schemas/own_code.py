@@ -59,7 +59,7 @@ def is_own(name: object) -> bool:
 
 
 def short_name(name: str) -> str:
-    """The name without folders, which dataset ids hash: `sampler:Class` for `x/sampler.py:Class`."""
+    """The name without folders, for dataset ids: `sampler:Class` for `x/sampler.py:Class`."""
     place, _, attribute = name.rpartition(":")
     return f"{PurePath(place).stem if _is_file(place) else place}:{attribute}"
 
@@ -138,8 +138,8 @@ def failure(error: BaseException, file: Path | None) -> str:
     """Where in the file an exception arose, its type and message, as one line."""
     message = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
     message = message[:_LONGEST_MESSAGE]
-    if isinstance(error, SyntaxError) and error.filename == str(file):
-        return f"{PurePath(error.filename).name}, line {error.lineno}: {message}"
+    if isinstance(error, SyntaxError) and file is not None and error.filename == str(file):
+        return f"{file.name}, line {error.lineno}: {message}"
     frames = traceback.extract_tb(error.__traceback__)
     for frame in reversed(frames):
         if file is not None and frame.filename == str(file):
@@ -191,8 +191,9 @@ def _validated(code: OwnCode, options: dict[str, Any]) -> Any:
             near = get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}" if near else f"known: {', '.join(known) or 'none'}"
             raise InputError(f"{code.label}: options.{name} is unknown; {hint}")
+    model: Any = kind
     try:
-        return TypeAdapter(kind).validate_python(options)
+        return TypeAdapter(model).validate_python(options)
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(map(str, ("options", *first["loc"])))

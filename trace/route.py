@@ -1,8 +1,8 @@
 """Routes: which tokens of a response leave plain GRPO. A rule is one function.
 
 responses.py calls `within_cap` and `label_tokens` for the responses of a part; `trace-opd compare`
-calls `route_tokens` for one. `routing.rule` names one of RULES, or `file.py:function` or `module:function` of your own
-(schemas/own_code.py):
+calls `route_tokens` for one. `routing.rule` names one of RULES, or `file.py:function` or
+`module:function` of your own (schemas/own_code.py):
 
     # my_rules.py
     import numpy as np

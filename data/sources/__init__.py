@@ -1,9 +1,10 @@
 """Where problems come from: one module per kind of source, named after the config's `kind`.
 
 Stage problems calls the functions here. Each module has `rows(source, seed)`, `identity(source)`
-and, if its rows never end, `ENDLESS` (own.py: `endless(source)`). A row is a dictionary with problem, answer, answer_kind,
-solution, steps and source as in table problems, and optionally `row`, its number in the source. A
-module is imported when its source is first used, so no source needs the packages of another.
+and, if its rows never end, `ENDLESS` (own.py: `endless(source)`). A row is a dictionary with
+problem, answer, answer_kind, solution, steps and source as in table problems, and optionally `row`,
+its number in the source. A module is imported when its source is first used, so no source needs the
+packages of another.
 """
 
 from collections.abc import Iterator

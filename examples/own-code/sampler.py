@@ -5,6 +5,7 @@ so it can sample while a policy is trained.
 """
 
 import torch
+
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.trace.policy import load_policy
 from trace_opd.trace.protocols import Completion
@@ -22,7 +23,8 @@ class Greedy:
     def sample(self, prompts, sampling, seeds):
         if self.loaded is None:
             self.loaded = load_policy(resolve_policy(self.path), "cpu", "float32")
-        return [[self.one(prompt, sampling)] * len(own) for prompt, own in zip(prompts, seeds)]
+        pairs = zip(prompts, seeds, strict=True)
+        return [[self.one(prompt, sampling)] * len(own) for prompt, own in pairs]
 
     def one(self, prompt, sampling) -> Completion:
         model, end = self.loaded.model, self.loaded.tokenizer.eos_token_id

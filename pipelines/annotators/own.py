@@ -69,9 +69,11 @@ class OwnMarks:
         usage = Usage(latency_s=(time.monotonic() - began) / max(len(asked), 1))
         if len(readings) != len(asked):
             raise self._fault(f"returned {len(readings)} readings for {len(asked)} responses")
-        checked = map(self._checked, asked, readings)
+        marks = map(self._checked, asked, readings)
         return ANNOTATIONS.table(
-            annotation_row(item, self._who, SKIPPED if item.correct is None else next(checked), usage)
+            annotation_row(item, self._who, SKIPPED)
+            if item.correct is None
+            else annotation_row(item, self._who, next(marks), usage)
             for item in work
         )
 
@@ -113,9 +115,7 @@ def _load(config: OwnAnnotatorConfig) -> OwnCode:
     return code
 
 
-def _identity(
-    config: OwnAnnotatorConfig, problems: Dataset, in_training: bool
-) -> dict[str, Any]:
+def _identity(config: OwnAnnotatorConfig, problems: Dataset, in_training: bool) -> dict[str, Any]:
     build(_load(config), config.options)  # bad options are found before the first row
     return {}
 

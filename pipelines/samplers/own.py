@@ -110,7 +110,7 @@ class OwnEngine:
         return build(self._code, self._config.options, policy=self._policy)
 
     def _folder(self) -> str | None:
-        """The folder of the policy if it is on this machine; its name may mean more to the class."""
+        """The policy's folder if it is on this machine; a name may mean something to the class."""
         path = self._policy.path
         if path in _BUNDLED:
             return resolve_policy(path)

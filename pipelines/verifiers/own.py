@@ -13,9 +13,9 @@ from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind, FinishReason, VerdictStatus
 from ...schemas.own_code import short_name
 from ...schemas.tables import VERDICTS
+from .own_reward import reward_function
 from .pool import Job, Outcome, VerifierPool
 from .reading import choice_letter, final_answer
-from .own_reward import reward_function
 from .verdicts import JUDGED_COLUMNS
 
 _ABOUT_PROBLEM = ("problem_id", "source", "split", "answer_kind", "solution", "steps")

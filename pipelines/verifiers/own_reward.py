@@ -22,8 +22,10 @@ Judgement = tuple[VerdictStatus, bool | None, str, float | None, str | None]
 
 
 def own_reward(problem: str, response: str, answer: str, metadata: dict[str, Any]) -> Any:
-    """Rewards a response: `verify.reward.engine=file.py:function`. Arguments are passed by name, and
-    only those that the function takes; `reward.options` become further keyword arguments.
+    """Rewards a response: `verify.reward.engine=file.py:function`.
+
+    Arguments are passed by name, and only those that the function takes; `reward.options` become
+    further keyword arguments.
 
     problem, response: texts; answer: the gold answer of table problems, whatever it means to the
     function (answer_kind text is not parsed); metadata: problem_id, group_id, rollout_id, source,

@@ -235,7 +235,6 @@ class RoutingConfig(Config):
         default=256, ge=1, description="Tokens before the limit at which overlong=soft begins."
     )
 
-
     def semantic(self) -> dict[str, Any]:
         """A rule of one's own is known by its file's name; the stage adds the file's hash."""
         own = own_code.is_own(self.rule)

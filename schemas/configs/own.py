@@ -14,10 +14,9 @@ from .base import Config, operational
 NAMED, OWN = "", "own"  # tags of the two branches; an error's path omits the empty one
 
 _OwnName = Annotated[str, Field(pattern=":")]
-_Options = Annotated[
-    dict[str, Any],
-    Field(description="Options of the class, or keyword arguments of the function."),
-]
+_OPTIONS: Any = Field(
+    default={}, description="Options of the class, or keyword arguments of the function."
+)
 _SHA256 = operational(
     None, "SHA-256 of the file; another content is refused. A run sets it for its workers."
 )
@@ -63,7 +62,7 @@ class OwnConfig(Config):
 
 class OwnSampler(OwnConfig):
     engine: _OwnName = Field(description="file.py:Class or module:Class of your own.")
-    options: _Options = {}
+    options: dict[str, Any] = _OPTIONS
     sha256: str | None = _SHA256
 
 
@@ -72,19 +71,19 @@ class OwnAnnotator(OwnConfig):
     name: str | None = Field(
         default=None, description="Name recorded with each annotation; null: the class's."
     )
-    options: _Options = {}
+    options: dict[str, Any] = _OPTIONS
     sha256: str | None = _SHA256
 
 
 class OwnSource(OwnConfig):
     kind: _OwnName = Field(description="file.py:Class or module:Class of your own.")
-    options: _Options = {}
+    options: dict[str, Any] = _OPTIONS
     sha256: str | None = _SHA256
 
 
 class OwnReward(OwnConfig):
     engine: _OwnName = Field(description="file.py:function or file.py:Class of your own.")
-    options: _Options = {}
+    options: dict[str, Any] = _OPTIONS
     sha256: str | None = _SHA256
 
 
