@@ -46,7 +46,9 @@ class OwnCode:
 
     @property
     def label(self) -> str:
-        return f"{self.where} {self.name}"
+        """For errors; a file without its folder, which a plan makes absolute."""
+        place, _, attribute = self.name.rpartition(":")
+        return f"{self.where} {PurePath(place).name if _is_file(place) else place}:{attribute}"
 
 
 # By module or file: the hash of the source that was executed, and what came of it.
