@@ -25,6 +25,7 @@ from ...trace.policy import Policy, choose_device, load_policy, load_tokenizer, 
 from ...trace.prompt import student_prompt
 from ...trace.ranks import Ranks, copy_weights, join_ranks
 from ...trace.route import needs_annotations, rule_source
+from ...trace.schedule import kl_weight
 from ...trace.trainer import Trainer
 from ..annotators import engine_of
 from ..models import resolve_policy
@@ -204,8 +205,7 @@ def _refresher(trainer: Trainer, replica: Policy) -> Callable[[], None]:
 
 
 def _check_routed(config: TrainConfig, routed: Dataset, vocabulary: str) -> None:
-    if routed.rows == 0:
-        raise InputError(f"dataset {routed.ref} has no rows; make rollouts that can be scored")
+    _check_signal(config, routed)
     first = routed.read_part(0, ["vocab_fingerprint", "policy_name", "policy_step"])
     check_vocabulary(first, vocabulary, config.policy.path)
     # At each offline step the student is `step` steps past its base; the table's policy is fixed.
@@ -216,6 +216,23 @@ def _check_routed(config: TrainConfig, routed: Dataset, vocabulary: str) -> None
             f"that sampled it, offline.max_staleness is {config.offline.max_staleness}; take fewer "
             "offline steps, fresh rollouts, or raise the limit"
         )
+
+
+def _check_signal(config: TrainConfig, routed: Dataset) -> None:
+    """Raises InputError if no offline step could change a weight."""
+    rewarded = config.loss.grpo
+    taught = kl_weight(0, config.schedule) > 0
+    for part in range(routed.parts):
+        table = routed.read_part(part, ["advantage", "route"])
+        if rewarded and np.count_nonzero(table["advantage"].to_numpy()):
+            return
+        if taught and np.count_nonzero(pc.list_flatten(table["route"]).to_numpy()):
+            return
+    raise InputError(
+        f"dataset {routed.ref}: no offline step would learn from its {routed.rows} sequences: "
+        "the rewards of each group are equal, and no routed token has a weight; sample harder or "
+        "easier problems, larger groups, or route tokens (routing, schedule.w0)"
+    )
 
 
 def _lasting_files(run: Draft) -> list[str]:

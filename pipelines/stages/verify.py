@@ -12,9 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from ...data.store import Draft, Store
+from ...data.store import Dataset, Draft, Store
 from ...schemas.configs import VerifyConfig
-from ...schemas.errors import InputError
+from ...schemas.errors import InputError, TooManyFailed
+from ...schemas.labels import VerdictStatus
 from ...schemas.tables import ROLLOUTS, VERDICTS
 from ..verifiers.registry import open_verifier, verifier_identity
 from ..verifiers.verdicts import JUDGED_COLUMNS
@@ -64,6 +65,18 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     }
 
 
+def _check(config: VerifyConfig, dataset: Dataset) -> None:
+    """Raises TooManyFailed if no response could be judged."""
+    statuses = dataset.summary["statuses"]
+    if dataset.summary["scored"] or not statuses or set(statuses) == {VerdictStatus.TRUNCATED}:
+        return
+    counts = ", ".join(f"{count} {status}" for status, count in statuses.items())
+    raise TooManyFailed(
+        f"{dataset.ref} is finished, but none of its {dataset.rows} responses could be judged "
+        f"({counts}); mend the gold answers, the reward or the limits of verify, and run it again"
+    )
+
+
 STAGE = Stage(
     "verify",
     VerifyConfig,
@@ -72,4 +85,5 @@ STAGE = Stage(
     _open,
     _summarize,
     ("status", "correct", "seconds"),
+    check=_check,
 )
