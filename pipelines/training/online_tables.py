@@ -31,7 +31,7 @@ from ..samplers import sampling_engine
 from ..samplers.engine import Follower, Training
 from ..samplers.probe import Probe
 from ..samplers.rollouts import rollouts_table
-from ..verifiers.verdicts import MathVerifier
+from ..verifiers.registry import open_verifier
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class OnlineTables:
             self._follower = cast(Follower, self._sampler)
             texts = [str(text) for text in self._problems["problem"].slice(0, _PROBES).to_pylist()]
             self._probe = Probe(policy.tokenizer, config.prompt, texts)
-        self._verifier = MathVerifier(online.verify)
+        self._verifier = open_verifier(online.verify)
         self._annotator: Any = None
         self._journal = run.local_path("journal")
         self._resumed = False
