@@ -16,11 +16,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ...data.store import Dataset, Store
+from ...schemas.config_faults import unknown_name
 from ...schemas.configs import Config, PipelineConfig, ReportConfig, StudyConfig, TrainConfig
 from ...schemas.environment import whole_number
 from ...schemas.errors import InputError
 from ...schemas.presets import PRESETS
 from ...schemas.settings import load_config, override
+from ...schemas.template import template
 from ..stages import REGISTRY, StageEntry
 from ..terminal import console, log_to_terminal, print_config, print_json
 from .ending import end_at_second_interrupt, exit_code, log_thread_failures
@@ -185,23 +187,27 @@ def study(
 
 @app.command()
 def config(
-    stage: Annotated[str, typer.Argument(help="Stage, or pipeline.")],
+    stage: Annotated[str, typer.Argument(help="Stage, pipeline or study.")],
     path: ConfigPath = None,
     overrides: Overrides = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="JSON schema with descriptions.")
     ] = False,
 ) -> None:
-    """Print a stage's config as YAML, defaults included, or its JSON schema."""
+    """Print a commented template of a stage's config to fill in and run.
+
+    With a file or overrides: the complete config that they make. With --schema: the JSON schema.
+    """
     kinds = {name: entry.config_type for name, entry in REGISTRY.items()}
     kinds |= {"pipeline": PipelineConfig, "study": StudyConfig}
     if stage not in kinds:
-        raise InputError(f"stage {stage!r}: is none of {', '.join(kinds)}")
+        raise InputError(f"stage {unknown_name(stage, kinds)}")
     if schema:
         print_json(kinds[stage].model_json_schema(), console)
-        return
-    section = stage if stage in REGISTRY else None
-    print_config(_load(kinds[stage], path, overrides, section))
+    elif path is None and not overrides:
+        print(template(kinds[stage]), end="")
+    else:
+        print_config(_load(kinds[stage], path, overrides, stage if stage in REGISTRY else None))
 
 
 @app.command()

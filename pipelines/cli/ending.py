@@ -9,13 +9,11 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from ...schemas.errors import InputError, Stopped
-from ...schemas.settings import shortened
+from ...schemas.errors import InputError, Stopped, shortened
 from ..terminal import Terminal
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_SENTENCE = 3000
 _INTERRUPTED = 128 + signal.SIGINT
 _OUT_OF_MEMORY = (
     "out of memory; give the process more, or smaller parts, batches and models, then run the same "
@@ -111,7 +109,7 @@ def _print_error(sentence: str) -> None:
     # Without stderr, or with a full disk behind it, only the exit code remains.
     with suppress(OSError, ValueError):
         Terminal(stderr=True).print(
-            f"trace-opd: {shortened(sentence, _LONGEST_SENTENCE)}", soft_wrap=True, highlight=False
+            f"trace-opd: {' '.join(sentence.split())}", soft_wrap=True, highlight=False
         )
 
 
