@@ -61,7 +61,7 @@ def unknown_name(name: object, known: Iterable[str]) -> str:
 
 
 def _known_keys(model: type[BaseModel], keys: Sequence[str], section: type[BaseModel]) -> str:
-    """The nearest key of the section, or the place where the key belongs, and the section's keys."""
+    """The nearest key of the section, or the key's place elsewhere; and the section's keys."""
     *parents, key = keys
     names = list(section.model_fields)
     near = get_close_matches(key[:100], names, 1)

@@ -9,7 +9,7 @@ sections that are null, are commented out.
 import textwrap
 from collections.abc import Iterable, Iterator
 from enum import Enum
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, TypeAdapter
@@ -162,7 +162,7 @@ def _named_models(kind: Any) -> Any:
 def _default(field: FieldInfo) -> Any:
     """A field's default as JSON data."""
     default = field.get_default(call_default_factory=True)
-    return TypeAdapter(field.annotation).dump_python(default, mode="json")
+    return TypeAdapter(cast(Any, field.annotation)).dump_python(default, mode="json")
 
 
 def _scalar(value: Any) -> str:
