@@ -26,6 +26,7 @@ from typing import Any
 from trace_opd.pipelines.terminal import visible
 from trace_opd.schemas.environment import PREFECT_DEFAULTS
 from trace_opd.schemas.errors import DamagedFile, InputError
+from trace_opd.schemas.extras import missing_extra
 
 if __name__ == "__main__":
     for _name, _value in PREFECT_DEFAULTS.items():  # Prefect reads them when it is imported
@@ -33,9 +34,12 @@ if __name__ == "__main__":
     # Imported under its own name: other processes look tasks up by module and name.
     try:
         import_module("trace_opd.flows").main()
-    except InputError as error:
-        print(f"trace-opd: {visible(str(error))}", file=sys.stderr)
-        sys.exit(2)
+    except (InputError, ModuleNotFoundError) as error:
+        sentence = error if isinstance(error, InputError) else missing_extra(error)
+        if sentence is None:
+            raise
+        print(f"trace-opd: {visible(str(sentence))}", file=sys.stderr)
+        sys.exit(sentence.exit_code)
     sys.exit()
 
 from prefect import Flow, flow, get_run_logger, task

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ...schemas.errors import InputError, Stopped, shortened
+from ...schemas.extras import missing_extra
 from ..terminal import Terminal
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _TORCH_OUT_OF_MEMORY = re.compile("(?i)out of memory|can't allocate memory|not e
 def exit_code(run: Callable[[], object]) -> int:
     """Run the command line and return its exit code.
 
-    0, or 2 for bad input, 143 after SIGTERM, 130 after Ctrl-C, 1 if memory, disk or output failed.
+    0, or 2 for bad input and for a missing extra, 143 after SIGTERM, 130 after Ctrl-C, 1 if memory, disk or output failed.
     Any other exception is a fault of the program and keeps its traceback.
     """
     try:
@@ -43,6 +44,11 @@ def exit_code(run: Callable[[], object]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except ModuleNotFoundError as error:  # a command's own imports, which come late
+        if (sentence := missing_extra(error)) is None:
+            raise
+        _print_error(str(sentence))
+        return sentence.exit_code
     except BrokenPipeError:  # the reader has closed the pipe
         _drop_output()
     except OSError as error:
