@@ -15,6 +15,7 @@ from .errors import quoted, shortened
 
 # Discriminators of unions.
 TAGS = ("engine", "kind")
+_OWN = "own"  # the tag in a location of a union's member whose own tag may be any text
 _MOST_LISTED = 40
 
 
@@ -24,8 +25,8 @@ def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
     where: the file or "config"; model: the config's class, which names the known keys.
     """
     first, *others = error.errors()
-    keys, section = _located(model, first["loc"])
-    field = shortened(".".join(keys)) or "config"
+    keys, section, variants = _located(model, first["loc"])
+    field = shortened(".".join(keys))
     if first["type"] == "extra_forbidden":
         what = f"{field}: unknown key; {_known_keys(model, keys, section)}"
     elif first["type"] == "missing":
@@ -38,6 +39,8 @@ def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
         known = [name.strip("'") for name in context["expected_tags"].split(", ")]
         tag = context["discriminator"].strip("'")
         what = f"{field}.{tag} {unknown_name(context['tag'], known)}"
+        if any(not _tag_values(one) for one in variants):
+            what += "; name one of them, or file.py:Class of your own"
     elif first["type"] == HOLDS_SECRET:
         what = f"{field}: {first['msg']}"
     elif first["input"] is None and keys:
@@ -47,7 +50,7 @@ def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
     else:
         reason = shortened(first["msg"].removeprefix("Value error, "))
         got = "" if isinstance(first["input"], dict) else f" (got {quoted(first['input'])})"
-        what = f"{field}: {reason}{got}"
+        what = f"{field}: {reason}{got}" if field else reason
     more = f" (and {len(others)} more)" if others else ""
     return f"{where}: {what}{more}"
 
@@ -77,18 +80,21 @@ def _known_keys(model: type[BaseModel], keys: Sequence[str], section: type[BaseM
     return f"{hint}known in {place}: {', '.join(names)}"
 
 
-def _located(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], type[BaseModel]]:
-    """The keys of a location without the tags of unions, and the innermost model above its last.
+def _located(
+    model: type[BaseModel], loc: Sequence[int | str]
+) -> tuple[list[str], type[BaseModel], list[type[BaseModel]]]:
+    """The keys of a location, the innermost section above its last key, and the models there.
 
-    A location holds the tag of a union's member behind the union's field.
+    A location holds the tag of a union's member behind the union's field, which is no key.
     """
     keys: list[str] = []
     section, kind = model, model
     for part in loc:
         variants = models_in(kind)
-        tagged = [one for one in variants if len(variants) > 1 and part in _tag_values(one)]
-        if tagged:
-            kind = section = tagged[0]
+        if len(variants) > 1 and (chosen := _chosen_by(part, variants)) is not None:
+            kind = section = chosen
+            continue
+        if part == "":  # a union of unions
             continue
         keys.append(str(part))
         owner = variants[0] if len(variants) == 1 else None
@@ -98,7 +104,16 @@ def _located(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str
             section, kind = owner, None
         else:  # a key of a dict, an index of a list
             kind = (get_args(kind) or (None,))[-1]
-    return keys, section
+    return keys, section, models_in(kind)
+
+
+def _chosen_by(tag: object, variants: Sequence[type[BaseModel]]) -> type[BaseModel] | None:
+    """The member of a union that a tag in a location names; None: it is a key or an index."""
+    for variant in variants:
+        if tag in _tag_values(variant):
+            return variant
+    free = [one for one in variants if not _tag_values(one)]
+    return free[0] if free and tag == _OWN else None
 
 
 def models_in(kind: Any) -> list[type[BaseModel]]:

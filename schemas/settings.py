@@ -56,7 +56,7 @@ def load_config(
                 raise InputError(f"{path}: {section} holds no mapping; write `key: value` lines")
     if preset is not None:
         data = _laid_over(data, preset_data(preset, model))
-    return _validated(model, data, overrides or [], str(path) if path is not None else "config")
+    return validated(model, data, overrides or [], str(path) if path is not None else "config")
 
 
 def override(config: C, overrides: list[str] | None) -> C:
@@ -66,7 +66,7 @@ def override(config: C, overrides: list[str] | None) -> C:
         InputError: malformed override, unknown key or bad value.
     """
     data = config.model_dump(mode="json")
-    return _validated(type(config), data, overrides or [], "config")
+    return validated(type(config), data, overrides or [])
 
 
 def overlaid(config: C, data: dict[str, Any], overrides: list[str]) -> C:
@@ -76,7 +76,7 @@ def overlaid(config: C, data: dict[str, Any], overrides: list[str]) -> C:
         InputError: malformed override, unknown key or bad value.
     """
     base = config.model_dump(mode="json")
-    return _validated(type(config), _laid_over(base, data), overrides, "config")
+    return validated(type(config), _laid_over(base, data), overrides)
 
 
 def _laid_over(base: Any, top: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +87,16 @@ def _laid_over(base: Any, top: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _validated(model: type[C], data: dict, overrides: list[str], where: str) -> C:
+def validated(
+    model: type[C], data: dict[str, Any], overrides: list[str], where: str = "config"
+) -> C:
+    """A config of nested data, to which `a.b=value` overrides are applied in place.
+
+    where: what a sentence about a fault begins with.
+
+    Raises:
+        InputError: malformed override, unknown key or bad value.
+    """
     for text in overrides:
         _apply(data, text)
     _fill_tags(data, model)

@@ -52,7 +52,9 @@ KeepFailed = Annotated[
     bool,
     typer.Option("--keep-failed", help="Continue with failed rows; do not request them again."),
 ]
-Output = Annotated[Path | None, typer.Option(help="HTML file; default: in the dataset's folder.")]
+Output = Annotated[
+    Path | None, typer.Option(dir_okay=False, help="HTML file; default: in the dataset's folder.")
+]
 
 # Options that only the commands of some stages have.
 _STAGE_OPTIONS = {"annotate": "keep_failed", "convert": "preset", "train": "preset"}
@@ -165,8 +167,12 @@ def study(
     config: ConfigPath,
     overrides: Overrides = None,
     store: StoreRoot = "store",
-    output: Annotated[Path, typer.Option(help="Folder of the studies' files.")] = Path("studies"),
-    page: Annotated[Path | None, typer.Option(help="Page; default: study.md there.")] = None,
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder of the studies' files.")
+    ] = Path("studies"),
+    page: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Page; default: study.md there.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Apply the config's `quick`.")] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -264,6 +270,7 @@ def run() -> NoReturn:
     # Read when transformers and datasets are first imported: no progress bars besides ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # an encoding may lack a response's characters
             stream.reconfigure(errors="backslashreplace")

@@ -158,7 +158,8 @@ def compare(
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     output: Annotated[
-        Path | None, typer.Option(help="Folder; default: compare/… in the store.")
+        Path | None,
+        typer.Option(file_okay=False, help="Folder; default: compare/… in the store."),
     ] = None,
     store: StoreRoot = "store",
 ) -> None:
