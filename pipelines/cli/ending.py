@@ -16,7 +16,7 @@ from ..terminal import Terminal
 
 logger = logging.getLogger(__name__)
 
-# The path that a user gave can name no file: it is too long, or leads through a file or in a circle.
+# A path of the user's that can name no file: too long, through a file, or in a circle.
 _BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _INTERRUPTED = 128 + signal.SIGINT
 _OUT_OF_MEMORY = (
