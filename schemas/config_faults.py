@@ -94,7 +94,7 @@ def _located(
         if len(variants) > 1 and (chosen := _chosen_by(part, variants)) is not None:
             kind = section = chosen
             continue
-        if part == "":  # a union of unions
+        if len(variants) > 1 and part == "":  # a union of unions
             continue
         keys.append(str(part))
         owner = variants[0] if len(variants) == 1 else None

@@ -122,7 +122,7 @@ def steps(document: Path) -> Iterator[Step]:
     for match in BLOCK.finditer(text):
         language, block, inline = match.groups()
         if inline is not None:
-            if len(inline.split()) > 2:  # else a mention of the command
+            if len(inline.split()) > 2 or runs_bare(inline.split()[1]):  # else a mention of it
                 found.append((match.start(), Step("sh", inline)))
         elif language in SHELLS or (not language and is_shell(block)):
             found += [(match.start(), Step("sh", one)) for one in joined(block, language)]
@@ -136,6 +136,12 @@ def steps(document: Path) -> Iterator[Step]:
         found = [one for one in found if one[1].language == "sh" and one[1].text[:4] == "make"]
     for _, step in sorted(found, key=lambda one: one[0]):
         yield step
+
+
+def runs_bare(name: str) -> bool:
+    """Whether a command without arguments is more than a mention of it."""
+    required = name not in COMMANDS or any(one.required for one in COMMANDS[name].params)
+    return not required and name not in KINDS and name != "serve"
 
 
 def is_shell(block: str) -> bool:

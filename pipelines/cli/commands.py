@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from ... import __version__
 from ...data.store import Dataset, Store
 from ...schemas.config_faults import unknown_name
 from ...schemas.configs import Config, PipelineConfig, ReportConfig, StudyConfig, TrainConfig
@@ -32,7 +33,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Token-routed self on-policy distillation: annotate, route, train.",
 )
 
 ConfigPath = Annotated[
@@ -138,6 +138,24 @@ for _entry in REGISTRY.values():
     app.command(_entry.name, help=_entry.summary)(_command)
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"trace-opd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Token-routed self on-policy distillation: annotate, route, train."""
 
 
 @app.command()
