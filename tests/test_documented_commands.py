@@ -9,7 +9,6 @@ Files and snippets of Python and SQL between the commands are written and run to
 import contextlib
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -18,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,9 @@ REPLACED = {
     "/data/trace-opd": "$PWD/local",
 }
 PROGRAMS = (
-    "aws dask docker export make pip prefect python ray sbatch source torchrun trace-opd uv vllm"
-).split()
+    *("aws", "dask", "docker", "export", "make", "pip", "prefect", "python", "ray", "sbatch"),
+    *("source", "torchrun", "trace-opd", "uv", "vllm"),
+)
 SHELLS = ("sh", "bash", "shell", "console")
 BLOCK = re.compile(r"^ *```([\w-]*)[^\n]*\n(.*?)^ *```|`(trace-opd [^`\n]+)`", re.M | re.S)
 INDENTED = re.compile(rf"^    ((?:{'|'.join(PROGRAMS)}) .*)$", re.M)
@@ -317,7 +318,8 @@ def check(words: list[str]) -> None:
         for names in re.findall(r"\[([\w,]+)\]", " ".join(words)):
             assert set(names.split(",")) <= extras, names
     elif words[:3] == ["prefect", "deployment", "run"]:
-        _check_deployment(words[3], [b for a, b in zip(words, words[1:], strict=False) if a == "-p"])
+        given = [value for option, value in pairwise(words) if option == "-p"]
+        _check_deployment(words[3], given)
     elif words[0] == "trace-opd" and "…" not in words:
         _check_command(words[1], words[2:])
 

@@ -50,8 +50,8 @@ print(json.dumps(ends))
 
 def extras_alone() -> list[str]:
     """Packages of extras, by the names of their modules, that no base package needs."""
-    lines = requires("trace-opd") or []
-    names = {re.match(r"[\w-]+", line).group().replace("-", "_") for line in lines if "extra" in line}  # fmt: skip # pyright: ignore
+    lines = [line for line in requires("trace-opd") or [] if "extra" in line]
+    names = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}
     # transformers and huggingface_hub bring these to every installation.
     return sorted(names - {"typer", "httpx2", "jinja2", "safetensors"})
 
