@@ -87,6 +87,8 @@ def _answers(left: Any, value: Any) -> bool:
     """
     if not isinstance(left, sympy.Expr) or not isinstance(value, sympy.Expr):
         return True
+    if left in value.free_symbols:
+        return False
     if left.is_Symbol or isinstance(left, AppliedUndef | sympy.Derivative):
         return True
     if left.free_symbols and value.is_number and not value.is_zero:
