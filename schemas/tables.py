@@ -90,7 +90,7 @@ PROBLEMS = make_contract(
             "problem", _string, "The problem as the student sees it, without prompt template."
         ),
         described("answer", _string, "Gold final answer; the letter for multiple choice."),
-        described("answer_kind", _string, "How answers are compared: math or choice."),
+        described("answer_kind", _string, "How answers are compared: math, choice or text."),
         described(
             "solution",
             _string,
@@ -167,8 +167,10 @@ VERDICTS = make_contract(
         described("status", _string, "How the verification ended (VerdictStatus)."),
         described("verifier", _string, "Verifier and version."),
         described("seconds", _float32, "Time that the verification took."),
+        described("feedback", _string, "What a reward of one's own reports.", True),
     ],
     "rollout_id",
+    optional=("feedback",),
     labels={"status": VerdictStatus},
     ranges={"reward": (-_MOST, _MOST)},
 )

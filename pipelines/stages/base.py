@@ -10,13 +10,13 @@ import atexit
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
 from ...data.store import Dataset, Draft, Store
-from ...schemas.configs import Config
+from ...schemas.configs import Config, located
 from ...schemas.contract import TableContract
 from ..progress import progress_bar
 from ..terminal import Terminal
@@ -89,6 +89,7 @@ class Stage:
     def begin(self, config: Config, store: Store) -> tuple[Plan, Draft | Dataset]:
         """Check the request and open its dataset, finished or as a draft."""
         plan = self.resolve(config, store)
+        plan = replace(plan, config=located(plan.config))
         target = store.begin(
             self.name, plan.semantic, plan.inputs, self.contract, config.model_dump(mode="json")
         )

@@ -3,6 +3,7 @@
 Stage train opens one `OnlineTables` on every rank and gives its `source` to the trainer.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -30,8 +31,10 @@ from ..samplers import sampling_engine
 from ..samplers.engine import Follower, Training
 from ..samplers.probe import Probe
 from ..samplers.rollouts import rollouts_table
-from ..verifiers.verdicts import MathVerifier
+from ..verifiers.registry import open_verifier
 from .validation import Validation
+
+logger = logging.getLogger(__name__)
 
 # Online tables: role, stage, contract, and the roles that are the dataset's inputs.
 _ONLINE_TABLES = (
@@ -71,6 +74,13 @@ class OnlineTables:
         self._config, self._policy, self._refresh = config, policy, refresh
         self._first = config.offline.steps
         self._problems = inputs["problems"].read()
+        if ranks.first and len(self._problems) < config.groups_per_step:
+            logger.warning(
+                "groups_per_step is %d, dataset %s has %d problems: each step samples all of them",
+                config.groups_per_step,
+                inputs["problems"].ref,
+                len(self._problems),
+            )
         engine = sampling_engine(config.sampler, config.policy)
         ahead = online.max_staleness > 0
         if ahead and ranks.count > 1 and not engine.served:
@@ -90,7 +100,7 @@ class OnlineTables:
             self._follower = cast(Follower, self._sampler)
             texts = [str(text) for text in self._problems["problem"].slice(0, _PROBES).to_pylist()]
             self._probe = Probe(policy.tokenizer, config.prompt, texts)
-        self._verifier = MathVerifier(online.verify)
+        self._verifier = open_verifier(online.verify)
         self._annotator: Any = None
         self._journal = run.local_path("journal")
         self._resumed = False

@@ -67,6 +67,14 @@ def test_a_step_never_asks_a_problem_twice_and_runs_out_of_them_in_the_end(root)
     online.close()
 
 
+def test_a_step_has_each_of_too_few_problems_once_and_says_so(root, caplog):
+    online, _ = tables_of(root, config_of("groups_per_step=16"))
+    assert "groups_per_step is 16, dataset problems/" in caplog.text
+    assert "has 10 problems: each step samples all of them" in caplog.text
+    assert len(set(asked(online, 1, 0))) == len(asked(online, 1, 0)) == 10
+    online.close()
+
+
 def test_what_a_step_asks_depends_on_step_round_and_seed_alone(root):
     online, _ = tables_of(root, config_of("seed=2"))
     again, _ = tables_of(root, config_of("seed=2"))
