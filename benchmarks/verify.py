@@ -50,7 +50,7 @@ TIMEOUT_S, MEMORY_MIB, KILL_S, MAX_CHARS = 1.0, 2048, 12.0, 50_000
 
 def ours(pool: VerifierPool, jobs: list[Job]) -> list[bool | None]:
     """As in pipelines/verifiers/verdicts.py: plain numbers and words need no worker."""
-    known = {job: exact_match(job.gold, job.answer) for job in jobs}
+    known = {job: exact_match(*job) for job in jobs}
     asked = [job for job in jobs if known[job] is None]
     known |= {job: outcome.correct for job, outcome in zip(asked, pool.judge(asked), strict=True)}
     return [known[job] for job in jobs]
@@ -59,7 +59,8 @@ def ours(pool: VerifierPool, jobs: list[Job]) -> list[bool | None]:
 def naive(job: Job) -> bool:
     from math_verify import parse, verify
 
-    return verify(parse(f"\\boxed{{{job.gold}}}"), parse(f"\\boxed{{{job.answer}}}"))
+    gold, answer = job
+    return verify(parse(f"\\boxed{{{gold}}}"), parse(f"\\boxed{{{answer}}}"))
 
 
 def rates(jobs: list[Job], warm_up: list[Job]) -> dict[str, tuple[float, float]]:
@@ -130,10 +131,10 @@ def watched() -> Iterator[list[int]]:
 def hostile_ours(rows: list[tuple[Job, bool]]) -> dict[str, Any]:
     pool = VerifierPool(1, TIMEOUT_S, MEMORY_MIB)
     pool.judge([Job("x", "y")])
-    short = [(job, right) for job, right in rows if len(job.answer) <= MAX_CHARS]
+    short = [(job, right) for job, right in rows if len(job[1]) <= MAX_CHARS]
     with watched() as most:
         began = time.perf_counter()
-        known = {job: exact_match(job.gold, job.answer) for job, _ in short}
+        known = {job: exact_match(*job) for job, _ in short}
         asked = [job for job in known if known[job] is None]
         outcomes = pool.judge(asked)
         seconds = time.perf_counter() - began
@@ -239,9 +240,7 @@ def main() -> None:
             }
         )
     rows[0]["per_second_workers_only"] = len(jobs) / taken["workers only"][0]
-    rows[0]["decided_without_worker"] = sum(
-        exact_match(job.gold, job.answer) is not None for job in jobs
-    )
+    rows[0]["decided_without_worker"] = sum(exact_match(*job) is not None for job in jobs)
     hostile = hostile_rows()
     if "--ordinary" not in sys.argv:
         with console.status("hostile answers"):
