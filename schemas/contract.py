@@ -27,7 +27,8 @@ class TableContract:
     labels: string columns with values of an enumeration; codes: the same for lists of integers;
     nested_labels: for strings in lists of structs, by (column, field); same_length: columns of
     lists of equal length; ranges: (least, most) of finite numbers, or of lists of them; filled:
-    lists that are never empty; faults: (column, what is wrong, function that returns a mask of
+    lists that are never empty; optional: nullable fields after those of the schema, each of which
+    a table may lack; faults: (column, what is wrong, function that returns a mask of
     wrong rows).
     """
 
@@ -41,14 +42,23 @@ class TableContract:
     same_length: tuple[tuple[str, ...], ...] = ()
     ranges: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     filled: tuple[str, ...] = ()
+    optional: tuple[pa.Field, ...] = ()
     faults: tuple[tuple[str, str, Callable[[pa.Table], Any]], ...] = ()
 
     def empty(self) -> pa.Table:
         return self.schema.empty_table()
 
     def table(self, rows: Iterable[dict]) -> pa.Table:
-        """Build a table of this contract from dictionaries, one per row."""
-        return pa.Table.from_pylist(list(rows), schema=self.schema)
+        """Build a table of this contract from dictionaries, one per row. It has those optional
+        columns that a row fills."""
+        held = list(rows)
+        filled = {f.name for f in self.optional if any(row.get(f.name) is not None for row in held)}
+        return pa.Table.from_pylist(held, schema=self.schema_with(filled))
+
+    def schema_with(self, optional: Iterable[str]) -> pa.Schema:
+        """The schema with those optional fields that are among some names."""
+        fields = [field for field in self.optional if field.name in set(optional)]
+        return pa.schema([*self.schema, *fields]).with_metadata(self.schema.metadata)
 
 
 def described(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
@@ -84,15 +94,16 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
         InputError: names `where`, the column and the first row at fault.
     """
     check_columns(table, contract, contract.schema.names, where)
-    if extra := sorted(set(table.column_names) - set(contract.schema.names)):
+    schema = contract.schema_with(table.column_names)
+    if extra := sorted(set(table.column_names) - set(schema.names)):
         raise InputError(
             f"{where}: column {extra[0]} is not in table {contract.name}; drop or rename it"
         )
-    if table.num_columns > len(contract.schema):
+    if table.num_columns > len(schema):
         twice = max(table.column_names, key=table.column_names.count)
         raise InputError(f"{where}: column {twice} appears twice; drop one of them")
     columns = []
-    for field in contract.schema:
+    for field in schema:
         column = table.column(field.name)
         try:
             column = column.cast(field.type)
@@ -110,7 +121,7 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
                 f"{where}, row {row}: {field.name} has an entry that is null; give it a value"
             )
         columns.append(column)
-    checked = pa.Table.from_arrays(columns, schema=contract.schema)
+    checked = pa.Table.from_arrays(columns, schema=schema)
     _check_labels(checked, contract, where)
     _check_lengths(checked, contract, where)
     _check_ranges(checked, contract, where)

@@ -118,6 +118,11 @@ PROBLEMS = make_contract(
     ],
     "problem_id",
     labels={"answer_kind": AnswerKind},
+    optional=(
+        described("source_id", _string, "The row's own id in its source.", True),
+        described("subject", _string, "The subject, as the source names it.", True),
+        described("level", _string, "The difficulty, as the source gives it.", True),
+    ),
 )
 
 ROLLOUTS = make_contract(

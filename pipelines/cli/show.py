@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ...data.row_files import skipped_sentence
 from ...data.store import MANIFEST, Dataset, Store
 from ...schemas.configs import Config, TrainConfig
 from ...schemas.errors import DamagedFile, InputError
@@ -93,19 +94,26 @@ def _summary_tables(dataset: Dataset) -> Iterator[Table]:
     else:
         table = Table(box=None, show_header=False)
         for key, value in summary.items():
-            table.add_row(key, _figure(key, value))
+            table.add_row(key, figure(key, value))
         yield table
     if parts:
         table = Table("part", *parts[0], box=None)
         for index, part in enumerate(parts):
-            table.add_row(str(index), *(_figure(key, value) for key, value in part.items()))
+            table.add_row(str(index), *(figure(key, value) for key, value in part.items()))
         yield table
 
 
-def _figure(key: str, value: Any) -> str:
+def figure(key: str, value: Any) -> str:
     """A figure of a summary; an unknown cost shows as unknown, not as none."""
     if "usd" in key:
         return dollars(value)
+    if key == "skipped":
+        return skipped_sentence(value)
+    if key == "columns":
+        return ", ".join(
+            f"{role} = {name}" if isinstance(name, str) else f"{role} ({figure(key, name)})"
+            for role, name in value.items()
+        )
     return "n/a" if value is None else str(value)
 
 

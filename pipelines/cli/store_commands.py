@@ -6,7 +6,7 @@ commands.py adds `COMMANDS` to `trace-opd`. Slow imports are inside the commands
 import logging
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -14,6 +14,7 @@ from rich.tree import Tree
 
 from ...data.manifest import one_line
 from ...data.remote import require_reachable
+from ...data.row_files import skipped_sentence
 from ...data.store import Store
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
@@ -104,10 +105,15 @@ def lineage(
     ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")], store: StoreRoot = "store"
 ) -> None:
     """Show the datasets that a dataset was made from."""
+    from .show import figure
+
     opened = Store(store)
     trees: list[Tree] = []
     for depth, role, dataset in opened.get(ref).lineage():
         text = f"{one_line(role) + ': ' if role else ''}{dataset.ref}  {dataset.rows} rows"
+        for name in ("columns", "skipped"):  # of problems from files
+            if name in dataset.summary:
+                text += f"\n{name}: {figure(name, dataset.summary[name])}"
         node = trees[depth - 1].add(text) if depth else Tree(text)
         trees[depth:] = [node]
     console.print(trees[0])
@@ -125,25 +131,30 @@ def alias(
 
 def import_(
     layout: Annotated[str, typer.Argument(help="processbench or prm800k.")],
-    file: Annotated[str, typer.Argument(help="JSON or JSONL file, or an fsspec URL.")],
+    file: Annotated[str, typer.Argument(help="JSONL, JSON or Parquet file, or an fsspec URL.")],
     alias: Annotated[str, typer.Option(help="Prefix of the datasets' names.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of responses.")] = None,
     hide_verdict: Annotated[
         bool,
         typer.Option("--hide-verdict", help="Record every response as wrong."),
     ] = False,
+    on_bad_rows: Annotated[
+        Literal["refuse", "skip"], typer.Option(help="What to do with rows that can't be used.")
+    ] = "refuse",
     store: StoreRoot = "store",
 ) -> None:
     """Import human labels of steps as problems, rollouts, verdicts and annotations."""
     from ..compare.human_labels import import_labels
 
-    made = import_labels(layout, file, Store(store), alias, limit, hide_verdict)
+    made = import_labels(layout, file, Store(store), alias, limit, hide_verdict, on_bad_rows)
     for name, dataset in made.items():
         console.print(f"{name}: {dataset.ref}  {dataset.rows} rows")
-    left_out = made[f"{alias}-problems"].summary["left_out"]
-    if left_out:
+    summary = made[f"{alias}-problems"].summary
+    if left_out := summary["left_out"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         console.print(f"left out: {reasons}")
+    if skipped := summary.get("skipped"):
+        console.print(f"skipped: {skipped_sentence(skipped)}", markup=False)
 
 
 def compare(

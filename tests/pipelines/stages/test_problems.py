@@ -106,7 +106,7 @@ def test_unparsable_gold_answers_are_dropped_and_counted_when_asked(store, probl
     dataset = make(store, source, drop_unparsable=True, limit=10)
     assert dataset.rows == 10
     assert dataset.summary["unparsable"] == 1
-    with pytest.raises(InputError, match="none of its 1 gold answers parses"):
+    with pytest.raises(InputError, match="none of its 1 rows can be used"):
         make(store, problems_file([{"problem": "why?", "answer": "???"}]), drop_unparsable=True)
 
 
