@@ -64,7 +64,7 @@ class SkippedRows:
         return sum(self._counts.values())
 
     def sentence(self) -> str:
-        return skipped_sentence(self.figures())
+        return "; ".join(skipped_faults(self.figures()))
 
     def figures(self) -> dict[str, Any]:
         """{fault: {"rows": number, "first": places}}, for a dataset's summary."""
@@ -74,14 +74,14 @@ class SkippedRows:
         }
 
 
-def skipped_sentence(figures: dict[str, Any]) -> str:
+def skipped_faults(figures: dict[str, Any]) -> list[str]:
     """ "2 rows: column 'answer' is empty (p.jsonl, row 3; p.jsonl, row 9)", for each fault."""
     faults = []
     for what, found in figures.items():
         more = ["…"] if found["rows"] > len(found["first"]) else []
         number = f"{found['rows']} row{'s' if found['rows'] > 1 else ''}"
         faults.append(f"{number}: {what} ({'; '.join([*found['first'], *more])})")
-    return "; ".join(faults)
+    return faults
 
 
 Rows = Iterator[tuple[int, dict[str, Any] | BadRow]]
@@ -257,10 +257,8 @@ def _csv_rows(file: Any, name: str, delimiter: str | None) -> Rows:
             cells = next(reader, None)
         except csv.Error as error:
             row += 1
-            yield (
-                row,
-                bad_row(f"{name}, row {row}", "is not CSV", "mend its quotes", f" ({error!s:.80})"),
-            )
+            what, place = "is not CSV", f"{name}, row {row}"
+            yield row, bad_row(place, what, "mend its quotes", f"{what} ({error!s:.80})")
             continue
         if cells is None:
             return
@@ -275,8 +273,8 @@ def _csv_rows(file: Any, name: str, delimiter: str | None) -> Rows:
                 bad_row(
                     f"{name}, row {row}",
                     "has another number of cells than the first row",
-                    f'quote cells that hold "{delimiter}" or line ends',
-                    f" ({len(cells)}, not {len(header)})",
+                    f"quote cells that hold {delimiter!r} or line ends",
+                    f"has {len(cells)} cells, the first row {len(header)}",
                 ),
             )
 

@@ -83,9 +83,13 @@ class ColumnMap:
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
-def shown(columns: dict[str, Any]) -> dict[str, Any]:
+def shown(columns: dict[str, Any]) -> dict[str, str]:
     """A map's identity for people: roles with their columns, without empty ones."""
-    found = {role: name for role, name in columns.items() if name and role != "final"}
+    found = {
+        role: ", ".join(name) if isinstance(name, list) else name
+        for role, name in columns.items()
+        if name and role != "final"
+    }
     how = {"hashes": " (after ####)", "solution": " (in \\boxed{} or after ####)"}
     return found | {"answer": f"{columns['answer']}{how.get(columns.get('final', ''), '')}"}
 

@@ -169,7 +169,8 @@ def _preset(source: HubSource) -> tuple[str, Preset]:
         if (value := getattr(source, field)) != type(source).model_fields[field].default
     }
     named: dict[str, Any] = source.columns.model_dump(exclude_none=True)
-    if preset.columns is not None and named:
+    # Full configs of older releases hold the former default, which left the preset's columns.
+    if preset.columns is not None and named and named != {"problem": "problem", "answer": "answer"}:
         named |= {"final": None} if "answer" in named else {}
         changed["columns"] = replace(preset.columns, **{k: v or None for k, v in named.items()})
     return source.preset, replace(preset, **changed)

@@ -14,7 +14,7 @@ from rich.tree import Tree
 
 from ...data.manifest import one_line
 from ...data.remote import require_reachable
-from ...data.row_files import skipped_sentence
+from ...data.row_files import skipped_faults
 from ...data.store import Store
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
@@ -105,15 +105,13 @@ def lineage(
     ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")], store: StoreRoot = "store"
 ) -> None:
     """Show the datasets that a dataset was made from."""
-    from .show import figure
+    from .show import reading_notes
 
     opened = Store(store)
     trees: list[Tree] = []
     for depth, role, dataset in opened.get(ref).lineage():
         text = f"{one_line(role) + ': ' if role else ''}{dataset.ref}  {dataset.rows} rows"
-        for name in ("columns", "skipped"):  # of problems from files
-            if name in dataset.summary:
-                text += f"\n{name}: {figure(name, dataset.summary[name])}"
+        text = "\n".join([text, *reading_notes(dataset)])
         node = trees[depth - 1].add(text) if depth else Tree(text)
         trees[depth:] = [node]
     console.print(trees[0])
@@ -154,7 +152,7 @@ def import_(
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         console.print(f"left out: {reasons}")
     if skipped := summary.get("skipped"):
-        console.print(f"skipped: {skipped_sentence(skipped)}", markup=False)
+        console.print(f"skipped: {'; '.join(skipped_faults(skipped))}", markup=False)
 
 
 def compare(

@@ -140,7 +140,7 @@ def _collect(config_json: str, content: str) -> tuple[pa.Table, dict[str, Any]]:
         )
     logger.info("problems: %d kept, %d repeated, %d unparsable", len(kept), *counts.values())
     if skipped.rows:
-        logger.warning("problems: skipped %s", skipped.sentence())
+        logger.info("problems: skipped %s", skipped.sentence())
     if config.limit is not None and len(kept) < config.limit:
         logger.warning("problems: limit is %d, the source has %d", config.limit, len(kept))
     return PROBLEMS.table(kept), counts | ({"skipped": skipped.figures()} if skipped.rows else {})
