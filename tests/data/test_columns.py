@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ import pytest
 
 from trace_opd.data import sources
 from trace_opd.data.row_files import BadRow
+from trace_opd.data.sources.columns import KNOWN, KNOWN_ABOUT
 from trace_opd.schemas.configs import Columns, FilesSource, HubSource
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import AnswerKind
@@ -222,3 +224,9 @@ def test_a_heading_is_no_final_answer(tmp_path):
     ((found,), columns) = read(written(tmp_path, [row], ".jsonl"))
     assert found["answer"] == row["answer"]
     assert "final" not in columns
+
+
+def test_the_documented_names_are_the_recognised_ones():
+    page = (Path(__file__).parents[2] / "docs" / "your-own.md").read_text()
+    for role, names in (KNOWN | KNOWN_ABOUT).items():
+        assert f"\n| {role} | {', '.join(names)} |\n" in page
