@@ -136,6 +136,16 @@ def fields_within(field: pa.Field) -> list[pa.Field]:
     return [field]
 
 
+def test_a_table_may_lack_or_have_optional_columns():
+    plain = table_of(PROBLEMS)
+    assert plain.schema == validate(plain, PROBLEMS).schema == PROBLEMS.schema
+    some = table_of(PROBLEMS, {"subject": "Algebra"}, {"level": None})
+    assert validate(some, PROBLEMS)["subject"].to_pylist() == ["Algebra", None]
+    assert some.column_names == [*PROBLEMS.schema.names, "subject"]
+    with pytest.raises(InputError, match="column level is list"):
+        validate(plain.append_column("level", pa.array([["1"], ["2"], ["3"]])), PROBLEMS, "t")
+
+
 @every_contract
 def test_a_valid_table_passes_and_keeps_its_values(contract):
     table = table_of(contract)
