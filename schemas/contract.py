@@ -6,7 +6,7 @@ metadata, every schema its table's name and version. Errors name the column and 
 
 import dataclasses
 import errno
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum, StrEnum
 from typing import Any
@@ -27,9 +27,8 @@ class TableContract:
     labels: string columns with values of an enumeration; codes: the same for lists of integers;
     nested_labels: for strings in lists of structs, by (column, field); same_length: columns of
     lists of equal length; ranges: (least, most) of finite numbers, or of lists of them; filled:
-    lists that are never empty; optional: nullable fields after those of the schema, each of which
-    a table may lack; faults: (column, what is wrong, function that returns a mask of
-    wrong rows).
+    lists that are never empty; optional: columns that a table may lack; faults: (column, what is
+    wrong, function that returns a mask of wrong rows).
     """
 
     name: str
@@ -42,23 +41,24 @@ class TableContract:
     same_length: tuple[tuple[str, ...], ...] = ()
     ranges: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     filled: tuple[str, ...] = ()
-    optional: tuple[pa.Field, ...] = ()
+    optional: tuple[str, ...] = ()
     faults: tuple[tuple[str, str, Callable[[pa.Table], Any]], ...] = ()
 
     def empty(self) -> pa.Table:
-        return self.schema.empty_table()
+        return self.table([])
 
     def table(self, rows: Iterable[dict]) -> pa.Table:
-        """Build a table of this contract from dictionaries, one per row. It has those optional
-        columns that a row fills."""
-        held = list(rows)
-        filled = {f.name for f in self.optional if any(row.get(f.name) is not None for row in held)}
-        return pa.Table.from_pylist(held, schema=self.schema_with(filled))
+        """Build a table of this contract from dictionaries, one per row.
 
-    def schema_with(self, optional: Iterable[str]) -> pa.Schema:
-        """The schema with those optional fields that are among some names."""
-        fields = [field for field in self.optional if field.name in set(optional)]
-        return pa.schema([*self.schema, *fields]).with_metadata(self.schema.metadata)
+        It has the optional columns that a row names.
+        """
+        rows = list(rows)
+        return pa.Table.from_pylist(rows, schema=self.schema_of(set().union(*rows)))
+
+    def schema_of(self, names: Container[str]) -> pa.Schema:
+        """The schema with only those optional columns that are among the names."""
+        kept = [f for f in self.schema if f.name not in self.optional or f.name in names]
+        return pa.schema(kept).with_metadata(self.schema.metadata or {})
 
 
 def described(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
@@ -93,9 +93,9 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
     Raises:
         InputError: names `where`, the column and the first row at fault.
     """
-    check_columns(table, contract, contract.schema.names, where)
-    schema = contract.schema_with(table.column_names)
-    if extra := sorted(set(table.column_names) - set(schema.names)):
+    schema = contract.schema_of(table.column_names)
+    check_columns(table, contract, schema.names, where)
+    if extra := sorted(set(table.column_names) - set(contract.schema.names)):
         raise InputError(
             f"{where}: column {extra[0]} is not in table {contract.name}; drop or rename it"
         )

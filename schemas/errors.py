@@ -28,6 +28,12 @@ class TooManyFailed(InputError):
     exit_code = 1
 
 
+class OwnCodeError(InputError):
+    """Code of the user's own raised an exception; the sentence names its line."""
+
+    exit_code = 1
+
+
 class EngineEnded(InputError):
     """A sampler's engine process ended during a call: killed, out of memory, or stopped with the
     run.

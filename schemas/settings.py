@@ -104,7 +104,8 @@ def explain(error: ValidationError, where: str) -> str:
     """One sentence for the first fault of a pydantic error, with the number of others."""
     first, *others = error.errors()
     # `loc` contains the tags of discriminated unions too; they are not keys, but help the reader.
-    field = shortened(".".join(str(part) for part in first["loc"])) or "config"
+    # A tag is empty where a union only tells the toolkit's engines from code of one's own.
+    field = shortened(".".join(str(part) for part in first["loc"] if part != "")) or "config"
     if first["type"] == "extra_forbidden":
         what = f"{field}: unknown key; see --help or `trace-opd config` for the known ones"
     elif first["type"] == "missing":
@@ -112,6 +113,12 @@ def explain(error: ValidationError, where: str) -> str:
     elif first["type"] == "union_tag_not_found":
         tag = first["ctx"]["discriminator"].strip("'")  # type: ignore[typeddict-item]
         what = f"{field}: names no {tag}; set it in the file or as {field}.{tag}=value"
+    elif first["type"] == "union_tag_invalid":
+        context = first["ctx"]  # type: ignore[typeddict-item]
+        what = (
+            f"{field}: {shortened(repr(context['tag']))} is none of {context['expected_tags']}; "
+            "name one, or file.py:Class of your own"
+        )
     elif first["type"] == HOLDS_SECRET:
         what = f"{field}: {first['msg']}"
     else:

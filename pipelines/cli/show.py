@@ -118,6 +118,8 @@ def figure(key: str, value: Any) -> str:
         return "\n".join(skipped_faults(value))
     if key == "columns":
         return "\n".join(f"{role}: {_column(name)}" for role, name in value.items())
+    if key == "requests":
+        return ", ".join(f"{number:,} {what}" for what, number in value.items())
     return "n/a" if value is None else str(value)
 
 

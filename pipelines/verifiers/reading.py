@@ -81,6 +81,8 @@ def gold_parses(answer: str, kind: AnswerKind) -> bool | None:
     """
     if kind == AnswerKind.CHOICE:
         return letter_of(answer) is not None
+    if kind == AnswerKind.TEXT:
+        return bool(answer.strip())
     answer = answer.strip()
     return True if plain_number(answer) is not None or _words(answer) else None
 

@@ -17,6 +17,7 @@ from .pool import Job, Outcome, VerifierPool
 from .reading import choice_letter, exact_match, final_answer, letter_of
 
 CHOICE_MATCHER = "choice-matcher 1"
+TEXT_MATCHER = "text-matcher 1"
 JUDGED_COLUMNS = ["rollout_id", "problem_id", "group_id", "response", "finish_reason"]
 
 
@@ -90,6 +91,11 @@ class MathVerifier:
             answer = choice_letter(rollout["response"])
             verdict = _choice_verdict(letter_of(gold), answer)
             matcher = CHOICE_MATCHER
+        elif kind == AnswerKind.TEXT:
+            answer = final_answer(rollout["response"])
+            status = VerdictStatus.PRED_UNPARSED if answer is None else VerdictStatus.OK
+            verdict = Outcome(status, answer is not None and answer == gold.strip(), 0.0)
+            matcher = TEXT_MATCHER
         else:
             answer = final_answer(rollout["response"])
             if answer is not None and len(answer) > self._config.max_answer_chars:

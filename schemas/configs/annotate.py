@@ -1,13 +1,26 @@
 """Configs of stages verify, annotate and convert."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, Tag
 
+from .. import own_code
 from ..labels import Route
-from .base import Config, operational
+from .base import Config, added, operational
 from .endpoint import EndpointUrl, KeyVariable
+from .own import NAMED, OWN, OwnAnnotator, OwnReward, named_or_own
 from .rollout import PolicyConfig, Sampler, TransformersSampler
+
+
+class AnswerReward(Config):
+    """1 if the final answer equals the gold answer, else 0: math-verify, choices, or plain text."""
+
+    engine: Literal["answer"] = Field(default="answer", description="What rewards.")
+
+
+Reward = Annotated[
+    Annotated[AnswerReward, Tag(NAMED)] | Annotated[OwnReward, Tag(OWN)], named_or_own("engine")
+]
 
 
 class VerifyConfig(Config):
@@ -15,6 +28,9 @@ class VerifyConfig(Config):
 
     rollouts: str = Field(
         default="rollouts", description="Rollouts dataset: alias, id or stage/id."
+    )
+    reward: Reward = added(
+        AnswerReward(), "What rewards a response: its final answer, or a function of your own."
     )
     timeout_s: float = Field(default=10.0, gt=0, description="Deadline per verification.")
     memory_mib: int = Field(default=2048, ge=256, description="Address-space limit per worker.")
@@ -162,8 +178,12 @@ class OpenAIAnnotator(AnnotatorPrompt):
     )
 
 
-Annotator = Annotated[
+NamedAnnotator = Annotated[
     NoAnnotator | RuleAnnotator | SelfAnnotator | OpenAIAnnotator, Field(discriminator="engine")
+]
+Annotator = Annotated[
+    Annotated[NamedAnnotator, Tag(NAMED)] | Annotated[OwnAnnotator, Tag(OWN)],
+    named_or_own("engine"),
 ]
 
 
@@ -184,7 +204,7 @@ class RoutingConfig(Config):
         default="spans",
         description="Which tokens are routed: spans (the annotator's), all, random, inverted "
         "(random "
-        "outside the annotator's spans), or your own module:function.",
+        "outside the annotator's spans), or file.py:function or module:function of your own.",
     )
     alpha: float = Field(
         default=0.25, ge=0, le=1, description="Largest share of a response that spans may cover."
@@ -214,6 +234,16 @@ class RoutingConfig(Config):
     overlong_buffer: int = Field(
         default=256, ge=1, description="Tokens before the limit at which overlong=soft begins."
     )
+
+    def semantic(self) -> dict[str, Any]:
+        """A rule of one's own is known by its file's name; the stage adds the file's hash."""
+        own = own_code.is_own(self.rule)
+        return super().semantic() | ({"rule": own_code.short_name(self.rule)} if own else {})
+
+    def located(self) -> "RoutingConfig":
+        """With the absolute path of a rule of one's own, for workers in other folders."""
+        own = own_code.is_own(self.rule)
+        return self.model_copy(update={"rule": own_code.absolute_name(self.rule)} if own else {})
 
 
 class ConvertConfig(Config):

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, Tag, model_validator
 
 from .base import Config, operational
 from .endpoint import EndpointUrls, KeyVariable
+from .own import NAMED, OWN, OwnSampler, named_or_own
 
 
 class Example(Config):
@@ -130,8 +131,11 @@ class VllmSampler(Config):
     seed: int = Field(default=0, description="Engine seed; samples carry their own.")
 
 
-Sampler = Annotated[
+NamedSampler = Annotated[
     TransformersSampler | OpenAISampler | VllmSampler, Field(discriminator="engine")
+]
+Sampler = Annotated[
+    Annotated[NamedSampler, Tag(NAMED)] | Annotated[OwnSampler, Tag(OWN)], named_or_own("engine")
 ]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16"]
