@@ -54,6 +54,8 @@ def find_files(
                 raise InputError(f"{path}: is a folder, and holds no such file; give {kinds}")
             about |= inside
     for path, info in about.items():
+        if isinstance(fs, LocalFileSystem):  # a link in a folder or a glob may lead to a device
+            _require_no_device(path, kinds)
         if info["type"] != "file":
             folder = info["type"] == "directory"
             kind = "folder" if folder else _kind_of_mode(info.get("mode", 0))

@@ -35,6 +35,8 @@ def odd_places(tmp_path):
     (tmp_path / "dangling.jsonl").symlink_to("nowhere")
     (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "devices").mkdir()
+    (tmp_path / "devices" / "zero.jsonl").symlink_to("/dev/zero")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket.jsonl"))
     with (tmp_path / "sparse.jsonl").open("wb") as file:
@@ -56,6 +58,8 @@ def odd_places(tmp_path):
         ("{}/dangling.jsonl", "no such file"),
         ("{}/loop.jsonl", "no such file"),
         ("{}/none.jsonl", "no such file"),
+        ("{}/z*.jsonl", "is a device, not a regular file"),
+        ("{}/devices", "is a device, not a regular file|is a folder, not a regular file"),
         ("x" * 5000, "no such file"),
         ("a\0b", "no such file|cannot be read"),
         ("", "no such file|is a folder"),

@@ -22,7 +22,7 @@ ROWS = [{"problem": "1 + 1?", "answer": "2"}, {"problem": 'say "é",\nthen 4', "
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 CSV = 'problem,answer\n1 + 1?,2\n"say ""é"",\nthen 4",4\n'
 PACK = {
-    ".gz": gzip.compress,
+    ".gz": lambda content: gzip.compress(content, mtime=0),
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
     ".zst": lambda content: pa.Codec("zstd").compress(content, asbytes=True),
@@ -100,6 +100,7 @@ def test_a_chat_on_one_line_is_a_row_and_no_object_of_rows():
         *((f"p.jsonl{suffix}", b"no such format", "is damaged") for suffix in PACK),
         *((f"p.jsonl{s}", pack(LINES.encode())[:-4], "is damaged") for s, pack in PACK.items()),
     ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 16 else "",
 )
 def test_a_file_that_can_not_be_read_is_one_sentence(name, content, sentence):
     with pytest.raises(InputError, match=sentence) as refused:
