@@ -10,7 +10,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from ...schemas.labels import AnswerKind
-from ..boxed import last_boxed
+from ..boxed import boxed_answer
 from ..manifest import content_hash
 from ..row_files import BadRow, bad_row
 from .columns import ColumnMap
@@ -34,8 +34,8 @@ def after_hashes(text: str) -> str:
 
 
 def boxed_or_empty(text: str) -> str:
-    """The boxed answer of a solution; "" if there is none."""
-    return last_boxed(text) or ""
+    """The boxed answer of a solution, in parts if several boxes give it; "" if there is none."""
+    return boxed_answer(text) or ""
 
 
 def problem_row(

@@ -14,7 +14,8 @@ from websockets.sync.client import connect
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 # Texts, tables and pictures that are wider than their place, outside of what scrolls.
 TOO_WIDE = """[...document.querySelectorAll('body, body *')]
-  .filter((node) => node.scrollWidth > node.clientWidth + 1 && node.clientWidth > 0 && node.checkVisibility()
+  .filter((node) => node.scrollWidth > node.clientWidth + 1 && node.clientWidth > 0
+    && node.checkVisibility()
     && ['block', 'grid', 'flex', 'table-cell'].includes(getComputedStyle(node).display)
     && !node.closest('#list, pre, .problem, dialog'))
   .map((node) => node.tagName + '.' + node.className)"""
