@@ -4,7 +4,7 @@ commands.py adds `COMMANDS` to `trace-opd`. Slow imports are inside the commands
 """
 
 import logging
-from contextlib import suppress
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +17,7 @@ from ...data.remote import require_reachable
 from ...data.store import Store
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
+from ..runtime.signals import handled
 from ..terminal import console, print_json
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def view(
     with open_server(Viewer(Store(store), ref, against), port) as server:
         address = f"http://{HOST}:{server.server_port}/"
         console.print(f"{address}  Ctrl-C ends", soft_wrap=True)
-        with suppress(KeyboardInterrupt):
+        with handled(lambda _: threading.Thread(target=server.shutdown).start()):
             server.serve_forever()
 
 

@@ -22,6 +22,7 @@ from ...schemas.tables import PROBLEMS
 from ...trace.identity import cached_sha256
 from ..samplers import sampling_engine
 from ..samplers.context_length import require_room
+from ..samplers.kept import keeping
 from ..samplers.rollouts import require_planned, rollouts_table
 from ..statistics import answers_by_problem, bootstrap_mean, pass_at_k
 from ..verifiers.verdicts import CHOICE_MATCHER, MathVerifier, math_matcher
@@ -106,9 +107,11 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
                     require_planned(plan.semantic["base"], sampler.policy)
             _, sampler, tokenizer = loaded
             problems = source.read_part(problem_part)
-            rollouts = rollouts_table(
-                problems, sampler, tokenizer, config.prompt, config.sampling, config.k, config.seed
-            )
+            size, seed = config.k, config.seed
+            with keeping(sampler, draft, part):
+                rollouts = rollouts_table(
+                    problems, sampler, tokenizer, config.prompt, config.sampling, size, seed
+                )
             verdicts = verifier.verify(problems, rollouts)
             return evaluation_rows(role, problems, rollouts, verdicts, config.seed)
 

@@ -12,6 +12,7 @@ from ...schemas.labels import FinishReason
 from ...schemas.tables import PROBLEMS, ROLLOUTS
 from ..samplers import sampling_engine
 from ..samplers.context_length import require_room
+from ..samplers.kept import keeping
 from ..samplers.rollouts import require_planned, rollouts_table
 from .base import PartMaker, Plan, Stage
 
@@ -37,9 +38,10 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
         def make(part: int) -> pa.Table:
             problems = plan.inputs["problems"].read_part(part)
             size, seed = config.group_size, config.seed
-            return rollouts_table(
-                problems, sampler, tokenizer, config.prompt, config.sampling, size, seed
-            )
+            with keeping(sampler, draft, part):
+                return rollouts_table(
+                    problems, sampler, tokenizer, config.prompt, config.sampling, size, seed
+                )
 
         yield make
 

@@ -111,7 +111,7 @@ def run(
 
     Raises:
         InputError: see `begin`.
-        Stopped: SIGTERM was received; a checkpoint of the last finished step is on disk.
+        Stopped, Interrupted: SIGTERM or Ctrl-C; a checkpoint of the last finished step is on disk.
     """
     ranks = join_ranks(choose_device(config.policy.device).type)
     with ExitStack() as stack:
