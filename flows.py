@@ -172,11 +172,14 @@ def run_table_stage(entry: StageEntry, config: Config, root: str, alias: str) ->
         """This process holds the dataset's lock; tasks make its parts, on any worker."""
         parts = [part for part in range(plan.parts) if not draft.has_sound_part(part)]
         log.info("%s: %d of %d parts to make", draft.ref, len(parts), plan.parts)
-        if _asks_endpoint(plan.config):
-            for part in parts:
+        here = _asks_endpoint(plan.config)
+        context = FlowRunContext.get()
+        threads = context is not None and isinstance(context.task_runner, ThreadPoolTaskRunner)
+        with stage.progress(plan, parts, lines=True) if here or threads else nullcontext():
+            if not here:
+                _make_on_workers(entry.name, plan, draft, parts)
+            for part in parts if here else ():
                 make_part(entry.name, plan, draft, part)
-        else:
-            _make_on_workers(entry.name, plan, draft, parts)
 
     dataset = stage.make(
         config, store, make_parts, lambda holder: log.warning("%s; waiting for its end", holder)

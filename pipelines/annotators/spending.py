@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from ...schemas.configs import OpenAIAnnotator
 from ...schemas.errors import InputError
+from ..progress import count_rows
 from .budget import Budget, Reservation
 from .completion import is_answer, read_record
 from .dialogue import Answer, usage
@@ -72,6 +73,7 @@ class Spending:
         """Count a row that is done, with all its answers, and show the totals."""
         out = usage(answers, self.cost_usd(answers) if answers else 0.0)
         self.count(1, out)
+        count_rows()
         return out
 
     def count(self, rows: int, usage: Usage) -> None:

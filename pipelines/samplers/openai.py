@@ -26,6 +26,7 @@ from ...trace.policy import load_tokenizer, policy_name, vocab_fingerprint, voca
 from ...trace.protocols import Completion, PolicyInfo, Prompt, Sampler
 from .. import endpoint, transport
 from ..models import served_model
+from ..progress import count_tokens
 from ..runtime.event_loop import EventLoop
 from ..runtime.signals import announce, drained
 from .chat_request import explanation, extra_fields, request_fields, response_format
@@ -200,6 +201,7 @@ class OpenAIPolicySampler:
                         reply = await self._request(call, request, prompt, sampling)
                     if self.kept is not None:
                         self.kept.add(request, reply)
+                count_tokens(len(reply.token_ids or ()), responses=1)
                 return self._completion(reply, plain)
 
             tasks = [

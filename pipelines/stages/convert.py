@@ -45,7 +45,7 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
     }
     if (source := rule_source(config.routing.rule)) is not None:
         semantic["rule"] = content_hash(source)
-    return Plan(config, inputs, semantic, annotations.parts)
+    return Plan(config, inputs, semantic, annotations.parts, work=annotations.part_rows)
 
 
 def _check_annotator(annotations: Dataset) -> None:

@@ -52,7 +52,9 @@ def _resolve(config: EvaluateConfig, store: Store) -> Plan:
             )
         inputs["trained"] = checkpoint_of(store, config.trained)
     policies = 2 if "trained" in inputs else 1
-    return Plan(config, inputs, semantic, policies * problems.parts)
+    work = policies * tuple(rows * config.k for rows in problems.part_rows)
+    parts = policies * problems.parts
+    return Plan(config, inputs, semantic, parts, {}, work, "responses")
 
 
 def checkpoint_of(store: Store, ref: str) -> Dataset:

@@ -52,7 +52,10 @@ def _resolve(config: ProblemsConfig, store: Store) -> Plan:
         return Plan(config, {}, semantic, found.parts)
     table, left_out = _collect(config.model_dump_json(), content_hash(semantic))
     parts = math.ceil(table.num_rows / config.rows_per_part)
-    return Plan(config, {}, semantic, parts, dict(left_out))
+    work = tuple(
+        len(table.slice(part * config.rows_per_part, config.rows_per_part)) for part in range(parts)
+    )
+    return Plan(config, {}, semantic, parts, dict(left_out), work)
 
 
 @contextmanager
@@ -94,7 +97,7 @@ def _collect(config_json: str, content: str) -> tuple[pa.Table, dict[str, int]]:
     left_out, barren = {"duplicates": 0, "unparsable": 0}, 0
     rows, total = _ordered(config)
     with (
-        progress_bar("problems: reading", total, "problems") as advance,
+        progress_bar("problems: reading", total, "problems") as progress,
         _gold_parser() as parses,
     ):
         for index, row in rows:
@@ -121,7 +124,7 @@ def _collect(config_json: str, content: str) -> tuple[pa.Table, dict[str, int]]:
                 continue
             kept.append({"problem_id": problem_id, "split": config.split} | row)
             barren = 0
-            advance()
+            progress.advance()
             if len(kept) == config.limit:
                 break
     if not kept:

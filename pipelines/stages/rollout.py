@@ -25,7 +25,8 @@ def _resolve(config: RolloutConfig, store: Store) -> Plan:
     semantic["policy"] = engine.identity()
     limit = config.sampling.max_new_tokens
     require_room(problems, config.policy, engine.context(), config.prompt, limit)
-    return Plan(config, {"problems": problems}, semantic, problems.parts)
+    work = tuple(rows * config.group_size for rows in problems.part_rows)
+    return Plan(config, {"problems": problems}, semantic, problems.parts, {}, work, "responses")
 
 
 @contextmanager

@@ -31,7 +31,8 @@ def _resolve(config: VerifyConfig, store: Store) -> Plan:
     semantic = config.semantic()
     del semantic["rollouts"]  # the dataset's id stands for it
     semantic["verifiers"] = [math_matcher(), CHOICE_MATCHER]
-    return Plan(config, {"rollouts": rollouts}, semantic, rollouts.parts)
+    inputs = {"rollouts": rollouts}
+    return Plan(config, inputs, semantic, rollouts.parts, work=rollouts.part_rows)
 
 
 @contextmanager

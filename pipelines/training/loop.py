@@ -13,6 +13,7 @@ from ...data.store import Draft
 from ...schemas.errors import EngineEnded, Interrupted, Stopped
 from ...trace.checkpoint import save_checkpoint
 from ...trace.trainer import Metrics, OfflineSource, Online, Trainer
+from ..progress import Meter
 from ..runtime.signals import announce, handled, stop_of
 from .tracking import Tracker
 from .validation import BASE_EVALUATIONS, Validation
@@ -24,11 +25,9 @@ def train_steps(
     offline: OfflineSource | None,
     online: Online | None,
     validation: Validation | None,
-    advance: Callable[..., None],
+    progress: Meter,
 ) -> None:
     """All remaining steps of a training, from the trainer's current state.
-
-    advance: takes a number of steps done, and figures to show with them.
 
     Raises:
         Stopped, Interrupted: SIGTERM or Ctrl-C; a checkpoint of the last finished step is on disk.
@@ -54,7 +53,7 @@ def train_steps(
         return most >= config.checkpoint_minutes
 
     with _stop_request(trainer) as stopping, _tracker(trainer, target) as tracker:
-        advance(trainer.state.step)
+        progress.resume(trainer.state.step)
         try:
             if validation is not None and trainer.state.step == 0:
                 base = trainer.policy.info.revision
@@ -67,7 +66,7 @@ def train_steps(
                     tracker.log(metrics)
                 if due():
                     save()
-                advance(1, **_shown(metrics), checkpoint=saved)
+                progress.advance(1, **_shown(metrics), checkpoint=saved)
         except (Stopped, Interrupted, EngineEnded) as ended:
             engine = isinstance(ended, EngineEnded)
             if engine and trainer.ranks.count > 1:
@@ -104,7 +103,7 @@ def _stop_request(trainer: Trainer) -> Iterator[Callable[[], int]]:
     received: list[int] = []
 
     def receive(number: int) -> None:
-        if not received and trainer.ranks.first:
+        if not received and number == signal.SIGINT and trainer.ranks.first:
             announce("writing a checkpoint, Ctrl-C again to stop without it")
         received.append(number)
         # Torchrun passes the terminal's Ctrl-C on: its ranks get it twice.

@@ -20,6 +20,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 
 from ...schemas.labels import VerdictStatus
+from ..progress import count_rows
 from ..terminal import visible
 
 logger = logging.getLogger(__name__)
@@ -201,6 +202,7 @@ class VerifierPool:
                     worker.jobs.appendleft((index, job))
                 else:
                     status, correct = judged or (VerdictStatus.ERROR, None)
+                    count_rows()
                     outcomes[index] = Outcome(status, correct, time.monotonic() - started)
             if worker not in self._workers or not worker.connection.poll():
                 return
