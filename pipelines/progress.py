@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from .terminal import Terminal
 
@@ -18,6 +19,7 @@ _TENTHS, _LONGEST_S, _SHORTEST_S = 10, 30.0, 1.0
 _RATE_S = 15.0  # that a rate of tokens covers at least
 
 _open: list["Meter"] = []
+_ticks: list[Callable[[], None]] = []  # of the bars and lines that are shown
 _silent = False
 
 
@@ -179,10 +181,12 @@ def _ticking(tick: Callable[[], None], seconds: float) -> Iterator[None]:
             tick()
 
     thread = threading.Thread(target=work, name="progress", daemon=True)
+    _ticks.append(tick)
     thread.start()
     try:
         yield
     finally:
+        _ticks.remove(tick)
         ended.set()
         thread.join()
 
@@ -192,7 +196,7 @@ def _bar(name: str, meter: Meter, console: Terminal) -> Iterator[None]:
     progress = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=10),
-        TimeElapsedColumn(),
+        TimeElapsedColumn(Column(no_wrap=True, min_width=7)),
         TextColumn("{task.fields[words]}", markup=False),
         console=console,
     )
