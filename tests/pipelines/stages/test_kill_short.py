@@ -229,6 +229,10 @@ def test_a_second_signal_leaves_the_answers_in_flight_and_keeps_those_before(
     args = asking(name, paid_server.url)
     asked, done = threading.Event(), threading.Event()
 
+    def kept() -> int:
+        files = root.glob(f"{name}/*/*/*.jsonl")
+        return sum(path.read_bytes().count(b"finish_reason") for path in files)
+
     def answer(body):
         if len(paid_server.chats) > 2:
             asked.set()
@@ -240,7 +244,7 @@ def test_a_second_signal_leaves_the_answers_in_flight_and_keeps_those_before(
     try:
         assert asked.wait(60), run.err
         os.killpg(run.pid, number)
-        while "Ctrl-C again" not in run.err:
+        while "Ctrl-C again" not in run.err or kept() < 2:
             time.sleep(0.01)
         os.killpg(run.pid, number)
         assert run.wait(30) == 128 + number
@@ -249,8 +253,7 @@ def test_a_second_signal_leaves_the_answers_in_flight_and_keeps_those_before(
         assert "to continue: trace-opd" in " ".join(run.err.split())
     finally:
         done.set()
-    kept = [path.read_bytes() for path in root.glob(f"{name}/*/*/*.jsonl")]
-    assert sum(lines.count(b"finish_reason") for lines in kept) == 2
+    assert kept() == 2
 
 
 def test_a_budget_holds_over_kills(paid_server: PaidServer, runs, undisturbed, tmp_path):
