@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,20 +24,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from trace_opd.pipelines.terminal import visible
+from trace_opd.pipelines.cli.ending import exit_code, ignore_signals, stop_by_signals
 from trace_opd.schemas.environment import PREFECT_DEFAULTS
-from trace_opd.schemas.errors import DamagedFile, InputError
+from trace_opd.schemas.errors import DamagedFile, InputError, Stopped
 
 if __name__ == "__main__":
     for _name, _value in PREFECT_DEFAULTS.items():  # Prefect reads them when it is imported
         os.environ.setdefault(_name, _value)
     # Imported under its own name: other processes look tasks up by module and name.
-    try:
-        import_module("trace_opd.flows").main()
-    except InputError as error:
-        print(f"trace-opd: {visible(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit()
+    stop_by_signals()
+    _code = exit_code(lambda: import_module("trace_opd.flows").main())
+    ignore_signals()
+    sys.exit(_code)
 
 from prefect import Flow, flow, get_run_logger, task
 from prefect.artifacts import (
@@ -119,9 +118,9 @@ def task_runner() -> TaskRunner[Any]:
 
 
 def _worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
-    """Retry everything but bad input."""
+    """Retry everything but bad input and a stop."""
     result = state.result(raise_on_failure=False)
-    return not isinstance(result, InputError) or isinstance(result, DamagedFile)
+    return not isinstance(result, InputError | Stopped) or isinstance(result, DamagedFile)
 
 
 @task(
@@ -403,6 +402,19 @@ async def _run_until_stopped(runner: Runner) -> None:
     await asyncio.gather(serving, *stopping)
 
 
+def _start_temporary_server() -> None:
+    """Start the server of this run, which a terminal's Ctrl-C must not end before the run."""
+
+    def start() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the new process inherits it
+        with get_client(sync_client=True):
+            pass
+
+    thread = threading.Thread(target=start)  # this one waits for signals meanwhile
+    thread.start()
+    thread.join()
+
+
 def main() -> None:
     """Serve all deployments in this process, or run a pipeline once."""
     parser = argparse.ArgumentParser(prog="trace-opd serve", description=main.__doc__)
@@ -423,6 +435,8 @@ def main() -> None:
     if args.crash_dead_runs:
         return
     if args.run:
+        if not PREFECT_API_URL.value():
+            _start_temporary_server()
         pipeline(load_config(PipelineConfig, args.config), store=args.store)
     else:
         serve_deployments(deployments(args.config, args.store))
