@@ -38,12 +38,19 @@ class EventLoop:
             tasks.append(self._loop.create_task(coroutine))
             tasks[0].add_done_callback(done)
 
-        self._loop.call_soon_threadsafe(begin)
+        def cancel() -> None:
+            if tasks:
+                tasks[0].cancel()
+            else:  # the interrupt was before `begin`
+                coroutine.close()
+                result.set_exception(asyncio.CancelledError())
+
         try:
+            self._loop.call_soon_threadsafe(begin)
             return result.result()
         except BaseException:
             if not result.done():
-                self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+                self._loop.call_soon_threadsafe(cancel)
                 wait([result])
             raise
 
