@@ -24,7 +24,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from trace_opd.pipelines.cli.ending import exit_code, ignore_signals, stop_by_signals
+from trace_opd.pipelines.cli.ending import (
+    at_second_interrupt,
+    exit_code,
+    ignore_signals,
+    stop_by_signals,
+)
 from trace_opd.schemas.environment import PREFECT_DEFAULTS
 from trace_opd.schemas.errors import DamagedFile, InputError, Stopped
 
@@ -50,6 +55,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture, wait
 from prefect.runner import Runner
+from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
@@ -413,6 +419,7 @@ def _start_temporary_server() -> None:
     thread = threading.Thread(target=start)  # this one waits for signals meanwhile
     thread.start()
     thread.join()
+    at_second_interrupt.append(SubprocessASGIServer().stop)
 
 
 def main() -> None:

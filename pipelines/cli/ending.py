@@ -121,6 +121,8 @@ def stop_by_signals() -> None:
     threading.Thread(target=_count_interrupts, args=(read,), daemon=True).start()
 
 
+# Called before the second Ctrl-C ends the process: they end its children.
+at_second_interrupt: list[Callable[[], object]] = []
 _received: list[int] = []  # SIGINT and SIGTERM, in the order in which they arrived
 _lost: list[bool] = []  # interrupts that were raised where nothing can be raised
 
@@ -148,8 +150,9 @@ def _count_interrupts(read: int) -> None:
         count += numbers.count(signal.SIGINT)
         # Torchrun passes the terminal's Ctrl-C on to its ranks, and kills them after 30 s.
         if count - len(_lost) > 1 and "RANK" not in os.environ:
-            for child in active_children():
-                child.kill()
+            for end in [child.kill for child in active_children()] + at_second_interrupt:
+                with suppress(Exception):
+                    end()
             sentence = f"ended by the second Ctrl-C; {_to_continue()}"
             with suppress(OSError):
                 os.write(2, f"\ntrace-opd: {visible(sentence)}\n".encode(errors="replace"))
