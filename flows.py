@@ -30,6 +30,7 @@ from trace_opd.pipelines.cli.ending import (
     ignore_signals,
     stop_by_signals,
 )
+from trace_opd.pipelines.runtime.signals import children_without_interrupt
 from trace_opd.schemas.environment import PREFECT_DEFAULTS
 from trace_opd.schemas.errors import DamagedFile, InputError, Stopped
 
@@ -412,8 +413,7 @@ def _start_temporary_server() -> None:
     """Start the server of this run, which a terminal's Ctrl-C must not end before the run."""
 
     def start() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the new process inherits it
-        with get_client(sync_client=True):
+        with children_without_interrupt(), get_client(sync_client=True):
             pass
 
     thread = threading.Thread(target=start)  # this one waits for signals meanwhile

@@ -52,6 +52,19 @@ def handled(handler: Callable[[int], object]) -> Iterator[dict[int, Any]]:
 
 
 @contextmanager
+def children_without_interrupt() -> Iterator[None]:
+    """Processes that this thread starts during the block never get the terminal's Ctrl-C.
+
+    They inherit the blocked signal. Their parent gets it in another thread, and ends them in order.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def drained(drain: Callable[[], object], sentence: Callable[[], str]) -> Iterator[None]:
     """Call `drain` at the first SIGINT or SIGTERM; let the signal take effect after the block.
 

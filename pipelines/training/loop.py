@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 
 from ...data.store import Draft
+from ...schemas.configs import TrainConfig
 from ...schemas.errors import EngineEnded, Interrupted, Stopped
 from ...trace.checkpoint import save_checkpoint
 from ...trace.trainer import Metrics, OfflineSource, Online, Trainer
@@ -43,14 +44,10 @@ def train_steps(
         saved, saved_at = trainer.state.step, time.monotonic()
 
     def due() -> bool:
-        done = trainer.state.step
-        if done == trainer.total_steps or done % config.checkpoint_every == 0:
-            return True
-        if config.checkpoint_minutes is None:
-            return False
-        minutes = (time.monotonic() - saved_at) / 60  # the ranks' clocks differ
-        most = trainer.ranks.most([minutes], trainer.policy.device)[0]
-        return most >= config.checkpoint_minutes
+        minutes = [(time.monotonic() - saved_at) / 60]
+        if trainer.ranks.count > 1:  # their clocks differ, and a checkpoint takes all of them
+            minutes = trainer.ranks.most(minutes, trainer.policy.device)
+        return checkpoint_due(config, trainer.state.step, minutes[0])
 
     with _stop_request(trainer) as stopping, _tracker(trainer, target) as tracker:
         progress.resume(trainer.state.step)
@@ -80,6 +77,13 @@ def train_steps(
                 f"stopped after {trainer.state.step} of {trainer.total_steps} steps; a checkpoint "
                 "is written",
             ) from None
+
+
+def checkpoint_due(config: TrainConfig, done: int, minutes: float) -> bool:
+    """Whether to write a checkpoint after so many steps. minutes: since the last one."""
+    if done == config.offline.steps + config.online.steps or done % config.checkpoint_every == 0:
+        return True
+    return config.checkpoint_minutes is not None and minutes >= config.checkpoint_minutes
 
 
 def _shown(metrics: Metrics) -> dict[str, str]:

@@ -3,15 +3,18 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.runtime.event_loop import EventLoop
-from trace_opd.pipelines.runtime.signals import drained, handled
+from trace_opd.pipelines.runtime.signals import children_without_interrupt, drained, handled
 from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.schemas.errors import Interrupted, Stopped
 from trace_opd.schemas.settings import load_config
@@ -39,11 +42,10 @@ def test_a_stage_that_asks_servers_runs_within_a_running_loop(
     changes = [*STAGES[name], f"{section}.base_url={paid_server.url}"]
     config = load_config(REGISTRY[stage].config_type, None, changes)
 
-    async def cell() -> Dataset | str:
+    async def cell() -> Any:
         return run_stage(stage, config, store)
 
-    made = asyncio.run(cell())
-    assert isinstance(made, Dataset)
+    made: Dataset = asyncio.run(cell())
     assert made.rows == {"annotate": 6, "rollout": 4, "evaluate": 2}[stage]
     assert paid_server.answered
     assert not [one for one in threading.enumerate() if one.name == "event loop"]
@@ -85,6 +87,14 @@ def test_a_signal_drains_and_then_passes_to_the_handler_before(number, error):
         assert order == ["drain", "block", ("before", number)]
         with drained(lambda: None, lambda: ""):
             pass  # no signal, no exception
+
+
+def test_a_child_that_must_outlive_ctrl_c_does_not_get_it():
+    program = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('alive')"
+    with children_without_interrupt():
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "alive\n"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_a_signal_that_the_process_ignores_stays_ignored():
