@@ -5,6 +5,9 @@ The console script calls `main`, and so does `python -m trace_opd.pipelines.cli`
 
 import os
 import signal
+import sys
+
+from ...schemas.extras import missing_extra
 
 
 def main() -> None:
@@ -14,8 +17,13 @@ def main() -> None:
         if was is not signal.SIG_IGN:
             # An interrupt within an import may print a traceback or be lost.
             signal.signal(number, lambda number, _: _end(number))
-    from .commands import run  # imports take about a second
-
+    try:
+        from .commands import run  # imports take about a second
+    except ModuleNotFoundError as error:
+        if (sentence := missing_extra(error)) is None:
+            raise
+        print(f"trace-opd: {sentence}", file=sys.stderr)
+        sys.exit(sentence.exit_code)
     for number, was in before.items():
         signal.signal(number, was)
     run()

@@ -14,6 +14,7 @@ from ..samplers import sampling_engine
 from ..samplers.context_length import require_room
 from ..samplers.kept import keeping
 from ..samplers.rollouts import require_planned, rollouts_table
+from ..samplers.trainable import warn_after, warn_before
 from .base import PartMaker, Plan, Stage
 
 
@@ -25,6 +26,7 @@ def _resolve(config: RolloutConfig, store: Store) -> Plan:
     semantic["policy"] = engine.identity()
     limit = config.sampling.max_new_tokens
     require_room(problems, config.policy, engine.context(), config.prompt, limit)
+    warn_before(config)
     work = tuple(rows * config.group_size for rows in problems.part_rows)
     return Plan(config, {"problems": problems}, semantic, problems.parts, {}, work, "responses")
 
@@ -40,9 +42,12 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
             problems = plan.inputs["problems"].read_part(part)
             size, seed = config.group_size, config.seed
             with keeping(sampler, draft, part):
-                return rollouts_table(
+                made = rollouts_table(
                     problems, sampler, tokenizer, config.prompt, config.sampling, size, seed
                 )
+            if part == 0:
+                warn_after(made, config)
+            return made
 
         yield make
 
