@@ -14,7 +14,9 @@ from rich.table import Column
 
 from .terminal import Terminal
 
-# A line is printed at each tenth of the work, and after 30 s without one.
+# A line is printed at each tenth of the work, and after 30 s without one. Work of a few seconds
+# prints none.
+_QUIET_S = 10.0
 _TENTHS, _LONGEST_S, _SHORTEST_S = 10, 30.0, 1.0
 _RATE_S = 15.0  # that a rate of tokens covers at least
 
@@ -144,6 +146,8 @@ class Meter:
         """Whether to print a line now: at each tenth, and after 30 s without a line."""
         with self.lock:
             since = self._clock() - self._line_at
+            if self._clock() - self.began < _QUIET_S:
+                return False
             tenths = self.done * _TENTHS // self.total if self.total else 0
             if not (since >= _LONGEST_S or (tenths > self._tenths and since >= _SHORTEST_S)):
                 return False
