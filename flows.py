@@ -27,7 +27,6 @@ from typing import Any
 from trace_opd.pipelines.cli.ending import (
     at_second_interrupt,
     exit_code,
-    ignore_signals,
     stop_by_signals,
 )
 from trace_opd.pipelines.runtime.signals import children_without_interrupt
@@ -40,9 +39,7 @@ if __name__ == "__main__":
         os.environ.setdefault(_name, _value)
     # Imported under its own name: other processes look tasks up by module and name.
     stop_by_signals()
-    _code = exit_code(lambda: import_module("trace_opd.flows").main())
-    ignore_signals()
-    sys.exit(_code)
+    sys.exit(exit_code(lambda: import_module("trace_opd.flows").main()))
 
 from prefect import Flow, flow, get_run_logger, task
 from prefect.artifacts import (

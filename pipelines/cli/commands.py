@@ -25,7 +25,7 @@ from ...schemas.settings import load_config, override
 from ...schemas.template import template
 from ..stages import REGISTRY, StageEntry
 from ..terminal import console, log_to_terminal, print_config, print_json
-from .ending import exit_code, ignore_signals, log_thread_failures, stop_by_signals
+from .ending import exit_code, log_thread_failures, stop_by_signals
 from .store_commands import COMMANDS, StoreRoot, open_store
 
 if TYPE_CHECKING:
@@ -305,6 +305,4 @@ def run() -> NoReturn:
             interrupt = ended.__context__ and ended.__context__.__cause__
             raise interrupt if isinstance(interrupt, KeyboardInterrupt) else ended from None
 
-    code = exit_code(main)
-    ignore_signals()
-    sys.exit(code)
+    sys.exit(exit_code(main))

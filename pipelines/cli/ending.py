@@ -1,6 +1,7 @@
 """How the command line ends: an exit code, and one sentence for an error. commands.py calls it."""
 
 import _thread
+import atexit
 import errno
 import logging
 import os
@@ -127,6 +128,7 @@ def stop_by_signals() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     sys.unraisablehook = _raise_again
+    atexit.register(_ignore_signals)
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -172,7 +174,7 @@ def _count_interrupts(read: int) -> None:
             os._exit(128 + signal.SIGINT)
 
 
-def ignore_signals() -> None:
+def _ignore_signals() -> None:
     """Ctrl-C while the interpreter ends would print a traceback."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
