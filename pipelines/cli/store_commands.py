@@ -4,8 +4,8 @@ commands.py adds `COMMANDS` to `trace-opd`. Slow imports are inside the commands
 """
 
 import logging
+import threading
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +15,7 @@ from rich.tree import Tree
 
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
+from ..runtime.signals import handled
 from ..terminal import Terminal, console, print_json
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def view(
     with open_server(Viewer(open_store(store), ref, against), port) as server:
         address = f"http://{HOST}:{server.server_port}/"
         console.print(f"{address}  Ctrl-C ends", soft_wrap=True)
-        with suppress(KeyboardInterrupt):
+        with handled(lambda _: threading.Thread(target=server.shutdown).start()):
             server.serve_forever()
 
 

@@ -57,7 +57,7 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
     if (source := rule_source(config.routing.rule)) is not None:
         semantic["rule"] = content_hash(source)
     config = config.model_copy(update={"routing": config.routing.located()})
-    return Plan(config, inputs, semantic, annotations.parts)
+    return Plan(config, inputs, semantic, annotations.parts, work=annotations.part_rows)
 
 
 def _check_annotator(annotations: Dataset) -> None:

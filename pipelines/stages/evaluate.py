@@ -22,6 +22,7 @@ from ...schemas.tables import PROBLEMS
 from ...trace.identity import cached_sha256
 from ..samplers import sampling_engine
 from ..samplers.context_length import require_room
+from ..samplers.kept import keeping
 from ..samplers.rollouts import require_planned, rollouts_table
 from ..statistics import answers_by_problem, bootstrap_mean, pass_at_k
 from ..verifiers.registry import open_verifier, verifier_identity
@@ -51,7 +52,9 @@ def _resolve(config: EvaluateConfig, store: Store) -> Plan:
             )
         inputs["trained"] = checkpoint_of(store, config.trained)
     policies = 2 if "trained" in inputs else 1
-    return Plan(config, inputs, semantic, policies * problems.parts)
+    work = policies * tuple(rows * config.k for rows in problems.part_rows)
+    parts = policies * problems.parts
+    return Plan(config, inputs, semantic, parts, {}, work, "responses")
 
 
 def checkpoint_of(store: Store, ref: str) -> Dataset:
@@ -106,9 +109,11 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
                     require_planned(plan.semantic["base"], sampler.policy)
             _, sampler, tokenizer = loaded
             problems = source.read_part(problem_part)
-            rollouts = rollouts_table(
-                problems, sampler, tokenizer, config.prompt, config.sampling, config.k, config.seed
-            )
+            size, seed = config.k, config.seed
+            with keeping(sampler, draft, part):
+                rollouts = rollouts_table(
+                    problems, sampler, tokenizer, config.prompt, config.sampling, size, seed
+                )
             verdicts = verifier.verify(problems, rollouts)
             return evaluation_rows(role, problems, rollouts, verdicts, config.seed)
 

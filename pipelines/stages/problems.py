@@ -57,7 +57,9 @@ def _resolve(config: ProblemsConfig, store: Store) -> Plan:
     parts = math.ceil(table.num_rows / config.rows_per_part)
     columns = semantic["source"].get("columns")
     read = {"columns": _shown(columns)} if columns else {}
-    return Plan(config, {}, semantic, parts, read | figures)
+    rows = config.rows_per_part
+    work = tuple(len(table.slice(part * rows, rows)) for part in range(parts))
+    return Plan(config, {}, semantic, parts, read | figures, work)
 
 
 def _shown(columns: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def _collect(config_json: str, content: str) -> tuple[pa.Table, dict[str, Any]]:
     counts, barren, skipped = {"duplicates": 0, "unparsable": 0}, 0, SkippedRows()
     rows, total = _ordered(config, skipped.add if config.on_bad_rows == "skip" else None)
     with (
-        progress_bar("problems: reading", total, "problems") as advance,
+        progress_bar("problems: reading", total, "problems") as progress,
         _gold_parser() as parses,
     ):
         for index, row in rows:
@@ -131,7 +133,7 @@ def _collect(config_json: str, content: str) -> tuple[pa.Table, dict[str, Any]]:
                 continue
             kept.append({"problem_id": problem_id, "split": config.split} | row)
             barren = 0
-            advance()
+            progress.advance()
             if len(kept) == config.limit:
                 break
     if not kept:

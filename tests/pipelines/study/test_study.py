@@ -1,9 +1,12 @@
 """A small study from end to end: its files, its page, and that the two agree."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +193,23 @@ def test_processes_that_train_end_with_a_study_that_was_killed():
     study.kill()
     study.wait()
     worker.wait(timeout=60)
+
+
+def test_ctrl_c_ends_a_study_with_a_checkpoint_of_each_training(tmp_path):
+    args = ["study", str(CONFIG), *SMALL, "tuning=null", "train.online.steps=500"]
+    args += ["--store", str(tmp_path), "--output", str(tmp_path / "out")]
+    command = Path(sys.executable).with_name("trace-opd")
+    study = subprocess.Popen([command, *args], stderr=subprocess.PIPE, text=True, process_group=0)
+    while not any(path.stat().st_size for path in tmp_path.glob("train/*/metrics.jsonl")):
+        assert study.poll() is None, study.communicate()
+        time.sleep(0.05)
+    os.killpg(study.pid, signal.SIGINT)
+    _, output = study.communicate(timeout=60)
+    assert study.returncode == 128 + signal.SIGINT, output
+    assert "Traceback" not in output
+    sentence = "stopped; finished runs and the others' checkpoints are kept; to continue: trace-opd"
+    assert sentence in " ".join(output.split())
+    assert len(list(tmp_path.glob("train/*/checkpoints/step-*"))) == 1
 
 
 def test_curves_and_their_summaries_by_hand():
