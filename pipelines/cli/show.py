@@ -106,11 +106,12 @@ def _figure(key: str, value: Any) -> str:
     """A figure of a summary; an unknown cost shows as unknown, not as none."""
     if "usd" in key:
         return dollars(value)
-    return "n/a" if value is None else str(value)
+    return "–" if value is None else str(value)
 
 
 def _evaluation_table(summary: dict[str, Any]) -> Table:
-    """A row per figure, a column per policy, the paired difference last; 95 % intervals."""
+    """A row per figure, a column per policy, the paired difference last; 95 % intervals. A dash
+    where nothing was scored."""
     columns = dict(summary["policies"])
     if "paired_difference" in summary:
         columns["paired difference"] = summary["paired_difference"]
@@ -118,8 +119,10 @@ def _evaluation_table(summary: dict[str, Any]) -> Table:
     for figure in (name for name in summary["policies"]["base"] if "@" in name):
         cells = []
         for estimates in columns.values():
-            low, high = estimates[figure]["ci95"]
-            cells.append(f"{estimates[figure]['value']:.1%} ({low:.1%} – {high:.1%})")
+            value, interval = estimates[figure]["value"], estimates[figure]["ci95"]
+            cells.append(
+                "–" if value is None else "{:.1%} ({:.1%} – {:.1%})".format(value, *interval)
+            )
         table.add_row(figure, *cells)
     return table
 

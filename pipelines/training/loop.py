@@ -53,8 +53,8 @@ def train_steps(
                     metrics |= validation.evaluate(done)
                 if tracker is not None:
                     tracker.log(metrics)
-                reward, kl = metrics.get("reward", 0), metrics["kl_weight"]
-                advance(1, reward=f"{reward:.2f}", kl=f"{kl:.2f}")
+                reward = f"{metrics['reward']:.2f}" if "reward" in metrics else "–"
+                advance(1, reward=reward, kl=f"{metrics['kl_weight']:.2f}")
                 if done == trainer.total_steps or done % config.checkpoint_every == 0:
                     saved = save()
         except (Stopped, EngineEnded) as ended:
