@@ -9,28 +9,32 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ...data.store import Dataset, Store
+from ...schemas.config_faults import unknown_name
 from ...schemas.configs import Config, PipelineConfig, ReportConfig, StudyConfig, TrainConfig
 from ...schemas.environment import whole_number
 from ...schemas.errors import InputError
 from ...schemas.presets import PRESETS
 from ...schemas.settings import load_config, override
+from ...schemas.template import template
 from ..stages import REGISTRY, StageEntry
 from ..terminal import console, log_to_terminal, print_config, print_json
 from .ending import end_at_second_interrupt, exit_code, log_thread_failures
-from .store_commands import COMMANDS, StoreRoot
+from .store_commands import COMMANDS, StoreRoot, open_store
+
+if TYPE_CHECKING:
+    from ...data.store import Store
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Token-routed self on-policy distillation: annotate, route, train.",
 )
 
 ConfigPath = Annotated[
@@ -50,7 +54,9 @@ KeepFailed = Annotated[
     bool,
     typer.Option("--keep-failed", help="Continue with failed rows; do not request them again."),
 ]
-Output = Annotated[Path | None, typer.Option(help="HTML file; default: in the dataset's folder.")]
+Output = Annotated[
+    Path | None, typer.Option(dir_okay=False, help="HTML file; default: in the dataset's folder.")
+]
 
 # Options that only the commands of some stages have.
 _STAGE_OPTIONS = {"annotate": "keep_failed", "convert": "preset", "train": "preset"}
@@ -71,7 +77,7 @@ def _stage_command(entry: StageEntry) -> Callable[..., None]:
         kept = ["annotator.keep_failed=true"] if keep_failed else []
         changes = [*(overrides or []), *kept]
         loaded = _load(entry.config_type, config, changes, entry.name, preset)
-        _run_stage(entry.name, loaded, Store(store), alias, dry_run)
+        _run_stage(entry.name, loaded, open_store(store), alias, dry_run)
 
     left_out = {"keep_failed", "preset"} - {_STAGE_OPTIONS.get(entry.name)}
     full = inspect.signature(command)
@@ -80,8 +86,9 @@ def _stage_command(entry: StageEntry) -> Callable[..., None]:
     return command
 
 
-def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_run: bool) -> None:
+def _run_stage(name: str, config: Config, store: "Store", alias: str | None, dry_run: bool) -> None:
     # Imports torch, so a bad config is refused before.
+    from ...data.store import Dataset
     from ..pipeline import run_stage
     from .show import show_dataset, show_plan
 
@@ -126,7 +133,7 @@ def _report(
         return
     from ..viewer import report_page
 
-    console.print(report_page.run(loaded, Store(store), output), soft_wrap=True)
+    console.print(report_page.run(loaded, open_store(store), output), soft_wrap=True)
 
 
 for _entry in REGISTRY.values():
@@ -134,6 +141,24 @@ for _entry in REGISTRY.values():
     app.command(_entry.name, help=_entry.summary)(_command)
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"trace-opd {version('trace-opd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    asked: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Token-routed self on-policy distillation: annotate, route, train."""
 
 
 @app.command()
@@ -147,7 +172,7 @@ def pipeline(
     """Run every stage in order, in this process, without a server."""
     kept = ["annotate.annotator.keep_failed=true"] if keep_failed else []
     loaded = _load(PipelineConfig, config, [*(overrides or []), *kept], None, preset)
-    opened = Store(store)
+    opened = open_store(store)
     from ..pipeline import run_pipeline, run_stage
 
     def run(stage: str, stage_config: Config, alias: str) -> str:
@@ -163,8 +188,12 @@ def study(
     config: ConfigPath,
     overrides: Overrides = None,
     store: StoreRoot = "store",
-    output: Annotated[Path, typer.Option(help="Folder of the studies' files.")] = Path("studies"),
-    page: Annotated[Path | None, typer.Option(help="Page; default: study.md there.")] = None,
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder of the studies' files.")
+    ] = Path("studies"),
+    page: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Page; default: study.md there.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Apply the config's `quick`.")] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -179,29 +208,33 @@ def study(
         return
     folder = output / loaded.name
     written = page or folder / "study.md"
-    run_study(loaded, Store(store), folder, written)
+    run_study(loaded, open_store(store), folder, written)
     console.print(f"{written}, results in {folder}", soft_wrap=True)
 
 
 @app.command()
 def config(
-    stage: Annotated[str, typer.Argument(help="Stage, or pipeline.")],
+    stage: Annotated[str, typer.Argument(help="Stage, pipeline or study.")],
     path: ConfigPath = None,
     overrides: Overrides = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="JSON schema with descriptions.")
     ] = False,
 ) -> None:
-    """Print a stage's config as YAML, defaults included, or its JSON schema."""
+    """Print a commented template of a stage's config to fill in and run.
+
+    With a file or overrides: the complete config that they make. With --schema: the JSON schema.
+    """
     kinds = {name: entry.config_type for name, entry in REGISTRY.items()}
     kinds |= {"pipeline": PipelineConfig, "study": StudyConfig}
     if stage not in kinds:
-        raise InputError(f"stage {stage!r}: is none of {', '.join(kinds)}")
+        raise InputError(f"stage {unknown_name(stage, kinds)}")
     if schema:
         print_json(kinds[stage].model_json_schema(), console)
-        return
-    section = stage if stage in REGISTRY else None
-    print_config(_load(kinds[stage], path, overrides, section))
+    elif path is None and not overrides:
+        print(template(kinds[stage]), end="")
+    else:
+        print_config(_load(kinds[stage], path, overrides, stage if stage in REGISTRY else None))
 
 
 @app.command()
@@ -258,6 +291,7 @@ def run() -> NoReturn:
     # Read when transformers and datasets are first imported: no progress bars besides ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # an encoding may lack a response's characters
             stream.reconfigure(errors="backslashreplace")

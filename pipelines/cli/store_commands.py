@@ -4,27 +4,39 @@ commands.py adds `COMMANDS` to `trace-opd`. Slow imports are inside the commands
 """
 
 import logging
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.tree import Tree
 
-from ...data.manifest import one_line
-from ...data.remote import require_reachable
-from ...data.store import Store
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
-from ..terminal import console, print_json
+from ..terminal import Terminal, console, print_json
+
+if TYPE_CHECKING:
+    from ...data.store import Dataset, Store
 
 logger = logging.getLogger(__name__)
 
+_WIDE, _UNBOUNDED = 100, 10_000  # columns of a terminal
+
 
 def _reachable(root: str) -> str:
+    from ...data.remote import require_reachable
+
     require_reachable(root)
     return root
+
+
+def open_store(root: str) -> "Store":
+    """The store at a root. Its imports (pyarrow) take longer than `trace-opd config` does."""
+    from ...data.store import Store
+
+    return Store(root)
 
 
 StoreRoot = Annotated[
@@ -43,26 +55,34 @@ def ls(
     store: StoreRoot = "store",
 ) -> None:
     """List the store's datasets."""
-    opened = Store(store)
+    opened = open_store(store)
     names: dict[str, list[str]] = {}
     try:
         for name, ref in opened.aliases().items():
             names.setdefault(ref, []).append(name)
     except InputError as error:  # list the datasets without names
         logger.warning("%s", error)
-    table = Table(box=None)
-    for column in ("dataset", "alias", "parts", "rows", "finished"):
-        table.add_column(column, no_wrap=True)  # ids are for copying
+    # A pipe has no width: its lines are for grep.
+    out = console if console.is_terminal else Terminal(width=_UNBOUNDED)
+    out.print(listing(opened.datasets(stage), names, out.width < _WIDE))
+
+
+def listing(datasets: "Iterable[Dataset]", names: dict[str, list[str]], narrow: bool) -> Table:
+    """A row per dataset, the newest last. narrow: for 80 columns, without parts and year."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("dataset", "alias", *(() if narrow else ("parts",)), "rows", "finished"):
+        table.add_column(column, no_wrap=column != "alias")  # ids are for copying
     table.columns[1].overflow = "fold"
-    for dataset in sorted(opened.datasets(stage), key=lambda d: d.manifest["finished_at"]):
+    for dataset in sorted(datasets, key=lambda d: d.manifest["finished_at"]):
+        finished = dataset.manifest["finished_at"][:16].replace("T", " ")
         table.add_row(
             dataset.ref,
             ", ".join(names.get(dataset.ref, [])),
-            str(dataset.parts),
+            *(() if narrow else (str(dataset.parts),)),
             str(dataset.rows),
-            dataset.manifest["finished_at"][:16].replace("T", " "),
+            finished[len("2026-") :] if narrow else finished,
         )
-    console.print(table)
+    return table
 
 
 def show(
@@ -72,7 +92,7 @@ def show(
     """Show a dataset's manifest, or a rollout with its tokens coloured by route."""
     from .show import show_dataset, show_rollout
 
-    opened = Store(store)
+    opened = open_store(store)
     if not opened.matches(ref):
         show_rollout(ref, opened, console)
         return
@@ -93,7 +113,7 @@ def view(
     """Browse any number of rollouts in a browser on this machine; Ctrl-C ends."""
     from ..viewer.view import HOST, Viewer, open_server
 
-    with open_server(Viewer(Store(store), ref, against), port) as server:
+    with open_server(Viewer(open_store(store), ref, against), port) as server:
         address = f"http://{HOST}:{server.server_port}/"
         console.print(f"{address}  Ctrl-C ends", soft_wrap=True)
         with suppress(KeyboardInterrupt):
@@ -104,7 +124,9 @@ def lineage(
     ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")], store: StoreRoot = "store"
 ) -> None:
     """Show the datasets that a dataset was made from."""
-    opened = Store(store)
+    from ...data.manifest import one_line
+
+    opened = open_store(store)
     trees: list[Tree] = []
     for depth, role, dataset in opened.get(ref).lineage():
         text = f"{one_line(role) + ': ' if role else ''}{dataset.ref}  {dataset.rows} rows"
@@ -119,7 +141,7 @@ def alias(
     store: StoreRoot = "store",
 ) -> None:
     """Give a dataset a name."""
-    opened = Store(store)
+    opened = open_store(store)
     opened.set_alias(name, opened.get(ref))
 
 
@@ -137,7 +159,7 @@ def import_(
     """Import human labels of steps as problems, rollouts, verdicts and annotations."""
     from ..compare.human_labels import import_labels
 
-    made = import_labels(layout, file, Store(store), alias, limit, hide_verdict)
+    made = import_labels(layout, file, open_store(store), alias, limit, hide_verdict)
     for name, dataset in made.items():
         console.print(f"{name}: {dataset.ref}  {dataset.rows} rows")
     left_out = made[f"{alias}-problems"].summary["left_out"]
@@ -158,7 +180,8 @@ def compare(
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     output: Annotated[
-        Path | None, typer.Option(help="Folder; default: compare/… in the store.")
+        Path | None,
+        typer.Option(file_okay=False, help="Folder; default: compare/… in the store."),
     ] = None,
     store: StoreRoot = "store",
 ) -> None:
@@ -167,7 +190,7 @@ def compare(
     from ..compare.compare import compare_annotations
     from ..compare.table import comparison_table
 
-    opened = Store(store)
+    opened = open_store(store)
     compared = compare_annotations(datasets, opened, reference, alpha)
     table = comparison_table(compared, resamples, seed)
     paths = page.write(compared, table, opened, output or page.default_output(compared, opened))
@@ -185,7 +208,7 @@ def batches(
     """List annotation batches (annotator.batch) that wait for the provider's answers."""
     from .batches import batches_table
 
-    console.print(batches_table([Store(root) for root in stores or ["store"]], cancel))
+    console.print(batches_table([open_store(root) for root in stores or ["store"]], cancel))
 
 
 def verify_store(
@@ -197,7 +220,7 @@ def verify_store(
     """Check every file against its manifest; print faults and the commands that mend them."""
     from .check_store import check_store
 
-    found, intact = check_store(Store(store), datasets or [])
+    found, intact = check_store(open_store(store), datasets or [])
     console.print(found, soft_wrap=True, highlight=False)
     if not intact:
         raise typer.Exit(1)
