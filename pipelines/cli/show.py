@@ -120,7 +120,7 @@ def figure(key: str, value: Any) -> str:
         return "\n".join(f"{role}: {_column(name)}" for role, name in value.items())
     if key == "requests":
         return ", ".join(f"{number:,} {what}" for what, number in value.items())
-    return "n/a" if value is None else str(value)
+    return "–" if value is None else str(value)
 
 
 def _column(name: Any) -> str:
@@ -137,7 +137,8 @@ def reading_notes(dataset: Dataset) -> Iterator[str]:
 
 
 def _evaluation_table(summary: dict[str, Any]) -> Table:
-    """A row per figure, a column per policy, the paired difference last; 95 % intervals."""
+    """A row per figure, a column per policy, the paired difference last; 95 % intervals. A dash
+    where nothing was scored."""
     columns = dict(summary["policies"])
     if "paired_difference" in summary:
         columns["paired difference"] = summary["paired_difference"]
@@ -145,8 +146,10 @@ def _evaluation_table(summary: dict[str, Any]) -> Table:
     for figure in (name for name in summary["policies"]["base"] if "@" in name):
         cells = []
         for estimates in columns.values():
-            low, high = estimates[figure]["ci95"]
-            cells.append(f"{estimates[figure]['value']:.1%} ({low:.1%} – {high:.1%})")
+            value, interval = estimates[figure]["value"], estimates[figure]["ci95"]
+            cells.append(
+                "–" if value is None else "{:.1%} ({:.1%} – {:.1%})".format(value, *interval)
+            )
         table.add_row(figure, *cells)
     return table
 

@@ -161,7 +161,7 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
         "tokens_per_route": {r.name.lower(): int(routed[r]) for r in Route},
         "mean_coverage": round(float(np.mean(np.concatenate(coverage), dtype=np.float64)), 4)
         if rows
-        else 0.0,
+        else None,
         "sequences_with_advantage": signal,
     } | ({"left_out": left_out} if left_out else {})
 

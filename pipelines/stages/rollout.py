@@ -61,7 +61,7 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
         on_policy += table["on_policy"].to_pylist().count(True)
     return {
         "rollouts": rollouts,
-        "mean_tokens": round(tokens / max(on_policy, 1), 2),
+        "mean_tokens": round(tokens / on_policy, 2) if on_policy else None,
         "truncated": truncated,
         "off_policy": rollouts - on_policy,
     }

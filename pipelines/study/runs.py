@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context, parent_process
 from typing import Any
 
@@ -193,10 +194,12 @@ def chosen(tries: Sequence[Run], table: pl.DataFrame) -> dict[str, tuple[str, ..
     choices: dict[str, list[tuple[str, ...]]] = {}
     for run in tries:
         choices.setdefault(run.arm.name, []).append(run.choice)
-    return {
-        name: max(own, key=lambda choice, n=name: tuning_rate(table, n, " ".join(choice)))
-        for name, own in choices.items()
-    }
+
+    def rate(name: str, choice: tuple[str, ...]) -> float:
+        found = tuning_rate(table, name, " ".join(choice))
+        return -1.0 if found is None else found
+
+    return {name: max(own, key=partial(rate, name)) for name, own in choices.items()}
 
 
 def study_runs(
@@ -222,17 +225,18 @@ def _answers(run: Run, dataset: Dataset) -> Iterator[dict[str, Any]]:
     """A run's validation rows with its arm, and its KL figures up to each row's step.
 
     kl_exposure: Σ λ²; coverage, kl_clipped: means over the steps with λ > 0 of the shares of tokens
-    under the KL, and of those at which its clip bound.
+    under the KL, and of those at which its clip bound; null where no step had such tokens.
     """
-    steps = {0: {"kl_exposure": 0.0, "coverage": 0.0, "kl_clipped": None}}
+    steps = {0: {"kl_exposure": 0.0, "coverage": None, "kl_clipped": None}}
     covered, clipped = [], []
     for line in read_metrics(dataset.local_path(METRICS)):
         if line["kl_weight"]:
-            covered.append(sum(v for name, v in line.items() if name.startswith("coverage_")))
-            clipped.append(line.get("kl_clipped", 0.0))
+            shares = [share for name, share in line.items() if name.startswith("coverage_")]
+            covered += [sum(shares)] if shares else []
+            clipped += [line["kl_clipped"]] if "kl_clipped" in line else []
         steps[line["step"] + 1] = {
             "kl_exposure": line["kl_exposure"],
-            "coverage": float(np.mean(covered)) if covered else 0.0,
+            "coverage": float(np.mean(covered)) if covered else None,
             "kl_clipped": float(np.mean(clipped)) if clipped else None,
         }
     known = {
@@ -253,9 +257,11 @@ def results(answers: pl.DataFrame) -> pl.DataFrame:
     return (
         answers.group_by(keys, maintain_order=True)
         .agg(
-            pass_rate=pl.col("correct").sum() / pl.col("k").sum(),
+            pass_rate=pl.when(pl.col("k").sum() > 0).then(
+                pl.col("correct").sum() / pl.col("k").sum()
+            ),
             entropy=weighted.sum() / pl.col("tokens").filter(pl.col("entropy").is_not_null()).sum(),
-            length=pl.when(pl.col("tokens").null_count() == 0).then(
+            length=pl.when(pl.col("tokens").null_count() == 0, pl.col("k").sum() > 0).then(
                 pl.col("tokens").sum() / pl.col("k").sum()
             ),
             truncated=pl.col("truncated").sum(),
