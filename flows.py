@@ -61,7 +61,7 @@ from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.annotators import engine_of
 from trace_opd.pipelines.pipeline import STAGES, TABLE_STAGES, run_pipeline
 from trace_opd.pipelines.stages import REGISTRY, StageEntry
-from trace_opd.pipelines.stages.base import Plan, close_idle_engine
+from trace_opd.pipelines.stages.base import Plan, close_idle_engine, give_name
 from trace_opd.schemas.configs import AnnotateConfig, Config, PipelineConfig
 from trace_opd.schemas.settings import load_config, override
 
@@ -250,7 +250,7 @@ def _mark_crashed(futures: Sequence[PrefectFuture[Any]]) -> None:
 
 
 def _published(store: Store, dataset: Dataset, alias: str) -> str:
-    store.set_alias(alias, dataset)
+    give_name(store, alias, dataset, get_run_logger().info)
     summary = [{"figure": key, "value": str(value)} for key, value in dataset.summary.items()]
     key = f"{dataset.stage}-{dataset.id}"
     create_table_artifact(summary, key=key, description=f"{alias}: {dataset.path()}")

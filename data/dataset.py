@@ -19,6 +19,7 @@ from ..schemas.errors import InputError
 from ..schemas.tables import CONTRACTS
 from .atomic import make_folders, sweep, writing
 from .manifest import MANIFEST, content_hash, finished_manifest, is_ref, now, read_manifest
+from .nearby import absent_dataset
 from .owner import claim
 from .parts import count_rows, encoded, part_name, read_part
 from .store_files import StoreFiles, as_json
@@ -60,9 +61,7 @@ def get_dataset(files: StoreFiles, ref: str) -> "Dataset":
     """As `find_dataset`, but raises InputError if there is none."""
     found = find_dataset(files, ref)
     if found is None:
-        raise InputError(
-            f"dataset {ref!r} is not in store {files.root}; `trace-opd ls` lists what is there"
-        )
+        raise InputError(absent_dataset(files, ref, {}))
     return found
 
 

@@ -92,7 +92,7 @@ def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_r
     if whole_number("RANK", 0) != 0:  # only the first of torchrun's processes prints
         return
     if isinstance(made, Dataset):
-        show_dataset(made, console)
+        show_dataset(made, console, [alias or REGISTRY[name].alias or name])
     else:
         console.print(made, soft_wrap=True)
 

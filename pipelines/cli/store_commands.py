@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.tree import Tree
 
 from ...data.manifest import one_line
+from ...data.nearby import described, other_stores
 from ...data.remote import require_reachable
 from ...data.store import Store
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
-from ..terminal import console, print_json
+from ..terminal import Terminal, console, named, print_json
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +45,7 @@ def ls(
 ) -> None:
     """List the store's datasets."""
     opened = Store(store)
-    names: dict[str, list[str]] = {}
-    try:
-        for name, ref in opened.aliases().items():
-            names.setdefault(ref, []).append(name)
-    except InputError as error:  # list the datasets without names
-        logger.warning("%s", error)
+    names = _names(opened)
     table = Table(box=None)
     for column in ("dataset", "alias", "parts", "rows", "finished"):
         table.add_column(column, no_wrap=True)  # ids are for copying
@@ -63,6 +59,26 @@ def ls(
             dataset.manifest["finished_at"][:16].replace("T", " "),
         )
     console.print(table)
+    if not table.rows and stage is None:
+        _print_empty(opened)
+
+
+def _print_empty(store: Store) -> None:
+    """Where an empty store is, and which stores nearby are not empty."""
+    others = other_stores(store.files)
+    line = f"no datasets in {described(store.files)}{'; ' if others else ''}{others}"
+    Terminal(stderr=True).print(line, soft_wrap=True, highlight=False)
+
+
+def _names(store: Store) -> dict[str, list[str]]:
+    """The aliases of each dataset; none if the file of aliases is damaged."""
+    names: dict[str, list[str]] = {}
+    try:
+        for name, ref in store.aliases().items():
+            names.setdefault(ref, []).append(name)
+    except InputError as error:
+        logger.warning("%s", error)
+    return names
 
 
 def show(
@@ -77,7 +93,7 @@ def show(
         show_rollout(ref, opened, console)
         return
     dataset = opened.get(ref)
-    show_dataset(dataset, console)
+    show_dataset(dataset, console, _names(opened).get(dataset.ref, []))
     print_json({k: v for k, v in dataset.manifest.items() if k != "summary"}, console)
 
 
@@ -105,9 +121,10 @@ def lineage(
 ) -> None:
     """Show the datasets that a dataset was made from."""
     opened = Store(store)
-    trees: list[Tree] = []
+    names, trees = _names(opened), list[Tree]()
     for depth, role, dataset in opened.get(ref).lineage():
-        text = f"{one_line(role) + ': ' if role else ''}{dataset.ref}  {dataset.rows} rows"
+        label = f"{one_line(role) + ': ' if role else ''}{dataset.ref}"
+        text = f"{label}{named(names.get(dataset.ref, []))}  {dataset.rows} rows"
         node = trees[depth - 1].add(text) if depth else Tree(text)
         trees[depth:] = [node]
     console.print(trees[0])
@@ -120,7 +137,9 @@ def alias(
 ) -> None:
     """Give a dataset a name."""
     opened = Store(store)
-    opened.set_alias(name, opened.get(ref))
+    from ..stages.base import give_name
+
+    give_name(opened, name, opened.get(ref))
 
 
 def import_(
