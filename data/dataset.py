@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,11 @@ class Dataset:
         return out
 
 
+def in_use(ref: str) -> str:
+    """The name of the lock that runs share on a dataset while they read it."""
+    return f"{ref}.use"
+
+
 @dataclass(frozen=True)
 class Draft:
     """A dataset in the making: `write_part` adds parts, `finish` turns it into a Dataset."""
@@ -190,12 +195,20 @@ class Draft:
         waits: called with a line that names the holder, before this blocks; may raise.
 
         Raises:
-            InputError: the store can't be written.
+            InputError: the store can't be written, or an input was removed (removal.py).
         """
-        with self.files.locked(self.ref, lambda who: waits(f"{self.ref} is being made by {who}")):
+        with ExitStack() as held:
+            who = lambda who: waits(f"{self.ref} is being made by {who}")  # noqa: E731
+            held.enter_context(self.files.locked(self.ref, who))
+            inputs = set(self.header["inputs"].values())
+            for ref in sorted(inputs):
+                held.enter_context(self.files.locked(in_use(ref), shared=True))
             found = find_dataset(self.files, self.ref)
             if found is not None:
                 self.files.sync(self.ref)
+            elif self.files.is_local:  # elsewhere no removal sees the locks
+                for ref in inputs:
+                    get_dataset(self.files, ref)
             header = self.header | {"started_at": now()}
             yield found or replace(self, header=header, began=time.monotonic())
 
