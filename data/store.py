@@ -13,7 +13,7 @@ stage and command opens a `Store`.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +221,16 @@ class Store:
                 "command again, which makes it again"
             )
         return former
+
+    def drop_aliases(self, names: Collection[str]) -> None:
+        """Remove names; the datasets stay. Concurrent calls: see `set_alias`."""
+
+        def change(content: bytes | None) -> bytes:
+            kept = self._parse_aliases(content)
+            return as_json({name: ref for name, ref in kept.items() if name not in names})
+
+        if set(names) & self.aliases().keys():
+            self.files.update(_ALIASES, change)
 
 
 def _check_table(dataset: Dataset, table: TableContract, ref: str) -> None:

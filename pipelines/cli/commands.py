@@ -23,6 +23,7 @@ from ...schemas.presets import PRESETS
 from ...schemas.settings import load_config, override
 from ..stages import REGISTRY, StageEntry
 from ..terminal import console, log_to_terminal, print_config, print_json
+from . import removal_commands
 from .ending import end_at_second_interrupt, exit_code, log_thread_failures
 from .store_commands import COMMANDS, StoreRoot
 
@@ -132,7 +133,7 @@ def _report(
 for _entry in REGISTRY.values():
     _command = _report if _entry.name == "report" else _stage_command(_entry)
     app.command(_entry.name, help=_entry.summary)(_command)
-for _name, _command in COMMANDS.items():
+for _name, _command in (COMMANDS | removal_commands.COMMANDS).items():
     app.command(_name)(_command)
 
 
