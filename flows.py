@@ -60,6 +60,7 @@ from trace_opd.data.remote import require_reachable
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.annotators import engine_of
 from trace_opd.pipelines.pipeline import STAGES, TABLE_STAGES, run_pipeline
+from trace_opd.pipelines.planning.pipeline_plan import plan_pipeline
 from trace_opd.pipelines.stages import REGISTRY, StageEntry
 from trace_opd.pipelines.stages.base import Plan, close_idle_engine, give_name
 from trace_opd.schemas.configs import AnnotateConfig, Config, PipelineConfig
@@ -296,14 +297,16 @@ globals().update(STAGE_FLOWS)  # entrypoints name them: `trace_opd.flows.annotat
 def pipeline(
     config: PipelineConfig, overrides: list[str] | None = None, store: str = ""
 ) -> dict[str, str]:
-    """Run every stage in order, each as a subflow."""
+    """Check all stages, then run them in order, each as a subflow."""
     root = store or default_store()
+    changed = override(config, overrides)
+    plan_pipeline(changed, Store(root)).require()
 
     def run(stage: str, stage_config: Config, alias: str) -> str:
         ref: Any = STAGE_FLOWS[stage](stage_config, store=root, alias=alias)
         return ref
 
-    return run_pipeline(override(config, overrides), run)
+    return run_pipeline(changed, run)
 
 
 def crash_dead_runs(after_s: float = 300) -> None:

@@ -29,7 +29,7 @@ def described(files: StoreFiles) -> str:
     where = files.url("").rstrip("/")
     if files.is_local and not Path(files.base).exists():
         return f"{where}, which does not exist yet"
-    if not any(map(is_stage, files.names())):
+    if _is_empty(files):
         return f"{where}, which is empty"
     return where
 
@@ -53,9 +53,13 @@ def _advice(files: StoreFiles, ref: str, aliases: Mapping[str, str]) -> str:
         return held
     if close := get_close_matches(ref, aliases, 1, 0.75):
         return f"did you mean {close[0]!r}? `trace-opd ls` lists what is there"
-    if not aliases and (others := other_stores(files)):
+    if _is_empty(files) and (others := other_stores(files)):
         return others
     return f"`trace-opd ls` lists what is there, or {_CHOOSE}"
+
+
+def _is_empty(files: StoreFiles) -> bool:
+    return not any(map(is_stage, files.names()))
 
 
 def _stores(files: StoreFiles) -> Iterator[tuple[Path, dict[str, str]]]:

@@ -143,20 +143,22 @@ def pipeline(
     overrides: Overrides = None,
     preset: PresetName = None,
     store: StoreRoot = "store",
+    alias: Annotated[
+        str | None, typer.Option(help="Prefix of all datasets' names; default: the config's name.")
+    ] = None,
     keep_failed: KeepFailed = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check all stages and print the plan; run nothing."),
+    ] = False,
 ) -> None:
-    """Run every stage in order, in this process, without a server."""
+    """Check all stages, then run them in order, in this process, without a server."""
     kept = ["annotate.annotator.keep_failed=true"] if keep_failed else []
-    loaded = _load(PipelineConfig, config, [*(overrides or []), *kept], None, preset)
-    opened = Store(store)
-    from ..pipeline import run_pipeline, run_stage
+    named = [f"name={alias}"] if alias is not None else []
+    loaded = _load(PipelineConfig, config, [*(overrides or []), *kept, *named], None, preset)
+    from .run_pipeline import plan_and_run
 
-    def run(stage: str, stage_config: Config, alias: str) -> str:
-        result = run_stage(stage, stage_config, opened, alias)
-        console.print(f"{alias}: {result if isinstance(result, str) else result.ref}")
-        return result if isinstance(result, str) else result.ref
-
-    run_pipeline(loaded, run)
+    plan_and_run(loaded, Store(store), dry_run)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,8 @@ def _leftovers(store: Store, older_than_s: float) -> Iterator[Garbage]:
         for path, about in files.fs.find(files.base, detail=True).items():
             if is_temporary(path.rsplit("/", 1)[1]) and now - _written(about) > older_than_s:
                 what = path.removeprefix(f"{files.base}/")
-                size, remove = about.get("size") or 0, lambda path=path: files.fs.rm_file(path)
-                yield Garbage(what, "left by a killed writer", size, remove)
+                unlink = partial(files.fs.rm_file, path)
+                yield Garbage(what, "left by a killed writer", about.get("size") or 0, unlink)
         return
     root = files.local_root()
     for entry in entries_in(root):

@@ -20,12 +20,12 @@ from ...schemas.labels import Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
 from ..annotators.spending import dollars
 from ..pipeline import TABLE_STAGES
+from ..planning.estimate import estimate, estimate_view
 from ..stages import train
 from ..terminal import named, print_config
 from ..viewer.paint import Paint, Piece
 from ..viewer.rollout_tables import find_byte_table, find_tables
 from ..viewer.rollout_view import RolloutView, load_rollouts
-from .estimate import estimate, estimate_view
 
 # Underlines as well as colours: readers must tell routes apart without seeing colour.
 _ROUTE_STYLES = (

@@ -1,0 +1,293 @@
+"""What a pipeline would end with later, besides what its stages check themselves: for its plan.
+
+Endpoints that do not answer, token ids that no server can give, a budget below its estimate, a disk
+that is too small, training and evaluation on the same problems. pipeline_plan.py calls this. Only
+requests that cost nothing are sent.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import openai
+import pyarrow as pa
+from rich.filesize import decimal
+
+from ...data.store import Dataset, Draft, Store
+from ...schemas.configs import (
+    AnnotateConfig,
+    Config,
+    ConvertConfig,
+    EvaluateConfig,
+    OpenAIAnnotator,
+    OpenAISampler,
+    PolicyConfig,
+    RolloutConfig,
+    Sampler,
+    TrainConfig,
+)
+from ...schemas.errors import InputError
+from ...trace.policy import load_tokenizer, vocab_fingerprint
+from ...trace.route import needs_annotations
+from ...trace.schedule import kl_weight
+from ..annotators import engine_of
+from ..annotators.prices import find_price
+from ..annotators.spending import dollars
+from ..endpoint import FAILURES, sentence
+from ..models import resolve_policy, served_model
+from ..samplers import sampling_engine
+from ..stages.base import Plan
+from ..training.model_shape import model_shape
+from ..transport import sync_client
+from .estimate import Estimate, Tokens, estimate
+from .expected import ExpectedDataset
+
+_TIMEOUT_S = 5.0
+_MOST_BYTES = 8 << 20  # of a server's list of models
+_SAMPLED = 32  # problems from which a cost is estimated
+_NAMED = ("micro", "smollm2")
+
+Cost = tuple[str, list[str], list[str]]  # what a stage takes, faults, notes
+_NOTHING: Cost = ("", [], [])
+
+
+def missing_weights(config: Config) -> str | None:
+    """The policy of a stage whose weights must be fetched from the hub first; None if none.
+
+    Raises:
+        InputError: they are not on the hub either.
+    """
+    policy: PolicyConfig | None = getattr(config, "policy", None)
+    if policy is None or isinstance(config, ConvertConfig):
+        return None
+    sampler: Sampler = config.sampler  # pyright: ignore[reportAttributeAccessIssue]
+    if not isinstance(config, TrainConfig) and sampling_engine(sampler, policy).served:
+        return None
+    if policy.path in _NAMED or Path(policy.path).is_dir():
+        return None
+    try:
+        folder = Path(resolve_policy(policy.path, download=False))
+    except InputError:
+        folder = Path(resolve_policy(policy.path, weights=False))
+    return None if any(folder.glob("*.safetensors")) else policy.path
+
+
+def vocabulary_of(sampler: Sampler, policy: PolicyConfig) -> str:
+    """The fingerprint that a sampler's rows will have; empty: their tokens are unknown."""
+    if sampling_engine(sampler, policy).served:
+        found = served_model(policy.path)
+        return "" if found is None else vocab_fingerprint(load_tokenizer(found[0]))
+    folder = resolve_policy(policy.path, weights=False)
+    return vocab_fingerprint(load_tokenizer(folder, policy.trust_remote_code))
+
+
+def of_stage(stage: str, config: Config, store: Store) -> list[str]:
+    """Faults of a stage that is not done, besides those that its `begin` finds."""
+    found = [fault for ask in _endpoints(config) if (fault := ask()) is not None]
+    served = isinstance(config, RolloutConfig) and isinstance(config.sampler, OpenAISampler)
+    if served and served_model(config.policy.path) is None:
+        found.append(
+            f"policy.path: {config.policy.path} is not on this machine, so the server's rows have "
+            "no token ids, which convert needs; give a folder, or a hub id in the cache "
+            f"(`hf download {config.policy.path}`), of the model that a vLLM server serves"
+        )
+    if isinstance(config, TrainConfig):
+        found += _room(config, store)
+    return found
+
+
+def _endpoints(config: Config) -> Iterator[Callable[[], str | None]]:
+    """A check for each server that a stage asks."""
+    sampler = getattr(config, "sampler", None)
+    if isinstance(config, RolloutConfig | EvaluateConfig | TrainConfig):
+        online = isinstance(config, TrainConfig) and not config.online.steps
+        if isinstance(sampler, OpenAISampler) and not online:
+            for url in sampler.servers:
+                yield _asks(url, sampler.api_key_env, "sampler.base_url")
+    annotator: Any = None
+    if isinstance(config, AnnotateConfig):
+        annotator = config.annotator
+    elif isinstance(config, TrainConfig) and _annotated_rows(config):
+        annotator = config.online.annotator
+    if isinstance(annotator, OpenAIAnnotator):
+        yield _asks(annotator.base_url, annotator.api_key_env, "annotator.base_url")
+
+
+def _asks(url: str, variable: str | None, setting: str) -> Callable[[], str | None]:
+    def ask() -> str | None:
+        """Whether the server lists its models, which costs nothing; what ails it if not."""
+        key = os.environ.get(variable) if variable else None
+        if variable and not key:
+            return None  # the stage's own check names it
+        try:
+            with sync_client(url, key, _TIMEOUT_S, _MOST_BYTES) as client:
+                client.models.list()
+        except openai.AuthenticationError:
+            return f"{setting}: {url} refuses the key in {variable or 'no variable'}; mend the key"
+        except openai.APIConnectionError as error:
+            return (
+                f"{setting}: {url} does not answer ({sentence(error, key)}); start the server, or "
+                "mend the address"
+            )
+        except FAILURES:
+            return None  # it answers, and may have no such list
+        return None
+
+    return ask
+
+
+def _annotated_rows(config: TrainConfig) -> int:
+    """Responses that online steps ask an annotator about: while λ > 0."""
+    online = config.online
+    if not online.steps or not needs_annotations(online.routing):
+        return 0
+    first = config.offline.steps
+    steps = (kl_weight(step, config.schedule) > 0 for step in range(first, first + online.steps))
+    return sum(steps) * config.groups_per_step * online.group_size
+
+
+def _room(config: TrainConfig, store: Store) -> list[str]:
+    """Whether the disk holds the checkpoints: weights, two moments of AdamW, the teacher."""
+    policy = config.policy
+    path = resolve_policy(policy.path, weights=False)
+    try:
+        shape = model_shape(path, config.lora, policy.trust_remote_code)
+        folder = store.files.local_root()
+    except InputError:
+        return []  # found by `begin`
+    final = 4 * shape.parameters
+    each = (4 if config.lora else 0) * shape.trainable + 8 * shape.trainable
+    each += (0 if config.lora else final) + (final if config.schedule.w0 else 0)
+    needed = final + (config.checkpoints_kept + 1) * each
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(nearest).free
+    if needed <= free:
+        return []
+    return [
+        f"checkpoints: {config.checkpoints_kept} of {decimal(each)} and the next one need "
+        f"{decimal(needed)} with the final model, and {nearest} has {decimal(free)}; make room, or "
+        "lower checkpoints_kept"
+    ]
+
+
+def shared_problems(training: pa.Table | None, held_out: pa.Table | None) -> list[str]:
+    """Whether the evaluation asks problems of the training."""
+    if training is None or held_out is None:
+        return []
+    asked = held_out["problem"].to_pylist()
+    known = {_plain(text) for text in training["problem"].to_pylist()}
+    if not (shared := [text for text in asked if _plain(text) in known]):
+        return []
+    return [
+        f"eval_problems: {len(shared)} of {len(asked)} are training problems too, e.g. "
+        f"{shared[0]!r:.80}; take another split, source or seed. To measure on training problems, "
+        "run stage evaluate by itself"
+    ]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def cost(stage: str, config: Any, plan: Plan, draft: Draft, store: Store) -> Cost:
+    """What a stage's annotator will cost, and whether its budget suffices."""
+    if stage == "annotate":
+        annotator, rows = config.annotator, plan.inputs["verdicts"].rows
+    elif stage == "train" and (rows := _annotated_rows(config)):
+        annotator = config.online.annotator
+    else:
+        return _NOTHING
+    if not engine_of(annotator).asks_endpoint or rows == 0:
+        return _NOTHING
+    price = find_price(annotator)
+    least, full = _tokens(stage, config, plan, draft, rows)
+    costs = least.usd(price, annotator.batch), full.usd(price, annotator.batch)
+    if price is None or costs[0] is None or costs[1] is None:
+        return f"{rows} requests, price unknown", [], []
+    takes = f"{dollars(costs[0])} – {dollars(costs[1])}"
+    budget = annotator.budget_usd
+    setting = "annotator.budget_usd" if stage == "annotate" else "online.annotator.budget_usd"
+    if budget is None or budget >= costs[1]:
+        return takes, [], []
+    text = f"{setting} is {dollars(budget)}, and {rows} requests take {takes}"
+    if budget >= costs[0]:
+        return takes, [], [f"{text}: it may not suffice"]
+    return takes, [f"{text}; raise it, or annotate fewer rollouts"], []
+
+
+def _tokens(stage: str, config: Any, plan: Plan, draft: Draft, rows: int) -> tuple[Tokens, Tokens]:
+    """The fewest tokens that the requests take, and those of full answers.
+
+    The fewest: measured on known answers, or prompts alone. Of responses that are not sampled yet
+    the fewest are empty, and the others as long as their limit.
+    """
+    if stage == "annotate" and not isinstance(plan.inputs["rollouts"], ExpectedDataset):
+        found = estimate(plan, draft)
+        assert found is not None, "it asks an endpoint"
+        return found.expected or Tokens(found.full.prompt), found.full
+    problems = plan.inputs["problems"].read_part(0).slice(0, _SAMPLED)
+    if problems.num_rows == 0:
+        return Tokens(), Tokens()
+    if stage == "annotate":
+        sampling = plan.inputs["rollouts"].manifest["config"].get("sampling", {})
+        limit = sampling.get("max_new_tokens", 0)
+    else:
+        config, limit = config.online, config.online.sampling.max_new_tokens
+    short, long = (_sampled(config, problems, draft, "word " * n) for n in (0, limit))
+    share = rows / problems.num_rows
+    return (
+        Tokens(short.full.prompt * share),
+        Tokens(long.full.prompt * share, long.full.completion * share),
+    )
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table in place of a dataset of one part."""
+
+    table: pa.Table
+
+    def read_part(self, index: int) -> pa.Table:
+        return self.table
+
+
+def _sampled(config: Any, problems: pa.Table, draft: Draft, response: str) -> Estimate:
+    """The estimate of one wrong response to each problem."""
+    ids, count = problems["problem_id"].combine_chunks(), problems.num_rows
+    shared: dict[str, Any] = {"rollout_id": ids, "problem_id": ids, "group_id": ids}
+    tables = {
+        "problems": problems,
+        "rollouts": pa.table(shared | {"response": pa.array([response] * count)}),
+        "verdicts": pa.table(shared | {"correct": pa.array([False] * count)}),
+    }
+    inputs: Any = {role: _Table(table) for role, table in tables.items()}
+    unmade = replace(draft, id="0")  # no part of it is there
+    found = estimate(Plan(config, inputs, {}, 1), unmade)
+    assert found is not None, "it asks an endpoint"
+    return found
+
+
+def past_seconds(stage: str, config: Any, store: Store, rows: int | None) -> str:
+    """About how long a stage takes, by the newest dataset of the same stage and policy."""
+    steps = config.offline.steps + config.online.steps if stage == "train" else 0
+
+    def alike(dataset: Dataset) -> bool:
+        recorded = dataset.manifest["config"]
+        if isinstance(recorded.get("online"), str):  # a table of a training's steps
+            return False
+        for section, key in (("policy", "path"), ("annotator", "engine")):
+            own, other = getattr(config, section, None), recorded.get(section) or {}
+            if own is not None and other.get(key) != getattr(own, key):
+                return False
+        return True
+
+    made = filter(alike, store.datasets(stage))
+    for past in sorted(made, key=lambda one: one.manifest["finished_at"], reverse=True):
+        amount, before = (steps, past.summary.get("steps")) if steps else (rows, past.rows)
+        if amount and before:
+            seconds = past.manifest["seconds"] * amount / before
+            return f"about {seconds:.0f} s, as {past.ref}"
+    return ""
