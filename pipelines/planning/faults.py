@@ -87,16 +87,21 @@ def vocabulary_of(sampler: Sampler, policy: PolicyConfig) -> str:
 def of_stage(stage: str, config: Config, store: Store) -> list[str]:
     """Faults of a stage that is not done, besides those that its `begin` finds."""
     found = [fault for ask in _endpoints(config) if (fault := ask()) is not None]
-    served = isinstance(config, RolloutConfig) and isinstance(config.sampler, OpenAISampler)
-    if served and served_model(config.policy.path) is None:
-        found.append(
-            f"policy.path: {config.policy.path} is not on this machine, so the server's rows have "
-            "no token ids, which convert needs; give a folder, or a hub id in the cache "
-            f"(`hf download {config.policy.path}`), of the model that a vLLM server serves"
-        )
+    if isinstance(config, RolloutConfig):
+        found += _token_ids(config)
     if isinstance(config, TrainConfig):
         found += _room(config, store)
     return found
+
+
+def _token_ids(config: RolloutConfig) -> Iterator[str]:
+    path = config.policy.path
+    if isinstance(config.sampler, OpenAISampler) and served_model(path) is None:
+        yield (
+            f"policy.path: {path} is not on this machine, so the server's rows have no token ids, "
+            f"which convert needs; give a folder, or a hub id in the cache (`hf download {path}`), "
+            "of the model that a vLLM server serves"
+        )
 
 
 def _endpoints(config: Config) -> Iterator[Callable[[], str | None]]:
@@ -177,8 +182,8 @@ def shared_problems(training: pa.Table | None, held_out: pa.Table | None) -> lis
     """Whether the evaluation asks problems of the training."""
     if training is None or held_out is None:
         return []
-    asked = held_out["problem"].to_pylist()
-    known = {_plain(text) for text in training["problem"].to_pylist()}
+    asked = [str(text) for text in held_out["problem"].to_pylist()]
+    known = {_plain(str(text)) for text in training["problem"].to_pylist()}
     if not (shared := [text for text in asked if _plain(text) in known]):
         return []
     return [

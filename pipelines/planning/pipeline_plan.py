@@ -82,13 +82,14 @@ class _Planner:
         self._config, self._store, self._download = config, ExpectingStore(store), download
         self.plan = PipelinePlan()
         self.problems: dict[str, pa.Table] = {}  # by role, what could be read
-        self._roles: dict[str, str] = {}  # by the ref that `step` returned
+        self._refs: dict[str, str] = {}  # by role, what `step` returned
 
     def step(self, stage: str, config: Config, alias: str) -> str:
         role = alias.removeprefix(f"{self._config.name}-")
         given = config.model_dump(mode="json")
-        reads = [self._roles[ref] for ref in _texts(given) if ref in self._roles]
-        planned = Planned(role, stage, alias, list(dict.fromkeys(reads)))
+        linked = set(_texts(given))
+        reads = [name for name, ref in self._refs.items() if ref in linked]
+        planned = Planned(role, stage, alias, reads)
         found: list[str] = []
         target = None
         if stage in TABLE_STAGES or stage == "train":
@@ -105,7 +106,7 @@ class _Planner:
         self.plan.faults += [f"{role}: {text}" for text in dict.fromkeys(found)]
         self.plan.stages.append(planned)
         ref = target.ref if target is not None else alias
-        self._roles[ref] = role
+        self._refs[role] = ref
         return ref
 
     def _begun(self, planned: Planned, config: Any) -> tuple[Dataset | None, Planned]:
@@ -171,7 +172,7 @@ class _Planner:
     def _unknown(self, planned: Planned) -> Dataset:
         """Stands for a dataset that cannot be planned, so that later stages are still checked."""
         table = STAGES[planned.stage].contract if planned.stage in TABLE_STAGES else None
-        inputs = {role: f"{_STAGE_OF[role]}/{_UNKNOWN}" for role in _INPUTS.get(planned.stage, ())}
+        inputs = {role: self._refs[role] for role in _INPUTS.get(planned.stage, ())}
         header = {
             "stage": planned.stage, "inputs": inputs, "config": {},
             "table": table.name if table else None,
@@ -180,21 +181,16 @@ class _Planner:
         id_ = "1" if planned.role == "eval_problems" else _UNKNOWN
         draft = Draft(self._store.files, planned.stage, id_, header | {"id": id_}, table)
         empty = PROBLEMS.empty() if planned.stage == "problems" else known_row("", "")
-        return self._store.expect(draft, [1], [empty])
+        parts = max([self._store.get(ref).parts for ref in inputs.values()], default=1)
+        return self._store.expect(draft, [1] * parts, [empty] * parts)
 
 
-# What links an unknown dataset to the unknown ones before it.
+# Roles of a stage's inputs, for a dataset that cannot be planned.
 _INPUTS = {
     "rollout": ("problems",),
     "verify": ("rollouts",),
     "annotate": ("verdicts", "rollouts", "problems"),
     "convert": ("annotations", "verdicts", "rollouts", "problems"),
-}
-_STAGE_OF = {
-    "problems": "problems",
-    "rollouts": "rollout",
-    "verdicts": "verify",
-    "annotations": "annotate",
 }
 _MAKER = ["policy_name", "vocab_fingerprint"]
 
