@@ -7,8 +7,9 @@ requests that cost nothing are sent.
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ...schemas.configs import (
     RolloutConfig,
     Sampler,
     TrainConfig,
+    VllmSampler,
 )
 from ...schemas.errors import InputError
 from ...trace.policy import load_tokenizer, vocab_fingerprint
@@ -35,8 +37,9 @@ from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
 from ..annotators import engine_of
 from ..annotators.prices import find_price
+from ..annotators.prompting import load_prompt
 from ..annotators.spending import dollars
-from ..endpoint import FAILURES, sentence
+from ..endpoint import FAILURES, read_key, sentence
 from ..models import resolve_policy, served_model
 from ..samplers import sampling_engine
 from ..stages.base import Plan
@@ -86,7 +89,17 @@ def vocabulary_of(sampler: Sampler, policy: PolicyConfig) -> str:
 
 def of_stage(stage: str, config: Config, store: Store) -> list[str]:
     """Faults of a stage that is not done, besides those that its `begin` finds."""
-    found = [fault for ask in _endpoints(config) if (fault := ask()) is not None]
+    found = [fault for server in _endpoints(config) if (fault := _silent(*server)) is not None]
+    found += _packages(config)
+    if (annotator := _paid_annotator(config)) is not None:
+        # `begin` checks the same, and ends with the first.
+        found += _faults(
+            [
+                lambda: load_prompt(annotator.prompt, annotator.answer_schema),
+                lambda: read_key(annotator.api_key_env, "annotator.api_key_env"),
+                lambda: find_price(annotator),
+            ]
+        )
     if isinstance(config, RolloutConfig):
         found += _token_ids(config)
     if isinstance(config, TrainConfig):
@@ -104,44 +117,67 @@ def _token_ids(config: RolloutConfig) -> Iterator[str]:
         )
 
 
-def _endpoints(config: Config) -> Iterator[Callable[[], str | None]]:
-    """A check for each server that a stage asks."""
-    sampler = getattr(config, "sampler", None)
-    if isinstance(config, RolloutConfig | EvaluateConfig | TrainConfig):
-        online = isinstance(config, TrainConfig) and not config.online.steps
-        if isinstance(sampler, OpenAISampler) and not online:
-            for url in sampler.servers:
-                yield _asks(url, sampler.api_key_env, "sampler.base_url")
+def _sampler(config: Config) -> Sampler | None:
+    """The sampler that a stage uses."""
+    if isinstance(config, TrainConfig) and not config.online.steps:
+        return None
+    sampled = isinstance(config, RolloutConfig | EvaluateConfig | TrainConfig)
+    return config.sampler if sampled else None
+
+
+def _packages(config: Config) -> Iterator[str]:
+    """Packages that would be missed when a sampler or adapters are opened."""
+    if isinstance(_sampler(config), VllmSampler) and find_spec("vllm") is None:
+        yield "sampler.engine is vllm, which is not installed; `pip install 'trace-opd[vllm]'`"
+    if isinstance(config, TrainConfig) and config.lora and find_spec("peft") is None:
+        yield "lora needs peft, which is not installed; `pip install 'trace-opd[lora]'`"
+
+
+def _endpoints(config: Config) -> Iterator[tuple[str, str | None, str]]:
+    """Address, variable of the key, and setting of each server that a stage asks."""
+    sampler = _sampler(config)
+    if isinstance(sampler, OpenAISampler):
+        for url in sampler.servers:
+            yield url, sampler.api_key_env, "sampler.base_url"
+    if (annotator := _paid_annotator(config)) is not None:
+        yield annotator.base_url, annotator.api_key_env, "annotator.base_url"
+
+
+def _paid_annotator(config: Config) -> OpenAIAnnotator | None:
+    """The annotator of a stage, if it asks an endpoint."""
     annotator: Any = None
     if isinstance(config, AnnotateConfig):
         annotator = config.annotator
     elif isinstance(config, TrainConfig) and _annotated_rows(config):
         annotator = config.online.annotator
-    if isinstance(annotator, OpenAIAnnotator):
-        yield _asks(annotator.base_url, annotator.api_key_env, "annotator.base_url")
+    return annotator if isinstance(annotator, OpenAIAnnotator) else None
 
 
-def _asks(url: str, variable: str | None, setting: str) -> Callable[[], str | None]:
-    def ask() -> str | None:
-        """Whether the server lists its models, which costs nothing; what ails it if not."""
-        key = os.environ.get(variable) if variable else None
-        if variable and not key:
-            return None  # the stage's own check names it
+def _faults(checks: Iterable[Callable[[], object]]) -> Iterator[str]:
+    for check in checks:
         try:
-            with sync_client(url, key, _TIMEOUT_S, _MOST_BYTES) as client:
-                client.models.list()
-        except openai.AuthenticationError:
-            return f"{setting}: {url} refuses the key in {variable or 'no variable'}; mend the key"
-        except openai.APIConnectionError as error:
-            return (
-                f"{setting}: {url} does not answer ({sentence(error, key)}); start the server, or "
-                "mend the address"
-            )
-        except FAILURES:
-            return None  # it answers, and may have no such list
-        return None
+            check()
+        except InputError as error:
+            yield str(error)
 
-    return ask
+
+def _silent(url: str, variable: str | None, setting: str) -> str | None:
+    """Ask a server for its list of models, which costs nothing; what ails it, None if nothing."""
+    key = os.environ.get(variable) if variable else None
+    if variable and not key:
+        return None  # the stage's own check names it
+    try:
+        with sync_client(url, key, _TIMEOUT_S, _MOST_BYTES) as client:
+            client.models.list()
+    except openai.AuthenticationError:
+        whose = f"the key in {variable}" if variable else "requests without a key"
+        return f"{setting}: {url} refuses {whose}; mend it, or api_key_env"
+    except openai.APIConnectionError as error:
+        text = sentence(error, key)
+        return f"{setting}: {url} does not answer ({text}); start the server, or mend the address"
+    except FAILURES:
+        return None  # it answers, and may have no such list
+    return None
 
 
 def _annotated_rows(config: TrainConfig) -> int:
