@@ -169,6 +169,21 @@ def in_use(ref: str) -> str:
     return f"{ref}.use"
 
 
+def why_empty(dataset: Dataset) -> str:
+    """Which dataset the rows of an empty one were lost at, and why, as far as its summary shows."""
+    empty = [node for _, _, node in dataset.lineage() if node.manifest["table"] and not node.rows]
+    refs = {node.ref for node in empty}
+    # Made from datasets that have rows.
+    first = next(node for node in empty if not refs & set(node.manifest["inputs"].values()))
+    left_out = first.summary.get("left_out")
+    why = "it was made without rows"
+    if isinstance(left_out, dict) and left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        why = f"everything was left out ({reasons})"
+    which = "" if first.ref == dataset.ref else f"so is {first.ref}, from which it was made; "
+    return f"{which}{why}; make {first.ref} again so that it has rows"
+
+
 @dataclass(frozen=True)
 class Draft:
     """A dataset in the making: `write_part` adds parts, `finish` turns it into a Dataset."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..schemas.contract import TableContract
 from ..schemas.errors import DamagedFile, InputError
-from .dataset import Dataset, Draft, dataset_id, find_dataset
+from .dataset import Dataset, Draft, dataset_id, find_dataset, why_empty
 from .locks import remove_unheld
 from .manifest import MANIFEST, content_hash, is_alias, is_ref, is_stage, now, read_aliases
 from .nearby import absent_dataset
@@ -77,8 +77,10 @@ class Store:
     def get(self, ref: str, table: TableContract | None = None) -> Dataset:
         """The dataset of an alias, an id, an unambiguous prefix of an id, or `stage/id`.
 
+        table: it has to hold this table, and a row.
+
         Raises:
-            InputError: no dataset or several match, or the dataset holds another table.
+            InputError: no dataset or several match, or the dataset holds another table or no row.
         """
         matches = self.matches(ref)
         if not matches:
@@ -245,3 +247,5 @@ def _check_table(dataset: Dataset, table: TableContract, ref: str) -> None:
             f"dataset {ref!r} is version {held_version} of table {table.name}, this release reads "
             f"version {table.version}; run its stage again"
         )
+    if not dataset.rows:
+        raise InputError(f"dataset {ref!r} is empty: {why_empty(dataset)}")

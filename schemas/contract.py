@@ -6,7 +6,7 @@ metadata, every schema its table's name and version. Errors name the column and 
 
 import dataclasses
 import errno
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum, StrEnum
 from typing import Any
@@ -27,8 +27,8 @@ class TableContract:
     labels: string columns with values of an enumeration; codes: the same for lists of integers;
     nested_labels: for strings in lists of structs, by (column, field); same_length: columns of
     lists of equal length; ranges: (least, most) of finite numbers, or of lists of them; filled:
-    lists that are never empty; faults: (column, what is wrong, function that returns a mask of
-    wrong rows).
+    lists that are never empty; optional: columns that a table may lack; faults: (column, what is
+    wrong, function that returns a mask of wrong rows).
     """
 
     name: str
@@ -41,14 +41,24 @@ class TableContract:
     same_length: tuple[tuple[str, ...], ...] = ()
     ranges: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     filled: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     faults: tuple[tuple[str, str, Callable[[pa.Table], Any]], ...] = ()
 
     def empty(self) -> pa.Table:
-        return self.schema.empty_table()
+        return self.table([])
 
     def table(self, rows: Iterable[dict]) -> pa.Table:
-        """Build a table of this contract from dictionaries, one per row."""
-        return pa.Table.from_pylist(list(rows), schema=self.schema)
+        """Build a table of this contract from dictionaries, one per row.
+
+        It has the optional columns that the first row names.
+        """
+        rows = list(rows)
+        return pa.Table.from_pylist(rows, schema=self.schema_of(rows[0] if rows else ()))
+
+    def schema_of(self, names: Container[str]) -> pa.Schema:
+        """The schema with only those optional columns that are among the names."""
+        kept = [f for f in self.schema if f.name not in self.optional or f.name in names]
+        return pa.schema(kept).with_metadata(self.schema.metadata or {})
 
 
 def described(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
@@ -83,16 +93,17 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
     Raises:
         InputError: names `where`, the column and the first row at fault.
     """
-    check_columns(table, contract, contract.schema.names, where)
+    schema = contract.schema_of(table.column_names)
+    check_columns(table, contract, schema.names, where)
     if extra := sorted(set(table.column_names) - set(contract.schema.names)):
         raise InputError(
             f"{where}: column {extra[0]} is not in table {contract.name}; drop or rename it"
         )
-    if table.num_columns > len(contract.schema):
+    if table.num_columns > len(schema):
         twice = max(table.column_names, key=table.column_names.count)
         raise InputError(f"{where}: column {twice} appears twice; drop one of them")
     columns = []
-    for field in contract.schema:
+    for field in schema:
         column = table.column(field.name)
         try:
             column = column.cast(field.type)
@@ -110,7 +121,7 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
                 f"{where}, row {row}: {field.name} has an entry that is null; give it a value"
             )
         columns.append(column)
-    checked = pa.Table.from_arrays(columns, schema=contract.schema)
+    checked = pa.Table.from_arrays(columns, schema=schema)
     _check_labels(checked, contract, where)
     _check_lengths(checked, contract, where)
     _check_ranges(checked, contract, where)

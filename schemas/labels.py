@@ -70,10 +70,11 @@ class DiagnosticType(StrEnum):
 
 
 class AnswerKind(StrEnum):
-    """How a gold answer is compared: as mathematics, or as the letter of a choice."""
+    """How a gold answer is compared: as mathematics, as a choice's letter, or as plain text."""
 
     MATH = "math"
     CHOICE = "choice"
+    TEXT = "text"
 
 
 class Operation(StrEnum):

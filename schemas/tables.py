@@ -90,7 +90,7 @@ PROBLEMS = make_contract(
             "problem", _string, "The problem as the student sees it, without prompt template."
         ),
         described("answer", _string, "Gold final answer; the letter for multiple choice."),
-        described("answer_kind", _string, "How answers are compared: math or choice."),
+        described("answer_kind", _string, "How answers are compared: math, choice or text."),
         described(
             "solution",
             _string,
@@ -167,8 +167,10 @@ VERDICTS = make_contract(
         described("status", _string, "How the verification ended (VerdictStatus)."),
         described("verifier", _string, "Verifier and version."),
         described("seconds", _float32, "Time that the verification took."),
+        described("feedback", _string, "What a reward of one's own reports.", True),
     ],
     "rollout_id",
+    optional=("feedback",),
     labels={"status": VerdictStatus},
     ranges={"reward": (-_MOST, _MOST)},
 )
@@ -219,11 +221,21 @@ ANNOTATIONS = make_contract(
         described("raw_answer", _string, "The annotator's answer as received.", True),
         described("error", _string, "Why the answer is invalid or the call failed.", True),
         described(
-            "prompt_tokens", _int32, "Billed prompt tokens, corrective turns included.", True
+            "prompt_tokens",
+            _int32,
+            "Billed prompt tokens, corrective turns included. Rows with the same question share "
+            "one answer: the first of them has its tokens, cost and time, the others have 0.",
+            True,
         ),
-        described("completion_tokens", _int32, "Billed completion tokens.", True),
-        described("cost_usd", pa.float64(), "US dollars; null if the price is unknown.", True),
-        described("latency_s", _float32, "Seconds from request to answer."),
+        described("completion_tokens", _int32, "Billed completion tokens, as prompt_tokens.", True),
+        described(
+            "cost_usd",
+            pa.float64(),
+            "US dollars of the answers that this row is the first to have, so that the column sums "
+            "to the dataset's cost; null if the price is unknown.",
+            True,
+        ),
+        described("latency_s", _float32, "Seconds from request to answer, as prompt_tokens."),
     ],
     "rollout_id",
     labels={"status": AnnotationStatus, "diagnostic_type": DiagnosticType},

@@ -1,7 +1,8 @@
 """Routes: which tokens of a response leave plain GRPO. A rule is one function.
 
 responses.py calls `within_cap` and `label_tokens` for the responses of a part; `trace-opd compare`
-calls `route_tokens` for one. `routing.rule` names one of RULES, or `module:function` of your own:
+calls `route_tokens` for one. `routing.rule` names one of RULES, or `file.py:function` or
+`module:function` of your own (schemas/own_code.py):
 
     # my_rules.py
     import numpy as np
@@ -15,15 +16,13 @@ calls `route_tokens` for one. `routing.rule` names one of RULES, or `module:func
 `routing.key` and `routing.error`, not the rule, choose the loss of the routed tokens.
 """
 
-import importlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from ..schemas import own_code
 from ..schemas.configs import RoutingConfig
 from ..schemas.errors import InputError
 from ..schemas.labels import Route, SpanKind
@@ -85,6 +84,8 @@ class NamedSegments:
     rank: np.ndarray
     row: np.ndarray
 
+
+_WHERE = "routing.rule"
 
 # Returns (tokens,) integers: the rank of the span that a token belongs to, −1: not routed.
 Rule = Callable[[Response], np.ndarray]
@@ -158,46 +159,44 @@ RULES: dict[str, Rule] = {
 
 
 def load_rule(name: str) -> Rule:
-    """The rule of that name: one of RULES, or `module:function`, imported.
+    """The rule of that name: one of RULES, or `file.py:function` or `module:function`, imported.
 
     Raises:
-        InputError: no such rule, a module that cannot be imported, or nothing there to call.
+        InputError: no such rule, a file that cannot be imported, or nothing there to call.
     """
     if name in RULES:
         return RULES[name]
-    module_name, colon, function = name.partition(":")
-    if not (module_name and colon and function):
+    if not own_code.is_own(name):
         raise InputError(
             f"routing.rule {name!r}: is none of {', '.join(RULES)}; name one of them, or "
-            "module:function of your own"
+            "file.py:function or module:function of your own"
         )
-    if (folder := str(Path.cwd())) not in sys.path:  # a run's workers start elsewhere
-        sys.path.append(folder)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(
-            f"routing.rule {name!r}: module {module_name} cannot be imported ({error}); run in its "
-            "folder or add it to PYTHONPATH"
-        ) from None
-    rule = getattr(module, function, None)
-    if not callable(rule):
-        raise InputError(
-            f"routing.rule {name!r}: module {module_name} has no function {function}; define it "
-            "there"
-        )
-    return cast(Rule, rule)
+    return cast(Rule, own_code.loaded(name, _WHERE).value)
 
 
 def rule_source(name: str) -> str | None:
     """Source text of the file of a user's own rule; None for one of RULES.
 
-    Dataset ids hash it, because a rule's name does not determine what it routes.
+    Dataset ids hash it, because a rule's name does not determine what it routes. The rule is loaded
+    again if the file has changed.
     """
     if name in RULES:
         return None
-    file = importlib.import_module(load_rule(name).__module__).__file__
-    return Path(file).read_text() if file is not None else ""
+    load_rule(name)
+    file = own_code.load(name, _WHERE).file
+    return file.read_text() if file is not None else ""
+
+
+def require_rule(name: str, source_hash: str | None, hash_of: Callable[[str], str]) -> None:
+    """Raises InputError if a user's own rule is not the one that a run began with.
+
+    A worker may outlive runs and hold an earlier one; source_hash: None for one of RULES.
+    """
+    if source_hash is not None and hash_of(rule_source(name) or "") != source_hash:
+        raise InputError(
+            f"routing.rule {name!r}: the file has changed since this run began; give the same "
+            "command again, which makes another dataset"
+        )
 
 
 def needs_annotations(config: RoutingConfig) -> bool:
@@ -250,7 +249,12 @@ def apply_rule(response: Response, rule: str) -> np.ndarray:
     Raises:
         InputError: a user's own rule that does not return a span id per token.
     """
-    span_id = np.asarray(load_rule(rule)(response))
+    function = load_rule(rule)
+    if rule in RULES:
+        span_id = np.asarray(function(response))
+    else:
+        with own_code.running(own_code.loaded(rule, _WHERE)):
+            span_id = np.asarray(function(response))
     tokens, highest = response.tokens, np.iinfo(np.int16).max
     if span_id.shape != (tokens,) or span_id.dtype.kind != "i" or (span_id > highest).any():
         raise InputError(

@@ -1,9 +1,10 @@
 """Where problems come from: one module per kind of source, named after the config's `kind`.
 
 Stage problems calls the functions here. Each module has `rows(source, seed)`, `identity(source)`
-and, if its rows never end, `ENDLESS`. A row is a dictionary with problem, answer, answer_kind,
-solution, steps and source as in table problems, and optionally `row`, its number in the source. A
-module is imported when its source is first used, so no source needs the packages of another.
+and, if its rows never end, `ENDLESS` (own.py: `endless(source)`). A row is a dictionary with
+problem, answer, answer_kind, solution, steps and source as in table problems, and optionally `row`,
+its number in the source. A module is imported when its source is first used, so no source needs the
+packages of another.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 from ...schemas.configs import Source
 from ...schemas.errors import InputError
+from ...schemas.own_code import is_own
 
 
 def rows(source: Source, seed: int) -> Iterator[dict[str, Any]]:
@@ -25,7 +27,8 @@ def rows(source: Source, seed: int) -> Iterator[dict[str, Any]]:
 
 def is_endless(source: Source) -> bool:
     """Whether `rows` never ends, so the caller must limit it."""
-    return getattr(_module(source), "ENDLESS", False)
+    module = _module(source)
+    return module.endless(source) if is_own(source.kind) else getattr(module, "ENDLESS", False)
 
 
 def identity(source: Source) -> dict[str, Any]:
@@ -40,8 +43,9 @@ def identity(source: Source) -> dict[str, Any]:
 
 
 def _module(source: Source) -> Any:
+    file = "own" if is_own(source.kind) else source.kind.replace("-", "_")
     try:
-        return import_module(f".{source.kind.replace('-', '_')}", __package__)
+        return import_module(f".{file}", __package__)
     except ModuleNotFoundError as error:
         raise InputError(
             f"source {source.kind}: package {error.name} is not installed; "

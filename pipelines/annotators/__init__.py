@@ -1,7 +1,8 @@
 """Annotation engines: a registry from a config's tag to the file of its engine.
 
 Called by the annotate stage, its estimate, online training and the flows. An engine's file is
-imported when a config names it, because each needs other packages.
+imported when a config names it, because each needs other packages. own.py is the engine of classes
+that a config names as `file.py:Class`.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data.store import Dataset
 from ...schemas.configs import Annotator, PolicyConfig, SegmentConfig
+from ...schemas.own_code import is_own
 from ...trace.protocols import Annotator as AnnotatorProtocol
 from ...trace.protocols import Sampler
 from .dialogue import Question
@@ -49,7 +51,8 @@ class Engine:
 
 
 def engine_of(config: Annotator) -> Engine:
-    return import_module(f".{_FILES[config.engine]}", __package__).ENGINE
+    file = "own" if is_own(config.engine) else _FILES[config.engine]
+    return import_module(f".{file}", __package__).ENGINE
 
 
 def open_annotator(config: Annotator, segment: SegmentConfig, **given: Any) -> AnnotatorProtocol:

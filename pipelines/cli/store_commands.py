@@ -4,6 +4,7 @@ commands.py adds `COMMANDS` to `trace-opd`. Slow imports are inside the commands
 """
 
 import logging
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -15,12 +16,14 @@ from rich.tree import Tree
 from ...data.manifest import one_line
 from ...data.nearby import described, other_stores
 from ...data.remote import require_reachable
-from ...data.store import Store
+from ...data.store import Dataset, Store
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
 from ..terminal import Terminal, console, named, print_json
 
 logger = logging.getLogger(__name__)
+
+_WIDE, _UNBOUNDED = 100, 10_000  # columns of a terminal
 
 
 def _reachable(root: str) -> str:
@@ -46,21 +49,30 @@ def ls(
     """List the store's datasets."""
     opened = Store(store)
     names = _names(opened)
-    table = Table(box=None)
-    for column in ("dataset", "alias", "parts", "rows", "finished"):
-        table.add_column(column, no_wrap=True)  # ids are for copying
+    # A pipe has no width: its lines are for grep.
+    out = console if console.is_terminal else Terminal(width=_UNBOUNDED)
+    table = listing(opened.datasets(stage), names, out.width < _WIDE)
+    out.print(table)
+    if not table.rows and stage is None:
+        _print_empty(opened)
+
+
+def listing(datasets: Iterable[Dataset], names: dict[str, list[str]], narrow: bool) -> Table:
+    """A row per dataset, the newest last. narrow: for 80 columns, without parts and year."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("dataset", "alias", *(() if narrow else ("parts",)), "rows", "finished"):
+        table.add_column(column, no_wrap=column != "alias")  # ids are for copying
     table.columns[1].overflow = "fold"
-    for dataset in sorted(opened.datasets(stage), key=lambda d: d.manifest["finished_at"]):
+    for dataset in sorted(datasets, key=lambda d: d.manifest["finished_at"]):
+        finished = dataset.manifest["finished_at"][:16].replace("T", " ")
         table.add_row(
             dataset.ref,
             ", ".join(names.get(dataset.ref, [])),
-            str(dataset.parts),
+            *(() if narrow else (str(dataset.parts),)),
             str(dataset.rows),
-            dataset.manifest["finished_at"][:16].replace("T", " "),
+            finished[len("2026-") :] if narrow else finished,
         )
-    console.print(table)
-    if not table.rows and stage is None:
-        _print_empty(opened)
+    return table
 
 
 def _print_empty(store: Store) -> None:
@@ -177,7 +189,8 @@ def compare(
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     output: Annotated[
-        Path | None, typer.Option(help="Folder; default: compare/… in the store.")
+        Path | None,
+        typer.Option(file_okay=False, help="Folder; default: compare/… in the store."),
     ] = None,
     store: StoreRoot = "store",
 ) -> None:

@@ -4,15 +4,17 @@ Stages, online training, own-policy annotation and the training plan call `sampl
 engine.py
 says what an engine answers. To add one: a config class with its tag in schemas/configs, and a file
 here named after the tag that exports `ENGINE`. It is imported when a config names it, because each
-needs other packages.
+needs other packages. own.py is the engine of classes that a config names as `file.py:Class`.
 """
 
 from importlib import import_module
 
 from ...schemas.configs import PolicyConfig, Sampler
+from ...schemas.own_code import is_own
 from .engine import Engine
 
 
 def sampling_engine(config: Sampler, policy: PolicyConfig) -> Engine:
     """The engine of a config, for a policy; nothing is opened or checked yet."""
-    return import_module(f".{config.engine}", __name__).ENGINE(config, policy)
+    file = "own" if is_own(config.engine) else config.engine
+    return import_module(f".{file}", __name__).ENGINE(config, policy)

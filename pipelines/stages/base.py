@@ -10,13 +10,13 @@ import atexit
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
 from ...data.store import Dataset, Draft, Store
-from ...schemas.configs import Config
+from ...schemas.configs import Config, located
 from ...schemas.contract import TableContract
 from ..progress import progress_bar
 from ..terminal import Terminal, console
@@ -83,6 +83,7 @@ class Stage:
     summarize: figures for the manifest, from the plan and the finished parts.
     summarized: columns that `summarize` reads; None: all.
     check: raises InputError if a finished dataset must stop the next stage; the dataset stays.
+    measure: further figures, from what the engine keeps with the draft.
     """
 
     name: str
@@ -93,10 +94,12 @@ class Stage:
     summarize: Callable[[Plan, Iterator[pa.Table]], dict[str, Any]]
     summarized: tuple[str, ...] | None = None
     check: Callable[[Any, Dataset], None] = lambda config, dataset: None
+    measure: Callable[[Plan, Draft], dict[str, Any]] = lambda plan, draft: {}
 
     def begin(self, config: Config, store: Store) -> tuple[Plan, Draft | Dataset]:
         """Check the request and open its dataset, finished or as a draft."""
         plan = self.resolve(config, store)
+        plan = replace(plan, config=located(plan.config))
         target = store.begin(
             self.name, plan.semantic, plan.inputs, self.contract, config.model_dump(mode="json")
         )
@@ -119,7 +122,8 @@ class Stage:
     def finish(self, plan: Plan, draft: Draft) -> Dataset:
         """Sum up the parts and write the manifest."""
         tables = (draft.read_part(part, self.summarized) for part in range(plan.parts))
-        return draft.finish(plan.parts, plan.figures | self.summarize(plan, tables))
+        summary = plan.figures | self.summarize(plan, tables) | self.measure(plan, draft)
+        return draft.finish(plan.parts, summary)
 
     def make(
         self,

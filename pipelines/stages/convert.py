@@ -1,5 +1,7 @@
 """Stage convert: annotated rollouts become routed sequences; the registry loads its `STAGE`."""
 
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,18 +10,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ...data.dataset import why_empty
 from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import ConvertConfig
 from ...schemas.errors import InputError
-from ...schemas.labels import Route
+from ...schemas.labels import AnnotationStatus, Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
 from ...trace.align import byte_table
 from ...trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
-from ...trace.route import needs_annotations, rule_source
+from ...trace.route import needs_annotations, require_rule, rule_source
 from ...trace.routed import routed_table
 from ..models import resolve_policy
+from ..samplers.trainable import require_trainable
 from ..samplers.vocabulary import check_token_ids, check_vocabulary
 from .base import PartMaker, Plan, Stage
+
+logger = logging.getLogger(__name__)
+
+# Statuses of rows whose annotator has answered.
+_ANNOTATED = {AnnotationStatus.OK, AnnotationStatus.EMPTY, AnnotationStatus.ABSTAINED}
 
 
 def _resolve(config: ConvertConfig, store: Store) -> Plan:
@@ -32,6 +41,8 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
     tokenizer = load_tokenizer(resolve_policy(policy.path, weights=False), policy.trust_remote_code)
     makers = rollouts.read_part(0, ["policy_name", "vocab_fingerprint"])
     check_vocabulary(makers, vocab_fingerprint(tokenizer), policy.path)
+    _check_verdicts(verdicts)
+    require_trainable(rollouts)
     inputs = {
         "annotations": annotations,
         "verdicts": verdicts,
@@ -45,10 +56,12 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
     }
     if (source := rule_source(config.routing.rule)) is not None:
         semantic["rule"] = content_hash(source)
+    config = config.model_copy(update={"routing": config.routing.located()})
     return Plan(config, inputs, semantic, annotations.parts)
 
 
 def _check_annotator(annotations: Dataset) -> None:
+    """Raises InputError if no row is annotated: the routing would leave every token to GRPO."""
     annotator = annotations.manifest["config"].get("annotator", {})
     if annotator.get("engine") == "none":
         raise InputError(
@@ -56,11 +69,64 @@ def _check_annotator(annotations: Dataset) -> None:
             "annotations; annotate with another engine, or set routing.rule and teacher_context to "
             "what needs none"
         )
+    found: Counter[str] = Counter()
+    for part in range(annotations.parts):
+        found.update(annotations.read_part(part, ["status"])["status"].to_pylist())
+    if not found.keys() & _ANNOTATED:
+        raise InputError(
+            f"dataset {annotations.ref}: none of its {annotations.rows} rows is annotated "
+            f"({_counts(found)}), and this routing needs annotations; annotate again, or set "
+            "routing.rule and teacher_context to what needs none"
+        )
+    if AnnotationStatus.OK not in found:
+        logger.warning(
+            "%s: no row has a span (%s), so every token is plain GRPO's",
+            annotations.ref,
+            _counts(found),
+        )
+
+
+def _check_verdicts(verdicts: Dataset) -> None:
+    """Raises InputError if no response has a reward."""
+    found: Counter[str] = Counter()
+    for part in range(verdicts.parts):
+        table = verdicts.read_part(part, ["reward", "status"])
+        if table["reward"].null_count < len(table):
+            return
+        found.update(table["status"].to_pylist())
+    raise InputError(
+        f"dataset {verdicts.ref}: none of its {verdicts.rows} responses has a reward "
+        f"({_counts(found)}), so none can be trained on; verify again with other limits, or mend "
+        "the gold answers"
+    )
+
+
+def _counts(found: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in found.most_common())
+
+
+def _left_out(plan: Plan) -> dict[str, int]:
+    """Why rollouts are not in the routed table: counts by reason, without zeros."""
+    counts: Counter[str] = Counter()
+    verdicts, rollouts = plan.inputs["verdicts"], plan.inputs["rollouts"]
+    for part in range(plan.parts):
+        scored = pc.is_valid(verdicts.read_part(part, ["reward"])["reward"])
+        own = rollouts.read_part(part, ["on_policy"])["on_policy"]
+        counts["unscored"] += pc.sum(pc.invert(scored)).as_py() or 0
+        counts["without token ids"] += pc.sum(pc.and_(scored, pc.invert(own))).as_py() or 0
+    return {reason: count for reason, count in counts.items() if count}
+
+
+def _check(config: ConvertConfig, dataset: Dataset) -> None:
+    """Raises InputError if the dataset is empty."""
+    if not dataset.rows:
+        raise InputError(f"{dataset.ref} is finished, but empty: {why_empty(dataset)}")
 
 
 @contextmanager
 def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
     config: ConvertConfig = plan.config
+    require_rule(config.routing.rule, plan.semantic.get("rule"), content_hash)
     path = resolve_policy(config.policy.path, weights=False)
     pieces = byte_table(load_tokenizer(path, config.policy.trust_remote_code))
     vocab = vocab_size(path, config.policy.trust_remote_code)
@@ -86,6 +152,9 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
         routed += [np.count_nonzero(routes == int(route)) for route in Route]
         coverage.append(table["coverage"].to_numpy())
         signal += int(np.count_nonzero(table["advantage"].to_numpy()))
+    left_out = _left_out(plan)
+    if beyond := plan.inputs["rollouts"].rows - rows - sum(left_out.values()):
+        left_out["truncated or without tokens"] = beyond
     return {
         "sequences": rows,
         "tokens": int(routed.sum()),
@@ -94,7 +163,7 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
         if rows
         else 0.0,
         "sequences_with_advantage": signal,
-    }
+    } | ({"left_out": left_out} if left_out else {})
 
 
 STAGE = Stage(
@@ -105,4 +174,5 @@ STAGE = Stage(
     _open,
     _summarize,
     ("route", "coverage", "advantage"),
+    check=_check,
 )

@@ -24,7 +24,7 @@ from ..samplers import sampling_engine
 from ..samplers.context_length import require_room
 from ..samplers.rollouts import require_planned, rollouts_table
 from ..statistics import answers_by_problem, bootstrap_mean, pass_at_k
-from ..verifiers.verdicts import CHOICE_MATCHER, MathVerifier, math_matcher
+from ..verifiers.registry import open_verifier, verifier_identity
 from .base import PartMaker, Plan, Stage
 
 BASE, TRAINED = "base", "trained"
@@ -37,7 +37,7 @@ def _resolve(config: EvaluateConfig, store: Store) -> Plan:
     inputs = {"problems": problems}
     semantic = config.semantic()
     del semantic["problems"], semantic["trained"]
-    semantic["verifiers"] = [math_matcher(), CHOICE_MATCHER]
+    semantic["verifiers"] = verifier_identity(config.verify)
     del semantic["policy"]
     engine = sampling_engine(config.sampler, config.policy)
     semantic["base"] = engine.identity()
@@ -92,7 +92,7 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
         path = _trained_model(trained)
         policies.append((TRAINED, config.policy.model_copy(update={"path": path})))
     loaded: tuple[str, Any, Any] | None = None
-    with closing(MathVerifier(config.verify)) as verifier, ExitStack() as loaded_sampler:
+    with closing(open_verifier(config.verify)) as verifier, ExitStack() as loaded_sampler:
 
         def make(part: int) -> pa.Table:
             nonlocal loaded

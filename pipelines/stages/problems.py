@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from ...data import sources
 from ...data.store import Dataset, Draft, Store, content_hash
-from ...schemas.configs import ProblemsConfig, VerifyConfig
+from ...schemas.configs import ProblemsConfig, VerifyConfig, located
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind, VerdictStatus
 from ...schemas.tables import PROBLEMS
@@ -40,6 +40,7 @@ def _resolve(config: ProblemsConfig, store: Store) -> Plan:
         InputError: an endless source without a limit, a missing or empty source, a gold answer that
             does not parse.
     """
+    config = located(config)
     if config.limit is None and sources.is_endless(config.source):
         raise InputError(
             f"source {config.source.kind} never ends; set limit to the number of problems to make"

@@ -13,6 +13,7 @@ from ...schemas.tables import PROBLEMS, ROLLOUTS
 from ..samplers import sampling_engine
 from ..samplers.context_length import require_room
 from ..samplers.rollouts import require_planned, rollouts_table
+from ..samplers.trainable import warn_after, warn_before
 from .base import PartMaker, Plan, Stage
 
 
@@ -24,6 +25,7 @@ def _resolve(config: RolloutConfig, store: Store) -> Plan:
     semantic["policy"] = engine.identity()
     limit = config.sampling.max_new_tokens
     require_room(problems, config.policy, engine.context(), config.prompt, limit)
+    warn_before(config)
     return Plan(config, {"problems": problems}, semantic, problems.parts)
 
 
@@ -37,9 +39,12 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
         def make(part: int) -> pa.Table:
             problems = plan.inputs["problems"].read_part(part)
             size, seed = config.group_size, config.seed
-            return rollouts_table(
+            made = rollouts_table(
                 problems, sampler, tokenizer, config.prompt, config.sampling, size, seed
             )
+            if part == 0:
+                warn_after(made, config)
+            return made
 
         yield make
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ...data.store import Dataset, Draft, Store, content_hash
-from ...schemas.configs import TrainConfig
+from ...schemas.configs import OwnSampler, TrainConfig
 from ...schemas.errors import InputError
 from ...schemas.tables import PROBLEMS, ROUTED
 from ...trace.checkpoint import resume, save_model
@@ -27,6 +27,7 @@ from ...trace.prompt import student_prompt
 from ...trace.ranks import Ranks, copy_weights, join_ranks
 from ...trace.retention import prune_checkpoints, remove_checkpoint, unneeded_checkpoints
 from ...trace.route import needs_annotations, rule_source
+from ...trace.schedule import kl_weight
 from ...trace.trainer import Trainer
 from ..annotators import engine_of
 from ..models import resolve_policy
@@ -42,6 +43,7 @@ from ..training.online_tables import OnlineTables
 from ..training.plan import memory_line
 from ..training.tracking import check_tracker
 from ..training.validation import FOLDER
+from ..verifiers.registry import verifier_identity
 from .base import SingleStage, print_waiting
 
 FINAL = "checkpoints/final"
@@ -60,7 +62,9 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
     semantic = config.semantic()
     semantic["policy"] = model_revision(path, config.policy.trust_remote_code)
     # Not the engine's addresses and settings: a stopped run may continue on other servers.
-    semantic["sampler"] = {"engine": config.sampler.engine}
+    sampler = config.sampler.semantic()
+    own = isinstance(config.sampler, OwnSampler)
+    semantic["sampler"] = sampler if own else {"engine": sampler["engine"]}
     inputs = {}
     if config.offline.steps:
         inputs["routed"] = routed = store.get(config.offline.routed, ROUTED)
@@ -69,6 +73,7 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
         del semantic["offline"]["routed"]
     if config.online.steps:
         inputs["problems"] = problems = store.get(config.online.problems, PROBLEMS)
+        verifier_identity(config.online.verify)  # a reward of one's own is there and fits
         if needs_annotations(config.online.routing):
             annotator = config.online.annotator
             semantic["online"]["annotator"] |= engine_of(annotator).identity(
@@ -205,8 +210,7 @@ def _refresher(trainer: Trainer, replica: Policy) -> Callable[[], None]:
 
 
 def _check_routed(config: TrainConfig, routed: Dataset, vocabulary: str) -> None:
-    if routed.rows == 0:
-        raise InputError(f"dataset {routed.ref} has no rows; make rollouts that can be scored")
+    _check_signal(config, routed)
     first = routed.read_part(0, ["vocab_fingerprint", "policy_name", "policy_step"])
     check_vocabulary(first, vocabulary, config.policy.path)
     # At each offline step the student is `step` steps past its base; the table's policy is fixed.
@@ -217,6 +221,23 @@ def _check_routed(config: TrainConfig, routed: Dataset, vocabulary: str) -> None
             f"that sampled it, offline.max_staleness is {config.offline.max_staleness}; take fewer "
             "offline steps, fresh rollouts, or raise the limit"
         )
+
+
+def _check_signal(config: TrainConfig, routed: Dataset) -> None:
+    """Raises InputError if no offline step could change a weight."""
+    rewarded = config.loss.grpo
+    taught = kl_weight(0, config.schedule) > 0
+    for part in range(routed.parts):
+        table = routed.read_part(part, ["advantage", "route"])
+        if rewarded and np.count_nonzero(table["advantage"].to_numpy()):
+            return
+        if taught and np.count_nonzero(pc.list_flatten(table["route"]).to_numpy()):
+            return
+    raise InputError(
+        f"dataset {routed.ref}: no offline step would learn from its {routed.rows} sequences: "
+        "the rewards of each group are equal, and no routed token has a weight; sample harder or "
+        "easier problems, larger groups, or route tokens (routing, schedule.w0)"
+    )
 
 
 def _lasting_files(run: Draft) -> list[str]:

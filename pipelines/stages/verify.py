@@ -12,11 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from ...data.store import Draft, Store
+from ...data.store import Dataset, Draft, Store
 from ...schemas.configs import VerifyConfig
-from ...schemas.errors import InputError
+from ...schemas.errors import InputError, TooManyFailed
+from ...schemas.labels import VerdictStatus
 from ...schemas.tables import ROLLOUTS, VERDICTS
-from ..verifiers.verdicts import CHOICE_MATCHER, JUDGED_COLUMNS, MathVerifier, math_matcher
+from ..verifiers.registry import open_verifier, verifier_identity
+from ..verifiers.verdicts import JUDGED_COLUMNS
 from .base import PartMaker, Plan, Stage
 
 
@@ -30,7 +32,7 @@ def _resolve(config: VerifyConfig, store: Store) -> Plan:
         )
     semantic = config.semantic()
     del semantic["rollouts"]  # the dataset's id stands for it
-    semantic["verifiers"] = [math_matcher(), CHOICE_MATCHER]
+    semantic["verifiers"] = verifier_identity(config)
     return Plan(config, {"rollouts": rollouts}, semantic, rollouts.parts)
 
 
@@ -38,7 +40,7 @@ def _resolve(config: VerifyConfig, store: Store) -> Plan:
 def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
     rollouts = plan.inputs["rollouts"]
     problems = rollouts.input("problems")
-    with closing(MathVerifier(plan.config)) as verifier:
+    with closing(open_verifier(plan.config)) as verifier:
         yield lambda part: verifier.verify(
             problems.read_part(part), rollouts.read_part(part, JUDGED_COLUMNS)
         )
@@ -63,6 +65,18 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     }
 
 
+def _check(config: VerifyConfig, dataset: Dataset) -> None:
+    """Raises TooManyFailed if no response could be judged."""
+    statuses = dataset.summary["statuses"]
+    if dataset.summary["scored"] or not statuses or set(statuses) == {VerdictStatus.TRUNCATED}:
+        return
+    counts = ", ".join(f"{count} {status}" for status, count in statuses.items())
+    raise TooManyFailed(
+        f"{dataset.ref} is finished, but none of its {dataset.rows} responses could be judged "
+        f"({counts}); mend the gold answers, the reward or the limits of verify, and run it again"
+    )
+
+
 STAGE = Stage(
     "verify",
     VerifyConfig,
@@ -71,4 +85,5 @@ STAGE = Stage(
     _open,
     _summarize,
     ("status", "correct", "seconds"),
+    check=_check,
 )

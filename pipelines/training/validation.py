@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from ...data.atomic import sweep_siblings, write_atomic, writing
 from ...data.store import Dataset, content_hash
-from ...schemas.configs import SamplingConfig, TrainConfig
+from ...schemas.configs import SamplingConfig, TrainConfig, own_sources
 from ...schemas.results import VALIDATIONS
 from ...trace.protocols import Verifier
 from ..statistics import answers_by_problem
@@ -58,6 +58,7 @@ class Validation:
         own = self._config.model_dump(include={"k", "greedy", "seed"})
         asked = {split: ids.to_pylist() for split, ids in self._splits.items()}
         self._identity = [same, online, own, asked, version("trace-opd")]
+        self._identity += own_sources(config)
         sampling = config.online.sampling
         self._decodings = {SAMPLED: (sampling, self._config.k)}
         if self._config.greedy:

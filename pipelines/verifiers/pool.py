@@ -1,6 +1,6 @@
 """A pool of verification processes that survives every answer it compares.
 
-Called by the verify stage and by the check of gold answers. Each worker is a fresh Python process
+Called by the verifiers and by the check of gold answers. Each worker is a fresh Python process
 with a pipe, an address-space limit and a deadline per job that the parent keeps: a late worker is
 killed and replaced without effect on the others. A few jobs wait in a worker's pipe, so that it
 never waits for the parent. `ProcessPoolExecutor` cannot kill one job; threads and asyncio cannot
@@ -15,10 +15,13 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
+from ...schemas.configs import OwnReward
+from ...schemas.errors import InputError
 from ...schemas.labels import VerdictStatus
 from ..terminal import visible
 
@@ -38,28 +41,36 @@ _REMEMBERED, _REMEMBERED_CHARS = 50_000, 200
 _REPEATABLE = {VerdictStatus.OK, VerdictStatus.PRED_UNPARSED, VerdictStatus.GOLD_UNPARSED}
 
 
-@dataclass(frozen=True)
-class Job:
-    """A gold answer and the answer to compare with it, both as LaTeX or plain text."""
+class Job(tuple[str, ...]):
+    """The texts that a worker's judge takes: a gold answer and the answer to compare with it, both
+    as LaTeX or plain text; or the arguments of a reward of one's own.
+    """
 
-    gold: str
-    answer: str
+    __slots__ = ()
+
+    def __new__(cls, *texts: str) -> "Job":
+        return super().__new__(cls, texts)
 
     @property
     def chars(self) -> int:
-        return len(self.gold) + len(self.answer)
+        return sum(map(len, self))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """correct: None if the comparison did not end. seconds: the worker's, wall clock."""
+    """correct: None if the comparison did not end. seconds: the worker's, wall clock. reward,
+    feedback: of a reward of one's own.
+    """
 
     status: VerdictStatus
     correct: bool | None
     seconds: float
+    reward: float | None = None
+    feedback: str | None = None
 
 
-Judged = tuple[VerdictStatus, bool | None]
+# Status, correct, and of a reward of one's own reward and feedback.
+Judged = tuple[Any, ...]
 
 
 @dataclass(eq=False)
@@ -86,18 +97,25 @@ class VerifierPool:
     """Up to `workers` processes, started when there is work for them, ended by `close`.
 
     timeout_s: deadline per job, start-up not counted; memory_mib: address space per worker;
-    recycle_every: jobs after which a worker is replaced, because sympy's caches only grow.
+    recycle_every: jobs after which a worker is replaced, because sympy's caches only grow; reward:
+    the user's own, which judges in place of math-verify.
     """
 
     def __init__(
-        self, workers: int, timeout_s: float, memory_mib: int, recycle_every: int = 2000
+        self,
+        workers: int,
+        timeout_s: float,
+        memory_mib: int,
+        recycle_every: int = 2000,
+        reward: OwnReward | None = None,
     ) -> None:
         self._limit = workers
         self._timeout_s = timeout_s
         self._memory_mib = memory_mib
         self._recycle_every = recycle_every
+        self._reward = reward
         self._workers: list[_Worker] = []
-        self._known: OrderedDict[Job, Judged] = OrderedDict()
+        self._known: OrderedDict[Job, Outcome] = OrderedDict()
 
     def judge(self, jobs: Sequence[Job]) -> list[Outcome]:
         """One outcome per job, in order; equal jobs are judged once, in later calls too.
@@ -106,7 +124,7 @@ class VerifierPool:
         verdict is tried again by a later call.
 
         Raises:
-            RuntimeError: a worker does not start.
+            RuntimeError: a worker does not start; InputError: nor does it with the user's reward.
         """
         fresh = [job for job in dict.fromkeys(jobs) if job not in self._known]
         judged = dict(zip(fresh, self._judge_unique(fresh), strict=True))
@@ -114,9 +132,9 @@ class VerifierPool:
         for job in jobs:
             outcome = judged.pop(job, None)
             if outcome is None:
-                outcome = Outcome(*self._known[job], 0.0)
+                outcome = self._known[job]
             else:
-                self._known[job] = outcome.status, outcome.correct
+                self._known[job] = replace(outcome, seconds=0.0)
             outcomes.append(outcome)
         self._forget(fresh)
         return outcomes
@@ -129,7 +147,7 @@ class VerifierPool:
     def _forget(self, fresh: list[Job]) -> None:
         """Drop outcomes that may differ the next time, long jobs, and the oldest."""
         for job in fresh:
-            lasting = self._known[job][0] in _REPEATABLE
+            lasting = self._known[job].status in _REPEATABLE
             if not lasting or job.chars > _REMEMBERED_CHARS:
                 del self._known[job]
         while len(self._known) > _REMEMBERED:
@@ -160,7 +178,7 @@ class VerifierPool:
                     self._send(worker, *pending.popleft())
         starting = sum(not worker.ready for worker in self._workers)
         while len(self._workers) < self._limit and starting < len(pending):
-            self._workers.append(_start_worker(self._memory_mib, self._timeout_s + _ORPHAN_GRACE_S))
+            self._workers.append(self._start_worker())
             starting += 1
 
     def _has_room(self, worker: _Worker, job: Job) -> bool:
@@ -175,7 +193,7 @@ class VerifierPool:
         worker.jobs.append((index, job))
         # If the worker died while idle, its closed pipe is read next.
         with suppress(BrokenPipeError, ConnectionResetError):
-            worker.connection.send((job.gold, job.answer))
+            worker.connection.send(tuple(job))
 
     def _wait(self) -> list[_Worker]:
         """The workers that have answered, died or run late, as soon as there is one."""
@@ -192,7 +210,7 @@ class VerifierPool:
         """Read all that a worker has sent. Afterwards a dead or late one is not in the pool."""
         while worker.waited_for:
             if not worker.ready:
-                _await_ready(worker)
+                self._await_ready(worker)
             else:
                 started, (index, job) = worker.since, worker.jobs.popleft()
                 judged = self._receive(worker)
@@ -200,8 +218,8 @@ class VerifierPool:
                 if judged is None and attempts[index] < _ATTEMPTS:
                     worker.jobs.appendleft((index, job))
                 else:
-                    status, correct = judged or (VerdictStatus.ERROR, None)
-                    outcomes[index] = Outcome(status, correct, time.monotonic() - started)
+                    status, correct, *own = judged or (VerdictStatus.ERROR, None)
+                    outcomes[index] = Outcome(status, correct, time.monotonic() - started, *own)
             if worker not in self._workers or not worker.connection.poll():
                 return
 
@@ -211,52 +229,63 @@ class VerifierPool:
             self._replace(worker)
             return VerdictStatus.TIMEOUT, None
         try:
-            status, correct, error = worker.connection.recv()
+            status, correct, error, *own = worker.connection.recv()
         except (EOFError, OSError):  # OSError: it died in the middle of a message
             code = worker.process.wait()
             self._replace(worker)
             logger.warning("verification worker ended with exit code %d", code)
             return (VerdictStatus.TIMEOUT, None) if code == -signal.SIGALRM else None
         if error:
-            logger.warning("math-verify failed on an answer: %s", visible(error))
+            judge = f"reward {self._reward.engine}" if self._reward else "math-verify"
+            logger.warning("%s failed on a response: %s", judge, visible(error))
         worker.since = time.monotonic()
         worker.jobs_done += 1
         if status == VerdictStatus.OOM or worker.jobs_done >= self._recycle_every:
             self._replace(worker)
-        return status, correct
+        return status, correct, *own
 
     def _replace(self, worker: _Worker) -> None:
         """End a worker; the next waiting job starts another one."""
         worker.kill()
         self._workers.remove(worker)
 
+    def _await_ready(self, worker: _Worker) -> None:
+        """Raises RuntimeError if the worker ended, or has not started in time; InputError if the
+        user's reward is the reason.
+        """
+        if not worker.connection.poll():
+            raise self._no_start(f"did not start in {_START_LIMIT_S} s")
+        try:
+            fault = worker.connection.recv()
+        except (EOFError, OSError):
+            code = worker.process.wait()
+            raise self._no_start(f"ended at its start with exit code {code}") from None
+        if fault:
+            raise InputError(fault)
+        worker.ready = True
 
-def _await_ready(worker: _Worker) -> None:
-    """Raises RuntimeError if the worker ended, or has not started in time."""
-    if not worker.connection.poll():
-        raise RuntimeError(f"a verification worker did not start in {_START_LIMIT_S} s")
-    try:
-        worker.connection.recv()
-    except (EOFError, OSError):
-        code = worker.process.wait()
-        raise RuntimeError(
-            f"a verification worker ended at its start with exit code {code}"
-        ) from None
-    worker.ready = True
+    def _no_start(self, what: str) -> Exception:
+        if self._reward is None:
+            return RuntimeError(f"a verification worker {what}")
+        return InputError(
+            f"reward.engine {self._reward.engine}: its worker {what}; run less when the file is "
+            f"imported, or raise verify.memory_mib ({self._memory_mib})"
+        )
 
-
-def _start_worker(memory_mib: int, orphan_s: float) -> _Worker:
-    ours, theirs = Pipe()
-    # Not multiprocessing's spawn: it imports the parent's main module, with torch and Prefect, in
-    # each worker. -P keeps the working directory off the module path: a checkout's `trace` folder
-    # would shadow the standard library's module. A session of its own keeps Ctrl-C away.
-    command = [sys.executable, "-P", "-W", "ignore", "-m", f"{__package__}.worker"]
-    process = subprocess.Popen(
-        [*command, str(theirs.fileno()), str(memory_mib), str(orphan_s)],
-        pass_fds=[theirs.fileno()],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    theirs.close()
-    return _Worker(process, ours, time.monotonic())
+    def _start_worker(self) -> _Worker:
+        ours, theirs = Pipe()
+        # Not multiprocessing's spawn: it imports the parent's main module, with torch and Prefect,
+        # in each worker. -P keeps the working directory off the module path: a checkout's `trace`
+        # folder would shadow the standard library's module. A session of its own keeps Ctrl-C away.
+        command = [sys.executable, "-P", "-W", "ignore", "-m", f"{__package__}.worker"]
+        limits = [str(self._memory_mib), str(self._timeout_s + _ORPHAN_GRACE_S)]
+        reward = [] if self._reward is None else [self._reward.model_dump_json()]
+        process = subprocess.Popen(
+            [*command, str(theirs.fileno()), *limits, *reward],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        theirs.close()
+        return _Worker(process, ours, time.monotonic())

@@ -16,16 +16,18 @@ from ...schemas.tables import VERDICTS
 from .pool import Job, Outcome, VerifierPool
 from .reading import choice_letter, exact_match, final_answer, letter_of
 
-CHOICE_MATCHER = "choice-matcher 1"
+CHOICE_MATCHER = "choice-matcher 2"
+TEXT_MATCHER = "text-matcher 1"
 JUDGED_COLUMNS = ["rollout_id", "problem_id", "group_id", "response", "finish_reason"]
 
 
 def math_matcher() -> str:
     """Name and version of what compares mathematics, as recorded in the verdicts.
 
-    The second number rises when notation.py, math.py or reading.py say otherwise than before.
+    The second number rises when notation.py, units.py, math.py, reading.py or boxed.py say
+    otherwise than before.
     """
-    return f"math-verify {version('math-verify')}, guarded 1"
+    return f"math-verify {version('math-verify')}, guarded 2"
 
 
 class MathVerifier:
@@ -90,6 +92,11 @@ class MathVerifier:
             answer = choice_letter(rollout["response"])
             verdict = _choice_verdict(letter_of(gold), answer)
             matcher = CHOICE_MATCHER
+        elif kind == AnswerKind.TEXT:
+            answer = final_answer(rollout["response"])
+            status = VerdictStatus.PRED_UNPARSED if answer is None else VerdictStatus.OK
+            verdict = Outcome(status, answer is not None and answer == gold.strip(), 0.0)
+            matcher = TEXT_MATCHER
         else:
             answer = final_answer(rollout["response"])
             if answer is not None and len(answer) > self._config.max_answer_chars:

@@ -1,20 +1,24 @@
-"""One verification worker: a process that judges (gold, answer) pairs until its pipe closes.
+"""One verification worker: a process that judges until its pipe closes.
 
-Started by pool.py as `python -m trace_opd.pipelines.verifiers.worker <fd> <memory MiB> <seconds>`,
-so it imports neither the parent's main module nor torch.
+Started by pool.py as `python -m trace_opd.pipelines.verifiers.worker <fd> <memory MiB> <seconds>
+[<config of a reward of one's own>]`, so it imports neither the parent's main module nor torch. A
+job is (gold, answer), or the arguments of that reward.
 """
 
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from typing import Any
 
+from ...schemas.errors import InputError
 from ...schemas.labels import VerdictStatus
-from .math import equal, read
-from .notation import conflict
+from .math import equal, read, rounds
+from .notation import approximation, conflict
 
-READY = "ready"
+READY = ""  # any other text is why the worker cannot start
 Judgement = tuple[VerdictStatus, bool | None, str]
 
 # ru_maxrss counts KiB, but bytes on macOS.
@@ -35,6 +39,8 @@ def judge(gold: str, answer: str) -> Judgement:
         if parsed_answer is None:
             return VerdictStatus.PRED_UNPARSED, False, ""
         correct = equal(parsed_gold, parsed_answer)
+        if not correct and (rounded := approximation(answer)) and rounds(parsed_answer, rounded):
+            correct = equal(parsed_gold, read(rounded))
     except MemoryError:
         return VerdictStatus.OOM, None, ""
     except Exception as error:  # sympy's error on an odd answer is a row, not a crash
@@ -47,25 +53,37 @@ def peak_mib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // _UNITS_PER_MIB
 
 
-def serve(connection: Connection, memory_mib: int, orphan_s: float) -> None:
-    """Answer jobs (gold, answer) until the other end closes."""
+def serve(
+    connection: Connection, memory_mib: int, orphan_s: float, reward: str | None = None
+) -> None:
+    """Answer jobs until the other end closes. reward: the config of the user's own, as JSON."""
     limit = memory_mib * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    judge("\\frac{1}{2}", "0.25+x")  # the first comparison fills sympy's tables
+    judge_job: Callable[..., tuple[Any, ...]] = judge
+    if reward is None:
+        judge("\\frac{1}{2}", "0.25+x")  # the first comparison fills sympy's tables
+    else:
+        from .own_reward import judge_by
+
+        try:
+            judge_job = judge_by(reward)
+        except InputError as error:
+            connection.send(str(error))
+            return
     connection.send(READY)
     while True:
         try:
-            gold, answer = connection.recv()
+            job = connection.recv()
         except EOFError:
             return
         # The parent kills a worker at its deadline. If the parent itself was killed, the alarm's
         # default action ends this process, which can't read the pipe's end while sympy computes.
         signal.setitimer(signal.ITIMER_REAL, orphan_s)
         suspicious_mib = max(memory_mib // 2, peak_mib())
-        judgement = judge(gold, answer)
+        judgement = judge_job(*job)
         # sympy and math-verify swallow MemoryError and return "not equal", which proves nothing.
         # Half of the limit is far above the memory of any honest comparison.
-        if not judgement[1] and peak_mib() > suspicious_mib:
+        if reward is None and not judgement[1] and peak_mib() > suspicious_mib:
             judgement = (VerdictStatus.OOM, None, "")
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(judgement)
@@ -73,4 +91,4 @@ def serve(connection: Connection, memory_mib: int, orphan_s: float) -> None:
 
 if __name__ == "__main__":
     with suppress(BrokenPipeError, ConnectionResetError):  # the parent was killed
-        serve(Connection(int(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3]))
+        serve(Connection(int(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3]), *sys.argv[4:])

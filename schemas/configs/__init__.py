@@ -7,9 +7,11 @@ from .annotate import (
     AnnotateConfig,
     Annotator,
     AnnotatorPrompt,
+    AnswerReward,
     ConvertConfig,
     NoAnnotator,
     OpenAIAnnotator,
+    Reward,
     RoutingConfig,
     RuleAnnotator,
     SegmentConfig,
@@ -17,6 +19,7 @@ from .annotate import (
     VerifyConfig,
 )
 from .base import Config, operational
+from .own import OwnAnnotator, OwnConfig, OwnReward, OwnSampler, OwnSource, located, own_sources
 from .pipeline import EvaluateConfig, PipelineConfig, ReportConfig
 from .problems import (
     ArithmeticSource,
@@ -60,6 +63,7 @@ __all__ = [
     "AnnotateConfig",
     "Annotator",
     "AnnotatorPrompt",
+    "AnswerReward",
     "ArithmeticSource",
     "ArmConfig",
     "ChampSource",
@@ -80,6 +84,11 @@ __all__ = [
     "OpenAIAnnotator",
     "OpenAISampler",
     "OptimConfig",
+    "OwnAnnotator",
+    "OwnConfig",
+    "OwnReward",
+    "OwnSampler",
+    "OwnSource",
     "PipelineConfig",
     "PolicyConfig",
     "Precision",
@@ -87,6 +96,7 @@ __all__ = [
     "PromptConfig",
     "ReportConfig",
     "ReportedConfig",
+    "Reward",
     "RolloutConfig",
     "RoutingConfig",
     "RuleAnnotator",
@@ -105,6 +115,8 @@ __all__ = [
     "VerifyConfig",
     "VllmSampler",
     "WordProblemsSource",
+    "located",
     "operational",
+    "own_sources",
     "template_fields",
 ]

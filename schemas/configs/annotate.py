@@ -1,13 +1,26 @@
 """Configs of stages verify, annotate and convert."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, Tag
 
+from .. import own_code
 from ..labels import Route
-from .base import Config, operational
+from .base import Config, added, operational
 from .endpoint import EndpointUrl, KeyVariable
+from .own import NAMED, OWN, OwnAnnotator, OwnReward, named_or_own
 from .rollout import PolicyConfig, Sampler, TransformersSampler
+
+
+class AnswerReward(Config):
+    """1 if the final answer equals the gold answer, else 0: math-verify, choices, or plain text."""
+
+    engine: Literal["answer"] = Field(default="answer", description="What rewards.")
+
+
+Reward = Annotated[
+    Annotated[AnswerReward, Tag(NAMED)] | Annotated[OwnReward, Tag(OWN)], named_or_own("engine")
+]
 
 
 class VerifyConfig(Config):
@@ -15,6 +28,9 @@ class VerifyConfig(Config):
 
     rollouts: str = Field(
         default="rollouts", description="Rollouts dataset: alias, id or stage/id."
+    )
+    reward: Reward = added(
+        AnswerReward(), "What rewards a response: its final answer, or a function of your own."
     )
     timeout_s: float = Field(default=10.0, gt=0, description="Deadline per verification.")
     memory_mib: int = Field(default=2048, ge=256, description="Address-space limit per worker.")
@@ -66,10 +82,10 @@ class RuleAnnotator(Config):
 
 class AnnotatorPrompt(Config):
     prompt: str | None = Field(
-        default=None, description="Prompt file (front matter with version); None: the shipped one."
+        default=None, description="Prompt file (front matter with version); null: the shipped one."
     )
     answer_schema: str | None = Field(
-        default=None, description="JSON schema of the answer; None: the shipped one."
+        default=None, description="JSON schema of the answer; null: the shipped one."
     )
     max_new_tokens: int = Field(default=512, ge=1, description="Limit on the answer's tokens.")
     temperature: float = Field(
@@ -84,7 +100,7 @@ class SelfAnnotator(AnnotatorPrompt):
     engine: Literal["self"] = Field(description="Annotation engine.")
     name: str = Field(default="self", description="Name recorded with each annotation.")
     policy: PolicyConfig | None = Field(
-        default=None, description="Annotating policy. None: in training the current weights."
+        default=None, description="Annotating policy. null: in training the current weights."
     )
     sampler: Sampler = Field(default=TransformersSampler(), description="Sampling engine.")
     seed: int = Field(default=0, description="Base seed of sampled answers.")
@@ -96,7 +112,7 @@ class SelfAnnotator(AnnotatorPrompt):
     max_spans: int = Field(default=3, ge=1, description="Most spans of a structured answer.")
     weights: Literal["current", "base"] = Field(
         default="current",
-        description="Weights of the annotator in training if `policy` is None: the current ones, "
+        description="Weights of the annotator in training if `policy` is null: the current ones, "
         "or "
         "a static copy of the first ones.",
     )
@@ -109,7 +125,7 @@ class OpenAIAnnotator(AnnotatorPrompt):
     model: str = Field(description="Model name at the endpoint.")
     api_key_env: KeyVariable | None = Field(
         default="OPENAI_API_KEY",
-        description="Environment variable that holds the key; None: no key.",
+        description="Environment variable that holds the key; null: no key.",
     )
     structured: bool = Field(default=True, description="Ask for the JSON schema (response_format).")
     prices: str | None = operational(
@@ -136,9 +152,9 @@ class OpenAIAnnotator(AnnotatorPrompt):
     )
     batch_poll_s: float = operational(60.0, "Seconds between polls of a batch.", gt=0)
     concurrency: int = operational(16, "Most requests in flight.", ge=1)
-    requests_per_minute: float | None = operational(None, "Request pace; None: no limit.", gt=0)
+    requests_per_minute: float | None = operational(None, "Request pace; null: no limit.", gt=0)
     tokens_per_minute: float | None = operational(
-        None, "Pace of prompt and completion tokens together; None: no limit.", gt=0
+        None, "Pace of prompt and completion tokens together; null: no limit.", gt=0
     )
     timeout_s: float = operational(120.0, "Seconds before a request is given up.", gt=0)
     patience_s: float = operational(
@@ -162,8 +178,12 @@ class OpenAIAnnotator(AnnotatorPrompt):
     )
 
 
-Annotator = Annotated[
+NamedAnnotator = Annotated[
     NoAnnotator | RuleAnnotator | SelfAnnotator | OpenAIAnnotator, Field(discriminator="engine")
+]
+Annotator = Annotated[
+    Annotated[NamedAnnotator, Tag(NAMED)] | Annotated[OwnAnnotator, Tag(OWN)],
+    named_or_own("engine"),
 ]
 
 
@@ -184,7 +204,7 @@ class RoutingConfig(Config):
         default="spans",
         description="Which tokens are routed: spans (the annotator's), all, random, inverted "
         "(random "
-        "outside the annotator's spans), or your own module:function.",
+        "outside the annotator's spans), or file.py:function or module:function of your own.",
     )
     alpha: float = Field(
         default=0.25, ge=0, le=1, description="Largest share of a response that spans may cover."
@@ -214,6 +234,16 @@ class RoutingConfig(Config):
     overlong_buffer: int = Field(
         default=256, ge=1, description="Tokens before the limit at which overlong=soft begins."
     )
+
+    def semantic(self) -> dict[str, Any]:
+        """A rule of one's own is known by its file's name; the stage adds the file's hash."""
+        own = own_code.is_own(self.rule)
+        return super().semantic() | ({"rule": own_code.short_name(self.rule)} if own else {})
+
+    def located(self) -> "RoutingConfig":
+        """With the absolute path of a rule of one's own, for workers in other folders."""
+        own = own_code.is_own(self.rule)
+        return self.model_copy(update={"rule": own_code.absolute_name(self.rule)} if own else {})
 
 
 class ConvertConfig(Config):

@@ -1,6 +1,7 @@
 """The base class of all configs in this folder.
 
 Fields marked `operational` change how a stage runs, never its result, so dataset ids omit them.
+Fields marked `added` are newer than datasets that exist: their default leaves ids as they were.
 """
 
 from typing import Any
@@ -21,6 +22,8 @@ class Config(BaseModel):
             if isinstance(extra, dict) and extra.get("operational"):
                 continue
             value = getattr(self, name)
+            if isinstance(extra, dict) and extra.get("added") and value == field.default:
+                continue
             if isinstance(value, Config):
                 out[name] = value.semantic()
             else:
@@ -32,4 +35,11 @@ def operational(default: Any, description: str, **limits: Any) -> Any:
     """A field that changes how a stage runs, never its result."""
     return Field(
         default=default, description=description, json_schema_extra={"operational": True}, **limits
+    )
+
+
+def added(default: Any, description: str, **limits: Any) -> Any:
+    """A field that dataset ids omit at its default, as before there was such a field."""
+    return Field(
+        default=default, description=description, json_schema_extra={"added": True}, **limits
     )

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, Tag, model_validator
 
 from ..labels import AnswerKind, Operation
 from .base import Config
+from .own import NAMED, OWN, OwnSource, named_or_own
 
 
 class Columns(Config):
@@ -90,9 +91,12 @@ class WordProblemsSource(Config):
     steps: int = Field(default=2, ge=2, le=3, description="Number of calculation steps.")
 
 
-Source = Annotated[
+NamedSource = Annotated[
     FilesSource | HubSource | GymSource | ChampSource | ArithmeticSource | WordProblemsSource,
     Field(discriminator="kind"),
+]
+Source = Annotated[
+    Annotated[NamedSource, Tag(NAMED)] | Annotated[OwnSource, Tag(OWN)], named_or_own("kind")
 ]
 
 

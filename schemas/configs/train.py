@@ -121,7 +121,9 @@ class OnlineConfig(Config):
     problems: str = Field(
         default="problems", description="Problems dataset: alias, id or stage/id."
     )
-    steps: int = Field(default=0, ge=0, description="Optimiser steps on fresh rollouts.")
+    steps: int = Field(
+        default=0, ge=0, description="Optimiser steps on fresh rollouts.", examples=[40]
+    )
     group_size: int = Field(default=8, ge=2, description="Responses per problem, G.")
     refill_rounds: int = Field(
         default=0,
@@ -219,10 +221,9 @@ class TrainConfig(Config):
                 "validation uses the sampler of the online steps, between them; it needs "
                 "online.steps above 0 and online.max_staleness=0"
             )
-        if self.online.max_staleness and isinstance(self.sampler, TransformersSampler):
+        if self.online.max_staleness and self.sampler.engine not in ("vllm", "openai"):
             raise ValueError(
-                "online.max_staleness is 1 but sampler.engine=transformers samples with the "
-                "trainer's "
-                "own weights; use engine vllm or openai, or max_staleness=0"
+                f"online.max_staleness is 1 but sampler.engine={self.sampler.engine} samples with "
+                "the trainer's own weights; use engine vllm or openai, or max_staleness=0"
             )
         return self

@@ -58,6 +58,7 @@ ROWS: dict[str, dict] = {
         "status": "ok",
         "verifier": "test 1",
         "seconds": 0.0,
+        "feedback": "by a reward of one's own",
     },
     "annotations": {
         **_ids,
@@ -164,6 +165,9 @@ def test_schema_carries_name_and_version(contract):
 @every_column
 def test_a_missing_column_is_named_with_its_meaning(contract, field):
     table = table_of(contract).drop_columns([field.name])
+    if field.name in contract.optional:
+        assert validate(table, contract).column_names == table.column_names
+        return
     with pytest.raises(InputError) as error:
         validate(table, contract, "in.parquet")
     assert str(error.value).startswith(f"in.parquet: column {field.name} is missing")

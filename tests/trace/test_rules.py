@@ -163,12 +163,12 @@ def test_only_a_users_rule_has_its_source_recorded(own_module):
     ("name", "sentence"),
     [
         ("some", "is none of spans, all, random, inverted"),
-        (":rule", "is none of"),
-        ("my_rules:", "is none of"),
+        (":rule", "write file.py:Class"),
+        ("my_rules:", "write file.py:Class"),
         ("no_such_module:rule", "module no_such_module cannot be imported"),
-        ("my_rules:other", "module my_rules has no function other"),
-        ("my_rules:np.full", "has no function np.full"),
-        ("my_rules:LIMIT", "has no function LIMIT"),
+        ("my_rules:other", "module my_rules has no class or function other; it has none"),
+        ("my_rules:np.full", "write file.py:Class"),
+        ("my_rules:LIMIT", "has no class or function LIMIT"),
     ],
 )
 def test_a_missing_rule_is_named(own_module, name, sentence):

@@ -5,6 +5,7 @@ from pydantic import TypeAdapter
 
 from trace_opd.pipelines.samplers import sampling_engine
 from trace_opd.schemas.configs import PolicyConfig, Sampler
+from trace_opd.schemas.configs.rollout import NamedSampler
 from trace_opd.schemas.errors import InputError
 
 CONFIGS = {
@@ -12,7 +13,7 @@ CONFIGS = {
     "openai": {"base_url": "http://127.0.0.1:9/v1", "api_key_env": "NO_SUCH_KEY"},
     "vllm": {"max_model_len": 123},
 }
-TAGS = TypeAdapter(Sampler).json_schema()["discriminator"]["mapping"]
+TAGS = TypeAdapter(NamedSampler).json_schema()["discriminator"]["mapping"]
 POLICY = PolicyConfig(path="micro")
 
 

@@ -207,7 +207,7 @@ def test_workers_end_when_their_parent_is_killed():
         f"pool = VerifierPool(1, {TIMEOUT_S}, 1024)\n"
         "pool.judge([Job('x', 'y')])\n"
         "print('warm', flush=True)\n"
-        f"pool.judge([Job('{HOSTILE.gold}', r'{HOSTILE.answer}')])\n"
+        f"pool.judge([Job('{HOSTILE[0]}', r'{HOSTILE[1]}')])\n"
         "import time; time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:

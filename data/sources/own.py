@@ -1,0 +1,109 @@
+"""A source of your own: `source={kind: file.py:Class}`. `OwnSource` below is its manual.
+
+The source of kind `file.py:Class` or `module:Class`, called through `sources.rows` by stage
+problems. examples/own-code/source.py is a worked example.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from ...schemas.configs import OwnSource as OwnSourceConfig
+from ...schemas.errors import InputError
+from ...schemas.labels import AnswerKind, DiagnosticType
+from ...schemas.own_code import OwnCode, build, require_methods, running
+
+_STEP = {"text": str, "value": str, "type": str, "key": bool}
+
+
+class OwnSource(Protocol):
+    """A class that yields problems.
+
+    It is built with `options`, if its `__init__` names them: `source.options` of the config. If the
+    class has an attribute `Options`, a dataclass or a pydantic model, they are validated by it and
+    passed as its instance; else as a dict.
+
+    `rows` yields a dict per problem. The same options and seed must give the same rows.
+
+    - problem, answer: text, not empty.
+    - answer_kind: math (the default), choice, or text, which is compared as it is and may be
+      anything that a reward of your own understands.
+    - solution: a reference solution for the annotator.
+    - steps: known steps for the rule annotator, dicts of text, value, type and key.
+    - source: a name; by default the class's. With several, an evaluation weighs them equally.
+
+    Optional:
+
+    - endless = True: rows never end, so the config must set `limit`.
+    - identity(): what else determines the rows, as JSON data; it goes into the dataset's id. A
+      source that reads a file returns the file's hash here.
+    """
+
+    def rows(self, seed: int) -> Iterable[dict[str, Any]]: ...
+
+
+def rows(source: OwnSourceConfig, seed: int) -> Iterator[dict[str, Any]]:
+    """The class's rows, checked.
+
+    Raises:
+        InputError: the class raises, yields no row, or a row that is no problem.
+    """
+    code = _load(source)
+    own = build(code, source.options)
+    with running(code):
+        found = iter(own.rows(seed))
+    count = 0
+    while True:
+        with running(code):
+            row = next(found, None)
+        if row is None:
+            break
+        yield _checked(row, count, code)
+        count += 1
+    if not count:
+        raise InputError(f"{code.label}: yielded no row")
+
+
+def identity(source: OwnSourceConfig) -> dict[str, Any]:
+    code = _load(source)
+    own = build(code, source.options)
+    if not hasattr(own, "identity"):
+        return source.semantic()
+    with running(code):
+        return source.semantic() | {"identity": own.identity()}
+
+
+def endless(source: OwnSourceConfig) -> bool:
+    return bool(getattr(_load(source).value, "endless", False))
+
+
+def _load(source: OwnSourceConfig) -> OwnCode:
+    code = source.load("source.kind")
+    require_methods(code, rows="seed")
+    return code
+
+
+def _checked(row: Any, index: int, code: OwnCode) -> dict[str, Any]:
+    where = f"{code.label}: row {index}"
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: is {type(row).__name__}, not a dict")
+    defaults = {"answer_kind": "math", "solution": None, "steps": None}
+    defaults["source"] = code.value.__name__
+    known = ("problem", "answer", *defaults)
+    for name in row:
+        if name not in known:
+            raise InputError(f"{where}: has the unknown key {name!r}; known: {', '.join(known)}")
+    row = defaults | row
+    for name in ("problem", "answer", "source"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise InputError(f"{where}: {name} is not text, or is empty")
+    if row["answer_kind"] not in list(AnswerKind):
+        raise InputError(f"{where}: answer_kind is none of {', '.join(AnswerKind)}")
+    if not isinstance(row["solution"], str | None):
+        raise InputError(f"{where}: solution is neither text nor None")
+    for step in row["steps"] or []:
+        typed = isinstance(step, dict) and step.keys() == _STEP.keys()
+        if not typed or not all(isinstance(step[name], kind) for name, kind in _STEP.items()):
+            raise InputError(f"{where}: a step is no dict of text, value, type and key (a bool)")
+        if step["type"] not in list(DiagnosticType):
+            raise InputError(f"{where}: a step's type is none of {', '.join(DiagnosticType)}")
+    return row

@@ -1,0 +1,406 @@
+"""A sampler, an annotator, a source and a reward of one's own: the worked example runs, and faults
+in such code are sentences, or cost one row.
+"""
+
+import pickle
+import shutil
+from pathlib import Path
+from textwrap import dedent
+
+import polars as pl
+import pytest
+
+from trace_opd.data import sources
+from trace_opd.data.store import Dataset, Draft, Store
+from trace_opd.pipelines.annotators import open_annotator
+from trace_opd.pipelines.cli.commands import app
+from trace_opd.pipelines.cli.ending import exit_code
+from trace_opd.pipelines.pipeline import TABLE_STAGES
+from trace_opd.pipelines.samplers import sampling_engine
+from trace_opd.pipelines.verifiers.registry import open_verifier
+from trace_opd.schemas import own_code
+from trace_opd.schemas.configs import (
+    OwnAnnotator,
+    OwnReward,
+    OwnSampler,
+    OwnSource,
+    PolicyConfig,
+    SamplingConfig,
+    SegmentConfig,
+    TrainConfig,
+    VerifyConfig,
+)
+from trace_opd.schemas.errors import InputError, OwnCodeError
+from trace_opd.schemas.labels import AnswerKind
+from trace_opd.schemas.settings import load_config
+from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS
+from trace_opd.trace.protocols import Prompt
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own-code"
+
+
+def table(store: Store, alias: str) -> pl.DataFrame:
+    return pl.read_parquet(store.get(alias).glob)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes own.py into the folder in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    return lambda text: Path("own.py").write_text(dedent(text))
+
+
+# --- the worked example ---
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory) -> Path:
+    """The folder of the example, after its pipeline has run."""
+    folder = tmp_path_factory.mktemp("example") / "own-code"
+    shutil.copytree(EXAMPLE, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        app(["pipeline", "config.yaml"], standalone_mode=False)
+    return folder
+
+
+def test_the_worked_example_runs_every_stage_with_code_of_ones_own(example):
+    store = Store(example / "store")
+    problems = table(store, "own-problems")
+    assert problems["source"].unique().to_list() == ["Sums"]
+    assert all(int(n) < 500 for text in problems["problem"] for n in text.split("+"))
+    verdicts = table(store, "own-verdicts")
+    assert set(verdicts["reward"]) == {1.0, 0.25}
+    assert set(verdicts["verifier"].str.slice(0, 17)) == {"reward:closeness "}
+    annotations = table(store, "own-annotations").explode("spans").unnest("spans", separator="_")
+    assert all("c1" in text for text in annotations["spans_text"].drop_nulls())
+    assert set(annotations["annotator_name"]) == {"carries"}
+    run = store.get("own-train")
+    assert set(table(store, run.summary["tables"]["verdicts"])["reward"]) <= {0.0, 1.0, 0.25}
+    assert store.get("own-evaluation").summary["policies"].keys() == {"base", "trained"}
+
+
+def test_an_own_sampler_of_token_ids_samples_rollouts_to_train_on_and_trains(example, monkeypatch):
+    monkeypatch.chdir(example)
+    changes = ["sampler.engine=sampler.py:Greedy", "group_size=2", "problems=own-problems"]
+    app(["rollout", "config.yaml", *changes, "--alias", "greedy"], standalone_mode=False)
+    rows = table(Store("store"), "greedy")
+    assert rows["on_policy"].all()
+    assert rows["response"].str.contains("boxed").any()
+    changes = ["sampler.engine=sampler.py:Greedy", "online.problems=own-problems"]
+    changes += ["offline.steps=0", "online.steps=2"]
+    app(["train", "config.yaml", *changes, "--alias", "greedy"], standalone_mode=False)
+    assert Store("store").get("greedy").summary["steps"] == 2
+
+
+def test_a_worker_in_another_folder_loads_the_file_of_the_plan(example, monkeypatch):
+    monkeypatch.chdir(example)
+    overrides = ["verdicts=own-verdicts", "annotator.options={sign: c0}"]
+    stage, config = TABLE_STAGES["annotate"], TABLE_STAGES["annotate"].config_type
+    wanted = load_config(config, "config.yaml", overrides, "annotate")
+    store = Store(example / "store")
+    plan, draft = pickle.loads(pickle.dumps(stage.begin(wanted, store)))  # noqa: S301 - our own
+    assert isinstance(draft, Draft)
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(own_code, "_loaded", {})
+    assert stage.make_part(plan, draft, 0) == 0
+    assert draft.has_part(0)
+    plan, draft = pickle.loads(pickle.dumps(stage.begin(plan.config, store)))  # noqa: S301
+    file = example / "annotator.py"
+    file.write_text(f"{file.read_text()}\n# changed\n")
+    monkeypatch.setattr(own_code, "_loaded", {})
+    with pytest.raises(InputError, match="has changed"):
+        stage.open(plan, draft)
+
+
+# --- rewards ---
+
+HOSTILE = """
+    import os, time
+
+    def judge(response, metadata, answer):
+        if response == "raises":
+            return {}["a key"]
+        if response == "exits":
+            raise SystemExit(3)
+        if response == "dies":
+            os._exit(7)
+        if response == "hangs":
+            while True:
+                time.sleep(1)
+        if response == "hoards":
+            return bytes(8 << 30)
+        return eval(response)
+"""
+OK = [
+    ("True", 1.0, True, None),
+    ("0", 0.0, False, None),
+    ("0.5", 0.5, False, None),
+    ("{'correct': True}", 1.0, True, None),
+    ("{'reward': 0.9, 'correct': True, 'feedback': 'close'}", 0.9, True, "close"),
+    ("answer == '7' and metadata['source'] == 'test'", 1.0, True, None),
+]
+BAD = [
+    ("raises", "error"), ("exits", "error"), ("dies", "error"), ("hangs", "timeout"),
+    ("hoards", "oom"), ("2.0", "error"), ("float('nan')", "error"), ("None", "error"),
+    ("'yes'", "error"), ("{'rewards': 1}", "error"), ("[1, 2]", "error"),
+]  # fmt: skip
+
+
+def rollouts(texts, finish="stop"):
+    problem = {"problem_id": "p", "problem": "3+4?", "answer": "7", "answer_kind": "math"}
+    problem |= {"solution": None, "steps": None, "source": "test", "split": "train"}
+    rows = [
+        {
+            "rollout_id": str(index), "problem_id": "p", "group_id": "g", "sample_index": index,
+            "prompt_token_ids": [], "token_ids": [], "logprobs": [], "response": text,
+            "finish_reason": finish, "policy_name": "x", "policy_revision": "0", "policy_step": 0,
+            "vocab_fingerprint": "", "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+            "max_new_tokens": 9, "seed": 0, "on_policy": False,
+        }
+        for index, text in enumerate(texts)
+    ]  # fmt: skip
+    return PROBLEMS.table([problem]), ROLLOUTS.table(rows)
+
+
+def verdicts(texts, finish="stop", options=None, **settings):
+    reward = OwnReward(engine="own.py:judge", options=options or {})
+    config = VerifyConfig(reward=reward, timeout_s=1, memory_mib=1024, **settings)
+    verifier = open_verifier(config)
+    try:
+        return verifier.verify(*rollouts(texts, finish)).to_pylist()
+    finally:
+        verifier.close()
+
+
+def test_a_hostile_reward_costs_its_own_row_alone(write, caplog):
+    write(HOSTILE)
+    texts = [text for pair in zip(BAD, OK * 2, strict=False) for text, *_ in pair]
+    rows = {row["rollout_id"]: row for row in verdicts(texts)}
+    for index, ((_, status), (_, *expected)) in enumerate(zip(BAD, OK * 2, strict=False)):
+        bad, good = rows[str(2 * index)], rows[str(2 * index + 1)]
+        assert (bad["status"], bad["reward"], bad["correct"]) == (status, None, None)
+        assert good["status"] == "ok"
+        assert [good["reward"], good["correct"], good["feedback"]] == [
+            pytest.approx(expected[0]), *expected[1:]
+        ]  # fmt: skip
+    assert "own.py, line 6, in judge: KeyError: 'a key'" in caplog.text
+
+
+def test_a_truncated_response_is_not_shown_to_the_function(write):
+    write("def judge(): raise ValueError")
+    (zero,) = verdicts(["1"], "length")
+    assert (zero["status"], zero["reward"], zero["correct"]) == ("truncated", 0.0, False)
+    (masked,) = verdicts(["1"], "length", truncated="mask")
+    assert (masked["status"], masked["reward"], masked["correct"]) == ("truncated", None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "sentence"),
+    [
+        ("def judge(response, size): pass", {}, "missing a required argument: 'size'"),
+        ("def judge(response): pass", {"size": 1}, "unexpected keyword argument 'size'"),
+        ("def judge(response): pass", {"answer": 1}, r"options\.answer is an argument"),
+        ("class judge: pass", {}, r"has no method __call__"),
+        ("judge = 3", {}, "has no class or function judge"),
+        ("import os\nif os.environ.get('X') is None:\n    pass\ndef judge(x): pass", {}, "'x'"),
+    ],
+)
+def test_a_reward_that_cannot_be_called_is_refused_before_any_work(write, text, options, sentence):
+    write(text)
+    with pytest.raises(InputError, match=sentence):
+        verdicts(["1"], options=options)
+
+
+def test_a_reward_that_cannot_start_in_its_worker_is_a_sentence(write):
+    """It needs more than its address space when it is imported there, or ends the process."""
+    write(
+        "import os, sys\nif 'pytest' not in sys.modules:\n    os._exit(3)\ndef judge(): return 1\n"
+    )
+    with pytest.raises(InputError, match=r"ended at its start with exit code 3; .*memory_mib"):
+        verdicts(["1"])
+
+
+def test_a_class_is_built_with_its_options_and_called(write):
+    write(
+        """
+        class judge:
+            def __init__(self, options): self.word = options["word"]
+            def __call__(self, response): return self.word in response
+        """
+    )
+    rows = verdicts(["a cat", "a dog"], options={"word": "cat"})
+    assert [row["reward"] for row in rows] == [1.0, 0.0]
+
+
+def test_plain_text_answers_are_compared_as_they_are():
+    problems, made = rollouts([r"\boxed{a := b}", r"\boxed{a:=b}", "none"])
+    row = problems.to_pylist()[0] | {"answer": "a := b", "answer_kind": AnswerKind.TEXT}
+    verifier = open_verifier(VerifyConfig())
+    found = verifier.verify(PROBLEMS.table([row]), made)
+    assert found["correct"].to_pylist() == [True, False, False]
+    assert "feedback" not in found.column_names
+
+
+# --- samplers, annotators, sources that break their protocol ---
+
+PROMPTS = [Prompt([{"role": "user", "content": "1+1"}], [1, 2])]
+
+
+@pytest.mark.parametrize(
+    ("returned", "sentence"),
+    [
+        ("[]", "returned 0 groups for 1 prompts"),
+        ("None", "TypeError"),
+        ("[[]]", "prompt 0: returned no list of 2 completions"),
+        ("[['text'] * 2]", "returned str, not Completion"),
+        ("[[Completion('a', 'eos')] * 2]", "finish_reason is 'eos', not stop or length"),
+        ("[[Completion('a', 'stop', [1, 10**6])] * 2]", "token_ids has an entry that is no token"),
+        ("[[Completion('a', 'stop', [1], [-1, -2])] * 2]", "logprobs has another length"),
+        ("[[Completion('a', 'stop', [1], [0.5])] * 2]", "no natural logarithm"),
+        ("[[Completion('a', 'stop', [1], [float('nan')])] * 2]", "no natural logarithm"),
+        ("1 / 0", r"own\.py, line 7, in sample: ZeroDivisionError"),
+    ],
+)
+def test_what_a_sampler_returns_is_checked(write, returned, sentence):
+    write(
+        f"""
+        from trace_opd.trace.protocols import Completion
+
+
+        class S:
+            def sample(self, prompts, sampling, seeds):
+                return {returned}
+        """
+    )
+    config = OwnSampler(engine="own.py:S")
+    sampler, _ = sampling_engine(config, PolicyConfig(path="micro")).open()
+    with pytest.raises(InputError, match=sentence) as error:
+        sampler.sample(PROMPTS, SamplingConfig(), [[0, 1]])
+    assert str(error.value).startswith("sampler.engine own.py:S: ")
+
+
+def test_a_sampler_that_does_not_follow_the_weights_is_refused_in_training(write, tmp_path):
+    write("class S:\n    def sample(self, prompts, sampling, seeds): pass")
+    engine = sampling_engine(OwnSampler(engine="own.py:S"), PolicyConfig(path="micro"))
+    assert not engine.follows
+    overrides = ["online.steps=1", "online.max_staleness=1", "sampler.engine=own.py:S"]
+    with pytest.raises(InputError, match="max_staleness is 1 but"):
+        load_config(TrainConfig, None, overrides)
+    write("class S: pass")
+    with pytest.raises(InputError, match=r"has no method sample\(prompts, sampling, seeds\)"):
+        sampling_engine(OwnSampler(engine="own.py:S"), PolicyConfig(path="micro"))
+
+
+@pytest.mark.parametrize(
+    ("returned", "sentence"),
+    [
+        ("[]", "returned 0 readings for 1 responses"),
+        ("None", "TypeError"),
+        ("['ok']", "rollout r0-0: returned str, not a Reading"),
+        ("[Reading('fine')]", "'fine' is not a valid AnnotationStatus"),
+        ("[Reading('ok', [[0]], 'odd')]", "'odd' is not a valid DiagnosticType"),
+        ("[Reading('ok', [[99]], 'setup')]", r"marks segment 99, the response has 0 … \d"),
+        ("[Reading('ok', [[-1]], 'setup')]", "marks segment -1"),
+        ("[Reading('ok', [[]], 'setup')]", "a span names no segment"),
+        ("[Reading('ok', [[0]])]", "needs spans and a type"),
+        ("[Reading('ok')]", "needs spans and a type"),
+        ("[Reading('empty', [[0]], 'setup')]", "any other status has none"),
+    ],
+)
+def test_what_an_annotator_returns_is_checked(write, make_verdicts, tmp_path, returned, sentence):
+    write(
+        f"""
+        from trace_opd.pipelines.annotators.rows import Reading
+
+
+        class A:
+            def annotate(self, items):
+                return {returned}
+        """
+    )
+    tables = annotate_inputs(make_verdicts(tmp_path / "store", 1, 1))
+    annotator = open_annotator(OwnAnnotator(engine="own.py:A"), SegmentConfig())
+    with pytest.raises(InputError, match=sentence) as error:
+        annotator.annotate(*tables)
+    assert str(error.value).startswith("annotator.engine own.py:A: ")
+
+
+def annotate_inputs(store: Store):
+    verdicts: Dataset = store.get("verdicts")
+    made = verdicts.input("rollouts")
+    return made.input("problems").read(), made.read(), verdicts.read()
+
+
+def test_unscored_responses_are_not_shown_to_an_annotator(write, make_verdicts, tmp_path):
+    write(
+        """
+        from trace_opd.pipelines.annotators.rows import Reading
+
+        class A:
+            def annotate(self, items):
+                for item in items:
+                    assert item.correct is not None
+                    yield Reading("empty")
+        """
+    )
+    tables = annotate_inputs(make_verdicts(tmp_path / "store", 1, 3, unscored=1))
+    made = open_annotator(OwnAnnotator(engine="own.py:A"), SegmentConfig()).annotate(*tables)
+    assert made["status"].to_pylist() == ["empty", "empty", "skipped"]
+
+
+GOOD = '{"problem": "1+1", "answer": "2"}'
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ("", "yielded no row"),
+        (f"{GOOD}, 3", "row 1: is int, not a dict"),
+        ('{"problem": "1+1"}', "row 0: answer is not text, or is empty"),
+        ('{"problem": " ", "answer": "2"}', "row 0: problem is not text, or is empty"),
+        ('{"problem": "1+1", "answer": 2}', "row 0: answer is not text"),
+        (f'{GOOD} | {{"gold": 1}}', "row 0: has the unknown key 'gold'"),
+        (f'{GOOD} | {{"answer_kind": "code"}}', "answer_kind is none of math, choice, text"),
+        (f'{GOOD} | {{"solution": 3}}', "solution is neither text nor None"),
+        (f'{GOOD} | {{"steps": [{{"text": "a"}}]}}', "a step is no dict of text, value, type"),
+        ("1 / 0", r"own\.py, line 4, in rows: ZeroDivisionError"),
+    ],
+)
+def test_what_a_source_yields_is_checked(write, rows, sentence):
+    write(f"class S:\n    def rows(self, seed):\n\n        yield from [{rows}]\n")
+    with pytest.raises(InputError, match=sentence) as error:
+        list(sources.rows(OwnSource(kind="own.py:S"), 0))
+    assert str(error.value).startswith("source.kind own.py:S: ")
+
+
+def test_what_a_source_reads_is_part_of_its_identity(write):
+    write(
+        """
+        class S:
+            def rows(self, seed): pass
+            def identity(self): return {"hash": open("data").read()}
+        """
+    )
+    Path("data").write_text("one")
+    first = sources.identity(OwnSource(kind="own.py:S"))
+    Path("data").write_text("two")
+    assert sources.identity(OwnSource(kind="own.py:S")) != first
+    assert not sources.is_endless(OwnSource(kind="own.py:S"))
+
+
+# --- the command line ---
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("class S: pass", 2), ("class S:\n    def rows(self, seed):\n        1 / 0", 1)],
+)
+def test_a_fault_is_a_sentence_and_an_exit_code(write, capsys, text, code):
+    write(text)
+    command = ["problems", "source={kind: 'own.py:S'}"]
+    assert exit_code(lambda: app(command, standalone_mode=False)) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith("trace-opd: source.kind own.py:S: ")
+    assert "Traceback" not in printed
+    assert issubclass(OwnCodeError, InputError)
