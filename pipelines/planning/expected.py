@@ -27,6 +27,10 @@ class ExpectedDataset(Dataset):
 
     def read_part(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         table = self.tables[index]
+        for name in set(columns or ()) - set(table.column_names):
+            assert self.contract is not None, "it has parts"
+            kind = self.contract.schema.field(name).type
+            table = table.append_column(name, pa.nulls(len(table), kind))
         return table.select(list(columns)) if columns else table
 
     def input(self, role: str) -> Dataset:
@@ -70,16 +74,23 @@ class ExpectingStore(Store):
         return made
 
 
-def known_row(policy: str, fingerprint: str) -> pa.Table:
-    """One row of a rollouts or routed table: its policy, and no tokens yet."""
-    ids: Any = pa.array([[]], pa.list_(pa.int32()))
-    return pa.table(
-        {
-            "rollout_id": [""],
-            "policy_name": [policy],
-            "vocab_fingerprint": [fingerprint],
-            "policy_step": pa.array([0], pa.int32()),
-            "prompt_token_ids": ids,
-            "token_ids": ids,
-        }
-    )
+def known_row(policy: str, fingerprint: str, trainable: bool = True) -> pa.Table:
+    """One row of any table after the problems: its policy, no tokens yet, and no fault.
+
+    trainable: whether rows will have token ids, as far as is known.
+    """
+    no_ids = pa.array([[]], pa.list_(pa.int32()))
+    columns: dict[str, Any] = {
+        "rollout_id": pa.array([""]),
+        "policy_name": pa.array([policy]),
+        "vocab_fingerprint": pa.array([fingerprint]),
+        "policy_step": pa.array([0], pa.int32()),
+        "on_policy": pa.array([trainable]),
+        "prompt_token_ids": no_ids,
+        "token_ids": no_ids,
+        "status": pa.array(["ok"]),
+        "reward": pa.array([1.0], pa.float32()),
+        "advantage": pa.array([1.0], pa.float32()),
+        "route": pa.array([[1]], pa.list_(pa.uint8())),
+    }
+    return pa.table(columns)

@@ -25,6 +25,7 @@ from ...schemas.configs import (
     EvaluateConfig,
     OpenAIAnnotator,
     OpenAISampler,
+    OwnSampler,
     PolicyConfig,
     RolloutConfig,
     Sampler,
@@ -69,7 +70,7 @@ def missing_weights(config: Config) -> str | None:
     sampler: Sampler = config.sampler  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(config, TrainConfig) and sampling_engine(sampler, policy).served:
         return None
-    if policy.path in _NAMED or Path(policy.path).is_dir():
+    if isinstance(sampler, OwnSampler) or policy.path in _NAMED or Path(policy.path).is_dir():
         return None
     try:
         folder = Path(resolve_policy(policy.path, download=False))
@@ -80,6 +81,8 @@ def missing_weights(config: Config) -> str | None:
 
 def vocabulary_of(sampler: Sampler, policy: PolicyConfig) -> str:
     """The fingerprint that a sampler's rows will have; empty: their tokens are unknown."""
+    if isinstance(sampler, OwnSampler):
+        return ""
     if sampling_engine(sampler, policy).served:
         found = served_model(policy.path)
         return "" if found is None else vocab_fingerprint(load_tokenizer(found[0]))
@@ -100,21 +103,9 @@ def of_stage(stage: str, config: Config, store: Store) -> list[str]:
                 lambda: find_price(annotator),
             ]
         )
-    if isinstance(config, RolloutConfig):
-        found += _token_ids(config)
     if isinstance(config, TrainConfig):
         found += _room(config, store)
     return found
-
-
-def _token_ids(config: RolloutConfig) -> Iterator[str]:
-    path = config.policy.path
-    if isinstance(config.sampler, OpenAISampler) and served_model(path) is None:
-        yield (
-            f"policy.path: {path} is not on this machine, so the server's rows have no token ids, "
-            f"which convert needs; give a folder, or a hub id in the cache (`hf download {path}`), "
-            "of the model that a vLLM server serves"
-        )
 
 
 def _sampler(config: Config) -> Sampler | None:

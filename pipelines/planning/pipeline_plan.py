@@ -17,6 +17,7 @@ from ...schemas.errors import InputError
 from ...schemas.tables import PROBLEMS
 from ..annotators.spending import dollars
 from ..pipeline import STAGES, TABLE_STAGES, run_pipeline
+from ..samplers.trainable import untrainable
 from ..stages import train
 from ..stages.base import Plan
 from . import faults
@@ -161,13 +162,17 @@ class _Planner:
         known = pa.table({})
         if planned.stage == "rollout":
             rows = [config.group_size * count for count in rows]
-            known = known_row(config.policy.path, vocabulary_of(config.sampler, config.policy))
-        elif planned.stage in ("annotate", "convert"):
-            rows = [part["rows"] for part in inputs["rollouts"].manifest["parts"]]
-            known = inputs["rollouts"].read_part(0, _MAKER) if rows else known
+            fingerprint = vocabulary_of(config.sampler, config.policy)
+            known = known_row(config.policy.path, fingerprint, untrainable(config) is None)
         elif planned.stage == "evaluate":
             rows = rows * (2 if "trained" in inputs else 1)
-        return rows, [_with_tokens(known) for _ in rows]
+        else:
+            rollouts = inputs["rollouts"]
+            rows = [part["rows"] for part in rollouts.manifest["parts"]]
+            if rows:
+                first = rollouts.read_part(0, ["policy_name", "vocab_fingerprint"]).slice(0, 1)
+                known = known_row(*(str(value) for value in first.to_pylist()[0].values()))
+        return rows, [known] * len(rows)
 
     def _unknown(self, planned: Planned) -> Dataset:
         """Stands for a dataset that cannot be planned, so that later stages are still checked."""
@@ -192,15 +197,6 @@ _INPUTS = {
     "annotate": ("verdicts", "rollouts", "problems"),
     "convert": ("annotations", "verdicts", "rollouts", "problems"),
 }
-_MAKER = ["policy_name", "vocab_fingerprint"]
-
-
-def _with_tokens(known: pa.Table) -> pa.Table:
-    """A row with a policy, completed by empty lists of tokens."""
-    if known.num_rows == 0:
-        return known
-    row = known.slice(0, 1).to_pylist()[0]
-    return known_row(row["policy_name"], row["vocab_fingerprint"])
 
 
 def _texts(value: Any) -> Iterator[str]:

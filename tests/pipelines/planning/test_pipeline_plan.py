@@ -61,7 +61,7 @@ def planned(root: Path, *overrides: str):
             f"rollout.sampler={{engine: openai, base_url: '{DEAD}'}}",
             [
                 f"rollouts: sampler.base_url: {DEAD} does not answer",
-                "rollouts: policy.path: micro is not on this machine, so .* no token ids",
+                "routed: .*: token ids with log-probabilities are missing .* tokenizer of micro",
             ],
         ),
         ("train.checkpoints_kept=1000000000", ["train: checkpoints: 1000000000 of"]),
