@@ -171,7 +171,8 @@ class _Planner:
             rows = [part["rows"] for part in rollouts.manifest["parts"]]
             if rows:
                 first = rollouts.read_part(0, ["policy_name", "vocab_fingerprint"]).slice(0, 1)
-                known = known_row(*(str(value) for value in first.to_pylist()[0].values()))
+                name, fingerprint = (str(column[0].as_py()) for column in first.columns)
+                known = known_row(name, fingerprint)
         return rows, [known] * len(rows)
 
     def _unknown(self, planned: Planned) -> Dataset:
