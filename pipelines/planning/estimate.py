@@ -1,6 +1,6 @@
 """What an annotation run will ask and cost, shown before its first request (`--dry-run`).
 
-Called by the command line (cli/show.py) and by the plan of a pipeline (faults.py).
+Called by the command line (cli/show.py) and by the plan of a pipeline (cost.py).
 """
 
 from collections.abc import Callable, Iterator

@@ -1,14 +1,12 @@
 """What a pipeline would end with later, besides what its stages check themselves: for its plan.
 
-Endpoints that do not answer, token ids that no server can give, a budget below its estimate, a disk
-that is too small, training and evaluation on the same problems. pipeline_plan.py calls this. Only
-requests that cost nothing are sent.
+Endpoints that do not answer, missing packages, a disk that is too small, training and evaluation on
+the same problems. pipeline_plan.py calls this. Only requests that cost nothing are sent.
 """
 
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import openai
 import pyarrow as pa
 from rich.filesize import decimal
 
-from ...data.store import Dataset, Draft, Store
+from ...data.store import Store
 from ...schemas.configs import (
     AnnotateConfig,
     Config,
@@ -36,26 +34,17 @@ from ...schemas.errors import InputError
 from ...trace.policy import load_tokenizer, vocab_fingerprint
 from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
-from ..annotators import engine_of
 from ..annotators.prices import find_price
 from ..annotators.prompting import load_prompt
-from ..annotators.spending import dollars
 from ..endpoint import FAILURES, read_key, sentence
 from ..models import resolve_policy, served_model
 from ..samplers import sampling_engine
-from ..stages.base import Plan
 from ..training.model_shape import model_shape
 from ..transport import sync_client
-from .estimate import Estimate, Tokens, estimate
-from .expected import ExpectedDataset
 
 _TIMEOUT_S = 5.0
 _MOST_BYTES = 8 << 20  # of a server's list of models
-_SAMPLED = 32  # problems from which a cost is estimated
 _NAMED = ("micro", "smollm2")
-
-Cost = tuple[str, list[str], list[str]]  # what a stage takes, faults, notes
-_NOTHING: Cost = ("", [], [])
 
 
 def missing_weights(config: Config) -> str | None:
@@ -139,7 +128,7 @@ def _paid_annotator(config: Config) -> OpenAIAnnotator | None:
     annotator: Any = None
     if isinstance(config, AnnotateConfig):
         annotator = config.annotator
-    elif isinstance(config, TrainConfig) and _annotated_rows(config):
+    elif isinstance(config, TrainConfig) and annotated_rows(config):
         annotator = config.online.annotator
     return annotator if isinstance(annotator, OpenAIAnnotator) else None
 
@@ -171,7 +160,7 @@ def _silent(url: str, variable: str | None, setting: str) -> str | None:
     return None
 
 
-def _annotated_rows(config: TrainConfig) -> int:
+def annotated_rows(config: TrainConfig) -> int:
     """Responses that online steps ask an annotator about: while λ > 0."""
     online = config.online
     if not online.steps or not needs_annotations(online.routing):
@@ -222,104 +211,3 @@ def shared_problems(training: pa.Table | None, held_out: pa.Table | None) -> lis
 
 def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
-
-
-def cost(stage: str, config: Any, plan: Plan, draft: Draft, store: Store) -> Cost:
-    """What a stage's annotator will cost, and whether its budget suffices."""
-    if stage == "annotate":
-        annotator, rows = config.annotator, plan.inputs["verdicts"].rows
-    elif stage == "train" and (rows := _annotated_rows(config)):
-        annotator = config.online.annotator
-    else:
-        return _NOTHING
-    if not engine_of(annotator).asks_endpoint or rows == 0:
-        return _NOTHING
-    price = find_price(annotator)
-    least, full = _tokens(stage, config, plan, draft, rows)
-    costs = least.usd(price, annotator.batch), full.usd(price, annotator.batch)
-    if price is None or costs[0] is None or costs[1] is None:
-        return f"{rows} requests, price unknown", [], []
-    takes = f"{dollars(costs[0])} – {dollars(costs[1])}"
-    budget = annotator.budget_usd
-    setting = "annotator.budget_usd" if stage == "annotate" else "online.annotator.budget_usd"
-    if budget is None or budget >= costs[1]:
-        return takes, [], []
-    text = f"{setting} is {dollars(budget)}, and {rows} requests take {takes}"
-    if budget >= costs[0]:
-        return takes, [], [f"{text}: it may not suffice"]
-    return takes, [f"{text}; raise it, or annotate fewer rollouts"], []
-
-
-def _tokens(stage: str, config: Any, plan: Plan, draft: Draft, rows: int) -> tuple[Tokens, Tokens]:
-    """The fewest tokens that the requests take, and those of full answers.
-
-    The fewest: measured on known answers, or prompts alone. Of responses that are not sampled yet
-    the fewest are empty, and the others as long as their limit.
-    """
-    if stage == "annotate" and not isinstance(plan.inputs["rollouts"], ExpectedDataset):
-        found = estimate(plan, draft)
-        assert found is not None, "it asks an endpoint"
-        return found.expected or Tokens(found.full.prompt), found.full
-    problems = plan.inputs["problems"].read_part(0).slice(0, _SAMPLED)
-    if problems.num_rows == 0:
-        return Tokens(), Tokens()
-    if stage == "annotate":
-        sampling = plan.inputs["rollouts"].manifest["config"].get("sampling", {})
-        limit = sampling.get("max_new_tokens", 0)
-    else:
-        config, limit = config.online, config.online.sampling.max_new_tokens
-    short, long = (_sampled(config, problems, draft, "word " * n) for n in (0, limit))
-    share = rows / problems.num_rows
-    return (
-        Tokens(short.full.prompt * share),
-        Tokens(long.full.prompt * share, long.full.completion * share),
-    )
-
-
-@dataclass(frozen=True)
-class _Table:
-    """A table in place of a dataset of one part."""
-
-    table: pa.Table
-
-    def read_part(self, index: int) -> pa.Table:
-        return self.table
-
-
-def _sampled(config: Any, problems: pa.Table, draft: Draft, response: str) -> Estimate:
-    """The estimate of one wrong response to each problem."""
-    ids, count = problems["problem_id"].combine_chunks(), problems.num_rows
-    shared: dict[str, Any] = {"rollout_id": ids, "problem_id": ids, "group_id": ids}
-    tables = {
-        "problems": problems,
-        "rollouts": pa.table(shared | {"response": pa.array([response] * count)}),
-        "verdicts": pa.table(shared | {"correct": pa.array([False] * count)}),
-    }
-    inputs: Any = {role: _Table(table) for role, table in tables.items()}
-    unmade = replace(draft, id="0")  # no part of it is there
-    found = estimate(Plan(config, inputs, {}, 1), unmade)
-    assert found is not None, "it asks an endpoint"
-    return found
-
-
-def past_seconds(stage: str, config: Any, store: Store, rows: int | None) -> str:
-    """About how long a stage takes, by the newest dataset of the same stage and policy."""
-    steps = config.offline.steps + config.online.steps if stage == "train" else 0
-
-    def alike(dataset: Dataset) -> bool:
-        recorded = dataset.manifest["config"]
-        if isinstance(recorded.get("online"), str):  # a table of a training's steps
-            return False
-        for section, key in (("policy", "path"), ("annotator", "engine")):
-            own, other = getattr(config, section, None), recorded.get(section) or {}
-            if own is not None and other.get(key) != getattr(own, key):
-                return False
-        return True
-
-    made = filter(alike, store.datasets(stage))
-    for past in sorted(made, key=lambda one: one.manifest["finished_at"], reverse=True):
-        amount, before = (steps, past.summary.get("steps")) if steps else (rows, past.rows)
-        if amount and before:
-            seconds = past.manifest["seconds"] * amount / before
-            return f"about {seconds:.0f} s, as {past.ref}"
-    return ""

@@ -21,6 +21,7 @@ from ..samplers.trainable import untrainable
 from ..stages import train
 from ..stages.base import Plan
 from . import faults
+from .cost import cost, past_seconds
 from .expected import ExpectingStore, known_row
 from .faults import missing_weights, vocabulary_of
 
@@ -138,11 +139,11 @@ class _Planner:
         rows, tables = self._expected(planned, plan, target)
         dataset = self._store.expect(target, rows, tables)
         total = sum(rows) if rows else None
-        takes, found, notes = faults.cost(planned.stage, config, plan, target, self._store)
+        takes, found, notes = cost(planned.stage, config, plan, target)
         self.plan.faults += [f"{planned.role}: {text}" for text in found]
         self.plan.notes += [f"{planned.role}: {text}" for text in notes]
         if takes == "" and self._store.files.is_local:
-            takes = faults.past_seconds(planned.stage, config, self._store, total)
+            takes = past_seconds(planned.stage, config, self._store, total)
         return dataset, replace(planned, state=state, rows=total, takes=takes)
 
     def _expected(
