@@ -6,20 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.filesize import decimal
 
-from ...data.manifest import is_ref
-from ...data.removal import (
-    Contents,
-    Needed,
-    check_unneeded,
-    removable,
-    remove_dataset,
-)
-from ...data.store import Store
 from ...schemas.errors import InputError
 from ..terminal import Terminal, console, named
-from .store_commands import StoreRoot
+from .store_commands import StoreRoot, open_store
 
 if TYPE_CHECKING:
+    from ...data.removal import Contents
+    from ...data.store import Store
     from .garbage import Garbage
 
 _MOST_NAMED = 3
@@ -54,7 +47,9 @@ def rm(
 
     Refuses while another alias names a dataset, another dataset needs it, or a run uses it.
     """
-    opened = Store(store)
+    from ...data.removal import Contents, check_unneeded, removable, remove_dataset
+
+    opened = open_store(store)
     held = Contents.of(opened)
     refs = {_ref(opened, name) for name in names}
     if recursive:
@@ -82,14 +77,16 @@ def rm(
     console.print(f"{'would free' if dry_run else 'freed'} {decimal(freed)}")
 
 
-def _ref(store: Store, name: str) -> str:
+def _ref(store: "Store", name: str) -> str:
     """The ref of a dataset, or of an unfinished one by its exact `stage/id`."""
+    from ...data.manifest import is_ref
+
     if is_ref(name) and store.files.names(name):
         return name
     return store.get(name).ref
 
 
-def _refuse_needed(held: Contents, refs: set[str], others: set[str]) -> None:
+def _refuse_needed(held: "Contents", refs: set[str], others: set[str]) -> None:
     """others: aliases of the datasets that the command does not give."""
     reasons, options = [], []
     if dependents := sorted(held.dependents(refs)):
@@ -98,6 +95,8 @@ def _refuse_needed(held: Contents, refs: set[str], others: set[str]) -> None:
     if others:
         reasons.append(f"{_some(sorted(others))} {_verb(others, 'name')} it too")
     if reasons:
+        from ...data.removal import Needed
+
         options.append("--force removes it all the same")
         raise Needed(f"{', and '.join(reasons)}; {', '.join(options)}")
 
@@ -132,7 +131,7 @@ def gc(
     """
     from .garbage import find_garbage
 
-    found = find_garbage(Store(store), older_than * 86400, paid_answers)
+    found = find_garbage(open_store(store), older_than * 86400, paid_answers)
     for one in found:  # no table: it would break long paths, which are for copying
         line = f"{decimal(one.bytes):>10}  {one.what}  ({one.why})"
         console.print(line, soft_wrap=True, highlight=False)

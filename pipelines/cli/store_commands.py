@@ -7,19 +7,18 @@ import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.tree import Tree
 
-from ...data.manifest import one_line
-from ...data.nearby import described, other_stores
-from ...data.remote import require_reachable
-from ...data.store import Dataset, Store
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
 from ..terminal import Terminal, console, named, print_json
+
+if TYPE_CHECKING:
+    from ...data.store import Dataset, Store
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +26,17 @@ _WIDE, _UNBOUNDED = 100, 10_000  # columns of a terminal
 
 
 def _reachable(root: str) -> str:
+    from ...data.remote import require_reachable
+
     require_reachable(root)
     return root
+
+
+def open_store(root: str) -> "Store":
+    """The store at a root. Its imports (pyarrow) take longer than `trace-opd config` does."""
+    from ...data.store import Store
+
+    return Store(root)
 
 
 StoreRoot = Annotated[
@@ -47,7 +55,7 @@ def ls(
     store: StoreRoot = "store",
 ) -> None:
     """List the store's datasets."""
-    opened = Store(store)
+    opened = open_store(store)
     names = _names(opened)
     # A pipe has no width: its lines are for grep.
     out = console if console.is_terminal else Terminal(width=_UNBOUNDED)
@@ -57,7 +65,7 @@ def ls(
         _print_empty(opened)
 
 
-def listing(datasets: Iterable[Dataset], names: dict[str, list[str]], narrow: bool) -> Table:
+def listing(datasets: "Iterable[Dataset]", names: dict[str, list[str]], narrow: bool) -> Table:
     """A row per dataset, the newest last. narrow: for 80 columns, without parts and year."""
     table = Table(box=None, pad_edge=False)
     for column in ("dataset", "alias", *(() if narrow else ("parts",)), "rows", "finished"):
@@ -75,14 +83,16 @@ def listing(datasets: Iterable[Dataset], names: dict[str, list[str]], narrow: bo
     return table
 
 
-def _print_empty(store: Store) -> None:
+def _print_empty(store: "Store") -> None:
     """Where an empty store is, and which stores nearby are not empty."""
+    from ...data.nearby import described, other_stores
+
     others = other_stores(store.files)
     line = f"no datasets in {described(store.files)}{'; ' if others else ''}{others}"
     Terminal(stderr=True).print(line, soft_wrap=True, highlight=False)
 
 
-def _names(store: Store) -> dict[str, list[str]]:
+def _names(store: "Store") -> dict[str, list[str]]:
     """The aliases of each dataset; none if the file of aliases is damaged."""
     names: dict[str, list[str]] = {}
     try:
@@ -100,7 +110,7 @@ def show(
     """Show a dataset's manifest, or a rollout with its tokens coloured by route."""
     from .show import show_dataset, show_rollout
 
-    opened = Store(store)
+    opened = open_store(store)
     if not opened.matches(ref):
         show_rollout(ref, opened, console)
         return
@@ -121,7 +131,7 @@ def view(
     """Browse any number of rollouts in a browser on this machine; Ctrl-C ends."""
     from ..viewer.view import HOST, Viewer, open_server
 
-    with open_server(Viewer(Store(store), ref, against), port) as server:
+    with open_server(Viewer(open_store(store), ref, against), port) as server:
         address = f"http://{HOST}:{server.server_port}/"
         console.print(f"{address}  Ctrl-C ends", soft_wrap=True)
         with suppress(KeyboardInterrupt):
@@ -132,7 +142,9 @@ def lineage(
     ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")], store: StoreRoot = "store"
 ) -> None:
     """Show the datasets that a dataset was made from."""
-    opened = Store(store)
+    from ...data.manifest import one_line
+
+    opened = open_store(store)
     names, trees = _names(opened), list[Tree]()
     for depth, role, dataset in opened.get(ref).lineage():
         label = f"{one_line(role) + ': ' if role else ''}{dataset.ref}"
@@ -148,9 +160,9 @@ def alias(
     store: StoreRoot = "store",
 ) -> None:
     """Give a dataset a name."""
-    opened = Store(store)
     from ..stages.base import give_name
 
+    opened = open_store(store)
     give_name(opened, name, opened.get(ref))
 
 
@@ -168,7 +180,7 @@ def import_(
     """Import human labels of steps as problems, rollouts, verdicts and annotations."""
     from ..compare.human_labels import import_labels
 
-    made = import_labels(layout, file, Store(store), alias, limit, hide_verdict)
+    made = import_labels(layout, file, open_store(store), alias, limit, hide_verdict)
     for name, dataset in made.items():
         console.print(f"{name}: {dataset.ref}  {dataset.rows} rows")
     left_out = made[f"{alias}-problems"].summary["left_out"]
@@ -199,7 +211,7 @@ def compare(
     from ..compare.compare import compare_annotations
     from ..compare.table import comparison_table
 
-    opened = Store(store)
+    opened = open_store(store)
     compared = compare_annotations(datasets, opened, reference, alpha)
     table = comparison_table(compared, resamples, seed)
     paths = page.write(compared, table, opened, output or page.default_output(compared, opened))
@@ -217,7 +229,7 @@ def batches(
     """List annotation batches (annotator.batch) that wait for the provider's answers."""
     from .batches import batches_table
 
-    console.print(batches_table([Store(root) for root in stores or ["store"]], cancel))
+    console.print(batches_table([open_store(root) for root in stores or ["store"]], cancel))
 
 
 def verify_store(
@@ -229,7 +241,7 @@ def verify_store(
     """Check every file against its manifest; print faults and the commands that mend them."""
     from .check_store import check_store
 
-    found, intact = check_store(Store(store), datasets or [])
+    found, intact = check_store(open_store(store), datasets or [])
     console.print(found, soft_wrap=True, highlight=False)
     if not intact:
         raise typer.Exit(1)
