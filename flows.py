@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,24 +24,22 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from trace_opd.pipelines.cli.ending import (
+    at_second_interrupt,
+    exit_code,
+    stop_by_signals,
+)
+from trace_opd.pipelines.runtime.signals import children_without_interrupt
 from trace_opd.pipelines.terminal import visible
 from trace_opd.schemas.environment import PREFECT_DEFAULTS
-from trace_opd.schemas.errors import DamagedFile, InputError, quoted
-from trace_opd.schemas.extras import missing_extra
+from trace_opd.schemas.errors import DamagedFile, InputError, Stopped, quoted
 
 if __name__ == "__main__":
     for _name, _value in PREFECT_DEFAULTS.items():  # Prefect reads them when it is imported
         os.environ.setdefault(_name, _value)
     # Imported under its own name: other processes look tasks up by module and name.
-    try:
-        import_module("trace_opd.flows").main()
-    except (InputError, ModuleNotFoundError) as error:
-        sentence = error if isinstance(error, InputError) else missing_extra(error)
-        if sentence is None:
-            raise
-        print(f"trace-opd: {visible(str(sentence))}", file=sys.stderr)
-        sys.exit(sentence.exit_code)
-    sys.exit()
+    stop_by_signals()
+    sys.exit(exit_code(lambda: import_module("trace_opd.flows").main()))
 
 from prefect import Flow, flow, get_run_logger, task
 from prefect.artifacts import (
@@ -55,6 +54,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture, wait
 from prefect.runner import Runner
+from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed, Failed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
@@ -147,9 +147,9 @@ def task_runner() -> TaskRunner[Any]:
 
 
 def _worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
-    """Retry everything but bad input."""
+    """Retry everything but bad input and a stop."""
     result = state.result(raise_on_failure=False)
-    return not isinstance(result, InputError) or isinstance(result, DamagedFile)
+    return not isinstance(result, InputError | Stopped) or isinstance(result, DamagedFile)
 
 
 @task(
@@ -200,11 +200,14 @@ def run_table_stage(entry: StageEntry, config: Config, root: str, alias: str) ->
         """This process holds the dataset's lock; tasks make its parts, on any worker."""
         parts = [part for part in range(plan.parts) if not draft.has_sound_part(part)]
         log.info("%s: %d of %d parts to make", draft.ref, len(parts), plan.parts)
-        if _asks_endpoint(plan.config):
-            for part in parts:
+        here = _asks_endpoint(plan.config)
+        context = FlowRunContext.get()
+        threads = context is not None and isinstance(context.task_runner, ThreadPoolTaskRunner)
+        with stage.progress(plan, parts, lines=True) if here or threads else nullcontext():
+            if not here:
+                _make_on_workers(entry.name, plan, draft, parts)
+            for part in parts if here else ():
                 make_part(entry.name, plan, draft, part)
-        else:
-            _make_on_workers(entry.name, plan, draft, parts)
 
     dataset = stage.make(
         config, store, make_parts, lambda holder: log.warning("%s; waiting for its end", holder)
@@ -460,6 +463,19 @@ async def _run_until_stopped(runner: Runner) -> None:
     await asyncio.gather(serving, *stopping)
 
 
+def _start_temporary_server() -> None:
+    """Start the server of this run, which a terminal's Ctrl-C must not end before the run."""
+
+    def start() -> None:
+        with children_without_interrupt(), get_client(sync_client=True):
+            pass
+
+    thread = threading.Thread(target=start)  # this one waits for signals meanwhile
+    thread.start()
+    thread.join()
+    at_second_interrupt.append(SubprocessASGIServer().stop)
+
+
 def main() -> None:
     """Serve all deployments in this process, or run a pipeline once."""
     parser = argparse.ArgumentParser(prog="trace-opd serve", description=main.__doc__)
@@ -480,6 +496,8 @@ def main() -> None:
     if args.crash_dead_runs:
         return
     if args.run:
+        if not PREFECT_API_URL.value():
+            _start_temporary_server()
         pipeline(_within_prefect_s_limit(args.config), store=args.store)
     else:
         serve_deployments(deployments(args.config, args.store))

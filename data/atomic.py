@@ -69,8 +69,12 @@ def write_atomic(path: Path, content: bytes, root: Path | None = None) -> None:
     A link at the path is replaced, not followed. root: see `make_folders`.
 
     Raises:
-        InputError: the disk is full or the path is not writable; an older file is unharmed.
+        InputError: the disk is full, the path is not writable, or it names a device or a pipe,
+            which the rename would replace; an older file is unharmed.
     """
+    with suppress(OSError):
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{path}: is a device or a pipe; name a file")
     temporary = Path(temporary_name(str(path)))
     with writing(path):
         make_folders(path.parent, root)

@@ -35,6 +35,10 @@ _JOINED = re.compile(
 )
 _PART = re.compile(r"[,;]?(?: ?and)? ?\(?[a-z0-9]{1,3}\)", re.IGNORECASE)  # as (b)
 _OR = re.compile(r"(?:^|[,;(] ?)or\b(?: \S+){0,4}$|\bor\b(?: \S+)?$", re.IGNORECASE)
+# A second guess without a box, next to the last one.
+_GUESS = r"(?:\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|(-?[0-9](?:[0-9.,/]*[0-9])?(?:\s?\\?%)?))"
+_GUESS_BEHIND = re.compile(rf"(?:[\s$]|\\[)\]])*[,(]?\s*or\s+{_HEDGE}\s*{_GUESS}", re.IGNORECASE)
+_GUESS_BEFORE = re.compile(rf"{_GUESS},?\s+or\s+{_HEDGE}(?:[\s$]|\\[(\[])*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,14 @@ def last_boxes(text: str) -> Boxes | None:
         part = text[slice(*box.content)].strip()
         if part not in parts:  # a repeated box is no second part
             parts.append(part)
-    return Boxes(tuple(reversed(parts)), alternatives and len(parts) > 1, found[-1].end)
+    end = found[-1].end
+    before = text[max(0, found[-1].start - _MAX_BETWEEN) : found[-1].start]
+    behind = text[end : end + _MAX_BETWEEN]
+    for guess in (_GUESS_BEHIND.match(behind), _GUESS_BEFORE.search(before)):
+        if guess:
+            parts.insert(0, next(filter(None, guess.groups())).strip())
+            alternatives = True
+    return Boxes(tuple(reversed(parts)), alternatives and len(parts) > 1, end)
 
 
 def joint(between: str) -> str | None:

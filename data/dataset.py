@@ -87,6 +87,11 @@ class Dataset:
         return sum(part["rows"] for part in self.manifest["parts"])
 
     @property
+    def part_rows(self) -> tuple[int, ...]:
+        """The rows of each part."""
+        return tuple(part["rows"] for part in self.manifest["parts"])
+
+    @property
     def contract(self) -> TableContract | None:
         return CONTRACTS.get(self.manifest["table"])
 

@@ -1,18 +1,14 @@
-"""Files that users name, read within limits: a path, a URL that fsspec knows, or a glob of them.
+"""Files that users name, read within limits: a path, a URL that fsspec knows, a glob, a folder.
 
 Sources of problems and readers of human labels open their files here. Manifests and prompts use
 `read_json`.
 """
 
-import bz2
-import gzip
 import hashlib
 import json
-import lzma
+import posixpath
 import stat
-import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -27,13 +23,15 @@ from ..schemas.errors import InputError
 _MOST_FILE_BYTES = 16 << 30
 _MOST_LINE_CHARS = 16 << 20
 _BLOCK_BYTES = 1 << 20
-# The limit on what a compressed file unpacks to, in bytes or times its own size.
-_MOST_UNPACKED_BYTES, _MOST_UNPACKED_TIMES = 256 << 20, 100
-_STREAMS = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-def find_files(pattern: str, kinds: str) -> tuple[Any, list[str]]:
+def find_files(
+    pattern: str, kinds: str, in_folders: Callable[[str], bool] | None = None
+) -> tuple[Any, list[str]]:
     """The file system and the sorted paths of a pattern. kinds: what to give, for error messages.
+
+    in_folders: which files of a folder, and of those in it, are taken in the folder's place;
+    hidden ones are left out. None: a folder is refused.
 
     Raises:
         InputError: an unknown protocol, a file system that does not answer, no such file, a file
@@ -43,18 +41,32 @@ def find_files(pattern: str, kinds: str) -> tuple[Any, list[str]]:
         _require_no_device(part, kinds)
     with _file_system_errors(pattern, kinds):
         fs, base = fsspec.core.url_to_fs(pattern)
-        paths = sorted(str(path) for path in fs.glob(base))
-        about = [fs.info(path) for path in paths]
-    if not paths:
+        about = {str(path): fs.info(path) for path in sorted(fs.glob(base))} if pattern else {}
+    if not about:
         raise InputError(f"{pattern}: no such file; give {kinds}")
-    for path, info in zip(paths, about, strict=True):
+    for path, info in list(about.items()):
+        if info["type"] == "directory" and in_folders is not None:
+            del about[path]
+            with _file_system_errors(path, kinds):
+                found = {str(held): fs.info(held) for held in fs.find(path)}
+            inside = {p: i for p, i in found.items() if in_folders(p) and not _hidden(p, path)}
+            if not inside:
+                raise InputError(f"{path}: is a folder, and holds no such file; give {kinds}")
+            about |= inside
+    for path, info in about.items():
+        if isinstance(fs, LocalFileSystem):  # a link in a folder or a glob may lead to a device
+            _require_no_device(path, kinds)
         if info["type"] != "file":
             folder = info["type"] == "directory"
             kind = "folder" if folder else _kind_of_mode(info.get("mode", 0))
             raise InputError(f"{path}: is a {kind}, not a regular file; give {kinds}")
         if (info.get("size") or 0) > _MOST_FILE_BYTES:
             raise _too_large(path)
-    return fs, paths
+    return fs, sorted(about)
+
+
+def _hidden(path: str, folder: str) -> bool:
+    return any(part.startswith(".") for part in posixpath.relpath(path, folder).split("/"))
 
 
 @contextmanager
@@ -84,45 +96,27 @@ def digest(fs: Any, path: str) -> str:
     return found.hexdigest()
 
 
-def text_lines(file: Any, name: str) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file, numbered from 0.
+def text_lines(file: Any, name: str, most: int | None = None) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file, with or without a byte order mark, numbered from 0.
+
+    most: characters of a line, by default 16 million.
 
     Raises:
-        InputError: not UTF-8, or a line of more than 16 million characters.
+        InputError: not UTF-8, or a longer line.
     """
-    text = TextIOWrapper(file, encoding="utf-8")
+    text = TextIOWrapper(file, encoding="utf-8-sig")
+    most = most or _MOST_LINE_CHARS
     row = 0
     try:
-        while line := text.readline(_MOST_LINE_CHARS + 1):
-            if len(line) > _MOST_LINE_CHARS:
+        while line := text.readline(most + 1):
+            if len(line) > most:
                 raise InputError(
-                    f"{name}, row {row}: is longer than {_MOST_LINE_CHARS:,} characters; write one "
-                    "JSON object per line"
+                    f"{name}, row {row}: is longer than {most:,} characters; write one row per line"
                 )
             yield row, line
             row += 1
     except UnicodeDecodeError:
-        raise InputError(f"{name}: is not UTF-8 text; give a Parquet or JSONL file") from None
-
-
-def json_objects(
-    lines: Iterator[tuple[int, str]], name: str
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of numbered JSON lines; blank lines are skipped.
-
-    Raises:
-        InputError: a line is not JSON, or not an object.
-    """
-    for row, line in lines:
-        if not line.strip():
-            continue
-        try:
-            value = read_json(line)
-        except ValueError as error:
-            raise InputError(f"{name}, row {row}: is not JSON ({error}); mend the line") from None
-        if not isinstance(value, dict):
-            raise InputError(f"{name}, row {row}: is not a JSON object; write one object per line")
-        yield row, value
+        raise InputError(f"{name}: is not UTF-8 text; save it as UTF-8") from None
 
 
 def read_json(text: str) -> Any:
@@ -142,32 +136,6 @@ def read_json(text: str) -> Any:
         except UnicodeEncodeError:
             raise ValueError("it holds half of a surrogate pair") from None
     return value
-
-
-def require_bounded_archive(path: Path) -> None:
-    """Check the unpacked size of a file with a compressed format's suffix; other files pass.
-
-    Raises:
-        InputError: it is damaged, above the limit, or in a format that can't be measured.
-    """
-    most = max(_MOST_UNPACKED_BYTES, _MOST_UNPACKED_TIMES * path.stat().st_size)
-    try:
-        if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                size = sum(member.file_size for member in archive.infolist())
-        elif path.suffix in _STREAMS:
-            size = 0
-            with _STREAMS[path.suffix](path) as file:
-                while size <= most and (block := file.read(_BLOCK_BYTES)):
-                    size += len(block)
-        elif path.suffix in (".zst", ".lz4", ".7z", ".rar"):
-            raise InputError(f"{path}: is compressed; unpack it")
-        else:
-            return
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: is damaged ({error!s:.200}); copy it again") from None
-    if size > most:
-        raise InputError(f"{path}: unpacks to more than {most:,} bytes; unpack it and check it")
 
 
 def _require_no_device(path: str, kinds: str) -> None:

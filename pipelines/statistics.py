@@ -19,14 +19,20 @@ _VALUES_PER_CHUNK = 4_000_000  # bounds the memory of the drawn values
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its 95 % interval."""
+    """A mean and its 95 % interval; NaN without values."""
 
     value: float
     low: float
     high: float
 
-    def as_json(self) -> dict[str, float | list[float]]:
+    def as_json(self) -> dict[str, float | list[float] | None]:
+        """Both null without values."""
+        if np.isnan(self.value):
+            return {"value": None, "ci95": None}
         return {"value": round(self.value, 6), "ci95": [round(self.low, 6), round(self.high, 6)]}
+
+
+_NO_ESTIMATE = Estimate(np.nan, np.nan, np.nan)
 
 
 def resampled(
@@ -64,6 +70,8 @@ def bootstrap_mean(values: np.ndarray, strata: np.ndarray, resamples: int, seed:
     values: (problems,) float; strata: (problems,) labels such as the benchmark that a problem
     comes from. Problems are resampled within their stratum.
     """
+    if not len(values):
+        return _NO_ESTIMATE
     rng = np.random.default_rng(seed)
     groups = [values[strata == label] for label in np.unique(strata)]
     value, draws = 0.0, np.zeros(resamples)
@@ -82,6 +90,8 @@ def bootstrap_crossed(values: np.ndarray, resamples: int, seed: int = 0) -> Esti
     Seeds are resampled, and problems too, the same ones for all seeds: the interval covers both
     that another seed trains another policy and that other problems may be asked.
     """
+    if not values.size:
+        return _NO_ESTIMATE
 
     def means(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         drawn = values[rows[:, :, None], columns[:, None, :]]
@@ -117,6 +127,13 @@ class Answers:
             "correct": sum(verdict["correct"] for verdict in self.scored),
             "truncated": sum(r["finish_reason"] == FinishReason.LENGTH for r in self.rollouts),
         }
+
+    @property
+    def tokens(self) -> int | None:
+        """Response tokens, all rollouts together; None where a sampler keeps no ids of a text."""
+        if any(rollout["response"] and not rollout["token_ids"] for rollout in self.rollouts):
+            return None
+        return sum(len(rollout["token_ids"]) for rollout in self.rollouts)
 
 
 def answers_by_problem(

@@ -19,6 +19,7 @@ import openai
 
 from ..schemas.errors import InputError
 from .endpoint import NotACompletion, Redirected
+from .runtime.event_loop import EventLoop
 
 # A completion of 100,000 tokens with log-probabilities takes about 15 MB.
 MOST_BYTES = 64 << 20
@@ -107,14 +108,14 @@ class _SyncAnswer(httpx2.SyncByteStream):
     ) -> None:
         self._limit_s = request.extensions["timeout"]["read"]
         self._until = time.monotonic() + self._limit_s
-        self._runner = asyncio.Runner()
+        self._loop = EventLoop()
         self._inner = _connections(base_url)
         self._parts = _exchange(self._inner, request, key, most_bytes)
 
     def step(self) -> Any:
         """The head, then the parts of the body; raises StopAsyncIteration at the end."""
         try:
-            return self._runner.run(self._next())
+            return self._loop.run(self._next())
         except TimeoutError:
             raise _too_late(self._limit_s) from None
 
@@ -124,8 +125,8 @@ class _SyncAnswer(httpx2.SyncByteStream):
                 yield self.step()
 
     def close(self) -> None:
-        self._runner.run(self._end())
-        self._runner.close()
+        with contextlib.closing(self._loop):
+            self._loop.run(self._end())
 
     async def _next(self) -> Any:
         async with asyncio.timeout(self._until - time.monotonic()):

@@ -38,9 +38,9 @@ def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
         context: dict[str, Any] = first["ctx"]  # type: ignore[assignment]
         known = [name.strip("'") for name in context["expected_tags"].split(", ")]
         tag = context["discriminator"].strip("'")
+        own = any(not _tag_values(one) for one in variants)
+        known += ["file.py:Class of your own"] if own else []
         what = f"{field}.{tag} {unknown_name(context['tag'], known)}"
-        if any(not _tag_values(one) for one in variants):
-            what += "; name one of them, or file.py:Class of your own"
     elif first["type"] == HOLDS_SECRET:
         what = f"{field}: {first['msg']}"
     elif first["input"] is None and keys:

@@ -50,10 +50,10 @@ class TableContract:
     def table(self, rows: Iterable[dict]) -> pa.Table:
         """Build a table of this contract from dictionaries, one per row.
 
-        It has the optional columns that the first row names.
+        It has the optional columns that a row names.
         """
         rows = list(rows)
-        return pa.Table.from_pylist(rows, schema=self.schema_of(rows[0] if rows else ()))
+        return pa.Table.from_pylist(rows, schema=self.schema_of(set().union(*rows)))
 
     def schema_of(self, names: Container[str]) -> pa.Schema:
         """The schema with only those optional columns that are among the names."""

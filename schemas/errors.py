@@ -24,10 +24,16 @@ class InputError(Exception):
 class Stopped(Exception):
     """The run received SIGTERM and kept everything that it had finished.
 
-    143 is a shell's exit code for SIGTERM.
+    143 is a shell's exit code for SIGTERM. The command line adds the command that continues.
     """
 
     exit_code = 143
+
+
+class Interrupted(KeyboardInterrupt):
+    """As `Stopped`, after Ctrl-C (SIGINT). A bare `except Exception` does not catch it."""
+
+    exit_code = 130
 
 
 class TooManyFailed(InputError):

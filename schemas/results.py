@@ -25,9 +25,18 @@ EVALUATIONS = make_contract(
         described("k", pa.int32(), "Scored samples of this problem."),
         described("correct", pa.int32(), "How many of them are right."),
         described(
-            "majority_correct", pa.float32(), "Probability that the majority answer is right."
+            "majority_correct",
+            pa.float32(),
+            "Probability that the majority answer is right; a truncated sample has no vote. Null "
+            "without a scored sample.",
+            True,
         ),
-        described("mean_tokens", pa.float32(), "Mean response length in tokens."),
+        described(
+            "mean_tokens",
+            pa.float32(),
+            "Mean response length in tokens; null where the sampler keeps no token ids.",
+            True,
+        ),
         described("truncated", pa.int32(), "Samples that hit the token limit."),
         described("unscored", pa.int32(), "Samples that the verifier could not score."),
     ],

@@ -115,9 +115,13 @@ PROBLEMS = make_contract(
         ),
         described("source", _string, "Where the problem comes from."),
         described("split", _string, "Split of the source: train, validation or test."),
+        described("source_id", _string, "The row's own id in its source.", True),
+        described("subject", _string, "The subject, as the source names it.", True),
+        described("level", _string, "The difficulty, as the source gives it.", True),
     ],
     "problem_id",
     labels={"answer_kind": AnswerKind},
+    optional=("source_id", "subject", "level"),
 )
 
 ROLLOUTS = make_contract(

@@ -85,7 +85,7 @@ class _Template:
         others = [one for one in variants if one is not chosen]
         if not others:
             return
-        labels = [_tag(one)[1] or one.__name__ for one in others]
+        labels = [_tag(one)[1] or "code of your own" for one in others]
         shown = self._shown.setdefault(frozenset(variants), path)
         if shown != path:
             yield f"# Or {', '.join(labels)}: as in {shown}."

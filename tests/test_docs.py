@@ -11,7 +11,11 @@ from trace_opd.pipelines.cli.commands import app
 
 ROOT = Path(__file__).parents[1]
 TOP = ("README", "ARCHITECTURE", "CONTRIBUTING", "CHANGELOG")
-DOCUMENTS = [*(ROOT / f"{name}.md" for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / f"{name}.md" for name in TOP),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(ROOT.glob("examples/*/README.md")),
+]
 COMMANDS = set(typer.main.get_command(app).commands)
 each_document = pytest.mark.parametrize(
     "document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT))

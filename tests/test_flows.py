@@ -1,5 +1,6 @@
 """Flows against a real Prefect server: called here, served, and started by its command line."""
 
+import asyncio
 import contextvars
 import importlib.util
 import re
@@ -105,6 +106,14 @@ def test_artifacts_sum_up_each_dataset(made):
         assert lineage.type == "markdown"
         for _, _, node in dataset.lineage():
             assert f"`{node.ref}` ({node.rows} rows)" in lineage.data
+
+
+def test_a_flow_runs_within_a_running_event_loop(own):
+    async def cell() -> str:
+        config = config_of("verify", "truncated=mask")
+        return flows.STAGE_FLOWS["verify"](config, store=str(own))
+
+    assert Store(own).get(asyncio.run(cell())).rows == 24
 
 
 def test_a_finished_dataset_is_found_without_a_task(own):

@@ -59,7 +59,7 @@ def step_metrics(
     """A step's means. Units: nats, tokens, shares.
 
     sums: `token_sums` added up over the step. A step without sequences (no rollout could be scored)
-    changes nothing and has no means.
+    changes nothing and has no means; one that trains no token has none over trained tokens.
     """
     if not sequences:
         return {"sequences": 0.0, "tokens": 0.0}
@@ -67,7 +67,7 @@ def step_metrics(
     for sequence in sequences:
         groups[sequence.group_id].append(sequence.reward)
     lengths = [len(sequence.token_ids) for sequence in sequences]
-    tokens, trained = max(sum(lengths), 1), max(sums["tokens"], 1)
+    tokens, trained = sum(lengths), sums["tokens"]
     routes = np.bincount(np.concatenate([s.route for s in sequences]), minlength=len(Route))
     rewards = [sequence.reward for sequence in sequences]
     metrics = {
@@ -77,23 +77,27 @@ def step_metrics(
         "groups_without_signal": 1 - len(signal_groups(sequences)) / len(groups),
         "response_tokens": float(np.mean(lengths)),
         "truncated": float(np.mean([sequence.truncated for sequence in sequences])),
-        "entropy": sums["entropy"] / trained,
-        "ratio_clipped": sums["ratio_clipped"] / trained,
-        "sampler_drift": sums["drift"] / trained,
-        "sampler_drift_max": largest_drift,
-        "sampler_kl": sums["drift_kl"] / trained,
         "tokens": float(tokens),
     }
+    if trained:
+        metrics |= {
+            "entropy": sums["entropy"] / trained,
+            "ratio_clipped": sums["ratio_clipped"] / trained,
+            "sampler_drift": sums["drift"] / trained,
+            "sampler_drift_max": largest_drift,
+            "sampler_kl": sums["drift_kl"] / trained,
+        }
     for route in Route:
         # TRACE's own two routes are reported even at 0.
-        if route in (Route.FKL, Route.RKL) or (route is not Route.GRPO and routes[route]):
+        own = route in (Route.FKL, Route.RKL) or (route is not Route.GRPO and routes[route])
+        if own and tokens:
             metrics[f"coverage_{route.label}"] = routes[route] / tokens
     kl_tokens = 0.0
     for route in DIVERGENCES:
         if routed := sums[f"{route.label}_tokens"]:
             metrics[f"kl_{route.label}"] = sums[f"{route.label}_kl"] / routed
             kl_tokens += routed
-    if with_reference:
+    if with_reference and trained:
         metrics["kl_reference"] = sums["reference_kl"] / trained
     if kl_tokens:
         metrics["kl_clipped"] = sums["kl_clipped"] / kl_tokens

@@ -3,26 +3,37 @@
 Stage problems calls the functions here. Each module has `rows(source, seed)`, `identity(source)`
 and, if its rows never end, `ENDLESS` (own.py: `endless(source)`). A row is a dictionary with
 problem, answer, answer_kind, solution, steps and source as in table problems, and optionally `row`,
-its number in the source. A module is imported when its source is first used, so no source needs the
-packages of another.
+its number in the source. A row that can't be used is a `BadRow`. A module is imported when its
+source is first used, so no source needs the packages of another.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
 from ...schemas.configs import Source
 from ...schemas.errors import InputError
 from ...schemas.own_code import is_own
+from ..row_files import BadRow
 
 
-def rows(source: Source, seed: int) -> Iterator[dict[str, Any]]:
+def rows(
+    source: Source, seed: int, skip: Callable[[BadRow], None] | None = None
+) -> Iterator[dict[str, Any]]:
     """The source's problems in its own order; generators are endless and depend on the seed.
+
+    skip: called with each row that can't be used; None: the first of them is raised.
 
     Raises:
         InputError: no rows, a missing column, an empty cell, an unknown task or preset.
     """
-    return _module(source).rows(source, seed)
+    for row in _module(source).rows(source, seed):
+        if not isinstance(row, BadRow):
+            yield row
+        elif skip is None:
+            raise row
+        else:
+            skip(row)
 
 
 def is_endless(source: Source) -> bool:

@@ -1,116 +1,201 @@
-"""The column map: rows of other tables become rows of table problems.
+"""The column map: which columns of another table hold the problem, the answer, the solution.
 
-The sources of kind `files` and `hub` call this.
+Sources `files` and `hub` call `resolve`, then `problem_row` (problem_rows.py) for each row. A
+column is recognised by its name. Names are compared without case, and with `_` for a space or dash.
 """
 
-import random
-from collections.abc import Callable, Iterable
-from string import ascii_uppercase
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from ...schemas.configs import Columns
 from ...schemas.errors import InputError
-from ...schemas.labels import AnswerKind
-from ..manifest import content_hash
 
-_MOST_CELL_CHARS = 4 << 20  # more than any model reads
+# The first name is the role's own: it wins. Two others of a role are refused.
+KNOWN = {
+    "problem": (
+        "problem", "question", "prompt", "query", "input", "instruction", "problem_text",
+        "question_text", "problem_statement",
+    ),
+    "answer": (
+        "answer", "final_answer", "gold", "gold_answer", "target", "ground_truth",
+        "reference_answer", "expected_answer", "correct_answer", "answer_key", "answerkey",
+        "reward_model.ground_truth",
+    ),
+    "solution": (
+        "solution", "rationale", "explanation", "reference_solution", "gold_solution",
+        "ground_truth_solution", "worked_solution",
+    ),
+}  # fmt: skip
+# Of these the first that is there is taken: nothing is judged or trained by them.
+KNOWN_ABOUT = {
+    "id": (
+        "id", "unique_id", "problem_id", "question_id", "uuid", "uid", "index", "idx",
+        "extra_info.index",
+    ),
+    "subject": ("subject", "topic", "category", "domain", "type"),
+    "level": ("level", "difficulty", "grade"),
+}  # fmt: skip
+_CHOICE_LISTS = ("choices", "options")
+_CHOICE_ANSWERS = ("label", "correct", "correct_option", "answer_index", "correct_index")
+_WRONG_CHOICES = ("incorrect_answer", "wrong_answer", "distractor")
 
 
-def mapped(columns: Columns) -> list[str]:
-    """Names of the columns that the map reads, without duplicates."""
-    names = [columns.problem, columns.answer, columns.solution, *(columns.choices or [])]
-    return list(dict.fromkeys(name for name in names if name is not None))
+@dataclass(frozen=True)
+class Found:
+    """What a table holds. names: of its columns, nested ones with a dot; hashed: those with a text
+    that has `#### ` before a final answer; lists: those that hold lists or mappings."""
+
+    names: tuple[str, ...]
+    hashed: frozenset[str] = frozenset()
+    lists: frozenset[str] = frozenset()
 
 
-def require(present: Iterable[str], columns: Columns, where: str) -> None:
-    """Check that every mapped column is there.
+@dataclass(frozen=True)
+class ColumnMap:
+    """The columns of a table by role.
 
-    Raises:
-        InputError: names `where`, the missing column and the columns that are there.
+    choices: columns of wrong choices, or the column of a list of all choices. final: the answer
+    column holds a longer text; its answer follows `####` ("hashes"), or is in a box or follows
+    `####` ("solution").
     """
-    present = list(present)
-    for name in mapped(columns):
-        if name not in present:
-            raise InputError(
-                f"{where}: column {name!r} is missing; set source.columns to names out of "
-                f"{', '.join(present) or 'no column at all'}"
-            )
+
+    problem: str
+    answer: str
+    solution: str | None = None
+    choices: list[str] | str | None = None
+    id: str | None = None
+    subject: str | None = None
+    level: str | None = None
+    final: Literal["hashes", "solution"] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What a dataset id hashes; ids are older than the last four fields."""
+        late = {name: getattr(self, name) for name in ("id", "subject", "level", "final")}
+        first = {name: getattr(self, name) for name in ("problem", "answer", "solution", "choices")}
+        return first | {name: value for name, value in late.items() if value is not None}
+
+    def names(self) -> list[str]:
+        """Names of the columns that are read, without duplicates."""
+        choices = self.choices if isinstance(self.choices, list) else [self.choices]
+        about = (self.id, self.subject, self.level)
+        names = [self.problem, self.answer, self.solution, *choices, *about]
+        return list(dict.fromkeys(name for name in names if name is not None))
 
 
-def problem_row(
-    foreign: dict[str, Any],
-    columns: Columns,
-    answer_kind: AnswerKind,
-    source: str,
-    row: int,
-    final_answer: Callable[[str], str] | None = None,
-) -> dict[str, Any]:
-    """One foreign row as a problems row.
-
-    `final_answer` extracts the answer from a longer text. It returns "" if there is none: such a
-    row is kept, and the parser of gold answers decides about it.
-
-    Raises:
-        InputError: the problem, the answer or a choice is empty, or neither text nor number.
-    """
-    where = f"{source}, row {row}"
-    problem = _filled(foreign, columns.problem, where)
-    if final_answer is not None:
-        answer = final_answer(_text(foreign, columns.answer, where))
-    else:
-        answer = _filled(foreign, columns.answer, where)
-    if columns.choices is not None:
-        wrong = [_filled(foreign, name, where) for name in columns.choices]
-        problem, answer = multiple_choice(problem, answer, wrong)
-        answer_kind = AnswerKind.CHOICE
-    solution = _text(foreign, columns.solution, where) if columns.solution else ""
-    return {
-        "problem": problem,
-        "answer": answer,
-        "answer_kind": answer_kind,
-        "solution": solution or None,
-        "steps": None,
-        "source": source,
-        "row": row,
+def shown(columns: dict[str, Any]) -> dict[str, str]:
+    """A map's identity for people: roles with their columns, without empty ones."""
+    found = {
+        role: ", ".join(name) if isinstance(name, list) else name
+        for role, name in columns.items()
+        if name and role != "final"
     }
+    how = {"hashes": " (after ####)", "solution": " (in \\boxed{} or after ####)"}
+    return found | {"answer": f"{columns['answer']}{how.get(columns.get('final', ''), '')}"}
 
 
-def multiple_choice(problem: str, right: str, wrong: list[str]) -> tuple[str, str]:
-    """The problem with its choices as (A), (B), …, and the letter of the right one.
+def root(name: str, present: Iterable[str]) -> str:
+    """The top-level column of a name, which may have a dot of its own."""
+    return name if name in present else name.partition(".")[0]
 
-    The order depends on the texts alone, so a problem has the same id in every file.
+
+def resolve(found: Found, columns: Columns, where: str) -> ColumnMap:
+    """The map of a table: the configured columns, and for the other roles the recognised ones.
+
+    Raises:
+        InputError: a configured column is missing, no column is recognised for the problem or the
+            answer, or several are.
     """
-    choices = [right, *wrong]
-    order = list(range(len(choices)))
-    random.Random(content_hash([problem, *choices])).shuffle(order)
-    lines = [
-        f"({letter}) {choices[index]}"
-        for letter, index in zip(ascii_uppercase, order, strict=False)
-    ]
-    return "\n".join([problem, "", *lines]), ascii_uppercase[order.index(0)]
+    problem = _column("problem", found, columns, where)
+    solution = _column("solution", found, columns, where)
+    choices = _choices(found, columns, where)
+    answer = _column("answer", found, columns, where)
+    if answer is None and choices is not None:
+        answer = _first(found.names, _CHOICE_ANSWERS)
+    if problem is None:
+        raise _unknown("problem", found, where)
+    final = None
+    if answer is None:
+        answer, final = solution, "solution"
+    if answer is None:
+        raise _unknown("answer", found, where)
+    if final is None and answer in found.hashed:
+        final = "hashes"
+        if solution is None and columns.solution is None:
+            solution = answer
+    used = {problem, solution, answer}
+    about = [_about(role, found, columns, where, used) for role in KNOWN_ABOUT]
+    return ColumnMap(problem, answer, solution, choices, *about, final=final)
 
 
-def _filled(foreign: dict[str, Any], name: str, where: str) -> str:
-    text = _text(foreign, name, where)
-    if not text:
-        raise InputError(f"{where}: column {name!r} is empty; fill it in or leave the row out")
-    return text
+def _column(role: str, found: Found, columns: Columns, where: str) -> str | None:
+    named = getattr(columns, role)
+    if named is not None:
+        return _required(named, found, where) if named else None
+    own, *others = KNOWN[role]
+    if own in found.names:
+        return own
+    for known in ([own], others):
+        held = [name for name in found.names if plain(name) in known]
+        if len(held) > 1:
+            raise InputError(
+                f"{where}: columns {' and '.join(held)} may both hold the {role}; set "
+                f"source.columns.{role} to one of them"
+            )
+        if held:
+            return held[0]
+    return None
 
 
-def _text(foreign: dict[str, Any], name: str, where: str) -> str:
-    """A cell as stripped text; integral floats lose their `.0`, null is ""."""
-    value = foreign[name]
-    if value is None:
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, str) and len(value) > _MOST_CELL_CHARS:
+def _choices(found: Found, columns: Columns, where: str) -> list[str] | str | None:
+    if columns.choices is not None:
+        named = [columns.choices] if isinstance(columns.choices, str) else columns.choices
+        for name in filter(None, named):
+            _required(name, found, where)
+        return columns.choices or None
+    lists = [n for n in found.names if n in found.lists and plain(n) in _CHOICE_LISTS]
+    if lists:
+        return lists[0]
+    wrong = [n for n in found.names if plain(n).rstrip("_0123456789") in _WRONG_CHOICES]
+    return wrong or None
+
+
+def _about(
+    role: str, found: Found, columns: Columns, where: str, used: set[str | None]
+) -> str | None:
+    named = getattr(columns, role)
+    if named is not None:
+        return _required(named, found, where) if named else None
+    free = [name for name in found.names if name not in found.lists and name not in used]
+    return _first(free, KNOWN_ABOUT[role])
+
+
+def _first(names: Iterable[str], known: Iterable[str]) -> str | None:
+    by_plain = {plain(name): name for name in reversed(list(names))}
+    return next((by_plain[name] for name in known if name in by_plain), None)
+
+
+def plain(name: str) -> str:
+    """A name as it is compared."""
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _required(name: str, found: Found, where: str) -> str:
+    if name not in found.names:
         raise InputError(
-            f"{where}: column {name!r} holds {len(value):,} characters; the most is "
-            f"{_MOST_CELL_CHARS:,}"
+            f"{where}: column {name!r} is missing; set source.columns to names out of "
+            f"{_listed(found)}"
         )
-    if isinstance(value, str | int | float):
-        return str(value).strip()
-    raise InputError(
-        f"{where}: column {name!r} holds a {type(value).__name__}; give text or a number"
+    return name
+
+
+def _unknown(role: str, found: Found, where: str) -> InputError:
+    return InputError(
+        f"{where}: no column is known to hold the {role} (names such as "
+        f"{', '.join(KNOWN[role][:4])}); set source.columns.{role} to one of {_listed(found)}"
     )
+
+
+def _listed(found: Found) -> str:
+    text = ", ".join(found.names) or "no column at all"
+    return text if len(text) <= 300 else text[:300] + "…"

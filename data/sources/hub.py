@@ -5,105 +5,99 @@ datasets that the method is trained and evaluated on.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import fsspec
+import pyarrow as pa
 from datasets.exceptions import DatasetsError
 
-from ...schemas.configs import Columns, HubSource
+from ...schemas.configs import HubSource
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind
-from ..boxed import boxed_answer
-from ..input_files import digest, opened, require_bounded_archive
+from ..compressed import require_bounded_archive
+from ..input_files import digest, opened
 from ..parquet_reader import require_bounded
-from .columns import mapped, problem_row, require
+from ..row_files import BadRow
+from .columns import ColumnMap, resolve, root
+from .found import found_in_batches, likely_texts
+from .problem_rows import problem_row
 
 _LOCAL = fsspec.filesystem("file")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A known dataset.
-
-    final_answer: extracts the answer from its column's text; keep: column and value that select the
-    preset's rows.
-    """
+    """A known dataset. columns: None if they are to be recognised; keep: column and value that
+    select the preset's rows."""
 
     dataset: str
-    columns: Columns
+    columns: ColumnMap | None
     subset: str | None = None
     split: str = "train"
     answer_kind: AnswerKind = AnswerKind.MATH
-    final_answer: Callable[[str], str] | None = None
     keep: tuple[str, str] | None = None
-
-
-def boxed_or_empty(text: str) -> str:
-    """The boxed answer of a solution, in parts if several boxes give it; "" if there is none."""
-    return boxed_answer(text) or ""
-
-
-def after_hashes(text: str) -> str:
-    """GSM8K's final answer: the text after `#### `, without thousands separators."""
-    return text.rpartition("#### ")[2].replace(",", "").strip() if "#### " in text else ""
 
 
 PRESETS = {
     "openthoughts-math": Preset(
         "open-thoughts/OpenThoughts-114k",
-        Columns(answer="ground_truth_solution", solution="ground_truth_solution"),
+        ColumnMap("problem", *["ground_truth_solution"] * 2, final="solution"),
         subset="metadata",
-        final_answer=boxed_or_empty,
         keep=("domain", "math"),
     ),
-    "math-500": Preset("HuggingFaceH4/MATH-500", Columns(solution="solution"), split="test"),
-    "aime-2024": Preset("HuggingFaceH4/aime_2024", Columns(solution="solution")),
-    "aime-2025": Preset("math-ai/aime25", Columns(), split="test"),
-    "amc-2023": Preset("math-ai/amc23", Columns(problem="question"), split="test"),
+    "math-500": Preset(
+        "HuggingFaceH4/MATH-500", ColumnMap("problem", "answer", "solution"), split="test"
+    ),
+    "aime-2024": Preset("HuggingFaceH4/aime_2024", ColumnMap("problem", "answer", "solution")),
+    "aime-2025": Preset("math-ai/aime25", ColumnMap("problem", "answer"), split="test"),
+    "amc-2023": Preset("math-ai/amc23", ColumnMap("question", "answer"), split="test"),
     "gpqa-diamond": Preset(
         "Idavidrein/gpqa",
-        Columns(
-            problem="Question",
-            answer="Correct Answer",
-            solution="Explanation",
-            choices=[f"Incorrect Answer {number}" for number in (1, 2, 3)],
+        ColumnMap(
+            "Question",
+            "Correct Answer",
+            "Explanation",
+            [f"Incorrect Answer {number}" for number in (1, 2, 3)],
         ),
         subset="gpqa_diamond",
         answer_kind=AnswerKind.CHOICE,
     ),
     "gsm8k": Preset(
         "openai/gsm8k",
-        Columns(problem="question", solution="answer"),
+        ColumnMap("question", "answer", "answer", final="hashes"),
         subset="main",
-        final_answer=after_hashes,
     ),
 }
 
 
-def rows(source: HubSource, seed: int) -> Iterator[dict[str, Any]]:
+def rows(source: HubSource, seed: int) -> Iterator[dict[str, Any] | BadRow]:
     """Rows of one split in the dataset's order; `seed` has no effect.
 
     Raises:
         InputError: names the dataset, the row (from 0) and the column at fault.
     """
     name, preset = _preset(source)
-    with _load_errors(preset):
-        table: Any = datasets.load_dataset(
-            preset.dataset, preset.subset, split=preset.split, revision=source.revision
+    table = _table(source, preset)
+    columns = preset.columns or _column_map(table, source, preset)
+    roots = [root(column, table.column_names) for column in columns.names()]
+    kept = roots + ([preset.keep[0]] if preset.keep else [])
+    if missing := [column for column in kept if column not in table.column_names]:
+        raise InputError(
+            f"{preset.dataset}: column {missing[0]!r} is missing; set source.columns to names out "
+            f"of {', '.join(table.column_names)}"
         )
-    require(table.column_names, preset.columns, preset.dataset)
-    kept = mapped(preset.columns) + ([preset.keep[0]] if preset.keep else [])
     count = 0
     for row, foreign in enumerate(table.select_columns(list(dict.fromkeys(kept)))):
         if preset.keep and foreign[preset.keep[0]] != preset.keep[1]:
             continue
+        # The parser of gold answers decides about a preset's row without one.
         yield problem_row(
-            foreign, preset.columns, preset.answer_kind, name, row, preset.final_answer
+            foreign, columns, preset.answer_kind, name, row, keep_unread=source.preset is not None
         )
         count += 1
     if not count:
@@ -111,7 +105,8 @@ def rows(source: HubSource, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def identity(source: HubSource) -> dict[str, Any]:
-    """The dataset with its resolved revision, or the content hash of a local folder."""
+    """The dataset with its resolved revision, or the content hash of a local folder, and the
+    columns in use."""
     name, preset = _preset(source)
     folder = Path(preset.dataset)
     if folder.is_dir():
@@ -123,15 +118,32 @@ def identity(source: HubSource) -> dict[str, Any]:
                 preset.dataset, preset.subset, revision=source.revision
             )
         content = {"dataset": preset.dataset, "revision": builder.hash}
+    if preset.columns is None:
+        columns = _column_map(_table(source, preset), source, preset).identity()
+    else:
+        columns = {k: v for k, v in preset.columns.identity().items() if k != "final"}
     return content | {
         "kind": source.kind,
         "name": name,
         "preset": source.preset,
         "subset": preset.subset,
         "split": preset.split,
-        "columns": preset.columns.semantic(),
+        "columns": columns,
         "answer_kind": str(preset.answer_kind),
     }
+
+
+def _table(source: HubSource, preset: Preset) -> Any:
+    with _load_errors(preset):
+        return datasets.load_dataset(
+            preset.dataset, preset.subset, split=preset.split, revision=source.revision
+        )
+
+
+def _column_map(table: Any, source: HubSource, preset: Preset) -> ColumnMap:
+    data: pa.Table = table.data.table
+    texts = data.select(likely_texts(data.schema, source.columns)).to_batches()
+    return resolve(found_in_batches(data.schema, texts), source.columns, preset.dataset)
 
 
 def _preset(source: HubSource) -> tuple[str, Preset]:
@@ -143,8 +155,8 @@ def _preset(source: HubSource) -> tuple[str, Preset]:
         assert source.dataset is not None  # the config's validator: exactly one of the two
         folder = Path(source.dataset)
         name = folder.resolve().name if folder.is_dir() else source.dataset
-        fields = ("dataset", "columns", "subset", "split", "answer_kind")
-        return name, Preset(**{field: getattr(source, field) for field in fields})
+        fields = ("dataset", "subset", "split", "answer_kind")
+        return name, Preset(columns=None, **{field: getattr(source, field) for field in fields})
     if source.preset not in PRESETS:
         raise InputError(
             f"source.preset {source.preset!r} is unknown; take one of {', '.join(PRESETS)}, or "
@@ -153,10 +165,15 @@ def _preset(source: HubSource) -> tuple[str, Preset]:
     preset = PRESETS[source.preset]
     changed = {
         field: value
-        for field in ("columns", "subset", "split", "answer_kind")
+        for field in ("subset", "split", "answer_kind")
         if (value := getattr(source, field)) != type(source).model_fields[field].default
     }
-    return source.preset, Preset(**(vars(preset) | changed))
+    named: dict[str, Any] = source.columns.model_dump(exclude_none=True)
+    # Full configs of older releases hold the former default, which left the preset's columns.
+    if preset.columns is not None and named and named != {"problem": "problem", "answer": "answer"}:
+        named |= {"final": None} if "answer" in named else {}
+        changed["columns"] = replace(preset.columns, **{k: v or None for k, v in named.items()})
+    return source.preset, replace(preset, **changed)
 
 
 @contextmanager

@@ -15,11 +15,11 @@ Phase 2 rates the steps of a complete response until the first wrong one: the re
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from ...schemas.errors import InputError
-from . import LabelledResponse, json_rows, take
+from ..row_files import BadRow, bad_row
+from . import LabelledResponse, label_rows, take
 
 _SEPARATOR = "\n"
 _FINISHED = ("solution", "found_error")
@@ -27,59 +27,63 @@ _FINISHED = ("solution", "found_error")
 _GENERATOR = "prm800k"
 
 
-def labelled_responses(path: str, left_out: Counter[str]) -> Iterator[LabelledResponse]:
+def labelled_responses(
+    path: str, left_out: Counter[str], skip: Callable[[BadRow], None] | None = None
+) -> Iterator[LabelledResponse]:
     """The rows whose first wrong step is known, in order; the others are counted in `left_out`.
 
-    Skipped: rows that the labeller gave up or called a bad problem (counted by finish_reason), rows
-    with an unrated or flagged step before the first wrong one ("unrated"), and rows whose error is
-    not in the response ("other path").
+    Left out: rows that the labeller gave up or called a bad problem (counted by finish_reason),
+    rows with an unrated or flagged step before the first wrong one ("unrated"), and rows whose
+    error is not in the response ("other path"). skip: as in `label_rows`.
 
     Raises:
         InputError: names the file, the row and the field at fault.
     """
-    for where, row in json_rows(path):
-        reason = take(row, "label", dict, where).get("finish_reason")
-        if reason not in _FINISHED:
-            left_out[str(reason)] += 1
-            continue
-        problem = take(row, "question.problem", str, where)
-        answer = take(row, "question.ground_truth_answer", str, where)
-        labels = take(row, "label.steps", list, where)
-        generated = row["question"].get("pre_generated_steps")
-        if generated is None:
-            path_taken = [_chosen(step, where) for step in labels]
-        else:
-            path_taken = list(zip(_texts(generated, where), labels, strict=False))
-            path_taken = [_rated(text, step, where) for text, step in path_taken]
-        wrong = next((i for i, (_, rating) in enumerate(path_taken) if rating == -1), None)
-        judged = path_taken if wrong is None else path_taken[:wrong]
-        if any(rating is None for _, rating in judged):
-            left_out["unrated"] += 1
-            continue
-        if reason == "found_error" and wrong is None:
-            left_out["other path"] += 1
-            continue
-        texts = generated if generated is not None else [text for text, _ in path_taken]
-        stated = row["question"].get("pre_generated_answer")
-        yield LabelledResponse(
-            source="prm800k",
-            problem=problem,
-            answer=answer,
-            solution=row["question"].get("ground_truth_solution"),
-            generator=_GENERATOR,
-            steps=tuple(texts),
-            separator=_SEPARATOR,
-            first_wrong=wrong,
-            correct=True if reason == "solution" else None if stated is not None else False,
-            stated=stated,
-        )
+    return label_rows(path, lambda row, where: _labelled(row, where, left_out), skip)
+
+
+def _labelled(row: dict[str, Any], where: str, left_out: Counter[str]) -> LabelledResponse | None:
+    reason = take(row, "label", dict, where).get("finish_reason")
+    if reason not in _FINISHED:
+        left_out[str(reason)] += 1
+        return None
+    problem = take(row, "question.problem", str, where)
+    answer = take(row, "question.ground_truth_answer", str, where)
+    labels = take(row, "label.steps", list, where)
+    generated = row["question"].get("pre_generated_steps")
+    if generated is None:
+        path_taken = [_chosen(step, where) for step in labels]
+    else:
+        path_taken = list(zip(_texts(generated, where), labels, strict=False))
+        path_taken = [_rated(text, step, where) for text, step in path_taken]
+    wrong = next((i for i, (_, rating) in enumerate(path_taken) if rating == -1), None)
+    judged = path_taken if wrong is None else path_taken[:wrong]
+    if any(rating is None for _, rating in judged):
+        left_out["unrated"] += 1
+        return None
+    if reason == "found_error" and wrong is None:
+        left_out["other path"] += 1
+        return None
+    texts = generated if generated is not None else [text for text, _ in path_taken]
+    stated = row["question"].get("pre_generated_answer")
+    return LabelledResponse(
+        source="prm800k",
+        problem=problem,
+        answer=answer,
+        solution=row["question"].get("ground_truth_solution"),
+        generator=_GENERATOR,
+        steps=tuple(texts),
+        separator=_SEPARATOR,
+        first_wrong=wrong,
+        correct=True if reason == "solution" else None if stated is not None else False,
+        stated=stated,
+    )
 
 
 def _texts(generated: Any, where: str) -> list[str]:
     if not isinstance(generated, list) or not all(isinstance(text, str) for text in generated):
-        raise InputError(
-            f"{where}: question.pre_generated_steps is not a list of texts; leave the row out"
-        )
+        what = "question.pre_generated_steps is not a list of texts"
+        raise bad_row(where, what, "leave the row out")
     return generated
 
 
@@ -94,9 +98,12 @@ def _chosen(step: Any, where: str) -> tuple[str, int | None]:
     completions = _completions(step, where)
     if (chosen := step.get("chosen_completion")) is not None:
         if not isinstance(chosen, int) or not 0 <= chosen < len(completions):
-            raise InputError(
-                f"{where}: label.steps.chosen_completion is {chosen!r}, and there are "
-                f"{len(completions)} completions; leave the row out"
+            name = "label.steps.chosen_completion"
+            raise bad_row(
+                where,
+                f"{name} is no completion",
+                "leave the row out",
+                f"{name} is {chosen!r:.40}, and there are {len(completions)} completions",
             )
         return take(completions[chosen], "text", str, where), _rating(completions[chosen], where)
     human = step.get("human_completion")
@@ -111,8 +118,9 @@ def _completions(step: Any, where: str) -> list[Any]:
 def _rating(completion: dict[str, Any], where: str) -> int | None:
     rating = completion.get("rating")
     if rating not in (-1, 0, 1, None):
-        raise InputError(
-            f"{where}: label.steps.completions.rating is {rating!r}, not −1, 0, 1 or null; leave "
-            "the row out"
+        name = "label.steps.completions.rating"
+        what = "not −1, 0, 1 or null"
+        raise bad_row(
+            where, f"{name} is {what}", "leave the row out", f"{name} is {rating!r:.40}, {what}"
         )
     return None if completion.get("flagged") else rating

@@ -20,12 +20,13 @@ from ...schemas.labels import AnnotationStatus
 from ...schemas.tables import ANNOTATIONS
 from ...trace.protocols import Annotator
 from .. import endpoint
+from ..runtime.event_loop import EventLoop
+from ..runtime.signals import announce, drained
 from . import Engine
 from .budget import BudgetSpent
 from .claims import Claims
 from .completion import is_answer, request_body
 from .dialogue import Answer, Question, dialogue, replay
-from .drain import drained
 from .journal import Journal
 from .pace import AskedToWait, Closed
 from .paid_requests import Requests
@@ -62,24 +63,22 @@ class EndpointAnnotator:
         self._called: set[str] = set()
         self._failures: set[str] = set()
         # One loop for all parts: client and pace belong to the loop in which they are first used.
-        self._runner = asyncio.Runner()
+        self._loop = EventLoop()
 
     def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
-        """See `Annotator`. Not to be called from a running event loop: it runs its own.
+        """See `Annotator`.
 
         Raises:
             InputError: more than half of the calls fail, or all must fail; the budget is spent; no
                 answer for `patience_s`. Answers that arrived are in the journal.
-            Stopped, KeyboardInterrupt: SIGTERM or Ctrl-C; requests in flight have ended.
+            Stopped, Interrupted: SIGTERM or Ctrl-C; requests in flight have ended.
         """
         self._known, self._called, self._failures = set(), set(), set()
         self._requests.reopen()
         work = items(problems, rollouts, verdicts, self._segment)
-        loop = self._runner.get_loop()
         name = f"annotator {self._config.name}"
-        signalled = f"{name}: stopped; {KEPT}: the same command goes on from there"
-        with drained(lambda: loop.call_soon_threadsafe(self._drain), signalled):
-            made = self._runner.run(self._annotate(work, rollouts.num_rows))
+        with drained(lambda: self._loop.soon(self._drain), lambda: f"{name}: stopped; {KEPT}"):
+            made = self._loop.run(self._annotate(work, rollouts.num_rows))
         # The journal's answers count too: of a few rows that are asked again all may fail again.
         stopped = self._requests.stopped is not None
         if not stopped and len(self._failures) * 2 > len(self._called | self._known):
@@ -106,8 +105,8 @@ class EndpointAnnotator:
         return answer
 
     def close(self) -> None:
-        self._runner.run(self._requests.close())
-        self._runner.close()
+        self._loop.run(self._requests.close())
+        self._loop.close()
         try:
             self._requests.close_journal()
         finally:
@@ -122,6 +121,10 @@ class EndpointAnnotator:
         workers = [asyncio.create_task(self._work(queue, rows)) for _ in range(count)]
         try:
             await asyncio.gather(*map(asyncio.shield, workers))
+        except asyncio.CancelledError:  # a second signal
+            for worker in workers:
+                worker.cancel()
+            raise
         except BaseException:  # requests in flight are paid for and end first
             self._drain()
             await asyncio.gather(*workers, return_exceptions=True)
@@ -131,7 +134,8 @@ class EndpointAnnotator:
     def _drain(self) -> None:
         """Send nothing new. A request in flight ends within `timeout_s`."""
         if not self._pace.closed:
-            logger.warning("%s: waiting for requests in flight", self._config.name)
+            waiting = f"waiting for {self._pace.in_flight} answers, Ctrl-C again to leave them"
+            announce(f"{self._config.name}: {waiting}")
         self._pace.close()
 
     async def _work(self, queue: Iterator[tuple[int, Item]], rows: list[Any]) -> None:

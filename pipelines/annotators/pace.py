@@ -35,7 +35,7 @@ class Pace:
         """patience_s: the longest wait that the endpoint may ask for."""
         self._most = concurrency
         self._limit = concurrency
-        self._in_flight = 0
+        self._in_flight = self._sent = 0  # requests with a slot, and those of them that were sent
         self._successes = 0
         self._failed_rounds = 0
         self._failing_since: float | None = None
@@ -45,6 +45,11 @@ class Pace:
         self._closed = asyncio.Event()
         self._requests = _Rate(requests_per_minute) if requests_per_minute is not None else None
         self._tokens = _Rate(tokens_per_minute) if tokens_per_minute is not None else None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were sent and have not ended."""
+        return self._sent
 
     @property
     def broken(self) -> bool:
@@ -96,7 +101,11 @@ class Pace:
                     await self._take(rate, amount)
             if self.closed:
                 raise Closed
-            yield time.monotonic()
+            self._sent += 1
+            try:
+                yield time.monotonic()
+            finally:
+                self._sent -= 1
         finally:
             async with self._changed:
                 self._in_flight -= 1

@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from ...schemas.configs import OpenAIAnnotator
 from ...schemas.errors import InputError
+from ..progress import count_rows
 from .bill import read_bill
 from .budget import Budget, Reservation
 from .dialogue import Answer, usage
@@ -83,6 +84,7 @@ class Spending:
             fresh = [answer for key, answer in answers.items() if key not in self._shown]
             self._shown.update(answers)
         self.count(1, self._usage(fresh))
+        count_rows()
 
     def charge(self, rollout_id: str, answers: Answers) -> Usage:
         """What a row bears of its answers. To be called for all rows in the dataset's order; a row

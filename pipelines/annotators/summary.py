@@ -72,7 +72,7 @@ def summarize(tables: Iterator[pa.Table]) -> dict[str, Any]:
     summary = {
         "status": dict(status.most_common()),
         "types": dict(types.most_common()),
-        "marked_share": round(marked / judged, 4) if judged else 0.0,
+        "marked_share": round(marked / judged, 4) if judged else None,
         **_tokens_and_cost(total),
         "cost_usd_per_row_median": median(known) if costs and len(known) == len(costs) else None,
         "latency_s_median": round(median(latencies), 4) if latencies else None,

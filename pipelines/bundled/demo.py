@@ -80,8 +80,11 @@ def print_summary(result: dict[str, Any], path: Path) -> None:
     console = Terminal()
     table = Table("policy", "pass rate", "95 % interval", title=f"{result['model']}: held-out")
     for role in ("before", "after"):
-        low, high = result[role]["ci95"]
-        table.add_row(role, f"{result[role]['pass_rate']:.1%}", f"{low:.1%} – {high:.1%}")
+        rate, interval = result[role]["pass_rate"], result[role]["ci95"]
+        known = rate is not None
+        table.add_row(
+            role, *((f"{rate:.1%}", "{:.1%} – {:.1%}".format(*interval)) if known else "––")
+        )
     console.print(table)
     lines = [f"{result['name']}-{role:12} {place}" for role, place in result["datasets"].items()]
     width = len(f"{result['name']}-") + 12

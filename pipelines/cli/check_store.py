@@ -56,13 +56,13 @@ def check_store(store: Store, refs: Sequence[str] = ()) -> tuple[Group, bool]:
                 found.append(Finding(ref, "broken", str(entry), MANIFEST))
     size = 0
     total = sum(len(dataset.listed) for dataset in chosen)
-    with progress_bar("verify-store", total, "files") as advance:
+    with progress_bar("verify-store", total, "files") as progress:
         for dataset in chosen:
             found += _manifest_faults(dataset)
             for listed in dataset.listed:
                 found += _file_faults(dataset, listed)
                 size += listed["bytes"]
-                advance()
+                progress.advance()
     if not refs:
         found += [*_lost_aliases(store), *_unfinished(store)]
     report: list[Table | Text] = []

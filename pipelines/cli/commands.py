@@ -26,7 +26,7 @@ from ...schemas.template import template
 from ..stages import REGISTRY, StageEntry
 from ..terminal import console, log_to_terminal, print_config, print_json
 from . import removal_commands
-from .ending import end_at_second_interrupt, exit_code, log_thread_failures
+from .ending import exit_code, log_thread_failures, stop_by_signals
 from .store_commands import COMMANDS, StoreRoot, open_store
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def serve(
 
 def run() -> NoReturn:
     """Run the command of sys.argv; bad input is one sentence and exit code 2, no traceback."""
-    end_at_second_interrupt()
+    stop_by_signals()
     log_thread_failures()
     # Read when transformers and datasets are first imported: no progress bars besides ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -301,6 +301,11 @@ def run() -> NoReturn:
 
     def main() -> None:
         log_to_terminal()
-        app()
+        try:
+            app()
+        except SystemExit as ended:
+            # Typer turns a KeyboardInterrupt into an exit code, without its sentence.
+            interrupt = ended.__context__ and ended.__context__.__cause__
+            raise interrupt if isinstance(interrupt, KeyboardInterrupt) else ended from None
 
     sys.exit(exit_code(main))

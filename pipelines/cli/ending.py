@@ -1,24 +1,30 @@
 """How the command line ends: an exit code, and one sentence for an error. commands.py calls it."""
 
+import _thread
+import atexit
 import errno
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import active_children
+from pathlib import Path
+from typing import Any
 
 from ...schemas.errors import InputError, Stopped, shortened
 from ...schemas.extras import missing_extra
-from ..terminal import Terminal
+from ..runtime.signals import STOP_SIGNALS
+from ..terminal import Terminal, visible
 
 logger = logging.getLogger(__name__)
 
 # A path of the user's that can name no file: too long, through a file, or in a circle.
 _BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-_INTERRUPTED = 128 + signal.SIGINT
 _OUT_OF_MEMORY = (
     "out of memory; give the process more, or smaller parts, batches and models, then run the same "
     "command again"
@@ -32,22 +38,37 @@ def exit_code(run: Callable[[], object]) -> int:
 
     0, or 2 for bad input and a missing extra, 143 after SIGTERM, 130 after Ctrl-C, 1 if memory,
     disk or output failed.
-    Any other exception is a fault of the program and keeps its traceback.
+    Any other exception is a fault of the program and keeps its traceback, unless a signal has
+    arrived: libraries turn an interrupt into errors of their own.
     """
+    try:
+        return _exit_code(run)
+    except (KeyboardInterrupt, Stopped) as error:
+        return _stopped(error)
+    except Exception:
+        if not _received:
+            raise
+        logger.debug("stopped", exc_info=True)
+        return _stopped(None)
+
+
+def _exit_code(run: Callable[[], object]) -> int:
     try:
         try:
             run()
             code = 0
         except SystemExit as ended:
+            if _received:
+                raise KeyboardInterrupt from None
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         if sys.stdout is not None:  # None: the caller closed it
             sys.stdout.flush()
         return code
-    except (InputError, Stopped) as error:
+    except InputError as error:
+        if _received:  # as when the interrupt ended a sampler's process too
+            raise
         _print_error(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        return _INTERRUPTED
     except ModuleNotFoundError as error:  # a command's own imports, which come late
         if (sentence := missing_extra(error)) is None:
             raise
@@ -97,12 +118,17 @@ def _machine_failure(error: OSError) -> str:
     return f"{file}{error.strerror or error}; check the disk and the file, then run it again"
 
 
-def end_at_second_interrupt() -> None:
-    """Make the second Ctrl-C end the process at once; the first is an ordinary KeyboardInterrupt.
+def stop_by_signals() -> None:
+    """Ctrl-C and SIGTERM raise a KeyboardInterrupt; the second Ctrl-C ends the process at once.
 
-    A thread reads signal numbers from a pipe: it works while the main thread blocks or computes,
-    and replaces no signal handler (asyncio's, a stage's).
+    A stage that has something to keep replaces these handlers (runtime/signals.py). A thread reads
+    signal numbers from a pipe: it works while the main thread blocks or computes.
     """
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+    sys.unraisablehook = _raise_again
+    atexit.register(_ignore_signals)
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -110,14 +136,68 @@ def end_at_second_interrupt() -> None:
     threading.Thread(target=_count_interrupts, args=(read,), daemon=True).start()
 
 
+# Called before the second Ctrl-C ends the process: they end its children.
+at_second_interrupt: list[Callable[[], object]] = []
+_received: list[int] = []  # SIGINT and SIGTERM, in the order in which they arrived
+_lost: list[bool] = []  # interrupts that were raised where nothing can be raised
+
+
+def _interrupt(number: int, _: object) -> None:
+    # A scheduler may send SIGTERM twice.
+    repeated = number == signal.SIGTERM and number in _received
+    _received.append(number)
+    if not repeated:
+        raise KeyboardInterrupt
+
+
+def _raise_again(unraisable: Any) -> None:
+    """A KeyboardInterrupt in a destructor or a callback is raised again in the main thread."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        _lost.append(True)
+        _thread.interrupt_main()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def _count_interrupts(read: int) -> None:
     count = 0
     while numbers := os.read(read, 64):
         count += numbers.count(signal.SIGINT)
-        if count > 1:
+        # Torchrun passes the terminal's Ctrl-C on to its ranks, and kills them after 30 s.
+        if count - len(_lost) > 1 and "RANK" not in os.environ:
+            for end in [child.kill for child in active_children()] + at_second_interrupt:
+                with suppress(Exception):
+                    end()
+            sentence = f"ended by the second Ctrl-C; {_to_continue()}"
             with suppress(OSError):
-                os.write(2, b"\ntrace-opd: ended by the second Ctrl-C\n")
-            os._exit(_INTERRUPTED)
+                os.write(2, f"\ntrace-opd: {visible(sentence)}\n".encode(errors="replace"))
+            os._exit(128 + signal.SIGINT)
+
+
+def _ignore_signals() -> None:
+    """Ctrl-C while the interpreter ends would print a traceback."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _stopped(error: BaseException | None) -> int:
+    """Print one sentence on a run that a signal ended; its exit code."""
+    number = _received[0] if _received else signal.SIGINT
+    code = getattr(error, "exit_code", 128 + number)
+    if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes prints
+        kept = str(error or "") or "stopped; what is finished is kept"
+        _print_error(f"{kept}; {_to_continue()}")
+    return code
+
+
+def _to_continue() -> str:
+    """The command line that continues this run."""
+    if "RANK" in os.environ:
+        return "to continue, give the same torchrun command again"
+    program, *arguments = sys.argv
+    if Path(program).name == "trace-opd":
+        return f"to continue: {shlex.join(['trace-opd', *arguments])}"
+    return f"to continue: {shlex.join(['python', *sys.orig_argv[1:]])}"
 
 
 def _print_error(sentence: str) -> None:

@@ -99,6 +99,7 @@ def _command(store: Store, dataset: Dataset) -> str:
         words += ["--limit", str(read["limit"])] if read.get("limit") else []
         hidden = config.get("hide_verdict") or _hidden(dataset)
         words += ["--hide-verdict"] if hidden else []
+        words += ["--on-bad-rows", read["on_bad_rows"]] if read.get("on_bad_rows") else []
         return shlex.join(["trace-opd", *words, "--store", store.root])
     entry = REGISTRY.get(dataset.stage)
     try:
@@ -126,6 +127,10 @@ def _with_inputs(dataset: Dataset) -> dict[str, Any]:
     train = dataset.stage == "train"
     for section in (config["offline"], config["online"]) if train else (config,):
         section |= {role: inputs[role] for role in inputs.keys() & section.keys()}
+    source = config.get("source") or {}
+    if dataset.stage == "problems" and "id" not in (columns := source.get("columns") or {"id": ""}):
+        # Written before columns were recognised: null was none.
+        source["columns"] = {} if source.get("preset") else {k: v or "" for k, v in columns.items()}
     return config
 
 

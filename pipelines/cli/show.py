@@ -4,6 +4,7 @@ commands.py calls `show_plan` and `show_dataset`, `trace-opd show` also `show_ro
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyarrow.compute as pc
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...data.nearby import described, other_stores
+from ...data.row_files import skipped_faults
 from ...data.store import MANIFEST, Dataset, Store
 from ...schemas.configs import Config, TrainConfig
 from ...schemas.errors import DamagedFile, InputError
@@ -61,6 +63,8 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
         return
     state = "finished" if isinstance(target, Dataset) else "to be made"
     console.print(f"# {target.ref}: {state}{parts}")
+    if name == "problems" and plan.figures:
+        console.print(_figures_table(plan.figures))
     if name == "annotate" and not isinstance(target, Dataset):
         found = estimate(plan, target)
         if found is not None:
@@ -92,28 +96,50 @@ def _summary_tables(dataset: Dataset) -> Iterator[Table]:
     if dataset.stage == "evaluate":
         yield evaluation_table(summary)
     else:
-        table = Table(box=None, show_header=False)
-        for key, value in summary.items():
-            table.add_row(key, _figure(key, value))
-        yield table
+        yield _figures_table(summary)
     if parts:
         table = Table("part", *parts[0], box=None)
         for index, part in enumerate(parts):
-            table.add_row(str(index), *(_figure(key, value) for key, value in part.items()))
+            table.add_row(str(index), *(figure(key, value) for key, value in part.items()))
         yield table
 
 
-def _figure(key: str, value: Any) -> str:
+def _figures_table(figures: dict[str, Any]) -> Table:
+    table = Table(box=None, show_header=False)
+    for key, value in figures.items():
+        table.add_row(key, Text(figure(key, value)))
+    return table
+
+
+def figure(key: str, value: Any) -> str:
     """A figure of a summary; an unknown cost shows as unknown, not as none."""
     if "usd" in key:
         return dollars(value)
+    if key == "skipped":
+        return "\n".join(skipped_faults(value))
+    if key == "columns":
+        return "\n".join(f"{role}: {_column(name)}" for role, name in value.items())
     if key == "requests":
         return ", ".join(f"{number:,} {what}" for what, number in value.items())
-    return "n/a" if value is None else str(value)
+    return "–" if value is None else str(value)
+
+
+def _column(name: Any) -> str:
+    """A column; for files of several layouts, a file's column map."""
+    return name if isinstance(name, str) else ", ".join(f"{r} {n}" for r, n in name.items())
+
+
+def reading_notes(dataset: Dataset) -> Iterator[str]:
+    """How problems were read from files: the columns, and the rows that were skipped."""
+    with suppress(LookupError, TypeError, AttributeError):
+        for key in ("columns", "skipped"):
+            if key in dataset.summary:
+                yield f"{key}: {figure(key, dataset.summary[key])}".replace("\n", "; ")
 
 
 def evaluation_table(summary: dict[str, Any]) -> Table:
-    """A row per figure, a column per policy, the paired difference last; 95 % intervals."""
+    """A row per figure, a column per policy, the paired difference last; 95 % intervals. A dash
+    where nothing was scored."""
     columns = dict(summary["policies"])
     if "paired_difference" in summary:
         columns["paired difference"] = summary["paired_difference"]
@@ -121,8 +147,10 @@ def evaluation_table(summary: dict[str, Any]) -> Table:
     for figure in (name for name in summary["policies"]["base"] if "@" in name):
         cells = []
         for estimates in columns.values():
-            low, high = estimates[figure]["ci95"]
-            cells.append(f"{estimates[figure]['value']:.1%} ({low:.1%} – {high:.1%})")
+            value, interval = estimates[figure]["value"], estimates[figure]["ci95"]
+            cells.append(
+                "–" if value is None else "{:.1%} ({:.1%} – {:.1%})".format(value, *interval)
+            )
         table.add_row(figure, *cells)
     return table
 

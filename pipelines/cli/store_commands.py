@@ -4,10 +4,10 @@ commands.py adds `COMMANDS` to `trace-opd`. Slow imports are inside the commands
 """
 
 import logging
+import threading
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -15,6 +15,7 @@ from rich.tree import Tree
 
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
+from ..runtime.signals import handled
 from ..terminal import Terminal, console, named, print_json
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def view(
     with open_server(Viewer(open_store(store), ref, against), port) as server:
         address = f"http://{HOST}:{server.server_port}/"
         console.print(f"{address}  Ctrl-C ends", soft_wrap=True)
-        with suppress(KeyboardInterrupt):
+        with handled(lambda _: threading.Thread(target=server.shutdown).start()):
             server.serve_forever()
 
 
@@ -143,12 +144,14 @@ def lineage(
 ) -> None:
     """Show the datasets that a dataset was made from."""
     from ...data.manifest import one_line
+    from .show import reading_notes
 
     opened = open_store(store)
     names, trees = _names(opened), list[Tree]()
     for depth, role, dataset in opened.get(ref).lineage():
         label = f"{one_line(role) + ': ' if role else ''}{dataset.ref}"
         text = f"{label}{named(names.get(dataset.ref, []))}  {dataset.rows} rows"
+        text = "\n".join([text, *reading_notes(dataset)])
         node = trees[depth - 1].add(text) if depth else Tree(text)
         trees[depth:] = [node]
     console.print(trees[0])
@@ -168,25 +171,31 @@ def alias(
 
 def import_(
     layout: Annotated[str, typer.Argument(help="processbench or prm800k.")],
-    file: Annotated[str, typer.Argument(help="JSON or JSONL file, or an fsspec URL.")],
+    file: Annotated[str, typer.Argument(help="JSONL, JSON or Parquet file, or an fsspec URL.")],
     alias: Annotated[str, typer.Option(help="Prefix of the datasets' names.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of responses.")] = None,
     hide_verdict: Annotated[
         bool,
         typer.Option("--hide-verdict", help="Record every response as wrong."),
     ] = False,
+    on_bad_rows: Annotated[
+        Literal["refuse", "skip"], typer.Option(help="What to do with rows that can't be used.")
+    ] = "refuse",
     store: StoreRoot = "store",
 ) -> None:
     """Import human labels of steps as problems, rollouts, verdicts and annotations."""
+    from ...data.row_files import skipped_faults
     from ..compare.human_labels import import_labels
 
-    made = import_labels(layout, file, open_store(store), alias, limit, hide_verdict)
+    made = import_labels(layout, file, open_store(store), alias, limit, hide_verdict, on_bad_rows)
     for name, dataset in made.items():
         console.print(f"{name}: {dataset.ref}  {dataset.rows} rows")
-    left_out = made[f"{alias}-problems"].summary["left_out"]
-    if left_out:
+    summary = made[f"{alias}-problems"].summary
+    if left_out := summary["left_out"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         console.print(f"left out: {reasons}")
+    if skipped := summary.get("skipped"):
+        console.print(f"skipped: {'; '.join(skipped_faults(skipped))}", markup=False)
 
 
 def compare(

@@ -20,7 +20,8 @@ from typing import Any
 import pyarrow as pa
 
 from ...data.input_files import digest, find_files
-from ...data.step_labels import LabelledResponse, prm800k, processbench
+from ...data.row_files import BadRow, SkippedRows
+from ...data.step_labels import KINDS, LabelledResponse, prm800k, processbench
 from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.config_faults import unknown_name
 from ...schemas.configs import SegmentConfig, VerifyConfig
@@ -41,9 +42,10 @@ HUMAN = Identity("human", "human")
 _PROBLEMS_PER_PART = 64
 _NO_KEYS = "people labelled errors, not the key steps of right responses"
 
-Reader = Callable[[str, Counter[str]], Iterator[LabelledResponse]]
+Skip = Callable[[BadRow], None] | None
+Reader = Callable[[str, Counter[str], Skip], Iterator[LabelledResponse]]
 LAYOUTS: dict[str, Reader] = {
-    "processbench": lambda path, left_out: processbench.labelled_responses(path),
+    "processbench": lambda path, left_out, skip: processbench.labelled_responses(path, skip),
     "prm800k": prm800k.labelled_responses,
 }
 
@@ -68,12 +70,14 @@ def import_labels(
     alias: str,
     limit: int | None = None,
     hide_verdict: bool = False,
+    on_bad_rows: str = "refuse",
 ) -> dict[str, Dataset]:
     """Make problems, rollouts (text only), verdicts and annotations by `human` of a file.
 
     alias: prefix of the datasets' names; limit: at most this many responses; hide_verdict: record
     every response as wrong, so that annotators search all of them for errors and cannot infer from
-    the outcome whether there is one (docs/comparing.md). Returns the datasets by alias.
+    the outcome whether there is one (docs/comparing.md); on_bad_rows: "skip" counts rows that
+    can't be used instead of raising. Returns the datasets by alias.
 
     Raises:
         InputError: an unknown layout, a missing file, a row that does not fit the layout, no label.
@@ -81,13 +85,18 @@ def import_labels(
     if layout not in LAYOUTS:
         raise InputError(f"layout {unknown_name(layout, LAYOUTS)}")
     left_out: Counter[str] = Counter()
-    rows = list(islice(_numbered(LAYOUTS[layout](path, left_out), left_out), limit))
+    skipped = SkippedRows()
+    skip = skipped.add if on_bad_rows == "skip" else None
+    rows = list(islice(_numbered(LAYOUTS[layout](path, left_out, skip), left_out), limit))
     if not rows:
-        raise InputError(f"{path}: holds no response whose first wrong step is known")
+        why = f" (skipped {skipped.sentence()})" if skipped.rows else ""
+        raise InputError(f"{path}: holds no response whose first wrong step is known{why}")
     parts = _by_problem(rows)
-    fs, (found,) = find_files(path, "a JSON or JSONL file")
+    fs, (found,) = find_files(path, KINDS)
     sha256 = digest(fs, found)
     read = {"layout": layout, "sha256": sha256, "limit": limit, "reader": READER_VERSION}
+    if skip is not None:  # older ids know no such option
+        read["on_bad_rows"] = on_bad_rows
     made: dict[str, Dataset] = {}
 
     def make(
@@ -115,7 +124,8 @@ def import_labels(
         "problems",
         PROBLEMS,
         lambda i: _problems(parts[i]),
-        {"problems": distinct, "left_out": dict(left_out)},
+        {"problems": distinct, "left_out": dict(left_out)}
+        | ({"skipped": skipped.figures()} if skipped.rows else {}),
     )
     counts = {"rollouts": len(rows), "off_policy": len(rows)}
     made["rollouts"] = make(

@@ -98,7 +98,7 @@ def estimate(plan: Plan, draft: Draft) -> Estimate | None:
         return None
     asking = _Asking.of(config.annotator, engine, draft)
     out = Estimate()
-    with progress_bar("dry run", plan.parts) as advance:
+    with progress_bar("dry run", plan.parts) as progress:
         for part in range(plan.parts):
             if draft.has_part(part):
                 _see_part(out, draft.read_part(part))
@@ -108,7 +108,7 @@ def estimate(plan: Plan, draft: Draft) -> Estimate | None:
                 )
                 for item in items(problems, rollouts, verdicts, config.segment):
                     _see_item(out, item, asking)
-            advance()
+            progress.advance()
     out.full.prompt = out.prompt_bytes / out.bytes_per_token
     return out
 

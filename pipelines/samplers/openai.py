@@ -9,8 +9,8 @@ reasoning parser, which would remove the thinking. Training asks vllm_servers.py
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack, closing, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,12 @@ from ...trace.policy import load_tokenizer, policy_name, vocab_fingerprint, voca
 from ...trace.protocols import Completion, PolicyInfo, Prompt, Sampler
 from .. import endpoint, transport
 from ..models import served_model
+from ..progress import count_tokens
+from ..runtime.event_loop import EventLoop
+from ..runtime.signals import announce, drained
 from .chat_request import explanation, extra_fields, request_fields, response_format
 from .engine import Engine, Training, require_ratios
+from .kept import KeptAnswers
 from .pool import Pool, server_failed
 from .reply import read_completion
 
@@ -68,12 +72,30 @@ class OpenAIEngine:
         return VllmServersSampler(self._config, training.policy.tokenizer, folder, temperature)
 
 
+class _Stopping(Exception):
+    """The run stops and a request waited, which must not be sent."""
+
+
 @dataclass(frozen=True)
 class _Call:
     """What the requests of one `sample` share. A client lives as long as its event loop."""
 
     pool: Pool
-    clients: dict[str, openai.AsyncOpenAI]
+    clients: dict[str, openai.AsyncOpenAI] = field(default_factory=dict)
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def stop(self) -> None:
+        """Send nothing new."""
+        waiting = f"waiting for {self.pool.in_flight} answers, Ctrl-C again to leave them"
+        announce(waiting)
+        self.stopping.set()
+
+    async def sleep(self, seconds: float) -> None:
+        """Raises _Stopping once the run stops."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.stopping.wait(), seconds)
+        if self.stopping.is_set():
+            raise _Stopping
 
 
 class OpenAIPolicySampler:
@@ -97,6 +119,7 @@ class OpenAIPolicySampler:
         """
         self._config, self._model, self._admit = config, model, admit
         self._at_temperature = logprobs_at_temperature
+        self.kept: KeptAnswers | None = None  # of the part that is sampled
         self._where = ", ".join(config.servers)
         self._key = endpoint.read_key(config.api_key_env, "sampler.api_key_env")
         folder, revision = served_model(model) or (None, self._where)
@@ -121,14 +144,29 @@ class OpenAIPolicySampler:
         seeds: Sequence[Sequence[int]],
         schemas: Sequence[dict[str, Any]] | None = None,
     ) -> list[list[Completion]]:
-        """See `Sampler`. Not to be called from a running event loop: it runs its own.
+        """See `Sampler`. Ctrl-C and SIGTERM wait for the answers in flight, where they are kept.
 
         Raises:
+            Stopped, Interrupted: SIGTERM or Ctrl-C.
             InputError: the endpoint cannot be reached, refuses the requests or their schemas, stays
                 unavailable for `timeout_s`, asks to wait longer, or sends impossible values.
         """
+        call = _Call(Pool(self._config.servers, self._admit))
+        loop, kept = EventLoop(), self.kept
+        count = sum(map(len, seeds))
+        drain = nullcontext()
+        if kept is not None:
+            drain = drained(
+                lambda: loop.soon(call.stop),
+                lambda: (
+                    f"stopped; {len(kept)} of {count} answers of this part are kept, and all "
+                    "parts before"
+                ),
+            )
         try:
-            return asyncio.run(self._sample(prompts, sampling, seeds, schemas))
+            with closing(loop), drain, suppress(_Stopping):
+                return loop.run(self._sample(call, prompts, sampling, seeds, schemas))
+            raise AssertionError("a stop raises")
         except endpoint.FAILURES as error:
             sentence = explanation(error, self._config, self._model, self._key)
         raise InputError(sentence)  # outside, so that no cause is attached: it may hold the key
@@ -138,6 +176,7 @@ class OpenAIPolicySampler:
 
     async def _sample(
         self,
+        call: _Call,
         prompts: Sequence[Prompt],
         sampling: SamplingConfig,
         seeds: Sequence[Sequence[int]],
@@ -148,25 +187,35 @@ class OpenAIPolicySampler:
         plain = plain and (sampling.temperature == 1 or self._at_temperature)
         slots = asyncio.Semaphore(self._config.concurrency)
         async with AsyncExitStack() as stack:
-            call = _Call(Pool(self._config.servers, self._admit), {})
             for server in self._config.servers:
                 client = transport.async_client(server, self._key, self._config.timeout_s)
                 call.clients[server] = await stack.enter_async_context(client)
 
             async def one(prompt: Prompt, form: dict[str, Any] | None, seed: int) -> Completion:
                 request = request_fields(self._model, prompt, sampling, form, seed)
-                async with slots:
-                    reply = await self._request(call, request, prompt, sampling)
+                reply = None if self.kept is None else self.kept.get(request)
+                if reply is None:
+                    async with slots:
+                        if call.stopping.is_set():
+                            raise _Stopping
+                        reply = await self._request(call, request, prompt, sampling)
+                    if self.kept is not None:
+                        self.kept.add(request, reply)
+                count_tokens(len(reply.token_ids or ()), responses=1)
                 return self._completion(reply, plain)
 
-            async def group(
-                prompt: Prompt, form: dict[str, Any] | None, own: Sequence[int]
-            ) -> list[Completion]:
-                return await asyncio.gather(*(one(prompt, form, seed) for seed in own))
-
-            completions = await asyncio.gather(*map(group, prompts, formats, seeds))
+            tasks = [
+                [asyncio.create_task(one(prompt, form, seed)) for seed in own]
+                for prompt, form, own in zip(prompts, formats, seeds, strict=True)
+            ]
+            flat = [task for own in tasks for task in own]
+            try:
+                await asyncio.gather(*flat)
+            except _Stopping:
+                await asyncio.gather(*flat, return_exceptions=True)
+                raise
             self.servers_up = call.pool.up
-            return completions
+            return [[task.result() for task in own] for own in tasks]
 
     async def _request(
         self,
@@ -218,6 +267,7 @@ class OpenAIPolicySampler:
             wait=lambda state: 0.0 if elsewhere(state) else endpoint.wait_s(state),
             stop=give_up,
             before_sleep=self._log_retry,
+            sleep=call.sleep,
             reraise=True,
         )
 

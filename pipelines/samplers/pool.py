@@ -28,6 +28,11 @@ class Pool:
         self._admitting = asyncio.Lock()
 
     @property
+    def in_flight(self) -> int:
+        """Requests that were sent and have not ended."""
+        return sum(self._busy.values())
+
+    @property
     def up(self) -> frozenset[str]:
         return frozenset(self._up)
 

@@ -20,6 +20,7 @@ from ...trace.align import byte_table
 from ...trace.policy import Policy, end_token_ids, load_policy
 from ...trace.protocols import Completion, PolicyInfo, Prompt
 from ..models import resolve_policy
+from ..progress import count_tokens
 from .constrained import Grammars
 from .context_length import context_length, policy_context
 from .engine import Engine, Training, local_identity
@@ -182,8 +183,10 @@ class TransformersPolicySampler:
                     rows[at].logprobs.append(logprob)
                     if (matcher := rows[at].matcher) is not None:
                         matcher.consume_token(token)
+            before = finished[active]
             finished[active[stopped]] = True
             alive = ~finished[active]
+            count_tokens(int((~before).sum()), responses=int((~before & ~alive).sum()))
             if not alive.any():
                 break
             if alive.float().mean() < _COMPACT_BELOW:
@@ -194,6 +197,7 @@ class TransformersPolicySampler:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             if step + 1 < sampling.max_new_tokens:
                 logits = _last_logits(model, tokens[:, None], mask, cache)
+        count_tokens(0, responses=int((~finished).sum()))  # cut at the limit
         return rows
 
     def _matcher(self, schemas: Sequence[dict[str, Any]] | None, prompt: int) -> LLMatcher | None:

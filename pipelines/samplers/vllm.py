@@ -24,11 +24,12 @@ from ...trace.policy import Policy, choose_device, choose_dtype, load_tokenizer,
 from ...trace.prompt import render_chat
 from ...trace.protocols import Completion, Prompt
 from ..models import resolve_policy
+from ..runtime.signals import children_without_interrupt
 from .constrained import with_fixed_whitespace
 from .context_length import policy_context
 from .engine import Engine, Training, local_identity, require_ratios
 from .probe import Probe
-from .vllm_process import ask_process, engine_environment, import_quietly
+from .vllm_process import Finished, ask_process, engine_environment, import_quietly
 from .weights import bytes_of, memory_folder, policy_weights, write_weights
 
 # On CPU vLLM would claim `gpu_memory_utilization` of the whole machine's memory.
@@ -108,7 +109,7 @@ class VllmPolicySampler:
         self._sleeps, self._sleeping = sleeps and device.type == "cuda", False
         # On CPU the engine replaces this function by one that does nothing.
         self._set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-        with engine_environment(in_process, device.type == "cuda"):
+        with engine_environment(in_process, device.type == "cuda"), children_without_interrupt():
             self._llm = self._vllm.LLM(
                 path,
                 load_format="safetensors",
@@ -175,7 +176,7 @@ class VllmPolicySampler:
                 )
                 for _, seed, structure in flat
             ],
-            use_tqdm=False,
+            use_tqdm=Finished,
         )
         completions = iter([self._completion(output) for output in outputs])
         return [[next(completions) for _ in own] for own in seeds]

@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from importlib import import_module
+from io import StringIO
 from threading import Thread
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from ...schemas.errors import EngineEnded, InputError
+from ..progress import count_tokens
 
 _T = TypeVar("_T")
 _POLL_S = 1.0  # between checks that the engine's process lives
@@ -56,6 +60,18 @@ def engine_environment(in_process: bool, on_gpu: bool) -> Iterator[None]:
         yield
     finally:
         _set_variables(before)
+
+
+class Finished(tqdm):
+    """What vLLM takes for its progress bar: counts responses as they end, and prints nothing."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"file": StringIO()})
+
+    def update(self, n: float | None = 1) -> bool | None:
+        if self.iterable is None:  # else it counts the requests that vLLM is given
+            count_tokens(0, responses=int(n or 0))
+        return super().update(n)
 
 
 def ask_process(processes: Sequence[Any], call: Callable[[], _T]) -> _T:

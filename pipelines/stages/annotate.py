@@ -48,7 +48,8 @@ def _resolve(config: AnnotateConfig, store: Store) -> Plan:
     if engine.asks_endpoint:
         store.files.local_root()  # for its journal
         semantic = current_attempt(store, semantic, inputs, _keeps_failed(config))
-    return Plan(config, inputs, semantic, verdicts.parts, attempt_figures(semantic))
+    figures = attempt_figures(semantic)
+    return Plan(config, inputs, semantic, verdicts.parts, figures, verdicts.part_rows)
 
 
 def _keeps_failed(config: AnnotateConfig) -> bool:
@@ -67,9 +68,9 @@ class _Maker:
         folders: dict[str, Any] = {}
         if self._asks_endpoint:
             folders = _folders(config, first_attempt(plan.semantic, plan.inputs, draft))
-            self._spending = open_spending(annotator, folders["journal"], rows, show_fields)
+            self._spending = open_spending(annotator, folders["journal"], rows, _show)
         else:
-            self._spending = Spending(rows=rows, tell=show_fields)
+            self._spending = Spending(rows=rows, tell=_show)
         done = [part for part in range(plan.parts) if draft.has_sound_part(part)]
         for part in done:
             self._spending.count(*part_usage(draft.read_part(part)))
@@ -128,6 +129,11 @@ class _Maker:
 
     def close(self) -> None:
         self._annotator.close()
+
+
+def _show(rows: object = None, **figures: object) -> None:
+    """Figures of the live line, which counts rows itself."""
+    show_fields(**figures)
 
 
 def _folders(config: AnnotateConfig, draft: Draft) -> dict[str, Any]:

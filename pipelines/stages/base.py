@@ -8,8 +8,8 @@ processes and workers on other machines can call it.
 
 import atexit
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow as pa
 from ...data.store import Dataset, Draft, Store
 from ...schemas.configs import Config, located
 from ...schemas.contract import TableContract
-from ..progress import progress_bar
+from ..progress import count_part, progress_bar
 from ..terminal import Terminal, console
 
 
@@ -27,7 +27,8 @@ class Plan:
     """A request with checked inputs.
 
     semantic: what the dataset id hashes besides the inputs; parts: number of parts; figures: what
-    only planning knows, for the manifest's summary.
+    only planning knows, for the manifest's summary; work, unit: the rows or responses of each part,
+    which its engine counts as they are done (progress.py).
     """
 
     config: Any
@@ -35,6 +36,12 @@ class Plan:
     semantic: dict[str, Any]
     parts: int
     figures: dict[str, Any] = field(default_factory=dict)
+    work: tuple[int, ...] = ()
+    unit: str = "rows"
+
+    def units(self, part: int) -> int:
+        """What a part counts for progress."""
+        return self.work[part] if self.work else 1
 
 
 PartMaker = Callable[[int], pa.Table]  # makes the table of a part by its number
@@ -112,10 +119,13 @@ class Stage:
         time: engines batch inside, and two of them would share the same cores. Another thread may
         write the previous part meanwhile.
         """
-        if not draft.has_sound_part(part):
+        if draft.has_sound_part(part):
+            count_part(part, plan.units(part), made=False)
+        else:
             with _engine_lock:
                 _stop_idle_timer()
                 table = _open_engine(self, plan, draft)(part)
+                count_part(part, plan.units(part), made=True)
             draft.write_part(part, table)
         return part
 
@@ -144,14 +154,28 @@ class Stage:
 
         return make_dataset(target, complete, waits)
 
+    @contextmanager
+    def progress(
+        self, plan: Plan, missing: Sequence[int] | None = None, lines: bool = False
+    ) -> Iterator[None]:
+        """Progress of the parts that this process makes.
+
+        missing: the parts that `make_part` gets; None: all. lines: see `progress_bar`.
+        """
+        total = sum(map(plan.units, range(plan.parts)))
+        with progress_bar(self.name, total, plan.unit if plan.work else "parts", lines):
+            if missing is not None:
+                for part in set(range(plan.parts)) - set(missing):
+                    count_part(part, plan.units(part), made=False)
+            yield
+
     def run(self, config: Config, store: Store) -> Dataset:
-        """Make the dataset in this process, with a progress bar on a terminal."""
+        """Make the dataset in this process, with its progress on standard error."""
 
         def make_parts(plan: Plan, draft: Draft) -> None:
-            with progress_bar(self.name, plan.parts) as advance:
+            with self.progress(plan):
                 for part in range(plan.parts):
                     self.make_part(plan, draft, part)
-                    advance()
 
         return self.make(config, store, make_parts)
 

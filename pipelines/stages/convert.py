@@ -57,7 +57,7 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
     if (source := rule_source(config.routing.rule)) is not None:
         semantic["rule"] = content_hash(source)
     config = config.model_copy(update={"routing": config.routing.located()})
-    return Plan(config, inputs, semantic, annotations.parts)
+    return Plan(config, inputs, semantic, annotations.parts, work=annotations.part_rows)
 
 
 def _check_annotator(annotations: Dataset) -> None:
@@ -161,7 +161,7 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
         "tokens_per_route": {r.name.lower(): int(routed[r]) for r in Route},
         "mean_coverage": round(float(np.mean(np.concatenate(coverage), dtype=np.float64)), 4)
         if rows
-        else 0.0,
+        else None,
         "sequences_with_advantage": signal,
     } | ({"left_out": left_out} if left_out else {})
 

@@ -17,11 +17,13 @@ import pyarrow as pa
 from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import EvaluateConfig
 from ...schemas.errors import DamagedFile, InputError
+from ...schemas.labels import VerdictStatus
 from ...schemas.results import EVALUATIONS
 from ...schemas.tables import PROBLEMS
 from ...trace.identity import cached_sha256
 from ..samplers import sampling_engine
 from ..samplers.context_length import require_room
+from ..samplers.kept import keeping
 from ..samplers.rollouts import require_planned, rollouts_table
 from ..statistics import answers_by_problem, bootstrap_mean, pass_at_k
 from ..verifiers.registry import open_verifier, verifier_identity
@@ -51,7 +53,9 @@ def _resolve(config: EvaluateConfig, store: Store) -> Plan:
             )
         inputs["trained"] = checkpoint_of(store, config.trained)
     policies = 2 if "trained" in inputs else 1
-    return Plan(config, inputs, semantic, policies * problems.parts)
+    work = policies * tuple(rows * config.k for rows in problems.part_rows)
+    parts = policies * problems.parts
+    return Plan(config, inputs, semantic, parts, {}, work, "responses")
 
 
 def checkpoint_of(store: Store, ref: str) -> Dataset:
@@ -106,9 +110,11 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
                     require_planned(plan.semantic["base"], sampler.policy)
             _, sampler, tokenizer = loaded
             problems = source.read_part(problem_part)
-            rollouts = rollouts_table(
-                problems, sampler, tokenizer, config.prompt, config.sampling, config.k, config.seed
-            )
+            size, seed = config.k, config.seed
+            with keeping(sampler, draft, part):
+                rollouts = rollouts_table(
+                    problems, sampler, tokenizer, config.prompt, config.sampling, size, seed
+                )
             verdicts = verifier.verify(problems, rollouts)
             return evaluation_rows(role, problems, rollouts, verdicts, config.seed)
 
@@ -133,21 +139,25 @@ def evaluation_rows(
                 "evaluation_id": content_hash(key),
                 "policy": role,
                 "majority_correct": majority_correct(own.scored),
-                "mean_tokens": float(np.mean([len(r["token_ids"]) for r in own.rollouts])),
+                "mean_tokens": None if own.tokens is None else own.tokens / len(own.rollouts),
                 "unscored": len(own.rollouts) - len(own.scored),
             }
         )
     return EVALUATIONS.table(rows)
 
 
-def majority_correct(verdicts: list[dict]) -> float:
-    """Chance that the commonest answer is right, ties broken at random; no answer is no vote.
+def majority_correct(verdicts: list[dict]) -> float | None:
+    """Chance that the commonest answer is right, ties broken at random; None without verdicts.
 
-    Right answers count as one, however they are written; wrong ones by their text.
+    Right answers count as one, however they are written; wrong ones by their text. No answer is no
+    vote, and neither is what a truncated response has so far.
     """
+    if not verdicts:
+        return None
     votes: Counter[str | bool] = Counter()
     for verdict in verdicts:
-        if verdict["parsed_answer"] is not None:
+        ended = verdict["status"] != VerdictStatus.TRUNCATED
+        if ended and verdict["parsed_answer"] is not None:
             votes[True if verdict["correct"] else verdict["parsed_answer"].strip()] += 1
     if not votes:
         return 0.0
@@ -156,10 +166,13 @@ def majority_correct(verdicts: list[dict]) -> float:
 
 
 def summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
-    """Figures per policy and source, and the paired difference, with 95 % intervals."""
+    """Figures per policy and source, and the paired difference, with 95 % intervals.
+
+    Problems without a scored sample have no figure; null where that leaves none.
+    """
     config: EvaluateConfig = plan.config
     table = pl.concat([pl.DataFrame(part) for part in tables])
-    # Problems without a scored sample have no figure.
+    names = sorted(table["source"].unique())
     scored = table.filter(pl.col("k") > 0).sort("problem_id")
     roles = [role for role in (BASE, TRAINED) if role in table["policy"]]
     rows = {role: scored.filter(pl.col("policy") == role) for role in roles}
@@ -176,8 +189,9 @@ def summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
         policies[role] = estimates(_per_problem(config.k, own), sources) | {
             "problems": len(own),
             "sources": {
-                str(source): estimates(_per_problem(config.k, part), part["source"].to_numpy())
-                for (source,), part in own.sort("source").group_by("source", maintain_order=True)
+                name: estimates(_per_problem(config.k, part), part["source"].to_numpy())
+                for name in names
+                for part in [own.filter(pl.col("source") == name)]
             },
         }
     out: dict[str, Any] = {"k": config.k, "policies": policies}

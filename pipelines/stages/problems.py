@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data import sources
+from ...data.row_files import BadRow, SkippedRows, bad_row
+from ...data.sources.columns import shown as shown_columns
 from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import ProblemsConfig, VerifyConfig, located
 from ...schemas.errors import InputError
@@ -46,14 +48,25 @@ def _resolve(config: ProblemsConfig, store: Store) -> Plan:
             f"source {config.source.kind} never ends; set limit to the number of problems to make"
         )
     semantic = config.semantic() | {"source": sources.identity(config.source)}
-    if config.drop_unparsable:
+    if config.drop_unparsable or config.on_bad_rows == "skip":
         semantic["math-verify"] = math_matcher()
     found = store.begin("problems", semantic, {}, PROBLEMS)
     if isinstance(found, Dataset):
         return Plan(config, {}, semantic, found.parts)
-    table, left_out = _collect(config.model_dump_json(), content_hash(semantic))
+    table, figures = _collect(config.model_dump_json(), content_hash(semantic))
     parts = math.ceil(table.num_rows / config.rows_per_part)
-    return Plan(config, {}, semantic, parts, dict(left_out))
+    columns = semantic["source"].get("columns")
+    read = {"columns": _shown(columns)} if columns else {}
+    rows = config.rows_per_part
+    work = tuple(len(table.slice(part * rows, rows)) for part in range(parts))
+    return Plan(config, {}, semantic, parts, read | figures, work)
+
+
+def _shown(columns: dict[str, Any]) -> dict[str, Any]:
+    """The column map, or that of each file if they differ, without roles that have no column."""
+    if "problem" in columns:
+        return shown_columns(columns)
+    return {name: shown_columns(columns) for name, columns in columns.items()}
 
 
 @contextmanager
@@ -84,18 +97,18 @@ STAGE = Stage(
 
 
 @lru_cache(maxsize=2)
-def _collect(config_json: str, content: str) -> tuple[pa.Table, dict[str, int]]:
-    """All problems of a request, and how many rows of the source were left out, by reason.
+def _collect(config_json: str, content: str) -> tuple[pa.Table, dict[str, Any]]:
+    """All problems of a request, and which rows of the source were left out, by reason.
 
     content: part of the cache key, because a file may change under its path.
     """
     config = ProblemsConfig.model_validate_json(config_json)
     kept: list[dict[str, Any]] = []
     seen: set[str] = set()
-    left_out, barren = {"duplicates": 0, "unparsable": 0}, 0
-    rows, total = _ordered(config)
+    counts, barren, skipped = {"duplicates": 0, "unparsable": 0}, 0, SkippedRows()
+    rows, total = _ordered(config, skipped.add if config.on_bad_rows == "skip" else None)
     with (
-        progress_bar("problems: reading", total, "problems") as advance,
+        progress_bar("problems: reading", total, "problems") as progress,
         _gold_parser() as parses,
     ):
         for index, row in rows:
@@ -105,36 +118,45 @@ def _collect(config_json: str, content: str) -> tuple[pa.Table, dict[str, int]]:
                     "new one whose answer parses; lower limit or widen the source"
                 )
             barren += 1
-            place = row.pop("row", index)
+            place = f"{row['source']}, row {row.pop('row', index)}"
             problem_id = content_hash([row["source"], row["problem"], row["answer"]])
             if problem_id in seen:
-                left_out["duplicates"] += 1
+                counts["duplicates"] += 1
                 continue
             seen.add(problem_id)
             if not parses(row["answer"], row["answer_kind"]):
-                if not config.drop_unparsable:
-                    raise InputError(
-                        f"{row['source']}, row {place}: gold answer {row['answer']!r:.200} does "
-                        f"not parse as {row['answer_kind']}; mend it, or set drop_unparsable=true "
-                        "to leave such problems out"
-                    )
-                left_out["unparsable"] += 1
+                bad = _unparsable(row, place)
+                if not config.drop_unparsable and config.on_bad_rows == "refuse":
+                    raise bad
+                counts["unparsable"] += 1
+                skipped.add(bad)
                 continue
             kept.append({"problem_id": problem_id, "split": config.split} | row)
             barren = 0
-            advance()
+            progress.advance()
             if len(kept) == config.limit:
                 break
     if not kept:
         raise InputError(
-            f"source {config.source.kind}: none of its {left_out['unparsable']} gold answers "
-            "parses; mend the answers or the column map"
+            f"source {config.source.kind}: none of its {skipped.rows} rows can be used "
+            f"({skipped.sentence()}); mend them or the column map"
         )
-    counts = (len(kept), *left_out.values())
-    logger.info("problems: %d kept, %d repeated, %d unparsable", *counts)
+    logger.info("problems: %d kept, %d repeated, %d unparsable", len(kept), *counts.values())
+    if skipped.rows:
+        logger.info("problems: skipped %s", skipped.sentence())
     if config.limit is not None and len(kept) < config.limit:
         logger.warning("problems: limit is %d, the source has %d", config.limit, len(kept))
-    return PROBLEMS.table(kept), left_out
+    return PROBLEMS.table(kept), counts | ({"skipped": skipped.figures()} if skipped.rows else {})
+
+
+def _unparsable(row: dict[str, Any], place: str) -> BadRow:
+    what = f"does not parse as {row['answer_kind']}"
+    return bad_row(
+        place,
+        f"gold answer {what}",
+        "mend it, or set drop_unparsable=true to leave such problems out",
+        f"gold answer {row['answer']!r:.200} {what}",
+    )
 
 
 @contextmanager
@@ -153,12 +175,14 @@ def _gold_parser() -> Iterator[Callable[[str, AnswerKind], bool]]:
         yield parses
 
 
-def _ordered(config: ProblemsConfig) -> tuple[Iterable[tuple[int, dict[str, Any]]], int]:
+def _ordered(
+    config: ProblemsConfig, skip: Callable[[BadRow], None] | None
+) -> tuple[Iterable[tuple[int, dict[str, Any]]], int]:
     """The source's numbered rows, in the order in which the limit cuts, and how many are kept.
 
     An endless source is in random order already, so it is not shuffled.
     """
-    rows = enumerate(sources.rows(config.source, config.seed))
+    rows = enumerate(sources.rows(config.source, config.seed, skip))
     if sources.is_endless(config.source):
         return rows, config.limit or 0
     if config.limit is not None and not config.shuffle:

@@ -12,6 +12,7 @@ from ...schemas.labels import FinishReason
 from ...schemas.tables import PROBLEMS, ROLLOUTS
 from ..samplers import sampling_engine
 from ..samplers.context_length import require_room
+from ..samplers.kept import keeping
 from ..samplers.rollouts import require_planned, rollouts_table
 from ..samplers.trainable import warn_after, warn_before
 from .base import PartMaker, Plan, Stage
@@ -26,7 +27,8 @@ def _resolve(config: RolloutConfig, store: Store) -> Plan:
     limit = config.sampling.max_new_tokens
     require_room(problems, config.policy, engine.context(), config.prompt, limit)
     warn_before(config)
-    return Plan(config, {"problems": problems}, semantic, problems.parts)
+    work = tuple(rows * config.group_size for rows in problems.part_rows)
+    return Plan(config, {"problems": problems}, semantic, problems.parts, {}, work, "responses")
 
 
 @contextmanager
@@ -39,9 +41,10 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
         def make(part: int) -> pa.Table:
             problems = plan.inputs["problems"].read_part(part)
             size, seed = config.group_size, config.seed
-            made = rollouts_table(
-                problems, sampler, tokenizer, config.prompt, config.sampling, size, seed
-            )
+            with keeping(sampler, draft, part):
+                made = rollouts_table(
+                    problems, sampler, tokenizer, config.prompt, config.sampling, size, seed
+                )
             if part == 0:
                 warn_after(made, config)
             return made
@@ -58,7 +61,7 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
         on_policy += table["on_policy"].to_pylist().count(True)
     return {
         "rollouts": rollouts,
-        "mean_tokens": round(tokens / max(on_policy, 1), 2),
+        "mean_tokens": round(tokens / on_policy, 2) if on_policy else None,
         "truncated": truncated,
         "off_policy": rollouts - on_policy,
     }

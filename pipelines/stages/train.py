@@ -118,7 +118,7 @@ def run(
 
     Raises:
         InputError: see `begin`.
-        Stopped: SIGTERM was received; a checkpoint of the last finished step is on disk.
+        Stopped, Interrupted: SIGTERM or Ctrl-C; a checkpoint of the last finished step is on disk.
     """
     ranks = join_ranks(choose_device(config.policy.device).type)
     with ExitStack() as stack:
@@ -176,9 +176,9 @@ def _run(
             splits = {name: inputs[f"validation_{name}"].read() for name in names}
             validation = online.validation(splits, target.local_path())
     try:
-        with progress_bar("train", trainer.total_steps, "steps") as advance:
+        with progress_bar("train", trainer.total_steps, "steps") as progress:
             source = online and online.source
-            train_steps(trainer, target, offline, source, validation, advance)
+            train_steps(trainer, target, offline, source, validation, progress)
     finally:
         if online is not None:
             online.close()

@@ -33,7 +33,8 @@ def _resolve(config: VerifyConfig, store: Store) -> Plan:
     semantic = config.semantic()
     del semantic["rollouts"]  # the dataset's id stands for it
     semantic["verifiers"] = verifier_identity(config)
-    return Plan(config, {"rollouts": rollouts}, semantic, rollouts.parts)
+    inputs = {"rollouts": rollouts}
+    return Plan(config, inputs, semantic, rollouts.parts, work=rollouts.part_rows)
 
 
 @contextmanager

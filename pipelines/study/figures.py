@@ -28,7 +28,7 @@ class Curves:
     @property
     def mean(self) -> np.ndarray:
         """(evaluations,) over seeds and problems."""
-        return self.rates.mean(axis=(0, 2))
+        return mean(self.rates, (0, 2))
 
     @property
     def final(self) -> np.ndarray:
@@ -52,15 +52,23 @@ def of_arm(table: pl.DataFrame, ablation: str, method: str) -> pl.DataFrame:
     return table.filter(ablation=ablation, method=method)
 
 
-def tuning_rate(results: pl.DataFrame, method: str, choice: str) -> float:
-    """Sampled pass rate of a tuning run, mean over its evaluations."""
-    own = results.filter(method=method, choice=choice, decoding=SAMPLED)
-    return float(np.mean(own["pass_rate"].to_numpy()))
+def mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+    """NaN, without a warning, where there are no values: no problem had a scored answer."""
+    with np.errstate(invalid="ignore"):
+        total = values.sum(axis=axis)
+        return total / (values.size / total.size if total.size else 1)
 
 
-def pass_rate(answers: pl.DataFrame) -> float:
-    """Share of all scored answers that are right; 0 without any."""
-    return sum(answers["correct"]) / max(sum(answers["k"]), 1)
+def tuning_rate(results: pl.DataFrame, method: str, choice: str) -> float | None:
+    """Sampled pass rate of a tuning run, mean over its evaluations; None without any."""
+    own = results.filter(method=method, choice=choice, decoding=SAMPLED)["pass_rate"].drop_nulls()
+    return float(np.mean(own.to_numpy())) if len(own) else None
+
+
+def pass_rate(answers: pl.DataFrame) -> float | None:
+    """Share of all scored answers that are right; None without any."""
+    asked = sum(answers["k"])
+    return sum(answers["correct"]) / asked if asked else None
 
 
 def curves(answers: pl.DataFrame, split: str, decoding: str) -> Curves:
@@ -78,7 +86,7 @@ def plot_curves(config: StudyConfig, answers: pl.DataFrame, ablation: str, path:
     figure, axes = _axes(config)
     for index, method in enumerate(config.ablations[ablation]):
         drawn = curves(of_arm(answers, ablation, method), main, SAMPLED)
-        by_seed = drawn.rates.mean(axis=2)  # (seeds, evaluations)
+        by_seed = mean(drawn.rates, 2)  # (seeds, evaluations)
         style = "-" if index < 10 else "--"
         (line,) = axes.plot(drawn.steps, drawn.mean, style, label=method)
         axes.fill_between(
@@ -97,7 +105,7 @@ def plot_exposure(config: StudyConfig, answers: pl.DataFrame, ablation: str, pat
         exposures, changes = [], []
         for method in config.ablations[ablation]:
             own = of_arm(answers, ablation, method)
-            rates = curves(own, split, SAMPLED).rates.mean(axis=2)  # (seeds, evaluations)
+            rates = mean(curves(own, split, SAMPLED).rates, 2)  # (seeds, evaluations)
             changes += (100 * (rates[:, -1] - rates[:, 0])).tolist()
             exposures += [own["kl_exposure"].max()] * len(rates)
         axes.plot(exposures, changes, "o", alpha=0.7, label=split)

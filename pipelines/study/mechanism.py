@@ -141,7 +141,8 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
     }
     for kind, chosen in (("key", route == Route.FKL), ("error", route == Route.RKL)):
         figures[kind] = {"tokens": int(chosen.sum())} | {
-            name: float(values[chosen].mean()) for name, values in divergences.items()
+            name: float(values[chosen].mean()) if chosen.any() else None
+            for name, values in divergences.items()
         }
     return figures
 
@@ -199,8 +200,8 @@ def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:
                 "seed": config.seed,
                 "key_tokens": len(ids),
                 "supported_tokens": int(supported.sum()),
-                "kl_clipped": metrics.get("kl_clipped", 0.0) if with_teacher else None,
-                "lift": float(gain[supported].mean()),
+                "kl_clipped": metrics.get("kl_clipped") if with_teacher else None,
+                "lift": float(gain[supported].mean()) if supported.any() else None,
                 "to_right": float((_kl(with_right, after) - _kl(with_right, before)).mean()),
                 "to_wrong": float((_kl(with_wrong, after) - _kl(with_wrong, before)).mean()),
             }

@@ -3,6 +3,7 @@
 Every figure on it comes from the study's Parquet files.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ...schemas.configs import ReportedConfig, StudyConfig
 from ..statistics import Estimate, bootstrap_crossed
 from ..training.validation import GREEDY, SAMPLED
-from .figures import curves, of_arm, pass_rate, tuning_rate
+from .figures import curves, mean, of_arm, pass_rate, tuning_rate
 
 _REFERENCE = "grpo"  # differences are to this arm of the same table, or of the first one
 
@@ -91,7 +92,7 @@ def _arms(config: StudyConfig, answers: pl.DataFrame, results: pl.DataFrame, abl
             _interval(bootstrap_crossed(sampled.final, config.bootstrap)),
             _difference(config, answers, ablation, method, arm.against),
             greedy,
-            _percent(sampled.area.mean()),
+            _percent(mean(sampled.area, (0, 1))),
             "–" if (first := sampled.first_step(config.threshold)) is None else str(first),
             _number(here["entropy"].mean(), 3),
             _number(here["length"].mean(), 1),
@@ -148,8 +149,8 @@ def _mechanism(steps: pl.DataFrame) -> dict[str, Any]:
     for (objective,), own in steps.group_by("objective", maintain_order=True):
         cells = [str(objective)]
         for column in ("lift", "to_right", "to_wrong"):
-            spread = own[column].std() if seeds > 1 else 0.0
-            cells.append(f"{own[column].mean():+.4f} ± {spread:.4f}")
+            spread = f" ± {_number(own[column].std(), 4)}" if seeds > 1 else ""
+            cells.append(_number(own[column].mean(), 4, "+") + spread)
         rows.append([*cells, _percent(own["kl_clipped"].mean())])
     return {
         "seeds": seeds,
@@ -183,17 +184,25 @@ def _reported(reported: ReportedConfig) -> str:
 
 
 def _percent(value: object) -> str:
-    return f"{value:.1%}".replace("%", " %") if isinstance(value, float) else "–"
+    return "–" if _unknown(value) else f"{value:.1%}".replace("%", " %")
 
 
-def _number(value: object, places: int) -> str:
-    return f"{value:.{places}f}" if isinstance(value, float) else "–"
+def _number(value: object, places: int, sign: str = "") -> str:
+    return "–" if _unknown(value) else f"{value:{sign}.{places}f}"
+
+
+def _unknown(value: object) -> bool:
+    return not isinstance(value, float) or math.isnan(value)
 
 
 def _interval(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return "–"
     return f"{100 * estimate.value:.1f} % ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
 
 
 def _points(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return "–"
     value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -5,11 +5,13 @@ from the finished runs, studies share runs, and every figure can be traced to a 
 """
 
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context, parent_process
 from typing import Any
 
@@ -18,11 +20,13 @@ import polars as pl
 
 from ...data.store import Dataset, Store
 from ...schemas.configs import StudyConfig, TrainConfig
+from ...schemas.errors import Stopped
 from ...schemas.presets import preset_data
 from ...schemas.settings import overlaid, override
 from ..pipeline import run_stage
-from ..progress import progress_bar
+from ..progress import progress_bar, show_nothing
 from ..run_metrics import METRICS, read_metrics
+from ..runtime.signals import announce, handled, stop_of
 from ..stages import train
 from ..training.validation import read_validation
 from .figures import tuning_rate
@@ -74,16 +78,36 @@ def arms(config: StudyConfig, problems: str, splits: dict[str, str]) -> list[Arm
 
 @contextmanager
 def open_pool(workers: int) -> Iterator[Executor]:
-    """Training processes, each with its share of the cores; an error cancels waiting runs."""
+    """Training processes, each with its share of the cores; an error cancels waiting runs.
+
+    Raises:
+        Stopped, Interrupted: SIGTERM or Ctrl-C; each training has written a checkpoint.
+    """
     threads = max((os.cpu_count() or 1) // workers, 1)
+    context = get_context("spawn")
+    stop = context.Event()
     with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(threads,)
+        workers, mp_context=context, initializer=_begin, initargs=(threads, stop)
     ) as pool:
+        received: list[int] = []
+
+        def receive(number: int) -> None:
+            if not received:
+                announce("waiting for the trainings' checkpoints, Ctrl-C again to leave them")
+            received.append(number)
+            raise KeyboardInterrupt
+
         try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            with handled(receive):
+                yield pool
+        except BaseException as error:
+            stop.set()
+            pool.shutdown(wait=bool(received), cancel_futures=True)
+            if not received:
+                raise
+            raise stop_of(
+                received[0], "stopped; finished runs and the others' checkpoints are kept"
+            ) from error
 
 
 def train_all(
@@ -107,19 +131,41 @@ def train_all(
             keep(key, target.ref)
         else:
             futures[pool.submit(_train, run.train, store.root)] = run
-    with progress_bar(label, len(futures), "runs") as advance:
+    with progress_bar(label, len(futures), "runs") as progress:
         for future in as_completed(futures):
             run = futures[future]
             keep(run.key, future.result())
-            advance(1, last=f"{run.arm.name} seed {run.seed}")
+            progress.advance(1, last=f"{run.arm.name} seed {run.seed}")
     return [store.get(refs[run.key]) for run in runs]
 
 
-def _begin(threads: int) -> None:
+_training = False  # in a worker: whether it trains
+_stop: Any = None  # in a worker: the event that ends all trainings
+
+
+def _begin(threads: int, stop: Any) -> None:
+    global _stop
+    _stop = stop
+    # The terminal sends its Ctrl-C to the workers too. The study's process passes it on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stop_training)
+    show_nothing()
     import torch
 
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_stop_with_study, daemon=True).start()
+
+
+def _stop_training(*_: object) -> None:
+    """SIGTERM before the first step and after the last one."""
+    if _training:
+        raise Stopped
+
+
+def _stop_with_study() -> None:
+    _stop.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _end_with_parent() -> None:
@@ -131,8 +177,15 @@ def _end_with_parent() -> None:
 
 
 def _train(config: TrainConfig, root: str) -> str:
-    # Without an alias: `train` remains the name of the user's own last run.
-    return train.run(config, Store(root)).ref
+    global _training
+    _training = True
+    try:
+        if _stop.is_set():
+            raise Stopped
+        # Without an alias: `train` remains the name of the user's own last run.
+        return train.run(config, Store(root)).ref
+    finally:
+        _training = False
 
 
 def tuning_runs(config: StudyConfig, all_arms: Sequence[Arm]) -> list[Run]:
@@ -152,10 +205,12 @@ def chosen(tries: Sequence[Run], table: pl.DataFrame) -> dict[str, tuple[str, ..
     choices: dict[str, list[tuple[str, ...]]] = {}
     for run in tries:
         choices.setdefault(run.arm.name, []).append(run.choice)
-    return {
-        name: max(own, key=lambda choice, n=name: tuning_rate(table, n, " ".join(choice)))
-        for name, own in choices.items()
-    }
+
+    def rate(name: str, choice: tuple[str, ...]) -> float:
+        found = tuning_rate(table, name, " ".join(choice))
+        return -1.0 if found is None else found
+
+    return {name: max(own, key=partial(rate, name)) for name, own in choices.items()}
 
 
 def study_runs(
@@ -181,17 +236,18 @@ def _answers(run: Run, dataset: Dataset) -> Iterator[dict[str, Any]]:
     """A run's validation rows with its arm, and its KL figures up to each row's step.
 
     kl_exposure: Σ λ²; coverage, kl_clipped: means over the steps with λ > 0 of the shares of tokens
-    under the KL, and of those at which its clip bound.
+    under the KL, and of those at which its clip bound; null where no step had such tokens.
     """
-    steps = {0: {"kl_exposure": 0.0, "coverage": 0.0, "kl_clipped": None}}
+    steps = {0: {"kl_exposure": 0.0, "coverage": None, "kl_clipped": None}}
     covered, clipped = [], []
     for line in read_metrics(dataset.local_path(METRICS)):
         if line["kl_weight"]:
-            covered.append(sum(v for name, v in line.items() if name.startswith("coverage_")))
-            clipped.append(line.get("kl_clipped", 0.0))
+            shares = [share for name, share in line.items() if name.startswith("coverage_")]
+            covered += [sum(shares)] if shares else []
+            clipped += [line["kl_clipped"]] if "kl_clipped" in line else []
         steps[line["step"] + 1] = {
             "kl_exposure": line["kl_exposure"],
-            "coverage": float(np.mean(covered)) if covered else 0.0,
+            "coverage": float(np.mean(covered)) if covered else None,
             "kl_clipped": float(np.mean(clipped)) if clipped else None,
         }
     known = {
@@ -212,9 +268,11 @@ def results(answers: pl.DataFrame) -> pl.DataFrame:
     return (
         answers.group_by(keys, maintain_order=True)
         .agg(
-            pass_rate=pl.col("correct").sum() / pl.col("k").sum(),
+            pass_rate=pl.when(pl.col("k").sum() > 0).then(
+                pl.col("correct").sum() / pl.col("k").sum()
+            ),
             entropy=weighted.sum() / pl.col("tokens").filter(pl.col("entropy").is_not_null()).sum(),
-            length=pl.when(pl.col("tokens").null_count() == 0).then(
+            length=pl.when(pl.col("tokens").null_count() == 0, pl.col("k").sum() > 0).then(
                 pl.col("tokens").sum() / pl.col("k").sum()
             ),
             truncated=pl.col("truncated").sum(),

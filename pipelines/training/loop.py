@@ -1,18 +1,21 @@
-"""The loop over a training's steps: metrics, validation, checkpoints, and an orderly end on
-SIGTERM.
+"""The loop over a training's steps: metrics, validation, checkpoints, and an orderly end on Ctrl-C
+and SIGTERM.
 
 Stage train calls `train_steps` on every rank.
 """
 
 import signal
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 
 from ...data.store import Draft
-from ...schemas.errors import EngineEnded, Stopped
+from ...schemas.configs import TrainConfig
+from ...schemas.errors import EngineEnded, Interrupted, Stopped
 from ...trace.checkpoint import save_checkpoint
-from ...trace.trainer import OfflineSource, Online, Trainer
+from ...trace.trainer import Metrics, OfflineSource, Online, Trainer
+from ..progress import Meter
+from ..runtime.signals import announce, handled, stop_of
 from .tracking import Tracker
 from .validation import BASE_EVALUATIONS, Validation
 
@@ -23,41 +26,45 @@ def train_steps(
     offline: OfflineSource | None,
     online: Online | None,
     validation: Validation | None,
-    advance: Callable[..., None],
+    progress: Meter,
 ) -> None:
     """All remaining steps of a training, from the trainer's current state.
 
-    advance: takes a number of steps done, and figures to show with them.
-
     Raises:
-        Stopped: SIGTERM was received; a checkpoint of the last finished step is on disk.
+        Stopped, Interrupted: SIGTERM or Ctrl-C; a checkpoint of the last finished step is on disk.
         EngineEnded: a sampler's engine died; on one rank such a checkpoint is on disk too.
     """
     config = trainer.config
     checkpoints = target.local_path("checkpoints")
-    saved = trainer.state.step
+    saved, saved_at = trainer.state.step, time.monotonic()
 
-    def save() -> int:
+    def save() -> None:
+        nonlocal saved, saved_at
         save_checkpoint(trainer, checkpoints, config.checkpoints_kept)
-        return trainer.state.step
+        saved, saved_at = trainer.state.step, time.monotonic()
+
+    def due() -> bool:
+        minutes = [(time.monotonic() - saved_at) / 60]
+        if trainer.ranks.count > 1:  # their clocks differ, and a checkpoint takes all of them
+            minutes = trainer.ranks.most(minutes, trainer.policy.device)
+        return checkpoint_due(config, trainer.state.step, minutes[0])
 
     with _stop_request(trainer) as stopping, _tracker(trainer, target) as tracker:
-        advance(trainer.state.step)
+        progress.resume(trainer.state.step)
         try:
             if validation is not None and trainer.state.step == 0:
                 base = trainer.policy.info.revision
                 validation.evaluate_base(base, target.files.local_path(BASE_EVALUATIONS))
-            for metrics in trainer.run(offline, online, stopping):
+            for metrics in trainer.run(offline, online, lambda: bool(stopping())):
                 done = trainer.state.step
                 if validation is not None and validation.due(done, trainer.total_steps):
                     metrics |= validation.evaluate(done)
                 if tracker is not None:
                     tracker.log(metrics)
-                reward, kl = metrics.get("reward", 0), metrics["kl_weight"]
-                advance(1, reward=f"{reward:.2f}", kl=f"{kl:.2f}")
-                if done == trainer.total_steps or done % config.checkpoint_every == 0:
-                    saved = save()
-        except (Stopped, EngineEnded) as ended:
+                if due():
+                    save()
+                progress.advance(1, **_shown(metrics), checkpoint=saved)
+        except (Stopped, Interrupted, EngineEnded) as ended:
             engine = isinstance(ended, EngineEnded)
             if engine and trainer.ranks.count > 1:
                 raise  # on one rank only, and a checkpoint takes all of them
@@ -65,30 +72,56 @@ def train_steps(
                 save()
             if engine and not stopping():  # a signal to all processes of a run ends its engine too
                 raise
-            raise Stopped(
-                f"stopped after {trainer.state.step} of {trainer.total_steps} steps; the same "
-                "command goes on from there"
+            raise stop_of(
+                stopping(),
+                f"stopped after {trainer.state.step} of {trainer.total_steps} steps; a checkpoint "
+                "is written",
             ) from None
 
 
+def checkpoint_due(config: TrainConfig, done: int, minutes: float) -> bool:
+    """Whether to write a checkpoint after so many steps. minutes: since the last one."""
+    if done == config.offline.steps + config.online.steps or done % config.checkpoint_every == 0:
+        return True
+    return config.checkpoint_minutes is not None and minutes >= config.checkpoint_minutes
+
+
+def _shown(metrics: Metrics) -> dict[str, str]:
+    """The figures of a step that a progress bar shows."""
+    formats = {
+        "loss": ("loss", "{:.3g}"),
+        "reward": ("reward", "{:.2f}"),
+        "kl_weight": ("kl", "{:.2f}"),
+        "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    }
+    return {
+        label: form.format(metrics[name])
+        for name, (label, form) in formats.items()
+        if name in metrics
+    }
+
+
 @contextmanager
-def _stop_request(trainer: Trainer) -> Iterator[Callable[[], bool]]:
-    """Whether any rank has received SIGTERM. Only a main thread can handle signals."""
+def _stop_request(trainer: Trainer) -> Iterator[Callable[[], int]]:
+    """The number of the signal that any rank has received, 0 without one."""
     received: list[int] = []
 
-    def stopping() -> bool:
-        if trainer.ranks.count == 1:
-            return bool(received)
-        return trainer.ranks.most([float(bool(received))], trainer.policy.device)[0] > 0
+    def receive(number: int) -> None:
+        if not received and number == signal.SIGINT and trainer.ranks.first:
+            announce("writing a checkpoint, Ctrl-C again to stop without it")
+        received.append(number)
+        # Torchrun passes the terminal's Ctrl-C on: its ranks get it twice.
+        if received[1:].count(signal.SIGINT) and trainer.ranks.count == 1:
+            raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    def stopping() -> int:
+        number = received[0] if received else 0
+        if trainer.ranks.count == 1:
+            return number
+        return int(trainer.ranks.most([float(number)], trainer.policy.device)[0])
+
+    with handled(receive):
         yield stopping
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        yield stopping
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _tracker(trainer: Trainer, target: Draft) -> AbstractContextManager[Tracker | None]:

@@ -85,7 +85,9 @@ class Validation:
         sweep_siblings(shared)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Evaluate and keep the results; the pass rates by `validation_<split>_<decoding>`."""
+        """Evaluate and keep the results; the pass rates by `validation_<split>_<decoding>`, those
+        without a scored answer left out.
+        """
         tables, figures = [], {}
         for decoding, (sampling, k) in self._decodings.items():
             rollouts = self._sample(self._problems, sampling, k, self._config.seed)
@@ -98,7 +100,8 @@ class Validation:
                 tables.append(VALIDATIONS.table(rows))
                 asked = sum(row["k"] for row in rows)
                 right = sum(row["correct"] for row in rows)
-                figures[f"validation_{split}_{decoding}"] = right / max(asked, 1)
+                if asked:
+                    figures[f"validation_{split}_{decoding}"] = right / asked
         buffer = io.BytesIO()
         pq.write_table(pa.concat_tables(tables), buffer)
         self._keep(step, buffer.getvalue())
@@ -133,8 +136,6 @@ def validation_rows(
     for problem_id, own in answers.items():
         logprobs = np.concatenate([rollout["logprobs"] for rollout in own.rollouts])
         sampled = decoding == SAMPLED and len(logprobs)
-        tokens = sum(len(rollout["token_ids"]) for rollout in own.rollouts)
-        known = all(rollout["token_ids"] or not rollout["response"] for rollout in own.rollouts)
         rows.append(
             own.counts
             | {
@@ -143,7 +144,7 @@ def validation_rows(
                 "split": split,
                 "decoding": decoding,
                 "problem_id": problem_id,
-                "tokens": tokens if known else None,
+                "tokens": own.tokens,
                 "entropy": -float(logprobs.mean()) if sampled else None,
             }
         )

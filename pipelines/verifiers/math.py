@@ -25,10 +25,9 @@ from latex2sympy2_extended.logic import And
 from latex2sympy2_extended.sets import FiniteSet
 from math_verify import grader, verify
 from math_verify.parser import get_last_eq
-from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
-from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
+from .guards import apart
 from .notation import plain_number, prepare
 
 # It warns once that its timeouts are off.
@@ -54,13 +53,8 @@ _NAME = re.compile(
     r"(?:\\(?:angle|triangle|text|mathrm|overline|max|min|operatorname|vec|left|right)(?![A-Za-z])"
     r"|\\[ ,;]|[A-Za-z_{}()|:'\s.])+"
 )
-# Their values take quadrature or a summation term by term.
-_UNFINISHED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
-# Relative: exact values carry 15 digits, decimals are given to a few.
-_EXACT, _ROUNDED, _APPROXIMATE = 1e-9, 1e-3, 0.05
-_PLACES = 2e-6  # absolute
-# A sum below this counts as zero: after cancellation no digit is right.
-_ZERO = sympy.Float("1e-100")
+# Two sides of an approximation sign, relative.
+_APPROXIMATE = 0.05
 
 
 class _Reader(_Latex2Sympy):
@@ -86,7 +80,7 @@ class _Reader(_Latex2Sympy):
             other = self.convert_expr(rel.relation(1).expr())
             side = grader.take_last_relation(value)
             side = side.rhs if isinstance(side, Relational) else side
-            if _apart(side, other, tolerance=_APPROXIMATE):
+            if apart(side, other, tolerance=_APPROXIMATE):
                 raise ValueError("two numbers that differ around an approximation sign")
         return value
 
@@ -172,7 +166,7 @@ def equal(gold: Any, answer: Any) -> bool:
     Raises:
         Exception: whatever sympy raises on odd expressions.
     """
-    if not _sides_agree(answer) or _swapped(gold, answer):
+    if not _sides_agree(answer) or _swapped(gold, answer) or _lacks_a_repeat(gold, answer):
         return False
     if (share := grader.get_pct_val(answer)) is not None:
         # A percentage is right for its number and for a hundredth of it.
@@ -215,7 +209,7 @@ def _sides_agree(answer: Any) -> bool:
         for side in (relation.lhs, relation.rhs)
         if isinstance(side, sympy.Expr) and side.is_number
     ]
-    return not any(_apart(sides[-1], side) for side in sides[:-1])
+    return not any(apart(sides[-1], side) for side in sides[:-1])
 
 
 def _alone(value: Any) -> Any:
@@ -261,118 +255,10 @@ def _swapped(gold: Any, answer: Any) -> bool:
     )
 
 
-# --- numbers before algebra ----------------------------------------------------------------------
-
-
-def _apart(gold: Any, answer: Any, tolerance: float | None = None) -> bool:
-    """Whether evaluation proves two expressions different; False where it proves nothing.
-
-    tolerance: relative to the gold; by default what their digits allow.
-    """
-    if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
+def _lacks_a_repeat(gold: Any, answer: Any) -> bool:
+    """Whether the gold lists a value twice, as `-2,-2`, and the answer has fewer."""
+    if not isinstance(gold, FiniteSet) or len(_in_order(gold)) == len(gold.args):
         return False
-    return _values_differ(gold, answer, tolerance)
-
-
-@lru_cache(maxsize=256)  # both of math-verify's comparisons ask
-def _values_differ(gold: sympy.Expr, answer: sympy.Expr, tolerance: float | None) -> bool:
-    if any(one.has(sympy.UnevaluatedExpr, *_UNFINISHED) for one in (gold, answer)):
-        return False
-    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
-    points: dict[Any, Any] = {
-        symbol: sympy.Rational(355, 113 - 7 * i) for i, symbol in enumerate(symbols[:8])
-    }
-    if len(symbols) > len(points):
-        return False
-    first, second = (one.evalf(15, subs=points or None) for one in (gold, answer))
-    if not (first.is_Number and second.is_Number and first.is_finite and second.is_finite):
-        return False
-    size, difference = abs(first), abs(first - second)
-    if max(size, abs(second)) < _ZERO:
-        return False
-    if tolerance is not None:
-        return bool(difference > tolerance * size)
-    if not any(one.has(sympy.Float) for one in (gold, answer)):
-        return bool(difference > _EXACT * size)
-    # Decimals count to their sixth place, which proves little about a small number.
-    places = _ROUNDED * size if symbols else max(_PLACES, _EXACT * size)
-    return bool(difference > min(places, _ROUNDED * size))
-
-
-def _only_if_close(compare: Any) -> Any:
-    def guarded(gold: Any, answer: Any, *limits: int) -> bool:
-        return not _apart(gold, answer) and compare(gold, answer, *limits)
-
-    return guarded
-
-
-def _only_if_answered(compare: Any) -> Any:
-    """`x+1=5` is no 5, and `x^2-4=0` no 0, although their last sides are."""
-
-    def guarded(gold: Any, answer: Any, *limits: Any, **options: Any) -> bool:
-        if grader.is_equation(answer) and not grader.is_equation(gold):
-            first, last = grader.take_first_relation(answer), grader.take_last_relation(answer)
-            if last.rhs.is_Symbol and isinstance(first.lhs, sympy.Expr) and first.lhs.is_number:
-                answer = sympy.Eq(last.rhs, first.lhs, evaluate=False)
-            elif not _answers(first.lhs, last.rhs):
-                return False
-        return compare(gold, answer, *limits, **options)
-
-    return guarded
-
-
-def _answers(left: Any, value: Any) -> bool:
-    """Whether `left = value` states what a quantity is, and is no equation to solve.
-
-    The left side is a name, as x, f(0), |AB| or (x,y); or it equals the value; or it combines
-    several unknowns, which no single number solves, as m+n = 113, unless that is zero.
-    """
-    if not isinstance(left, sympy.Expr) or not isinstance(value, sympy.Expr):
-        return True
-    if left.is_Symbol or isinstance(left, AppliedUndef | sympy.Derivative):
-        return True
-    if left.free_symbols and value.is_number and not value.is_zero:
-        named = left.args[0] if isinstance(left, sympy.Abs | TrigonometricFunction) else left
-        several = len(named.free_symbols | named.atoms(AppliedUndef)) > 1
-        return named.is_Symbol or (several and _combines_names(named))
-    return not _apart(left, value) and not (left.free_symbols and value.is_zero)
-
-
-def _combines_names(expression: Any) -> bool:
-    """Without numbers, except for signs and powers."""
-    if isinstance(expression, sympy.Pow):
-        return _combines_names(expression.base) and expression.exp.is_number
-    if isinstance(expression, sympy.Mul):
-        return all(one in (1, -1) or _combines_names(one) for one in expression.args)
-    if isinstance(expression, sympy.Add | sympy.Abs):
-        return all(_combines_names(one) for one in expression.args)
-    return bool(expression.is_Symbol or isinstance(expression, AppliedUndef))
-
-
-def _expanded_first(compare: Any) -> Any:
-    """Most equal pairs need no `simplify`."""
-
-    def guarded(gold: Any, answer: Any) -> bool:
-        both = isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)
-        return (both and sympy.expand(gold - answer) == 0) or compare(gold, answer)
-
-    return guarded
-
-
-def _only_if_solvable(compare: Any) -> Any:
-    """`x^2+1=0` and `1=2` have the same real solutions: none."""
-
-    def guarded(gold: Relational, answer: Relational, *limits: int) -> bool:
-        if isinstance(gold, sympy.Eq) and not sympy.solve(gold, gold.free_symbols):
-            return False
-        return compare(gold, answer, *limits)
-
-    return guarded
-
-
-# math-verify compares sets, tuples, intervals, matrices and relations element by element with
-# these. 10^{-20} is no 10^{-30} and not 0, although both are cut to zero there.
-grader.sympy_numeric_eq = _only_if_close(grader.sympy_numeric_eq)
-grader.sympy_symbolic_eq = _only_if_close(_expanded_first(grader.sympy_symbolic_eq))
-grader.sympy_expr_eq = _only_if_answered(grader.sympy_expr_eq)
-grader.sympy_solve_and_compare = _only_if_solvable(grader.sympy_solve_and_compare)
+    given = _in_order(answer) if isinstance(answer, FiniteSet) else answer.args
+    is_list = isinstance(answer, FiniteSet | sympy.Tuple)
+    return (len(given) if is_list else 1) != len(_in_order(gold))

@@ -64,6 +64,7 @@ _ROUGHLY = re.compile(
     r"(?:(?:\\(?:approx|simeq|sim|cong)(?![A-Za-z])|~=|(?:\\text\s*\{\s*)?(?:approximately|approx\.?"
     r"|about|roughly|around)\s*\}?)\s*)(?=[-+0-9.$\\(])"
 )
+_OR = re.compile(r"\\text\s*\{\s*or\s*\}|(?<![A-Za-z\\{])or(?![A-Za-z])")
 _SIGNS = re.compile(r"\\(pm|mp)(?![A-Za-z])\s*")
 _MAX_SIGNS = 3
 _BRACKETS = re.compile(r"\\.|[][(){},]", re.DOTALL)
@@ -199,6 +200,12 @@ def conflict(gold: str, answer: str) -> bool:
         or bool(_DOTS.search(gold)) != bool(_DOTS.search(answer))
         or _undone(gold, _last_side(answer))
     )
+
+
+def alternatives(answer: str) -> list[str]:
+    """The answers that an "or" joins; they are right for one gold if each of them is."""
+    parts = _OR.split(_plain(answer))
+    return parts if len(parts) > 1 else []
 
 
 def approximation(answer: str) -> str | None:

@@ -23,6 +23,7 @@ from typing import Any
 from ...schemas.configs import OwnReward
 from ...schemas.errors import InputError
 from ...schemas.labels import VerdictStatus
+from ..progress import count_rows
 from ..terminal import visible
 
 logger = logging.getLogger(__name__)
@@ -219,6 +220,7 @@ class VerifierPool:
                     worker.jobs.appendleft((index, job))
                 else:
                     status, correct, *own = judged or (VerdictStatus.ERROR, None)
+                    count_rows()
                     outcomes[index] = Outcome(status, correct, time.monotonic() - started, *own)
             if worker not in self._workers or not worker.connection.poll():
                 return

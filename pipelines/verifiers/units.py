@@ -60,6 +60,11 @@ _UNITS = {
 }  # fmt: skip
 _UNIT_OF = {name: unit for unit, names in _UNITS.items() for name in [unit, *names.split()]}
 _COMPOUND = {"mph": "mi/h", "kmh": "km/h", "kph": "km/h", "kmph": "km/h"}
+_SCALES = {
+    "dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}",
+    "billion": "10^{9}", "trillion": "10^{12}",
+}  # fmt: skip
+_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?\s*$")
 _SHORT_WORDS = {"per", "sq", "of", "cu", "the", "a", "an", "men"}
 _POWER_BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _POWER_BEHIND = {"squared": 2, "cubed": 3}
@@ -69,10 +74,25 @@ Unit = frozenset[tuple[str, int]]
 
 
 def split_unit(text: str) -> tuple[str, str | None]:
-    """The value and its unit in words, as "m/s^2"; None as the unit if there is none."""
+    """The value and its unit in words, as "m/s^2"; None as the unit if there is none.
+
+    `3 \\text{ million}` is a value, not a unit.
+    """
+    value, words = _split(text)
+    scale, _, rest = (words or "").partition(" ")
+    if factor := _SCALES.get(scale.lower().removesuffix("s")):
+        return (
+            (rf"{value} \cdot {factor}", rest or None)
+            if _NUMERIC.fullmatch(value)
+            else (text, None)
+        )
+    return value, words
+
+
+def _split(text: str) -> tuple[str, str | None]:
     for sign in _CURRENCY:
         if text.startswith(sign):
-            return text.removeprefix(sign).strip(), _CURRENCY[sign]
+            return split_unit(text.removeprefix(sign).strip())[0], _CURRENCY[sign]
         if text.endswith(sign):
             return text.removesuffix(sign).strip(), _CURRENCY[sign]
     if match := _CURRENCY_WORD.match(text):
@@ -157,6 +177,10 @@ def _known(word: str) -> str | None:
 @lru_cache(maxsize=1024)
 def unit_of(text: str) -> Unit | None:
     """The known unit of an answer, its names with their powers; None if any part is unknown."""
+    if text.endswith("%"):
+        return frozenset({("percent", 1)})
+    if _DEGREES.search(text[-_TAIL:]):
+        return frozenset({("degree", 1)})
     words = split_unit(text)[1]
     if words in ("celsius", "fahrenheit"):
         return frozenset({(words, 1)})

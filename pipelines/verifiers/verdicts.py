@@ -24,8 +24,8 @@ JUDGED_COLUMNS = ["rollout_id", "problem_id", "group_id", "response", "finish_re
 def math_matcher() -> str:
     """Name and version of what compares mathematics, as recorded in the verdicts.
 
-    The second number rises when notation.py, units.py, math.py, reading.py or boxed.py say
-    otherwise than before.
+    The second number rises when notation.py, units.py, math.py, guards.py, reading.py or
+    boxed.py say otherwise than before.
     """
     return f"math-verify {version('math-verify')}, guarded 2"
 

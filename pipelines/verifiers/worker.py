@@ -16,7 +16,7 @@ from typing import Any
 from ...schemas.errors import InputError
 from ...schemas.labels import VerdictStatus
 from .math import equal, read, rounds
-from .notation import approximation, conflict
+from .notation import alternatives, approximation, conflict
 
 READY = ""  # any other text is why the worker cannot start
 Judgement = tuple[VerdictStatus, bool | None, str]
@@ -41,6 +41,13 @@ def judge(gold: str, answer: str) -> Judgement:
         correct = equal(parsed_gold, parsed_answer)
         if not correct and (rounded := approximation(answer)) and rounds(parsed_answer, rounded):
             correct = equal(parsed_gold, read(rounded))
+        if not correct and (parts := alternatives(answer)):
+            correct = all(
+                (value := read(part)) is not None
+                and not conflict(gold, part)
+                and equal(parsed_gold, value)
+                for part in parts
+            )
     except MemoryError:
         return VerdictStatus.OOM, None, ""
     except Exception as error:  # sympy's error on an odd answer is a row, not a crash

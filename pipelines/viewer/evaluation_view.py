@@ -23,16 +23,18 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of both policies; difference: paired by problem."""
+    """One figure of both policies; difference: paired by problem. None where nothing was scored."""
 
     name: str
-    before: Estimate
-    after: Estimate
-    difference: Estimate
+    before: Estimate | None
+    after: Estimate | None
+    difference: Estimate | None
 
     @property
     def direction(self) -> str:
         """good or bad where the interval of the difference excludes zero."""
+        if self.difference is None:
+            return ""
         return "good" if self.difference.low > 0 else "bad" if self.difference.high < 0 else ""
 
 
@@ -85,6 +87,8 @@ def _view(dataset: Dataset) -> Evaluation:
     )
 
 
-def _estimate(found: dict[str, Any]) -> Estimate:
+def _estimate(found: dict[str, Any]) -> Estimate | None:
+    if found["value"] is None:
+        return None
     low, high = found["ci95"]
     return Estimate(float(found["value"]), float(low), float(high))

@@ -10,23 +10,30 @@ from .own import NAMED, OWN, OwnSource, named_or_own
 
 
 class Columns(Config):
-    """Names of the columns in a foreign table."""
+    """Names of the columns in a foreign table; those not named are recognised by their names.
 
-    problem: str = Field(default="problem", description="Column of the problem text.")
-    answer: str = Field(default="answer", description="Column of the gold answer.")
-    solution: str | None = Field(
-        default=None, description="Column of the reference solution, if any."
-    )
-    choices: list[str] | None = Field(
+    A dot leads into a nested column: reward_model.ground_truth. An empty name means none.
+    """
+
+    problem: str | None = Field(default=None, description="Column of the problem text.")
+    answer: str | None = Field(default=None, description="Column of the gold answer.")
+    solution: str | None = Field(default=None, description="Column of the reference solution.")
+    choices: Annotated[list[str], Field(max_length=25)] | str | None = Field(
         default=None,
-        max_length=25,
-        description="Columns of wrong choices; the answer is shuffled among them.",
+        description="Columns of wrong choices, among which the answer is shuffled; or the column "
+        "of a list of all choices.",
     )
+    id: str | None = Field(default=None, description="Column of the row's own id.")
+    subject: str | None = Field(default=None, description="Column of the subject.")
+    level: str | None = Field(default=None, description="Column of the difficulty.")
 
 
 class FilesSource(Config):
     kind: Literal["files"] = Field(description="Kind of source.")
-    path: str = Field(description="Parquet or JSONL file, or a glob of them.")
+    path: str | list[str] = Field(
+        description="File, folder or glob, or a list of them: Parquet, JSONL, JSON, CSV or TSV, "
+        "all but Parquet also compressed."
+    )
     columns: Columns = Field(default=Columns(), description="Column map.")
     answer_kind: AnswerKind = Field(
         default=AnswerKind.MATH, description="How answers are compared."
@@ -113,3 +120,14 @@ class ProblemsConfig(Config):
         default=False,
         description="Drop problems whose gold answer does not parse instead of stopping.",
     )
+    on_bad_rows: Literal["refuse", "skip"] = Field(
+        default="refuse",
+        description="Stop at a row that can't be used, or skip such rows and count them.",
+    )
+
+    def semantic(self) -> dict[str, Any]:
+        """As of other configs; the default of `on_bad_rows` keeps the ids of older datasets."""
+        found = super().semantic()
+        if self.on_bad_rows == "refuse":
+            del found["on_bad_rows"]
+        return found

@@ -200,6 +200,12 @@ class TrainConfig(Config):
         "openai (vLLM servers) receive a copy before each step.",
     )
     checkpoint_every: int = operational(50, "Steps between checkpoints.", ge=1)
+    checkpoint_minutes: float | None = operational(
+        30.0,
+        "Most minutes between checkpoints: one is written after the step that ends them, besides "
+        "those of checkpoint_every; null: by steps alone.",
+        gt=0,
+    )
     checkpoints_kept: int = operational(
         2, "Number of newest checkpoints kept on disk while the run trains.", ge=1
     )

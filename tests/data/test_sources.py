@@ -13,8 +13,7 @@ from datasets import config as datasets_config
 from trace_opd.data import sources
 from trace_opd.data.sources.arithmetic import steps
 from trace_opd.data.sources.champ import gold_answer
-from trace_opd.data.sources.columns import multiple_choice
-from trace_opd.data.sources.hub import after_hashes, boxed_or_empty
+from trace_opd.data.sources.problem_rows import after_hashes, boxed_or_empty, multiple_choice
 from trace_opd.pipelines.annotators.equations import equations
 from trace_opd.schemas.configs import (
     ArithmeticSource,
@@ -86,9 +85,13 @@ def test_answers_may_be_numbers_and_text_in_one_jsonl_column(tmp_path):
 @pytest.mark.parametrize("write", [write_jsonl, write_parquet])
 def test_a_missing_column_is_named_with_the_columns_that_are_there(tmp_path, write):
     suffix = "jsonl" if write is write_jsonl else "parquet"
-    path = write(tmp_path / f"p.{suffix}", [{"question": "1+1?", "answer": "2"}])
-    with pytest.raises(InputError, match=rf"p\.{suffix}.*'problem' is missing.*question, answer"):
+    path = write(tmp_path / f"p.{suffix}", [{"q": "1+1?", "answer": "2"}])
+    known = rf"p\.{suffix}: no column .*problem.*source\.columns\.problem to one of q, answer$"
+    with pytest.raises(InputError, match=known):
         read(files(path))
+    named = rf"p\.{suffix}: column 'a' is missing; set source\.columns to names out of q, answer$"
+    with pytest.raises(InputError, match=named):
+        read(files(path, columns=Columns(problem="q", answer="a")))
 
 
 @pytest.mark.parametrize("empty", [None, "", "  "])
@@ -112,7 +115,8 @@ def test_an_answer_that_is_a_list_is_an_error(tmp_path):
         ("p.jsonl", '{"problem": "a", "answer": 1}\n{"problem"', "row 1: is not JSON"),
         ("p.jsonl", "[1]\n", "row 0: is not a JSON object"),
         ("p.parquet", "no parquet", "is no complete Parquet file"),
-        ("p.csv", "problem,answer\n", "give a .parquet or .jsonl"),
+        ("p.csv", "problem,answer\n", "holds no rows"),
+        ("p.txt", "problem,answer\n", "ends in '.txt'; give a file that ends in .parquet, .json"),
     ],
 )
 def test_unreadable_files_are_input_errors(tmp_path, name, content, message):
@@ -302,8 +306,8 @@ def test_hub_mistakes_are_input_errors(hub):
     with pytest.raises(InputError, match=r"'gsm9k' is unknown; take one of .*gsm8k"):
         read(HubSource(kind="hub", preset="gsm9k"))
     folder = hub / "mine"
-    write_jsonl(folder / "train.jsonl", [{"question": "p", "answer": "1"}])
-    with pytest.raises(InputError, match=r"column 'problem' is missing.*question, answer"):
+    write_jsonl(folder / "train.jsonl", [{"q": "p", "answer": "1"}])
+    with pytest.raises(InputError, match=r"no column .* hold the problem .* one of q, answer"):
         read(HubSource(kind="hub", dataset="mine"))
     with pytest.raises(InputError, match=r"'mine'.*does not load.*test"):
         read(HubSource(kind="hub", dataset="mine", split="test"))

@@ -192,7 +192,7 @@ def _parquet(data: bytes) -> None:
 def _problems_file(data: bytes) -> None:
     import targets
 
-    targets.problems_file(data[1:], ".parquet" if data[:1] == b"P" else ".jsonl")
+    targets.problems_file(data[1:], targets.PROBLEMS_FILES.get(data[:1], ".jsonl"))
 
 
 def _labelled_file(data: bytes) -> None:

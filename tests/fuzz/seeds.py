@@ -2,6 +2,7 @@
 and valid tables. Used by run.py and test_fuzz.py.
 """
 
+import gzip
 import json
 from io import BytesIO
 from pathlib import Path
@@ -115,7 +116,13 @@ def _parquets() -> list[bytes]:
 
 def _problems_files() -> list[bytes]:
     lines = "\n".join([json.dumps(_PROBLEM), json.dumps(_PROBLEM | {"answer": "é"})])
-    return [b"J" + lines.encode(), b"P" + parquet_bytes(pa.Table.from_pylist([_PROBLEM]))]
+    return [
+        b"J" + lines.encode(),
+        b"P" + parquet_bytes(pa.Table.from_pylist([_PROBLEM])),
+        b"A" + json.dumps({"data": [_PROBLEM, {"question": [], "choices": ["1", "2"]}]}).encode(),
+        b'C\xef\xbb\xbfquestion;"final answer"\r\n"1 + 1;\r\n""2""";2\r\n',
+        b"Z" + gzip.compress(lines.encode()),
+    ]
 
 
 def _manifests() -> list[bytes]:

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trace_opd.data.parquet_reader import read_batches, read_table
+from trace_opd.data.row_files import BadRow
 from trace_opd.data.sources import files
 from trace_opd.data.step_labels import json_rows, prm800k, processbench
 from trace_opd.data.store import MANIFEST, Dataset, Store
@@ -425,11 +426,18 @@ def foreign_parquet(content: bytes) -> None:
         repr(made)
 
 
+# Suffixes by the first byte of a seed.
+PROBLEMS_FILES = {b"J": ".jsonl", b"P": ".parquet", b"A": ".json", b"C": ".csv", b"Z": ".jsonl.gz"}
+
+
 def problems_file(content: bytes, suffix: str) -> None:
     """A file of problems is refused, or its rows are problems with text in them."""
     source = FilesSource(kind="files", path=_file(f"problems{suffix}", content))
     try:
         for row in files.rows(source, 0):
+            if isinstance(row, BadRow):
+                _names(row, f"problems{suffix}")
+                continue
             assert row["problem"]
             assert row["answer"]
             pa.array([row["problem"], row["answer"], row["solution"]], pa.string())

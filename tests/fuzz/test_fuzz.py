@@ -288,7 +288,7 @@ JSON = st.lists(JSON_BITS | st.text(max_size=4), max_size=12).map(
 @few
 @given(
     mutated([seed[1:] for seed in seeds("problems-file")]) | JSON,
-    st.sampled_from([".jsonl", ".parquet"]),
+    st.sampled_from(list(targets.PROBLEMS_FILES.values())),
 )
 def test_a_file_of_problems_is_refused_or_holds_problems(data, suffix):
     targets.problems_file(data, suffix)

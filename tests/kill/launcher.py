@@ -15,6 +15,7 @@ import os
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 import select
+import signal
 import sys
 import threading
 import traceback
@@ -59,7 +60,8 @@ def _full(path: Any, folder: Any) -> Any:
 def count_changes(root: str, last: int, number: int, log: Path) -> None:
     """Count changes of files below a folder; send signal `number` just before the `last` change.
 
-    log: a file that gets one byte per change.
+    SIGKILL goes to this process alone, others to its group, as a terminal sends Ctrl-C. log: a file
+    that gets one byte per change.
     """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     done = 0
@@ -78,7 +80,7 @@ def count_changes(root: str, last: int, number: int, log: Path) -> None:
             return
         done += 1
         if done == last:
-            os.kill(os.getpid(), number)
+            (os.kill if number == signal.SIGKILL else os.killpg)(os.getpid(), number)
         os.write(descriptor, b".")
 
     sys.addaudithook(hook)

@@ -9,7 +9,7 @@ from trace_opd.schemas.labels import KlClip, Route
 from trace_opd.schemas.settings import load_config
 
 FOLDER = Path(__file__).parents[2] / "configs"
-FILES = sorted(FOLDER.glob("*.yaml"))
+FILES = [*sorted(FOLDER.glob("*.yaml")), FOLDER.parent / "examples" / "own-data" / "run.yaml"]
 PAPER = {
     "qwen3-8b": ("Qwen/Qwen3-8B", Route.FKL, Route.GRPO),
     "qwen3-1.7b": ("Qwen/Qwen3-1.7B", Route.GRPO, Route.RKL),

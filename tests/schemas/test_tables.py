@@ -35,6 +35,9 @@ ROWS: dict[str, dict] = {
         "steps": [{"text": "1+1=2", "value": "2", "type": "arithmetic", "key": True}],
         "source": "test",
         "split": "train",
+        "source_id": "a/1",
+        "subject": "Algebra",
+        "level": "3",
     },
     "rollouts": {
         **_ids,
@@ -135,6 +138,18 @@ def fields_within(field: pa.Field) -> list[pa.Field]:
     if pa.types.is_struct(kind):
         return [field, *(inner for child in kind for inner in fields_within(child))]
     return [field]
+
+
+def test_a_table_may_lack_or_have_optional_columns():
+    row = ROWS["problems"] | {"problem_id": "a"}
+    plain = {k: v for k, v in row.items() if k not in PROBLEMS.optional}
+    bare = PROBLEMS.table([plain])
+    assert bare.schema == validate(bare, PROBLEMS).schema == PROBLEMS.schema_of(())
+    some = PROBLEMS.table([plain, plain | {"problem_id": "b", "subject": "Algebra"}])
+    assert validate(some, PROBLEMS)["subject"].to_pylist() == [None, "Algebra"]
+    assert some.column_names == [*bare.column_names, "subject"]
+    with pytest.raises(InputError, match="column level is list"):
+        validate(bare.append_column("level", pa.array([["1"]])), PROBLEMS, "t")
 
 
 @every_contract

@@ -179,7 +179,7 @@ def test_all_rollouts_are_written_and_those_that_train_are_first():
     run = run_where(0, 2, refill_rounds=1)
     table, _ = run.collect()
     written = run.written[0]
-    assert written["problems"].schema == PROBLEMS.schema
+    assert written["problems"].schema == PROBLEMS.schema_of(())
     assert written["problems"]["problem_id"].to_pylist() == IDS[:3]
     groups = [f"{IDS[place]}-{sample}" for place in (0, 2, 1) for sample in (0, 1)]
     for name in ("rollouts", "verdicts"):

@@ -555,6 +555,19 @@ def test_a_steps_metrics_by_hand():
     }  # fmt: skip
 
 
+def test_a_step_that_trains_no_token_has_no_means_over_tokens():
+    """Groups without signal are left out, or all responses are empty: no data, and not 0."""
+    overall = {"sequences", "reward", "pass_rate", "groups_without_signal", "response_tokens"}
+    overall |= {"truncated", "tokens"}
+    base = sequences()[0]
+    left_out = step_metrics([base], Counter(), 0.0, with_reference=True)
+    assert left_out.keys() == overall | {"coverage_fkl", "coverage_rkl"}
+    empty = replace(base, route=base.route[:0], token_ids=base.token_ids[:0])
+    metrics = step_metrics([empty], Counter(), 0.0)
+    assert metrics.keys() == overall
+    assert (metrics["tokens"], metrics["response_tokens"]) == (0.0, 0.0)
+
+
 def test_a_steps_metrics_are_finite_and_agree_with_its_table():
     metrics = trainer_of().train_step(sequences())
     assert all(math.isfinite(value) for value in metrics.values())

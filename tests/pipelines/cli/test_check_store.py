@@ -12,7 +12,7 @@ import yaml
 
 from trace_opd.data.store import MANIFEST, Store
 from trace_opd.pipelines.cli import main
-from trace_opd.pipelines.cli.remake import overrides
+from trace_opd.pipelines.cli.remake import overrides, remake_commands
 from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.schemas.configs import PipelineConfig, TrainConfig
 from trace_opd.schemas.presets import PRESETS
@@ -81,6 +81,23 @@ def test_a_broken_part_is_named_and_its_command_makes_it_again(run, root, harm, 
     assert {path: path.read_bytes() for path in root.rglob("part-*")} == before
     assert Store(root).aliases() == {"mine": dataset.ref}
     assert run("verify-store", "mine", "--store", root)[0] == 0
+
+
+def test_a_dataset_from_before_columns_were_recognised_is_made_again_without_them(run, tmp_path):
+    store, path = Store(tmp_path / "store"), tmp_path / "p.jsonl"
+    path.write_text('{"problem": "1+1?", "answer": "2", "solution": "Add."}\n')
+    source = f"source={{kind: files, path: {path}, columns: {{solution: '', choices: ''}}}}"
+    assert run("problems", source, "--alias", "mine", "--store", store.root)[0] == 0
+    dataset = store.get("mine")
+    config = dataset.manifest["config"]
+    old = {"problem": "problem", "answer": "answer", "solution": None, "choices": None}
+    config["source"]["columns"] = old  # as the first release wrote it
+    (command,) = remake_commands(store, [(dataset, ["part-00000.parquet"])])
+    removal, again = command.split(" && ")
+    subprocess.run(shlex.split(removal), check=True)
+    assert run(*shlex.split(again)[1:])[0] == 0
+    assert store.get("mine").ref == dataset.ref
+    assert store.get("mine").read()["solution"].to_pylist() == [None]
 
 
 def test_a_manifest_that_was_changed_is_no_basis_for_a_command(run, root):

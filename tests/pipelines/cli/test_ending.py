@@ -117,8 +117,8 @@ def test_an_encoding_without_the_characters_still_prints():
 
 PROGRAM = """
 import sys, time
-from trace_opd.pipelines.cli.ending import end_at_second_interrupt, exit_code
-end_at_second_interrupt()
+from trace_opd.pipelines.cli.ending import exit_code, stop_by_signals
+stop_by_signals()
 def run():
     try:
         print("working", flush=True)
@@ -155,14 +155,15 @@ def test_the_first_interrupt_drains_and_the_second_ends_at_once(times):
 
 def test_an_interrupt_while_the_commands_are_imported_is_no_traceback():
     program = """
-import sys
+import os, signal, sys, time
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == "trace_opd.pipelines.cli.commands":
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
 sys.meta_path.insert(0, Interrupt())
 from trace_opd.pipelines.cli import main
 main()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "")
+    assert (done.returncode, done.stderr) == (130, "\ntrace-opd: stopped before it began\n")

@@ -304,6 +304,16 @@ def test_processbench_rows_at_fault_are_named(store, tmp_path, row, words):
     assert list(store.datasets()) == []
 
 
+def test_rows_at_fault_are_skipped_when_asked_and_counted(store, tmp_path):
+    file = write(tmp_path / "f.json", [RIGHT, without(SUE, "label"), [SUE], LUCKY])
+    made = import_labels("processbench", file, store, "x", on_bad_rows="skip")
+    assert made["x-rollouts"].rows == 2
+    assert made["x-problems"].summary["skipped"] == {
+        "label is missing": {"rows": 1, "first": ["f.json, row 1"]},
+        "is not a JSON object": {"rows": 1, "first": ["f.json, row 2"]},
+    }
+
+
 def broken_rating(rating) -> dict:
     return prm_row([step("a", rating)], "solution", ["a"], "1")
 

@@ -50,11 +50,12 @@ def test_pass_at_k_in_closed_form():
 # --- majority ---
 
 
-def verdict(parsed: str | None, correct: bool) -> dict:
-    return {"parsed_answer": parsed, "correct": correct}
+def verdict(parsed: str | None, correct: bool, status: str = "ok") -> dict:
+    return {"parsed_answer": parsed, "correct": correct, "status": status}
 
 
 RIGHT, OTHER_RIGHT = verdict("1/2", True), verdict("0.5", True)
+CUT_RIGHT, CUT_WRONG = (verdict(answer, False, "truncated") for answer in ("1/2", "2"))
 WRONG, OTHER_WRONG, SILENT = verdict("2", False), verdict("3", False), verdict(None, False)
 
 
@@ -74,11 +75,17 @@ WRONG, OTHER_WRONG, SILENT = verdict("2", False), verdict("3", False), verdict(N
         # A sample without an answer does not vote.
         ([SILENT, SILENT, SILENT, RIGHT], 1.0),
         ([SILENT, SILENT], 0.0),
-        ([], 0.0),
+        # Neither does a truncated one, whatever it has found so far.
+        ([CUT_WRONG, CUT_WRONG, RIGHT], 1.0),
+        ([CUT_RIGHT, CUT_RIGHT, RIGHT], 1.0),
+        ([CUT_RIGHT, CUT_RIGHT, CUT_RIGHT, RIGHT, WRONG], 0.5),
+        ([CUT_RIGHT, WRONG], 0.0),
+        ([CUT_WRONG, CUT_RIGHT], 0.0),
+        ([], None),
     ],
 )
 def test_the_majority_answer_by_hand(verdicts, expected):
-    assert majority_correct(verdicts) == pytest.approx(expected)
+    assert majority_correct(verdicts) == (None if expected is None else pytest.approx(expected))
 
 
 # --- bootstrap ---
@@ -146,7 +153,8 @@ def evaluated(samples: dict[str, list[dict]]) -> pa.Table:
             rollouts.append(
                 ids | {"sample_index": index, "prompt_token_ids": [1],
                 "token_ids": [2] * sample["tokens"], "logprobs": [-1.0] * sample["tokens"],
-                "response": "", "finish_reason": sample.get("finish", "stop"),
+                "response": sample.get("response", ""),
+                "finish_reason": sample.get("finish", "stop"),
                 "policy_name": "micro", "policy_revision": "r", "policy_step": 0,
                 "vocab_fingerprint": "v", "temperature": 0.6, "top_p": 0.95, "top_k": 20,
                 "max_new_tokens": 64, "seed": index, "on_policy": True}
@@ -154,7 +162,8 @@ def evaluated(samples: dict[str, list[dict]]) -> pa.Table:
             reward = sample["reward"]
             verdicts.append(
                 ids | {"reward": reward, "correct": None if reward is None else reward > 0,
-                "parsed_answer": sample.get("parsed"), "status": "ok", "verifier": "t",
+                "parsed_answer": sample.get("parsed"), "status": sample.get("status", "ok"),
+                "verifier": "t",
                 "seconds": 0.0}
             )  # fmt: skip
     tables = PROBLEMS.table(problems), ROLLOUTS.table(rollouts), VERDICTS.table(verdicts)
@@ -179,6 +188,21 @@ def test_a_problems_row_counts_its_samples():
     assert (row["majority_correct"], row["mean_tokens"]) == (0.5, 25.0)
 
 
+def test_a_problems_row_without_data_is_null_not_0():
+    unscored = {"reward": None, "status": "timeout", "tokens": 3}
+    (row,) = evaluated({"p": [unscored, unscored]}).to_pylist()
+    assert (row["k"], row["majority_correct"], row["mean_tokens"]) == (0, None, 3.0)
+    # A server's text whose token ids are unknown.
+    (row,) = evaluated({"p": [unscored | {"tokens": 0, "response": "2"}, unscored]}).to_pylist()
+    assert row["mean_tokens"] is None
+
+
+def test_a_truncated_sample_has_no_vote():
+    cut = {"reward": 0.0, "parsed": "3", "tokens": 64, "finish": "length", "status": "truncated"}
+    (row,) = evaluated({"p": [cut, cut, {"reward": 1.0, "parsed": "2", "tokens": 9}]}).to_pylist()
+    assert (row["k"], row["correct"], row["majority_correct"]) == (3, 1, 1.0)
+
+
 def test_rows_come_in_the_problems_order_with_ids_of_their_own():
     sample = {"reward": 1.0, "parsed": "2", "tokens": 1}
     table = evaluated({"q": [sample], "p": [sample, sample]})
@@ -199,7 +223,7 @@ def summary(
             "evaluation_id": f"{role}{i}", "problem_id": f"p{i:03}",
             "source": sources[i] if sources else "s", "policy": role, "policy_name": role,
             "policy_revision": "r", "k": k if c is not None else 0, "correct": c or 0,
-            "majority_correct": float(2 * (c or 0) > k), "mean_tokens": 1.0,
+            "majority_correct": None if c is None else float(2 * c > k), "mean_tokens": 1.0,
             "truncated": 0, "unscored": 0,
         }
         for role, counts in ((BASE, base), (TRAINED, trained or []))
@@ -250,17 +274,51 @@ def test_problems_that_one_policy_has_no_scored_sample_of_are_not_paired():
     assert out["paired_difference"]["avg@8"] == {"value": 0.125, "ci95": [0.125, 0.125]}
 
 
+NULL = {"value": None, "ci95": None}
+
+
+def test_a_policy_or_source_of_which_nothing_was_scored_has_null_figures():
+    out = summary([None, None, None, None], sources=["a", "a", "b", "b"], k=4)["policies"][BASE]
+    names = ["avg@4", "pass@4", "maj@4", "pass@2"]
+    assert [out[name] for name in names] == [NULL] * 4
+    assert out["sources"] == {source: dict.fromkeys(names, NULL) for source in ("a", "b")}
+    out = summary([4, 0, None, None], sources=["a", "a", "b", "b"], k=4)["policies"][BASE]
+    assert out["avg@4"]["value"] == out["sources"]["a"]["avg@4"]["value"] == 0.5
+    assert out["sources"]["b"]["avg@4"] == NULL
+    for base, trained in (([8, 4], [None, None]), ([8, None], [None, 4])):
+        out = summary(base, trained)
+        assert out["policies"][BASE]["avg@8"] != NULL
+        assert set(map(str, out["paired_difference"].values())) == {str(NULL)}
+
+
+def test_wrong_answers_are_0_and_not_null():
+    assert summary([0, 0])["policies"][BASE]["avg@8"] == {"value": 0.0, "ci95": [0.0, 0.0]}
+
+
+def test_a_shown_evaluation_has_a_dash_where_nothing_was_scored(tmp_path, capsys, monkeypatch):
+    shown = show(tmp_path, capsys, monkeypatch, summary([None, None], [8, 4]))
+    assert next(line for line in shown if "avg@8" in line).split() == [
+        "avg@8", "–", "75.0%", "(50.0%", "–", "100.0%)", "–",
+    ]  # fmt: skip
+
+
 def test_a_shown_evaluation_has_a_column_per_policy_and_the_paired_difference(
     tmp_path, capsys, monkeypatch
 ):
+    shown = show(tmp_path, capsys, monkeypatch, summary([0, 4, 8, 4], [4, 8, 8, 4]))
+    (line,) = (line for line in shown if "avg@8" in line)
+    assert [cell for cell in line.split() if "%" in cell][::3] == ["50.0%", "75.0%", "25.0%"]
+
+
+def show(tmp_path, capsys, monkeypatch, figures: dict) -> list[str]:
+    """The lines that `trace-opd show` prints of an evaluation."""
     store = Store(tmp_path)
     draft = store.begin("evaluate", {}, {}, EVALUATIONS)
     assert isinstance(draft, Draft)
-    dataset = draft.finish(0, summary([0, 4, 8, 4], [4, 8, 8, 4]))
+    dataset = draft.finish(0, figures)
     command = ["trace-opd", "show", dataset.id, "--store", str(tmp_path)]
     monkeypatch.setattr("sys.argv", command)
     monkeypatch.setattr("trace_opd.pipelines.cli.commands.console", Console(width=120))
     with pytest.raises(SystemExit):
         main()
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "avg@8" in line)
-    assert [cell for cell in line.split() if "%" in cell][::3] == ["50.0%", "75.0%", "25.0%"]
+    return capsys.readouterr().out.splitlines()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import threading
@@ -143,11 +144,58 @@ def test_an_annotation_killed_asks_again_only_for_what_was_in_flight(
         paid_server.answered.clear()
 
 
-def test_sigterm_ends_the_requests_in_flight_and_keeps_their_answers(
-    paid_server: PaidServer, runs, undisturbed, tmp_path
+# The change of a file before which each stage gets its signal, and what it then says.
+SIGNALS = {
+    "problems": (2, "what is finished is kept"),
+    "rollout": (3, "what is finished is kept"),
+    "verify": (3, "what is finished is kept"),
+    "annotate": (3, "what is finished is kept"),
+    "convert": (3, "what is finished is kept"),
+    "train": (24, "steps; a checkpoint is written"),
+    "evaluate": (3, "what is finished is kept"),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_stage_with_the_command_that_continues_it(
+    runs, undisturbed, tmp_path, number
 ):
-    root = Path(shutil.copytree(undisturbed.before["annotate"], tmp_path / "store"))
-    args, answered = [*PAID, f"annotator.base_url={paid_server.url}"], paid_server.answered
+    for index, (name, (change, kept)) in enumerate(SIGNALS.items()):
+        if index % 2 == (number == signal.SIGINT) and name != "train":
+            continue  # the other signal's share
+        root = Path(shutil.copytree(undisturbed.before[name], tmp_path / name))
+        run = runs.start(*STAGES[name], store=root, die_at=change, die_by=number)
+        assert run.wait() == 128 + number, run.err
+        assert "Traceback" not in run.err
+        sentence = " ".join(run.err.split())
+        assert kept in sentence
+        command = shlex.join(["trace-opd", *STAGES[name], "--store", str(root)])
+        assert sentence.endswith(f"; to continue: {command}")
+        if name == "train":
+            (checkpoint,) = root.glob("train/*/checkpoints/step-*")
+            assert f"after {int(checkpoint.name[5:])} of 3 steps" in sentence
+            runs.done(*STAGES[name], store=root)
+            assert_same_datasets(root, undisturbed.before["evaluate"])
+    runs.assert_nobody_is_left()
+
+
+SERVED = ["rollout", CONFIG, "group_size=2", "sampler.engine=openai", "sampler.concurrency=4"]
+ASKING = {"annotate": PAID, "rollout": SERVED}
+
+
+def asking(name: str, url: str) -> list[str]:
+    return [*ASKING[name], f"{'annotator' if name == 'annotate' else 'sampler'}.base_url={url}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("annotate", signal.SIGTERM), ("annotate", signal.SIGINT), ("rollout", signal.SIGINT)],
+)
+def test_a_signal_waits_for_the_answers_in_flight_and_keeps_them(
+    paid_server: PaidServer, runs, undisturbed, tmp_path, name, number
+):
+    root = Path(shutil.copytree(undisturbed.before[name], tmp_path / "store"))
+    args, answered = asking(name, paid_server.url), paid_server.answered
 
     def answer(body):
         time.sleep(0.1)
@@ -157,41 +205,55 @@ def test_sigterm_ends_the_requests_in_flight_and_keeps_their_answers(
     run = runs.start(*args, store=root)
     while len(answered) < 2:
         time.sleep(0.01)
-    os.kill(run.pid, signal.SIGTERM)
-    assert run.wait() == 128 + signal.SIGTERM, run.err
+    os.killpg(run.pid, number)
+    assert run.wait() == 128 + number, run.err
     assert "Traceback" not in run.err
-    assert "stopped; answers that arrived are kept" in " ".join(run.err.split())
-    (journal,) = root.glob("annotate/*/journal")
-    assert len(journalled(journal)) == len(answered) < 12
+    output = " ".join(run.err.split())
+    assert re.search(r"waiting for [1-4] answers, Ctrl-C again to leave them", output)
+    assert re.search(r"answers (that arrived|of this part) are kept", output)
+    assert output.endswith(f"; to continue: trace-opd {shlex.join(args)} --store {root}")
+    assert len(answered) < 12
     runs.done(*args, store=root)
+    assert_no_leftovers(root)
     assert max(Counter(map(json.dumps, answered)).values()) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_a_paid_annotation_at_once(
-    paid_server: PaidServer, runs, undisturbed, tmp_path, number
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("annotate", signal.SIGTERM), ("annotate", signal.SIGINT), ("rollout", signal.SIGINT)],
+)
+def test_a_second_signal_leaves_the_answers_in_flight_and_keeps_those_before(
+    paid_server: PaidServer, runs, undisturbed, tmp_path, name, number
 ):
-    root = Path(shutil.copytree(undisturbed.before["annotate"], tmp_path / "store"))
+    root = Path(shutil.copytree(undisturbed.before[name], tmp_path / "store"))
+    args = asking(name, paid_server.url)
     asked, done = threading.Event(), threading.Event()
 
+    def kept() -> int:
+        files = root.glob(f"{name}/*/*/*.jsonl")
+        return sum(path.read_bytes().count(b"finish_reason") for path in files)
+
     def answer(body):
-        asked.set()
-        done.wait(60)
+        if len(paid_server.chats) > 2:
+            asked.set()
+            done.wait(60)
         return completion(body)
 
     paid_server.answer = answer
-    run = runs.start(*PAID, f"annotator.base_url={paid_server.url}", store=root)
+    run = runs.start(*args, store=root)
     try:
         assert asked.wait(60), run.err
-        os.kill(run.pid, number)
-        while "waiting for requests in flight" not in " ".join(run.err.split()):
+        os.killpg(run.pid, number)
+        while "Ctrl-C again" not in run.err or kept() < 2:
             time.sleep(0.01)
-        os.kill(run.pid, number)
-        assert run.wait(30) != 0
+        os.killpg(run.pid, number)
+        assert run.wait(30) == 128 + number
         assert not done.is_set()
         assert "Traceback" not in run.err, run.err
+        assert "to continue: trace-opd" in " ".join(run.err.split())
     finally:
         done.set()
+    assert kept() == 2
 
 
 def test_a_budget_holds_over_kills(paid_server: PaidServer, runs, undisturbed, tmp_path):

@@ -1,6 +1,7 @@
 """Stage problems: limits, repeats, gold answers, and ids that follow the content."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from trace_opd.data.store import Store, content_hash
 from trace_opd.pipelines.stages.problems import STAGE as PROBLEMS_STAGE
 from trace_opd.schemas.configs import ProblemsConfig, VerifyConfig
 from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.tables import PROBLEMS
 
 WORDS = {"kind": "word-problems", "steps": 2}
 ROWS = [{"problem": f"{n}+1?", "answer": n + 1} for n in range(10)]
@@ -106,7 +108,7 @@ def test_unparsable_gold_answers_are_dropped_and_counted_when_asked(store, probl
     dataset = make(store, source, drop_unparsable=True, limit=10)
     assert dataset.rows == 10
     assert dataset.summary["unparsable"] == 1
-    with pytest.raises(InputError, match="none of its 1 gold answers parses"):
+    with pytest.raises(InputError, match="none of its 1 rows can be used"):
         make(store, problems_file([{"problem": "why?", "answer": "???"}]), drop_unparsable=True)
 
 
@@ -150,3 +152,52 @@ def test_a_gold_answer_that_never_ends_is_dropped_at_the_deadline(
     dataset = make(store, source, drop_unparsable=True, limit=10)
     assert dataset.summary["unparsable"] == 1
     assert dataset.read()["answer"].to_pylist() == [r"\sqrt{16}"]
+
+
+def test_bad_rows_are_skipped_when_asked_and_listed_with_their_places(store, problems_file):
+    source = problems_file([*ROWS[:2], {"problem": "why?", "answer": "???"}, {"problem": "empty"}])
+    path = Path(source["path"])
+    path.write_text(path.read_text() + "nope\n" + json.dumps(ROWS[2]) + "\n")
+    with pytest.raises(InputError, match=r"p\.jsonl, row 3: column 'answer' is empty"):
+        make(store, source)
+    dataset = make(store, source, on_bad_rows="skip")
+    assert texts(dataset) == ["0+1?", "1+1?", "2+1?"]
+    assert dataset.summary["columns"] == {"problem": "problem", "answer": "answer"}
+    assert dataset.summary["skipped"] == {
+        "gold answer does not parse as math": {"rows": 1, "first": ["p.jsonl, row 2"]},
+        "column 'answer' is empty": {"rows": 1, "first": ["p.jsonl, row 3"]},
+        "is not JSON": {"rows": 1, "first": ["p.jsonl, row 4"]},
+    }
+    assert dataset.manifest["config"]["on_bad_rows"] == "skip"
+
+
+def test_a_source_of_bad_rows_alone_is_refused_with_their_faults(store, problems_file):
+    source = problems_file([{"problem": "", "answer": 1}] * 9)
+    with pytest.raises(
+        InputError, match=r"none of its 9 rows .*'problem' is empty \(p\.jsonl, row"
+    ):
+        make(store, source, on_bad_rows="skip")
+
+
+def test_the_row_s_own_id_subject_and_level_stay_with_the_problem(store, problems_file):
+    about = {"unique_id": "a/1", "subject": "Algebra", "level": 3}
+    dataset = make(store, problems_file([row | about for row in ROWS]), rows_per_part=4)
+    table = dataset.read()
+    assert table["source_id"].to_pylist() == ["a/1"] * 10
+    assert (table["subject"][0].as_py(), table["level"][0].as_py()) == ("Algebra", "3")
+    assert make(store, problems_file(ROWS)).read().schema == PROBLEMS.schema_of(())
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "expected"),
+    [
+        ({"problem": "1+1?", "answer": 2}, {}, "f3331827d8dacc33"),
+        ({"q": "1+1?", "a": 2}, {"columns": {"problem": "q", "answer": "a"}}, "5cc6b475062bf663"),
+        ({"problem": "1+1?", "answer": 2, "solution": "Add."},
+         {"columns": {"solution": "solution"}}, "504999fd7b23cf05"),
+        ({"problem": "1+1?", "answer": 2, "solution": "Add."}, {}, "504999fd7b23cf05"),
+    ],
+)  # fmt: skip
+def test_ids_are_those_of_the_first_release(store, problems_file, row, fields, expected):
+    config = ProblemsConfig(source=problems_file([row]) | fields)
+    assert PROBLEMS_STAGE.begin(config, store)[1].id == expected

@@ -1,9 +1,12 @@
 """A small study from end to end: its files, its page, and that the two agree."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,11 @@ from typer.testing import CliRunner
 
 from trace_opd.pipelines.cli.commands import app
 from trace_opd.pipelines.statistics import bootstrap_crossed
-from trace_opd.pipelines.study.figures import curves
-from trace_opd.schemas.configs import StudyConfig
+from trace_opd.pipelines.study.figures import curves, pass_rate, plot_curves, plot_exposure
+from trace_opd.pipelines.study.page import page
+from trace_opd.pipelines.study.runs import Arm, Run, arms, chosen, results, study_runs
+from trace_opd.schemas.configs import StudyConfig, TrainConfig
+from trace_opd.schemas.configs.train import OnlineConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config, override
 
@@ -86,10 +92,9 @@ def test_the_page_shows_the_figures_of_the_files(made):
         test = rates.filter(pl.col("split") == "test")["pass_rate"].mean()
         other = rates.filter(pl.col("split") == "other")["pass_rate"].mean()
         coverage = rates["coverage"].mean()
+        covered = "–" if coverage is None else f"{100 * coverage:.1f} %"  # GRPO has no KL
         assert re.match(rf"\d+\.\d % \| {100 * test:.1f} % \(", row)
-        assert row.endswith(
-            f"{100 * coverage:.1f} % | {100 * other:.1f} % | {50 * (test + other):.1f} % |"
-        )
+        assert row.endswith(f"{covered} | {100 * other:.1f} % | {50 * (test + other):.1f} % |")
     for picture in re.findall(r"\]\((.+\.svg)\)", page):
         assert (made / "small" / picture).read_text().startswith("<?xml")
 
@@ -125,7 +130,7 @@ def test_the_page_shows_one_step_as_its_file_has_it(made):
 def test_coverage_is_the_share_of_tokens_under_the_kl(made):
     table = pl.read_parquet(made / "small" / "results.parquet").filter(pl.col("step") == 2)
     coverage = {method: own["coverage"].to_numpy() for (method,), own in table.group_by("method")}
-    assert (coverage["grpo"] == 0).all()
+    assert np.isnan(coverage["grpo"].astype(float)).all()  # none of its steps has a KL
     # All tokens of what has a label: a response without a carry has none.
     assert ((coverage["all"] > 0.5) & (coverage["all"] < 1)).all()
     assert ((coverage["trace-fkl"] > 0) & (coverage["trace-fkl"] <= 0.25)).all()
@@ -196,6 +201,23 @@ def test_processes_that_train_end_with_a_study_that_was_killed():
     worker.wait(timeout=60)
 
 
+def test_ctrl_c_ends_a_study_with_a_checkpoint_of_each_training(tmp_path):
+    args = ["study", str(CONFIG), *SMALL, "tuning=null", "train.online.steps=500"]
+    args += ["--store", str(tmp_path), "--output", str(tmp_path / "out")]
+    command = Path(sys.executable).with_name("trace-opd")
+    study = subprocess.Popen([command, *args], stderr=subprocess.PIPE, text=True, process_group=0)
+    while not any(path.stat().st_size for path in tmp_path.glob("train/*/metrics.jsonl")):
+        assert study.poll() is None, study.communicate()
+        time.sleep(0.05)
+    os.killpg(study.pid, signal.SIGINT)
+    _, output = study.communicate(timeout=60)
+    assert study.returncode == 128 + signal.SIGINT, output
+    assert "Traceback" not in output
+    sentence = "stopped; finished runs and the others' checkpoints are kept; to continue: trace-opd"
+    assert sentence in " ".join(output.split())
+    assert len(list(tmp_path.glob("train/*/checkpoints/step-*"))) == 1
+
+
 def test_curves_and_their_summaries_by_hand():
     rows = [
         {"seed": seed, "step": step, "split": "test", "decoding": "sampled", "problem_id": problem,
@@ -216,6 +238,36 @@ def test_curves_and_their_summaries_by_hand():
     assert estimate.low < 0.75 < estimate.high == 1.0
 
 
+def test_an_arm_without_a_scored_answer_has_dashes_and_no_zeros(made, tmp_path, recwarn):
+    config = load_config(StudyConfig, CONFIG, SMALL)
+    silent = pl.when(pl.col("method") == "half").then(0)
+    answers = pl.read_parquet(made / "small" / "answers.parquet").with_columns(
+        k=silent.otherwise("k"), correct=silent.otherwise("correct")
+    )
+    table = results(answers)
+    assert table.filter(method="half").select("pass_rate", "length").null_count().row(0) == (8, 8)
+    text = page(config, answers, table, None, None, "files")
+    row, exposure = re.findall(r"^\| half \| (.+) \|$", text, re.M)
+    assert row.split(" | ")[:6] == ["–", "–", "–", "– to –", "–", "–"]
+    assert row.split(" | ")[-2:] == ["–", "–"]
+    assert exposure.split(" | ")[1:] == ["–"]
+    plot_curves(config, answers, "alpha", tmp_path / "curves.svg")
+    plot_exposure(config, answers, "alpha", tmp_path / "exposure.svg")
+    assert pass_rate(answers.filter(method="half")) is None
+    assert not recwarn.list
+
+
+def test_a_choice_without_a_scored_answer_is_not_the_best():
+    arm = Arm("methods", "grpo", TrainConfig(online=OnlineConfig(steps=1)))
+    tries = [Run(arm, 0, (choice,)) for choice in ("silent", "bad", "good")]
+    table = pl.DataFrame(
+        {"method": "grpo", "choice": ["silent", "bad", "good"], "decoding": "sampled",
+         "pass_rate": [None, 0.0, 0.5]}
+    )  # fmt: skip
+    assert chosen(tries, table) == {"grpo": ("good",)}
+    assert chosen(tries[:2], table) == {"grpo": ("bad",)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -233,8 +285,6 @@ def test_a_study_with_contradictions_is_refused(change, message):
 
 
 def test_the_shipped_study_names_presets_and_fields_that_exist():
-    from trace_opd.pipelines.study.runs import arms, study_runs
-
     config = load_config(StudyConfig, CONFIG)
     for size in (config, override(config, config.quick)):
         rows = arms(size, "problems", dict.fromkeys(size.splits, "problems"))

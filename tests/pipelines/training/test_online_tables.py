@@ -193,7 +193,7 @@ def test_a_run_without_a_scored_rollout_has_null_pass_rates(root):
     assert manifest["summary"]["seconds_per_step"] > 0
     out = StringIO()
     show_dataset(made, Console(file=out, width=80))
-    assert re.search(r"pass_rate_last +n/a", out.getvalue())
+    assert re.search(r"pass_rate_last +–", out.getvalue())
 
 
 def test_a_run_checks_its_inputs_once_and_says_what_memory_it_needs(root, monkeypatch):

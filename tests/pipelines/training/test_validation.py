@@ -1,18 +1,23 @@
 """Validation on held-out problems during training: which problems, when, and what is kept."""
 
+from contextlib import closing
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.run_metrics import read_metrics
 from trace_opd.pipelines.training.validation import Validation, read_validation
-from trace_opd.schemas.configs import ProblemsConfig, TrainConfig
+from trace_opd.pipelines.verifiers.verdicts import MathVerifier
+from trace_opd.schemas.configs import ProblemsConfig, TrainConfig, VerifyConfig
+from trace_opd.schemas.configs.train import OnlineConfig, ValidationConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.results import VALIDATIONS
 from trace_opd.schemas.settings import load_config
+from trace_opd.schemas.tables import PROBLEMS
 
 CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
 
@@ -92,6 +97,29 @@ def test_validation_does_not_change_the_training(validated, store):
 def test_a_validation_without_problems_is_refused(store, overrides, message):
     with pytest.raises(InputError, match=message):
         trained(store, *overrides)
+
+
+def test_a_validation_of_which_nothing_was_scored_has_no_pass_rate(tmp_path):
+    config = TrainConfig(online=OnlineConfig(steps=1), validation=ValidationConfig(greedy=False))
+    golds = {"right": "A", "none": "no letter"}
+    splits = {
+        name: PROBLEMS.table(
+            [{"problem_id": name, "problem": "?", "answer": gold, "answer_kind": "choice",
+              "source": "s", "split": "test"}]
+        )
+        for name, gold in golds.items()
+    }  # fmt: skip
+
+    def sample(asked, sampling, k, seed):
+        return pa.table(
+            {"rollout_id": ["0", "1"], "problem_id": list(golds), "group_id": list(golds),
+             "response": ["Answer: A"] * 2, "token_ids": [[1], [1]], "logprobs": [[-1.0], [-1.0]],
+             "finish_reason": ["stop"] * 2}
+        )  # fmt: skip
+
+    with closing(MathVerifier(VerifyConfig(workers=1))) as verifier:
+        validation = Validation(config, splits, sample, verifier, tmp_path)
+        assert validation.evaluate(3) == {"validation_right_sampled": 1.0}
 
 
 def test_a_validation_without_a_sampler_is_refused(store):

@@ -135,6 +135,20 @@ def test_figures_before_and_after_have_their_intervals(run):
     assert f"avg@4 mean over samples {before} {after} {difference} points" in text
 
 
+def test_figures_of_which_nothing_was_scored_are_dashes(run):
+    done = trained(run, 4, 7, evaluated=False)
+    inputs = {"problems": run.problems, "trained": done}
+    draft: Any = run.store.begin("evaluate", {"null": 1}, inputs, EVALUATIONS)
+    null, half = {"value": None, "ci95": None}, {"value": 0.5, "ci95": [0.25, 0.75]}
+    policies = {
+        role: {"problems": 1, "sources": {"s": {}}, "avg@4": estimate}
+        for role, estimate in (("base", null), ("trained", half))
+    }
+    draft.finish(0, {"k": 4, "policies": policies, "paired_difference": {"avg@4": null}})
+    text = text_of(report_page.run(ReportConfig(dataset=done.ref), run.store).read_text("utf-8"))
+    assert "avg@4 mean over samples – 50.0% 25.0% – 75.0% –" in text
+
+
 @pytest.mark.parametrize("summary", [{}, {"k": 4, "policies": {"base": {"problems": 1}}}])
 def test_an_evaluation_without_figures_is_left_out(run, caplog, summary):
     done = trained(run, 3, len(summary), evaluated=False)
