@@ -36,7 +36,7 @@ lock: setup  ## write requirements/*.lock from constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt uv
 	$(BIN)/python .ci/lock.py
 
-demo: setup  ## run all stages of the method (MODEL=micro or smollm2), results in runs/demo
+demo: setup  ## run all stages of the method (MODEL=micro, or smollm2: in runs/demo-smollm2), results in runs/demo
 	$(BIN)/python -m trace_opd.pipelines.bundled.demo $(MODEL)
 
 test: setup  ## run the tests

@@ -64,8 +64,9 @@ from trace_opd.data.remote import require_reachable
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.annotators import engine_of
 from trace_opd.pipelines.pipeline import STAGES, TABLE_STAGES, run_pipeline
+from trace_opd.pipelines.planning.pipeline_plan import plan_pipeline
 from trace_opd.pipelines.stages import REGISTRY, StageEntry
-from trace_opd.pipelines.stages.base import Plan, close_idle_engine
+from trace_opd.pipelines.stages.base import Plan, close_idle_engine, give_name
 from trace_opd.schemas.configs import AnnotateConfig, Config, PipelineConfig
 from trace_opd.schemas.settings import load_config, override, validated
 
@@ -280,7 +281,7 @@ def _mark_crashed(futures: Sequence[PrefectFuture[Any]]) -> None:
 
 
 def _published(store: Store, dataset: Dataset, alias: str) -> str:
-    store.set_alias(alias, dataset)
+    give_name(store, alias, dataset, get_run_logger().info)
     summary = [{"figure": key, "value": str(value)} for key, value in dataset.summary.items()]
     key = f"{dataset.stage}-{dataset.id}"
     create_table_artifact(summary, key=key, description=f"{alias}: {dataset.path()}")
@@ -342,14 +343,19 @@ globals().update(STAGE_FLOWS)  # entrypoints name them: `trace_opd.flows.annotat
 def pipeline(
     config: PipelineConfig, overrides: list[str] | None = None, store: str = ""
 ) -> dict[str, str]:
-    """Run every stage in order, each as a subflow."""
+    """Check all stages, then run them in order, each as a subflow."""
     root = store or default_store()
 
     def run(stage: str, stage_config: Config, alias: str) -> str:
         ref: Any = STAGE_FLOWS[stage](stage_config, store=root, alias=alias)
         return ref
 
-    return _state_of(lambda: run_pipeline(_checked(PipelineConfig, config, overrides), run))
+    def made() -> dict[str, str]:
+        checked = _checked(PipelineConfig, config, overrides)
+        plan_pipeline(checked, Store(root)).require()
+        return run_pipeline(checked, run)
+
+    return _state_of(made)
 
 
 def crash_dead_runs(after_s: float = 300) -> None:

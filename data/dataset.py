@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..schemas.errors import InputError
 from ..schemas.tables import CONTRACTS
 from .atomic import make_folders, sweep, writing
 from .manifest import MANIFEST, content_hash, finished_manifest, is_ref, now, read_manifest
+from .nearby import absent_dataset
 from .owner import claim
 from .parts import count_rows, encoded, part_name, read_part
 from .store_files import StoreFiles, as_json
@@ -60,9 +61,7 @@ def get_dataset(files: StoreFiles, ref: str) -> "Dataset":
     """As `find_dataset`, but raises InputError if there is none."""
     found = find_dataset(files, ref)
     if found is None:
-        raise InputError(
-            f"dataset {ref!r} is not in store {files.root}; `trace-opd ls` lists what is there"
-        )
+        raise InputError(absent_dataset(files, ref, {}))
     return found
 
 
@@ -170,6 +169,11 @@ class Dataset:
         return out
 
 
+def in_use(ref: str) -> str:
+    """The name of the lock that runs share on a dataset while they read it."""
+    return f"{ref}.use"
+
+
 def why_empty(dataset: Dataset) -> str:
     """Which dataset the rows of an empty one were lost at, and why, as far as its summary shows."""
     empty = [node for _, _, node in dataset.lineage() if node.manifest["table"] and not node.rows]
@@ -211,12 +215,20 @@ class Draft:
         waits: called with a line that names the holder, before this blocks; may raise.
 
         Raises:
-            InputError: the store can't be written.
+            InputError: the store can't be written, or an input was removed (removal.py).
         """
-        with self.files.locked(self.ref, lambda who: waits(f"{self.ref} is being made by {who}")):
+        with ExitStack() as held:
+            who = lambda who: waits(f"{self.ref} is being made by {who}")  # noqa: E731
+            held.enter_context(self.files.locked(self.ref, who))
+            inputs = set(self.header["inputs"].values())
+            for ref in sorted(inputs):
+                held.enter_context(self.files.locked(in_use(ref), shared=True))
             found = find_dataset(self.files, self.ref)
             if found is not None:
                 self.files.sync(self.ref)
+            elif self.files.is_local:  # elsewhere no removal sees the locks
+                for ref in inputs:
+                    get_dataset(self.files, ref)
             header = self.header | {"started_at": now()}
             yield found or replace(self, header=header, began=time.monotonic())
 

@@ -35,11 +35,14 @@ _held: set[int] = set()
 
 
 @contextmanager
-def locked(root: Path, name: str, waits: Callable[[str], None] | None = None) -> Iterator[None]:
+def locked(
+    root: Path, name: str, waits: Callable[[str], None] | None = None, shared: bool = False
+) -> Iterator[None]:
     """Hold a name under a root exclusively; the file `<root>/.locks/<name>` exists meanwhile.
 
     root: a path without links. waits: called once with the holder before this blocks; an exception
-    from it ends the attempt. On a file system without locks this warns and locks nothing.
+    from it ends the attempt. shared: several processes may hold the name so at once, while none
+    holds it exclusively. On a file system without locks this warns and locks nothing.
 
     Raises:
         InputError: the lock file can't be written, is a link, or is not a lock file.
@@ -47,7 +50,7 @@ def locked(root: Path, name: str, waits: Callable[[str], None] | None = None) ->
     path = root / _FOLDER / _file_name(name)
     try:
         with writing(path):
-            descriptor = _acquire(root, name, waits)
+            descriptor = _acquire(root, name, waits, shared)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
@@ -63,8 +66,9 @@ def locked(root: Path, name: str, waits: Callable[[str], None] | None = None) ->
         yield
     finally:
         # Unlink before release: a process that opens the path from now on creates another file.
+        # Of several holders none may; `remove_unheld` does it after the last one.
         with suppress(OSError, InputError), opened_folder(root, _FOLDER) as folder:
-            if _is_at(descriptor, folder, path.name):
+            if not shared and _is_at(descriptor, folder, path.name):
                 os.unlink(path.name, dir_fd=folder)
         _held.discard(descriptor)
         os.close(descriptor)
@@ -104,24 +108,36 @@ def _remove_unheld(folder: int, name: str, path: Path) -> None:
         os.close(descriptor)
 
 
+def any_held(root: Path, prefix: str) -> bool:
+    """Whether a process holds a name that begins so."""
+    try:
+        names = os.listdir(root / _FOLDER)  # noqa: PTH208 - names alone
+    except OSError:
+        return False
+    return any(name.startswith(_file_name(prefix)) and holder(root, name) for name in names)
+
+
 def _file_name(name: str) -> str:
     return name.replace("/", ".")
 
 
-def _acquire(root: Path, name: str, waits: Callable[[str], None] | None) -> int:
-    """A locked descriptor of the lock file, which now names this process."""
+def _acquire(
+    root: Path, name: str, waits: Callable[[str], None] | None, shared: bool = False
+) -> int:
+    """A locked descriptor of the lock file, which now names this process unless it is shared."""
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     path = root / _FOLDER / _file_name(name)
     waited = False
     while True:
         descriptor, folder = _open(root, path)
         try:
-            if not _try(descriptor):
+            if not _try(descriptor, kind):
                 time.sleep(_SWEEP_S)
-                if not _try(descriptor):
+                if not _try(descriptor, kind):
                     if waits is not None and not waited:
                         waits(_named(descriptor))
                         waited = True
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                    fcntl.flock(descriptor, kind)
             if not _is_ours(descriptor):
                 raise InputError(
                     f"{path}: is not a lock file of this program; move it elsewhere and give the "
@@ -129,7 +145,9 @@ def _acquire(root: Path, name: str, waits: Callable[[str], None] | None) -> int:
                 )
             if _is_at(descriptor, folder, path.name):
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+                if not shared:  # two holders would write over each other
+                    holder_name = f"{os.getpid()} {socket.gethostname()}"
+                    os.pwrite(descriptor, holder_name.encode(), 0)
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -158,9 +176,9 @@ def _open(root: Path, path: Path) -> tuple[int, int]:
         ) from None
 
 
-def _try(descriptor: int) -> bool:
+def _try(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -14,7 +14,7 @@ from .atomic import write_atomic
 from .store_files import StoreFiles, as_json
 
 CLAIM = "claim.json"
-_OWNER = ".owner"
+OWNER = ".owner"
 
 
 def claim(files: StoreFiles, ref: str) -> None:
@@ -24,7 +24,7 @@ def claim(files: StoreFiles, ref: str) -> None:
         InputError: another folder is the owner.
     """
     folder = files.local_path(ref)
-    owner_path = folder / _OWNER
+    owner_path = folder / OWNER
     if not owner_path.exists():
         with files.locked(f"{ref}.owner"):  # ranks of one training call this at the same time
             if not owner_path.exists():

@@ -13,7 +13,7 @@ stage and command opens a `Store`.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..schemas.errors import DamagedFile, InputError
 from .dataset import Dataset, Draft, dataset_id, find_dataset, why_empty
 from .locks import remove_unheld
 from .manifest import MANIFEST, content_hash, is_alias, is_ref, is_stage, now, read_aliases
+from .nearby import absent_dataset
 from .store_files import StoreFiles, as_json
 
 __all__ = ["MANIFEST", "Dataset", "Draft", "Store", "content_hash"]
@@ -83,9 +84,7 @@ class Store:
         """
         matches = self.matches(ref)
         if not matches:
-            raise InputError(
-                f"dataset {ref!r} is not in store {self.root}; `trace-opd ls` lists what is there"
-            )
+            raise InputError(absent_dataset(self.files, ref, self.aliases()))
         if len(matches) > 1:
             raise InputError(
                 f"dataset {ref!r} is ambiguous ({', '.join(d.ref for d in matches[:3])}); "
@@ -189,13 +188,14 @@ class Store:
             )
         return good
 
-    def set_alias(self, name: str, dataset: Dataset) -> None:
-        """Give a dataset a name, taking the name from the dataset that had it.
+    def set_alias(self, name: str, dataset: Dataset) -> str | None:
+        """Give a dataset a name and return the `stage/id` that had it; None if none had.
 
         Concurrent calls lose no alias in a local store or on S3 (`StoreFiles.update`).
 
         Raises:
-            InputError: the name is not valid, or the store can't be written.
+            InputError: the name is not valid, the store can't be written, or the dataset was
+                removed meanwhile.
         """
         if not is_alias(name):
             raise InputError(f"alias {name!r}: use letters, digits, dot, dash and underscore")
@@ -205,11 +205,34 @@ class Store:
             if self.files.is_local:
                 remove_unheld(self.files.local_root())
             self.files.sync("")
-            return
+            return dataset.ref
         self.files.sync(dataset.ref)
-        self.files.update(
-            _ALIASES, lambda content: as_json(self._parse_aliases(content) | {name: dataset.ref})
-        )
+        former: str | None = None
+
+        def change(content: bytes | None) -> bytes:
+            nonlocal former
+            names = self._parse_aliases(content)
+            former = names.get(name)
+            return as_json(names | {name: dataset.ref})
+
+        self.files.update(_ALIASES, change)
+        # A removal reads the aliases once the manifest is gone, so one of the two sees the other.
+        if not self.files.exists(f"{dataset.ref}/{MANIFEST}"):
+            raise InputError(
+                f"dataset {dataset.ref} was removed while it was named {name}; give the same "
+                "command again, which makes it again"
+            )
+        return former
+
+    def drop_aliases(self, names: Collection[str]) -> None:
+        """Remove names; the datasets stay. Concurrent calls: see `set_alias`."""
+
+        def change(content: bytes | None) -> bytes:
+            kept = self._parse_aliases(content)
+            return as_json({name: ref for name, ref in kept.items() if name not in names})
+
+        if set(names) & self.aliases().keys():
+            self.files.update(_ALIASES, change)
 
 
 def _check_table(dataset: Dataset, table: TableContract, ref: str) -> None:

@@ -263,12 +263,15 @@ class StoreFiles:
     # --- locks ---
 
     def locked(
-        self, name: str, waits: Callable[[str], None] | None = None
+        self, name: str, waits: Callable[[str], None] | None = None, shared: bool = False
     ) -> AbstractContextManager[None]:
-        """Hold a name exclusively (`locks.locked`). For a remote store the lock covers the
-        processes that share $TRACE_OPD_LOCAL; without that variable there is no lock."""
+        """Hold a name exclusively, or shared (`locks.locked`).
+
+        For a remote store the lock covers the processes that share $TRACE_OPD_LOCAL; without that
+        variable there is no lock.
+        """
         root = self._local_root()
-        return nullcontext() if root is None else locked(root, name, waits)
+        return nullcontext() if root is None else locked(root, name, waits, shared)
 
 
 def as_json(value: Any) -> bytes:

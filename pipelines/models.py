@@ -5,6 +5,7 @@ plan.
 import os
 from pathlib import Path
 
+from ..schemas.environment import cache_folder
 from ..schemas.errors import InputError
 from ..trace.identity import CHAT_TEMPLATES, MODEL_FILES, model_revision
 
@@ -18,10 +19,10 @@ _NOT_FROM_HUB = ["*/*.safetensors", "*/*.json", "*/*.model", "consolidated*.safe
 def resolve_policy(path: str, weights: bool = True, download: bool = True) -> str:
     """The folder of a policy: a bundled name (micro, smollm2), a folder, or a hub id.
 
-    smollm2 is prepared on first use in $TRACE_OPD_MODELS (default: models/ here). A hub id becomes
-    its snapshot in the hub's cache: its files are of one commit, and are its identity. weights:
-    False
-    leaves them on the hub. download: False uses the cache alone.
+    smollm2 is prepared on first use, once per machine: in $TRACE_OPD_MODELS, by default `models` of
+    the cache folder. A hub id becomes its snapshot in the hub's cache: its files are of one commit,
+    and are its identity. weights: False leaves them on the hub. download: False uses the cache
+    alone.
 
     Raises:
         InputError: no such path or hub id.
@@ -31,8 +32,8 @@ def resolve_policy(path: str, weights: bool = True, download: bool = True) -> st
     if path == "smollm2":
         from .bundled.smollm2 import prepare
 
-        folder = Path(os.environ.get("TRACE_OPD_MODELS", "models")) / "smollm2"
-        return str(prepare(folder.resolve()))
+        folder = Path(os.environ.get("TRACE_OPD_MODELS") or cache_folder("models"))
+        return str(prepare(folder.resolve() / "smollm2"))
     if Path(path).is_dir():
         if not (Path(path) / "config.json").exists():
             raise InputError(f"policy {path}: has no config.json; give a transformers model folder")

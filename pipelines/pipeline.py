@@ -11,7 +11,7 @@ from ..schemas.configs import Config, NoAnnotator, PipelineConfig
 from ..schemas.environment import whole_number
 from ..trace.route import needs_annotations
 from .stages import REGISTRY
-from .stages.base import Stage
+from .stages.base import Stage, give_name
 
 STAGES = {name: entry.load() for name, entry in REGISTRY.items()}
 TABLE_STAGES: dict[str, Stage] = {
@@ -30,7 +30,7 @@ def run_stage(name: str, config: Any, store: Store, alias: str | None = None) ->
     if not isinstance(made, Dataset):
         return str(made)
     if whole_number("RANK", 0) == 0:  # one of torchrun's processes sets the name
-        store.set_alias(alias or REGISTRY[name].alias or name, made)
+        give_name(store, alias or REGISTRY[name].alias or name, made)
     stage.check(config, made)
     return made
 

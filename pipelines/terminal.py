@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -47,6 +47,11 @@ def _written_out(match: re.Match[str]) -> str:
     if code < 0x20:
         return chr(0x2400 + code)
     return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+
+
+def named(names: Sequence[str]) -> str:
+    """A dataset's names, to follow its id."""
+    return f" ({', '.join(names)})" if names else ""
 
 
 class Terminal(Console):

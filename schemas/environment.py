@@ -1,8 +1,10 @@
-"""Numbers in environment variables, such as torchrun's RANK; ranks.py and pipelines/ read them
-here.
+"""What environment variables say: numbers such as torchrun's RANK, and the machine's cache folder.
+
+ranks.py, identity.py and pipelines/ read them here.
 """
 
 import os
+from pathlib import Path
 
 from .errors import InputError
 
@@ -22,6 +24,17 @@ def whole_number(variable: str, default: int) -> int:
             "with torchrun, which sets it"
         )
     return int(text)
+
+
+def cache_folder(kind: str) -> Path:
+    """A folder of this machine for files that any run can make again, one for all stores.
+
+    $TRACE_OPD_CACHE, else trace-opd in the user's cache folder (XDG). kind: the folder in it.
+    """
+    if own := os.environ.get("TRACE_OPD_CACHE"):
+        return Path(own) / kind
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    return Path(base) / "trace-opd" / kind
 
 
 # Settings of Prefect: what the stages log (tokens and cost of a part) joins the flow run's log, and

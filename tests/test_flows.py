@@ -164,7 +164,12 @@ def test_after_a_failed_part_only_the_missing_one_is_made(own, tmp_path):
         ),
         ("verify", {}, ["rollouts=nothing"], "dataset 'nothing' is not in store"),
         ("train", {}, [], "config: offline.steps and online.steps are both 0"),
-        ("pipeline", CONFIG, ["rollout.policy.path=./nothing"], "policy ./nothing: is not there"),
+        (
+            "pipeline",
+            CONFIG,
+            ["rollout.policy.path=./nothing"],
+            "rollouts: policy ./nothing: is not",
+        ),
     ],
 )
 def test_bad_input_is_the_sentence_of_the_state_without_a_traceback(

@@ -13,7 +13,6 @@ checkpoint is renamed to damaged-step-NNNNN, and training resumes from the one b
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,16 +24,22 @@ from safetensors import SafetensorError
 
 from ..data.atomic import sync
 from ..schemas.errors import InputError
-from .identity import TRAINER_FILE, damage, write_checksums
+from .identity import TRAINER_FILE, write_checksums
 from .lora import has_adapters, save_adapters, save_merged, set_adapters, transformers_model
 from .ranks import full_optimizer, full_weights, load_optimizer, load_weights
+from .retention import (
+    DAMAGED,
+    NAME,
+    checkpoints,
+    difference,
+    prune_checkpoints,
+    step_of,
+    temporary_folder,
+)
 from .saved_run import WRAPPER, SavedRun, read_run, restore_rng_states, rng_states, save_state
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-_NAME = re.compile(r"step-(\d{5,12})")
-_DAMAGED = "damaged-"
 
 
 def save_model(trainer: Trainer, folder: Path) -> Path:
@@ -78,34 +83,6 @@ def save_checkpoint(trainer: Trainer, folder: Path, keep: int = 2) -> Path:
     return target
 
 
-def prune_checkpoints(newest: Path, keep: int) -> None:
-    """Remove a run's older checkpoints, each atomically; keep `newest` and `keep` - 1 before it.
-
-    newest: just written or just restored, so it is sound. Damaged checkpoints do not count, and
-    stay.
-    """
-    older = [path for path in checkpoints(newest.parent) if step_of(path) < step_of(newest)]
-    complete = [path for path in older if _is_complete(path)]
-    for old in complete[keep - 1 :]:
-        # Renamed first: a kill during the removal leaves no partial checkpoint under its name.
-        shutil.rmtree(old.rename(_temporary(old)))
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    return (checkpoint / TRAINER_FILE).exists() and _difference(checkpoint, read=False) is None
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints by name, newest first; `resume` checks whether they are sound."""
-    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
 def resume(trainer: Trainer, folder: Path) -> Path | None:
     """Restore the newest sound checkpoint of a run and return it; None: there is none.
 
@@ -116,7 +93,7 @@ def resume(trainer: Trainer, folder: Path) -> Path | None:
     for checkpoint in candidates:
         saved = reason = None
         if ranks.first:
-            reason = _difference(checkpoint)
+            reason = difference(checkpoint)
         reason = ranks.broadcast(reason)
         if reason is None:
             try:
@@ -142,27 +119,20 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     Raises:
         InputError: the checkpoint is damaged; the trainer is unchanged.
     """
-    if (reason := _difference(checkpoint)) is not None:
+    if (reason := difference(checkpoint)) is not None:
         raise InputError(f"{checkpoint}: is damaged ({reason}); take another checkpoint")
     _apply(trainer, read_run(trainer, checkpoint, step_of(checkpoint)))
 
 
 def _candidates(folder: Path) -> list[Path]:
     for path in sorted(folder.glob("step-*")):
-        if not (_NAME.fullmatch(path.name) and path.is_dir()):
+        if not (NAME.fullmatch(path.name) and path.is_dir()):
             logger.warning("%s: is no checkpoint (a folder such as step-00050); ignored", path)
     return checkpoints(folder)
 
 
-def _difference(checkpoint: Path, read: bool = True) -> str | None:
-    try:
-        return damage(checkpoint, read)
-    except OSError as error:
-        return str(error)
-
-
 def _set_aside(checkpoint: Path, reason: str, how: str) -> None:
-    aside = checkpoint.with_name(_DAMAGED + checkpoint.name)
+    aside = checkpoint.with_name(DAMAGED + checkpoint.name)
     with suppress(OSError):  # the name only helps the user: every resume checks again
         if aside.exists():
             shutil.rmtree(aside)
@@ -218,7 +188,7 @@ def _student_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def _publish(target: Path, write: Callable[[Path], None]) -> None:
     """Write a temporary folder, then rename it to the target; leftovers of a kill are removed."""
-    temporary = _temporary(target)
+    temporary = temporary_folder(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for leftover in target.parent.glob(".tmp-*"):
@@ -241,7 +211,3 @@ def _publish(target: Path, write: Callable[[Path], None]) -> None:
         target.unlink(missing_ok=True)
     os.replace(temporary, target)  # noqa: PTH105 - atomic on POSIX
     sync(target.parent)
-
-
-def _temporary(target: Path) -> Path:
-    return target.parent / f".tmp-{target.name}"

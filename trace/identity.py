@@ -21,6 +21,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..data.atomic import write_atomic
+from ..schemas.environment import cache_folder
 from ..schemas.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def cached_sha256(file: Path) -> str:
     before = file.stat()
     if before.st_size < _CACHED_FROM:
         return sha256_of(file)
-    entry = _cache_folder() / hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:32]
+    entry = cache_folder("sha256") / hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:32]
     known = [before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino]
     if (digest := _cached(entry, known)) is not None:
         return digest
@@ -132,14 +133,6 @@ def _cached(entry: Path, known: list[int]) -> str | None:
 
 def _is_sha256(text: str) -> bool:
     return len(text) == 64 and set(text) <= set("0123456789abcdef")
-
-
-def _cache_folder() -> Path:
-    """$TRACE_OPD_CACHE, else trace-opd in the user's cache folder (XDG)."""
-    if own := os.environ.get("TRACE_OPD_CACHE"):
-        return Path(own) / "sha256"
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
-    return Path(base) / "trace-opd" / "sha256"
 
 
 def write_checksums(folder: Path) -> None:

@@ -1,8 +1,9 @@
 """`make demo`: python -m trace_opd.pipelines.bundled.demo [micro|smollm2]
 
-Runs the pipeline of configs/<model>.yaml as Prefect flows on the embedded server. Then it prints,
-and writes into summary.json, the pass rate before and after with 95 % intervals and the paths of
-the Parquet files and the report.
+Runs the pipeline of configs/<model>.yaml as Prefect flows on the embedded server, in a folder and
+with a prefix of its own: runs/demo and demo- for micro, runs/demo-smollm2 and smollm2- for smollm2.
+Then it prints, and writes into summary.json, the pass rate before and after with 95 % intervals and
+the paths of the Parquet files and the report.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from ...schemas.settings import load_config
 from ..models import resolve_policy
 from ..terminal import Terminal
 
+FOLDERS = {"micro": Path("runs/demo"), "smollm2": Path("runs/demo-smollm2")}
+
 _ROOT = Path(__file__).parents[2]
 _TABLES = ("problems", "rollouts", "verdicts", "annotations", "routed")
 _QUIET = {
@@ -36,11 +39,12 @@ _QUIET = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
-    parser.add_argument("model", nargs="?", default="micro", choices=("micro", "smollm2"))
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run")
+    parser.add_argument("model", nargs="?", default="micro", choices=FOLDERS)
+    parser.add_argument("--output", type=Path, help="folder of the run")
     args = parser.parse_args()
+    output = args.output or FOLDERS[args.model]
     config_path = _ROOT / "configs" / f"{args.model}.yaml"
-    root = (args.output / "store").resolve()
+    root = (output / "store").resolve()
     resolve_policy(args.model)  # prepared before the run's time is measured
     started = time.perf_counter()
     command = [sys.executable, "-P", "-m", "trace_opd.flows", str(config_path), "--run"]
@@ -49,8 +53,10 @@ def main() -> None:
         sys.exit(run.returncode)  # it has printed its error
     seconds = round(time.perf_counter() - started, 1)
     config = load_config(PipelineConfig, config_path)
-    result = {"model": args.model, "seconds": seconds} | summary(config.name, Store(root))
-    path = args.output / "summary.json"
+    store = os.path.relpath(root)
+    about = {"model": args.model, "name": config.name, "store": store, "seconds": seconds}
+    result = about | summary(config.name, Store(root))
+    path = output / "summary.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print_summary(result, path)
 
@@ -80,9 +86,14 @@ def print_summary(result: dict[str, Any], path: Path) -> None:
             role, *((f"{rate:.1%}", "{:.1%} – {:.1%}".format(*interval)) if known else "––")
         )
     console.print(table)
-    places = {**result["datasets"], **{key: result[key] for key in ("checkpoint", "report")}}
-    for name, place in (places | {"summary": f"{path}  ({result['seconds']:.0f} s)"}).items():
-        console.print(f"{name:12} {place}", soft_wrap=True, highlight=False)
+    lines = [f"{result['name']}-{role:12} {place}" for role, place in result["datasets"].items()]
+    width = len(f"{result['name']}-") + 12
+    places = {key: result[key] for key in ("checkpoint", "report")}
+    places["summary"] = f"{path}  ({result['seconds']:.0f} s)"
+    lines += [f"{name:{width}} {place}" for name, place in places.items()]
+    lines.append(f"To use these datasets: export TRACE_OPD_STORE={result['store']}")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from ...schemas.settings import load_config, override
 from ...schemas.template import template
 from ..stages import REGISTRY, StageEntry
 from ..terminal import console, log_to_terminal, print_config, print_json
+from . import removal_commands
 from .ending import exit_code, log_thread_failures, stop_by_signals
 from .store_commands import COMMANDS, StoreRoot, open_store
 
@@ -99,7 +100,7 @@ def _run_stage(name: str, config: Config, store: "Store", alias: str | None, dry
     if whole_number("RANK", 0) != 0:  # only the first of torchrun's processes prints
         return
     if isinstance(made, Dataset):
-        show_dataset(made, console)
+        show_dataset(made, console, [alias or REGISTRY[name].alias or name])
     else:
         console.print(made, soft_wrap=True)
 
@@ -139,7 +140,7 @@ def _report(
 for _entry in REGISTRY.values():
     _command = _report if _entry.name == "report" else _stage_command(_entry)
     app.command(_entry.name, help=_entry.summary)(_command)
-for _name, _command in COMMANDS.items():
+for _name, _command in (COMMANDS | removal_commands.COMMANDS).items():
     app.command(_name)(_command)
 
 
@@ -167,20 +168,22 @@ def pipeline(
     overrides: Overrides = None,
     preset: PresetName = None,
     store: StoreRoot = "store",
+    alias: Annotated[
+        str | None, typer.Option(help="Prefix of all datasets' names; default: the config's name.")
+    ] = None,
     keep_failed: KeepFailed = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check all stages and print the plan; run nothing."),
+    ] = False,
 ) -> None:
-    """Run every stage in order, in this process, without a server."""
+    """Check all stages, then run them in order, in this process, without a server."""
     kept = ["annotate.annotator.keep_failed=true"] if keep_failed else []
-    loaded = _load(PipelineConfig, config, [*(overrides or []), *kept], None, preset)
-    opened = open_store(store)
-    from ..pipeline import run_pipeline, run_stage
+    named = [f"name={alias}"] if alias is not None else []
+    loaded = _load(PipelineConfig, config, [*(overrides or []), *kept, *named], None, preset)
+    from .run_pipeline import plan_and_run
 
-    def run(stage: str, stage_config: Config, alias: str) -> str:
-        result = run_stage(stage, stage_config, opened, alias)
-        console.print(f"{alias}: {result if isinstance(result, str) else result.ref}")
-        return result if isinstance(result, str) else result.ref
-
-    run_pipeline(loaded, run)
+    plan_and_run(loaded, open_store(store), dry_run)
 
 
 @app.command()

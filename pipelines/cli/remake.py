@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from ...data.dataset import find_dataset
 from ...data.store import MANIFEST, Dataset, Store
 from ...schemas.errors import InputError
+from ...trace.retention import checkpoints
 from ..stages import REGISTRY
 from ..stages.train import FINAL
 
@@ -37,7 +39,7 @@ def remake_commands(store: Store, damaged: Sequence[tuple[Dataset, Sequence[str]
             commands[online] = f"# {online}, which made {dataset.ref}, is missing"
             if run is not None:
                 commands[online] = _train_again(store, run)
-        elif dataset.stage == "train" and not all(name.startswith(FINAL) for name in names):
+        elif dataset.stage == "train" and not _from_checkpoint(dataset, names):
             commands[dataset.ref] = _train_again(store, dataset)
         else:
             removed = _paths(dataset, MANIFEST, *names)
@@ -48,6 +50,12 @@ def remake_commands(store: Store, damaged: Sequence[tuple[Dataset, Sequence[str]
         else f"# {ref}: its config holds characters that no command line can"
         for ref in sorted(commands, key=_order)
     ]
+
+
+def _from_checkpoint(run: Dataset, names: Sequence[str]) -> bool:
+    """Whether only the final model is damaged, and a checkpoint is left that it is made from."""
+    folder = Path(run.files.base) / run.ref / "checkpoints"
+    return bool(checkpoints(folder)) and all(name.startswith(FINAL) for name in names)
 
 
 def _found(dataset: Dataset, ref: str) -> Dataset | None:

@@ -3,7 +3,7 @@
 commands.py calls `show_plan` and `show_dataset`, `trace-opd show` also `show_rollout`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ...data.nearby import described, other_stores
 from ...data.row_files import skipped_faults
 from ...data.store import MANIFEST, Dataset, Store
 from ...schemas.configs import Config, TrainConfig
@@ -21,12 +22,12 @@ from ...schemas.labels import Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
 from ..annotators.spending import dollars
 from ..pipeline import TABLE_STAGES
+from ..planning.estimate import estimate, estimate_view
 from ..stages import train
-from ..terminal import print_config
+from ..terminal import named, print_config
 from ..viewer.paint import Paint, Piece
 from ..viewer.rollout_tables import find_byte_table, find_tables
 from ..viewer.rollout_view import RolloutView, load_rollouts
-from .estimate import estimate, estimate_view
 
 # Underlines as well as colours: readers must tell routes apart without seeing colour.
 _ROUTE_STYLES = (
@@ -70,13 +71,13 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
             console.print(estimate_view(found, plan, target))
 
 
-def show_dataset(dataset: Dataset, console: Console) -> None:
-    """Print a dataset's id, rows and figures, and where its files are.
+def show_dataset(dataset: Dataset, console: Console, names: Sequence[str] = ()) -> None:
+    """Print a dataset's id, its names, rows and figures, and where its files are.
 
     Raises:
         DamagedFile: its summary does not fit its stage.
     """
-    console.print(f"{dataset.ref}  {dataset.rows} rows")
+    console.print(f"{dataset.ref}{named(names)}  {dataset.rows} rows", soft_wrap=True)
     try:
         tables = list(_summary_tables(dataset))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -93,7 +94,7 @@ def _summary_tables(dataset: Dataset) -> Iterator[Table]:
     summary = dict(dataset.summary)
     parts = summary.pop("per_part", None)
     if dataset.stage == "evaluate":
-        yield _evaluation_table(summary)
+        yield evaluation_table(summary)
     else:
         yield _figures_table(summary)
     if parts:
@@ -136,7 +137,7 @@ def reading_notes(dataset: Dataset) -> Iterator[str]:
                 yield f"{key}: {figure(key, dataset.summary[key])}".replace("\n", "; ")
 
 
-def _evaluation_table(summary: dict[str, Any]) -> Table:
+def evaluation_table(summary: dict[str, Any]) -> Table:
     """A row per figure, a column per policy, the paired difference last; 95 % intervals. A dash
     where nothing was scored."""
     columns = dict(summary["policies"])
@@ -180,9 +181,10 @@ def _find(prefix: str, store: Store) -> tuple[Dataset, str]:
             )
         if matches:
             return dataset, matches[0]
+    others = other_stores(store.files)
     raise InputError(
-        f"rollout {prefix!r} is in no routed or annotations dataset of store {store.root}; "
-        "`trace-opd report` lists rollouts with their ids"
+        f"rollout {prefix!r} is in no routed or annotations dataset of store "
+        f"{described(store.files)}; {others or '`trace-opd report` lists rollouts with their ids'}"
     )
 
 

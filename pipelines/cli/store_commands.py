@@ -16,7 +16,7 @@ from rich.tree import Tree
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
 from ..runtime.signals import handled
-from ..terminal import Terminal, console, print_json
+from ..terminal import Terminal, console, named, print_json
 
 if TYPE_CHECKING:
     from ...data.store import Dataset, Store
@@ -57,15 +57,13 @@ def ls(
 ) -> None:
     """List the store's datasets."""
     opened = open_store(store)
-    names: dict[str, list[str]] = {}
-    try:
-        for name, ref in opened.aliases().items():
-            names.setdefault(ref, []).append(name)
-    except InputError as error:  # list the datasets without names
-        logger.warning("%s", error)
+    names = _names(opened)
     # A pipe has no width: its lines are for grep.
     out = console if console.is_terminal else Terminal(width=_UNBOUNDED)
-    out.print(listing(opened.datasets(stage), names, out.width < _WIDE))
+    table = listing(opened.datasets(stage), names, out.width < _WIDE)
+    out.print(table)
+    if not table.rows and stage is None:
+        _print_empty(opened)
 
 
 def listing(datasets: "Iterable[Dataset]", names: dict[str, list[str]], narrow: bool) -> Table:
@@ -86,6 +84,26 @@ def listing(datasets: "Iterable[Dataset]", names: dict[str, list[str]], narrow: 
     return table
 
 
+def _print_empty(store: "Store") -> None:
+    """Where an empty store is, and which stores nearby are not empty."""
+    from ...data.nearby import described, other_stores
+
+    others = other_stores(store.files)
+    line = f"no datasets in {described(store.files)}{'; ' if others else ''}{others}"
+    Terminal(stderr=True).print(line, soft_wrap=True, highlight=False)
+
+
+def _names(store: "Store") -> dict[str, list[str]]:
+    """The aliases of each dataset; none if the file of aliases is damaged."""
+    names: dict[str, list[str]] = {}
+    try:
+        for name, ref in store.aliases().items():
+            names.setdefault(ref, []).append(name)
+    except InputError as error:
+        logger.warning("%s", error)
+    return names
+
+
 def show(
     ref: Annotated[str, typer.Argument(help="Dataset (alias, id) or rollout id.")],
     store: StoreRoot = "store",
@@ -98,7 +116,7 @@ def show(
         show_rollout(ref, opened, console)
         return
     dataset = opened.get(ref)
-    show_dataset(dataset, console)
+    show_dataset(dataset, console, _names(opened).get(dataset.ref, []))
     print_json({k: v for k, v in dataset.manifest.items() if k != "summary"}, console)
 
 
@@ -129,9 +147,10 @@ def lineage(
     from .show import reading_notes
 
     opened = open_store(store)
-    trees: list[Tree] = []
+    names, trees = _names(opened), list[Tree]()
     for depth, role, dataset in opened.get(ref).lineage():
-        text = f"{one_line(role) + ': ' if role else ''}{dataset.ref}  {dataset.rows} rows"
+        label = f"{one_line(role) + ': ' if role else ''}{dataset.ref}"
+        text = f"{label}{named(names.get(dataset.ref, []))}  {dataset.rows} rows"
         text = "\n".join([text, *reading_notes(dataset)])
         node = trees[depth - 1].add(text) if depth else Tree(text)
         trees[depth:] = [node]
@@ -144,8 +163,10 @@ def alias(
     store: StoreRoot = "store",
 ) -> None:
     """Give a dataset a name."""
+    from ..stages.base import give_name
+
     opened = open_store(store)
-    opened.set_alias(name, opened.get(ref))
+    give_name(opened, name, opened.get(ref))
 
 
 def import_(

@@ -30,7 +30,7 @@ from ...schemas.errors import InputError
 from ...schemas.labels import AnnotationStatus, AnswerKind, FinishReason, VerdictStatus
 from ...schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from ..annotators.rows import SKIPPED, Identity, Item, Reading, annotation_row, items
-from ..stages.base import make_dataset
+from ..stages.base import give_name, make_dataset
 from ..verifiers.pool import Job, Outcome, VerifierPool
 from ..verifiers.reading import exact_match
 from ..verifiers.verdicts import math_matcher
@@ -150,7 +150,7 @@ def import_labels(
     )
     named = {f"{alias}-{role}": dataset for role, dataset in made.items()}
     for name, dataset in named.items():
-        store.set_alias(name, dataset)
+        give_name(store, name, dataset)
     return named
 
 

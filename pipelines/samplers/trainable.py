@@ -24,13 +24,13 @@ _SERVERS = (
 
 def warn_before(config: RolloutConfig) -> None:
     """Log why responses cannot be trained on, as far as the config shows it."""
-    if (why := _known_before(config)) is not None:
+    if (why := untrainable(config)) is not None:
         logger.warning("rollout: its responses cannot be trained on: %s; %s", why, _USE)
 
 
 def warn_after(rollouts: pa.Table, config: RolloutConfig) -> None:
     """Log it if no response of the first part can be trained on, unless `warn_before` has."""
-    if _known_before(config) is None and len(rollouts) and not _any(rollouts):
+    if untrainable(config) is None and len(rollouts) and not _any(rollouts):
         where = f"sampler.engine={config.sampler.engine}"
         why = _SERVERS if isinstance(config.sampler, OpenAISampler) else "its sampler returned none"
         logger.warning(
@@ -61,7 +61,8 @@ def _any(rollouts: pa.Table) -> bool:
     return bool(pc.any(rollouts["on_policy"]).as_py())
 
 
-def _known_before(config: RolloutConfig) -> str | None:
+def untrainable(config: RolloutConfig) -> str | None:
+    """Why no response can be trained on, as far as the config shows it; None: it does not."""
     if not isinstance(config.sampler, OpenAISampler):
         return None
     if not config.sampling.untruncated or config.sampling.temperature != 1:
@@ -84,4 +85,4 @@ def _why(rollouts: Dataset) -> str:
         return "they were not sampled here"
     if not isinstance(config.sampler, OpenAISampler):
         return f"sampler.engine={config.sampler.engine} returned none"
-    return _known_before(config) or _SERVERS
+    return untrainable(config) or _SERVERS

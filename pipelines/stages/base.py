@@ -19,7 +19,7 @@ from ...data.store import Dataset, Draft, Store
 from ...schemas.configs import Config, located
 from ...schemas.contract import TableContract
 from ..progress import count_part, progress_bar
-from ..terminal import Terminal
+from ..terminal import Terminal, console
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,16 @@ def print_waiting(holder: str) -> None:
     """Print on standard error which run holds a dataset."""
     line = f"trace-opd: {holder}; waiting for its end"
     Terminal(stderr=True).print(line, soft_wrap=True, highlight=False)
+
+
+def give_name(
+    store: Store, name: str, dataset: Dataset, announce: Callable[[str], None] | None = None
+) -> None:
+    """Set an alias; if it named another dataset, announce both. announce: the default prints."""
+    was = store.set_alias(name, dataset)
+    if was is not None and was != dataset.ref:
+        line = f"{name}: was {was}, is now {dataset.ref}"
+        announce(line) if announce else console.print(line, soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Stage train: offline steps over routed tables, then online steps on fresh rollouts.
 
 The registry of stages, the flows and the study call `run`; a dry run calls `begin` alone. The
-dataset's folder holds checkpoints/, metrics.jsonl and tensorboard/. The tables of online steps are
-datasets of their own stages, one part per step, listed in the summary.
+dataset's folder holds checkpoints/ (of a finished run: the final model), metrics.jsonl and
+tensorboard/. The tables of online steps are datasets of their own stages, one part per step, listed
+in the summary.
 """
 
 import copy
@@ -18,12 +19,13 @@ from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import OwnSampler, TrainConfig
 from ...schemas.errors import InputError
 from ...schemas.tables import PROBLEMS, ROUTED
-from ...trace.checkpoint import prune_checkpoints, resume, save_model
+from ...trace.checkpoint import resume, save_model
 from ...trace.identity import model_revision
 from ...trace.packing import PackedModel
 from ...trace.policy import Policy, choose_device, load_policy, load_tokenizer, vocab_fingerprint
 from ...trace.prompt import student_prompt
 from ...trace.ranks import Ranks, copy_weights, join_ranks
+from ...trace.retention import prune_checkpoints, remove_checkpoint, unneeded_checkpoints
 from ...trace.route import needs_annotations, rule_source
 from ...trace.schedule import kl_weight
 from ...trace.trainer import Trainer
@@ -185,6 +187,9 @@ def _run(
     if ranks.first:
         tables = online.finish() if online is not None else {}
         finished = target.finish(0, _summary(target, trainer, tables), _lasting_files(target))
+        if not config.keep_checkpoints:
+            for checkpoint in unneeded_checkpoints(target.local_path("checkpoints")):
+                remove_checkpoint(checkpoint)
     return ranks.broadcast(finished)
 
 

@@ -110,20 +110,31 @@ def open_pool(workers: int) -> Iterator[Executor]:
             ) from error
 
 
-def train_all(runs: Sequence[Run], store: Store, pool: Executor, label: str) -> list[Dataset]:
-    """Every run's dataset, in order; trains those that the store lacks."""
+def train_all(
+    runs: Sequence[Run], store: Store, pool: Executor, label: str, study: str
+) -> list[Dataset]:
+    """Every run's dataset, in order; trains those that the store lacks.
+
+    Each gets an alias with the study's name, so that `trace-opd gc` keeps it.
+    """
     refs: dict[str, str] = {}
+
+    def keep(key: str, ref: str) -> None:
+        refs[key] = ref
+        dataset = store.get(ref)
+        store.set_alias(f"{study}-train-{dataset.id[:8]}", dataset)
+
     futures: dict[Future[str], Run] = {}
     for key, run in {run.key: run for run in runs}.items():
         _, target = train.begin(run.train, store)
         if isinstance(target, Dataset):
-            refs[key] = target.ref
+            keep(key, target.ref)
         else:
             futures[pool.submit(_train, run.train, store.root)] = run
     with progress_bar(label, len(futures), "runs") as progress:
         for future in as_completed(futures):
             run = futures[future]
-            refs[run.key] = future.result()
+            keep(run.key, future.result())
             progress.advance(1, last=f"{run.arm.name} seed {run.seed}")
     return [store.get(refs[run.key]) for run in runs]
 

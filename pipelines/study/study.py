@@ -42,10 +42,10 @@ def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) 
     with open_pool(config.workers) as pool:
         tuning, choices = None, {}
         if tries:
-            tuning = results(answers(tries, train_all(tries, store, pool, "tuning")))
+            tuning = results(answers(tries, train_all(tries, store, pool, "tuning", config.name)))
             choices = chosen(tries, tuning)
         runs = study_runs(config, arms(config, problems, refs), choices)
-        made = train_all(runs, store, pool, "study")
+        made = train_all(runs, store, pool, "study", config.name)
     per_problem = answers(runs, made)
     table = results(per_problem)
     mechanism = _mechanism(config, runs, made)

@@ -206,7 +206,14 @@ class TrainConfig(Config):
         "those of checkpoint_every; null: by steps alone.",
         gt=0,
     )
-    checkpoints_kept: int = operational(2, "Number of newest checkpoints kept on disk.", ge=1)
+    checkpoints_kept: int = operational(
+        2, "Number of newest checkpoints kept on disk while the run trains.", ge=1
+    )
+    keep_checkpoints: bool = operational(
+        False,
+        "Keep them when the run is finished, e.g. to evaluate a step. false: only the final model, "
+        "and with adapters the newest checkpoint.",
+    )
     tracker: Literal["tensorboard", "trackio", "wandb", "none"] = operational(
         "tensorboard", "Where metrics go besides metrics.jsonl."
     )

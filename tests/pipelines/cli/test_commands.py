@@ -285,7 +285,7 @@ def test_the_version_is_printed(run):
 def test_show_prints_a_dataset_its_figures_and_its_glob(run, made):
     out = run("show", "verdicts", "--store", made).out
     dataset = Store(made).get("verdicts")
-    assert out.startswith(f"{dataset.ref}  16 rows\n")
+    assert out.startswith(f"{dataset.ref} (verdicts)  16 rows\n")
     assert dataset.glob in out
     assert "pass_rate" in out
     manifest = json.loads(out[out.index("{\n") :])
@@ -318,6 +318,25 @@ def test_alias_names_a_dataset_for_later_stages(run, own):
     result = run("verify", CONFIG, "rollouts=gold", "--store", own)
     assert result.code == 0
     assert Store(own).aliases()["verdicts"] in result.out
+
+
+def test_an_alias_that_moves_is_announced_with_what_it_was(run, own):
+    was = Store(own).aliases()["verdicts"]
+    result = run("verify", CONFIG, "truncated=mask", "--store", own)
+    now = Store(own).aliases()["verdicts"]
+    assert was != now
+    first, second, *_ = result.out.splitlines()
+    assert first == f"verdicts: was {was}, is now {now}"
+    assert second == f"{now} (verdicts)  16 rows"
+    assert run("alias", "verdicts", was, "--store", own).out.splitlines() == [
+        f"verdicts: was {now}, is now {was}"
+    ]
+
+
+def test_an_empty_store_says_where_it_looked(run, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("ls")
+    assert f"no datasets in {tmp_path}/store, which does not exist yet" in result.err
 
 
 def test_a_finished_stage_is_found_and_renamed_not_made_again(run, own):

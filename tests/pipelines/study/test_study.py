@@ -178,6 +178,10 @@ def test_a_study_goes_on_from_the_runs_that_its_store_has(made):
 
 def test_a_study_leaves_the_names_of_the_users_own_datasets_alone(made):
     names = json.loads((made / "store" / "aliases.json").read_text())
+    runs = {name for name in names if name.startswith("small-train-")}
+    assert {names.pop(name) for name in runs} == {
+        f"train/{path.parent.name}" for path in made.glob("store/train/*/manifest.json")
+    }
     assert set(names) == {"small-problems", "small-test", "small-tuning", "small-other"}
 
 

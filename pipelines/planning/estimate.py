@@ -1,6 +1,6 @@
 """What an annotation run will ask and cost, shown before its first request (`--dry-run`).
 
-Called by the command line (show.py).
+Called by the command line (cli/show.py) and by the plan of a pipeline (cost.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -133,7 +133,9 @@ def estimate_view(found: Estimate, plan: Plan, draft: Draft) -> Group:
         price = find_price(annotator)
         costs = [tokens and tokens.usd(price, annotator.batch) for tokens in columns.values()]
         table.add_row("cost", *map(dollars, costs))
-        notes += _money(annotator, price, first_attempt(plan.semantic, plan.inputs, draft))
+        notes += _money(
+            annotator, price, first_attempt(plan.semantic, plan.inputs, draft), costs[1]
+        )
     return Group(table, Text("\n".join(notes)))
 
 
@@ -153,13 +155,17 @@ def _notes(found: Estimate) -> Iterator[str]:
         yield f"Expected: as much per row as the {found.seen} rows whose answers are known."
 
 
-def _money(annotator: Any, price: Price | None, draft: Draft) -> Iterator[str]:
+def _money(
+    annotator: Any, price: Price | None, draft: Draft, full_usd: float | None
+) -> Iterator[str]:
     yield f"Price: {price or 'unknown'}."
     if jobs := read_jobs(draft.files.local_path(f"{draft.ref}/batches")):
         asked = sum(file.job.requests for file in jobs)
         yield f"{len(jobs)} batches with {asked} of these requests are out already."
     limit = annotator.budget_usd
-    yield f"Budget: {'none' if limit is None else dollars(limit)}."
+    short = limit is not None and full_usd is not None and limit < full_usd
+    below = ", less than one full answer each costs: it may not suffice" if short else ""
+    yield f"Budget: {'none' if limit is None else dollars(limit)}{below}."
 
 
 @dataclass(frozen=True)

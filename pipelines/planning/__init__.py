@@ -1,0 +1,1 @@
+"""What runs would do, read and cost, checked before any work."""

@@ -1,0 +1,124 @@
+"""What the stages of a pipeline will cost and take, before any of their inputs may exist.
+
+pipeline_plan.py calls this. A budget below the cost of the prompts alone is a fault.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from ...data.store import Dataset, Draft, Store
+from ..annotators import engine_of
+from ..annotators.prices import find_price
+from ..annotators.spending import dollars
+from ..stages.base import Plan
+from .estimate import Estimate, Tokens, estimate
+from .expected import ExpectedDataset
+from .faults import annotated_rows
+
+_SAMPLED = 32  # problems from which a cost is estimated
+
+Cost = tuple[str, list[str], list[str]]  # what a stage takes, faults, notes
+_NOTHING: Cost = ("", [], [])
+
+
+def cost(stage: str, config: Any, plan: Plan, draft: Draft) -> Cost:
+    """What a stage's annotator will cost, and whether its budget suffices."""
+    if stage == "annotate":
+        annotator, rows = config.annotator, plan.inputs["verdicts"].rows
+    elif stage == "train" and (rows := annotated_rows(config)):
+        annotator = config.online.annotator
+    else:
+        return _NOTHING
+    if not engine_of(annotator).asks_endpoint or rows == 0:
+        return _NOTHING
+    price = find_price(annotator)
+    least, full = _tokens(stage, config, plan, draft, rows)
+    costs = least.usd(price, annotator.batch), full.usd(price, annotator.batch)
+    if price is None or costs[0] is None or costs[1] is None:
+        return f"{rows} requests, price unknown", [], []
+    takes = f"{dollars(costs[0])} – {dollars(costs[1])}"
+    budget = annotator.budget_usd
+    setting = "annotator.budget_usd" if stage == "annotate" else "online.annotator.budget_usd"
+    if budget is None or budget >= costs[1]:
+        return takes, [], []
+    text = f"{setting} is {dollars(budget)}, and {rows} requests take {takes}"
+    if budget >= costs[0]:
+        return takes, [], [f"{text}: it may not suffice"]
+    return takes, [f"{text}; raise it, or annotate fewer rollouts"], []
+
+
+def _tokens(stage: str, config: Any, plan: Plan, draft: Draft, rows: int) -> tuple[Tokens, Tokens]:
+    """The fewest tokens that the requests take, and those of full answers.
+
+    The fewest: measured on known answers, or prompts alone. Of responses that are not sampled yet
+    the fewest are empty, and the others as long as their limit.
+    """
+    if stage == "annotate" and not isinstance(plan.inputs["rollouts"], ExpectedDataset):
+        found = estimate(plan, draft)
+        assert found is not None, "it asks an endpoint"
+        return found.expected or Tokens(found.full.prompt), found.full
+    problems = plan.inputs["problems"].read_part(0).slice(0, _SAMPLED)
+    if problems.num_rows == 0:
+        return Tokens(), Tokens()
+    if stage == "annotate":
+        sampling = plan.inputs["rollouts"].manifest["config"].get("sampling", {})
+        limit = sampling.get("max_new_tokens", 0)
+    else:
+        config, limit = config.online, config.online.sampling.max_new_tokens
+    short, long = (_sampled(config, problems, draft, "word " * n) for n in (0, limit))
+    share = rows / problems.num_rows
+    return (
+        Tokens(short.full.prompt * share),
+        Tokens(long.full.prompt * share, long.full.completion * share),
+    )
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table in place of a dataset of one part."""
+
+    table: pa.Table
+
+    def read_part(self, index: int) -> pa.Table:
+        return self.table
+
+
+def _sampled(config: Any, problems: pa.Table, draft: Draft, response: str) -> Estimate:
+    """The estimate of one wrong response to each problem."""
+    ids, count = problems["problem_id"].combine_chunks(), problems.num_rows
+    shared: dict[str, Any] = {"rollout_id": ids, "problem_id": ids, "group_id": ids}
+    tables = {
+        "problems": problems,
+        "rollouts": pa.table(shared | {"response": pa.array([response] * count)}),
+        "verdicts": pa.table(shared | {"correct": pa.array([False] * count)}),
+    }
+    inputs: Any = {role: _Table(table) for role, table in tables.items()}
+    unmade = replace(draft, id="0")  # no part of it is there
+    found = estimate(Plan(config, inputs, {}, 1), unmade)
+    assert found is not None, "it asks an endpoint"
+    return found
+
+
+def past_seconds(stage: str, config: Any, store: Store, rows: int | None) -> str:
+    """About how long a stage takes, by the newest dataset of the same stage and policy."""
+    steps = config.offline.steps + config.online.steps if stage == "train" else 0
+
+    def alike(dataset: Dataset) -> bool:
+        recorded = dataset.manifest["config"]
+        if isinstance(recorded.get("online"), str):  # a table of a training's steps
+            return False
+        for section, key in (("policy", "path"), ("annotator", "engine")):
+            own, other = getattr(config, section, None), recorded.get(section) or {}
+            if own is not None and other.get(key) != getattr(own, key):
+                return False
+        return True
+
+    made = filter(alike, store.datasets(stage))
+    for past in sorted(made, key=lambda one: one.manifest["finished_at"], reverse=True):
+        amount, before = (steps, past.summary.get("steps")) if steps else (rows, past.rows)
+        if amount and before:
+            seconds = past.manifest["seconds"] * amount / before
+            return f"about {seconds:.0f} s, as {past.ref}"
+    return ""
