@@ -15,6 +15,7 @@ from rich.tree import Tree
 from ...data.manifest import one_line
 from ...data.remote import require_reachable
 from ...data.store import Store
+from ...data.written_tables import KINDS, import_file
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
 from ..terminal import console, print_json
@@ -124,9 +125,23 @@ def alias(
 
 
 def import_(
-    layout: Annotated[str, typer.Argument(help="processbench or prm800k.")],
-    file: Annotated[str, typer.Argument(help="JSON or JSONL file, or an fsspec URL.")],
-    alias: Annotated[str, typer.Option(help="Prefix of the datasets' names.")],
+    layout: Annotated[
+        str,
+        typer.Argument(
+            help="processbench or prm800k (human labels); rollouts, verdicts or annotations (a "
+            "table of your own)."
+        ),
+    ],
+    file: Annotated[str, typer.Argument(help="JSON, JSONL or Parquet file, or an fsspec URL.")],
+    alias: Annotated[
+        str, typer.Option(help="Prefix of the datasets' names; the name of your own table's.")
+    ],
+    of: Annotated[
+        str | None,
+        typer.Option(
+            "--of", help="Problems, rollouts or verdicts dataset that your own rows belong to."
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of responses.")] = None,
     hide_verdict: Annotated[
         bool,
@@ -134,7 +149,16 @@ def import_(
     ] = False,
     store: StoreRoot = "store",
 ) -> None:
-    """Import human labels of steps as problems, rollouts, verdicts and annotations."""
+    """Import human labels of steps as four datasets, or a table of your own as one."""
+    if layout in KINDS:
+        if of is None:
+            raise InputError(
+                f"import {layout}: --of is missing; name the {KINDS[layout].role} dataset that the "
+                "rows belong to"
+            )
+        dataset = import_file(Store(store), layout, file, of, alias)
+        console.print(f"{alias}: {dataset.ref}  {dataset.rows} rows")
+        return
     from ..compare.human_labels import import_labels
 
     made = import_labels(layout, file, Store(store), alias, limit, hide_verdict)

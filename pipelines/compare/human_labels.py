@@ -22,6 +22,7 @@ import pyarrow as pa
 from ...data.input_files import digest, find_files
 from ...data.step_labels import LabelledResponse, prm800k, processbench
 from ...data.store import Dataset, Draft, Store, content_hash
+from ...data.written_tables import KINDS
 from ...schemas.configs import SegmentConfig, VerifyConfig
 from ...schemas.contract import TableContract
 from ...schemas.errors import InputError
@@ -78,7 +79,7 @@ def import_labels(
         InputError: an unknown layout, a missing file, a row that does not fit the layout, no label.
     """
     if layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r}: is none of {', '.join(LAYOUTS)}")
+        raise InputError(f"layout {layout!r}: is none of {', '.join([*LAYOUTS, *KINDS])}")
     left_out: Counter[str] = Counter()
     rows = list(islice(_numbered(LAYOUTS[layout](path, left_out), left_out), limit))
     if not rows:

@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 _USE = "they can be verified, annotated and evaluated"
 _SERVERS = (
-    "its server returns none; vLLM's does (`vllm serve`, which knows return_token_ids), llama.cpp's "
-    "and hosted APIs do not"
+    "its server returns none; vLLM's does (`vllm serve`, which knows return_token_ids), "
+    "llama.cpp's and hosted APIs do not"
 )
 
 
