@@ -126,13 +126,13 @@ DAMAGE = {
     "a span of no segment": (span(segments=[]), r", row 1: spans has a span that names no segment"),
     "a span outside": (span(segments=[99]), r", row 1: spans has a span that names no segment"),
     "a span with other bounds": (span(start=1, end=2), r", row 1: spans .*start and end"),
-    "a null in a span": (span(start=None), r", row 1: spans .* or a null"),
+    "a null in a span": (span(start=None), r": column spans is .*\(row 1: "),
     "an unknown kind": (span(kind="good"), r", row 1: spans\.kind is not one of key, error"),
     "a gap between segments": (
         lambda rows: rows[1]["segments"].pop(0), r", row 1: segments does not follow",
     ),
     "a null segment": (
-        lambda rows: rows[1]["segments"].insert(0, None), r", row 1: segments .*null",
+        lambda rows: rows[1]["segments"].insert(0, None), r": column segments is .*\(row 1: ",
     ),
     "a repeated row": (lambda rows: rows.append(rows[0]), r", row \d: rollout_id \w+ appears"),
 }  # fmt: skip
