@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-kill test-soak test-cluster test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-loss bench-overlap bench-rollout bench-step bench-verify bases micro study study-quick docs clean
+.PHONY: help peers setup setup-locked lock demo test test-kill test-soak test-cluster test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-judge bench-loss bench-overlap bench-rollout bench-step bench-verify bases micro study study-quick docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -95,6 +95,9 @@ bench-clip: setup  ## compare the forms of the KL clip on the micro policy
 
 bench-data: setup  ## measure convert and the trainer's reader at up to a million rollouts
 	$(BIN)/python benchmarks/data.py
+
+bench-judge: setup  ## count wrong verdicts, ours and math-verify's
+	$(BIN)/python benchmarks/judging.py
 
 bench-loss: setup peers  ## compare time and memory of the loss with TRL's and Liger's
 	$(BIN)/python benchmarks/loss.py

@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
@@ -25,7 +25,8 @@ from typing import Any
 
 from trace_opd.pipelines.terminal import visible
 from trace_opd.schemas.environment import PREFECT_DEFAULTS
-from trace_opd.schemas.errors import DamagedFile, InputError
+from trace_opd.schemas.errors import DamagedFile, InputError, quoted
+from trace_opd.schemas.extras import missing_extra
 
 if __name__ == "__main__":
     for _name, _value in PREFECT_DEFAULTS.items():  # Prefect reads them when it is imported
@@ -33,9 +34,12 @@ if __name__ == "__main__":
     # Imported under its own name: other processes look tasks up by module and name.
     try:
         import_module("trace_opd.flows").main()
-    except InputError as error:
-        print(f"trace-opd: {visible(str(error))}", file=sys.stderr)
-        sys.exit(2)
+    except (InputError, ModuleNotFoundError) as error:
+        sentence = error if isinstance(error, InputError) else missing_extra(error)
+        if sentence is None:
+            raise
+        print(f"trace-opd: {visible(str(sentence))}", file=sys.stderr)
+        sys.exit(sentence.exit_code)
     sys.exit()
 
 from prefect import Flow, flow, get_run_logger, task
@@ -52,7 +56,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture, wait
 from prefect.runner import Runner
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Crashed
+from prefect.states import Crashed, Failed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.types.entrypoint import EntrypointType
 
@@ -63,11 +67,34 @@ from trace_opd.pipelines.pipeline import STAGES, TABLE_STAGES, run_pipeline
 from trace_opd.pipelines.stages import REGISTRY, StageEntry
 from trace_opd.pipelines.stages.base import Plan, close_idle_engine
 from trace_opd.schemas.configs import AnnotateConfig, Config, PipelineConfig
-from trace_opd.schemas.settings import load_config, override
+from trace_opd.schemas.settings import load_config, override, validated
 
 _IDLE_S = 60.0
 _FRUITLESS_POOLS = 3
+_MOST_PARAMETERS = 500_000  # Prefect's own limit is 524,288 bytes with the other parameters
 _ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")
+
+
+class _WithoutTraceback(logging.Filter):
+    """Drops Prefect's reports of bad input, whose sentence is the state of its flow run."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], InputError))
+
+
+for _logger in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
+    logging.getLogger(_logger).addFilter(_WithoutTraceback())
+
+
+def _state_of(run: Callable[[], Any]) -> Any:
+    """What a flow returns: its result, or for bad input a failed state with the sentence.
+
+    A caller of the flow still gets the exception.
+    """
+    try:
+        return run()
+    except InputError as error:
+        return Failed(message=visible(str(error)), data=error)
 
 
 def default_store() -> str:
@@ -277,22 +304,38 @@ def _stage_flow(entry: StageEntry) -> Flow[Any, Any]:
         alias: str = "",
     ) -> str:
         logging.getLogger("trace_opd").setLevel(logging.INFO)
-        named = alias or entry.alias or ""
-        return run(entry, override(config, overrides), store or default_store(), named)
 
-    # Prefect validates parameters by the annotations, and finds a deployment's flow by its name.
+        def made() -> str:
+            checked = _checked(entry.config_type, config, overrides)
+            return run(entry, checked, store or default_store(), alias or entry.alias or "")
+
+        return _state_of(made)
+
+    # Prefect describes parameters by the annotations, and finds a deployment's flow by its name.
     stage_flow.__name__ = stage_flow.__qualname__ = entry.name
     stage_flow.__doc__ = entry.summary
     if entry.name in _SINGLE_STAGES:
-        return flow(name=entry.name)(stage_flow)
-    return flow(name=entry.name, task_runner=task_runner())(stage_flow)
+        return flow(name=entry.name, validate_parameters=False)(stage_flow)
+    return flow(name=entry.name, task_runner=task_runner(), validate_parameters=False)(stage_flow)
+
+
+def _checked(kind: type[Any], config: Any, overrides: list[str] | None) -> Any:
+    """The config of a flow run, which a deployment gives as JSON.
+
+    Prefect would report a fault of it in pydantic's words, and with a traceback.
+    """
+    if isinstance(config, Config):
+        return override(config, overrides)
+    if not isinstance(config, dict):
+        raise InputError(f"config: is {quoted(config)}; give a section of keys and values")
+    return validated(kind, config, list(overrides or []))
 
 
 STAGE_FLOWS = {name: _stage_flow(entry) for name, entry in REGISTRY.items()}
 globals().update(STAGE_FLOWS)  # entrypoints name them: `trace_opd.flows.annotate`
 
 
-@flow(name="pipeline")
+@flow(name="pipeline", validate_parameters=False)
 def pipeline(
     config: PipelineConfig, overrides: list[str] | None = None, store: str = ""
 ) -> dict[str, str]:
@@ -303,7 +346,7 @@ def pipeline(
         ref: Any = STAGE_FLOWS[stage](stage_config, store=root, alias=alias)
         return ref
 
-    return run_pipeline(override(config, overrides), run)
+    return _state_of(lambda: run_pipeline(_checked(PipelineConfig, config, overrides), run))
 
 
 def crash_dead_runs(after_s: float = 300) -> None:
@@ -355,7 +398,7 @@ def deployments(config: str | None, store: str) -> list[Any]:
     """
     defaults: dict[str, Any] = {name: {} for name in (*STAGE_FLOWS, "pipeline")}
     if config is not None:
-        loaded = load_config(PipelineConfig, config)
+        loaded = _within_prefect_s_limit(config)
         defaults = {
             name: {"config": getattr(loaded, name).model_dump(mode="json")} for name in STAGE_FLOWS
         }
@@ -368,6 +411,17 @@ def deployments(config: str | None, store: str) -> list[Any]:
         )
         for one in (*STAGE_FLOWS.values(), pipeline)
     ]
+
+
+def _within_prefect_s_limit(path: str | None) -> PipelineConfig:
+    """The config of a file, as parameters of a flow run."""
+    loaded = load_config(PipelineConfig, path)
+    if (size := len(loaded.model_dump_json())) > _MOST_PARAMETERS:
+        raise InputError(
+            f"{path}: has {size:,} characters as JSON, and a flow run of Prefect takes "
+            f"{_MOST_PARAMETERS:,}; shorten it, or run it without Prefect by `trace-opd pipeline`"
+        )
+    return loaded
 
 
 def serve_deployments(served: Sequence[Any]) -> None:
@@ -420,6 +474,6 @@ def main() -> None:
     if args.crash_dead_runs:
         return
     if args.run:
-        pipeline(load_config(PipelineConfig, args.config), store=args.store)
+        pipeline(_within_prefect_s_limit(args.config), store=args.store)
     else:
         serve_deployments(deployments(args.config, args.store))

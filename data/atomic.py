@@ -22,6 +22,8 @@ from .links import opened_folder
 _TEMPORARY = re.compile(r".+\.tmp-\d+-\d+|\.tmp-.+", re.DOTALL)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+# The path is a folder, leads through a file, or is too long.
+_NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY)
 # Some network file systems can't sync folders.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -51,6 +53,8 @@ def writing(path: str | Path) -> Iterator[None]:
             mend = "make room there"
         elif error.errno in _NOT_WRITABLE:
             mend = "make it writable"
+        elif error.errno in _NO_FILE:
+            mend = "name another path"
         else:
             raise
         raise InputError(
@@ -103,6 +107,8 @@ def make_folders(folder: Path, root: Path | None = None) -> None:
     root: sync existing folders from the root downwards too, once per process. The process that made
     them may have been killed before its own sync.
     """
+    if folder == folder.parent:  # the root of the file system
+        return
     if not folder.exists():
         make_folders(folder.parent, root)
         folder.mkdir(exist_ok=True)

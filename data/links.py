@@ -28,9 +28,13 @@ def real_root(root: str | Path) -> Path:
     """The root's path with links resolved. It need not exist yet.
 
     Raises:
-        InputError: the root, or a folder above it, is a dangling link.
+        InputError: the root, or a folder above it, is a dangling link, or it can be no path.
     """
     path = Path(root)
+    if "\0" in str(root):
+        raise InputError(
+            f"store {str(root)!r:.300}: has a NUL character; pass --store another path"
+        )
     nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     if not os.path.exists(nearest):  # noqa: PTH110 - False for every error, as lexists
         leads = f"a link to {str(nearest.readlink())!r}" if nearest.is_symlink() else "a place"

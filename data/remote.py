@@ -20,7 +20,7 @@ import fsspec
 from fsspec import asyn
 from fsspec.implementations.local import LocalFileSystem
 
-from ..schemas.errors import InputError
+from ..schemas.errors import InputError, shortened
 from .atomic import sync, temporary_name
 
 _S3 = {"s3", "s3a"}
@@ -46,10 +46,10 @@ def open_file_system(root: str) -> tuple[Any, str]:
     options = {} if "::" in root else {"use_listings_cache": False}
     try:
         return fsspec.core.url_to_fs(root, **options)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # each file system has exception types of its own
         raise InputError(
-            f"store {root}: {error}; give a folder or a URL that fsspec can open "
-            "(s3:// needs pip install 'trace-opd[s3]')"
+            f"store {shortened(root)}: {shortened(error)}; give a folder or a URL that fsspec can "
+            "open (s3:// needs pip install 'trace-opd[s3]')"
         ) from error
 
 
@@ -57,9 +57,12 @@ def require_reachable(root: str) -> None:
     """Check before any work that an object store answers; other stores are not checked.
 
     Raises:
-        InputError: it doesn't answer, refuses the credentials, or has no such bucket.
+        InputError: it doesn't answer, refuses the credentials, or has no such bucket; or a URL of
+            a file system that is never written (http).
     """
     fs, base = open_file_system(root)
+    if _is_one_of(fs, {"http", "https"}):
+        raise InputError(f"store {shortened(root)}: cannot be written; give a folder or s3://…")
     if not _is_one_of(fs, _OBJECT_STORES):
         return
     bucket = base.lstrip("/").split("/")[0]

@@ -92,6 +92,28 @@ def may_be_billed(error: BaseException) -> bool:
     return type(error.__cause__).__name__ not in _UNCONNECTED
 
 
+def failure_kind(error: BaseException) -> str:
+    """Why a request has no answer, in a word or two for a count of them."""
+    if isinstance(error, openai.APIStatusError):
+        return status_kind(error.status_code)
+    if isinstance(error, openai.APITimeoutError):
+        return "timed out"
+    if isinstance(error, NotACompletion):
+        return "unparsable"
+    if isinstance(error, Redirected):
+        return "refused"
+    return "disconnected" if may_be_billed(error) else "unreachable"
+
+
+def status_kind(status: int) -> str:
+    """As `failure_kind`, of an HTTP status."""
+    if status in (408, 504):
+        return "timed out"
+    if status in (429, *_OVERLOADED):
+        return "overloaded"
+    return "server error" if status >= 500 else "refused"
+
+
 def refused_parameter(error: openai.APIStatusError, refused: Collection[str] = ()) -> str | None:
     """The optional parameter that a 4xx refuses; None if it refuses something else.
 

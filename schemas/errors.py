@@ -3,14 +3,22 @@
 Every room raises them; the command line prints the sentence and exits with `exit_code`.
 """
 
+from typing import Any
+
+_SCREEN = 1600  # characters of 20 lines
+
 
 class InputError(Exception):
     """Bad input from the user: one sentence with what, where, and how to mend it.
 
-    The command line prints it without a traceback.
+    The command line prints it without a traceback. A sentence longer than a screen loses its
+    middle, because its end says how to mend the input.
     """
 
     exit_code = 2
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(_within_a_screen(sentence))
 
 
 class Stopped(Exception):
@@ -56,3 +64,39 @@ class DamagedFile(InputError):
 
     On a network store this may be temporary, unlike all other bad input.
     """
+
+
+def shortened(text: object, most: int = 300) -> str:
+    """Text of unknown origin as one line of bounded length, to quote in a sentence."""
+    words = " ".join(str(text).split())
+    return words if len(words) <= most else words[:most] + "…"
+
+
+def quoted(value: Any, most: int = 80) -> str:
+    """A value of unknown size, as Python writes it, as one line of bounded length."""
+    if isinstance(value, str | bytes):
+        value = value[: most + 1]  # the repr of megabytes takes seconds
+    elif isinstance(value, dict | list | tuple | set):
+        return shortened(_container(value, most), most)
+    return shortened(repr(value), most)
+
+
+def _container(value: Any, most: int) -> str:
+    """The start of a container's repr: elements until `most` characters are full."""
+    opening, closing = {dict: "{}", list: "[]"}.get(type(value), "()")
+    parts, length = [], 0
+    for key in value:
+        part = quoted(key, most)
+        if isinstance(value, dict):
+            part += f": {quoted(value[key], most)}"
+        parts.append(part)
+        length += len(part)
+        if length > most:
+            break
+    return f"{opening}{', '.join(parts)}{closing}"
+
+
+def _within_a_screen(sentence: str) -> str:
+    if len(sentence) <= _SCREEN:
+        return sentence
+    return f"{sentence[: _SCREEN // 2]} … {sentence[-_SCREEN // 2 :]}"

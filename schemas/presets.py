@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from .config_faults import unknown_name
 from .configs import ConvertConfig, PipelineConfig, TrainConfig
 from .errors import InputError
 
@@ -148,7 +149,7 @@ def preset_data(name: str, model: type[BaseModel]) -> dict[str, Any]:
         InputError: an unknown preset.
     """
     if name not in PRESETS:
-        raise InputError(f"preset {name!r}: is none of {', '.join(PRESETS)}")
+        raise InputError(f"preset {unknown_name(name, PRESETS)}")
     sets = PRESETS[name].sets
     convert = {"routing": sets["routing"]}
     train = {"online": convert} | {key: sets[key] for key in sets if key != "routing"}

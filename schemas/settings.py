@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .config_faults import TAGS, explain
 from .configs import PipelineConfig
-from .configs.endpoint import HOLDS_SECRET
-from .errors import InputError
+from .errors import InputError, quoted, shortened
 from .presets import preset_data
 from .text_files import read_text_file
 from .yaml_text import load_yaml
@@ -22,9 +22,6 @@ _PIPELINE_SECTIONS = {
     name for name, field in PipelineConfig.model_fields.items() if field.is_required()
 }
 
-
-# Discriminators of unions.
-_TAGS = ("engine", "kind")
 _MOST_LEVELS = 64
 
 
@@ -59,7 +56,7 @@ def load_config(
                 raise InputError(f"{path}: {section} holds no mapping; write `key: value` lines")
     if preset is not None:
         data = _laid_over(data, preset_data(preset, model))
-    return _validated(model, data, overrides or [], str(path) if path is not None else "config")
+    return validated(model, data, overrides or [], str(path) if path is not None else "config")
 
 
 def override(config: C, overrides: list[str] | None) -> C:
@@ -69,7 +66,7 @@ def override(config: C, overrides: list[str] | None) -> C:
         InputError: malformed override, unknown key or bad value.
     """
     data = config.model_dump(mode="json")
-    return _validated(type(config), data, overrides or [], "config")
+    return validated(type(config), data, overrides or [])
 
 
 def overlaid(config: C, data: dict[str, Any], overrides: list[str]) -> C:
@@ -79,7 +76,7 @@ def overlaid(config: C, data: dict[str, Any], overrides: list[str]) -> C:
         InputError: malformed override, unknown key or bad value.
     """
     base = config.model_dump(mode="json")
-    return _validated(type(config), _laid_over(base, data), overrides, "config")
+    return validated(type(config), _laid_over(base, data), overrides)
 
 
 def _laid_over(base: Any, top: dict[str, Any]) -> dict[str, Any]:
@@ -90,48 +87,23 @@ def _laid_over(base: Any, top: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _validated(model: type[C], data: dict, overrides: list[str], where: str) -> C:
+def validated(
+    model: type[C], data: dict[str, Any], overrides: list[str], where: str = "config"
+) -> C:
+    """A config of nested data, to which `a.b=value` overrides are applied in place.
+
+    where: what a sentence about a fault begins with.
+
+    Raises:
+        InputError: malformed override, unknown key or bad value.
+    """
     for text in overrides:
         _apply(data, text)
     _fill_tags(data, model)
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise InputError(explain(error, where)) from None
-
-
-def explain(error: ValidationError, where: str) -> str:
-    """One sentence for the first fault of a pydantic error, with the number of others."""
-    first, *others = error.errors()
-    # `loc` contains the tags of discriminated unions too; they are not keys, but help the reader.
-    # A tag is empty where a union only tells the toolkit's engines from code of one's own.
-    field = shortened(".".join(str(part) for part in first["loc"] if part != "")) or "config"
-    if first["type"] == "extra_forbidden":
-        what = f"{field}: unknown key; see --help or `trace-opd config` for the known ones"
-    elif first["type"] == "missing":
-        what = f"{field}: is required; set it in the file or as {field}=value"
-    elif first["type"] == "union_tag_not_found":
-        tag = first["ctx"]["discriminator"].strip("'")  # type: ignore[typeddict-item]
-        what = f"{field}: names no {tag}; set it in the file or as {field}.{tag}=value"
-    elif first["type"] == "union_tag_invalid":
-        context = first["ctx"]  # type: ignore[typeddict-item]
-        what = (
-            f"{field}: {shortened(repr(context['tag']))} is none of {context['expected_tags']}; "
-            "name one, or file.py:Class of your own"
-        )
-    elif first["type"] == HOLDS_SECRET:
-        what = f"{field}: {first['msg']}"
-    else:
-        reason = shortened(first["msg"].removeprefix("Value error, "))
-        what = f"{field}: {reason} (got {first['input']!r:.80})"
-    more = f" (and {len(others)} more)" if others else ""
-    return f"{where}: {what}{more}"
-
-
-def shortened(quoted: object, most: int = 300) -> str:
-    """Text of unknown origin as one line of bounded length, to quote in a sentence."""
-    text = " ".join(str(quoted).split())
-    return text if len(text) <= most else text[:most] + "…"
+        raise InputError(explain(error, where, model)) from None
 
 
 def dump_config(config: BaseModel) -> str:
@@ -147,7 +119,7 @@ def _fill_tags(data: dict, model: type[BaseModel]) -> None:
         if not isinstance(child, dict) or not isinstance(kind, type):
             continue
         if issubclass(kind, BaseModel):
-            for tag in _TAGS:
+            for tag in TAGS:
                 if tag in kind.model_fields and hasattr(default, tag):
                     child.setdefault(tag, getattr(default, tag))
             _fill_tags(child, kind)
@@ -155,7 +127,7 @@ def _fill_tags(data: dict, model: type[BaseModel]) -> None:
 
 def _apply(data: dict, override: str) -> None:
     key, equals, value = override.partition("=")
-    shown = shortened(repr(override))
+    shown = quoted(override, 300)
     if not equals or not key:
         raise InputError(f"override {shown}: write it as key=value, e.g. sampling.top_k=20")
     *parents, leaf = key.split(".")
@@ -171,6 +143,6 @@ def _apply(data: dict, override: str) -> None:
         loaded = load_yaml(value)
     except yaml.YAMLError:
         raise InputError(f"override {shown}: the value is not YAML; quote it") from None
-    if leaf in _TAGS and node.get(leaf, loaded) != loaded:
+    if leaf in TAGS and node.get(leaf, loaded) != loaded:
         node.clear()  # another engine or source starts from its own defaults
     node[leaf] = loaded

@@ -229,11 +229,21 @@ ANNOTATIONS = make_contract(
         described("raw_answer", _string, "The annotator's answer as received.", True),
         described("error", _string, "Why the answer is invalid or the call failed.", True),
         described(
-            "prompt_tokens", _int32, "Billed prompt tokens, corrective turns included.", True
+            "prompt_tokens",
+            _int32,
+            "Billed prompt tokens, corrective turns included. Rows with the same question share "
+            "one answer: the first of them has its tokens, cost and time, the others have 0.",
+            True,
         ),
-        described("completion_tokens", _int32, "Billed completion tokens.", True),
-        described("cost_usd", pa.float64(), "US dollars; null if the price is unknown.", True),
-        described("latency_s", _float32, "Seconds from request to answer."),
+        described("completion_tokens", _int32, "Billed completion tokens, as prompt_tokens.", True),
+        described(
+            "cost_usd",
+            pa.float64(),
+            "US dollars of the answers that this row is the first to have, so that the column sums "
+            "to the dataset's cost; null if the price is unknown.",
+            True,
+        ),
+        described("latency_s", _float32, "Seconds from request to answer, as prompt_tokens."),
     ],
     "rollout_id",
     labels={"status": AnnotationStatus, "diagnostic_type": DiagnosticType},

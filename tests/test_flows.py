@@ -2,6 +2,7 @@
 
 import contextvars
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -20,12 +21,13 @@ from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
 )
-from prefect.client.schemas.sorting import ArtifactSort
+from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 
 from trace_opd import flows
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.schemas.configs import Config, PipelineConfig
+from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config, override
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +135,41 @@ def test_after_a_failed_part_only_the_missing_one_is_made(own, tmp_path):
     after = written(own, "convert")
     assert {name: after[name] for name in kept} == kept
     assert Store(own).get(mended.result()).rows == Store(own).get("rollouts").rows
+
+
+@pytest.mark.parametrize(
+    ("flow", "config", "overrides", "sentence"),
+    [
+        (
+            "convert",
+            config_of("convert"),
+            ["routing.alfa=1"],
+            "config: routing.alfa: unknown key; did you mean routing.alpha? known in routing: rule",
+        ),
+        (
+            "convert",
+            {"routing": {"alpha": "x" * 100_000}},
+            [],
+            "config: routing.alpha: Input should be a valid number, unable to parse "
+            f"string as a number (got '{'x' * 79}…)",
+        ),
+        ("verify", {}, ["rollouts=nothing"], "dataset 'nothing' is not in store"),
+        ("train", {}, [], "config: offline.steps and online.steps are both 0"),
+        ("pipeline", CONFIG, ["rollout.policy.path=./nothing"], "policy ./nothing: is not there"),
+    ],
+)
+def test_bad_input_is_the_sentence_of_the_state_without_a_traceback(
+    made, tmp_path, flow, config, overrides, sentence
+):
+    state = getattr(flows, flow)(config, overrides, store=str(tmp_path), return_state=True)
+    assert state.is_failed()
+    assert state.message.startswith(sentence)
+    assert len(state.message) < 2000
+    with pytest.raises(InputError, match=f"^{re.escape(sentence)}"):
+        state.result()
+    with get_client(sync_client=True) as client:
+        logs = client.read_logs()
+    assert not any("Traceback" in log.message for log in logs)
 
 
 def test_a_flow_waits_for_another_run_of_its_dataset_and_takes_what_that_made(own):
@@ -367,7 +404,15 @@ def test_a_deployment_refuses_parameters_that_no_config_has(environment, served)
     done = prefect(environment, "deployment", "run", "annotate/default", "-p", wrong, "--watch")
     assert done.returncode == 1
     assert "mood" in done.stdout + done.stderr
+    wrong = 'overrides=["annotator.mood=1"]'
+    done = prefect(environment, "deployment", "run", "annotate/default", "-p", wrong, "--watch")
+    assert done.returncode == 1
     assert written(served) == before
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
+    assert run.state is not None
+    assert str(run.state.message).startswith("config: annotator.mood: unknown key; known in")
+    assert "Traceback" not in (served.parent / "serve.log").read_text()
 
 
 @pytest.mark.slow

@@ -3,12 +3,13 @@
 Samplers, annotators and the viewer call it for one response; responses.py aligns the responses of a
 part. No text is re-encoded: a table holds the byte string of every id, a response's text is those
 bytes joined, and their cumulative lengths give each token's byte range. Works for byte-level
-vocabularies (GPT-2, Qwen, SmolLM), SentencePiece with byte fallback (Llama 2, Gemma) and plain
-character or word vocabularies.
+vocabularies (GPT-2, GPT-4o, Qwen, Llama 3, DeepSeek, SmolLM), SentencePiece with byte fallback
+(Llama 2, Gemma) and plain character or word vocabularies.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -108,7 +109,8 @@ def byte_table(tokenizer: PreTrainedTokenizerBase) -> ByteTable:
     """The byte table of a tokenizer.
 
     Raises:
-        InputError: a tokenizer without a `tokenizers` back-end; its bytes are unknown.
+        InputError: a tokenizer without a `tokenizers` back-end, or with a decoder that spells no
+            token by itself (WordPiece); its bytes are unknown.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -117,45 +119,67 @@ def byte_table(tokenizer: PreTrainedTokenizerBase) -> ByteTable:
             "tokenizer"
         )
     spec = json.loads(backend.to_str())
-    if _mentions(spec.get("decoder"), "ByteLevel") or _mentions(
-        spec.get("pre_tokenizer"), "ByteLevel"
-    ):
-        to_bytes = _byte_level_bytes
-    elif spec["model"].get("byte_fallback") or _mentions(spec.get("decoder"), "Metaspace"):
-        to_bytes = _sentencepiece_bytes
-    else:
-        to_bytes = _plain_bytes
-    added = {entry["id"]: entry for entry in spec.get("added_tokens", [])}
-    vocab = tokenizer.get_vocab()
-    pieces = [b""] * (max(vocab.values()) + 1)
-    for token, index in vocab.items():
-        if index not in added:
-            pieces[index] = to_bytes(token)
-        elif not added[index]["special"]:
-            pieces[index] = token.encode()
-    return ByteTable(tuple(pieces))
+    to_bytes = _speller(spec, tokenizer.name_or_path)
+    special = {entry["id"] for entry in spec["added_tokens"] if entry["special"]}
+    tokens = map(backend.id_to_token, range(max(tokenizer.get_vocab().values()) + 1))
+    return ByteTable(
+        tuple(
+            b"" if token is None or index in special else to_bytes(token)
+            for index, token in enumerate(tokens)
+        )
+    )
 
 
-def _byte_level_bytes(token: str) -> bytes:
-    return bytes(_BYTE_OF_CHAR[char] for char in token)
+def _speller(spec: dict[str, Any], name: str) -> Callable[[str], bytes]:
+    """What the decoder of a tokenizer.json makes of a token behind another one.
+
+    Ordinary and added tokens pass the same decoder: Gemma's added `▁▁` are two spaces. A decoder
+    that strips the text's first space (Llama 2) does not reach a response, which has a prompt
+    before it.
+    """
+    nodes: list[dict[str, Any]] = list(_nodes(spec["decoder"]))
+    if not nodes:
+        if any(node["type"] == "ByteLevel" for node in _nodes(spec["pre_tokenizer"])):
+            nodes = [{"type": "ByteLevel"}]
+        elif spec["model"].get("byte_fallback"):
+            nodes = [{"type": "Metaspace", "replacement": "▁"}, {"type": "ByteFallback"}]
+    kinds = {node["type"] for node in nodes}
+    spaces = [node["replacement"] for node in nodes if node["type"] == "Metaspace"]
+    replaced = [(space, " ") for space in spaces]
+    for node in nodes:
+        if node["type"] == "Replace" and "String" in node["pattern"]:
+            replaced.append((node["pattern"]["String"], node["content"]))
+        elif node["type"] not in ("ByteLevel", "ByteFallback", "Metaspace", "Fuse", "Strip"):
+            raise InputError(
+                f"tokenizer {name}: its decoder {node['type']} spells no token by itself; use a "
+                "policy with a byte-level or SentencePiece vocabulary"
+            )
+
+    def spell(token: str) -> bytes:
+        if "ByteLevel" in kinds:
+            try:
+                return bytes(map(_BYTE_OF_CHAR.__getitem__, token))
+            except KeyError:  # an added token with characters of its own
+                return token.encode()
+        for old, new in replaced:
+            token = token.replace(old, new)
+        if "ByteFallback" in kinds and (byte := _FALLBACK.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
+        return token.encode()
+
+    return spell
 
 
-def _plain_bytes(token: str) -> bytes:
-    return token.encode()
+def _nodes(node: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A pre-tokenizer or decoder of a tokenizer.json, its sequences flattened."""
+    if node is not None and node["type"] == "Sequence":
+        for child in node.get("decoders") or node.get("pretokenizers") or ():
+            yield from _nodes(child)
+    elif node is not None:
+        yield node
 
 
-def _sentencepiece_bytes(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("▁", " ").encode()
-
-
-def _mentions(node: object, kind: str) -> bool:
-    """Whether a tokenizer.json node has this type, or is a sequence that contains such a node."""
-    if not isinstance(node, dict):
-        return False
-    children = [*node.get("decoders", []), *node.get("pretokenizers", [])]
-    return node.get("type") == kind or any(_mentions(child, kind) for child in children)
+_FALLBACK = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_level_alphabet() -> dict[int, str]:

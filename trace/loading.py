@@ -7,6 +7,7 @@ type on a damaged folder; each becomes one sentence with the file's name.
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from ..schemas.errors import InputError
@@ -30,6 +32,7 @@ _OBJECTS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json",
 )  # fmt: skip
+_BYTE_LEVEL = re.compile(rb'"type"\s*:\s*"ByteLevel"')
 _CHUNK = 1 << 24  # numbers
 _NAMED = 3  # tensors in an error
 
@@ -74,7 +77,14 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """
     check_files(path)
     with _errors(path, "tokenizer.json or tokenizer_config.json"):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # transformers makes any vocabulary of the class LlamaTokenizer a SentencePiece one, also
+        # the byte-level one of DeepSeek's Llama: prompts and texts lose their spaces.
+        file, backend = Path(path) / "tokenizer.json", getattr(tokenizer, "backend_tokenizer", None)
+        read_otherwise = backend is not None and "ByteLevel" not in repr(backend.decoder)
+        if read_otherwise and file.exists() and _BYTE_LEVEL.search(file.read_bytes()):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        return tokenizer
 
 
 def load_config(path: str, trust_remote_code: bool = False) -> Any:

@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetsError
 from ...schemas.configs import Columns, HubSource
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind
-from ..boxed import last_boxed
+from ..boxed import boxed_answer
 from ..input_files import digest, opened, require_bounded_archive
 from ..parquet_reader import require_bounded
 from .columns import mapped, problem_row, require
@@ -44,8 +44,8 @@ class Preset:
 
 
 def boxed_or_empty(text: str) -> str:
-    """The boxed answer of a solution; "" if there is none."""
-    return last_boxed(text) or ""
+    """The boxed answer of a solution, in parts if several boxes give it; "" if there is none."""
+    return boxed_answer(text) or ""
 
 
 def after_hashes(text: str) -> str:

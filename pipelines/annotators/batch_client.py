@@ -27,14 +27,21 @@ _T = TypeVar("_T")
 class RequestFailed(Exception):
     """One request of a batch has an error in place of an answer, or an answer that can't be kept.
 
-    billed: it was answered. passing: another attempt may succeed.
+    billed: it was answered. passing: another attempt may succeed. kind: see
+    `endpoint.failure_kind`.
     """
 
     def __init__(
-        self, message: str, param: str | None = None, billed: bool = False, passing: bool = False
+        self,
+        message: str,
+        param: str | None = None,
+        billed: bool = False,
+        passing: bool = False,
+        kind: str = "unparsable",
     ) -> None:
         super().__init__(message)
         self.message, self.param, self.billed, self.passing = message, param, billed, passing
+        self.kind = kind
 
 
 class _Counts(BaseModel):
@@ -246,7 +253,7 @@ def _outcome(line: bytes, latency_s: float) -> tuple[str, dict[str, Any] | Excep
     key, response = outcome.custom_id, outcome.response
     if response is None:
         fault = outcome.error or _Fault()
-        return key, RequestFailed(fault.message or "no response", passing=True)
+        return key, RequestFailed(fault.message or "no response", passing=True, kind="expired")
     status = response.status_code
     try:
         body = json.dumps(response.body).encode()
@@ -258,4 +265,5 @@ def _outcome(line: bytes, latency_s: float) -> tuple[str, dict[str, Any] | Excep
     except RecursionError:
         return key, endpoint.NotACompletion("nested too deeply")
     passing = endpoint.status_may_pass(status)
-    return key, RequestFailed(fault.message or f"status {status}", fault.param, passing=passing)
+    message, kind = fault.message or f"status {status}", endpoint.status_kind(status)
+    return key, RequestFailed(message, fault.param, passing=passing, kind=kind)

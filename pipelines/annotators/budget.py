@@ -21,30 +21,43 @@ class Reservation:
 
     def __init__(self, usd: float) -> None:
         self.usd = usd
-        self.actual_usd = 0.0
+        self.spent_usd = self.possibly_usd = 0.0
 
-    def settle(self, actual_usd: float | None) -> None:
-        """What the request cost. None: unknown, counted as the worst case.
+    def settle(self, spent_usd: float | None, possibly_usd: float = 0.0) -> None:
+        """What the answer cost, and what may have been billed without one.
 
-        A reservation that is never settled is given back, which is right for a request that was not
-        sent. Settle with None a request that may have been billed before its connection broke.
+        spent_usd: None if unknown, which counts as the worst case; 0 for a request that was
+        refused. A reservation that is never settled is given back, which is right for a request
+        that was not sent.
         """
-        self.actual_usd = self.usd if actual_usd is None else actual_usd
+        self.spent_usd = self.usd if spent_usd is None else spent_usd
+        self.possibly_usd = possibly_usd
+
+    def unanswered(self) -> None:
+        """The request was sent and has no answer: its worst case may have been billed."""
+        self.settle(0.0, self.usd)
 
 
 class Budget:
-    """US dollars that may be spent, what has been spent, and what requests in flight may take."""
+    """US dollars that may be spent, and what is gone of them: the cost of answers, what requests
+    without an answer may have cost, and what requests in flight may take."""
 
-    def __init__(self, limit_usd: float, spent_usd: float = 0.0) -> None:
+    def __init__(self, limit_usd: float, spent_usd: float = 0.0, possibly_usd: float = 0.0) -> None:
         self.limit_usd = limit_usd
-        self._spent_usd = spent_usd
+        self._spent_usd, self._possibly_usd = spent_usd, possibly_usd
         self._in_flight: set[Reservation] = set()
         self._lock = threading.RLock()
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     @property
     def spent_usd(self) -> float:
+        """What answers have cost."""
         return self._spent_usd
+
+    @property
+    def possibly_usd(self) -> float:
+        """What requests without an answer may have cost."""
+        return self._possibly_usd
 
     @property
     def reserved_usd(self) -> float:
@@ -82,13 +95,16 @@ class Budget:
             BudgetSpent: as `reserve`.
         """
         with self._lock:
-            if self._spent_usd + worst_case_usd > self.limit_usd:
+            gone = self._spent_usd + self._possibly_usd
+            if gone + worst_case_usd > self.limit_usd:
+                possibly = f", ${self._possibly_usd:.4f} possibly billed without an answer"
                 raise BudgetSpent(
                     f"the budget of ${self.limit_usd:g} has no room for a request of up to "
-                    f"${worst_case_usd:.4g}: ${self._spent_usd:.4f} are spent or may have been "
-                    f"billed, ${self.reserved_usd:.4f} reserved for requests in flight"
+                    f"${worst_case_usd:.4g}: ${self._spent_usd:.4f} are spent"
+                    f"{possibly if self._possibly_usd else ''}, ${self.reserved_usd:.4f} reserved "
+                    "for requests in flight"
                 )
-            if self._spent_usd + self.reserved_usd + worst_case_usd > self.limit_usd:
+            if gone + self.reserved_usd + worst_case_usd > self.limit_usd:
                 return None
             return self.hold(worst_case_usd)
 
@@ -103,7 +119,8 @@ class Budget:
         """Replace a reservation by what was settled, and wake all that wait for room."""
         with self._lock:
             self._in_flight.remove(reservation)
-            self._spent_usd += reservation.actual_usd
+            self._spent_usd += reservation.spent_usd
+            self._possibly_usd += reservation.possibly_usd
             waiting, self._waiting = self._waiting, []
         for loop, turn in waiting:
             if not loop.is_closed():

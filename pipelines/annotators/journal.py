@@ -28,6 +28,7 @@ from .journal_lines import (
     Record,
     Reserved,
     Settled,
+    Unanswered,
     journal_files,
     read_line,
     read_lines,
@@ -215,6 +216,10 @@ class GroupCommit:
     def settle(self, name: str) -> None:
         """Release a reservation. It counts until the next lines are written."""
         self._waiting.append(Settled(name))
+
+    def unanswered(self, line: Unanswered) -> None:
+        """Note a request without an answer. It is written with the next lines."""
+        self._waiting.append(line)
 
     def close(self) -> None:
         """Write what still waits."""

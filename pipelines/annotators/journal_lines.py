@@ -3,6 +3,7 @@
 {"key": …, "record": …}     an answer
 {"reserved": …, "usd": …}   a request that is about to be sent, and the most that it may cost
 {"settled": …}              the cost of that request is known: it was answered or refused
+{"unanswered": …, "key": …} a request that ended without an answer, and why
 
 A reservation that is never settled may have been billed: the process was killed or the connection
 broke. The reader accepts any bytes.
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json, to_json
+
+_MOST_TOKENS = 2**31
 
 Record = dict[str, Any]
 
@@ -43,7 +46,20 @@ class Settled:
     name: str
 
 
-Line = Answered | Reserved | Settled
+@dataclass(frozen=True)
+class Unanswered:
+    """A request for a key's answer that got none.
+
+    at_most: the most prompt and completion tokens that may be billed; None if nothing is, or if its
+    reservation counts them.
+    """
+
+    key: str
+    reason: str
+    at_most: tuple[int, int] | None = None
+
+
+Line = Answered | Reserved | Settled | Unanswered
 
 
 def write_line(line: Line) -> bytes:
@@ -54,6 +70,8 @@ def write_line(line: Line) -> bytes:
             value = {"reserved": name, "usd": usd}
         case Settled(name):
             value = {"settled": name}
+        case Unanswered(key, reason, at_most):
+            value = {"unanswered": reason, "key": key, "at_most": at_most}
     return to_json(value) + b"\n"
 
 
@@ -70,6 +88,11 @@ def read_line(raw: bytes) -> Line | None:
             return Reserved(name, usd)
         case {"settled": str(name)}:
             return Settled(name)
+        case {"unanswered": str(reason), "key": str(key), "at_most": [int(prompt), int(tokens)]}:
+            known = all(0 <= count < _MOST_TOKENS for count in (prompt, tokens))
+            return Unanswered(key, reason, (prompt, tokens) if known else None)
+        case {"unanswered": str(reason), "key": str(key)}:
+            return Unanswered(key, reason)
     return None
 
 

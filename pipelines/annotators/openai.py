@@ -7,6 +7,7 @@ instead (openai_batch.py).
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from . import Engine
 from .budget import BudgetSpent
 from .claims import Claims
 from .completion import is_answer, request_body
-from .dialogue import Answer, dialogue
+from .dialogue import Answer, Question, dialogue, replay
 from .drain import drained
 from .journal import Journal
 from .pace import AskedToWait, Closed
@@ -34,6 +35,8 @@ from .rows import KEPT, NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_
 from .spending import Spending, open_spending
 
 logger = logging.getLogger(__name__)
+
+_Done = tuple[Item, Reading, dict[str, Answer]]  # a row: its answers by question
 
 _FEWEST_FAILURES = 10  # before the share of failed calls means something within a part
 
@@ -54,8 +57,10 @@ class EndpointAnnotator:
         self._who = Identity(config.name, config.model, prompt.version)
         self._requests = Requests(config, prompt, journal, spending)
         self._pace = self._requests.pace
-        self._calls = self._failures = 0
-        self._known = 0  # answers that the journal had
+        # Of a part, by the key of the question: rows that share one count once.
+        self._known: set[str] = set()  # the journal had the answer
+        self._called: set[str] = set()
+        self._failures: set[str] = set()
         # One loop for all parts: client and pace belong to the loop in which they are first used.
         self._runner = asyncio.Runner()
 
@@ -67,22 +72,38 @@ class EndpointAnnotator:
                 answer for `patience_s`. Answers that arrived are in the journal.
             Stopped, KeyboardInterrupt: SIGTERM or Ctrl-C; requests in flight have ended.
         """
-        self._calls = self._failures = self._known = 0
+        self._known, self._called, self._failures = set(), set(), set()
         self._requests.reopen()
         work = items(problems, rollouts, verdicts, self._segment)
         loop = self._runner.get_loop()
         name = f"annotator {self._config.name}"
         signalled = f"{name}: stopped; {KEPT}: the same command goes on from there"
         with drained(lambda: loop.call_soon_threadsafe(self._drain), signalled):
-            rows = self._runner.run(self._annotate(work, rollouts.num_rows))
+            made = self._runner.run(self._annotate(work, rollouts.num_rows))
         # The journal's answers count too: of a few rows that are asked again all may fail again.
         stopped = self._requests.stopped is not None
-        if not stopped and self._failures * 2 > self._calls + self._known:
-            error = next(row["error"] for row in rows if row["error"] is not None)
+        if not stopped and len(self._failures) * 2 > len(self._called | self._known):
+            error = next(reading.error for _, reading, _ in made if reading.error is not None)
             self._end_failing(error.removeprefix(NO_ANSWER))
         if (why := self._requests.stopped) is not None:
-            raise InputError(f"{name} at {self._config.base_url}: {why}: {KEPT}")
-        return ANNOTATIONS.table(rows)
+            unanswered = self._spending.named()
+            counted = f" (requests without an answer: {unanswered})" if unanswered else ""
+            raise InputError(f"{name} at {self._config.base_url}: {why}{counted}: {KEPT}")
+        return ANNOTATIONS.table(self._row(*done) for done in made)
+
+    def recall(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> None:
+        """Note rows of an earlier run that bear their answers' cost: later rows share them free."""
+        for item in items(problems, rollouts, verdicts, self._segment):
+            if item.correct is not None:
+                answers: dict[str, Answer] = {}
+                replay(self._prompt, item, self._config, partial(self._recalled, answers))
+                self._spending.made(item.rollout_id, answers)
+
+    def _recalled(self, answers: dict[str, Answer], question: Question) -> Answer | None:
+        key = self._requests.key(question)
+        if (answer := self._requests.journalled(key)) is not None:
+            answers[key] = answer
+        return answer
 
     def close(self) -> None:
         self._runner.run(self._requests.close())
@@ -92,7 +113,7 @@ class EndpointAnnotator:
         finally:
             self._spending.close()
 
-    async def _annotate(self, work: Iterator[Item], number: int) -> list[dict[str, Any]]:
+    async def _annotate(self, work: Iterator[Item], number: int) -> list[_Done]:
         rows: list[Any] = [None] * number
         queue = enumerate(work)
         # A worker asks again once its answer is on the disk, so a kill loses one answer per worker
@@ -118,7 +139,7 @@ class EndpointAnnotator:
             for index, item in queue:
                 if self._pace.closed:
                     return
-                rows[index] = await self._row(item)
+                rows[index] = item, *await self._ask(item)
         except BudgetSpent as spent:
             price = self._spending.price
             self._requests.stop(
@@ -129,40 +150,48 @@ class EndpointAnnotator:
         except Closed:
             return
 
-    async def _row(self, item: Item) -> dict[str, Any]:
-        if item.correct is None:
-            return annotation_row(item, self._who, SKIPPED, self._spending.row([]))
-        talk = dialogue(self._prompt, item, self._config)
-        answers: list[Answer] = []
+    async def _ask(self, item: Item) -> tuple[Reading, dict[str, Answer]]:
+        """What the annotator answers about a row: its reading, and the answers by question."""
+        answers: dict[str, Answer] = {}
+        reading, key = SKIPPED, ""
         try:
-            question = next(talk)
-            while True:
-                answer, known = await self._requests.answer(question)
-                self._known += known
-                self._calls += not known
-                answers.append(answer)
-                question = talk.send(answer)
+            if item.correct is not None:
+                talk = dialogue(self._prompt, item, self._config)
+                question = next(talk)
+                while True:
+                    key = self._requests.key(question)
+                    answers[key], known = await self._requests.answer(key, question)
+                    (self._known if known else self._called).add(key)
+                    question = talk.send(answers[key])
         except StopIteration as done:
             reading = done.value
         except endpoint.FAILURES as error:
-            reading = self._failed(error)
-        raw = answers[-1].text if answers else None
-        return annotation_row(item, self._who, reading, self._spending.row(answers), raw)
+            reading = self._failed(key, error)
+        self._spending.row(answers)
+        return reading, answers
 
-    def _failed(self, error: Exception) -> Reading:
+    def _row(self, item: Item, reading: Reading, answers: dict[str, Answer]) -> dict[str, Any]:
+        raw = list(answers.values())[-1].text if answers else None
+        used = self._spending.charge(item.rollout_id, answers)
+        return annotation_row(item, self._who, reading, used, raw)
+
+    def _failed(self, key: str, error: Exception) -> Reading:
         text = self._requests.sentence(error)
-        self._calls += 1
-        self._failures += 1
-        often = self._failures >= _FEWEST_FAILURES and self._failures * 2 > self._calls
-        if endpoint.condemns_all(error) or often:
-            self._end_failing(text)
-        logger.warning("%s: %s", self._config.name, text)
+        if key not in self._failures:
+            self._called.add(key)
+            self._failures.add(key)
+            failures = len(self._failures)
+            often = failures >= _FEWEST_FAILURES and failures * 2 > len(self._called)
+            if endpoint.condemns_all(error) or often:
+                self._end_failing(text)
+            logger.warning("%s: %s", self._config.name, text)
         passing = NO_ANSWER if endpoint.may_pass(error) else ""
         return Reading(AnnotationStatus.FAILED, error=f"{passing}{text}")
 
     def _end_failing(self, text: str) -> None:
         self._requests.stop(
-            f"{self._failures} of {self._calls} calls failed ({text}); mend that and run again"
+            f"{len(self._failures)} of {len(self._called)} calls failed ({text}); mend that and "
+            "run again"
         )
 
 

@@ -25,7 +25,7 @@ from .budget import BudgetSpent
 from .completion import bounded, question_key, read_record, request_body
 from .dialogue import Answer, Question, replay
 from .journal import Journal
-from .journal_lines import Answered, Record, Reserved
+from .journal_lines import Answered, Record, Reserved, Unanswered
 from .prompting import AnnotationPrompt
 from .rows import KEPT, NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
 from .spending import Spending, exclusive
@@ -100,22 +100,41 @@ class BatchAnnotator:
             self._collect(jobs)
             jobs = []
 
+    def recall(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> None:
+        """See `EndpointAnnotator.recall`."""
+        for item in items(problems, rollouts, verdicts, self._segment):
+            if item.correct is not None:
+                self._spending.made(item.rollout_id, self._replayed(item)[0])
+
     def _row(self, item: Item) -> dict[str, Any]:
         if item.correct is None:
-            self._spending.row(())
+            self._spending.row({})
             return annotation_row(item, self._who, SKIPPED)
-        answers, outcome = replay(self._prompt, item, self._config, self._known)
+        answers, outcome = self._replayed(item)
         if isinstance(outcome, Question):
             error = self._failed[self._key(outcome)]
             outcome = Reading(AnnotationStatus.FAILED, error=error)
-        raw = answers[-1].text if answers else None
-        return annotation_row(item, self._who, outcome, self._spending.row(answers), raw)
+        raw = list(answers.values())[-1].text if answers else None
+        self._spending.row(answers)
+        used = self._spending.charge(item.rollout_id, answers)
+        return annotation_row(item, self._who, outcome, used, raw)
+
+    def _replayed(self, item: Item) -> tuple[dict[str, Answer], Reading | Question]:
+        """The row's answers by question, and their reading or the question that is open."""
+        keys: list[str] = []
+
+        def known(question: Question) -> Answer | None:
+            keys.append(self._key(question))
+            return self._known(keys[-1])
+
+        answers, outcome = replay(self._prompt, item, self._config, known)
+        return dict(zip(keys, answers, strict=False)), outcome
 
     def _key(self, question: Question) -> str:
         return question_key(self._config, self._prompt, question)
 
-    def _known(self, question: Question) -> Answer | None:
-        record = self._journal.get(self._key(question))
+    def _known(self, key: str) -> Answer | None:
+        record = self._journal.get(key)
         return None if record is None else read_record(record)
 
     def _submitted(self) -> list[JobFile]:
@@ -163,7 +182,7 @@ class BatchAnnotator:
             for item in items(*tables, self._segment):
                 if item.correct is None:
                     continue
-                _, outcome = replay(self._prompt, item, self._config, self._known)
+                _, outcome = self._replayed(item)
                 if isinstance(outcome, Question):
                     key = self._key(outcome)
                     if key not in self._failed:
@@ -220,6 +239,7 @@ class BatchAnnotator:
         """A final batch's answers into the journal. Counts what was answered and what failed."""
         counts: Counter[str] = Counter()
         costs: list[float | None] = []
+        possibly_usd = 0.0
         results = self._client.results(file, batch)
         while lines := list(islice(results, _LINES_PER_WRITE)):
             kept = [(key, outcome) for key, outcome in lines if not isinstance(outcome, Exception)]
@@ -230,16 +250,24 @@ class BatchAnnotator:
                 if self._journal.get(key) is None
             ]
             lost = self._lost(file, lines)
-            self._journal.append([*fresh, *lost])
+            faults = [
+                Unanswered(key, _kind(outcome))
+                for key, outcome in lines
+                if isinstance(outcome, Exception)
+            ]
+            self._journal.append([*fresh, *lost, *faults])
+            for fault in faults:
+                self._spending.unanswered(fault.reason)
             costs += [self._billed_usd(answer.record) for answer in fresh]
-            costs += [reserved.usd for reserved in lost]
+            possibly_usd += sum(reserved.usd for reserved in lost)
             counts["answered"] += len(kept)
             for key, outcome in lines:
                 if isinstance(outcome, Exception):
                     counts["failed"] += self._fails(key, outcome, file.job.refused)
         if file.reservation is not None and self._spending.budget is not None:
             known = [cost for cost in costs if cost is not None]
-            file.reservation.settle(sum(known) if len(known) == len(costs) else None)
+            spent_usd = sum(known) if len(known) == len(costs) else None
+            file.reservation.settle(spent_usd, possibly_usd)
             self._spending.budget.release(file.reservation)
         file.collected(counts["answered"])
         return counts
@@ -288,3 +316,8 @@ class BatchAnnotator:
         done, total = (sum(getattr(f.job, n) for f in jobs) for n in ("completed", "requests"))
         listed = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
         self._spending.tell(batches=listed, answers=f"{done}/{total}")
+
+
+def _kind(error: Exception) -> str:
+    """As `endpoint.failure_kind`."""
+    return error.kind if isinstance(error, RequestFailed) else endpoint.failure_kind(error)

@@ -21,6 +21,7 @@ from .budget import Reservation
 from .completion import bounded, checked_body, question_key, read_record, request_body
 from .dialogue import Answer, Question
 from .journal import GroupCommit, Journal, Record
+from .journal_lines import Unanswered
 from .pace import Pace
 from .prices import most_tokens
 from .prompting import AnnotationPrompt
@@ -67,6 +68,7 @@ class Requests:
     def reopen(self) -> None:
         """Send again after `stop` or a drain."""
         self.stopped = None
+        self._asking = {key: task for key, task in self._asking.items() if _succeeded(task)}
         self.pace.reopen()
 
     def stop(self, why: str) -> None:
@@ -78,21 +80,35 @@ class Requests:
         """The error in one short line without the key."""
         return endpoint.sentence(error, self._key)
 
-    async def answer(self, question: Question) -> tuple[Answer, bool]:
+    def key(self, question: Question) -> str:
+        """The journal's key of a question: equal responses of a group are one question."""
+        return question_key(self._config, self._prompt, question)
+
+    def journalled(self, key: str) -> Answer | None:
+        """The answer that the journal has."""
+        record = self._journal.get(key) if self._journal is not None else None
+        return None if record is None else read_record(record)
+
+    async def answer(self, key: str, question: Question) -> tuple[Answer, bool]:
         """The answer from the journal, else from the endpoint; whether the journal had it.
+
+        A question is asked once until `reopen`, even if it fails.
 
         Raises:
             endpoint.FAILURES: the last attempt's error.
             BudgetSpent, AskedToWait, Closed: nothing was sent.
         """
-        key = question_key(self._config, self._prompt, question)
-        record = self._journal.get(key) if self._journal is not None else None
-        if record is not None:
-            return read_record(record), True
-        if key not in self._asking:  # equal responses of a group are one question
+        if (answer := self.journalled(key)) is not None:
+            return answer, True
+        if key not in self._asking:
             self._asking[key] = asyncio.create_task(self._claimed(key, question))
-            self._asking[key].add_done_callback(lambda _: self._asking.pop(key))
+            self._asking[key].add_done_callback(lambda task: self._asked(key, task))
         return read_record(await self._asking[key]), False
+
+    def _asked(self, key: str, task: asyncio.Task[Record]) -> None:
+        """Forget an answer that the journal has."""
+        if self._journal is not None and not task.cancelled() and task.exception() is None:
+            del self._asking[key]
 
     async def close(self) -> None:
         """End requests that are in flight after a second signal, then the clients."""
@@ -153,7 +169,7 @@ class Requests:
         ):
             reserved = await self._reserve(reservation)
             # From here on the request may be billed, answer or not.
-            reservation.settle(None)
+            reservation.unanswered()
             began = time.monotonic()
             try:
                 # `create` would check each field of the body again.
@@ -165,10 +181,12 @@ class Requests:
                     "body": checked_body(endpoint.without_key(response.content, self._key)),
                 }
             except endpoint.FAILURES as error:
-                if not endpoint.may_be_billed(error):
+                billed = endpoint.may_be_billed(error)
+                if not billed:
                     reservation.settle(0.0)
                     if self._commit is not None and reserved is not None:
                         self._commit.settle(reserved)
+                self._count(key, error, most_tokens(body) if billed and not reserved else None)
                 self._attempt_failed(error, entered)
                 raise
             answer = read_record(record)
@@ -188,6 +206,13 @@ class Requests:
             return None
         return await self._commit.reserve(reservation.usd)
 
+    def _count(self, key: str, error: Exception, at_most: tuple[int, int] | None) -> None:
+        """Keep why a request has no answer, and what it may cost where nothing is reserved."""
+        reason = endpoint.failure_kind(error)
+        self._spending.unanswered(reason)
+        if self._commit is not None:
+            self._commit.unanswered(Unanswered(key, reason, at_most))
+
     def _attempt_failed(self, error: Exception, entered: float) -> None:
         if endpoint.condemns_all(error):
             self.pace.close()  # before another one gets the slot
@@ -200,3 +225,7 @@ class Requests:
             self.stop(f"it asks to wait {asked:.0f} s ({text}); run again then")
         elif self.pace.failing_s > patience:
             self.stop(f"no answer for {patience:g} s ({text}); check that it is up and run again")
+
+
+def _succeeded(task: asyncio.Task[Record]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None

@@ -3,7 +3,11 @@
 async with spending.reserve(body) as reservation:   # before sending; waits, or BudgetSpent
     answer = …
     reservation.settle(spending.cost_usd([answer]))
-usage = spending.row(answers)                        # when a row is done: counted and shown
+spending.row(answers)                                # when a row is done: counted and shown
+usage = spending.charge(rollout_id, answers)         # the row's own share, in the table's order
+
+Rows with the same question share its answer, which is paid and counted once: the first row of the
+dataset bears its tokens, time and cost, the others have 0.
 
 Called by the annotate stage, which opens it, and by the engines that it is passed to.
 """
@@ -11,21 +15,23 @@ Called by the annotate stage, which opens it, and by the engines that it is pass
 import fcntl
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from ...schemas.configs import OpenAIAnnotator
 from ...schemas.errors import InputError
+from .bill import read_bill
 from .budget import Budget, Reservation
-from .completion import is_answer, read_record
 from .dialogue import Answer, usage
-from .journal_lines import Answered, Reserved, Settled, journal_files, read_lines
 from .prices import Price, find_price
 from .rows import Usage
 
 logger = logging.getLogger(__name__)
+
+Answers = Mapping[str, Answer]  # of one row, by the key of the question
 
 _FEWEST_ROWS = 10  # before the mean cost of a row predicts that of the next ones
 
@@ -49,6 +55,9 @@ class Spending:
         self._rows, self._tell, self._file = rows, tell, lock
         self._done = 0
         self._total = Usage()
+        self._borne: dict[str, str] = {}  # by question: the row that bears the answer's cost
+        self._shown: set[str] = set()  # questions whose answers the totals have
+        self._failures: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def cost_usd(self, answers: Sequence[Answer]) -> float | None:
@@ -68,11 +77,40 @@ class Spending:
         async with self.budget.reserve(self.price.worst_case_usd(body)) as reservation:
             yield reservation
 
-    def row(self, answers: Sequence[Answer]) -> Usage:
-        """Count a row that is done, with all its answers, and show the totals."""
-        out = usage(answers, self.cost_usd(answers) if answers else 0.0)
-        self.count(1, out)
-        return out
+    def row(self, answers: Answers) -> None:
+        """Count a row that is done, with its answers that no other row has, and show the totals."""
+        with self._lock:
+            fresh = [answer for key, answer in answers.items() if key not in self._shown]
+            self._shown.update(answers)
+        self.count(1, self._usage(fresh))
+
+    def charge(self, rollout_id: str, answers: Answers) -> Usage:
+        """What a row bears of its answers. To be called for all rows in the dataset's order; a row
+        that is made again bears the same."""
+        return self._usage(
+            [
+                answer
+                for key, answer in answers.items()
+                if self._borne.setdefault(key, rollout_id) == rollout_id
+            ]
+        )
+
+    def made(self, rollout_id: str, answers: Answers) -> None:
+        """Note a row of a part that an earlier run made, whose figures are counted already."""
+        self._shown.update(answers)
+        self.charge(rollout_id, answers)
+
+    def unanswered(self, reason: str) -> None:
+        """Count a request without an answer; the next totals show it."""
+        with self._lock:
+            self._failures[reason] += 1
+
+    def named(self) -> str:
+        """How many requests of this process have no answer, by reason; empty if all have one."""
+        return ", ".join(f"{number} {reason}" for reason, number in self._failures.items())
+
+    def _usage(self, answers: Sequence[Answer]) -> Usage:
+        return usage(answers, self.cost_usd(answers) if answers else 0.0)
 
     def count(self, rows: int, usage: Usage) -> None:
         """Count rows that are done with their usage together, and show the totals."""
@@ -99,7 +137,9 @@ class Spending:
             out["of about"] = dollars(total.cost_usd / self._done * rows)
         if self.budget is not None:
             out["budget"] = dollars(self.budget.limit_usd)
-        return out
+            if self.budget.possibly_usd:
+                out["possibly billed"] = dollars(self.budget.possibly_usd)
+        return out | {reason: str(number) for reason, number in self._failures.items()}
 
     def close(self) -> None:
         """Release the lock on the budget."""
@@ -131,39 +171,12 @@ def open_spending(
         return Spending(price, Budget(config.budget_usd), rows, tell)
     lock = exclusive(journal / "budget.lock", "spends this dataset's annotator.budget_usd")
     try:
-        budget = Budget(config.budget_usd, _spent_usd(journal, price))
+        bill = read_bill(journal, price, known=True)
+        budget = Budget(config.budget_usd, bill.spent_usd or 0.0, bill.possibly_usd or 0.0)
     except BaseException:
         lock.close()
         raise
     return Spending(price, budget, rows, tell, lock)
-
-
-def _spent_usd(journal: Path, price: Price) -> float:
-    """What a journal's requests cost: its answers, and what was reserved and never settled.
-
-    An answer that was paid for twice is there twice.
-
-    Raises:
-        InputError: an answer of which neither cost nor worst case is known.
-    """
-    answers_usd, reserved, settled = 0.0, dict[str, float](), set[str]()
-    for entry in journal_files(journal):
-        for _, _, line in read_lines(Path(entry.path)):
-            match line:
-                case Reserved(name, usd):
-                    reserved[name] = usd
-                case Settled(name):
-                    settled.add(name)
-                case Answered(_, record) if is_answer(record):
-                    usd = price.billed_usd(read_record(record))
-                    if usd is None:
-                        raise InputError(
-                            f"{entry.path}: holds an answer whose tokens the endpoint did not "
-                            "tell, "
-                            "so what has been spent is unknown; leave annotator.budget_usd out"
-                        )
-                    answers_usd += usd
-    return answers_usd + sum(usd for name, usd in reserved.items() if name not in settled)
 
 
 def exclusive(path: Path, what: str) -> IO[bytes]:

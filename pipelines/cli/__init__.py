@@ -5,6 +5,8 @@ The console script calls `main`, and so does `python -m trace_opd.pipelines.cli`
 
 import sys
 
+from ...schemas.extras import missing_extra
+
 
 def main() -> None:
     """Run the command of sys.argv and exit."""
@@ -12,4 +14,9 @@ def main() -> None:
         from .commands import run  # imports take about a second
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if (sentence := missing_extra(error)) is None:
+            raise
+        print(f"trace-opd: {sentence}", file=sys.stderr)
+        sys.exit(sentence.exit_code)
     run()

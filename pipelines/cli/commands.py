@@ -15,12 +15,15 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from ... import __version__
 from ...data.store import Dataset, Store
+from ...schemas.config_faults import unknown_name
 from ...schemas.configs import Config, PipelineConfig, ReportConfig, StudyConfig, TrainConfig
 from ...schemas.environment import whole_number
 from ...schemas.errors import InputError
 from ...schemas.presets import PRESETS
 from ...schemas.settings import load_config, override
+from ...schemas.template import template
 from ..stages import REGISTRY, StageEntry
 from ..terminal import console, log_to_terminal, print_config, print_json
 from .ending import end_at_second_interrupt, exit_code, log_thread_failures
@@ -30,7 +33,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Token-routed self on-policy distillation: annotate, route, train.",
 )
 
 ConfigPath = Annotated[
@@ -50,7 +52,9 @@ KeepFailed = Annotated[
     bool,
     typer.Option("--keep-failed", help="Continue with failed rows; do not request them again."),
 ]
-Output = Annotated[Path | None, typer.Option(help="HTML file; default: in the dataset's folder.")]
+Output = Annotated[
+    Path | None, typer.Option(dir_okay=False, help="HTML file; default: in the dataset's folder.")
+]
 
 # Options that only the commands of some stages have.
 _STAGE_OPTIONS = {"annotate": "keep_failed", "convert": "preset", "train": "preset"}
@@ -136,6 +140,24 @@ for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"trace-opd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Token-routed self on-policy distillation: annotate, route, train."""
+
+
 @app.command()
 def pipeline(
     config: ConfigPath,
@@ -163,8 +185,12 @@ def study(
     config: ConfigPath,
     overrides: Overrides = None,
     store: StoreRoot = "store",
-    output: Annotated[Path, typer.Option(help="Folder of the studies' files.")] = Path("studies"),
-    page: Annotated[Path | None, typer.Option(help="Page; default: study.md there.")] = None,
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder of the studies' files.")
+    ] = Path("studies"),
+    page: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Page; default: study.md there.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Apply the config's `quick`.")] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -185,23 +211,27 @@ def study(
 
 @app.command()
 def config(
-    stage: Annotated[str, typer.Argument(help="Stage, or pipeline.")],
+    stage: Annotated[str, typer.Argument(help="Stage, pipeline or study.")],
     path: ConfigPath = None,
     overrides: Overrides = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="JSON schema with descriptions.")
     ] = False,
 ) -> None:
-    """Print a stage's config as YAML, defaults included, or its JSON schema."""
+    """Print a commented template of a stage's config to fill in and run.
+
+    With a file or overrides: the complete config that they make. With --schema: the JSON schema.
+    """
     kinds = {name: entry.config_type for name, entry in REGISTRY.items()}
     kinds |= {"pipeline": PipelineConfig, "study": StudyConfig}
     if stage not in kinds:
-        raise InputError(f"stage {stage!r}: is none of {', '.join(kinds)}")
+        raise InputError(f"stage {unknown_name(stage, kinds)}")
     if schema:
         print_json(kinds[stage].model_json_schema(), console)
-        return
-    section = stage if stage in REGISTRY else None
-    print_config(_load(kinds[stage], path, overrides, section))
+    elif path is None and not overrides:
+        print(template(kinds[stage]), end="")
+    else:
+        print_config(_load(kinds[stage], path, overrides, stage if stage in REGISTRY else None))
 
 
 @app.command()
@@ -258,6 +288,7 @@ def run() -> NoReturn:
     # Read when transformers and datasets are first imported: no progress bars besides ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # an encoding may lack a response's characters
             stream.reconfigure(errors="backslashreplace")

@@ -1,5 +1,6 @@
 """How the command line ends: an exit code, and one sentence for an error. commands.py calls it."""
 
+import errno
 import logging
 import os
 import re
@@ -9,13 +10,14 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from ...schemas.errors import InputError, Stopped
-from ...schemas.settings import shortened
+from ...schemas.errors import InputError, Stopped, shortened
+from ...schemas.extras import missing_extra
 from ..terminal import Terminal
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_SENTENCE = 3000
+# A path of the user's that can name no file: too long, through a file, or in a circle.
+_BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _INTERRUPTED = 128 + signal.SIGINT
 _OUT_OF_MEMORY = (
     "out of memory; give the process more, or smaller parts, batches and models, then run the same "
@@ -28,7 +30,8 @@ _TORCH_OUT_OF_MEMORY = re.compile("(?i)out of memory|can't allocate memory|not e
 def exit_code(run: Callable[[], object]) -> int:
     """Run the command line and return its exit code.
 
-    0, or 2 for bad input, 143 after SIGTERM, 130 after Ctrl-C, 1 if memory, disk or output failed.
+    0, or 2 for bad input and a missing extra, 143 after SIGTERM, 130 after Ctrl-C, 1 if memory,
+    disk or output failed.
     Any other exception is a fault of the program and keeps its traceback.
     """
     try:
@@ -45,11 +48,19 @@ def exit_code(run: Callable[[], object]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except ModuleNotFoundError as error:  # a command's own imports, which come late
+        if (sentence := missing_extra(error)) is None:
+            raise
+        _print_error(str(sentence))
+        return sentence.exit_code
     except BrokenPipeError:  # the reader has closed the pipe
         _drop_output()
     except OSError as error:
         logger.debug("failed", exc_info=True)
         _drop_output()
+        if error.errno in _BAD_PATH and error.filename is not None:
+            _print_error(f"{_name(error)}: {error.strerror}; name another path")
+            return InputError.exit_code
         _print_error(_machine_failure(error))
     except (MemoryError, RuntimeError) as error:
         detail = ""
@@ -76,11 +87,13 @@ def log_thread_failures() -> None:
     threading.excepthook = log
 
 
-def _machine_failure(error: OSError) -> str:
+def _name(error: OSError) -> str:
     name = error.filename
-    if isinstance(name, bytes | os.PathLike):
-        name = os.fsdecode(name)
-    file = "" if name is None else f"{shortened(name)}: "
+    return shortened(os.fsdecode(name) if isinstance(name, bytes | os.PathLike) else name)
+
+
+def _machine_failure(error: OSError) -> str:
+    file = "" if error.filename is None else f"{_name(error)}: "
     return f"{file}{error.strerror or error}; check the disk and the file, then run it again"
 
 
@@ -111,7 +124,7 @@ def _print_error(sentence: str) -> None:
     # Without stderr, or with a full disk behind it, only the exit code remains.
     with suppress(OSError, ValueError):
         Terminal(stderr=True).print(
-            f"trace-opd: {shortened(sentence, _LONGEST_SENTENCE)}", soft_wrap=True, highlight=False
+            f"trace-opd: {' '.join(sentence.split())}", soft_wrap=True, highlight=False
         )
 
 

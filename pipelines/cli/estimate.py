@@ -5,6 +5,7 @@ Called by the command line (show.py).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -47,13 +48,15 @@ class Tokens:
 class Estimate:
     """Of the parts that are not made yet.
 
-    asked: rows with an open question, one request each at first. answered: rows whose answers a
-    journal has. full: one answer per row, each as long as its limit. most: all answers cut at the
-    limit, asked for again, then corrected. seen: rows whose tokens are known, made or answered.
+    asked: open questions, one request each at first. shared: rows with an open question that an
+    earlier row asks. answered: rows whose answers a journal has. full: one answer per question,
+    each as long as its limit. most: all answers cut at the limit, asked for again, then corrected.
+    seen: rows whose tokens are known, made or answered.
     """
 
     rows: int = 0
     asked: int = 0
+    shared: int = 0
     answered: int = 0
     prompt_bytes: int = 0
     full: Tokens = field(default_factory=Tokens)
@@ -135,10 +138,11 @@ def estimate_view(found: Estimate, plan: Plan, draft: Draft) -> Group:
 
 
 def _notes(found: Estimate) -> Iterator[str]:
-    idle = found.rows - found.asked - found.answered
+    idle = found.rows - found.asked - found.shared - found.answered
+    shared = f"{found.shared} share the answer of another row, " if found.shared else ""
     yield (
-        f"{found.rows} rows to make: {found.asked} ask, {found.answered} find their answers in a "
-        f"journal and are free, {idle} have no verdict."
+        f"{found.rows} rows to make: {found.asked} ask, {shared}{found.answered} find their "
+        f"answers in a journal and are free, {idle} have no verdict."
     )
     how = "measured on known answers" if found.seen_bytes_tokens else "a guess"
     yield (
@@ -168,21 +172,33 @@ class _Asking:
     prompt: AnnotationPrompt
     body: Callable[[Any, AnnotationPrompt, Question], dict[str, Any]]
     known: Callable[[Question], Answer | None]
+    keys: set[str]  # of the open questions so far
+    key: Callable[[Question], str] | None  # None: each row asks for itself
 
     @classmethod
     def of(cls, annotator: Any, engine: Engine, draft: Draft) -> "_Asking":
         assert engine.request_body is not None, "engines that ask no model have no estimate"
         prompt = load_prompt(annotator.prompt, annotator.answer_schema)
+        if not engine.asks_endpoint:
+            return cls(annotator, prompt, engine.request_body, lambda question: None, set(), None)
+        key = partial(question_key, annotator, prompt)
         folders = draft.files.local_folders(draft.stage, "journal")
-        if not engine.asks_endpoint or not folders:
-            return cls(annotator, prompt, engine.request_body, lambda question: None)
-        journal = Journal(folders[0], lambda: folders[1:], is_answer)  # read, not written
+        # Read, not written.
+        journal = Journal(folders[0], lambda: folders[1:], is_answer) if folders else None
 
         def known(question: Question) -> Answer | None:
-            record = journal.get(question_key(annotator, prompt, question))
+            record = journal.get(key(question)) if journal is not None else None
             return None if record is None else read_record(record)
 
-        return cls(annotator, prompt, engine.request_body, known)
+        return cls(annotator, prompt, engine.request_body, known, set(), key)
+
+    def first(self, question: Question) -> bool:
+        """Whether no earlier row has this open question."""
+        if self.key is None:
+            return True
+        before = len(self.keys)
+        self.keys.add(self.key(question))
+        return len(self.keys) > before
 
 
 def _see_part(out: Estimate, table: pa.Table) -> None:
@@ -208,7 +224,9 @@ def _see_item(out: Estimate, item: Item, asking: _Asking) -> None:
         if answer.prompt_tokens:
             out.seen_bytes += size
             out.seen_bytes_tokens += answer.prompt_tokens
-    if isinstance(outcome, Question):
+    if isinstance(outcome, Question) and not asking.first(outcome):
+        out.shared += 1
+    elif isinstance(outcome, Question):
         out.asked += 1
         out.prompt_bytes += sizes[-1]
         out.full.completion += outcome.max_new_tokens

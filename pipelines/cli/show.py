@@ -106,6 +106,8 @@ def _figure(key: str, value: Any) -> str:
     """A figure of a summary; an unknown cost shows as unknown, not as none."""
     if "usd" in key:
         return dollars(value)
+    if key == "requests":
+        return ", ".join(f"{number:,} {what}" for what, number in value.items())
     return "n/a" if value is None else str(value)
 
 

@@ -4,6 +4,7 @@ commands.py adds `COMMANDS` to `trace-opd`. Slow imports are inside the commands
 """
 
 import logging
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -14,13 +15,15 @@ from rich.tree import Tree
 
 from ...data.manifest import one_line
 from ...data.remote import require_reachable
-from ...data.store import Store
+from ...data.store import Dataset, Store
 from ...data.written_tables import KINDS, import_file
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
-from ..terminal import console, print_json
+from ..terminal import Terminal, console, print_json
 
 logger = logging.getLogger(__name__)
+
+_WIDE, _UNBOUNDED = 100, 10_000  # columns of a terminal
 
 
 def _reachable(root: str) -> str:
@@ -51,19 +54,27 @@ def ls(
             names.setdefault(ref, []).append(name)
     except InputError as error:  # list the datasets without names
         logger.warning("%s", error)
-    table = Table(box=None)
-    for column in ("dataset", "alias", "parts", "rows", "finished"):
-        table.add_column(column, no_wrap=True)  # ids are for copying
+    # A pipe has no width: its lines are for grep.
+    out = console if console.is_terminal else Terminal(width=_UNBOUNDED)
+    out.print(listing(opened.datasets(stage), names, out.width < _WIDE))
+
+
+def listing(datasets: Iterable[Dataset], names: dict[str, list[str]], narrow: bool) -> Table:
+    """A row per dataset, the newest last. narrow: for 80 columns, without parts and year."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("dataset", "alias", *(() if narrow else ("parts",)), "rows", "finished"):
+        table.add_column(column, no_wrap=column != "alias")  # ids are for copying
     table.columns[1].overflow = "fold"
-    for dataset in sorted(opened.datasets(stage), key=lambda d: d.manifest["finished_at"]):
+    for dataset in sorted(datasets, key=lambda d: d.manifest["finished_at"]):
+        finished = dataset.manifest["finished_at"][:16].replace("T", " ")
         table.add_row(
             dataset.ref,
             ", ".join(names.get(dataset.ref, [])),
-            str(dataset.parts),
+            *(() if narrow else (str(dataset.parts),)),
             str(dataset.rows),
-            dataset.manifest["finished_at"][:16].replace("T", " "),
+            finished[len("2026-") :] if narrow else finished,
         )
-    console.print(table)
+    return table
 
 
 def show(
@@ -182,7 +193,8 @@ def compare(
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     output: Annotated[
-        Path | None, typer.Option(help="Folder; default: compare/… in the store.")
+        Path | None,
+        typer.Option(file_okay=False, help="Folder; default: compare/… in the store."),
     ] = None,
     store: StoreRoot = "store",
 ) -> None:

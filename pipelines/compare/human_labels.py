@@ -23,6 +23,7 @@ from ...data.input_files import digest, find_files
 from ...data.step_labels import LabelledResponse, prm800k, processbench
 from ...data.store import Dataset, Draft, Store, content_hash
 from ...data.written_tables import KINDS
+from ...schemas.config_faults import unknown_name
 from ...schemas.configs import SegmentConfig, VerifyConfig
 from ...schemas.contract import TableContract
 from ...schemas.errors import InputError
@@ -79,7 +80,7 @@ def import_labels(
         InputError: an unknown layout, a missing file, a row that does not fit the layout, no label.
     """
     if layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r}: is none of {', '.join([*LAYOUTS, *KINDS])}")
+        raise InputError(f"layout {unknown_name(layout, [*LAYOUTS, *KINDS])}")
     left_out: Counter[str] = Counter()
     rows = list(islice(_numbered(LAYOUTS[layout](path, left_out), left_out), limit))
     if not rows:

@@ -1,16 +1,13 @@
 """Stage annotate: key spans of correct responses and error spans of wrong ones.
 
 Called by the registry of stages. Engines are in annotators/; here are the stage's inputs, its
-attempts, its money and its summary.
+attempts and its money.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import fields
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pyarrow as pa
@@ -24,8 +21,10 @@ from ...schemas.tables import ANNOTATIONS, VERDICTS
 from ..annotators import engine_of, open_annotator
 from ..annotators.attempts import UNANSWERED, attempt_figures, current_attempt, first_attempt
 from ..annotators.batch_jobs import read_jobs
-from ..annotators.rows import NO_ANSWER, Usage
-from ..annotators.spending import Spending, count, dollars, open_spending, plus
+from ..annotators.bill import read_bill
+from ..annotators.prices import find_price
+from ..annotators.spending import Spending, count, dollars, open_spending
+from ..annotators.summary import bearing, part_usage, summarize
 from ..progress import show_fields
 from .base import Plan, Stage
 
@@ -71,15 +70,21 @@ class _Maker:
             self._spending = open_spending(annotator, folders["journal"], rows, show_fields)
         else:
             self._spending = Spending(rows=rows, tell=show_fields)
-        for part in filter(draft.has_sound_part, range(plan.parts)):
+        done = [part for part in range(plan.parts) if draft.has_sound_part(part)]
+        for part in done:
             self._spending.count(*part_usage(draft.read_part(part)))
-        self._annotator = open_annotator(
+        self._annotator: Any = open_annotator(
             annotator,
             config.segment,
             spending=self._spending,
             parts=self._missing,
             **folders,
         )
+        if self._asks_endpoint:
+            for part in self._recurring(done):
+                made = draft.read_part(part)
+                problems, rollouts, verdicts = self._tables(part)
+                self._annotator.recall(problems, bearing(made, rollouts), bearing(made, verdicts))
 
     def __call__(self, part: int) -> pa.Table:
         table = self._annotator.annotate(*self._tables(part))
@@ -103,6 +108,19 @@ class _Maker:
             self._plan.inputs[role].read_part(part) for role in ("problems", "rollouts", "verdicts")
         )
         return problems, rollouts, verdicts
+
+    def _recurring(self, done: list[int]) -> list[int]:
+        """The finished parts with a problem that a missing part has too: they may share answers."""
+
+        if not done:
+            return []
+        problems = self._plan.inputs["problems"]
+        texts = [problems.read_part(n, ["problem"])["problem"] for n in range(self._plan.parts)]
+        missing = pa.concat_arrays(
+            [pa.array([], pa.string())]
+            + [texts[n].combine_chunks() for n in range(self._plan.parts) if n not in done]
+        )
+        return [part for part in done if pc.any(pc.is_in(texts[part], missing)).as_py()]
 
     def _missing(self) -> Iterator[tuple[pa.Table, pa.Table, pa.Table]]:
         parts = range(self._plan.parts)
@@ -141,61 +159,21 @@ def _folders(config: AnnotateConfig, draft: Draft) -> dict[str, Any]:
     }
 
 
-def part_usage(table: pa.Table) -> tuple[int, Usage]:
-    """A part's rows, and its tokens, US dollars and time; None where those of a row are unknown."""
-
-    def total(name: str) -> Any:
-        column = table[name]
-        # One unknown makes the sum unknown, never too low.
-        return None if column.null_count else pc.sum(column).as_py() or 0
-
-    return len(table), Usage(*(total(field.name) for field in fields(Usage)))
+def _bill(plan: Plan, draft: Draft) -> dict[str, Any]:
+    """What the journal says of the dataset's requests, over all its runs."""
+    annotator = plan.config.annotator
+    if not engine_of(annotator).asks_endpoint:
+        return {}
+    journal = first_attempt(plan.semantic, plan.inputs, draft).local_path("journal")
+    return read_bill(journal, find_price(annotator)).figures()
 
 
 def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
-    status: Counter[str] = Counter()
-    types: Counter[str] = Counter()
-    latencies: list[float] = []
-    costs: list[float | None] = []
-    parts: list[dict[str, Any]] = []
-    total = Usage()
-    marked = judged = unanswered = 0
-    for table in tables:
-        rows, usage = part_usage(table)
-        unanswered += table.filter(pc.starts_with(table["error"], NO_ANSWER)).num_rows
-        parts.append({"rows": rows} | _tokens_and_cost(usage))
-        total = plus(total, usage)
-        for row in table.drop_columns(["raw_answer", "error"]).to_pylist():
-            status[row["status"]] += 1
-            if row["status"] == AnnotationStatus.SKIPPED:
-                continue
-            if row["diagnostic_type"] is not None:
-                types[row["diagnostic_type"]] += 1
-            judged += row["segments"][-1]["end"] if row["segments"] else 0
-            marked += sum(span["end"] - span["start"] for span in row["spans"])
-            latencies.append(row["latency_s"])
-            costs.append(row["cost_usd"])
-    known = [cost for cost in costs if cost is not None]
-    summary = {
-        "status": dict(status.most_common()),
-        "types": dict(types.most_common()),
-        "marked_share": round(marked / judged, 4) if judged else 0.0,
-        **_tokens_and_cost(total),
-        "cost_usd_per_row_median": median(known) if costs and len(known) == len(costs) else None,
-        "latency_s_median": round(median(latencies), 4) if latencies else None,
-        "per_part": parts,
-    }
-    if unanswered:
-        summary[UNANSWERED] = unanswered
+    summary = summarize(tables)
     budget_usd = getattr(plan.config.annotator, "budget_usd", None)
     if budget_usd is not None:
         summary["budget_usd"] = budget_usd
     return summary
-
-
-def _tokens_and_cost(usage: Usage) -> dict[str, Any]:
-    names = ("prompt_tokens", "completion_tokens", "cost_usd")
-    return {name: getattr(usage, name) for name in names}
 
 
 def _check(config: AnnotateConfig, dataset: Dataset) -> None:
@@ -228,4 +206,5 @@ STAGE = Stage(
     lambda plan, draft: closing(_Maker(plan, draft)),
     _summarize,
     check=_check,
+    measure=_bill,
 )

@@ -73,6 +73,7 @@ class Stage:
     summarize: figures for the manifest, from the plan and the finished parts.
     summarized: columns that `summarize` reads; None: all.
     check: raises InputError if a finished dataset must stop the next stage; the dataset stays.
+    measure: further figures, from what the engine keeps with the draft.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Stage:
     summarize: Callable[[Plan, Iterator[pa.Table]], dict[str, Any]]
     summarized: tuple[str, ...] | None = None
     check: Callable[[Any, Dataset], None] = lambda config, dataset: None
+    measure: Callable[[Plan, Draft], dict[str, Any]] = lambda plan, draft: {}
 
     def begin(self, config: Config, store: Store) -> tuple[Plan, Draft | Dataset]:
         """Check the request and open its dataset, finished or as a draft."""
@@ -110,7 +112,8 @@ class Stage:
     def finish(self, plan: Plan, draft: Draft) -> Dataset:
         """Sum up the parts and write the manifest."""
         tables = (draft.read_part(part, self.summarized) for part in range(plan.parts))
-        return draft.finish(plan.parts, plan.figures | self.summarize(plan, tables))
+        summary = plan.figures | self.summarize(plan, tables) | self.measure(plan, draft)
+        return draft.finish(plan.parts, summary)
 
     def make(
         self,

@@ -9,6 +9,7 @@ import polars as pl
 from ...data.atomic import write_atomic
 from ...data.store import Dataset, Store
 from ...schemas.configs import StudyConfig
+from ...schemas.extras import require
 from ...schemas.settings import dump_config
 from .figures import plot_curves, plot_exposure
 from .mechanism import first_step, one_step
@@ -28,7 +29,12 @@ from .runs import (
 
 
 def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) -> pl.DataFrame:
-    """Run a study, or continue it from the store's finished runs; returns the results table."""
+    """Run a study, or continue it from the store's finished runs; returns the results table.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    require("matplotlib")
     refs = datasets(config, store)
     problems = refs.pop("problems")
     splits = {"tuning": refs.pop("tuning")} if config.tuning is not None else {}

@@ -3,6 +3,7 @@
 Stage train opens one `OnlineTables` on every rank and gives its `source` to the trainer.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -22,13 +23,18 @@ from ...trace.ranks import Ranks
 from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
 from ..annotators import engine_of, open_annotator
+from ..annotators.bill import read_bill
+from ..annotators.prices import find_price
 from ..annotators.rows import skipped_annotations
+from ..annotators.summary import bearing, summarize
 from ..samplers import sampling_engine
 from ..samplers.engine import Follower, Training
 from ..samplers.probe import Probe
 from ..samplers.rollouts import rollouts_table
 from ..verifiers.registry import open_verifier
 from .validation import Validation
+
+logger = logging.getLogger(__name__)
 
 # Online tables: role, stage, contract, and the roles that are the dataset's inputs.
 _ONLINE_TABLES = (
@@ -68,6 +74,13 @@ class OnlineTables:
         self._config, self._policy, self._refresh = config, policy, refresh
         self._first = config.offline.steps
         self._problems = inputs["problems"].read()
+        if ranks.first and len(self._problems) < config.groups_per_step:
+            logger.warning(
+                "groups_per_step is %d, dataset %s has %d problems: each step samples all of them",
+                config.groups_per_step,
+                inputs["problems"].ref,
+                len(self._problems),
+            )
         engine = sampling_engine(config.sampler, config.policy)
         ahead = online.max_staleness > 0
         if ahead and ranks.count > 1 and not engine.served:
@@ -88,17 +101,19 @@ class OnlineTables:
             texts = [str(text) for text in self._problems["problem"].slice(0, _PROBES).to_pylist()]
             self._probe = Probe(policy.tokenizer, config.prompt, texts)
         self._verifier = open_verifier(online.verify)
-        annotator = None
+        self._annotator: Any = None
+        self._journal = run.local_path("journal")
+        self._resumed = False
         if ranks.first:
             self._drafts = _online_drafts(store, run, inputs["problems"])
-            annotator = self._open_annotator(run, annotating)
+            self._annotator = self._open_annotator(annotating)
         last = self._first + online.steps
         coming = range(self._first, last) if ahead else ()
         self.source = OnlineSource(
             problems=self._step_problems,
             sample=self._sample,
             verifier=self._verifier,
-            annotator=annotator,
+            annotator=self._annotator,
             bytes=byte_table(policy.tokenizer),
             routing=online.routing,
             write=self._write,
@@ -109,7 +124,7 @@ class OnlineTables:
             share=not engine.served,
             ahead={step: kl_weight(step, config.schedule) > 0 for step in coming},
         )
-        self._open: list[Any] = [self.source, self._sampler, self._verifier, annotator]
+        self._open: list[Any] = [self.source, self._sampler, self._verifier, self._annotator]
         self._open += [annotating[0]] if annotating else []
 
     def _open_annotating_policy(self) -> tuple[Sampler, Any] | None:
@@ -119,7 +134,7 @@ class OnlineTables:
             return None
         return engine_of(online.annotator).open_sampler(online.annotator, self._config.policy)
 
-    def _open_annotator(self, run: Draft, annotating: tuple[Any, Any] | None) -> Annotator | None:
+    def _open_annotator(self, annotating: tuple[Any, Any] | None) -> Annotator | None:
         online = self._config.online
         if not needs_annotations(online.routing):
             return None
@@ -127,7 +142,7 @@ class OnlineTables:
         return open_annotator(
             online.annotator,
             online.segment,
-            journal=run.local_path("journal"),
+            journal=self._journal,
             sampler=sampler,
             tokenizer=tokenizer,
         )
@@ -146,6 +161,7 @@ class OnlineTables:
 
         Stateless in step and round, so a resumed run asks the same problems.
         """
+        self._recall(step)
         count = min(self._config.groups_per_step, len(self._problems))
         steps_per_epoch = len(self._problems) // count
         epoch, at = divmod(step - self._first, steps_per_epoch)
@@ -158,6 +174,20 @@ class OnlineTables:
             shuffled = np.random.default_rng([self._config.seed, 2, step]).permutation(others)
             chosen = shuffled[(refill - 1) * count : refill * count]
         return self._problems.take(chosen)
+
+    def _recall(self, step: int) -> None:
+        """Before a run's first step: the answers that the steps before it have counted."""
+        if self._resumed:
+            return
+        self._resumed = True
+        if self._annotator is None or not engine_of(self._config.online.annotator).asks_endpoint:
+            return
+        for part in range(step - self._first):
+            tables = {role: draft.read_part(part) for role, draft in self._drafts.items()}
+            rollouts, verdicts = (
+                bearing(tables["annotations"], tables[role]) for role in ("rollouts", "verdicts")
+            )
+            self._annotator.recall(tables["problems"], rollouts, verdicts)
 
     def _sample(self, problems: pa.Table, step: int) -> pa.Table:
         online = self._config.online
@@ -203,11 +233,22 @@ class OnlineTables:
     def finish(self) -> dict[str, str]:
         """Make the drafts datasets; their refs by table."""
         steps = self._config.online.steps
-        return {
+        refs = {}
+        for role, draft in self._drafts.items():
             # A run killed between here and its own manifest finds some of them finished.
-            role: (draft if isinstance(draft, Dataset) else draft.finish(steps)).ref
-            for role, draft in self._drafts.items()
-        }
+            if isinstance(draft, Draft):
+                draft = draft.finish(steps, self._summary(draft) if role == "annotations" else {})
+            refs[role] = draft.ref
+        return refs
+
+    def _summary(self, annotations: Draft) -> dict[str, Any]:
+        annotator = self._config.online.annotator
+        summary = summarize(
+            annotations.read_part(part) for part in range(self._config.online.steps)
+        )
+        if self._annotator is None or not engine_of(annotator).asks_endpoint:
+            return summary
+        return summary | read_bill(self._journal, find_price(cast(Any, annotator))).figures()
 
     def close(self) -> None:
         for opened in self._open:

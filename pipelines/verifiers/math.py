@@ -1,10 +1,11 @@
 """math-verify's reading and comparison of two answers, faster and without its wrong equalities.
 
 Called by a verification worker alone: a comparison can take any time and memory. Except for
-percentages, what math-verify calls different stays different. Two things are added. The grammar is
-parsed in two stages, as ANTLR advises, which gives the same trees up to thirty times faster. And
-before algebra decides "equal", values must agree: both sides are evaluated, at a point if they have
-variables, which also decides most unequal pairs without `simplify`.
+percentages and inequalities, what math-verify calls different stays different. Three things are
+added. The grammar is parsed in two stages, as ANTLR advises, which gives the same trees up to
+thirty times faster. Before algebra decides "equal", values must agree: both sides are evaluated, at
+a point if they have variables, which also decides most unequal pairs without `simplify`. And the
+last side of an equation answers only if the first names or equals it.
 """
 
 import logging
@@ -14,12 +15,19 @@ from typing import Any
 
 import sympy
 from antlr4 import PredictionMode
-from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, _Latex2Sympy, normalize_latex
+from latex2sympy2_extended.latex2sympy2 import (
+    NormalizationConfig,
+    _Latex2Sympy,
+    convert_to_pct,
+    normalize_latex,
+)
 from latex2sympy2_extended.logic import And
 from latex2sympy2_extended.sets import FiniteSet
 from math_verify import grader, verify
 from math_verify.parser import get_last_eq
+from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
+from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
 from .notation import plain_number, prepare
 
@@ -37,6 +45,14 @@ _FRACTION = re.compile(r"(-?)\\frac\{([0-9]{1,150})\}\{([0-9]{1,150})\}")
 _POWER = re.compile(
     r"(?<![A-Za-z\\])(?P<symbol>[a-cf-zA-CF-Z]|\\pi(?![A-Za-z]))\^"
     r"(?=(?:\{[^{}]*\}|[0-9]+|[a-z])(?!\s*(?:\(|\\left|_)))"
+)
+# Degrees count as a number, except in the argument of a function.
+_ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
+# A name that the grammar can't read, as in m_{\max} = 5.
+_NAME = re.compile(
+    r"(?:\\(?:angle|triangle|text|mathrm|overline|max|min|operatorname|vec|left|right)(?![A-Za-z])"
+    r"|\\[ ,;]|[A-Za-z_{}()|:'\s.])+"
 )
 # Their values take quadrature or a summation term by term.
 _UNFINISHED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
@@ -68,7 +84,9 @@ class _Reader(_Latex2Sympy):
         if not rel.expr() and rel.APPROX() and rel.relation(1).expr():
             # The converter takes one of the two; both must be the same number.
             other = self.convert_expr(rel.relation(1).expr())
-            if _apart(value, other, tolerance=_APPROXIMATE):
+            side = grader.take_last_relation(value)
+            side = side.rhs if isinstance(side, Relational) else side
+            if _apart(side, other, tolerance=_APPROXIMATE):
                 raise ValueError("two numbers that differ around an approximation sign")
         return value
 
@@ -116,9 +134,16 @@ def read(text: str) -> Any:
         return sympy.Float(latex)
     if match := _FRACTION.fullmatch(latex):
         return sympy.Rational(int(match[1] + match[2]), int(match[3]))
+    if latex.endswith("%") and (share := latex.rstrip("%\\ ")).endswith("}"):
+        number = _parse(share)  # the grammar knows shares of decimals only
+        return None if number is None else convert_to_pct(number)
     value = _parse(latex)
     if value is None and (last := get_last_eq(latex)) != latex and not _contradicts(latex):
         value = _parse(last)
+    if value is None and latex.count("=") == 1:
+        name, _, last = latex.partition("=")
+        is_name = _NAME.fullmatch(name) and name.count("{") == name.count("}")
+        value = _parse(last) if is_name else None
     return value
 
 
@@ -129,10 +154,11 @@ def _contradicts(chain: str) -> bool:
 
 
 def _parse(latex: str) -> Any:
-    is_real = not grader.should_treat_as_complex(latex)
+    is_real = not (_IMAGINARY.search(latex) or grader.should_treat_as_complex(latex))
+    in_degrees = bool(_ANGLE_FUNCTION.search(latex))
     for reader in (_FirstStage, _Reader):
         try:
-            return reader(is_real=is_real).parse(latex)
+            return reader(is_real=is_real, convert_degrees=in_degrees).parse(latex)
         except MemoryError:
             raise
         except Exception:  # noqa: S112 - errors on text that is no formula have many types
@@ -154,6 +180,9 @@ def equal(gold: Any, answer: Any) -> bool:
         return equal(number, share) or (number is gold and equal(gold, share / 100))
     if (share := grader.get_pct_val(gold)) is not None:
         return equal(share, answer) or equal(share / 100, answer)
+    gold, answer = _alone(gold), _alone(answer)
+    if grader.is_relation(answer) and not grader.is_equation(answer):
+        gold, answer = _as_sets(gold, answer)
     # The order matters: gold `1<x<2` accepts `(1,2)`, not the reverse. Timeouts are off: they use
     # SIGALRM, which works in main threads only and cancels an outer alarm.
     try:
@@ -163,6 +192,17 @@ def equal(gold: Any, answer: Any) -> bool:
         if str(error).startswith("zip()"):
             return False
         raise
+
+
+def rounds(value: Any, decimal: str) -> bool:
+    """Whether a decimal is a value to its last place, or cut there."""
+    if grader.is_equation(value):
+        value = grader.take_last_relation(value).rhs
+    if not isinstance(value, sympy.Expr) or not value.is_number:
+        return False
+    place = sympy.Rational(1, 10 ** len(decimal.partition(".")[2]))
+    difference = abs(value - sympy.Rational(decimal)).evalf(15)
+    return bool(difference.is_Number and difference < place)
 
 
 def _sides_agree(answer: Any) -> bool:
@@ -176,6 +216,23 @@ def _sides_agree(answer: Any) -> bool:
         if isinstance(side, sympy.Expr) and side.is_number
     ]
     return not any(_apart(sides[-1], side) for side in sides[:-1])
+
+
+def _alone(value: Any) -> Any:
+    """The one point of a set of points: braces around it are optional."""
+    if isinstance(value, FiniteSet) and len(value.args) == 1:
+        point = value.args[0]
+        return point if isinstance(point, sympy.Tuple | sympy.Interval) else value
+    return value
+
+
+def _as_sets(gold: Any, answer: Any) -> tuple[Any, Any]:
+    """The set of an inequality's solutions, where the gold is a set and no point as `(1,2)`."""
+    members = gold.rhs if isinstance(gold, sympy.Eq) else gold  # x in [-2,7] is read as x = [-2,7]
+    if not isinstance(members, sympy.Interval | sympy.Union) or len(answer.free_symbols) != 1:
+        return gold, answer
+    is_point = members.is_open and members is gold and members.measure.is_finite
+    return (gold, answer) if is_point else (members, answer.as_set())
 
 
 def _in_order(several: Any) -> list[Any]:
@@ -249,6 +306,49 @@ def _only_if_close(compare: Any) -> Any:
     return guarded
 
 
+def _only_if_answered(compare: Any) -> Any:
+    """`x+1=5` is no 5, and `x^2-4=0` no 0, although their last sides are."""
+
+    def guarded(gold: Any, answer: Any, *limits: Any, **options: Any) -> bool:
+        if grader.is_equation(answer) and not grader.is_equation(gold):
+            first, last = grader.take_first_relation(answer), grader.take_last_relation(answer)
+            if last.rhs.is_Symbol and isinstance(first.lhs, sympy.Expr) and first.lhs.is_number:
+                answer = sympy.Eq(last.rhs, first.lhs, evaluate=False)
+            elif not _answers(first.lhs, last.rhs):
+                return False
+        return compare(gold, answer, *limits, **options)
+
+    return guarded
+
+
+def _answers(left: Any, value: Any) -> bool:
+    """Whether `left = value` states what a quantity is, and is no equation to solve.
+
+    The left side is a name, as x, f(0), |AB| or (x,y); or it equals the value; or it combines
+    several unknowns, which no single number solves, as m+n = 113, unless that is zero.
+    """
+    if not isinstance(left, sympy.Expr) or not isinstance(value, sympy.Expr):
+        return True
+    if left.is_Symbol or isinstance(left, AppliedUndef | sympy.Derivative):
+        return True
+    if left.free_symbols and value.is_number and not value.is_zero:
+        named = left.args[0] if isinstance(left, sympy.Abs | TrigonometricFunction) else left
+        several = len(named.free_symbols | named.atoms(AppliedUndef)) > 1
+        return named.is_Symbol or (several and _combines_names(named))
+    return not _apart(left, value) and not (left.free_symbols and value.is_zero)
+
+
+def _combines_names(expression: Any) -> bool:
+    """Without numbers, except for signs and powers."""
+    if isinstance(expression, sympy.Pow):
+        return _combines_names(expression.base) and expression.exp.is_number
+    if isinstance(expression, sympy.Mul):
+        return all(one in (1, -1) or _combines_names(one) for one in expression.args)
+    if isinstance(expression, sympy.Add | sympy.Abs):
+        return all(_combines_names(one) for one in expression.args)
+    return bool(expression.is_Symbol or isinstance(expression, AppliedUndef))
+
+
 def _expanded_first(compare: Any) -> Any:
     """Most equal pairs need no `simplify`."""
 
@@ -274,4 +374,5 @@ def _only_if_solvable(compare: Any) -> Any:
 # these. 10^{-20} is no 10^{-30} and not 0, although both are cut to zero there.
 grader.sympy_numeric_eq = _only_if_close(grader.sympy_numeric_eq)
 grader.sympy_symbolic_eq = _only_if_close(_expanded_first(grader.sympy_symbolic_eq))
+grader.sympy_expr_eq = _only_if_answered(grader.sympy_expr_eq)
 grader.sympy_solve_and_compare = _only_if_solvable(grader.sympy_solve_and_compare)

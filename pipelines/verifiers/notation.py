@@ -10,6 +10,9 @@ only, linear in the answer's length, without sympy.
 import re
 from fractions import Fraction
 from functools import lru_cache
+from itertools import product
+
+from .units import split_unit, unit_of, without_inner_units
 
 _INTEGER = r"(?:[1-9][0-9]{0,2}(?:(?:,|\{,\})[0-9]{3})+|[0-9]+)"
 _PLAIN = re.compile(
@@ -17,13 +20,15 @@ _PLAIN = re.compile(
     r"|(?P<top>[0-9]+)/(?P<bottom>0*[1-9][0-9]*)"
     r"|\\[dt]?frac\{(?P<minus>-?)(?P<over>[0-9]+)\}\{(?P<under>0*[1-9][0-9]*)\})"
 )
+_PLAIN_DECIMAL = re.compile(r"-?[0-9]{1,30}(?:\.[0-9]{1,30})?")
 # Longer numbers are left to math-verify: Python limits the length of integers in text.
 _MAX_DIGITS = 40
 
 _SYMBOLS = {
-    "−": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "°": r"^\circ ", "∞": r"\infty ",
-    "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "≈": r"\approx ",
-    "π": r"\pi ", "\N{NO-BREAK SPACE}": " ", "\N{THIN SPACE}": " ",
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "°": r"^\circ ",
+    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ",
+    "∈": r"\in ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "√": r"\sqrt ", "∅": r"\emptyset ",
+    "π": r"\pi ", "²": "^2", "³": "^3", "\N{NO-BREAK SPACE}": " ", "\N{THIN SPACE}": " ",
 }  # fmt: skip
 _TO_LATEX = str.maketrans(_SYMBOLS)
 _WRAPPINGS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")]
@@ -32,34 +37,44 @@ _REPEATING = re.compile(
     r"(?<![0-9.])([0-9]{1,15})\.([0-9]{0,15})\\(?:overline|bar|dot)\s*\{([0-9]{1,15})\}"
 )
 
+_SIZED = re.compile(
+    r"\\(?:[bB]igg?[lrm]?|middle|mleft|mright|displaystyle|textstyle)(?![A-Za-z])\s*"
+)
+# One sign or command in place of its synonyms.
+_SYNONYMS = [
+    (re.compile(r"\\lbrace(?![A-Za-z])\s*"), r"\\{"),
+    (re.compile(r"\\rbrace(?![A-Za-z])"), r"\\}"),
+    (re.compile(r"\\langle(?![A-Za-z])"), "("),
+    (re.compile(r"\\rangle(?![A-Za-z])"), ")"),
+    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
+    (re.compile(r"\\degree(?![A-Za-z])"), r"^\\circ"),
+    (re.compile(r"\\q?quad"), " "),
+    (re.compile(r"\\(?:text|mathrm)\s*\{\s*\\?%\s*\}"), r"\\%"),
+    (re.compile(r"^\{-\}"), "-"),
+    # The imaginary unit behind its factor.
+    (re.compile(r"\\(?:mathrm|text|mathbf)\s*\{\s*i\s*\}"), " i"),
+    (re.compile(r"(?<=[0-9}])(?:\s|\\[ ,;:!]|\\cdot(?![A-Za-z])|\*)+i(?![A-Za-z])"), "i"),
+]
+# Most answers have none of these.
+_RARE = re.compile(
+    r"\\(?:[bB]ig|m(?:iddle|left|right)|displaystyle|textstyle|[lr]brace|[lr]angle|varnothing|degree|q?quad"
+    r"|(?:text|math(?:rm|bf))\s*\{\s*[i\\%])|[ ;,:!*t]i(?![A-Za-z])|^\{-"
+)
+_ROUGHLY = re.compile(
+    r"(?:(?:\\(?:approx|simeq|sim|cong)(?![A-Za-z])|~=|(?:\\text\s*\{\s*)?(?:approximately|approx\.?"
+    r"|about|roughly|around)\s*\}?)\s*)(?=[-+0-9.$\\(])"
+)
+_SIGNS = re.compile(r"\\(pm|mp)(?![A-Za-z])\s*")
+_MAX_SIGNS = 3
+_BRACKETS = re.compile(r"\\.|[][(){},]", re.DOTALL)
+_MIXED = re.compile(
+    r"(?P<sign>-?)(?P<whole>[0-9]{1,15})(?: (?P<top>[0-9]{1,15})/(?P<bottom>[0-9]{1,15})"
+    r"|\s*\\[dt]?frac\{(?P<over>[0-9]{1,15})\}\{(?P<under>[0-9]{1,15})\})(?P<percent>\s*\\?%)?"
+)
+
 _GROUPED = re.compile(r"-?[1-9][0-9]{0,2}(?:(?:[ ~]|\\[ ,;:!]|,\\!)\s*[0-9]{3})+(?:\.[0-9]+)?")
 _SEPARATOR = re.compile(r"[^0-9.-]+")
 _SCIENTIFIC = re.compile(r"(-?[0-9]{1,30}(?:\.[0-9]{1,30})?)[eE]([+-]?[0-9]{1,4})")
-
-_SPACE = r"(?:\s|~|\\[ ,;:!])*"
-_TEXT = r"\\(?:text(?:rm|bf|it)?|mathrm|mbox|operatorname)\s*"
-_POWER = r"(?:\^\s*\{?\s*([0-9])\s*\}?)?"
-_UNIT_IN_TEXT = re.compile(rf"{_SPACE}{_TEXT}\{{([^{{}}0-9\\]*)\}}{_SPACE}{_POWER}{_SPACE}$")
-_BARE_UNIT = re.compile(
-    rf"(?P<space>{_SPACE})(?P<unit>[A-Za-z][A-Za-z./ -]*?){_SPACE}{_POWER}{_SPACE}$"
-)
-_VALUE_END = re.compile(r"[0-9})\]%.]$")
-# What may precede a unit that is not marked as text: a number, not a product of variables.
-_NUMERIC = re.compile(
-    r"(?:[-+0-9.,/(){}^ ]|\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right|[ ,;:!]))+$"
-)
-_NO_UNIT = {"or", "and", "not", "no", "isn't", "is", "to", "but", "maybe", "rather", "wrong", "if"}
-
-_UNITS = {
-    "mm": "millimeter millimetre", "cm": "centimeter centimetre", "m": "meter metre",
-    "km": "kilometer kilometre", "in": "inch inche", "ft": "foot feet", "yd": "yard",
-    "mi": "mile", "mg": "milligram", "g": "gram gm", "kg": "kilogram", "lb": "",
-    "s": "sec second", "min": "minute", "h": "hour hr", "day": "", "week": "", "month": "",
-    "year": "yr", "ml": "milliliter millilitre", "l": "liter litre", "mph": "", "dollar": "",
-    "cent": "", "degree": "deg", "rad": "radian",
-}  # fmt: skip
-_UNIT_OF = {name: unit for unit, names in _UNITS.items() for name in [unit, *names.split()]}
-_SHORT_WORDS = {"per", "sq", "of", "cu", "the", "a", "an", "ways", "men", "boys", "pm", "am"}
 
 _BASE = re.compile(r"[0-9A-Fa-f]+\s*_\s*(?:\{\s*([0-9]{1,2})\s*\}|([0-9]))")
 # math-verify drops a number's subscript, as in Python's 5_000.
@@ -97,18 +112,76 @@ def prepare(text: str) -> str | None:
     math-verify would pick one of nested boxes, or a box next to other text: an answer could show
     one number and be graded on another. The same holds for a subscript that is no base.
     """
-    text = _unwrapped(text)
+    text = _plain(text)
     if "\\boxed" in text or "\\fbox" in text:
         return None
     if _SUBSCRIPTED.search(text) and not _BASE.fullmatch(text):
         return None
-    if not text.isascii():
-        text = text.translate(_TO_LATEX)
     text = _REPEATING.sub(_as_fraction, text)
-    value = _split_unit(text)[0].removeprefix("+")
+    value = split_unit(text)[0].removeprefix("+")
+    if r"\text" in value or r"\math" in value or r"\mbox" in value:
+        value = ", ".join(split_unit(part.strip())[0] for part in _parts(value))
+        value = without_inner_units(value)
     if _GROUPED.fullmatch(value):
         return _SEPARATOR.sub("", value)
-    return _SCIENTIFIC.sub(r"\1 \\cdot 10^{\2}", value) if _SCIENTIFIC.fullmatch(value) else value
+    if match := _MIXED.fullmatch(value):
+        top, bottom = int(match["top"] or match["over"]), int(match["bottom"] or match["under"])
+        top += int(match["whole"]) * bottom
+        return rf"{match['sign']}\frac{{{top}}}{{{bottom}}}{match['percent'] or ''}"
+    if match := _SCIENTIFIC.fullmatch(value):
+        return rf"{match[1]} \cdot 10^{{{match[2]}}}"
+    return _both_signs(value) if _SIGNS.search(value) else value
+
+
+@lru_cache(maxsize=1024)
+def _plain(text: str) -> str:
+    """Without outer delimiters, in one spelling of signs, without sizes and "approximately"."""
+    text = _unwrapped(text)
+    if not text.isascii():
+        text = text.translate(_TO_LATEX)
+    if _RARE.search(text):
+        text = _SIZED.sub("", text)
+        for synonym, usual in _SYNONYMS:
+            text = synonym.sub(usual, text)
+        text = text.strip()
+    if match := _ROUGHLY.match(text):
+        text = text[match.end() :]
+    return text
+
+
+def _both_signs(text: str) -> str:
+    """Each part with `\\pm` as two parts; the signs of `\\mp` are opposite."""
+    braces = ("\\{", "\\}") if text.startswith("\\{") and text.endswith("\\}") else ("", "")
+    inner = text[len(braces[0]) : len(text) - len(braces[1])]
+    parts: list[str] = []
+    for part in _parts(inner):
+        signs = _SIGNS.findall(part)
+        if not signs or len(signs) > _MAX_SIGNS:
+            parts.append(part)
+            continue
+        together = "mp" in signs
+        for drawn in product("+-", repeat=1 if together else len(signs)):
+            each = iter(drawn * len(signs) if together else drawn)
+            parts.append(_SIGNS.sub(lambda m: _sign(next(each), m[1]), part))  # noqa: B023
+    return braces[0] + ", ".join(part.strip().removeprefix("+") for part in parts) + braces[1]
+
+
+def _sign(drawn: str, command: str) -> str:
+    return drawn if command == "pm" else {"+": "-", "-": "+"}[drawn]
+
+
+def _parts(text: str) -> list[str]:
+    """Split at commas outside of brackets."""
+    parts, depth, start = [], 0, 0
+    for match in _BRACKETS.finditer(text):
+        if match[0] in "([{":
+            depth += 1
+        elif match[0] in ")]}":
+            depth -= 1
+        elif match[0] == "," and depth == 0:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    return [*parts, text[start:]]
 
 
 def conflict(gold: str, answer: str) -> bool:
@@ -117,10 +190,10 @@ def conflict(gold: str, answer: str) -> bool:
     Bases, known units, a set against a tuple, clock times, dots on one side only, an operation
     that the answer leaves undone and the gold does not have.
     """
-    gold, answer = _unwrapped(gold), _unwrapped(answer)
+    gold, answer = _plain(gold), _plain(answer)
     return (
         _differ(_base(gold), _base(answer))
-        or _differ(_unit(gold), _unit(answer))
+        or _differ(unit_of(gold), unit_of(answer))
         or {_bracket(gold), _bracket(answer)} == {"{", "("}
         or _differ(_clock(gold), _clock(answer))
         or bool(_DOTS.search(gold)) != bool(_DOTS.search(answer))
@@ -128,10 +201,19 @@ def conflict(gold: str, answer: str) -> bool:
     )
 
 
+def approximation(answer: str) -> str | None:
+    """The number behind the approximation sign, as 12.57 in `4\\pi \\approx 12.57`."""
+    before, sign, number = _plain(answer).rpartition(r"\approx")
+    number = split_unit(number.strip())[0]
+    return number if before.strip() and sign and _PLAIN_DECIMAL.fullmatch(number) else None
+
+
 def _unwrapped(text: str) -> str:
-    """Without dollar signs or a box around all of it."""
+    """Without dollar signs or a box around all of it, and without a full stop."""
     text = text.strip()
     for _ in range(4):  # nobody nests deeper than a box in dollars in a box
+        if text.endswith(".") and not text.endswith(".."):
+            text = text[:-1].rstrip()
         inner = _inside(text)
         if inner is None:
             break
@@ -168,61 +250,6 @@ def _as_fraction(match: re.Match) -> str:
     return f"\\frac{{{top}}}{{{bottom}}}"
 
 
-def _split_unit(text: str) -> tuple[str, str | None]:
-    """The value and its unit's words with their power, as in "cm^2"."""
-    if text.startswith("\\$"):
-        return text[2:].strip(), "dollar"
-    tail = text[-100:]
-    match = _UNIT_IN_TEXT.search(tail)
-    if match:
-        words, power, marked = match[1], match[2], True
-    else:
-        match = _BARE_UNIT.search(tail)
-        if match is None:
-            return text, None
-        words, power, marked = match["unit"], match[3], False
-    value = text[: len(text) - len(tail) + match.start()].strip()
-    if not _VALUE_END.search(value) or not _reads_as_unit(words):
-        return text, None
-    if not marked and not (
-        _NUMERIC.fullmatch(value) and _is_bare_unit(words, spaced=bool(match["space"]))
-    ):
-        return text, None
-    return value, f"{words.strip().lower()}^{power or 1}"
-
-
-def _reads_as_unit(words: str) -> bool:
-    """False for "or seven" and the like: an answer must not name a second one."""
-    named = words.lower().replace("-", " ").split()
-    return len(named) <= 6 and not _NO_UNIT & set(named)
-
-
-def _is_bare_unit(words: str, spaced: bool) -> bool:
-    """A word that cannot be a product of variables, or a known unit; one letter needs a space."""
-    named = words.lower().split()
-    if not spaced:
-        return len(named) == 1 and len(named[0]) > 1 and _known(named[0]) is not None
-    return all(len(w) > 3 or w in _SHORT_WORDS or _known(w.strip(".")) for w in named)
-
-
-def _known(word: str) -> str | None:
-    return _UNIT_OF.get(word) or _UNIT_OF.get(word.removesuffix("s"))
-
-
-@lru_cache(maxsize=1024)
-def _unit(text: str) -> str | None:
-    """The canonical name of a known unit; only known units can contradict each other."""
-    words = _split_unit(text)[1]
-    if words is None:
-        return None
-    name, _, power = words.partition("^")
-    named = name.split()
-    if len(named) == 2 and named[0] in {"square", "sq", "cubic", "cu"}:
-        named, power = named[1:], "2" if named[0].startswith("s") else "3"
-    unit = _known(named[0].strip(".")) if len(named) == 1 else None
-    return f"{unit}^{power or 1}" if unit else None
-
-
 def _differ(first: object, second: object) -> bool:
     return first is not None and second is not None and first != second
 
@@ -233,14 +260,19 @@ def _base(text: str) -> str | None:
 
 
 def _bracket(text: str) -> str | None:
-    text = text.replace("\\left", "").replace("\\right", "").replace("\\lbrace", "\\{").strip()
-    if text.startswith("\\{") and text.endswith(("\\}", "\\rbrace")):
-        return "{"
-    return "(" if text.startswith("(") and text.endswith(")") and "," in text else None
+    """The bracket around all of a list with more than one member or of a set."""
+    text = text.replace("\\left", "").replace("\\right", "").strip()
+    if text.startswith("\\{") and text.endswith("\\}"):
+        members = _parts(text[2:-2])
+        # `\{(1,2),(3,4)\}` is written without braces as well.
+        return None if all("(" in member for member in members) else "{"
+    if not text.startswith("(") or not text.endswith(")") or "," not in text:
+        return None
+    return "(" if len(_parts(text)) == 1 else None
 
 
 def _clock(text: str) -> tuple[int, int] | None:
-    match = _CLOCK.fullmatch(text)
+    match = _CLOCK.fullmatch(split_unit(text)[0])
     return (int(match[1]), int(match[2])) if match else None
 
 

@@ -16,7 +16,7 @@ from ...schemas.tables import VERDICTS
 from .pool import Job, Outcome, VerifierPool
 from .reading import choice_letter, exact_match, final_answer, letter_of
 
-CHOICE_MATCHER = "choice-matcher 1"
+CHOICE_MATCHER = "choice-matcher 2"
 TEXT_MATCHER = "text-matcher 1"
 JUDGED_COLUMNS = ["rollout_id", "problem_id", "group_id", "response", "finish_reason"]
 
@@ -24,9 +24,10 @@ JUDGED_COLUMNS = ["rollout_id", "problem_id", "group_id", "response", "finish_re
 def math_matcher() -> str:
     """Name and version of what compares mathematics, as recorded in the verdicts.
 
-    The second number rises when notation.py, math.py or reading.py say otherwise than before.
+    The second number rises when notation.py, units.py, math.py, reading.py or boxed.py say
+    otherwise than before.
     """
-    return f"math-verify {version('math-verify')}, guarded 1"
+    return f"math-verify {version('math-verify')}, guarded 2"
 
 
 class MathVerifier:

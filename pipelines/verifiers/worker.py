@@ -15,8 +15,8 @@ from typing import Any
 
 from ...schemas.errors import InputError
 from ...schemas.labels import VerdictStatus
-from .math import equal, read
-from .notation import conflict
+from .math import equal, read, rounds
+from .notation import approximation, conflict
 
 READY = ""  # any other text is why the worker cannot start
 Judgement = tuple[VerdictStatus, bool | None, str]
@@ -39,6 +39,8 @@ def judge(gold: str, answer: str) -> Judgement:
         if parsed_answer is None:
             return VerdictStatus.PRED_UNPARSED, False, ""
         correct = equal(parsed_gold, parsed_answer)
+        if not correct and (rounded := approximation(answer)) and rounds(parsed_answer, rounded):
+            correct = equal(parsed_gold, read(rounded))
     except MemoryError:
         return VerdictStatus.OOM, None, ""
     except Exception as error:  # sympy's error on an odd answer is a row, not a crash

@@ -3,25 +3,43 @@ writes.
 """
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from ...data.store import Dataset
-from ...schemas.labels import Route
+from ...schemas.labels import AnnotationStatus, Route, VerdictStatus
 from .rollout_tables import Tables
+
+ANNOTATED = {
+    AnnotationStatus.EMPTY: "nothing marked",
+    AnnotationStatus.ABSTAINED: "the annotator declined",
+    AnnotationStatus.INVALID: "the answer can't be read",
+    AnnotationStatus.SKIPPED: "not asked (no reward, λ was 0, or the routing needs no annotation)",
+    AnnotationStatus.FAILED: "no answer",
+}
+VERIFIED = {
+    VerdictStatus.PRED_UNPARSED: "no answer in the response",
+    VerdictStatus.TRUNCATED: "the response hit the token limit",
+    VerdictStatus.GOLD_UNPARSED: "the gold answer can't be read",
+    VerdictStatus.TIMEOUT: "the verifier took too long",
+    VerdictStatus.OOM: "the verifier ran out of memory",
+    VerdictStatus.ERROR: "the verifier failed",
+}
 
 
 @dataclass(frozen=True)
 class Bars:
-    """A bar chart: labels with counts, and the filter that a click on a bar sets."""
+    """A bar chart: labels with counts, the filter that a click on a bar sets, and what the labels
+    mean."""
 
     title: str
     filter: str
     counts: list[tuple[str, int]]
+    meanings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,9 +92,10 @@ def overview(tables: Tables) -> Overview:
             ["status", "cost_usd", "prompt_tokens", "completion_tokens"]
         )
         tiles.append(_cost_tile(annotations.to_pylist()))
-        bars.append(Bars("Annotation", "status", _counts(annotations["status"].to_pylist())))
-    verdicts = tables.by_role["verdicts"].read(["status"])
-    bars.append(Bars("Verdict", "verdict", _counts(verdicts["status"].to_pylist())))
+        counts = _statuses(tables, "annotations")
+        bars.append(Bars("Annotation", "status", counts, _meanings(counts, ANNOTATED)))
+    counts = _statuses(tables, "verdicts")
+    bars.append(Bars("Verdict", "verdict", counts, _meanings(counts, VERIFIED)))
     return Overview(lead.rows, tiles, [bar for bar in bars if bar.counts], route_tokens)
 
 
@@ -112,6 +131,18 @@ def _route_tokens(routed: Dataset) -> list[tuple[str, int]]:
         routes = pc.list_flatten(routed.read_part(part, ["route"])["route"]).to_numpy()
         counts += np.bincount(routes, minlength=len(Route))
     return [(route.name.lower(), int(counts[route])) for route in Route if counts[route]]
+
+
+def _statuses(tables: Tables, role: str) -> list[tuple[str, int]]:
+    """Statuses of the rollouts in the leading table: others have rows too, such as those of
+    replaced groups."""
+    table = tables.by_role[role].read(["rollout_id", "status"])
+    lead = tables.lead.read(["rollout_id"])["rollout_id"]
+    return _counts(table.filter(pc.is_in(table["rollout_id"], lead))["status"].to_pylist())
+
+
+def _meanings(counts: list[tuple[str, int]], of: Mapping[Any, str]) -> list[str]:
+    return [f"{label}: {of[label]}" for label, _ in counts if label in of]
 
 
 def _counts(values: Iterable[str | None]) -> list[tuple[str, int]]:

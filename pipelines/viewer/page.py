@@ -57,13 +57,16 @@ def render_page(data: dict[str, Any], served: bool, **context: Any) -> str:
     )
 
 
-def page_data(index: RolloutIndex, labels: tuple[str, str] | None) -> dict[str, Any]:
+def page_data(
+    index: RolloutIndex, labels: tuple[str, str] | None, rollouts: int | None = None
+) -> dict[str, Any]:
     """What the page's script needs for any dataset, as JSON-able data.
 
-    labels: the names of two compared annotators.
+    labels: the names of two compared annotators. rollouts: of the dataset; None: the index has all.
     """
     return {
         "total": len(index),
+        "all": len(index) if rollouts is None else rollouts,
         "facets": [
             {"name": facet.name, "label": facet.label, "values": facet.counts()}
             for facet in index.facets

@@ -5,12 +5,12 @@ stages/report.py makes a stage of `run`. `trace-opd view` shows datasets of any 
 """
 
 from pathlib import Path
-from typing import Any
 
 from ...data.atomic import sweep_siblings, write_atomic
 from ...data.store import Dataset, Store
 from ...schemas.configs import ReportConfig
-from .lineage_view import lineage_chain, lineage_entry
+from .evaluation_view import evaluation_view, find_evaluations
+from .lineage_view import lineage_strands
 from .overview import overview
 from .page import page_data, paint_names, render_page
 from .rollout_index import RolloutIndex, build_index
@@ -24,6 +24,8 @@ from .rollout_tables import (
 )
 from .rollout_view import RolloutReader, RolloutView, rollout_data
 from .training_curves import charts, metrics_of
+
+_MOST_EVALUATIONS = 3
 
 
 def run(config: ReportConfig, store: Store, output: Path | None = None) -> Path:
@@ -42,10 +44,44 @@ def run(config: ReportConfig, store: Store, output: Path | None = None) -> Path:
     output = output or _default_output(dataset, against, store)
     index = build_index(tables, against, choose_groups(tables.lead, config.limit))
     views = RolloutReader(tables, find_byte_table(dataset, tables), against).read(index.rows)
-    html = _render(dataset, tables, against, index, views, metrics_of(dataset, store))
+    html = _render(dataset, tables, against, index, views, store)
     write_atomic(output, html.encode())
     sweep_siblings(output)
     return output
+
+
+def _left_out(
+    dataset: Dataset, tables: Tables, evaluations: list[Dataset]
+) -> list[tuple[str, str]]:
+    """What belongs to a dataset and is not on its page: sentences and the commands that show it."""
+    lead, out = tables.lead, []
+    if (missing := tables.by_role["rollouts"].rows - lead.rows) > 0:
+        out.append(
+            (
+                f"{missing:,} sampled rollouts that table {lead.ref} leaves out: without a score, "
+                "or of a group that was replaced.",
+                f"trace-opd view {tables.by_role['annotations'].ref}"
+                if "annotations" in tables.by_role
+                else "",
+            )
+        )
+    routed = dataset.manifest["inputs"].get("routed") if dataset.stage == "train" else None
+    if routed is not None and routed != lead.ref:
+        out.append(("The rollouts of the offline steps.", f"trace-opd report dataset={routed}"))
+    if dataset.stage == "train":
+        for entry in evaluations[_MOST_EVALUATIONS:]:
+            out.append(("An older evaluation.", f"trace-opd show {entry.ref}"))
+        if evaluations:
+            out.append(("Responses to the held-out problems: an evaluation keeps counts.", ""))
+        else:
+            out.append(
+                (
+                    "Figures on held-out problems: the store had no evaluation of this run when "
+                    "the page was written.",
+                    f"trace-opd evaluate problems=HELD-OUT trained={dataset.ref}",
+                )
+            )
+    return out
 
 
 def _default_output(dataset: Dataset, against: Dataset | None, store: Store) -> Path:
@@ -59,12 +95,14 @@ def _render(
     against: Dataset | None,
     index: RolloutIndex,
     views: list[RolloutView],
-    metrics: list[dict[str, Any]],
+    store: Store,
 ) -> str:
-    """The page as HTML. metrics: a train run's steps in order, [] for other datasets."""
+    """The page as HTML."""
+    metrics = metrics_of(dataset, store)
+    evaluations = find_evaluations(dataset, store) if dataset.stage == "train" else []
     labels = annotator_labels(dataset, against) if against is not None else None
     rollouts = [rollout_data(view) for view in views]
-    data = page_data(index, labels) | {
+    data = page_data(index, labels, tables.lead.rows) | {
         "rows": index.entries(range(len(index))),
         # Rollouts of a group share their problem, so the page holds it once.
         "problems": {rollout["problem_id"]: rollout.pop("problem") for rollout in rollouts},
@@ -79,7 +117,9 @@ def _render(
         dataset=dataset,
         against=against,
         labels=labels,
-        lineage=[lineage_entry(entry) for entry in lineage_chain(dataset, tables.lead, against)],
+        lineage=lineage_strands(dataset, tables, against, evaluations),
+        evaluations=[evaluation_view(entry) for entry in evaluations[:_MOST_EVALUATIONS]],
+        left_out=_left_out(dataset, tables, evaluations),
         # `trace-opd compare` has the figures of two annotators.
         overview=overview(tables) if against is None else None,
         shown=len(views),

@@ -82,10 +82,10 @@ class RuleAnnotator(Config):
 
 class AnnotatorPrompt(Config):
     prompt: str | None = Field(
-        default=None, description="Prompt file (front matter with version); None: the shipped one."
+        default=None, description="Prompt file (front matter with version); null: the shipped one."
     )
     answer_schema: str | None = Field(
-        default=None, description="JSON schema of the answer; None: the shipped one."
+        default=None, description="JSON schema of the answer; null: the shipped one."
     )
     max_new_tokens: int = Field(default=512, ge=1, description="Limit on the answer's tokens.")
     temperature: float = Field(
@@ -100,7 +100,7 @@ class SelfAnnotator(AnnotatorPrompt):
     engine: Literal["self"] = Field(description="Annotation engine.")
     name: str = Field(default="self", description="Name recorded with each annotation.")
     policy: PolicyConfig | None = Field(
-        default=None, description="Annotating policy. None: in training the current weights."
+        default=None, description="Annotating policy. null: in training the current weights."
     )
     sampler: Sampler = Field(default=TransformersSampler(), description="Sampling engine.")
     seed: int = Field(default=0, description="Base seed of sampled answers.")
@@ -112,7 +112,7 @@ class SelfAnnotator(AnnotatorPrompt):
     max_spans: int = Field(default=3, ge=1, description="Most spans of a structured answer.")
     weights: Literal["current", "base"] = Field(
         default="current",
-        description="Weights of the annotator in training if `policy` is None: the current ones, "
+        description="Weights of the annotator in training if `policy` is null: the current ones, "
         "or "
         "a static copy of the first ones.",
     )
@@ -125,7 +125,7 @@ class OpenAIAnnotator(AnnotatorPrompt):
     model: str = Field(description="Model name at the endpoint.")
     api_key_env: KeyVariable | None = Field(
         default="OPENAI_API_KEY",
-        description="Environment variable that holds the key; None: no key.",
+        description="Environment variable that holds the key; null: no key.",
     )
     structured: bool = Field(default=True, description="Ask for the JSON schema (response_format).")
     prices: str | None = operational(
@@ -152,9 +152,9 @@ class OpenAIAnnotator(AnnotatorPrompt):
     )
     batch_poll_s: float = operational(60.0, "Seconds between polls of a batch.", gt=0)
     concurrency: int = operational(16, "Most requests in flight.", ge=1)
-    requests_per_minute: float | None = operational(None, "Request pace; None: no limit.", gt=0)
+    requests_per_minute: float | None = operational(None, "Request pace; null: no limit.", gt=0)
     tokens_per_minute: float | None = operational(
-        None, "Pace of prompt and completion tokens together; None: no limit.", gt=0
+        None, "Pace of prompt and completion tokens together; null: no limit.", gt=0
     )
     timeout_s: float = operational(120.0, "Seconds before a request is given up.", gt=0)
     patience_s: float = operational(

@@ -25,7 +25,7 @@ class EvaluateConfig(Config):
     policy: PolicyConfig = Field(default=PolicyConfig(), description="The base policy.")
     trained: str | None = Field(
         default=None,
-        description="Train dataset whose final checkpoint is compared; None: base alone.",
+        description="Train dataset whose final checkpoint is compared; null: base alone.",
     )
     sampler: Sampler = Field(default=TransformersSampler(), description="Sampling engine.")
     prompt: PromptConfig = Field(default=PromptConfig(), description="Prompt templates.")
@@ -49,7 +49,7 @@ class ReportConfig(Config):
         default=None,
         description="Annotations dataset of the same rollouts to compare with; `dataset` must be "
         "an "
-        "annotations dataset then. None: one annotator.",
+        "annotations dataset then. null: one annotator.",
     )
     limit: int = Field(default=2000, ge=1, description="At most this many rollouts on the page.")
 

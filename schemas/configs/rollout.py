@@ -32,7 +32,7 @@ class PromptConfig(Config):
     )
     thinking: bool | None = Field(
         default=None,
-        description="enable_thinking of the chat template; the same for both. None: unset.",
+        description="enable_thinking of the chat template; the same for both. null: unset.",
     )
 
     @model_validator(mode="after")
@@ -104,14 +104,14 @@ class OpenAISampler(Config):
         "model: requests go to the least busy, and to another when one fails."
     )
     api_key_env: KeyVariable | None = Field(
-        default=None, description="Environment variable that holds the key; None sends no key."
+        default=None, description="Environment variable that holds the key; null sends no key."
     )
     concurrency: int = operational(32, "Requests in flight.", ge=1)
     timeout_s: float = operational(600.0, "Seconds before a request is given up.", gt=0)
     weights_folder: str | None = operational(
         None,
         "In training: folder for new weights, visible to trainer and vLLM servers under the same "
-        "path; None: a folder in the run's own.",
+        "path; null: a folder in the run's own.",
     )
 
     @property
@@ -123,7 +123,7 @@ class OpenAISampler(Config):
 class VllmSampler(Config):
     engine: Literal["vllm"] = Field(description="Sampling engine.")
     max_model_len: int | None = Field(
-        default=None, description="Context length; None: the model's."
+        default=None, description="Context length; null: the model's."
     )
     gpu_memory_utilization: float = operational(0.85, "Share of GPU memory.", gt=0, le=1)
     kv_cache_gib: float | None = operational(None, "KV-cache size on CPU, GiB.", gt=0)

@@ -61,7 +61,8 @@ class StudyConfig(Config):
         min_length=1, description="Held-out problems by name; the first is the page's main one."
     )
     train: TrainConfig = Field(
-        description="Shared by all arms; `validation` sets when to evaluate."
+        description="Shared by all arms; `validation` sets when to evaluate.",
+        examples=[{"validation": {}}],
     )
     seeds: list[NonNegativeInt] = Field(min_length=1, description="A run per arm and seed.")
     tuning: TuningConfig | None = Field(

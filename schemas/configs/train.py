@@ -121,7 +121,9 @@ class OnlineConfig(Config):
     problems: str = Field(
         default="problems", description="Problems dataset: alias, id or stage/id."
     )
-    steps: int = Field(default=0, ge=0, description="Optimiser steps on fresh rollouts.")
+    steps: int = Field(
+        default=0, ge=0, description="Optimiser steps on fresh rollouts.", examples=[40]
+    )
     group_size: int = Field(default=8, ge=2, description="Responses per problem, G.")
     refill_rounds: int = Field(
         default=0,

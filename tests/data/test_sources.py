@@ -164,6 +164,8 @@ def test_a_right_choice_that_equals_a_wrong_one_keeps_its_own_letter():
     [
         (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"\boxed{1} then \boxed{2}", "2"),
+        (r"$x = \boxed{1}$ and $x = \boxed{2}$.", "1, 2"),
+        (r"\boxed{1} or \boxed{2}", r"1 \text{ or } 2"),
         (r"\boxed{1} and \boxed{2", "1"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed {3}", "3"),
@@ -171,7 +173,7 @@ def test_a_right_choice_that_equals_a_wrong_one_keeps_its_own_letter():
         (r"cut \boxed{4\\", ""),
     ],
 )
-def test_the_last_balanced_box_is_the_answer(text, expected):
+def test_the_last_balanced_box_is_the_answer_with_those_joined_to_it(text, expected):
     assert boxed_or_empty(text) == expected
 
 

@@ -3,16 +3,18 @@
     make fuzz
     python -P tests/fuzz/run.py --seconds 120 segments answer
 
-Each target runs in its own process, with this package instrumented. A target's corpus is kept in
-runs/fuzz/<target>/corpus. An input that breaks a target is written to crash-… in the same folder;
-`--input FILE target` runs it again.
+Each target runs in its own process, with this package instrumented, as many at once as there are
+CPU cores. A target's corpus is kept in runs/fuzz/<target>/corpus. An input that breaks a target is
+written to crash-… in the same folder; `--input FILE target` runs it again.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import atheris
@@ -37,7 +39,10 @@ def main() -> None:
         (name,) = arguments.targets
         _fuzz(name, arguments.seconds, arguments.input)
         return
-    failed = [name for name in arguments.targets or TARGETS if not _run(name, arguments.seconds)]
+    names = arguments.targets or list(TARGETS)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        passed = pool.map(lambda name: _run(name, arguments.seconds), names)
+        failed = [name for name, ok in zip(names, passed, strict=True) if not ok]
     if failed:
         sys.exit(f"broken: {', '.join(failed)}; the inputs are in {FOLDER.relative_to(ROOT)}/")
 

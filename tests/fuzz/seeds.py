@@ -158,6 +158,7 @@ def _journals() -> list[bytes]:
         record = {"latency_s": 0.5, "body": body, "batched": number == 1}
         lines += [{"reserved": f"r{number}", "usd": 0.5}, {"key": f"k{number}", "record": record}]
         lines.append({"settled": f"r{number}"})
+        lines.append({"unanswered": "timed out", "key": f"k{number}", "at_most": [9, number]})
     lines = [json.dumps(line).encode() + b"\n" for line in lines]
     return [
         b"".join(lines),

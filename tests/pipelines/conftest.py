@@ -15,6 +15,7 @@ import pytest
 
 from trace_opd.data.store import Store
 from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS, VERDICTS
+from trace_opd.tests.pipelines.browser import CHROMIUM, Browser
 
 VALID = '{"abstain": false, "spans": [{"segments": [1], "quote": null}], "type": "setup"}'
 Answer = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
@@ -143,6 +144,15 @@ def _uploaded(raw: bytes, content_type: str) -> bytes:
     raise AssertionError("no file in the form")
 
 
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
 @pytest.fixture
 def paid_server() -> Iterator[PaidServer]:
     state = PaidServer()
@@ -182,16 +192,19 @@ def paid_server() -> Iterator[PaidServer]:
 
 @pytest.fixture
 def make_verdicts() -> Callable[..., Store]:
-    """Makes a store with a verdicts dataset: `parts` parts of `count` distinct wrong rollouts."""
+    """Makes a store with a verdicts dataset: `parts` parts of `count` wrong rollouts, with
+    `distinct` responses in all; None: each has its own. All problems have the same text."""
 
-    def make(root: Path, parts: int, count: int, unscored: int = 0) -> Store:
+    def make(
+        root: Path, parts: int, count: int, unscored: int = 0, distinct: int | None = None
+    ) -> Store:
         store = Store(root)
         drafts = {}
         inputs: dict[str, Any] = {}
         for contract in (PROBLEMS, ROLLOUTS, VERDICTS):
             draft = store.begin(contract.name, {"made": "here"}, inputs, contract)
             for part in range(parts):
-                rows = _rows(part, count, unscored)[contract.name]
+                rows = _rows(part, count, unscored, distinct)[contract.name]
                 draft.write_part(part, contract.table(rows))
             drafts[contract.name] = draft.finish(parts)
             inputs = {contract.name: drafts[contract.name]}
@@ -201,7 +214,9 @@ def make_verdicts() -> Callable[..., Store]:
     return make
 
 
-def _rows(part: int, count: int, unscored: int) -> dict[str, list[dict[str, Any]]]:
+def _rows(
+    part: int, count: int, unscored: int, distinct: int | None
+) -> dict[str, list[dict[str, Any]]]:
     problem = {
         "problem_id": f"p{part}", "problem": "3 boxes of 4 pens?", "answer": "12",
         "answer_kind": "math", "solution": None, "steps": None, "source": "test", "split": "train",
@@ -215,7 +230,8 @@ def _rows(part: int, count: int, unscored: int) -> dict[str, list[dict[str, Any]
     rollouts, verdicts = [], []
     for index in range(count):
         ids = {"rollout_id": f"r{part}-{index}", "problem_id": f"p{part}", "group_id": f"g{part}"}
-        response = f"Boxes: 3.\nPens: {part * count + index}.\nSo 3 + 4 = 7."
+        number = (part * count + index) % (distinct or 10**9)
+        response = f"Boxes: 3.\nPens: {number}.\nSo 3 + 4 = 7."
         rollouts.append(
             rollout | ids | {"sample_index": index, "seed": index, "response": response}
         )

@@ -92,5 +92,7 @@ def test_overrides_do_not_change_the_preset():
 
 
 def test_an_unknown_preset_names_the_known_ones():
-    with pytest.raises(InputError, match=r"^preset 'sdppo': is none of trace-fkl, .*, opsd$"):
+    with pytest.raises(
+        InputError, match=r"^preset 'sdppo': is none of trace-fkl, .*, opsd; did you mean sdpo\?$"
+    ):
         load_config(ConvertConfig, None, preset="sdppo")

@@ -3,6 +3,7 @@
 const browser = byId("browser");
 const SEARCH_PAUSE = 250; // ms without typing before a search begins
 let hash = new URLSearchParams();
+const bars = document.querySelectorAll(".bars a");
 let typing = 0;
 
 function setHash(change) {
@@ -40,16 +41,36 @@ async function applyHash() {
   }
   if (byId("sort")) byId("sort").value = next.sort;
   if (!(await showQuery(next))) return;
-  byId("count").textContent = total === DATA.total ? many(total, "rollout") : `${total.toLocaleString("en")} of ${DATA.total.toLocaleString("en")}`;
+  for (const bar of bars) {
+    if (hash.get(bar.dataset.facet) === bar.dataset.value) bar.setAttribute("aria-current", "true");
+    else bar.removeAttribute("aria-current");
+  }
+  byId("count").textContent = countText();
   const id = hash.get("id");
   const place = id ? await SOURCE.placeOf(query, id) : 0;
   if (place === null) await show(id); // filtered out: shown, but not in the list
   else await go(place);
 }
 
+// A page may hold a sample of the dataset's rollouts; then every count says so.
+function countText() {
+  const [found, here, all] = [total, DATA.total, DATA.all].map((count) => count.toLocaleString("en"));
+  const sample = DATA.total < DATA.all ? `, sampled from ${all}` : "";
+  if (total === DATA.total) return sample ? `${here} rollouts${sample}` : many(total, "rollout");
+  return `${found} of ${here}${sample}`;
+}
+
+// Lists the rollouts of a bar of the overview, without any other filter.
+async function showBar({ facet, value }) {
+  const filters = Object.fromEntries(DATA.facets.map(({ name }) => [name, ""]));
+  await changeQuery({ ...filters, q: "", [facet]: value });
+  browser.scrollIntoView({ block: "start" });
+  list.focus({ preventScroll: true });
+}
+
 function changeQuery(change) {
   setHash({ ...change, id: "" });
-  applyHash();
+  return applyHash();
 }
 
 // --- the rollout shown ---
@@ -133,6 +154,12 @@ byId("detail").addEventListener("click", (event) => {
   const dot = event.target.closest(".dots button");
   if (dot) goToId(dot.dataset.id);
 });
+for (const bar of bars) {
+  bar.addEventListener("click", (event) => {
+    event.preventDefault();
+    showBar(bar.dataset);
+  });
+}
 byId("filters").addEventListener("submit", (event) => event.preventDefault());
 byId("q").addEventListener("input", (event) => {
   clearTimeout(typing);

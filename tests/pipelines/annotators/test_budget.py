@@ -237,8 +237,8 @@ def test_running_figures_have_tokens_cost_and_an_estimate_of_the_total():
     spending = Spending(
         Price(prompt=1.0, completion=2.0), Budget(5.0), rows=40, tell=lambda **f: shown.append(f)
     )
-    for _ in range(10):
-        spending.row([Answer("", prompt_tokens=2000, completion_tokens=500)])
+    for number in range(10):
+        spending.row({f"q{number}": Answer("", prompt_tokens=2000, completion_tokens=500)})
     assert shown[0] == {
         "rows": "1/40",
         "tokens": "2.0k+500",
@@ -246,7 +246,9 @@ def test_running_figures_have_tokens_cost_and_an_estimate_of_the_total():
         "budget": "$5.0000",
     }
     assert shown[-1]["of about"] == "$0.1200"
-    spending.row([Answer("")])  # an answer without usage
+    spending.row({"q0": Answer("", prompt_tokens=2000, completion_tokens=500)})  # shared: free
+    assert (shown[-1]["rows"], shown[-1]["tokens"]) == ("11/40", "20.0k+5.0k")
+    spending.row({"q10": Answer("")})  # an answer without usage
     assert (shown[-1]["cost"], shown[-1]["tokens"]) == ("unknown", "unknown+unknown")
     assert "of about" not in shown[-1]
 

@@ -86,7 +86,7 @@ def reverse(store: Store) -> None:
 def test_two_runs_at_once_pay_for_each_question_once(
     tmp_path: Path, paid_server, make_verdicts, verdicts: str
 ):
-    store = make_verdicts(tmp_path, parts=1, count=24)
+    store = make_verdicts(tmp_path, parts=1, count=32, distinct=24)
     reverse(store)
     asked = slow(paid_server)
     runs = [
@@ -99,7 +99,7 @@ def test_two_runs_at_once_pay_for_each_question_once(
     assert len(asked()) == 24
     assert set(asked().values()) == {1}
     made = list(store.datasets("annotate"))
-    assert [dataset.summary["status"] for dataset in made] == [{"ok": 24}] * 2
+    assert [dataset.summary["status"] for dataset in made] == [{"ok": 32}] * 2
     if verdicts == "reversed":  # the two runs ask from opposite ends
         assert all(list(Path(dataset.path("journal")).glob("*.jsonl")) for dataset in made)
 

@@ -5,14 +5,18 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import yaml
 
+from trace_opd import __version__
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.cli import main
+from trace_opd.pipelines.cli.store_commands import listing
 from trace_opd.pipelines.models import MICRO
+from trace_opd.pipelines.terminal import Terminal
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.presets import PRESETS
 from trace_opd.schemas.settings import dump_config, load_config
@@ -259,6 +263,23 @@ def test_ls_lists_datasets_with_full_ids_and_aliases(run, made):
     only = run("ls", "verify", "--store", made).out.splitlines()
     assert len(only) == 2
     assert store.aliases()["verdicts"] in only[1]
+
+
+def test_ls_fits_80_columns_with_full_ids_and_aliases(made):
+    store = Store(made)
+    datasets = list(store.datasets())
+    long = ["demo-annotations-by-value-again", "smollm2-annotations-by-line"]
+    out = StringIO()
+    listed = listing(datasets, {datasets[0].ref: long}, narrow=True)
+    Terminal(file=out, width=80, force_terminal=True, color_system=None).print(listed)
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(any(line.startswith(f"{one.ref} ") for line in lines) for one in datasets)
+    assert all(any(name in line for line in lines) for name in long)
+
+
+def test_the_version_is_printed(run):
+    assert run("--version").out == f"trace-opd {__version__}\n"
 
 
 def test_show_prints_a_dataset_its_figures_and_its_glob(run, made):

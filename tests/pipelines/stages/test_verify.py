@@ -99,7 +99,7 @@ def test_each_outcome_has_its_reward():
         "unknowable choice": ("gold_unparsed", None, None),
     }
     by_name = {row["rollout_id"]: row for row in rows}
-    assert by_name["right"]["verifier"] == math_matcher() == "math-verify 0.9.0, guarded 1"
+    assert by_name["right"]["verifier"] == math_matcher() == "math-verify 0.9.0, guarded 2"
     assert by_name["letter"]["verifier"] == CHOICE_MATCHER
     assert by_name["cut"]["parsed_answer"] == r"\sqrt2"
     assert by_name["hostile"]["seconds"] >= TIMEOUT_S

@@ -1,5 +1,6 @@
 """The reader of offline training: every group once per epoch, in an order that the step decides."""
 
+from collections import Counter
 from itertools import groupby
 
 import numpy as np
@@ -20,11 +21,15 @@ EPOCH = 8
 
 @pytest.fixture
 def routed(tmp_path) -> Dataset:
-    draft = Store(tmp_path).begin("convert", {}, {}, ROUTED)
-    for index, groups in enumerate(PARTS):
+    return written(tmp_path, PARTS)
+
+
+def written(folder, parts: list[list[str]]) -> Dataset:
+    draft = Store(folder).begin("convert", {}, {}, ROUTED)
+    for index, groups in enumerate(parts):
         rows = (row(f"{index}.{at}", group) for at, group in enumerate(groups))
         draft.write_part(index, ROUTED.table(rows))
-    return draft.finish(len(PARTS))
+    return draft.finish(len(parts))
 
 
 def row(rollout_id: str, group: str) -> dict:
@@ -78,6 +83,24 @@ def test_a_resumed_run_reads_what_an_undisturbed_one_does(routed):
     undisturbed = [read(step) for step in range(10)]
     for step in (9, 4, 0):
         assert reader(routed, groups_per_step=3)(step).equals(undisturbed[step])
+
+
+@pytest.mark.parametrize("sizes", [[1], [2], [1, 2], [5], [0, 6, 1]])
+def test_a_step_has_as_many_groups_as_it_should_also_across_epochs(tmp_path, sizes, caplog):
+    parts = [[f"{part}.{group // 2}" for group in range(2 * n)] for part, n in enumerate(sizes)]
+    routed, size = written(tmp_path, parts), sum(sizes)
+    for per_step in range(1, size + 3):
+        read, count, seen = reader(routed, per_step), min(per_step, size), Counter()
+        for step in range(4 * size // count + 1):
+            groups = Counter(read(step)["group_id"].to_pylist())
+            assert len(groups) == count
+            assert set(groups.values()) == {2}
+            seen.update(groups.keys())
+            # Each group is read once more before any is read again.
+            counts = [seen[group] for part in parts for group in set(part)]
+            assert max(counts) - min(counts) <= 1
+        assert read(7).equals(reader(routed, per_step)(7))
+        assert (f"groups_per_step is {per_step}," in caplog.text) == (per_step > size)
 
 
 def dataset_of(folder, contract, *parts) -> Dataset:

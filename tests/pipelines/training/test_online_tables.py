@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,14 @@ def test_a_step_never_asks_a_problem_twice_and_runs_out_of_them_in_the_end(root)
     online.close()
 
 
+def test_a_step_has_each_of_too_few_problems_once_and_says_so(root, caplog):
+    online, _ = tables_of(root, config_of("groups_per_step=16"))
+    assert "groups_per_step is 16, dataset problems/" in caplog.text
+    assert "has 10 problems: each step samples all of them" in caplog.text
+    assert len(set(asked(online, 1, 0))) == len(asked(online, 1, 0)) == 10
+    online.close()
+
+
 def test_what_a_step_asks_depends_on_step_round_and_seed_alone(root):
     online, _ = tables_of(root, config_of("seed=2"))
     again, _ = tables_of(root, config_of("seed=2"))
@@ -119,6 +128,32 @@ def test_a_routing_without_annotations_opens_no_annotator(root, monkeypatch):
     online.close()
     annotations: Dataset = store.get(online.finish()["annotations"])
     assert set(annotations.read()["status"].to_pylist()) == {"skipped"}
+
+
+def test_online_annotation_asks_equal_responses_once_over_steps_and_resumed_runs(
+    tmp_path, root, paid_server
+):
+    """At temperature 0.001 a group's responses are equal, and so are those of a later epoch."""
+    shutil.copytree(root, tmp_path / "store")
+    prices = "usd_per_million_prompt_tokens: 1, usd_per_million_completion_tokens: 2"
+    server = f"base_url: '{paid_server.url}', model: m, api_key_env: null"
+    paid = f"{{engine: openai, {server}, {prices}}}"
+    config = config_of(
+        "seed=6", "groups_per_step=10", "online.sampling.temperature=0.001",
+        f"online.annotator={paid}",
+    )  # fmt: skip
+    for steps in (range(2), range(2, STEPS)):  # the second run resumes the first
+        online, store = tables_of(tmp_path / "store", config)
+        for step in steps:
+            online.source.collect(step, True, lambda _: None)
+        online.close()
+    annotations = store.get(online.finish()["annotations"])
+    asked = [body["messages"][1]["content"] for body in paid_server.answered]
+    assert len(asked) == len(set(asked)) == 10
+    assert annotations.rows == 10 * 2 * STEPS
+    assert annotations.summary["requests"] == {"answered": 10}
+    assert annotations.summary["rows_sharing_an_answer"] == 10 * 2 * STEPS - 10
+    assert annotations.summary["cost_usd"] == pytest.approx(annotations.summary["spent_usd"])
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,54 @@ def test_without_a_box_the_last_statement_counts(response: str, answer: str):
 
 
 @pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"$\boxed{-2}$ and $\boxed{3}$", "-2, 3"),
+        (r"$x=\boxed{-2}$, $y = \boxed{3}$", "-2, 3"),
+        (r"\[\boxed{(1,2)} \quad \text{and} \quad \boxed{(3,4)}\]", "(1,2), (3,4)"),
+        (r"\boxed{1} cats, \boxed{2} dogs and \boxed{3} birds", "1, 2, 3"),
+        ("(a) $\\boxed{1}$\n(b) $\\boxed{2}$", "1, 2"),
+        (r"\boxed{5} or \boxed{6}", r"5 \text{ or } 6"),
+        (r"\boxed{5} (or perhaps $\boxed{6}$)", r"5 \text{ or } 6"),
+        (r"\boxed{5}, or it could be \boxed{6}", r"5 \text{ or } 6"),
+        (r"\boxed{5} and again \boxed{5}", "5"),
+        (r"The area is \boxed{5} and so the volume is \boxed{6}", "6"),
+        (r"Not \boxed{5}. And \boxed{6}", "6"),
+        ("\\boxed{5}\n\n\\boxed{6}", "6"),
+        ("The answer is $5$ or $6$.", r"5 \text{ or } 6"),
+        ("The answer is $5$ (or 6).", r"5 \text{ or } 6"),
+        ("The answer is $x=5$ and $y=6$, as $5<6$.", "x=5, y=6"),
+        ("The answer is $5$, since $x=6$.", "5"),
+        ("The answer is $5$, not $6$.", "5"),
+        ("The answer is therefore $5$.", "5"),
+    ],
+)
+def test_parts_of_an_answer_are_joined_and_steps_are_not(response: str, answer: str):
+    assert final_answer(response) == answer
+
+
+@pytest.mark.parametrize("end", ["</think>", "</thinking>", "<|end_of_thought|>", "[/THINK]"])
+@pytest.mark.parametrize(
+    ("behind", "answer"),
+    [
+        ("The answer is 8.", "8"),
+        (r"\boxed{8}", "8"),
+        ("<answer>8</answer>", "8"),
+        ("I get 8.", None),
+        ("\n", "7"),
+    ],
+)
+def test_what_stands_behind_the_thinking_counts_alone(end: str, behind: str, answer: str | None):
+    assert final_answer(rf"<think>It is \boxed{{7}}.{end}{behind}") == answer
+
+
+def test_a_final_answer_behind_the_box_counts_more():
+    response = r"The fee is \boxed{255}. Final Answer: The final answer is $10,455$. I hope so."
+    assert final_answer(response) == "10,455"
+    assert final_answer(r"The answer is \boxed{5}. The final answer is positive.") == "5"
+
+
+@pytest.mark.parametrize(
     "response",
     ["", "3 + 4 = 7", "So we get 7.", "The answer is", r"The answer is \boxed{7", r"\boxed{}"],
 )
@@ -103,6 +151,13 @@ def test_a_hostile_response_of_a_million_characters_is_read_in_linear_time(respo
         ("The answer is A. No: the answer is B.", "B"),
         ("It must be the last.\n(D)", "D"),
         ("C", "C"),
+        (r"The final answer is $\text{B}$.", "B"),
+        (r"Answer: \(B\)", "B"),
+        (r"Answer: $\textbf{(B)}\ 12$", "B"),
+        (r"The answer is \(\mathbf{(B)}\).", "B"),
+        ("The correct option is **(B)**.", "B"),
+        (r"<think>\boxed{A}</think>Answer: B", "B"),
+        (r"\boxed{B}, so \boxed{B}", "B"),
     ],
 )
 def test_the_chosen_letter_is_read(response: str, letter: str):
@@ -118,6 +173,8 @@ def test_the_chosen_letter_is_read(response: str, letter: str):
         r"\boxed{(A) and (B)}",
         r"Answer: C, but \boxed{Carbon}",
         "The answer is A or B.",
+        "The answer is $A$ or $B$.",
+        r"\boxed{A} or \boxed{B}",
         "The answer is a long story",
         "The answer is I think unclear",
         "(A) and (B) are both plausible",

@@ -60,7 +60,6 @@ Path({sprung!r}).touch()
 class OwnTokenizer(PreTrainedTokenizerFast):
     pass
 """
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 
 
 @dataclass(frozen=True)
@@ -646,46 +645,6 @@ def test_train_run_without_online_tables_shows_what_it_was_trained_on(hostile_ru
 
 
 # --- in a browser --------------------------------------------------------------------------------
-
-
-def dump_dom(url: str, profile: Path) -> str:
-    assert CHROMIUM is not None
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--window-size=1400,1400",
-    ]
-    command = [CHROMIUM, *flags, f"--user-data-dir={profile}", "--dump-dom", url]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_browser_draws_the_rollout_and_runs_no_planted_script(hostile_run, tmp_path):
-    rows = [{"step": 0, "phase": "offline", "reward": 0.5}, {"step": 1, "phase": "online"}]
-    trained = finish_training(hostile_run, rows, {"routed": hostile_run.routed.ref})
-    path = report_page.run(ReportConfig(dataset=trained.ref), hostile_run.store)
-    dom = dump_dom(f"{path.as_uri()}#id={content_hash([1, 1])}", tmp_path)
-    assert re.findall("<title>(.*?)</title>", dom)[0] == f"{trained.ref} · trace-opd"
-    assert dom.count('class="row"') == 2 * len(HOSTILE)
-    assert dom.count('<article class="chart"') == 1
-    assert '<span class="p-rkl" title="span 0 · error · rkl">' in dom
-    assert "What is 1+1? &lt;b&gt;bold&lt;/b&gt;" in dom
-    assert "&lt;img src=x onerror=" in dom
-    assert "<img" not in dom
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_browser_filters_by_the_hash_of_the_address(hostile_run, tmp_path):
-    path = report_page.run(ReportConfig(dataset=hostile_run.routed.ref), hostile_run.store)
-    dom = dump_dom(f"{path.as_uri()}#correct=no&q=what+is+3", tmp_path)
-    assert re.findall(r'<p class="id">(\w+)</p>', dom) == [content_hash([3, 1])]
-    assert dom.count('class="row"') == 1
-    assert f"1 of {2 * len(HOSTILE)}</output>" in dom
 
 
 # --- in the terminal -----------------------------------------------------------------------------

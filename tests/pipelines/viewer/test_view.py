@@ -2,13 +2,11 @@
 
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from websockets.sync.client import connect
 
 from trace_opd.data.store import Dataset, Store, content_hash
 from trace_opd.pipelines.terminal import visible
@@ -32,8 +29,8 @@ from trace_opd.pipelines.viewer.view import HOST, Viewer, open_server
 from trace_opd.schemas.configs import ReportConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
+from trace_opd.tests.pipelines.browser import Browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 PWNED = "document.title='pwned'"
 HOSTILE = (
     f'</script><script>{PWNED}</script><img src=x onerror="{PWNED}">\u2028<!--<script>\x00\x1b[31m'
@@ -576,87 +573,6 @@ def test_command_prints_its_address_and_ends_by_interrupt(pair):
 
 
 # --- in a browser --------------------------------------------------------------------------------
-
-
-class Browser:
-    """A headless Chromium with one page, driven over its debugging protocol."""
-
-    def __init__(self, profile: Path) -> None:
-        assert CHROMIUM is not None
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--remote-debugging-port=0",
-            "--window-size=1400,900",
-        ]
-        command = [CHROMIUM, *flags, f"--user-data-dir={profile}", "about:blank"]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        port_file = profile / "DevToolsActivePort"
-        wait_for(lambda: port_file.exists() and port_file.read_text().count("\n") == 1)
-        port = port_file.read_text().splitlines()[0]
-        pages = httpx.get(f"http://127.0.0.1:{port}/json/list").json()
-        (page,) = [page for page in pages if page["type"] == "page"]
-        self.connection = connect(page["webSocketDebuggerUrl"], max_size=None)
-        self.calls = 0
-
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        self.calls += 1
-        message = {"id": self.calls, "method": method, "params": parameters}
-        self.connection.send(json.dumps(message))
-        while True:
-            answer = json.loads(self.connection.recv(timeout=30))
-            if answer.get("id") == self.calls:
-                return answer["result"]
-
-    def js(self, expression: str) -> Any:
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in result, result["exceptionDetails"]
-        return result["result"].get("value")
-
-    def open(self, url: str) -> None:
-        """Load a page and wait until it shows a rollout."""
-        self.call("Page.navigate", url="about:blank")
-        self.call("Page.navigate", url=url)
-        self.until("document.querySelector('#detail .response') !== null")
-
-    def until(self, expression: str) -> None:
-        wait_for(lambda: self.js(expression))
-
-    def press(self, key: str) -> None:
-        text = {"text": key} if len(key) == 1 else {}
-        if key == "Escape":
-            text = {"windowsVirtualKeyCode": 27}  # dialogs close by the code, not by the name
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
-        self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
-
-    def close(self) -> None:
-        self.connection.close()
-        self.process.terminate()
-        self.process.wait(timeout=30)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
 
 
 def shown(browser: Browser) -> int:
