@@ -5,7 +5,6 @@ of an extra late may call `require` before its work.
 """
 
 import re
-from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 
 from .errors import InputError
@@ -42,6 +41,8 @@ def require(*modules: str) -> None:
 
 def _extra_of(module: str) -> str | None:
     """The extra that installs a module, by the name of its distribution."""
+    from importlib.metadata import PackageNotFoundError, requires
+
     try:
         lines = requires("trace-opd") or []
     except PackageNotFoundError:  # run from its folder, not installed

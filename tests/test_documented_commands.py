@@ -346,6 +346,33 @@ def _check_deployment(deployment: str, parameters: list[str]) -> None:
             assert name == "store"
 
 
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        ("trace-opd nothing", "No such command"),
+        ("trace-opd annotate configs/micro.yaml annotator.mood=1", "annotator.mood: unknown key"),
+        (
+            "trace-opd compare demo-annotations by-no-name --store runs/demo/store",
+            "dataset 'by-no-name'",
+        ),
+        ("curl http://example.com", "is neither run nor excused"),
+        ("trace-opd study studies/micro.yaml --fast", "is neither run nor excused|No such option"),
+        ("trace-opd serve configs/nowhere.yaml", "configs/nowhere.yaml is not there"),
+        ("trace-opd view demo-annotations --agianst x", "No such option"),
+        ("torchrun -m trace_opd.pipelines.cli train configs/qwen3-8b.yaml lr=1", "lr: unknown key"),
+        ("make demos", "is neither run nor excused"),
+        ("pip install '.[everything]'", "everything"),
+        (
+            "prefect deployment run 'convert/default' -p 'overrides=[\"routing.beta=1\"]'",
+            "routing.beta: unknown key",
+        ),
+    ],
+)
+def test_a_command_that_is_wrong_is_found(scratch, command, fault):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception, match=fault):
+        take(Step("sh", command), patch, Outcome(), scratch, "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_the_commands_of_a_document_run_as_printed(outcomes, document):

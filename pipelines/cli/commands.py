@@ -9,14 +9,13 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ... import __version__
-from ...data.store import Dataset, Store
 from ...schemas.config_faults import unknown_name
 from ...schemas.configs import Config, PipelineConfig, ReportConfig, StudyConfig, TrainConfig
 from ...schemas.environment import whole_number
@@ -27,7 +26,10 @@ from ...schemas.template import template
 from ..stages import REGISTRY, StageEntry
 from ..terminal import console, log_to_terminal, print_config, print_json
 from .ending import end_at_second_interrupt, exit_code, log_thread_failures
-from .store_commands import COMMANDS, StoreRoot
+from .store_commands import COMMANDS, StoreRoot, open_store
+
+if TYPE_CHECKING:
+    from ...data.store import Store
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -75,7 +77,7 @@ def _stage_command(entry: StageEntry) -> Callable[..., None]:
         kept = ["annotator.keep_failed=true"] if keep_failed else []
         changes = [*(overrides or []), *kept]
         loaded = _load(entry.config_type, config, changes, entry.name, preset)
-        _run_stage(entry.name, loaded, Store(store), alias, dry_run)
+        _run_stage(entry.name, loaded, open_store(store), alias, dry_run)
 
     left_out = {"keep_failed", "preset"} - {_STAGE_OPTIONS.get(entry.name)}
     full = inspect.signature(command)
@@ -84,8 +86,9 @@ def _stage_command(entry: StageEntry) -> Callable[..., None]:
     return command
 
 
-def _run_stage(name: str, config: Config, store: Store, alias: str | None, dry_run: bool) -> None:
+def _run_stage(name: str, config: Config, store: "Store", alias: str | None, dry_run: bool) -> None:
     # Imports torch, so a bad config is refused before.
+    from ...data.store import Dataset
     from ..pipeline import run_stage
     from .show import show_dataset, show_plan
 
@@ -130,7 +133,7 @@ def _report(
         return
     from ..viewer import report_page
 
-    console.print(report_page.run(loaded, Store(store), output), soft_wrap=True)
+    console.print(report_page.run(loaded, open_store(store), output), soft_wrap=True)
 
 
 for _entry in REGISTRY.values():
@@ -142,13 +145,13 @@ for _name, _command in COMMANDS.items():
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"trace-opd {__version__}")
+        print(f"trace-opd {version('trace-opd')}")
         raise typer.Exit
 
 
 @app.callback()
 def _app(
-    version: Annotated[
+    asked: Annotated[
         bool,
         typer.Option(
             "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
@@ -169,7 +172,7 @@ def pipeline(
     """Run every stage in order, in this process, without a server."""
     kept = ["annotate.annotator.keep_failed=true"] if keep_failed else []
     loaded = _load(PipelineConfig, config, [*(overrides or []), *kept], None, preset)
-    opened = Store(store)
+    opened = open_store(store)
     from ..pipeline import run_pipeline, run_stage
 
     def run(stage: str, stage_config: Config, alias: str) -> str:
@@ -205,7 +208,7 @@ def study(
         return
     folder = output / loaded.name
     written = page or folder / "study.md"
-    run_study(loaded, Store(store), folder, written)
+    run_study(loaded, open_store(store), folder, written)
     console.print(f"{written}, results in {folder}", soft_wrap=True)
 
 

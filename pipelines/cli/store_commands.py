@@ -7,19 +7,18 @@ import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.tree import Tree
 
-from ...data.manifest import one_line
-from ...data.remote import require_reachable
-from ...data.store import Dataset, Store
-from ...data.written_tables import KINDS, import_file
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
 from ..terminal import Terminal, console, print_json
+
+if TYPE_CHECKING:
+    from ...data.store import Dataset, Store
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +26,17 @@ _WIDE, _UNBOUNDED = 100, 10_000  # columns of a terminal
 
 
 def _reachable(root: str) -> str:
+    from ...data.remote import require_reachable
+
     require_reachable(root)
     return root
+
+
+def open_store(root: str) -> "Store":
+    """The store at a root. Its imports (pyarrow) take longer than `trace-opd config` does."""
+    from ...data.store import Store
+
+    return Store(root)
 
 
 StoreRoot = Annotated[
@@ -47,7 +55,7 @@ def ls(
     store: StoreRoot = "store",
 ) -> None:
     """List the store's datasets."""
-    opened = Store(store)
+    opened = open_store(store)
     names: dict[str, list[str]] = {}
     try:
         for name, ref in opened.aliases().items():
@@ -59,7 +67,7 @@ def ls(
     out.print(listing(opened.datasets(stage), names, out.width < _WIDE))
 
 
-def listing(datasets: Iterable[Dataset], names: dict[str, list[str]], narrow: bool) -> Table:
+def listing(datasets: "Iterable[Dataset]", names: dict[str, list[str]], narrow: bool) -> Table:
     """A row per dataset, the newest last. narrow: for 80 columns, without parts and year."""
     table = Table(box=None, pad_edge=False)
     for column in ("dataset", "alias", *(() if narrow else ("parts",)), "rows", "finished"):
@@ -84,7 +92,7 @@ def show(
     """Show a dataset's manifest, or a rollout with its tokens coloured by route."""
     from .show import show_dataset, show_rollout
 
-    opened = Store(store)
+    opened = open_store(store)
     if not opened.matches(ref):
         show_rollout(ref, opened, console)
         return
@@ -105,7 +113,7 @@ def view(
     """Browse any number of rollouts in a browser on this machine; Ctrl-C ends."""
     from ..viewer.view import HOST, Viewer, open_server
 
-    with open_server(Viewer(Store(store), ref, against), port) as server:
+    with open_server(Viewer(open_store(store), ref, against), port) as server:
         address = f"http://{HOST}:{server.server_port}/"
         console.print(f"{address}  Ctrl-C ends", soft_wrap=True)
         with suppress(KeyboardInterrupt):
@@ -116,7 +124,9 @@ def lineage(
     ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")], store: StoreRoot = "store"
 ) -> None:
     """Show the datasets that a dataset was made from."""
-    opened = Store(store)
+    from ...data.manifest import one_line
+
+    opened = open_store(store)
     trees: list[Tree] = []
     for depth, role, dataset in opened.get(ref).lineage():
         text = f"{one_line(role) + ': ' if role else ''}{dataset.ref}  {dataset.rows} rows"
@@ -131,7 +141,7 @@ def alias(
     store: StoreRoot = "store",
 ) -> None:
     """Give a dataset a name."""
-    opened = Store(store)
+    opened = open_store(store)
     opened.set_alias(name, opened.get(ref))
 
 
@@ -161,18 +171,20 @@ def import_(
     store: StoreRoot = "store",
 ) -> None:
     """Import human labels of steps as four datasets, or a table of your own as one."""
+    from ...data.written_tables import KINDS, import_file
+
     if layout in KINDS:
         if of is None:
             raise InputError(
                 f"import {layout}: --of is missing; name the {KINDS[layout].role} dataset that the "
                 "rows belong to"
             )
-        dataset = import_file(Store(store), layout, file, of, alias)
+        dataset = import_file(open_store(store), layout, file, of, alias)
         console.print(f"{alias}: {dataset.ref}  {dataset.rows} rows")
         return
     from ..compare.human_labels import import_labels
 
-    made = import_labels(layout, file, Store(store), alias, limit, hide_verdict)
+    made = import_labels(layout, file, open_store(store), alias, limit, hide_verdict)
     for name, dataset in made.items():
         console.print(f"{name}: {dataset.ref}  {dataset.rows} rows")
     left_out = made[f"{alias}-problems"].summary["left_out"]
@@ -203,7 +215,7 @@ def compare(
     from ..compare.compare import compare_annotations
     from ..compare.table import comparison_table
 
-    opened = Store(store)
+    opened = open_store(store)
     compared = compare_annotations(datasets, opened, reference, alpha)
     table = comparison_table(compared, resamples, seed)
     paths = page.write(compared, table, opened, output or page.default_output(compared, opened))
@@ -221,7 +233,7 @@ def batches(
     """List annotation batches (annotator.batch) that wait for the provider's answers."""
     from .batches import batches_table
 
-    console.print(batches_table([Store(root) for root in stores or ["store"]], cancel))
+    console.print(batches_table([open_store(root) for root in stores or ["store"]], cancel))
 
 
 def verify_store(
@@ -233,7 +245,7 @@ def verify_store(
     """Check every file against its manifest; print faults and the commands that mend them."""
     from .check_store import check_store
 
-    found, intact = check_store(Store(store), datasets or [])
+    found, intact = check_store(open_store(store), datasets or [])
     console.print(found, soft_wrap=True, highlight=False)
     if not intact:
         raise typer.Exit(1)

@@ -1,8 +1,13 @@
 """The evaluations of a train run before and after, as report_page.py's page shows them."""
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 from ...data.store import Dataset, Store
+from ..terminal import visible
+
+logger = logging.getLogger(__name__)
 
 _ROLES = ("base", "trained")
 
@@ -52,15 +57,34 @@ def find_evaluations(run: Dataset, store: Store) -> list[Dataset]:
     return sorted(found, key=lambda dataset: dataset.manifest["finished_at"], reverse=True)
 
 
-def evaluation_view(dataset: Dataset) -> Evaluation:
+def evaluation_views(datasets: list[Dataset]) -> list[Evaluation]:
+    """Of evaluations whose summaries can be read; others are logged and skipped."""
+    views = []
+    for dataset in datasets:
+        try:
+            views.append(_view(dataset))
+        except (LookupError, TypeError, ValueError, AttributeError):
+            logger.warning(
+                "%s: its summary is not an evaluation's, so it is not shown", dataset.ref
+            )
+    return views
+
+
+def _view(dataset: Dataset) -> Evaluation:
     policies = dataset.summary["policies"]
     columns = [policies[role] for role in _ROLES] + [dataset.summary["paired_difference"]]
     figures = [
-        Figure(name, *(Estimate(c[name]["value"], *c[name]["ci95"]) for c in columns))
+        Figure(visible(name), *(_estimate(column[name]) for column in columns))
         for name in policies["base"]
         if "@" in name
     ]
     base = policies["base"]
+    sources = [visible(source) for source in base["sources"]]
     return Evaluation(
-        dataset.ref, base["problems"], dataset.summary["k"], list(base["sources"]), figures
+        dataset.ref, int(base["problems"]), int(dataset.summary["k"]), sources, figures
     )
+
+
+def _estimate(found: dict[str, Any]) -> Estimate:
+    low, high = found["ci95"]
+    return Estimate(float(found["value"]), float(low), float(high))

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...data.atomic import sweep_siblings, write_atomic
 from ...data.store import Dataset, Store
 from ...schemas.configs import ReportConfig
-from .evaluation_view import evaluation_view, find_evaluations
+from .evaluation_view import evaluation_views, find_evaluations
 from .lineage_view import lineage_strands
 from .overview import overview
 from .page import page_data, paint_names, render_page
@@ -118,7 +118,7 @@ def _render(
         against=against,
         labels=labels,
         lineage=lineage_strands(dataset, tables, against, evaluations),
-        evaluations=[evaluation_view(entry) for entry in evaluations[:_MOST_EVALUATIONS]],
+        evaluations=evaluation_views(evaluations[:_MOST_EVALUATIONS]),
         left_out=_left_out(dataset, tables, evaluations),
         # `trace-opd compare` has the figures of two annotators.
         overview=overview(tables) if against is None else None,

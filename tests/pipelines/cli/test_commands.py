@@ -338,6 +338,15 @@ def test_config_prints_what_loads_again(run, tmp_path):
     assert load_config(TrainConfig, file) == wanted
 
 
+def test_config_waits_for_no_heavy_import():
+    program = (
+        "import sys; from trace_opd.pipelines.cli.commands import app; "
+        "app(['config', 'rollout'], standalone_mode=False); "
+        "assert not {'numpy', 'pyarrow', 'fsspec', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
 def test_config_schema_describes_every_key(run):
     schema = json.loads(run("config", "rollout", "--schema").out)
     assert schema["properties"]["group_size"]["description"] == "Responses per problem, G."

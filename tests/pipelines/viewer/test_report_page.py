@@ -135,6 +135,17 @@ def test_figures_before_and_after_have_their_intervals(run):
     assert f"avg@4 mean over samples {before} {after} {difference} points" in text
 
 
+@pytest.mark.parametrize("summary", [{}, {"k": 4, "policies": {"base": {"problems": 1}}}])
+def test_an_evaluation_without_figures_is_left_out(run, caplog, summary):
+    done = trained(run, 3, len(summary), evaluated=False)
+    inputs = {"problems": run.problems, "trained": done}
+    draft: Any = run.store.begin("evaluate", {"bad": summary}, inputs, EVALUATIONS)
+    draft.finish(0, summary)
+    page = report_page.run(ReportConfig(dataset=done.ref), run.store).read_text("utf-8")
+    assert 'class="evaluation"' not in page
+    assert "is not an evaluation's" in caplog.text
+
+
 def test_bars_count_the_rollouts_of_the_list_only(tmp_path):
     """The other tables have rows of rollouts that the routed one leaves out."""
     made = make_run(tmp_path, byte_tokenizer(), [["a\n", "b\n"] for _ in range(4)])
