@@ -9,6 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+_fill: Any = pc.fill_null  # its stubs know no plain numbers
+_field: Any = pc.struct_field
+
 
 def torn_segments(table: pa.Table) -> pa.Array:
     """Rows whose segments do not follow each other from character 0, or have a null."""
@@ -27,12 +30,12 @@ def misplaced_spans(table: pa.Table) -> pa.Array:
     values, parents = pc.list_flatten(spans), _parents(spans)
     bad = np.zeros(len(values), dtype=bool)
     for name in ("segments", "kind", "rank", "start", "end", "text"):
-        bad |= pc.is_null(pc.struct_field(values, name)).to_numpy(zero_copy_only=False)
-    named: Any = pc.struct_field(values, "segments")
-    index = pc.fill_null(pc.list_flatten(named), -1).to_numpy(zero_copy_only=False)
+        bad |= pc.is_null(_field(values, name)).to_numpy(zero_copy_only=False)
+    named: Any = _field(values, "segments")
+    index = _fill(pc.list_flatten(named), -1).to_numpy(zero_copy_only=False)
     owner = _parents(named)
     bad |= np.bincount(owner, minlength=len(values))[: len(values)] == 0
-    counts = pc.fill_null(pc.list_value_length(segments), 0).to_numpy(zero_copy_only=False)
+    counts = _fill(pc.list_value_length(segments), 0).to_numpy(zero_copy_only=False)
     outside = (index < 0) | (index >= counts[parents[owner]])
     bad[owner[outside]] = True
     sound = ~bad[owner]
@@ -58,8 +61,7 @@ def _parents(lists: Any) -> np.ndarray:
 def _bounds(structs: Any) -> tuple[np.ndarray, np.ndarray]:
     """start and end of each, −1 for null."""
     start, end = (
-        pc.fill_null(pc.struct_field(structs, name), -1).to_numpy(zero_copy_only=False)
-        for name in ("start", "end")
+        _fill(_field(structs, name), -1).to_numpy(zero_copy_only=False) for name in ("start", "end")
     )
     return start.astype(np.int64), end.astype(np.int64)
 
