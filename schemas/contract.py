@@ -19,6 +19,8 @@ from .errors import InputError
 NAME_KEY = b"trace_opd.table"
 VERSION_KEY = b"trace_opd.version"
 
+_NO_CAST = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError)
+
 
 @dataclasses.dataclass(frozen=True)
 class TableContract:
@@ -107,10 +109,11 @@ def validate(table: pa.Table, contract: TableContract, where: str = "table") -> 
         column = table.column(field.name)
         try:
             column = column.cast(field.type)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+        except _NO_CAST as error:
+            row = _first_uncast(column, field.type)
             raise InputError(
                 f"{where}: column {field.name} is {column.type}, table {contract.name} needs "
-                f"{field.type} ({error})"
+                f"{field.type} ({'' if row is None else f'row {row}: '}{error})"
             ) from None
         if not field.nullable and column.null_count:
             raise _fault(where, field.name, pc.is_null(column), "is null; give it a value")
@@ -168,6 +171,20 @@ def parquet_errors(where: str) -> Iterator[None]:
         raise InputError(
             f"{where}: is no complete Parquet file ({reason:.200}); make or copy it again"
         ) from None
+
+
+def _first_uncast(column: pa.ChunkedArray, kind: pa.DataType) -> int | None:
+    """The first row at fault if a column of its type could be cast."""
+    try:
+        column.slice(0, 0).cast(kind)
+    except _NO_CAST:
+        return None
+    for row in range(len(column)):
+        try:
+            column.slice(row, 1).combine_chunks().cast(kind)
+        except _NO_CAST:
+            return row
+    return None
 
 
 def _fault(where: str, column: str, bad: Any, what: str) -> InputError:

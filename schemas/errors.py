@@ -42,6 +42,17 @@ class TooManyFailed(InputError):
     exit_code = 1
 
 
+class RowFault(InputError):
+    """A row that its table's contract allows and other tables do not.
+
+    table, rollout_id: where; a caller that knows the file names it.
+    """
+
+    def __init__(self, what: str, table: str = "", rollout_id: str = "") -> None:
+        super().__init__(what if not rollout_id else f"rollout {rollout_id}: {what}")
+        self.what, self.table, self.rollout_id = what, table, rollout_id
+
+
 class OwnCodeError(InputError):
     """Code of the user's own raised an exception; the sentence names its line."""
 

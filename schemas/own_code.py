@@ -51,7 +51,7 @@ class OwnCode:
         return f"{self.where} {PurePath(place).name if _is_file(place) else place}:{attribute}"
 
 
-# By module or file: the hash of the source that was executed, and the module that it made.
+# By module or file: the hash of the source that was executed, and its module.
 _loaded: dict[str, tuple[str, ModuleType, Path | None]] = {}
 
 

@@ -20,6 +20,7 @@ from .labels import (
     VerdictStatus,
 )
 from .results import EVALUATIONS
+from .spans import misplaced_spans, torn_segments
 
 # A log-probability computed as a difference of floats may round to slightly above 0.
 MOST_LOGPROB = 1e-3
@@ -177,6 +178,13 @@ VERDICTS = make_contract(
     optional=("feedback",),
     labels={"status": VerdictStatus},
     ranges={"reward": (-_MOST, _MOST)},
+    faults=(
+        (
+            "correct",
+            "is null in a row with a reward; say whether the response is right",
+            lambda table: pc.and_(pc.is_valid(table["reward"]), pc.is_null(table["correct"])),
+        ),
+    ),
 )
 
 ANNOTATIONS = make_contract(
@@ -244,6 +252,20 @@ ANNOTATIONS = make_contract(
     "rollout_id",
     labels={"status": AnnotationStatus, "diagnostic_type": DiagnosticType},
     nested_labels={("spans", "kind"): SpanKind},
+    faults=(
+        (
+            "segments",
+            "does not follow the segment before from character 0, or has a null; cut the response "
+            "so that the segments cover it",
+            torn_segments,
+        ),
+        (
+            "spans",
+            "has a span that names no segment of this row, or whose start and end are not those of "
+            "its segments, or a null",
+            misplaced_spans,
+        ),
+    ),
 )
 
 ROUTED = make_contract(

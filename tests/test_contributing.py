@@ -1,7 +1,8 @@
-"""CONTRIBUTING.md, "How to add something": each example works in a copy of the package.
+"""CONTRIBUTING.md, "How to add something": the examples work in a copy of the package.
 
 A block that begins with a file's name is that file's content, or an edit of it; an `sh` block is
-run there. So an edit that an example forgets to list fails here.
+run there. So an edit that an example forgets to list fails here. All examples share one copy and
+one process, because its imports take longer than the commands.
 """
 
 import json
@@ -16,8 +17,6 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-
-from trace_opd.pipelines.cli.commands import app
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("schemas", "data", "trace", "pipelines", "deploy", "configs", ".ci")
@@ -60,7 +59,7 @@ def apply(example: str, package: Path) -> None:
 
 
 def run(commands: str, package: Path, store: Path) -> None:
-    """Run an example's commands with the copy as `trace_opd`."""
+    """Run the examples' commands with the copy as `trace_opd`, those of Python last."""
     environment = os.environ | {"PYTHONPATH": str(package.parent), "TRACE_OPD_STORE": str(store)}
 
     def call(*arguments: str) -> None:
@@ -84,13 +83,29 @@ def with_config(arguments: list[str]) -> list[str]:
     return [stage, CONFIG, *rest] if f"\n{stage}:" in Path(CONFIG).read_text() else arguments
 
 
+INPUTS = """
+trace-opd problems limit=2
+trace-opd rollout
+trace-opd verify
+trace-opd annotate
+"""
+
+
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    """A store with problems, rollouts, verdicts and annotations of the micro demo."""
-    store = tmp_path_factory.mktemp("inputs") / "store"
-    for stage, *changes in (("problems", "limit=2"), ("rollout",), ("verify",), ("annotate",)):
-        app([stage, CONFIG, *changes, "--store", str(store)], standalone_mode=False)
-    return store
+def added(tmp_path_factory) -> tuple[Path, Path]:
+    """A store in which all commands have run, and the copy of the package with all examples."""
+    folder = tmp_path_factory.mktemp("added")
+    package, store = folder / "trace_opd", folder / "store"
+    for name in COPIED:
+        shutil.copytree(ROOT / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("__init__.py", "flows.py", "prefect.yaml", "pyproject.toml"):
+        shutil.copy(ROOT / name, package)
+    commands = INPUTS.strip() + "\n"
+    for example in EXAMPLES.values():
+        apply(example, package)
+        commands += "".join(text for language, text in blocks(example) if language == "sh")
+    run(commands, package, store)
+    return store, package
 
 
 def dataset(store: Path, alias: str) -> Path:
@@ -159,18 +174,8 @@ CHECKS: dict[str, Callable[[Path, Path], None]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("title", EXAMPLES)
-def test_an_addition_works_with_the_files_that_its_example_lists(title, inputs, tmp_path):
-    package, store = tmp_path / "trace_opd", tmp_path / "store"
-    for name in COPIED:
-        shutil.copytree(ROOT / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("__init__.py", "flows.py", "prefect.yaml", "pyproject.toml"):
-        shutil.copy(ROOT / name, package)
-    shutil.copytree(inputs, store)
-    apply(EXAMPLES[title], package)
-    for language, commands in blocks(EXAMPLES[title]):
-        if language == "sh":
-            run(commands, package, store)
-    CHECKS[title](store, package)
+def test_an_addition_works_with_the_files_that_its_example_lists(title, added):
+    CHECKS[title](*added)
 
 
 def test_every_example_is_checked():

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..schemas.configs import RoutingConfig
-from ..schemas.errors import InputError
+from ..schemas.errors import RowFault
 from ..schemas.labels import SpanKind
 from .align import ByteTable
 from .route import NamedSegments, Response, Routing, apply_rule, label_tokens, token_cap, within_cap
@@ -199,9 +199,11 @@ def _spelled(rollouts: pa.Table, table: ByteTable) -> _Spelled:
     # The text holds U+FFFD for each invalid byte.
     for row in invalid:
         if table.text(spelled.row(row)) != texts[row].as_py():
-            raise InputError(
-                f"rollout {rollouts['rollout_id'][row]}: token_ids do not spell the response under "
-                "this tokenizer; convert with the policy that sampled it"
+            raise RowFault(
+                "token_ids do not spell the response under this tokenizer; convert with the policy "
+                "that sampled it",
+                "rollouts",
+                rollouts["rollout_id"][row].as_py(),
             )
     return spelled
 
@@ -241,9 +243,10 @@ def _check_tiling(
     torn[last] |= ends[last] != lengths[filled]
     if torn.any():
         row = int(segments.owners()[np.argmax(torn)])
-        raise InputError(
-            f"rollout {rollouts['rollout_id'][row]}: the annotation's segments do not tile the "
-            "response; annotate it again"
+        raise RowFault(
+            "the annotation's segments do not tile the response; annotate it again",
+            "annotations",
+            rollouts["rollout_id"][row].as_py(),
         )
 
 

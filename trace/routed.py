@@ -6,6 +6,7 @@ into rewards and group-normalised advantages, and routes tokens block by block (
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 
 from ..schemas.configs import RoutingConfig
 from ..schemas.contract import list_of
-from ..schemas.errors import InputError
+from ..schemas.errors import InputError, RowFault
 from ..schemas.labels import FinishReason, Route
 from ..schemas.tables import ROUTED
 from .align import ByteTable
@@ -188,8 +189,14 @@ def _groups(rollouts: pa.Table) -> Any:
 
 def _same_rollouts(rollouts: pa.Table, other: pa.Table, name: str) -> None:
     if not rollouts["rollout_id"].equals(other["rollout_id"]):
-        raise InputError(
-            f"{name}: rollout_id does not match the rollouts row by row; run that stage again"
+        own, theirs = other["rollout_id"].to_pylist(), rollouts["rollout_id"].to_pylist()
+        pairs = zip_longest(own, theirs)
+        row = next(row for row, (one, two) in enumerate(pairs) if one != two)
+        raise RowFault(
+            f"{name}, row {row}: rollout_id is {own[row] if row < len(own) else 'missing'}, the "
+            f"rollouts have {theirs[row] if row < len(theirs) else 'no such row'}; rollout_id has "
+            "to match row by row: run that stage again",
+            name,
         )
 
 

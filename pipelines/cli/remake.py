@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from ...data.dataset import find_dataset
 from ...data.store import MANIFEST, Dataset, Store
+from ...data.written_tables import KINDS
 from ...schemas.errors import InputError
 from ...trace.retention import checkpoints
 from ..stages import REGISTRY
@@ -96,6 +97,10 @@ def _command(store: Store, dataset: Dataset) -> str:
     if isinstance(read := config.get("import"), dict):
         stem = names[0].rpartition("-")[0] if names else "ALIAS"
         words = ["import", read["layout"], read["file"], "--alias", stem]
+        if read["layout"] in KINDS:
+            of = dataset.manifest["inputs"][KINDS[read["layout"]].role]
+            words[-1] = names[0] if names else dataset.id
+            return shlex.join(["trace-opd", *words, "--of", of, "--store", store.root])
         words += ["--limit", str(read["limit"])] if read.get("limit") else []
         hidden = config.get("hide_verdict") or _hidden(dataset)
         words += ["--hide-verdict"] if hidden else []

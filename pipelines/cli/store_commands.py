@@ -170,9 +170,23 @@ def alias(
 
 
 def import_(
-    layout: Annotated[str, typer.Argument(help="processbench or prm800k.")],
+    layout: Annotated[
+        str,
+        typer.Argument(
+            help="processbench or prm800k (human labels); rollouts, verdicts or annotations (a "
+            "table of your own)."
+        ),
+    ],
     file: Annotated[str, typer.Argument(help="JSONL, JSON or Parquet file, or an fsspec URL.")],
-    alias: Annotated[str, typer.Option(help="Prefix of the datasets' names.")],
+    alias: Annotated[
+        str, typer.Option(help="Prefix of the datasets' names; the name of your own table's.")
+    ],
+    of: Annotated[
+        str | None,
+        typer.Option(
+            "--of", help="Problems, rollouts or verdicts dataset that your own rows belong to."
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of responses.")] = None,
     hide_verdict: Annotated[
         bool,
@@ -183,8 +197,26 @@ def import_(
     ] = "refuse",
     store: StoreRoot = "store",
 ) -> None:
-    """Import human labels of steps as problems, rollouts, verdicts and annotations."""
+    """Import human labels of steps as four datasets, or a table of your own as one."""
     from ...data.row_files import skipped_faults
+    from ...data.written_tables import KINDS, import_file
+
+    if layout in KINDS:
+        if limit or hide_verdict or on_bad_rows == "skip":
+            raise InputError(
+                f"import {layout}: a table of your own is imported as it is; leave out --limit, "
+                "--hide-verdict and --on-bad-rows"
+            )
+        if of is None:
+            raise InputError(
+                f"import {layout}: --of is missing; name the {KINDS[layout].role} dataset that the "
+                "rows belong to"
+            )
+        dataset = import_file(open_store(store), layout, file, of, alias)
+        console.print(f"{alias}: {dataset.ref}  {dataset.rows} rows")
+        return
+    if of is not None:
+        raise InputError(f"import {layout}: leave out --of, human labels bring their problems")
     from ..compare.human_labels import import_labels
 
     made = import_labels(layout, file, open_store(store), alias, limit, hide_verdict, on_bad_rows)

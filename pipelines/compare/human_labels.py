@@ -23,6 +23,7 @@ from ...data.input_files import digest, find_files
 from ...data.row_files import BadRow, SkippedRows
 from ...data.step_labels import KINDS, LabelledResponse, prm800k, processbench
 from ...data.store import Dataset, Draft, Store, content_hash
+from ...data.written_tables import KINDS as OWN_TABLES
 from ...schemas.config_faults import unknown_name
 from ...schemas.configs import SegmentConfig, VerifyConfig
 from ...schemas.contract import TableContract
@@ -83,7 +84,7 @@ def import_labels(
         InputError: an unknown layout, a missing file, a row that does not fit the layout, no label.
     """
     if layout not in LAYOUTS:
-        raise InputError(f"layout {unknown_name(layout, LAYOUTS)}")
+        raise InputError(f"layout {unknown_name(layout, [*LAYOUTS, *OWN_TABLES])}")
     left_out: Counter[str] = Counter()
     skipped = SkippedRows()
     skip = skipped.add if on_bad_rows == "skip" else None

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data.dataset import why_empty
+from ...data.parts import part_name
 from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import ConvertConfig
-from ...schemas.errors import InputError
+from ...schemas.errors import InputError, RowFault
 from ...schemas.labels import AnnotationStatus, Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
 from ...trace.align import byte_table
@@ -37,6 +38,12 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
         _check_annotator(annotations)
     verdicts = annotations.input("verdicts")
     rollouts = verdicts.input("rollouts")
+    for dataset in (annotations, verdicts):
+        if dataset.parts != rollouts.parts:
+            raise InputError(
+                f"dataset {dataset.ref} has {dataset.parts} parts, its rollouts {rollouts.ref} "
+                f"have {rollouts.parts}; make it again (`trace-opd import` for a table of your own)"
+            )
     policy = config.policy
     tokenizer = load_tokenizer(resolve_policy(policy.path, weights=False), policy.trust_remote_code)
     makers = rollouts.read_part(0, ["policy_name", "vocab_fingerprint"])
@@ -137,7 +144,16 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
             plan.inputs[role].read_part(part) for role in roles
         )
         check_token_ids(rollouts, vocab, f"{plan.inputs['rollouts'].ref}, part {part}")
-        return routed_table(problems, rollouts, verdicts, annotations, pieces, config.routing)
+        try:
+            return routed_table(problems, rollouts, verdicts, annotations, pieces, config.routing)
+        except RowFault as fault:
+            file = f"{plan.inputs[fault.table].ref}/{part_name(part)}"
+            if not fault.rollout_id:
+                raise InputError(f"{file}: {fault}") from None
+            row = rollouts["rollout_id"].to_pylist().index(fault.rollout_id)
+            raise InputError(
+                f"{file}, row {row}, rollout {fault.rollout_id}: {fault.what}"
+            ) from None
 
     yield make
 

@@ -36,7 +36,8 @@ from trace_opd.schemas.settings import load_config
 from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS
 from trace_opd.trace.protocols import Prompt
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "own-code"
+HERE = "examples/own-code"
+EXAMPLE = Path(__file__).parents[2] / HERE
 
 
 def table(store: Store, alias: str) -> pl.DataFrame:
@@ -56,11 +57,11 @@ def write(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def example(tmp_path_factory) -> Path:
     """The folder of the example, after its pipeline has run."""
-    folder = tmp_path_factory.mktemp("example") / "own-code"
-    shutil.copytree(EXAMPLE, folder)
+    folder = tmp_path_factory.mktemp("example")
+    shutil.copytree(EXAMPLE, folder / HERE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        app(["pipeline", "config.yaml"], standalone_mode=False)
+        app(["pipeline", f"{HERE}/config.yaml"], standalone_mode=False)
     return folder
 
 
@@ -82,14 +83,14 @@ def test_the_worked_example_runs_every_stage_with_code_of_ones_own(example):
 
 def test_an_own_sampler_of_token_ids_samples_rollouts_to_train_on_and_trains(example, monkeypatch):
     monkeypatch.chdir(example)
-    changes = ["sampler.engine=sampler.py:Greedy", "group_size=2", "problems=own-problems"]
-    app(["rollout", "config.yaml", *changes, "--alias", "greedy"], standalone_mode=False)
+    changes = [f"sampler.engine={HERE}/sampler.py:Greedy", "group_size=2", "problems=own-problems"]
+    app(["rollout", f"{HERE}/config.yaml", *changes, "--alias", "greedy"], standalone_mode=False)
     rows = table(Store("store"), "greedy")
     assert rows["on_policy"].all()
     assert rows["response"].str.contains("boxed").any()
-    changes = ["sampler.engine=sampler.py:Greedy", "online.problems=own-problems"]
+    changes = [f"sampler.engine={HERE}/sampler.py:Greedy", "online.problems=own-problems"]
     changes += ["offline.steps=0", "online.steps=2"]
-    app(["train", "config.yaml", *changes, "--alias", "greedy"], standalone_mode=False)
+    app(["train", f"{HERE}/config.yaml", *changes, "--alias", "greedy"], standalone_mode=False)
     assert Store("store").get("greedy").summary["steps"] == 2
 
 
@@ -97,7 +98,7 @@ def test_a_worker_in_another_folder_loads_the_file_of_the_plan(example, monkeypa
     monkeypatch.chdir(example)
     overrides = ["verdicts=own-verdicts", "annotator.options={sign: c0}"]
     stage, config = TABLE_STAGES["annotate"], TABLE_STAGES["annotate"].config_type
-    wanted = load_config(config, "config.yaml", overrides, "annotate")
+    wanted = load_config(config, f"{HERE}/config.yaml", overrides, "annotate")
     store = Store(example / "store")
     plan, draft = pickle.loads(pickle.dumps(stage.begin(wanted, store)))  # noqa: S301 - our own
     assert isinstance(draft, Draft)
@@ -106,7 +107,7 @@ def test_a_worker_in_another_folder_loads_the_file_of_the_plan(example, monkeypa
     assert stage.make_part(plan, draft, 0) == 0
     assert draft.has_part(0)
     plan, draft = pickle.loads(pickle.dumps(stage.begin(plan.config, store)))  # noqa: S301
-    file = example / "annotator.py"
+    file = example / HERE / "annotator.py"
     file.write_text(f"{file.read_text()}\n# changed\n")
     monkeypatch.setattr(own_code, "_loaded", {})
     with pytest.raises(InputError, match="has changed"):

@@ -191,12 +191,14 @@ def test_a_missing_column_is_named_with_its_meaning(contract, field):
 
 @every_column
 def test_a_null_passes_only_in_a_nullable_column(contract, field):
-    table = table_of(contract)
+    # A verdict may be null only without a reward.
+    unscored = {"reward": None} if contract.name == "verdicts" else {}
+    table = table_of(contract, {}, unscored, {})
     values = table.column(field.name).to_pylist()
     values[1] = None
     broken = with_column(table, field.name, pa.array(values, field.type))
     if field.nullable:
-        assert validate(broken, contract).column(field.name).null_count == 1
+        assert validate(broken, contract).column(field.name)[1].as_py() is None
         return
     with pytest.raises(InputError, match=f"^in.parquet, row 1: {field.name} is null"):
         validate(broken, contract, "in.parquet")

@@ -183,7 +183,7 @@ def test_under_the_type_label_no_answer_solution_or_peer_reaches_table_or_prompt
 def test_tables_of_other_rollouts_are_refused(example):
     made, other = example(RIGHT, WRONG), example(RIGHT)
     broken = type(made)(made.problems, made.rollouts, made.verdicts, other.annotations, made.bytes)
-    with pytest.raises(InputError, match="annotations: rollout_id does not match"):
+    with pytest.raises(InputError, match="annotations, row 1: rollout_id is missing"):
         broken.routed(routing())
 
 
