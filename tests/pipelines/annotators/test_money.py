@@ -11,8 +11,8 @@ from trace_opd.data.store import Draft
 from trace_opd.pipelines import endpoint
 from trace_opd.pipelines.annotators.bill import read_bill
 from trace_opd.pipelines.annotators.prices import Price
-from trace_opd.pipelines.cli.estimate import estimate
 from trace_opd.pipelines.cli.show import show_dataset
+from trace_opd.pipelines.planning.estimate import estimate
 from trace_opd.pipelines.stages import annotate
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator
