@@ -11,48 +11,68 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from .configs.endpoint import HOLDS_SECRET
-from .errors import quoted, shortened
+from .errors import all_of, quoted, shortened
 
 # Discriminators of unions.
 TAGS = ("engine", "kind")
 _OWN = "own"  # the tag in a location of a union's member whose own tag may be any text
+_OWN_CODE = "file.py:Class of your own"
 _MOST_LISTED = 40
+_MOST_FAULTS = 10
 
 
 def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
-    """One sentence for the first fault, with the number of others.
+    """One sentence for all faults: which field, why, and what it could be.
 
     where: the file or "config"; model: the config's class, which names the known keys.
     """
-    first, *others = error.errors()
-    keys, section, variants = _located(model, first["loc"])
+    located = [(fault, *_located(model, fault["loc"])) for fault in error.errors()]
+    # A union of plain types has a fault per type. The one deepest in the value says most.
+    parents = {tuple(keys[:end]) for _, keys, *_ in located for end in range(len(keys))}
+    first = {tuple(keys): one for one in reversed(located) if tuple(keys := one[1]) not in parents}
+    shown = [one for one in located if first.get(tuple(one[1])) is one]
+    brief = len(shown) > 1
+    found = [_explained(*one, model, brief) for one in shown[:_MOST_FAULTS]]
+    more = f" (and {len(shown) - len(found)} more)" if len(shown) > len(found) else ""
+    return f"{where}: {all_of(found)}{more}"
+
+
+def _explained(
+    fault: Any,
+    keys: Sequence[str],
+    section: type[BaseModel],
+    variants: Sequence[type[BaseModel]],
+    model: type[BaseModel],
+    brief: bool,
+) -> str:
+    """What one fault is; brief: a nearest key stands for the list of known ones."""
     field = shortened(".".join(keys))
-    if first["type"] == "extra_forbidden":
-        what = f"{field}: unknown key; {_known_keys(model, keys, section)}"
-    elif first["type"] == "missing":
-        what = f"{field}: is required; set it in the file or as {field}=value"
-    elif first["type"] == "union_tag_not_found":
-        tag = first["ctx"]["discriminator"].strip("'")  # type: ignore[typeddict-item]
-        what = f"{field}: names no {tag}; set it in the file or as {field}.{tag}=value"
-    elif first["type"] == "union_tag_invalid":
-        context: dict[str, Any] = first["ctx"]  # type: ignore[assignment]
+    if fault["type"] == "extra_forbidden":
+        return f"{field}: unknown key; {_known_keys(model, keys, section, brief)}"
+    if fault["type"] == "missing":
+        tag, known = _tags_of(variants)
+        set_as = f"{field}.{tag}=value, one of {known}" if known else f"{field}=value"
+        return f"{field}: is required; set it in the file or as {set_as}"
+    if fault["type"] == "union_tag_not_found":
+        tag, known = _tags_of(variants)
+        return (
+            f"{field}: names no {tag}; set it in the file or as {field}.{tag}=value, one of {known}"
+        )
+    if fault["type"] == "union_tag_invalid":
+        context = fault["ctx"]
         known = [name.strip("'") for name in context["expected_tags"].split(", ")]
         tag = context["discriminator"].strip("'")
-        own = any(not _tag_values(one) for one in variants)
-        known += ["file.py:Class of your own"] if own else []
-        what = f"{field}.{tag} {unknown_name(context['tag'], known)}"
-    elif first["type"] == HOLDS_SECRET:
-        what = f"{field}: {first['msg']}"
-    elif first["input"] is None and keys:
-        what = f"{field}: has no value; set it in the file or as {field}=value"
-    elif first["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        what = f"{field}: must be a section of `key: value` lines (got {quoted(first['input'])})"
-    else:
-        reason = shortened(first["msg"].removeprefix("Value error, "))
-        got = "" if isinstance(first["input"], dict) else f" (got {quoted(first['input'])})"
-        what = f"{field}: {reason}{got}" if field else reason
-    more = f" (and {len(others)} more)" if others else ""
-    return f"{where}: {what}{more}"
+        known += [_OWN_CODE] if any(not _tag_values(one) for one in variants) else []
+        return f"{field}.{tag} {unknown_name(context['tag'], known)}"
+    if fault["type"] == HOLDS_SECRET:
+        return f"{field}: {fault['msg']}"
+    if fault["input"] is None and keys:
+        return f"{field}: has no value; set it in the file or as {field}=value"
+    if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{field}: must be a section of `key: value` lines (got {quoted(fault['input'])})"
+    reason = shortened(fault["msg"].removeprefix("Value error, "))
+    got = "" if isinstance(fault["input"], dict) else f" (got {quoted(fault['input'])})"
+    return f"{field}: {reason}{got}" if field else reason
 
 
 def unknown_name(name: object, known: Iterable[str]) -> str:
@@ -63,8 +83,13 @@ def unknown_name(name: object, known: Iterable[str]) -> str:
     return f"{quoted(name)}: is none of {', '.join(names[:_MOST_LISTED])}{hint}"
 
 
-def _known_keys(model: type[BaseModel], keys: Sequence[str], section: type[BaseModel]) -> str:
-    """The nearest key of the section, or the key's place elsewhere; and the section's keys."""
+def _known_keys(
+    model: type[BaseModel], keys: Sequence[str], section: type[BaseModel], brief: bool
+) -> str:
+    """The nearest key of the section, or the key's place elsewhere; and the section's keys.
+
+    brief: these only if no key is near.
+    """
     *parents, key = keys
     names = list(section.model_fields)
     near = get_close_matches(key[:100], names, 1)
@@ -74,6 +99,8 @@ def _known_keys(model: type[BaseModel], keys: Sequence[str], section: type[BaseM
         paths -= {".".join(keys)}  # a key of another member of the union
         meant = sorted(paths, key=lambda path: (path.count("."), path))[:3]
     hint = f"did you mean {' or '.join(meant)}? " if meant else ""
+    if hint and brief:
+        return hint.strip()
     place = shortened(".".join(parents)) or "this config"
     if tags := _tag_values(section):
         place += f" of {' or '.join(sorted(tags))}"
@@ -95,6 +122,9 @@ def _located(
             kind = section = chosen
             continue
         if len(variants) > 1 and part == "":  # a union of unions
+            continue
+        if not variants and get_origin(kind) in (Union, UnionType):  # of plain types: one's name
+            kind = next((one for one in get_args(kind) if str(part) in str(one)), None)
             continue
         keys.append(str(part))
         owner = variants[0] if len(variants) == 1 else None
@@ -139,6 +169,13 @@ def _tag_values(model: type[BaseModel]) -> set[str]:
         for value in get_args(model.model_fields[tag].annotation)
         if get_origin(model.model_fields[tag].annotation) is Literal
     }
+
+
+def _tags_of(variants: Sequence[type[BaseModel]]) -> tuple[str, str]:
+    """The name of a union's tag, and the values that it may have; empty: it has none."""
+    values = [value for one in variants for value in sorted(_tag_values(one)) or [_OWN_CODE]]
+    names = [tag for one in variants for tag in TAGS if tag in one.model_fields]
+    return (names[0], ", ".join(values)) if len(variants) > 1 and names else ("", "")
 
 
 def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -3,6 +3,7 @@
 Every room raises them; the command line prints the sentence and exits with `exit_code`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 _SCREEN = 1600  # characters of 20 lines
@@ -76,6 +77,13 @@ def shortened(text: object, most: int = 300) -> str:
     """Text of unknown origin as one line of bounded length, to quote in a sentence."""
     words = " ".join(str(text).split())
     return words if len(words) <= most else words[:most] + "…"
+
+
+def all_of(faults: Sequence[str]) -> str:
+    """One fault, or a numbered list of them in one sentence."""
+    if len(faults) == 1:
+        return faults[0]
+    return f"{len(faults)} faults: " + "; ".join(f"({n}) {one}" for n, one in enumerate(faults, 1))
 
 
 def quoted(value: Any, most: int = 80) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from ...data.store import Dataset, Draft, Store
 from ...schemas.configs import Config, PipelineConfig
-from ...schemas.errors import InputError
+from ...schemas.errors import InputError, all_of
 from ...schemas.tables import PROBLEMS
 from ..annotators.spending import dollars
 from ..pipeline import STAGES, TABLE_STAGES, run_pipeline
@@ -56,9 +56,7 @@ class PipelinePlan:
     def require(self) -> None:
         """Raises InputError with all faults."""
         if self.faults:
-            count = f"{len(self.faults)} faults: " if len(self.faults) > 1 else ""
-            numbered = [f"({n}) {text}" for n, text in enumerate(self.faults, 1)]
-            raise InputError(count + ("; ".join(numbered) if count else self.faults[0]))
+            raise InputError(all_of(self.faults))
 
 
 def plan_pipeline(config: PipelineConfig, store: Store, download: bool = True) -> PipelinePlan:

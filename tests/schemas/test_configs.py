@@ -83,13 +83,35 @@ def test_a_bad_value_is_one_sentence_that_names_file_and_field(overrides, field)
     assert "\n" not in str(error.value)
 
 
-def test_further_faults_are_counted():
-    with pytest.raises(InputError, match=r"group_size: .*\(and 2 more\)$"):
-        load_config(RolloutConfig, None, ["a=1", "b=2", "group_size=0"])
+def test_all_faults_are_in_one_sentence():
+    faults = ["group_sise=1", "nothing_near=2", "group_size=0", "sampler.engine=magic"]
+    with pytest.raises(InputError) as error:
+        load_config(RolloutConfig, None, faults)
+    text = str(error.value)
+    assert text.startswith("config: 4 faults: (1) sampler.engine 'magic': is none of ")
+    for part in ("did you mean group_size?;", "nothing_near: unknown key; known in", "got 0"):
+        assert part in text
+    with pytest.raises(InputError, match=r"10 faults: .*\(and 2 more\)$"):
+        load_config(RolloutConfig, None, [f"q{number}=1" for number in range(12)])
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [("5", "source.path: .*valid string .got 5.$"), ("[a, 6]", "source.path.1: .* .got 6.$")],
+)
+def test_a_union_of_plain_types_has_one_fault(value, fault):
+    with pytest.raises(InputError, match=f"config: {fault}"):
+        load_config(ProblemsConfig, None, ["source.kind=files", f"source.path={value}"])
+
+
+def test_a_missing_section_names_its_kinds():
+    for overrides in ([], ["source.path=a.csv"]):
+        with pytest.raises(InputError, match=r"source.kind=value, one of files, hub,.*your own$"):
+            load_config(ProblemsConfig, None, overrides)
 
 
 def test_a_missing_key_says_how_to_set_it():
-    with pytest.raises(InputError, match=r"source: is required; .*source=value"):
+    with pytest.raises(InputError, match=r"source: is required; .*source.kind=value"):
         load_config(ProblemsConfig, None)
 
 
