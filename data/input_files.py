@@ -7,8 +7,9 @@ Sources of problems and readers of human labels open their files here. Manifests
 import hashlib
 import json
 import posixpath
+import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -31,7 +32,7 @@ def find_files(
     """The file system and the sorted paths of a pattern. kinds: what to give, for error messages.
 
     in_folders: which files of a folder, and of those in it, are taken in the folder's place;
-    hidden ones are left out. None: a folder is refused.
+    hidden ones and those of stores are left out. None: a folder is refused.
 
     Raises:
         InputError: an unknown protocol, a file system that does not answer, no such file, a file
@@ -49,7 +50,12 @@ def find_files(
             del about[path]
             with _file_system_errors(path, kinds):
                 found = {str(held): fs.info(held) for held in fs.find(path)}
-            inside = {p: i for p, i in found.items() if in_folders(p) and not _hidden(p, path)}
+            stores = _stores_below(path, found)
+            inside = {
+                held: info
+                for held, info in found.items()
+                if in_folders(held) and not _hidden(held, path) and not held.startswith(stores)
+            }
             if not inside:
                 raise InputError(f"{path}: is a folder, and holds no such file; give {kinds}")
             about |= inside
@@ -67,6 +73,14 @@ def find_files(
 
 def _hidden(path: str, folder: str) -> bool:
     return any(part.startswith(".") for part in posixpath.relpath(path, folder).split("/"))
+
+
+def _stores_below(folder: str, paths: Iterable[str]) -> tuple[str, ...]:
+    """The stores below a folder, by the manifests of their datasets; each ends with a slash."""
+    manifest = re.compile(
+        rf"({re.escape(folder.rstrip('/'))}/.+?/)[a-z-]+/[0-9a-f]{{16}}/manifest.json"
+    )
+    return tuple({match[1] for path in paths if (match := manifest.fullmatch(path))})
 
 
 @contextmanager

@@ -19,9 +19,11 @@ _MOST_NAMED = 3
 _CHOOSE = "choose another store by --store or TRACE_OPD_STORE"
 
 
-def absent_dataset(files: StoreFiles, ref: str, aliases: Mapping[str, str]) -> str:
-    """The sentence for a ref that names no dataset of a store. aliases: the store's."""
-    return f"dataset {ref!r} is not in store {described(files)}; {_advice(files, ref, aliases)}"
+def absent_dataset(
+    files: StoreFiles, ref: str, aliases: Mapping[str, str], what: str = "dataset"
+) -> str:
+    """The sentence for a ref that names nothing in a store. aliases: the store's."""
+    return f"{what} {ref!r} is not in store {described(files)}; {_advice(files, ref, aliases)}"
 
 
 def described(files: StoreFiles) -> str:
@@ -29,6 +31,8 @@ def described(files: StoreFiles) -> str:
     where = files.url("").rstrip("/")
     if files.is_local and not Path(files.base).exists():
         return f"{where}, which does not exist yet"
+    if files.is_local and not Path(files.base).is_dir():
+        return f"{where}, which is no folder"
     if _is_empty(files):
         return f"{where}, which is empty"
     return where

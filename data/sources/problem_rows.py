@@ -17,7 +17,7 @@ from .columns import ColumnMap
 
 _MOST_CELL_CHARS = 4 << 20  # more than any model reads
 _MOST_CHOICES = len(ascii_uppercase)
-_LEAVE = "fill it in or leave the row out"
+_LEAVE = "fill it in, or skip such rows by on_bad_rows=skip"
 _LABELLED = re.compile(r"\s*\(?([A-Z])\s*[).:]\s*(.*)", re.DOTALL)
 
 

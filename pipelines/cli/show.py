@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ...data.nearby import described, other_stores
+from ...data.nearby import absent_dataset
 from ...data.row_files import skipped_faults
 from ...data.store import MANIFEST, Dataset, Store
 from ...schemas.configs import Config, TrainConfig
@@ -56,7 +56,7 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
         parts = ""
     elif name in TABLE_STAGES:
         plan, target = TABLE_STAGES[name].begin(config, store)
-        parts = f", {plan.parts} parts"
+        parts = f", {plan.parts} part{'s' if plan.parts != 1 else ''}"
         if not isinstance(target, Dataset):
             parts += f", {sum(map(target.has_part, range(plan.parts)))} of them there"
     else:
@@ -181,11 +181,8 @@ def _find(prefix: str, store: Store) -> tuple[Dataset, str]:
             )
         if matches:
             return dataset, matches[0]
-    others = other_stores(store.files)
-    raise InputError(
-        f"rollout {prefix!r} is in no routed or annotations dataset of store "
-        f"{described(store.files)}; {others or '`trace-opd report` lists rollouts with their ids'}"
-    )
+    what = "dataset or annotated rollout"
+    raise InputError(absent_dataset(store.files, prefix, store.aliases(), what))
 
 
 def _panel(view: RolloutView, dataset: Dataset) -> Panel:

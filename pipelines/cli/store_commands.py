@@ -56,14 +56,19 @@ def ls(
     store: StoreRoot = "store",
 ) -> None:
     """List the store's datasets."""
+    from ...schemas.config_faults import unknown_name
+    from ..stages import REGISTRY
+
     opened = open_store(store)
     names = _names(opened)
     # A pipe has no width: its lines are for grep.
     out = console if console.is_terminal else Terminal(width=_UNBOUNDED)
     table = listing(opened.datasets(stage), names, out.width < _WIDE)
+    if not table.rows and stage is not None and stage not in REGISTRY:
+        raise InputError(f"stage {unknown_name(stage, REGISTRY)}")
     out.print(table)
-    if not table.rows and stage is None:
-        _print_empty(opened)
+    if not table.rows:
+        _print_empty(opened, stage)
 
 
 def listing(datasets: "Iterable[Dataset]", names: dict[str, list[str]], narrow: bool) -> Table:
@@ -84,9 +89,14 @@ def listing(datasets: "Iterable[Dataset]", names: dict[str, list[str]], narrow: 
     return table
 
 
-def _print_empty(store: "Store") -> None:
-    """Where an empty store is, and which stores nearby are not empty."""
+def _print_empty(store: "Store", stage: str | None) -> None:
+    """Where a store without datasets is, and which stores nearby are not empty."""
     from ...data.nearby import described, other_stores
+
+    if stage is not None and next(store.datasets(), None) is not None:
+        line = f"no datasets of stage {stage} in {described(store.files)}"
+        Terminal(stderr=True).print(line, soft_wrap=True, highlight=False)
+        return
 
     others = other_stores(store.files)
     line = f"no datasets in {described(store.files)}{'; ' if others else ''}{others}"

@@ -83,6 +83,7 @@ class _Planner:
         self.plan = PipelinePlan()
         self.problems: dict[str, pa.Table] = {}  # by role, what could be read
         self._refs: dict[str, str] = {}  # by role, what `step` returned
+        self._unknown_roles: set[str] = set()  # what they make cannot be known yet
 
     def step(self, stage: str, config: Config, alias: str) -> str:
         role = alias.removeprefix(f"{self._config.name}-")
@@ -103,6 +104,10 @@ class _Planner:
                 found += faults.of_stage(stage, config, self._store)
         elif stage not in STAGES:
             raise AssertionError(stage)
+        if planned.ref is None or not self._unknown_roles.isdisjoint(reads):
+            # The id and the rows stand for those of a dataset that cannot be planned.
+            self._unknown_roles.add(role)
+            planned = replace(planned, ref=None, rows=None, takes="")
         self.plan.faults += [f"{role}: {text}" for text in dict.fromkeys(found)]
         self.plan.stages.append(planned)
         ref = target.ref if target is not None else alias

@@ -196,3 +196,15 @@ def test_skipped_rows_are_counted_by_fault_with_the_first_places():
         "first": [f"p.jsonl, row {row}" for row in range(5)],
     }
     assert skipped.sentence().endswith("row 4; …); 1 row: is not a JSON object (p.jsonl, row 7)")
+
+
+def test_a_folder_leaves_out_the_stores_below_it(tmp_path):
+    (tmp_path / "p.jsonl").write_text(LINES)
+    held = tmp_path / "runs" / "store" / "problems" / ("0" * 16)
+    held.mkdir(parents=True)
+    (held.parents[1] / "aliases.json").write_text('{"a": "problems/0"}')
+    for name in ("manifest.json", "part-00000.parquet"):
+        (held / name).write_bytes(b"{}")
+    assert len(read(str(tmp_path))) == len(ROWS)
+    (held / "part-00000.parquet").write_bytes(parquet(ROWS))
+    assert len(read(str(held / "part-*.parquet"))) == len(ROWS)  # named, it is read

@@ -119,7 +119,9 @@ def jsonl(tmp_path: Path, *rows: dict) -> str:
         (["lineage", "nothing"], "dataset 'nothing' is not in store"),
         (["alias", "new", "nothing"], "dataset 'nothing' is not in store"),
         (["alias", "a/b", "routed"], "alias 'a/b': use letters"),
-        (["show", "nothing"], "rollout 'nothing' is in no routed or annotations dataset"),
+        (["show", "nothing"], "dataset or annotated rollout 'nothing' is not in store"),
+        (["show", "verdict"], "did you mean 'verdicts'?"),
+        (["ls", "verfy"], "stage 'verfy': is none of problems, rollout, verify"),
     ],
 )
 def test_a_bad_request_is_one_sentence_and_exit_code_2(run, made, args, sentence):

@@ -80,6 +80,13 @@ def test_each_fault_is_found_before_any_work_and_no_other(tmp_path, override, se
     assert not (tmp_path / "store").exists()
 
 
+def test_datasets_that_depend_on_an_unknown_one_have_no_id_and_no_rows(tmp_path):
+    stages = planned(tmp_path, "rollout.policy.path=./nothing").stages
+    known = {stage.role for stage in stages if stage.ref is not None}
+    assert known == {"problems", "eval_problems"}
+    assert {stage.role for stage in stages if stage.rows is not None} == known
+
+
 def test_a_budget_below_what_the_prompts_cost_is_a_fault_and_one_below_full_answers_a_note(
     tmp_path, paid_server
 ):

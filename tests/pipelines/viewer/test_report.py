@@ -687,7 +687,7 @@ def test_show_sends_no_control_sequence_of_a_response_to_the_terminal(hostile_ru
 
 
 def test_show_refuses_unknown_and_ambiguous_ids(hostile_run):
-    with pytest.raises(InputError, match="is in no routed or annotations dataset"):
+    with pytest.raises(InputError, match="dataset or annotated rollout 'zzzz' is not in"):
         shown("zzzz", hostile_run.store)
     ids = [content_hash([i, s]) for i in range(len(HOSTILE)) for s in (0, 1)]
     firsts = [rollout_id[0] for rollout_id in ids]
