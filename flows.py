@@ -31,6 +31,7 @@ from trace_opd.pipelines.cli.ending import (
 )
 from trace_opd.pipelines.runtime.signals import children_without_interrupt
 from trace_opd.pipelines.terminal import visible
+from trace_opd.schemas.aliases import require_alias
 from trace_opd.schemas.environment import PREFECT_DEFAULTS
 from trace_opd.schemas.errors import DamagedFile, InputError, Stopped, quoted
 
@@ -311,6 +312,7 @@ def _stage_flow(entry: StageEntry) -> Flow[Any, Any]:
 
         def made() -> str:
             checked = _checked(entry.config_type, config, overrides)
+            require_alias(alias or None)
             return run(entry, checked, store or default_store(), alias or entry.alias or "")
 
         return _state_of(made)

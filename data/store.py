@@ -17,11 +17,12 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..schemas.aliases import require_alias
 from ..schemas.contract import TableContract
 from ..schemas.errors import DamagedFile, InputError
 from .dataset import Dataset, Draft, dataset_id, find_dataset, why_empty
 from .locks import remove_unheld
-from .manifest import MANIFEST, content_hash, is_alias, is_ref, is_stage, now, read_aliases
+from .manifest import MANIFEST, content_hash, is_ref, is_stage, now, read_aliases
 from .nearby import absent_dataset
 from .store_files import StoreFiles, as_json
 
@@ -197,8 +198,7 @@ class Store:
             InputError: the name is not valid, the store can't be written, or the dataset was
                 removed meanwhile.
         """
-        if not is_alias(name):
-            raise InputError(f"alias {name!r}: use letters, digits, dot, dash and underscore")
+        require_alias(name)
         if self.aliases().get(name) == dataset.ref:
             # Nothing to write, so this works in a read-only store too. The process that wrote the
             # alias may have been killed before it synced the file and removed its lock.

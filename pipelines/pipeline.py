@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..data.store import Dataset, Store
+from ..schemas.aliases import require_alias
 from ..schemas.configs import Config, NoAnnotator, PipelineConfig
 from ..schemas.environment import whole_number
 from ..trace.route import needs_annotations
@@ -25,6 +26,7 @@ def run_stage(name: str, config: Any, store: Store, alias: str | None = None) ->
     Raises:
         TooManyFailed: the dataset is finished and named, but too many of its rows failed.
     """
+    require_alias(alias)
     stage = STAGES[name]
     made = stage.run(config, store)
     if not isinstance(made, Dataset):

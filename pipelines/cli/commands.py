@@ -6,6 +6,7 @@ Commands on a store's contents are in store_commands.py.
 """
 
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from ...schemas.aliases import require_alias
 from ...schemas.config_faults import unknown_name
 from ...schemas.configs import Config, PipelineConfig, ReportConfig, StudyConfig, TrainConfig
 from ...schemas.environment import whole_number
@@ -43,7 +45,10 @@ ConfigPath = Annotated[
     typer.Argument(help="YAML config of the stage, or of a pipeline with a section for it."),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides.")]
-Alias = Annotated[str | None, typer.Option(help="Name for the dataset; default: its table's.")]
+Alias = Annotated[
+    str | None,
+    typer.Option(help="Name for the dataset; default: its table's.", callback=require_alias),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check inputs and print the config; run nothing.")
 ]
@@ -179,7 +184,7 @@ def pipeline(
 ) -> None:
     """Check all stages, then run them in order, in this process, without a server."""
     kept = ["annotate.annotator.keep_failed=true"] if keep_failed else []
-    named = [f"name={alias}"] if alias is not None else []
+    named = [f"name={json.dumps(alias)}"] if alias is not None else []
     loaded = _load(PipelineConfig, config, [*(overrides or []), *kept, *named], None, preset)
     from .run_pipeline import plan_and_run
 

@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 from rich.tree import Tree
 
+from ...schemas.aliases import require_alias
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
 from ..runtime.signals import handled
@@ -189,7 +190,11 @@ def import_(
     ],
     file: Annotated[str, typer.Argument(help="JSONL, JSON or Parquet file, or an fsspec URL.")],
     alias: Annotated[
-        str, typer.Option(help="Prefix of the datasets' names; the name of your own table's.")
+        str,
+        typer.Option(
+            help="Prefix of the datasets' names; the name of your own table's.",
+            callback=require_alias,
+        ),
     ],
     of: Annotated[
         str | None,

@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from ..aliases import AliasName
 from .annotate import AnnotateConfig, ConvertConfig, VerifyConfig
 from .base import Config
 from .problems import ProblemsConfig
@@ -57,7 +58,9 @@ class ReportConfig(Config):
 class PipelineConfig(Config):
     """All stages in order; each stage's input is the stage before it."""
 
-    name: str = Field(default="default", description="Prefix of the aliases that the run sets.")
+    name: AliasName = Field(
+        default="default", description="Prefix of the aliases that the run sets."
+    )
     problems: ProblemsConfig = Field(description="Training problems.")
     eval_problems: ProblemsConfig = Field(description="Held-out problems for evaluation.")
     rollout: RolloutConfig = Field(default=RolloutConfig(), description="Rollout stage.")

@@ -121,11 +121,26 @@ def jsonl(tmp_path: Path, *rows: dict) -> str:
         (["alias", "a/b", "routed"], "alias 'a/b': use letters"),
         (["show", "nothing"], "dataset or annotated rollout 'nothing' is not in store"),
         (["show", "verdict"], "did you mean 'verdicts'?"),
+        (["rollout", CONFIG, "--alias", "my run"], "alias 'my run': use letters"),
+        (["pipeline", CONFIG, "--alias", "my run"], "name: use letters, digits, dot"),
+        (["import", "rollouts", "no.jsonl", "--alias", "a/b"], "alias 'a/b': use letters"),
         (["ls", "verfy"], "stage 'verfy': is none of problems, rollout, verify"),
     ],
 )
 def test_a_bad_request_is_one_sentence_and_exit_code_2(run, made, args, sentence):
     assert sentence in refused(run, made, *args)
+
+
+def test_a_name_is_checked_before_any_work(run, tmp_path):
+    source = ["source.kind=arithmetic", "limit=2", "--store", tmp_path / "store"]
+    assert run("problems", *source, "--alias", "a b").code == 2
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_name_of_a_pipeline_may_look_like_a_number(run, made):
+    few = ["problems.limit=2", "eval_problems.limit=2"]
+    plan = run("pipeline", CONFIG, *few, "--alias", "7", "--dry-run", "--store", made)
+    assert "7-rollouts" in plan.out
 
 
 def test_an_unknown_stage_lists_the_known_ones(run):
