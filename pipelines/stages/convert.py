@@ -19,6 +19,7 @@ from ...schemas.labels import AnnotationStatus, Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
 from ...trace.align import byte_table
 from ...trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
+from ...trace.responses import to_numpy
 from ...trace.route import needs_annotations, require_rule, rule_source
 from ...trace.routed import routed_table
 from ..models import resolve_policy
@@ -103,7 +104,7 @@ def _none_usable(dataset: Dataset, column: str, usable: Callable[[Any], bool]) -
     It reads up to the first part with a usable row, which is part 0 of most datasets: a fault of a
     later part is that part's alone, and may be mended while the others are made.
     """
-    found: Counter[str] = Counter()
+    found: Counter[str | None] = Counter()
     for part in range(dataset.parts):
         table = dataset.read_part(part, sorted({"status", column}))
         if usable(table[column]):
@@ -117,10 +118,10 @@ def _left_out(plan: Plan) -> dict[str, int]:
     counts: Counter[str] = Counter()
     verdicts, rollouts = plan.inputs["verdicts"], plan.inputs["rollouts"]
     for part in range(plan.parts):
-        scored = pc.is_valid(verdicts.read_part(part, ["reward"])["reward"])
-        own = rollouts.read_part(part, ["on_policy"])["on_policy"]
-        counts["unscored"] += pc.sum(pc.invert(scored)).as_py() or 0
-        counts["without token ids"] += pc.sum(pc.and_(scored, pc.invert(own))).as_py() or 0
+        scored = to_numpy(pc.is_valid(verdicts.read_part(part, ["reward"])["reward"]))
+        own = to_numpy(rollouts.read_part(part, ["on_policy"])["on_policy"])
+        counts["unscored"] += np.count_nonzero(~scored)
+        counts["without token ids"] += np.count_nonzero(scored & ~own)
     return {reason: count for reason, count in counts.items() if count}
 
 
