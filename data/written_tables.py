@@ -136,7 +136,7 @@ def import_table(
     if name == "annotations":
         _check_texts(checked, inputs["rollouts"], where)
     order = np.argsort(place, kind="stable")
-    checked, place = checked.take(pa.array(order)), place[order]
+    checked, place = checked.take(order), place[order]
     content = sha256(encoded(checked)).hexdigest()
     semantic = {"import": {"layout": name, "sha256": content}}
     config = {"import": semantic["import"] | {"file": where}}
@@ -186,7 +186,7 @@ def _places(
             f"{where}, row {row}: {key} {keys[row].as_py()} is not in {base.ref}; take the ids "
             "from there"
         )
-    places = found.combine_chunks().to_numpy(zero_copy_only=False).astype(np.int64)
+    places = np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.int64)
     if key == kind.contract.row_id and len(missing := np.setdiff1d(np.arange(len(known)), places)):
         raise InputError(
             f"{where}: {len(missing)} of the {len(known)} rows of {base.ref} are missing, first "
@@ -201,7 +201,7 @@ def _completed(
 ) -> pa.Table:
     """With the columns that follow from `made_of`, and the defaults."""
     for name in kind.copied:
-        copied = made_of[name].take(pa.array(place))
+        copied = made_of[name].take(place)
         if name not in table.column_names:
             table = table.append_column(kind.contract.schema.field(name), copied)
         elif table[name].to_pylist() != copied.to_pylist():

@@ -222,6 +222,7 @@ GOOD = '{"problem": "1+1", "answer": "2"}'
         (f'{GOOD} | {{"gold": 1}}', "row 0: has the unknown key 'gold'"),
         (f'{GOOD} | {{"answer_kind": "code"}}', "answer_kind is none of math, choice, text"),
         (f'{GOOD} | {{"solution": 3}}', "solution is neither text nor None"),
+        (f'{GOOD} | {{"level": 3}}', "level is neither text nor None"),
         (f'{GOOD} | {{"steps": [{{"text": "a"}}]}}', "a step is no dict of text, value, type"),
         ("1 / 0", r"own\.py, line 4, in rows: ZeroDivisionError"),
     ],
