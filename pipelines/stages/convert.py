@@ -120,8 +120,8 @@ def _left_out(plan: Plan) -> dict[str, int]:
     for part in range(plan.parts):
         scored = to_numpy(pc.is_valid(verdicts.read_part(part, ["reward"])["reward"]))
         own = to_numpy(rollouts.read_part(part, ["on_policy"])["on_policy"])
-        counts["unscored"] += np.count_nonzero(~scored)
-        counts["without token ids"] += np.count_nonzero(scored & ~own)
+        counts["unscored"] += int(np.count_nonzero(~scored))
+        counts["without token ids"] += int(np.count_nonzero(scored & ~own))
     return {reason: count for reason, count in counts.items() if count}
 
 
