@@ -30,9 +30,10 @@ from trace_opd.pipelines.cli.ending import (
 from trace_opd.pipelines.runtime.signals import children_without_interrupt
 from trace_opd.schemas.environment import PREFECT_DEFAULTS
 
+for _name, _value in PREFECT_DEFAULTS.items():  # Prefect reads them when it is imported
+    os.environ.setdefault(_name, _value)
+
 if __name__ == "__main__":
-    for _name, _value in PREFECT_DEFAULTS.items():  # Prefect reads them when it is imported
-        os.environ.setdefault(_name, _value)
     # Imported under its own name: other processes look tasks up by module and name.
     stop_by_signals()
     sys.exit(exit_code(lambda: import_module("trace_opd.flows").main()))
