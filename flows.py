@@ -30,8 +30,7 @@ from trace_opd.pipelines.cli.ending import (
 from trace_opd.pipelines.runtime.signals import children_without_interrupt
 from trace_opd.schemas.environment import PREFECT_DEFAULTS
 
-for _name, _value in PREFECT_DEFAULTS.items():  # Prefect reads them when it is imported
-    os.environ.setdefault(_name, _value)
+os.environ.update(PREFECT_DEFAULTS | os.environ)  # Prefect reads them when it is imported
 
 if __name__ == "__main__":
     # Imported under its own name: other processes look tasks up by module and name.
