@@ -11,6 +11,7 @@ from ...schemas.configs import OwnSource as OwnSourceConfig
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind, DiagnosticType
 from ...schemas.own_code import OwnCode, build, require_methods, running
+from ...schemas.tables import PROBLEMS
 
 _STEP = {"text": str, "value": str, "type": str, "key": bool}
 
@@ -30,6 +31,7 @@ class OwnSource(Protocol):
     - solution: a reference solution for the annotator.
     - steps: known steps for the rule annotator, dicts of text, value, type and key.
     - source: a name; by default the class's. With several, an evaluation weighs them equally.
+    - source_id, subject, level: texts that are kept with the problem.
 
     Optional:
 
@@ -88,7 +90,7 @@ def _checked(row: Any, index: int, code: OwnCode) -> dict[str, Any]:
         raise InputError(f"{where}: is {type(row).__name__}, not a dict")
     defaults = {"answer_kind": "math", "solution": None, "steps": None}
     defaults["source"] = code.value.__name__
-    known = ("problem", "answer", *defaults)
+    known = ("problem", "answer", *defaults, *PROBLEMS.optional)
     for name in row:
         if name not in known:
             raise InputError(f"{where}: has the unknown key {name!r}; known: {', '.join(known)}")
@@ -98,8 +100,9 @@ def _checked(row: Any, index: int, code: OwnCode) -> dict[str, Any]:
             raise InputError(f"{where}: {name} is not text, or is empty")
     if row["answer_kind"] not in list(AnswerKind):
         raise InputError(f"{where}: answer_kind is none of {', '.join(AnswerKind)}")
-    if not isinstance(row["solution"], str | None):
-        raise InputError(f"{where}: solution is neither text nor None")
+    for name in ("solution", *PROBLEMS.optional):
+        if not isinstance(row.get(name), str | None):
+            raise InputError(f"{where}: {name} is neither text nor None")
     for step in row["steps"] or []:
         typed = isinstance(step, dict) and step.keys() == _STEP.keys()
         if not typed or not all(isinstance(step[name], kind) for name, kind in _STEP.items()):
