@@ -74,6 +74,12 @@ def _known_keys(model: type[BaseModel], keys: Sequence[str], section: type[BaseM
         paths -= {".".join(keys)}  # a key of another member of the union
         meant = sorted(paths, key=lambda path: (path.count("."), path))[:3]
     hint = f"did you mean {' or '.join(meant)}? " if meant else ""
+    tag = next((tag for tag in TAGS if tag in section.model_fields), None)
+    if tag and ".".join(keys) in _paths(model):  # a key of another member of the union
+        whole = ".".join(parents)
+        hint = (
+            f"it belongs to another {tag}; to replace the section, write {whole}='{{{tag}: …}}'; "
+        )
     place = shortened(".".join(parents)) or "this config"
     if tags := _tag_values(section):
         place += f" of {' or '.join(sorted(tags))}"
