@@ -56,12 +56,12 @@ def test_in_a_notebook_a_wrong_stage_is_a_sentence_and_a_dataset_prints_as_a_lin
 ):
     store: Store = make_verdicts(tmp_path, parts=1, count=3)
     config = load_config(REGISTRY["rollout"].config_type, None, ["policy.path=m"])
-    with pytest.raises(InputError, match="stage 'annotat' is unknown; known: .*annotate"):
+    with pytest.raises(InputError, match=r"stage 'annotat' is unknown; known: .*annotate"):
         run_stage("annotat", config, store)
     with pytest.raises(InputError, match="annotate takes AnnotateConfig, not RolloutConfig"):
         run_stage("annotate", config, store)
-    verdicts = next(store.datasets("verify"))
-    assert repr(store.get(verdicts.ref)) == f"Dataset({verdicts.ref}, 3 rows)"
+    made = next(store.datasets("problems"))
+    assert repr(made) == f"Dataset({made.ref}, {made.rows} rows)"
 
 
 def test_an_interrupt_of_the_caller_cancels_the_coroutine_and_the_loop_goes_on():
