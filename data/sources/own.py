@@ -10,8 +10,11 @@ from typing import Any, Protocol
 from ...schemas.configs import OwnSource as OwnSourceConfig
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind, DiagnosticType
-from ...schemas.own_code import OwnCode, build, is_text, iterable, require_methods, running
-from ..manifest import content_hash
+    for name in ("solution", *PROBLEMS.optional):
+        if row.get(name) is not None and not is_text(row[name]):
+            raise InputError(f"{where}: {name} is neither text nor None")
+    if not isinstance(row["steps"], list | tuple | None):
+        raise InputError(f"{where}: steps is neither a list nor None")
 
 _STEP = {"text": str, "value": str, "type": str, "key": bool}
 
@@ -31,6 +34,7 @@ class OwnSource(Protocol):
     - solution: a reference solution for the annotator.
     - steps: known steps for the rule annotator, dicts of text, value, type and key.
     - source: a name; by default the class's. With several, an evaluation weighs them equally.
+    - source_id, subject, level: texts that are kept with the problem.
 
     Optional:
 
@@ -94,7 +98,7 @@ def _checked(row: Any, index: int, code: OwnCode) -> dict[str, Any]:
         raise InputError(f"{where}: is {type(row).__name__}, not a dict")
     defaults = {"answer_kind": "math", "solution": None, "steps": None}
     defaults["source"] = code.value.__name__
-    known = ("problem", "answer", *defaults)
+    known = ("problem", "answer", *defaults, *PROBLEMS.optional)
     for name in row:
         if name not in known:
             raise InputError(f"{where}: has the unknown key {name!r}; known: {', '.join(known)}")
@@ -104,8 +108,9 @@ def _checked(row: Any, index: int, code: OwnCode) -> dict[str, Any]:
             raise InputError(f"{where}: {name} is not text, or is empty")
     if row["answer_kind"] not in list(AnswerKind):
         raise InputError(f"{where}: answer_kind is none of {', '.join(AnswerKind)}")
-    if row["solution"] is not None and not is_text(row["solution"]):
-        raise InputError(f"{where}: solution is neither text nor None")
+    for name in ("solution", *PROBLEMS.optional):
+        if row.get(name) is not None and not is_text(row[name]):
+            raise InputError(f"{where}: {name} is neither text nor None")
     if not isinstance(row["steps"], list | tuple | None):
         raise InputError(f"{where}: steps is neither a list nor None")
     for step in row["steps"] or []:

@@ -9,6 +9,7 @@ the paths of the Parquet files and the report.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from ...data.store import Store
 from ...schemas.configs import PipelineConfig
 from ...schemas.settings import load_config
 from ..models import resolve_policy
+from ..runtime.signals import handled
 from ..terminal import Terminal
 
 FOLDERS = {"micro": Path("runs/demo"), "smollm2": Path("runs/demo-smollm2")}
@@ -48,9 +50,14 @@ def main() -> None:
     resolve_policy(args.model)  # prepared before the run's time is measured
     started = time.perf_counter()
     command = [sys.executable, "-P", "-m", "trace_opd.flows", str(config_path), "--run"]
-    run = subprocess.run([*command, "--store", str(root)], env=os.environ | _QUIET)
-    if run.returncode:
-        sys.exit(run.returncode)  # it has printed its error
+    # The terminal's Ctrl-C reaches both processes: this one waits until the run has ended.
+    with (
+        subprocess.Popen([*command, "--store", str(root)], env=os.environ | _QUIET) as run,
+        handled(lambda number: run.terminate() if number == signal.SIGTERM else None),
+    ):
+        code = run.wait()
+    if code:
+        sys.exit(code)  # it has printed its error
     seconds = round(time.perf_counter() - started, 1)
     config = load_config(PipelineConfig, config_path)
     store = os.path.relpath(root)

@@ -379,6 +379,7 @@ GOOD = '{"problem": "1+1", "answer": "2"}'
         (f'{GOOD} | {{"problem": chr(0xd800)}}', "row 0: problem is not text"),
         (f'{GOOD} | {{"steps": 5}}', "steps is neither a list nor None"),
         (f'{GOOD} | {{"solution": 3}}', "solution is neither text nor None"),
+        (f'{GOOD} | {{"level": 3}}', "level is neither text nor None"),
         (f'{GOOD} | {{"steps": [{{"text": "a"}}]}}', "a step is no dict of text, value, type"),
         ("1 / 0", r"own\.py, line 4, in rows: ZeroDivisionError"),
     ],
