@@ -10,11 +10,9 @@ from typing import Any, Protocol
 from ...schemas.configs import OwnSource as OwnSourceConfig
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind, DiagnosticType
-    for name in ("solution", *PROBLEMS.optional):
-        if row.get(name) is not None and not is_text(row[name]):
-            raise InputError(f"{where}: {name} is neither text nor None")
-    if not isinstance(row["steps"], list | tuple | None):
-        raise InputError(f"{where}: steps is neither a list nor None")
+from ...schemas.own_code import OwnCode, build, is_text, iterable, require_methods, running
+from ...schemas.tables import PROBLEMS
+from ..manifest import content_hash
 
 _STEP = {"text": str, "value": str, "type": str, "key": bool}
 
