@@ -7,14 +7,12 @@
 part; the store's manifests decide what is finished, and a finished part is not made again.
 TRACE_OPD_TASK_RUNNER chooses where parts run (threads, processes, ray, dask). TRACE_OPD_WORKERS
 sets how many processes or cluster workers make parts at once. With threads it hardly matters,
-because a process makes one part at a time (`task_runner`; docs/scaling.md).
+because a process makes one part at a time (`runner_and_workers`; docs/scaling.md).
 """
 
-import argparse
 import asyncio
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,13 +28,11 @@ from trace_opd.pipelines.cli.ending import (
     stop_by_signals,
 )
 from trace_opd.pipelines.runtime.signals import children_without_interrupt
-from trace_opd.pipelines.terminal import visible
 from trace_opd.schemas.environment import PREFECT_DEFAULTS
-from trace_opd.schemas.errors import DamagedFile, InputError, Stopped, quoted
+
+os.environ.update(PREFECT_DEFAULTS | os.environ)  # Prefect reads them when it is imported
 
 if __name__ == "__main__":
-    for _name, _value in PREFECT_DEFAULTS.items():  # Prefect reads them when it is imported
-        os.environ.setdefault(_name, _value)
     # Imported under its own name: other processes look tasks up by module and name.
     stop_by_signals()
     sys.exit(exit_code(lambda: import_module("trace_opd.flows").main()))
@@ -63,28 +59,33 @@ from prefect.types.entrypoint import EntrypointType
 from trace_opd.data.remote import require_reachable
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.annotators import engine_of
+from trace_opd.pipelines.flow_runs.dead_runs import automation
+from trace_opd.pipelines.flow_runs.reports import (
+    lineage_list,
+    log_no_traceback_of_bad_input,
+    summary_rows,
+)
+from trace_opd.pipelines.flow_runs.requests import (
+    arguments,
+    default_parameters,
+    default_store,
+    pipeline_config,
+    requested_config,
+    runner_and_workers,
+)
 from trace_opd.pipelines.pipeline import STAGES, TABLE_STAGES, run_pipeline
 from trace_opd.pipelines.planning.pipeline_plan import plan_pipeline
+from trace_opd.pipelines.runtime.serving import serve_until_stopped
 from trace_opd.pipelines.stages import REGISTRY, StageEntry
 from trace_opd.pipelines.stages.base import Plan, close_idle_engine, give_name
-from trace_opd.schemas.configs import AnnotateConfig, Config, PipelineConfig
-from trace_opd.schemas.settings import load_config, override, validated
+from trace_opd.pipelines.terminal import visible
+from trace_opd.schemas.configs import Config, PipelineConfig
+from trace_opd.schemas.errors import DamagedFile, InputError, Stopped
 
 _IDLE_S = 60.0
 _FRUITLESS_POOLS = 3
-_MOST_PARAMETERS = 500_000  # Prefect's own limit is 524,288 bytes with the other parameters
-_ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")
 
-
-class _WithoutTraceback(logging.Filter):
-    """Drops Prefect's reports of bad input, whose sentence is the state of its flow run."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], InputError))
-
-
-for _logger in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
-    logging.getLogger(_logger).addFilter(_WithoutTraceback())
+log_no_traceback_of_bad_input()
 
 
 def _state_of(run: Callable[[], Any]) -> Any:
@@ -98,36 +99,17 @@ def _state_of(run: Callable[[], Any]) -> Any:
         return Failed(message=visible(str(error)), data=error)
 
 
-def default_store() -> str:
-    """The default store: $TRACE_OPD_STORE, else ./store, as an absolute path."""
-    root = os.environ.get("TRACE_OPD_STORE", "store")
-    return root if "://" in root else str(Path(root).resolve())
-
-
 def task_runner() -> TaskRunner[Any]:
-    """The runner that $TRACE_OPD_TASK_RUNNER names, with $TRACE_OPD_WORKERS workers.
-
-    - threads: the flow's process has one open engine and makes one part at a time, while another
-      thread writes the previous part. More than 2 workers gain nothing but another writer.
-    - processes: each worker process has an engine of its own, so as many parts as workers are made
-      at once, and each engine takes its own memory.
-    - ray, dask: parts run on the cluster at $RAY_ADDRESS or $DASK_SCHEDULER_ADDRESS, which limits
-      how many run at once; without an address a cluster with this number of workers runs on this
-      machine for the duration of the flow run.
+    """The runner that the environment names (`runner_and_workers`).
 
     Raises:
         InputError: an unknown runner, a bad number of workers, a package that is not installed.
     """
-    kind = os.environ.get("TRACE_OPD_TASK_RUNNER", "threads")
-    count = os.environ.get("TRACE_OPD_WORKERS", "2")
-    if not count.isdecimal() or len(count) > 6 or (workers := int(count)) < 1:
-        raise InputError(f"TRACE_OPD_WORKERS={count}: is not a number of workers; use 1 or more")
+    kind, workers = runner_and_workers()
     if kind == "threads":
         return ThreadPoolTaskRunner(max_workers=workers)
     if kind == "processes":
         return ProcessPoolTaskRunner(max_workers=workers)
-    if kind not in ("ray", "dask"):
-        raise InputError(f"TRACE_OPD_TASK_RUNNER={kind}: use threads, processes, ray or dask")
     try:
         if kind == "ray":
             from prefect_ray import RayTaskRunner  # pyright: ignore[reportMissingImports]
@@ -174,15 +156,6 @@ def train_run(config: Config, root: str) -> str:
     return STAGES["train"].run(config, Store(root)).ref
 
 
-def _asks_endpoint(config: Config) -> bool:
-    """Whether an annotator asks an endpoint.
-
-    It then runs in the flow's process under any runner: one process keeps its journal, budget,
-    batches and pace, and sends many requests at once.
-    """
-    return isinstance(config, AnnotateConfig) and engine_of(config.annotator).asks_endpoint
-
-
 @contextmanager
 def _server_for_workers() -> Iterator[None]:
     """Make tasks report to this run's server; worker processes would start temporary ones."""
@@ -200,7 +173,8 @@ def run_table_stage(entry: StageEntry, config: Config, root: str, alias: str) ->
         """This process holds the dataset's lock; tasks make its parts, on any worker."""
         parts = [part for part in range(plan.parts) if not draft.has_sound_part(part)]
         log.info("%s: %d of %d parts to make", draft.ref, len(parts), plan.parts)
-        here = _asks_endpoint(plan.config)
+        # At an endpoint, one process keeps journal, budget, batches and pace under any runner.
+        here = entry.name == "annotate" and engine_of(plan.config.annotator).asks_endpoint
         context = FlowRunContext.get()
         threads = context is not None and isinstance(context.task_runner, ThreadPoolTaskRunner)
         with stage.progress(plan, parts, lines=True) if here or threads else nullcontext():
@@ -282,14 +256,9 @@ def _mark_crashed(futures: Sequence[PrefectFuture[Any]]) -> None:
 
 def _published(store: Store, dataset: Dataset, alias: str) -> str:
     give_name(store, alias, dataset, get_run_logger().info)
-    summary = [{"figure": key, "value": str(value)} for key, value in dataset.summary.items()]
-    key = f"{dataset.stage}-{dataset.id}"
-    create_table_artifact(summary, key=key, description=f"{alias}: {dataset.path()}")
-    lines = [
-        f"{'  ' * depth}- {role + ': ' if role else ''}`{node.ref}` ({node.rows} rows)"
-        for depth, role, node in dataset.lineage()
-    ]
-    create_markdown_artifact("\n".join(lines), key=f"{key}-lineage", description="Lineage")
+    key, where = f"{dataset.stage}-{dataset.id}", f"{alias}: {dataset.path()}"
+    create_table_artifact(summary_rows(dataset), key=key, description=where)
+    create_markdown_artifact(lineage_list(dataset), key=f"{key}-lineage", description="Lineage")
     get_run_logger().info("%s is %s (%d rows)", alias, dataset.ref, dataset.rows)
     return dataset.ref
 
@@ -310,7 +279,7 @@ def _stage_flow(entry: StageEntry) -> Flow[Any, Any]:
         logging.getLogger("trace_opd").setLevel(logging.INFO)
 
         def made() -> str:
-            checked = _checked(entry.config_type, config, overrides)
+            checked = requested_config(entry.config_type, config, overrides)
             return run(entry, checked, store or default_store(), alias or entry.alias or "")
 
         return _state_of(made)
@@ -321,18 +290,6 @@ def _stage_flow(entry: StageEntry) -> Flow[Any, Any]:
     if entry.name in _SINGLE_STAGES:
         return flow(name=entry.name, validate_parameters=False)(stage_flow)
     return flow(name=entry.name, task_runner=task_runner(), validate_parameters=False)(stage_flow)
-
-
-def _checked(kind: type[Any], config: Any, overrides: list[str] | None) -> Any:
-    """The config of a flow run, which a deployment gives as JSON.
-
-    Prefect would report a fault of it in pydantic's words, and with a traceback.
-    """
-    if isinstance(config, Config):
-        return override(config, overrides)
-    if not isinstance(config, dict):
-        raise InputError(f"config: is {quoted(config)}; give a section of keys and values")
-    return validated(kind, config, list(overrides or []))
 
 
 STAGE_FLOWS = {name: _stage_flow(entry) for name, entry in REGISTRY.items()}
@@ -351,11 +308,14 @@ def pipeline(
         return ref
 
     def made() -> dict[str, str]:
-        checked = _checked(PipelineConfig, config, overrides)
+        checked = requested_config(PipelineConfig, config, overrides)
         plan_pipeline(checked, Store(root)).require()
         return run_pipeline(checked, run)
 
     return _state_of(made)
+
+
+_FLOWS = (*STAGE_FLOWS.values(), pipeline)
 
 
 def crash_dead_runs(after_s: float = 300) -> None:
@@ -364,36 +324,10 @@ def crash_dead_runs(after_s: float = 300) -> None:
     If a run's process and runner die together, nothing else reports it. An existing automation is
     kept, with a person's changes, unless another release made it.
     """
-    name = "trace-opd: runs whose process died are Crashed"
-    died = f"No heartbeat for {after_s:g} s"
     with get_client(sync_client=True) as client:
-        flows = [
-            f"prefect.flow.{client.create_flow(one)}" for one in (*STAGE_FLOWS.values(), pipeline)
-        ]
-        trigger = {
-            "type": "event",
-            "posture": "Proactive",
-            # The first heartbeat of a run that is killed at its start never arrives.
-            "after": ["prefect.flow-run.Running", "prefect.flow-run.heartbeat"],
-            "expect": [f"prefect.flow-run.{event}" for event in ("heartbeat", *_ENDS)],
-            "match": {"prefect.resource.id": ["prefect.flow-run.*"]},
-            "match_related": {"prefect.resource.role": ["flow"], "prefect.resource.id": flows},
-            "for_each": ["prefect.resource.id"],
-            "threshold": 1,
-            "within": after_s,
-        }
-        message = f"{died}: its process died. Run it again; it continues from the finished parts."
-        action = {"type": "change-flow-run-state", "state": "CRASHED", "message": message}
-        again = "Run the deployment again: it continues from the finished parts."
-        wanted = AutomationCore.model_validate(
-            {
-                "name": name,
-                "description": f"{died}. {again}",
-                "trigger": trigger,
-                "actions": [action],
-            }
-        )
-        found = client.read_automations_by_name(name)
+        flow_ids = [client.create_flow(one) for one in _FLOWS]
+        wanted = AutomationCore.model_validate(automation(flow_ids, after_s))
+        found = client.read_automations_by_name(wanted.name)
         if not found:
             client.create_automation(wanted)
         elif found[0].description != wanted.description:
@@ -405,32 +339,15 @@ def deployments(config: str | None, store: str) -> list[Any]:
 
     config: a pipeline's YAML whose sections become the stages' default parameters.
     """
-    defaults: dict[str, Any] = {name: {} for name in (*STAGE_FLOWS, "pipeline")}
-    if config is not None:
-        loaded = _within_prefect_s_limit(config)
-        defaults = {
-            name: {"config": getattr(loaded, name).model_dump(mode="json")} for name in STAGE_FLOWS
-        }
-        defaults["pipeline"] = {"config": loaded.model_dump(mode="json")}
+    defaults = default_parameters(config)
     return [
         one.to_deployment(
             "default",
             parameters=defaults[one.name] | {"store": store},
             entrypoint_type=EntrypointType.MODULE_PATH,  # FILE_PATH would rename the module
         )
-        for one in (*STAGE_FLOWS.values(), pipeline)
+        for one in _FLOWS
     ]
-
-
-def _within_prefect_s_limit(path: str | None) -> PipelineConfig:
-    """The config of a file, as parameters of a flow run."""
-    loaded = load_config(PipelineConfig, path)
-    if (size := len(loaded.model_dump_json())) > _MOST_PARAMETERS:
-        raise InputError(
-            f"{path}: has {size:,} characters as JSON, and a flow run of Prefect takes "
-            f"{_MOST_PARAMETERS:,}; shorten it, or run it without Prefect by `trace-opd pipeline`"
-        )
-    return loaded
 
 
 def serve_deployments(served: Sequence[Any]) -> None:
@@ -443,24 +360,8 @@ def serve_deployments(served: Sequence[Any]) -> None:
         runner.add_deployment(one)
     names = ", ".join(f"{one.flow_name}/{one.name}" for one in served)
     print(f"Serving {names}; Ctrl-C stops.\nRun one: prefect deployment run 'annotate/default'")
-    asyncio.run(_run_until_stopped(runner))
-
-
-async def _run_until_stopped(runner: Runner) -> None:
-    loop, stopping = asyncio.get_running_loop(), []
-
-    def stop() -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-        print("Stopping: active runs are cancelled; finished parts are kept", file=sys.stderr)
-        stopping.append(loop.create_task(runner.astop()))
-
-    serving = asyncio.ensure_future(runner.start())
-    while not runner.started and not serving.done():  # by then it has set its own handlers
-        await asyncio.sleep(0.01)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    await asyncio.gather(serving, *stopping)
+    sentence = "Stopping: active runs are cancelled; finished parts are kept"
+    asyncio.run(serve_until_stopped(runner.start, lambda: runner.started, runner.astop, sentence))
 
 
 def _start_temporary_server() -> None:
@@ -478,17 +379,7 @@ def _start_temporary_server() -> None:
 
 def main() -> None:
     """Serve all deployments in this process, or run a pipeline once."""
-    parser = argparse.ArgumentParser(prog="trace-opd serve", description=main.__doc__)
-    parser.add_argument("config", nargs="?", help="pipeline YAML with default parameters")
-    parser.add_argument("--store", default=default_store(), help="store root")
-    parser.add_argument("--run", action="store_true", help="run the pipeline once, then stop")
-    parser.add_argument(
-        "--crash-dead-runs",
-        action="store_true",
-        help="create the automation that sets runs whose process died to Crashed, then stop; "
-        "serving and --run create it too",
-    )
-    args = parser.parse_args()
+    args = arguments(main.__doc__)
     if not args.crash_dead_runs:
         require_reachable(args.store)
     if args.crash_dead_runs or PREFECT_API_URL.value():  # a temporary server ends with its runs
@@ -498,6 +389,6 @@ def main() -> None:
     if args.run:
         if not PREFECT_API_URL.value():
             _start_temporary_server()
-        pipeline(_within_prefect_s_limit(args.config), store=args.store)
+        pipeline(pipeline_config(args.config), store=args.store)
     else:
         serve_deployments(deployments(args.config, args.store))

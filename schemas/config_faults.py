@@ -76,10 +76,7 @@ def _known_keys(model: type[BaseModel], keys: Sequence[str], section: type[BaseM
     hint = f"did you mean {' or '.join(meant)}? " if meant else ""
     tag = next((tag for tag in TAGS if tag in section.model_fields), None)
     if tag and ".".join(keys) in _paths(model):  # a key of another member of the union
-        whole = ".".join(parents)
-        hint = (
-            f"it belongs to another {tag}; to replace the section, write {whole}='{{{tag}: …}}'; "
-        )
+        hint = f"it belongs to another {tag}; "
     place = shortened(".".join(parents)) or "this config"
     if tags := _tag_values(section):
         place += f" of {' or '.join(sorted(tags))}"

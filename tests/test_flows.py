@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from trace_opd import flows
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.schemas.configs import Config, PipelineConfig
+from trace_opd.schemas.environment import PREFECT_DEFAULTS
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config, override
 
@@ -94,6 +96,10 @@ def test_flows_make_what_the_command_line_makes(made, tmp_path):
         assert isinstance(plain, Dataset)
         assert Store(made).get(plain.ref).rows == plain.rows
     assert Store(made).aliases() == Store(tmp_path).aliases()
+
+
+def test_flows_that_python_imports_have_the_settings_of_the_command_line():
+    assert PREFECT_DEFAULTS.keys() <= os.environ.keys()
 
 
 def test_artifacts_sum_up_each_dataset(made):

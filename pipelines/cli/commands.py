@@ -280,10 +280,9 @@ def serve(
     store: StoreRoot = "store",
 ) -> None:
     """Serve a Prefect deployment per stage (`prefect deployment run 'annotate/default' …`)."""
-    root = store if "://" in store else str(Path(store).resolve())
     arguments = [str(config)] if config is not None else []
     # Only flows.py imports Prefect, and it runs as a module of its own.
-    command = [sys.executable, "-P", "-m", "trace_opd.flows", *arguments, "--store", root]
+    command = [sys.executable, "-P", "-m", "trace_opd.flows", *arguments, "--store", store]
     os.execv(sys.executable, command)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from ...schemas.labels import AnnotationStatus, Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
 from ...trace.align import byte_table
 from ...trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
+from ...trace.responses import to_numpy
 from ...trace.route import needs_annotations, require_rule, rule_source
 from ...trace.routed import routed_table
 from ..models import resolve_policy
@@ -76,39 +77,39 @@ def _check_annotator(annotations: Dataset) -> None:
             "annotations; annotate with another engine, or set routing.rule and teacher_context to "
             "what needs none"
         )
-    found: Counter[str] = Counter()
-    for part in range(annotations.parts):
-        found.update(annotations.read_part(part, ["status"])["status"].to_pylist())
-    if not found.keys() & _ANNOTATED:
+    found = _none_usable(
+        annotations, "status", lambda status: not _ANNOTATED.isdisjoint(status.to_pylist())
+    )
+    if found:
         raise InputError(
             f"dataset {annotations.ref}: none of its {annotations.rows} rows is annotated "
-            f"({_counts(found)}), and this routing needs annotations; annotate again, or set "
+            f"({found}), and this routing needs annotations; annotate again, or set "
             "routing.rule and teacher_context to what needs none"
-        )
-    if AnnotationStatus.OK not in found:
-        logger.warning(
-            "%s: no row has a span (%s), so every token is plain GRPO's",
-            annotations.ref,
-            _counts(found),
         )
 
 
 def _check_verdicts(verdicts: Dataset) -> None:
     """Raises InputError if no response has a reward."""
-    found: Counter[str] = Counter()
-    for part in range(verdicts.parts):
-        table = verdicts.read_part(part, ["reward", "status"])
-        if table["reward"].null_count < len(table):
-            return
+    if found := _none_usable(verdicts, "reward", lambda reward: reward.null_count < len(reward)):
+        raise InputError(
+            f"dataset {verdicts.ref}: none of its {verdicts.rows} responses has a reward "
+            f"({found}), so none can be trained on; verify again with other limits, or mend "
+            "the gold answers"
+        )
+
+
+def _none_usable(dataset: Dataset, column: str, usable: Callable[[Any], bool]) -> str:
+    """The counts of its rows by status if no row is usable by a column; else an empty string.
+
+    It reads up to the first part with a usable row, which is part 0 of most datasets: a fault of a
+    later part is that part's alone, and may be mended while the others are made.
+    """
+    found: Counter[str | None] = Counter()
+    for part in range(dataset.parts):
+        table = dataset.read_part(part, sorted({"status", column}))
+        if usable(table[column]):
+            return ""
         found.update(table["status"].to_pylist())
-    raise InputError(
-        f"dataset {verdicts.ref}: none of its {verdicts.rows} responses has a reward "
-        f"({_counts(found)}), so none can be trained on; verify again with other limits, or mend "
-        "the gold answers"
-    )
-
-
-def _counts(found: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in found.most_common())
 
 
@@ -117,17 +118,26 @@ def _left_out(plan: Plan) -> dict[str, int]:
     counts: Counter[str] = Counter()
     verdicts, rollouts = plan.inputs["verdicts"], plan.inputs["rollouts"]
     for part in range(plan.parts):
-        scored = pc.is_valid(verdicts.read_part(part, ["reward"])["reward"])
-        own = rollouts.read_part(part, ["on_policy"])["on_policy"]
-        counts["unscored"] += pc.sum(pc.invert(scored)).as_py() or 0
-        counts["without token ids"] += pc.sum(pc.and_(scored, pc.invert(own))).as_py() or 0
+        scored = to_numpy(pc.is_valid(verdicts.read_part(part, ["reward"])["reward"]))
+        own = to_numpy(rollouts.read_part(part, ["on_policy"])["on_policy"])
+        counts["unscored"] += int(np.count_nonzero(~scored))
+        counts["without token ids"] += int(np.count_nonzero(scored & ~own))
     return {reason: count for reason, count in counts.items() if count}
 
 
 def _check(config: ConvertConfig, dataset: Dataset) -> None:
-    """Raises InputError if the dataset is empty."""
+    """Raises InputError if the dataset is empty; warns if annotations routed none of its tokens."""
     if not dataset.rows:
         raise InputError(f"{dataset.ref} is finished, but empty: {why_empty(dataset)}")
+    tokens = dataset.summary["tokens"]
+    plain = dataset.summary["tokens_per_route"][Route.GRPO.name.lower()]
+    if needs_annotations(config.routing) and plain == tokens:
+        logger.warning(
+            "%s: no span or label of %s routes a token, so all its %d tokens are plain GRPO's",
+            dataset.ref,
+            dataset.manifest["inputs"]["annotations"],
+            tokens,
+        )
 
 
 @contextmanager

@@ -15,7 +15,8 @@ import pytest
 from trace_opd.data.store import Store
 from trace_opd.data.written_tables import import_file, import_table
 from trace_opd.pipelines.cli.commands import app
-from trace_opd.pipelines.pipeline import run_stage
+from trace_opd.pipelines.pipeline import TABLE_STAGES, run_stage
+from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, ConvertConfig, EvaluateConfig, VerifyConfig
 from trace_opd.schemas.configs import RolloutConfig as Rollout
 from trace_opd.schemas.errors import InputError, TooManyFailed
@@ -297,6 +298,26 @@ def test_convert_refuses_what_would_make_an_empty_or_plain_table(store, alias, v
     changed(store, alias, **values)
     with pytest.raises(InputError, match=sentence):
         convert(store, "annotations")
+
+
+def test_convert_warns_of_a_table_that_annotations_leave_to_plain_grpo(store, caplog):
+    changed(store, "annotations", spans=[], diagnostic_type=None, status="empty")
+    made = convert(store, "annotations")
+    assert f"all its {made.summary['tokens']} tokens are plain GRPO's" in caplog.text
+
+
+def test_the_check_of_converts_inputs_ends_at_the_first_part_with_a_usable_row(store):
+    """A fault of a later part is found when that part is made, and the others are kept."""
+    for alias in ("rollouts", "verdicts", "annotations"):
+        Path(store.get(alias).path("part-00001.parquet")).unlink()
+    config = load_config(ConvertConfig, MICRO, section="convert")
+    stage = TABLE_STAGES["convert"]
+    plan, draft = stage.begin(config, store)
+    assert stage.make_part(plan, draft, 0) == 0
+    with pytest.raises(InputError, match=r"part-00001.parquet: file is gone"):
+        stage.make_part(plan, draft, 1)
+    assert draft.has_part(0)
+    close_engine()
 
 
 def test_a_verification_that_judges_nothing_stops_the_next_stage(store):

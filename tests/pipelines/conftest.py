@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -239,3 +240,10 @@ def _rows(
         score = {"reward": 0.0, "correct": False} if scored else {"reward": None, "correct": None}
         verdicts.append(verdict | ids | score)
     return {"problems": [problem], "rollouts": rollouts, "verdicts": verdicts}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes own.py, code of a user, into the folder in which the test then runs."""
+    monkeypatch.chdir(tmp_path)
+    return lambda text: Path("own.py").write_text(dedent(text))

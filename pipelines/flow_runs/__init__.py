@@ -1,0 +1,1 @@
+"""What the Prefect flows of flows.py need that needs no Prefect."""
