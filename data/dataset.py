@@ -65,7 +65,7 @@ def get_dataset(files: StoreFiles, ref: str) -> "Dataset":
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     """A finished dataset: its manifest, and its parts, read on demand. Reading takes no lock."""
 
@@ -73,6 +73,9 @@ class Dataset:
     stage: str
     id: str
     manifest: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.ref}, {self.rows} rows)"
 
     @property
     def ref(self) -> str:

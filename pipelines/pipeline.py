@@ -10,6 +10,7 @@ from ..data.store import Dataset, Store
 from ..schemas.aliases import require_alias
 from ..schemas.configs import Config, NoAnnotator, PipelineConfig
 from ..schemas.environment import whole_number
+from ..schemas.errors import InputError
 from ..trace.route import needs_annotations
 from .stages import REGISTRY
 from .stages.base import Stage, give_name
@@ -24,10 +25,19 @@ def run_stage(name: str, config: Any, store: Store, alias: str | None = None) ->
     """Run one stage in this process and name its dataset; the report stage returns its file's path.
 
     Raises:
+        InputError: no stage of that name, or the config of another stage.
         TooManyFailed: the dataset is finished and named, but too many of its rows failed.
     """
     require_alias(alias)
-    stage = STAGES[name]
+    stage = STAGES.get(name)
+    if stage is None:
+        raise InputError(f"stage {name!r} is unknown; known: {', '.join(STAGES)}")
+    wanted = REGISTRY[name].config_type
+    if not isinstance(config, wanted):
+        raise InputError(
+            f"stage {name} takes {wanted.__name__}, not {type(config).__name__}; make it with "
+            f"load_config({wanted.__name__}, FILE, OVERRIDES, {name!r})"
+        )
     made = stage.run(config, store)
     if not isinstance(made, Dataset):
         return str(made)

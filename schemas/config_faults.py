@@ -99,8 +99,11 @@ def _known_keys(
         paths -= {".".join(keys)}  # a key of another member of the union
         meant = sorted(paths, key=lambda path: (path.count("."), path))[:3]
     hint = f"did you mean {' or '.join(meant)}? " if meant else ""
+    tag = next((tag for tag in TAGS if tag in section.model_fields), None)
+    if tag and ".".join(keys) in _paths(model):  # a key of another member of the union
+        hint = f"it belongs to another {tag}; "
     if hint and brief:
-        return hint.strip()
+        return hint.strip("; ")
     place = shortened(".".join(parents)) or "this config"
     if tags := _tag_values(section):
         place += f" of {' or '.join(sorted(tags))}"

@@ -12,7 +12,7 @@ import inspect
 import logging
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -171,10 +171,46 @@ def build(code: OwnCode, options: dict[str, Any], **given: Any) -> Any:
 
 
 def require_methods(code: OwnCode, **signatures: str) -> None:
-    """Raises InputError unless the class has the methods; signatures: of each, to show."""
+    """Check that the class has the methods; signatures: the arguments of each, by position.
+
+    Raises:
+        InputError: it lacks one, or has one that is async or takes other arguments.
+    """
     for name, signature in signatures.items():
-        if not callable(getattr(code.value, name, None)):
+        method = getattr(code.value, name, None)
+        if not callable(method):
             raise InputError(f"{code.label}: has no method {name}({signature}); {MANUAL}")
+        if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
+            raise InputError(f"{code.label}: {name} is async; define it without async; {MANUAL}")
+        given = signature.split(", ")
+        if inspect.isfunction(inspect.getattr_static(code.value, name)):
+            given = ["self", *given]
+        try:
+            inspect.signature(method).bind(*given)
+        except TypeError as error:
+            raise InputError(
+                f"{code.label}: {name}: {error}; it is called as {name}({signature}); {MANUAL}"
+            ) from None
+
+
+def iterable(code: OwnCode, method: str, returned: Any) -> Iterable[Any]:
+    """What a method returned, if it can be iterated.
+
+    Raises:
+        InputError: it cannot, as None of a method without `return`.
+    """
+    if not isinstance(returned, Iterable):
+        kind = type(returned).__name__
+        raise InputError(f"{code.label}: {method} returned {kind}, not a list; {MANUAL}")
+    return returned
+
+
+def is_text(value: object) -> bool:
+    """Whether a table can hold a value as text: half of a surrogate pair has no encoding."""
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def _validated(code: OwnCode, options: dict[str, Any]) -> Any:

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 from ...schemas.configs import OwnSource as OwnSourceConfig
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind, DiagnosticType
-from ...schemas.own_code import OwnCode, build, require_methods, running
+from ...schemas.own_code import OwnCode, build, is_text, iterable, require_methods, running
 from ...schemas.tables import PROBLEMS
+from ..manifest import content_hash
 
 _STEP = {"text": str, "value": str, "type": str, "key": bool}
 
@@ -52,7 +53,7 @@ def rows(source: OwnSourceConfig, seed: int) -> Iterator[dict[str, Any]]:
     code = _load(source)
     own = build(code, source.options)
     with running(code):
-        found = iter(own.rows(seed))
+        found = iter(iterable(code, "rows", own.rows(seed)))
     count = 0
     while True:
         with running(code):
@@ -71,7 +72,12 @@ def identity(source: OwnSourceConfig) -> dict[str, Any]:
     if not hasattr(own, "identity"):
         return source.semantic()
     with running(code):
-        return source.semantic() | {"identity": own.identity()}
+        found = own.identity()
+    try:
+        content_hash(found)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{code.label}: identity() returned no JSON data ({error})") from None
+    return source.semantic() | {"identity": found}
 
 
 def endless(source: OwnSourceConfig) -> bool:
@@ -96,16 +102,21 @@ def _checked(row: Any, index: int, code: OwnCode) -> dict[str, Any]:
             raise InputError(f"{where}: has the unknown key {name!r}; known: {', '.join(known)}")
     row = defaults | row
     for name in ("problem", "answer", "source"):
-        if not isinstance(row.get(name), str) or not row[name].strip():
+        if not is_text(row.get(name)) or not row[name].strip():
             raise InputError(f"{where}: {name} is not text, or is empty")
     if row["answer_kind"] not in list(AnswerKind):
         raise InputError(f"{where}: answer_kind is none of {', '.join(AnswerKind)}")
     for name in ("solution", *PROBLEMS.optional):
-        if not isinstance(row.get(name), str | None):
+        if row.get(name) is not None and not is_text(row[name]):
             raise InputError(f"{where}: {name} is neither text nor None")
+    if not isinstance(row["steps"], list | tuple | None):
+        raise InputError(f"{where}: steps is neither a list nor None")
     for step in row["steps"] or []:
         typed = isinstance(step, dict) and step.keys() == _STEP.keys()
-        if not typed or not all(isinstance(step[name], kind) for name, kind in _STEP.items()):
+        if not typed or not all(
+            is_text(step[name]) if kind is str else isinstance(step[name], kind)
+            for name, kind in _STEP.items()
+        ):
             raise InputError(f"{where}: a step is no dict of text, value, type and key (a bool)")
         if step["type"] not in list(DiagnosticType):
             raise InputError(f"{where}: a step's type is none of {', '.join(DiagnosticType)}")

@@ -188,7 +188,7 @@ class EndpointAnnotator:
             often = failures >= _FEWEST_FAILURES and failures * 2 > len(self._called)
             if endpoint.condemns_all(error) or often:
                 self._end_failing(text)
-            logger.warning("%s: %s", self._config.name, text)
+            logger.warning("%s at %s: %s", self._config.name, self._config.base_url, text)
         passing = NO_ANSWER if endpoint.may_pass(error) else ""
         return Reading(AnnotationStatus.FAILED, error=f"{passing}{text}")
 

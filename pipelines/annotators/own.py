@@ -4,6 +4,7 @@ The engine here cuts responses into segments, asks the class, checks its marks a
 of the annotations table. examples/own-code/annotator.py is a worked example.
 """
 
+import operator
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -15,10 +16,12 @@ from ...schemas.configs import OwnAnnotator as OwnAnnotatorConfig
 from ...schemas.configs import SegmentConfig
 from ...schemas.errors import InputError
 from ...schemas.labels import AnnotationStatus, DiagnosticType
-from ...schemas.own_code import OwnCode, build, require_methods, running
+from ...schemas.own_code import OwnCode, build, is_text, iterable, require_methods, running
 from ...schemas.tables import ANNOTATIONS
 from . import Engine
 from .rows import SKIPPED, Identity, Item, Reading, Usage, annotation_row, items
+
+_STATUSES = [status for status in AnnotationStatus if status is not AnnotationStatus.SKIPPED]
 
 
 class OwnAnnotator(Protocol):
@@ -65,7 +68,7 @@ class OwnMarks:
         asked = [item for item in work if item.correct is not None]
         began = time.monotonic()
         with running(self._code):
-            readings = list(self._own.annotate(asked))
+            readings = list(iterable(self._code, "annotate", self._own.annotate(asked)))
         usage = Usage(latency_s=(time.monotonic() - began) / max(len(asked), 1))
         if len(readings) != len(asked):
             raise self._fault(f"returned {len(readings)} readings for {len(asked)} responses")
@@ -89,9 +92,20 @@ class OwnMarks:
         try:
             status = AnnotationStatus(reading.status)
             kind = None if reading.type is None else DiagnosticType(reading.type)
-            marked = [[int(index) for index in span] for span in reading.marked]
-        except (TypeError, ValueError) as error:
-            raise self._fault(f"{where}: {error}") from None
+        except ValueError as error:
+            known = _STATUSES if "Status" in str(error) else DiagnosticType
+            raise self._fault(f"{where}: {error}; known: {', '.join(known)}") from None
+        if status is AnnotationStatus.SKIPPED:
+            raise self._fault(f"{where}: status skipped is for responses without a verdict")
+        try:
+            marked = [[_index(index) for index in span] for span in reading.marked]
+        except TypeError:
+            raise self._fault(
+                f"{where}: marked is {reading.marked!r:.80}, not a list of spans, each a list of "
+                "segment indices"
+            ) from None
+        if reading.error is not None and not is_text(reading.error):
+            raise self._fault(f"{where}: error is {reading.error!r:.80}, not text")
         last = len(item.segments) - 1
         for index in (index for span in marked for index in span):
             if not 0 <= index <= last:
@@ -107,6 +121,13 @@ class OwnMarks:
 
     def _fault(self, what: str) -> InputError:
         return InputError(f"{self._code.label}: {what}; see OwnAnnotator in {__name__}")
+
+
+def _index(value: Any) -> int:
+    """An integer of Python or numpy; no bool, float or text, whose meaning would be a guess."""
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
 
 
 def _load(config: OwnAnnotatorConfig) -> OwnCode:

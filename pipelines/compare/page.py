@@ -127,7 +127,7 @@ def estimate(row: Row, name: str) -> str:
     if row[name] is None:
         return "–"
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{row[name]:.3f}" + (f" ({low:.3f} – {high:.3f})" if low is not None else "")
+    return f"{row[name]:z.3f}" + (f" ({low:z.3f} – {high:z.3f})" if low is not None else "")
 
 
 def annotators(comparison: Comparison, table: pa.Table) -> dict[str, list[tuple[str, str]]]:

@@ -14,7 +14,7 @@ from ...schemas.configs import OwnSampler as OwnSamplerConfig
 from ...schemas.configs import PolicyConfig, SamplingConfig
 from ...schemas.errors import InputError
 from ...schemas.labels import FinishReason
-from ...schemas.own_code import OwnCode, build, require_methods, running
+from ...schemas.own_code import OwnCode, build, is_text, iterable, require_methods, running
 from ...schemas.tables import MOST_LOGPROB
 from ...trace.align import byte_table
 from ...trace.identity import model_revision
@@ -135,7 +135,10 @@ class OwnPolicySampler:
 
     @property
     def policy(self) -> PolicyInfo:
-        return getattr(self._own, "policy", None) or self._info
+        own = getattr(self._own, "policy", None) or self._info
+        if not isinstance(own, PolicyInfo):
+            raise self._fault(f"its attribute policy is {type(own).__name__}, not PolicyInfo")
+        return own
 
     def sample(
         self,
@@ -151,9 +154,10 @@ class OwnPolicySampler:
         """
         with running(self._code):
             if schemas is None:
-                groups = list(self._own.sample(prompts, sampling, seeds))
+                returned = self._own.sample(prompts, sampling, seeds)
             else:
-                groups = list(self._own.sample(prompts, sampling, seeds, schemas))
+                returned = self._own.sample(prompts, sampling, seeds, schemas)
+            groups = list(iterable(self._code, "sample", returned))
         if len(groups) != len(prompts):
             raise self._fault(f"returned {len(groups)} groups for {len(prompts)} prompts")
         for index, (group, own) in enumerate(zip(groups, seeds, strict=True)):
@@ -185,17 +189,24 @@ class OwnPolicySampler:
         ids, logprobs = one.token_ids, one.logprobs
         for name, some in (("token_ids", ids), ("prompt_token_ids", one.prompt_token_ids)):
             most = 2**31 if self._known is None else self._known
+            if some is not None and not isinstance(some, Sequence | np.ndarray):
+                raise fault(f"{name} is {type(some).__name__}, not a list")
             if some is not None and not all(
                 isinstance(token, int | np.integer) and 0 <= token < most for token in some
             ):
                 raise fault(f"{name} has an entry that is no token id (0 … {most - 1})")
         if logprobs is not None:
-            numbers = np.asarray(logprobs, dtype=np.float64)
+            try:
+                numbers = np.asarray(logprobs, dtype=np.float64)
+            except (TypeError, ValueError):
+                raise fault("logprobs is no list of numbers") from None
             if ids is None or numbers.shape != (len(ids),):
                 raise fault("logprobs has another length than token_ids")
             if not (np.isfinite(numbers) & (numbers <= MOST_LOGPROB)).all():
                 raise fault("logprobs has a number that is no natural logarithm of a probability")
         text = one.text if ids is None or self._bytes is None else self._bytes.text(list(ids))
+        if not is_text(text):
+            raise fault("text holds half of a surrogate pair")
         return Completion(
             text, FinishReason(one.finish_reason), ids, logprobs, one.prompt_token_ids
         )

@@ -12,7 +12,7 @@ from typing import Any
 from ...schemas.configs import OwnReward
 from ...schemas.errors import InputError
 from ...schemas.labels import VerdictStatus
-from ...schemas.own_code import OwnCode, build, failure
+from ...schemas.own_code import OwnCode, build, failure, is_text
 
 ARGUMENTS = ("problem", "response", "answer", "metadata")
 _MOST_FEEDBACK_CHARS = 10_000
@@ -94,17 +94,27 @@ def judge_by(config: str) -> Callable[..., Judgement]:
     return judge
 
 
+def _scalar(value: Any) -> Any:
+    """A number of numpy or torch as Python's."""
+    return value.item() if hasattr(value, "item") else value
+
+
 def _read(returned: Any) -> tuple[float, bool, str | None]:
     """Reward, whether it is correct, and feedback. Raises TypeError or ValueError."""
     parts = returned if isinstance(returned, dict) else {"reward": returned}
     if unknown := parts.keys() - {"reward", "correct", "feedback"}:
         raise ValueError(f"returned the unknown key {min(map(str, unknown))!r}")
     reward, correct, feedback = (parts.get(name) for name in ("reward", "correct", "feedback"))
-    reward = float(bool(correct)) if reward is None and correct is not None else reward
-    if reward is None:
+    reward, correct = (_scalar(one) for one in (reward, correct))
+    if not isinstance(correct, bool | None):
+        raise TypeError(f"returned correct={correct!r:.80}, not a bool")
+    reward = correct if reward is None else reward
+    if not isinstance(reward, bool | int | float):
         raise TypeError(f"returned {returned!r:.80}, not a bool, a number in 0 … 1, or a dict")
+    if feedback is not None and not is_text(feedback):
+        raise TypeError(f"returned feedback={feedback!r:.80}, not text")
     reward = float(reward)
     if not 0 <= reward <= 1:
         raise ValueError(f"returned the reward {reward}, which is not in 0 … 1")
     correct = reward == 1 if correct is None else bool(correct)
-    return reward, correct, None if feedback is None else str(feedback)[:_MOST_FEEDBACK_CHARS]
+    return reward, correct, None if feedback is None else feedback[:_MOST_FEEDBACK_CHARS]

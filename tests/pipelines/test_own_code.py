@@ -110,7 +110,10 @@ PROMPTS = [Prompt([{"role": "user", "content": "1+1"}], [1, 2])]
     ("returned", "sentence"),
     [
         ("[]", "returned 0 groups for 1 prompts"),
-        ("None", "TypeError"),
+        ("None", "sample returned NoneType, not a list"),
+        ("[[Completion(chr(0xd800), 'stop')] * 2]", "half of a surrogate pair"),
+        ("[[Completion('a', 'stop', 5)] * 2]", "token_ids is int, not a list"),
+        ("[[Completion('a', 'stop', [1], ['a'])] * 2]", "logprobs is no list of numbers"),
         ("[[]]", "prompt 0: returned no list of 2 completions"),
         ("[['text'] * 2]", "returned str, not Completion"),
         ("[[Completion('a', 'eos')] * 2]", "finish_reason is 'eos', not stop or length"),
@@ -155,10 +158,18 @@ def test_a_sampler_that_does_not_follow_the_weights_is_refused_in_training(write
     ("returned", "sentence"),
     [
         ("[]", "returned 0 readings for 1 responses"),
-        ("None", "TypeError"),
+        ("None", "annotate returned NoneType, not a list"),
+        ("[Reading('skipped')]", "skipped is for responses without a verdict"),
+        ("[Reading('ok', [0], 'setup')]", r"marked is \[0\], not a list of spans"),
+        ("[Reading('ok', [[True]], 'setup')]", "not a list of spans"),
+        ("[Reading('ok', [[0.7]], 'setup')]", "not a list of spans"),
+        ("[Reading('ok', ['0'], 'setup')]", "not a list of spans"),
+        ("[Reading('empty', None)]", "marked is None, not a list of spans"),
+        ("[Reading('failed', error=ValueError('x'))]", "error is ValueError.*, not text"),
+        ("[Reading('failed', error=chr(0xd800))]", "error is .*, not text"),
         ("['ok']", "rollout r0-0: returned str, not a Reading"),
         ("[Reading('fine')]", "'fine' is not a valid AnnotationStatus"),
-        ("[Reading('ok', [[0]], 'odd')]", "'odd' is not a valid DiagnosticType"),
+        ("[Reading('ok', [[0]], 'odd')]", "'odd' is not a valid DiagnosticType; known: .*setup"),
         ("[Reading('ok', [[99]], 'setup')]", r"marks segment 99, the response has 0 … \d"),
         ("[Reading('ok', [[-1]], 'setup')]", "marks segment -1"),
         ("[Reading('ok', [[]], 'setup')]", "a span names no segment"),
@@ -221,6 +232,8 @@ GOOD = '{"problem": "1+1", "answer": "2"}'
         ('{"problem": "1+1", "answer": 2}', "row 0: answer is not text"),
         (f'{GOOD} | {{"gold": 1}}', "row 0: has the unknown key 'gold'"),
         (f'{GOOD} | {{"answer_kind": "code"}}', "answer_kind is none of math, choice, text"),
+        (f'{GOOD} | {{"problem": chr(0xd800)}}', "row 0: problem is not text"),
+        (f'{GOOD} | {{"steps": 5}}', "steps is neither a list nor None"),
         (f'{GOOD} | {{"solution": 3}}', "solution is neither text nor None"),
         (f'{GOOD} | {{"level": 3}}', "level is neither text nor None"),
         (f'{GOOD} | {{"steps": [{{"text": "a"}}]}}', "a step is no dict of text, value, type"),
@@ -232,6 +245,48 @@ def test_what_a_source_yields_is_checked(write, rows, sentence):
     with pytest.raises(InputError, match=sentence) as error:
         list(sources.rows(OwnSource(kind="own.py:S"), 0))
     assert str(error.value).startswith("source.kind own.py:S: ")
+
+
+def list_rows(source):
+    sources.identity(source)
+    return list(sources.rows(source, 0))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("def rows(self): pass", r"rows: too many .*; it is called as rows\(seed\)"),
+        ("def rows(self, seed, size): pass", "rows: missing a required argument: 'size'"),
+        ("async def rows(self, seed): pass", "rows is async"),
+        ("async def rows(self, seed): yield 1", "rows is async"),
+        ("def rows(self, seed): pass", "rows returned NoneType, not a list"),
+        ("def rows(self, seed): pass\n    def identity(self): return {1}", "no JSON data"),
+    ],
+)
+def test_a_method_of_another_form_is_one_sentence(write, text, sentence):
+    write(f"class S:\n    {text}\n")
+    with pytest.raises(InputError, match=sentence) as error:
+        list_rows(OwnSource(kind="own.py:S"))
+    assert str(error.value).startswith("source.kind own.py:S: ")
+
+
+@pytest.mark.parametrize("text", ["self, seed", "self, *given", "self, seed, size=1"])
+def test_a_method_may_take_more_than_it_is_called_with(write, text):
+    write(f"class S:\n    def rows({text}): return [{GOOD}]\n")
+    assert len(list_rows(OwnSource(kind="own.py:S"))) == 1
+
+
+def test_a_static_or_class_method_is_called_as_any(write):
+    write(
+        f"""
+        class S:
+            @staticmethod
+            def rows(seed): return [{GOOD}]
+            @classmethod
+            def identity(cls): return 1
+        """
+    )
+    assert len(list_rows(OwnSource(kind="own.py:S"))) == 1
 
 
 def test_what_a_source_reads_is_part_of_its_identity(write):

@@ -16,7 +16,7 @@ from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.runtime.event_loop import EventLoop
 from trace_opd.pipelines.runtime.signals import children_without_interrupt, drained, handled
 from trace_opd.pipelines.stages import REGISTRY
-from trace_opd.schemas.errors import Interrupted, Stopped
+from trace_opd.schemas.errors import InputError, Interrupted, Stopped
 from trace_opd.schemas.settings import load_config
 
 SERVER = ["engine=openai", "api_key_env=null"]
@@ -49,6 +49,19 @@ def test_a_stage_that_asks_servers_runs_within_a_running_loop(
     assert made.rows == {"annotate": 6, "rollout": 4, "evaluate": 2}[stage]
     assert paid_server.answered
     assert not [one for one in threading.enumerate() if one.name == "event loop"]
+
+
+def test_in_a_notebook_a_wrong_stage_is_a_sentence_and_a_dataset_prints_as_a_line(
+    make_verdicts, tmp_path: Path
+):
+    store: Store = make_verdicts(tmp_path, parts=1, count=3)
+    config = load_config(REGISTRY["rollout"].config_type, None, ["policy.path=m"])
+    with pytest.raises(InputError, match=r"stage 'annotat' is unknown; known: .*annotate"):
+        run_stage("annotat", config, store)
+    with pytest.raises(InputError, match="annotate takes AnnotateConfig, not RolloutConfig"):
+        run_stage("annotate", config, store)
+    made = next(store.datasets("problems"))
+    assert repr(made) == f"Dataset({made.ref}, {made.rows} rows)"
 
 
 def test_an_interrupt_of_the_caller_cancels_the_coroutine_and_the_loop_goes_on():

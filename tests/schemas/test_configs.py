@@ -68,7 +68,7 @@ def test_every_model_refuses_unknown_keys_and_changes(model):
         (["sampling.heat=1"], "sampling.heat: unknown key"),
         (
             ["sampler.engine=vllm", "sampler.batch_tokens=1"],
-            "sampler.batch_tokens: unknown key",
+            "sampler.batch_tokens: unknown key; it belongs to another engine; known in sampler",
         ),
         (["sampling.temperature=hot"], "sampling.temperature: .*valid number.*'hot'"),
         (["group_size=0"], "group_size: .*greater than or equal to 1.*got 0"),

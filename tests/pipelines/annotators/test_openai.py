@@ -659,6 +659,7 @@ def test_the_key_reaches_no_row_error_or_journal(tmp_path: Path, monkeypatch, ca
     with served(in_order(echo, completion())) as (_, url):
         rows = annotate(url, 3, tmp_path, api_key_env="TEST_KEY", concurrency=1)
     assert "bad key ***?" in rows[0]["error"]
+    assert f" at {url}: " in caplog.text
     with served(in_order(echo)) as (_, url), pytest.raises(InputError) as stopped:
         annotate(url, api_key_env="TEST_KEY")
     texts = [str(rows), str(stopped.value), *(p.read_text() for p in tmp_path.iterdir())]

@@ -414,3 +414,8 @@ def test_labels_are_imported_and_compared_from_the_command_line(tmp_path, capsys
     printed = capsys.readouterr().out
     assert "2 rollouts of 1 problem" in printed
     assert "counted in characters" in printed
+
+
+def test_a_figure_that_rounds_to_zero_has_no_sign():
+    row = {"kappa": -0.0001, "kappa_low": -0.0004, "kappa_high": 0.2}
+    assert comparison_report.estimate(row, "kappa") == "0.000 (0.000 – 0.200)"

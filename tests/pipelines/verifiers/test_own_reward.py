@@ -37,6 +37,8 @@ BAD = [
     ("raises", "error"), ("exits", "error"), ("dies", "error"), ("hangs", "timeout"),
     ("hoards", "oom"), ("2.0", "error"), ("float('nan')", "error"), ("None", "error"),
     ("'yes'", "error"), ("{'rewards': 1}", "error"), ("[1, 2]", "error"),
+    ("'1'", "error"), ("{'reward': 1, 'correct': 'no'}", "error"),
+    ("{'reward': 1, 'feedback': chr(0xd800)}", "error"),
 ]  # fmt: skip
 
 
@@ -68,9 +70,9 @@ def verdicts(texts, finish="stop", options=None, **settings):
 
 def test_a_hostile_reward_costs_its_own_row_alone(write, caplog):
     write(HOSTILE)
-    texts = [text for pair in zip(BAD, OK * 2, strict=False) for text, *_ in pair]
+    texts = [text for pair in zip(BAD, OK * 3, strict=False) for text, *_ in pair]
     rows = {row["rollout_id"]: row for row in verdicts(texts)}
-    for index, ((_, status), (_, *expected)) in enumerate(zip(BAD, OK * 2, strict=False)):
+    for index, ((_, status), (_, *expected)) in enumerate(zip(BAD, OK * 3, strict=False)):
         bad, good = rows[str(2 * index)], rows[str(2 * index + 1)]
         assert (bad["status"], bad["reward"], bad["correct"]) == (status, None, None)
         assert good["status"] == "ok"
