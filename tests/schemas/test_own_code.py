@@ -37,7 +37,8 @@ OPTIONS = """
 def write(tmp_path, monkeypatch):
     """Writes own.py into the folder in which the test runs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    others = [folder for folder in sys.path if not Path(folder, "own.py").exists()]
+    monkeypatch.setattr(sys, "path", others)
 
     def write(text: str) -> Path:
         Path("own.py").write_text(dedent(text))

@@ -172,8 +172,9 @@ def test_cached_tokens_and_batches_cost_their_own_price():
 def test_unknown_is_never_zero():
     silent = Answer("", prompt_tokens=None, completion_tokens=3)
     assert Price(prompt=0, completion=0).cost_usd([silent]) is None
-    assert Spending().row([Answer("", prompt_tokens=1, completion_tokens=1)]).cost_usd is None
-    assert Spending(Price(prompt=1, completion=1)).row([]).cost_usd == 0.0
+    one = {"question": Answer("", prompt_tokens=1, completion_tokens=1)}
+    assert Spending().charge("row", one).cost_usd is None
+    assert Spending(Price(prompt=1, completion=1)).charge("row", {}).cost_usd == 0.0
     assert (dollars(None), dollars(0.0), dollars(1234.5)) == ("unknown", "$0.00", "$1,234.50")
 
 
