@@ -31,13 +31,15 @@ class Claims:
     def __init__(self, path: Path) -> None:
         """Raises InputError: the file can't be opened, or is a link."""
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            with writing(path):
+        with writing(path):
+            try:
                 self._file: int | None = os.open(path, flags, 0o666)
-        except OSError as error:
-            raise InputError(
-                f"{path}: {error.strerror}; remove it, annotators share their questions there"
-            ) from error
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                    raise
+                raise InputError(
+                    f"{path}: {error.strerror}; remove it, annotators share their questions there"
+                ) from error
         self._ours = self._theirs = 0
 
     def changed(self) -> bool:
