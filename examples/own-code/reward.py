@@ -1,4 +1,4 @@
-"""Half the reward for a number of the right length. The manual: own_reward in
+"""Half the reward for a number of the right length. The manual: RewardFunction in
 pipelines/verifiers/own_reward.py.
 """
 

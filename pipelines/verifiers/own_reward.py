@@ -1,4 +1,4 @@
-"""A reward of your own, inside a verification worker. `own_reward` below is its manual.
+"""A reward of your own, inside a verification worker. `RewardFunction` below is its manual.
 
 worker.py calls `judge_by`, own.py checks the function before the workers start.
 examples/own-code/reward.py is a worked example.
@@ -7,7 +7,7 @@ examples/own-code/reward.py is a worked example.
 import inspect
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from ...schemas.configs import OwnReward
 from ...schemas.errors import InputError
@@ -21,7 +21,7 @@ _MOST_FEEDBACK_CHARS = 10_000
 Judgement = tuple[VerdictStatus, bool | None, str, float | None, str | None]
 
 
-def own_reward(problem: str, response: str, answer: str, metadata: dict[str, Any]) -> Any:
+class RewardFunction(Protocol):
     """Rewards a response: `verify.reward.engine=file.py:function`.
 
     Arguments are passed by name, and only those that the function takes; `reward.options` become
@@ -41,7 +41,10 @@ def own_reward(problem: str, response: str, answer: str, metadata: dict[str, Any
     address space. A response on which it raises, returns anything else, or exceeds a limit has no
     reward, and only that one. What it prints is discarded.
     """
-    raise NotImplementedError
+
+    def __call__(
+        self, problem: str, response: str, answer: str, metadata: dict[str, Any]
+    ) -> Any: ...
 
 
 def reward_function(code: OwnCode, options: dict[str, Any]) -> Callable[..., Any]:
