@@ -5,6 +5,7 @@ on its share; FSDP2 shards weights, gradients and optimiser states. One process 
 nothing sharded.
 """
 
+import atexit
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,9 @@ def join_ranks(device: str) -> Ranks:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
         except ValueError as error:
             raise InputError(f"torch.distributed: {error}; start with torchrun") from None
+        if device != "cuda":
+            # Gloo's threads abort the process if they still run when the interpreter has ended.
+            atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
