@@ -1,6 +1,8 @@
 """Equal responses are asked, paid and counted once, and what has no answer is named."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from trace_opd.pipelines.annotators.bill import read_bill
 from trace_opd.pipelines.annotators.prices import Price
 from trace_opd.pipelines.cli.show import show_dataset
 from trace_opd.pipelines.planning.estimate import estimate
-from trace_opd.pipelines.stages import annotate
+from trace_opd.pipelines.progress import Meter, progress_bar
+from trace_opd.pipelines.stages import annotate, base
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator
 from trace_opd.tests.pipelines.conftest import completion
@@ -49,6 +52,15 @@ def test_rows_with_equal_responses_share_one_answer_and_one_bill(
     request = config(paid_server.url, **changes)
     shown: dict[str, object] = {}
     monkeypatch.setattr(annotate, "show_fields", lambda **fields: shown.update(fields))
+    meters: list[Meter] = []
+
+    @contextmanager
+    def seen(*about: Any, **more: Any) -> Iterator[Meter]:
+        with progress_bar(*about, **more) as meter:
+            meters.append(meter)
+            yield meter
+
+    monkeypatch.setattr(base, "progress_bar", seen)
     plan, draft = annotate.STAGE.begin(request, store)
     assert isinstance(draft, Draft)
     before = estimate(plan, draft)
@@ -69,6 +81,7 @@ def test_rows_with_equal_responses_share_one_answer_and_one_bill(
     assert dataset.summary["cost_usd"] == pytest.approx(billed)
     assert dataset.summary["spent_usd"] == pytest.approx(billed)
     assert shown["cost"] == f"${billed:.6f}"
+    assert (meters[-1].done, meters[-1].total) == (24, 24)
     assert dataset.summary["rows_sharing_an_answer"] == 19
     assert dataset.summary["cost_usd_per_row_median"] > 0
     assert dataset.summary["requests"] == {"answered": 6}
