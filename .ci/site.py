@@ -1,9 +1,9 @@
 """Hooks of the documentation site (mkdocs.yml, `make docs`): pages and links from outside docs/.
 
-- README.md, ARCHITECTURE.md, CONTRIBUTING.md and CHANGELOG.md become pages of the site.
-- Each package gets a page under api/ with the docstrings of all its modules, from the list
-of files,
-  so that no module is missing.
+- README.md, ARCHITECTURE.md, CONTRIBUTING.md, CHANGELOG.md and the examples' READMEs become pages of
+  the site.
+- Each package gets a page under api/ with the docstrings of all its modules, from the list of
+  files, so that no module is missing.
 - The notes in docs/decisions/ are listed in the navigation.
 - Links are written for readers of the repository. A link to a file that is no page (a YAML file, a
   figure of a study) becomes a link to a copy of that file in the site.
@@ -26,6 +26,10 @@ PAGES = {
     "ARCHITECTURE.md": "architecture.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    **{
+        f"examples/{folder.name}/README.md": f"examples/{folder.name}.md"
+        for folder in sorted((ROOT / "examples").iterdir())
+    },
 }
 _LINKS = tempfile.TemporaryDirectory(prefix="trace-opd-site-")  # removed when mkdocs ends
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
