@@ -3,10 +3,17 @@
 trainer.py, checkpoint.py and online.py call it. Every rank knows all sequences of a step and trains
 on its share; FSDP2 shards weights, gradients and optimiser states. One process is one rank with
 nothing sharded.
+
+Ranks have two process groups. The devices' (NCCL, on the CPU gloo) carries weights and gradients,
+and gives up on a rank that is late by minutes. The other one (gloo) carries objects and numbers,
+and there ranks wait while one of them annotates or writes: `TrainConfig.wait_hours`. So a rank that
+was alone at work calls a method of `Ranks` before its next collective on the devices.
 """
 
 import atexit
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,29 +38,38 @@ _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all processes of a training."""
+    """This process among all processes of a training.
+
+    waiting: the gloo group of every method; None: the default group.
+    """
 
     index: int = 0
     count: int = 1
+    waiting: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
         return self.index == 0
 
-    def sum(self, values: list[float], device: torch.device) -> list[float]:
-        """Element-wise sum over ranks; the same list on each."""
-        return self._reduce(values, device, dist.ReduceOp.SUM)
+    def wait(self) -> None:
+        """Until every rank has called."""
+        if self.count > 1:
+            dist.barrier(self.waiting)
 
-    def most(self, values: list[float], device: torch.device) -> list[float]:
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over ranks; the same list on each."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def most(self, values: list[float]) -> list[float]:
         """Element-wise maximum over ranks; the same list on each."""
-        return self._reduce(values, device, dist.ReduceOp.MAX)
+        return self._reduce(values, dist.ReduceOp.MAX)
 
     def broadcast(self, value: Any) -> Any:
         """The first rank's value, on every rank."""
         if self.count == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.waiting)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -61,7 +77,7 @@ class Ranks:
         if self.count == 1:
             return [value]
         out: list[Any] = [None] * self.count
-        dist.all_gather_object(out, value)
+        dist.all_gather_object(out, value, group=self.waiting)
         return out
 
     def shard(self, module: torch.nn.Module, model: Any, compute_dtype: torch.dtype) -> None:
@@ -75,16 +91,21 @@ class Ranks:
             fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(module, mesh=mesh, mp_policy=precision)
 
-    def _reduce(self, values: list[float], device: torch.device, op: Any) -> list[float]:
+    def _reduce(self, values: list[float], op: Any) -> list[float]:
         if self.count == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(tensor, op)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op, group=self.waiting)
         return tensor.tolist()
 
 
-def join_ranks(device: str) -> Ranks:
+def join_ranks(
+    device: str, wait_hours: float = 72, device_timeout: timedelta | None = None
+) -> Ranks:
     """The ranks of this torchrun, joined on first use; a single rank without torchrun.
+
+    wait_hours: how long a rank waits for the others. device_timeout: how long it waits in a
+        collective on the devices; None: PyTorch's default. The first call sets it.
 
     Raises:
         InputError: torch.distributed cannot start with torchrun's settings.
@@ -95,13 +116,21 @@ def join_ranks(device: str) -> Ranks:
         if device == "cuda":
             torch.cuda.set_device(whole_number("LOCAL_RANK", 0))
         try:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            backend = "nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=device_timeout)
         except ValueError as error:
             raise InputError(f"torch.distributed: {error}; start with torchrun") from None
         if device != "cuda":
             # Gloo's threads abort the process if they still run when the interpreter has ended.
             atexit.register(dist.destroy_process_group)
-    return Ranks(dist.get_rank(), dist.get_world_size())
+    return Ranks(dist.get_rank(), dist.get_world_size(), _waiting_group(wait_hours))
+
+
+@cache
+def _waiting_group(hours: float) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=hours))
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+    return group
 
 
 def full_weights(module: torch.nn.Module) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def train_steps(
     def due() -> bool:
         minutes = [(time.monotonic() - saved_at) / 60]
         if trainer.ranks.count > 1:  # their clocks differ, and a checkpoint takes all of them
-            minutes = trainer.ranks.most(minutes, trainer.policy.device)
+            minutes = trainer.ranks.most(minutes)
         return checkpoint_due(config, trainer.state.step, minutes[0])
 
     with _stop_request(trainer) as stopping, _tracker(trainer, target) as tracker:
@@ -118,7 +118,7 @@ def _stop_request(trainer: Trainer) -> Iterator[Callable[[], int]]:
         number = received[0] if received else 0
         if trainer.ranks.count == 1:
             return number
-        return int(trainer.ranks.most([float(number)], trainer.policy.device)[0])
+        return int(trainer.ranks.most([float(number)])[0])
 
     with handled(receive):
         yield stopping

@@ -16,7 +16,7 @@ from ...schemas.configs import SamplingConfig, TrainConfig
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
 from ...trace.align import byte_table
-from ...trace.online import OnlineSource
+from ...trace.online import OnlineSource, sample_shares
 from ...trace.policy import Policy
 from ...trace.protocols import Annotator, Sampler
 from ...trace.ranks import Ranks
@@ -72,6 +72,7 @@ class OnlineTables:
         ranks = ranks or Ranks()
         online = config.online
         self._config, self._policy, self._refresh = config, policy, refresh
+        self._ranks = ranks
         self._first = config.offline.steps
         self._problems = inputs["problems"].read()
         if ranks.first and len(self._problems) < config.groups_per_step:
@@ -82,6 +83,7 @@ class OnlineTables:
                 len(self._problems),
             )
         engine = sampling_engine(config.sampler, config.policy)
+        self._share = not engine.served
         ahead = online.max_staleness > 0
         if ahead and ranks.count > 1 and not engine.served:
             raise InputError(
@@ -121,7 +123,7 @@ class OnlineTables:
             follow=self._follow if refresh or self._follower else None,
             rest=self._follower.rest if self._follower else None,
             ranks=ranks,
-            share=not engine.served,
+            share=self._share,
             ahead={step: kl_weight(step, config.schedule) > 0 for step in coming},
         )
         self._open: list[Any] = [self.source, self._sampler, self._verifier, self._annotator]
@@ -149,6 +151,7 @@ class OnlineTables:
 
     def _follow(self) -> None:
         """Give the sampler the current weights; every rank calls, since a copy takes all shards."""
+        self._ranks.wait()  # the first may come late, from a step made ahead or from verifying
         if self._refresh is not None:
             self._refresh()
         if self._follower is not None:
@@ -202,14 +205,22 @@ class OnlineTables:
         return rollouts_table(problems, self._sampler, tokenizer, prompt, sampling, k, seed)
 
     def validation(self, splits: dict[str, pa.Table], run: Path) -> Validation:
-        """Evaluations on held-out problems with the engines of the online steps; on one rank."""
-        return Validation(self._config, splits, self._sample_held_out, self._verifier, run)
+        """Evaluations on held-out problems with the engines of the online steps."""
+        sample = self._sample_held_out
+        return Validation(self._config, splits, sample, self._verifier, run, self._ranks)
 
     def _sample_held_out(
         self, problems: pa.Table, sampling: SamplingConfig, k: int, seed: int
-    ) -> pa.Table:
+    ) -> pa.Table | None:
+        def sample(own: pa.Table) -> pa.Table:
+            return self._rollouts(own, sampling, k, seed)
+
         self._follow()
-        made = self._rollouts(problems, sampling, k, seed)
+        made = None
+        if self._share:
+            made = sample_shares(self._ranks, problems, sample)
+        elif self._ranks.first:
+            made = sample(problems)
         if self._follower is not None:
             self._follower.rest()
         return made
