@@ -11,6 +11,7 @@ was alone at work calls a method of `Ranks` before its next collective on the de
 """
 
 import atexit
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -124,6 +125,25 @@ def join_ranks(
             # Gloo's threads abort the process if they still run when the interpreter has ended.
             atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size(), _waiting_group(wait_hours))
+
+
+def first_to_end() -> bool:
+    """Whether no other rank of this torchrun has called: the one that says why a training ends.
+
+    The others end too, when their connections to it close.
+    """
+    try:
+        return _store().add("trace-opd/ended", 1) == 1
+    except (RuntimeError, ValueError, OSError):  # unknown, or its process has ended
+        return dist.is_initialized() or whole_number("RANK", 0) == 0
+
+
+def _store() -> dist.Store:
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise ValueError("no process but the first rank's holds a store")
+    return next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=10))))[0]
 
 
 @cache

@@ -31,13 +31,15 @@ _OUT_OF_MEMORY = (
 )
 # torch raises a RuntimeError with such a message.
 _TORCH_OUT_OF_MEMORY = re.compile("(?i)out of memory|can't allocate memory|not enough memory")
+_LOST_RANK = re.compile("Connection (closed|reset) by peer|Broken pipe|remote process exited")
+_LATE_RANK = re.compile("Timed out waiting|collective operation timeout")
 
 
 def exit_code(run: Callable[[], object]) -> int:
     """Run the command line and return its exit code.
 
     0, or 2 for bad input and a missing extra, 143 after SIGTERM, 130 after Ctrl-C, 1 if memory,
-    disk or output failed.
+    disk or output failed. Of several ranks the first that ends prints.
     Any other exception is a fault of the program and keeps its traceback, unless a signal has
     arrived: libraries turn an interrupt into errors of their own.
     """
@@ -45,11 +47,16 @@ def exit_code(run: Callable[[], object]) -> int:
         return _exit_code(run)
     except (KeyboardInterrupt, Stopped) as error:
         return _stopped(error)
-    except Exception:
-        if not _received:
-            raise
-        logger.debug("stopped", exc_info=True)
-        return _stopped(None)
+    except Exception as error:
+        if _received:
+            logger.debug("stopped", exc_info=True)
+            return _stopped(None)
+        if (sentence := _other_rank(error)) is not None:
+            logger.debug("ended with another rank", exc_info=True)
+            _print_error(sentence)
+            return 1
+        _is_told()  # the traceback is this rank's to print
+        raise
 
 
 def _exit_code(run: Callable[[], object]) -> int:
@@ -92,6 +99,36 @@ def _exit_code(run: Callable[[], object]) -> int:
         logger.debug("out of memory", exc_info=True)
         _print_error(_OUT_OF_MEMORY + detail)
     return 1
+
+
+def _several_ranks() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _is_told() -> bool:
+    """Whether another rank has printed why all of them end. Otherwise this one has to."""
+    if not _several_ranks():
+        return False
+    from ...trace.ranks import first_to_end  # imports torch
+
+    return not first_to_end()
+
+
+def _other_rank(error: Exception) -> str | None:
+    """The sentence for a failed collective; None: the error is this rank's own."""
+    if not (_several_ranks() and isinstance(error, RuntimeError)):
+        return None
+    if _LOST_RANK.search(str(error)):
+        return (
+            "another rank has ended; see its log, and torchrun's list of exit codes, then give the "
+            "same command again"
+        )
+    if _LATE_RANK.search(str(error)):
+        return (
+            f"another rank did not answer in time ({shortened(error)}); see its log, and raise "
+            "wait_hours if it was at work"
+        )
+    return None
 
 
 def log_thread_failures() -> None:
@@ -201,6 +238,8 @@ def _to_continue() -> str:
 
 
 def _print_error(sentence: str) -> None:
+    if _is_told():
+        return
     # Without stderr, or with a full disk behind it, only the exit code remains.
     with suppress(OSError, ValueError):
         Terminal(stderr=True).print(

@@ -70,6 +70,8 @@ def train_steps(
                 raise  # on one rank only, and a checkpoint takes all of them
             if saved != trainer.state.step:
                 save()
+            # Torchrun kills all ranks 30 s after one has ended, and the first may still write.
+            trainer.ranks.wait()
             if engine and not stopping():  # a signal to all processes of a run ends its engine too
                 raise
             raise stop_of(
