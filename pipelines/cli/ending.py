@@ -53,7 +53,7 @@ def exit_code(run: Callable[[], object]) -> int:
             return _stopped(None)
         if (sentence := _other_rank(error)) is not None:
             logger.debug("ended with another rank", exc_info=True)
-            _print_error(sentence)
+            print_error(sentence)
             return 1
         _is_told()  # the traceback is this rank's to print
         raise
@@ -74,12 +74,12 @@ def _exit_code(run: Callable[[], object]) -> int:
     except InputError as error:
         if _received:  # as when the interrupt ended a sampler's process too
             raise
-        _print_error(str(error))
+        print_error(str(error))
         return error.exit_code
     except ModuleNotFoundError as error:  # a command's own imports, which come late
         if (sentence := missing_extra(error)) is None:
             raise
-        _print_error(str(sentence))
+        print_error(str(sentence))
         return sentence.exit_code
     except BrokenPipeError:  # the reader has closed the pipe
         _drop_output()
@@ -87,9 +87,9 @@ def _exit_code(run: Callable[[], object]) -> int:
         logger.debug("failed", exc_info=True)
         _drop_output()
         if error.errno in _BAD_PATH and error.filename is not None:
-            _print_error(f"{_name(error)}: {error.strerror}; name another path")
+            print_error(f"{_name(error)}: {error.strerror}; name another path")
             return InputError.exit_code
-        _print_error(_machine_failure(error))
+        print_error(_machine_failure(error))
     except (MemoryError, RuntimeError) as error:
         detail = ""
         if isinstance(error, RuntimeError):
@@ -97,7 +97,7 @@ def _exit_code(run: Callable[[], object]) -> int:
                 raise
             detail = f" ({shortened(error)})"
         logger.debug("out of memory", exc_info=True)
-        _print_error(_OUT_OF_MEMORY + detail)
+        print_error(_OUT_OF_MEMORY + detail)
     return 1
 
 
@@ -120,8 +120,8 @@ def _other_rank(error: Exception) -> str | None:
         return None
     if _LOST_RANK.search(str(error)):
         return (
-            "another rank has ended; see its log, and torchrun's list of exit codes, then give the "
-            "same command again"
+            "another rank has ended; see its log and exit code, then give the same command again, "
+            "which resumes from the newest checkpoint"
         )
     if _LATE_RANK.search(str(error)):
         return (
@@ -223,7 +223,7 @@ def _stopped(error: BaseException | None) -> int:
     code = getattr(error, "exit_code", 128 + number)
     if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes prints
         kept = str(error or "") or "stopped; what is finished is kept"
-        _print_error(f"{kept}; {_to_continue()}")
+        print_error(f"{kept}; {_to_continue()}")
     return code
 
 
@@ -237,7 +237,7 @@ def _to_continue() -> str:
     return f"to continue: {shlex.join(['python', *sys.orig_argv[1:]])}"
 
 
-def _print_error(sentence: str) -> None:
+def print_error(sentence: str) -> None:
     if _is_told():
         return
     # Without stderr, or with a full disk behind it, only the exit code remains.

@@ -110,7 +110,8 @@ def _stop_request(trainer: Trainer) -> Iterator[Callable[[], int]]:
 
     def receive(number: int) -> None:
         if not received and number == signal.SIGINT and trainer.ranks.first:
-            announce("writing a checkpoint, Ctrl-C again to stop without it")
+            again = ", Ctrl-C again to stop without it" if trainer.ranks.count == 1 else ""
+            announce(f"writing a checkpoint{again}")
         received.append(number)
         # Torchrun passes the terminal's Ctrl-C on: its ranks get it twice.
         if received[1:].count(signal.SIGINT) and trainer.ranks.count == 1:

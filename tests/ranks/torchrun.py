@@ -1,4 +1,4 @@
-"""Real ranks for the tests: processes of torchrun, gloo on the CPU."""
+"""Real ranks for the tests: processes of torchrun on the CPU, whose groups are gloo's."""
 
 import os
 import signal
@@ -8,23 +8,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+CONFIG = HERE.parents[1] / "configs" / "micro.yaml"
 CLI = "trace_opd.pipelines.cli"
-
-
-def launcher(ranks: int) -> list[str]:
-    """The command that the arguments of `python` follow; one rank is no torchrun."""
-    if ranks == 1:
-        return [sys.executable]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*torchrun, f"--nproc-per-node={ranks}"]
+TORCHRUN = "torch.distributed.run"
+OURS = f"{CLI}.torchrun"
+SHORT = [
+    "offline.steps=0",
+    "online.steps=1",
+    "online.group_size=2",
+    "groups_per_step=2",
+    "tracker=none",
+]
 
 
 @contextmanager
-def started(command: list, **variables: str) -> Iterator[subprocess.Popen]:
-    """A process, which is killed with its children unless it has ended."""
+def started(
+    ranks: int, *arguments: object, launcher: str = TORCHRUN, **variables: str
+) -> Iterator[subprocess.Popen]:
+    """`python ARGUMENTS` on so many ranks: one rank has no launcher. Killed in the end, if need be.
+
+    launcher: a module, TORCHRUN or OURS.
+    """
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", launcher, "--standalone", f"--nproc-per-node={ranks}"]
     process = subprocess.Popen(
-        [str(word) for word in command],
+        [*command, *(str(word) for word in arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -39,9 +49,11 @@ def started(command: list, **variables: str) -> Iterator[subprocess.Popen]:
             process.wait()
 
 
-def ended(ranks: int, *arguments: object, timeout: float = 300) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `python ARGUMENTS` on so many ranks."""
-    with started([*launcher(ranks), *arguments]) as process:
+def ended(
+    ranks: int, *arguments: object, launcher: str = TORCHRUN, timeout: float = 300
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    with started(ranks, *arguments, launcher=launcher) as process:
         out, error = process.communicate(timeout=timeout)
     return process.returncode, out, error
 
@@ -57,3 +69,13 @@ def _rank(process: int) -> int:
     variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
     ranks = [int(text[5:]) for text in variables if text.startswith(b"RANK=")]
     return ranks[0] if ranks else -1
+
+
+def sentences(error: str) -> list[str]:
+    """What the command line says at its end, by all ranks."""
+    return [line for line in error.splitlines() if line.startswith("trace-opd: ")]
+
+
+def annotator(name: str, seconds: int = 0) -> str:
+    """The override for an annotator of own.py in online steps."""
+    return f"online.annotator={{engine: '{HERE}/own.py:{name}', options: {{seconds: {seconds}}}}}"
