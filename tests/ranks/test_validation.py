@@ -20,7 +20,7 @@ def validated(root: Path, ranks: int) -> tuple[pa.Table, dict]:
     store = Store(root)
     for alias, overrides in {"problems": ["limit=4"], "held-out": ["limit=5", "seed=1"]}.items():
         config = load_config(ProblemsConfig, CONFIG, overrides, "problems")
-        store.set_alias(alias, run_stage("problems", config, store))
+        run_stage("problems", config, store, alias)
     asked = ["validation.problems={test: held-out}", "validation.k=3"]
     code, _, error = ended(ranks, "-m", CLI, "train", CONFIG, *SHORT, *asked, "--store", root)
     assert code == 0, error
