@@ -95,7 +95,7 @@ def read_adapters(model: Any, folder: Path) -> dict[str, torch.Tensor]:
         raise InputError(
             f"{file}: is no complete safetensors file ({error}); take another checkpoint"
         ) from None
-    expected = _peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = adapter_weights(model)
     for name in sorted(expected.keys() | weights.keys()):
         if name in expected and name in weights and expected[name].shape == weights[name].shape:
             continue
@@ -105,6 +105,11 @@ def read_adapters(model: Any, folder: Path) -> dict[str, torch.Tensor]:
             "made it"
         )
     return weights
+
+
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The model's own adapters by the names in peft's files: what `save_adapters` writes."""
+    return _peft().get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 def set_adapters(model: Any, weights: dict[str, torch.Tensor]) -> None:
