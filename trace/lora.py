@@ -96,7 +96,7 @@ def read_adapters(model: Any, folder: Path) -> dict[str, torch.Tensor]:
         raise InputError(
             f"{file}: is no complete safetensors file ({error}); take another checkpoint"
         ) from None
-    expected = _peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = adapter_weights(model) or {}
     for name in sorted(expected.keys() | weights.keys()):
         if name in expected and name in weights and expected[name].shape == weights[name].shape:
             continue

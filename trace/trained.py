@@ -1,10 +1,11 @@
-"""The policy in training, as engines with weights of their own see it (`protocols.TrainedPolicy`).
+"""The policy in training, as samplers get it: a `protocols.TrainedPolicy`, or a whole copy.
 
-pipelines/training/online_tables.py gives it to samplers and their probe. The student may be sharded
+pipelines/training/online_tables.py gives it to the engines. The student may be sharded
 over ranks, so every rank calls each method; tensors become whole one at a time.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,34 +20,34 @@ from .protocols import PolicyInfo
 from .sharding import all_types, from_module, place_whole, remove_weights, reshard
 
 
+@dataclass(frozen=True)
 class Trained:
-    """See `TrainedPolicy`."""
+    """See `TrainedPolicy`. packed: the policy's model as the trainer holds it."""
 
-    def __init__(self, policy: Policy, student: PackedModel) -> None:
-        """student: the policy's model as the trainer holds it."""
-        self._policy, self._student = policy, student
+    policy: Policy
+    packed: PackedModel
 
     @property
     def info(self) -> PolicyInfo:
-        return self._policy.info
+        return self.policy.info
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return self._policy.compute_dtype
+        return self.policy.compute_dtype
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `TrainedPolicy`. Tied weights have each of their names."""
-        for name, whole in plain_weights(self._policy.model):
+        for name, whole in plain_weights(self.policy.model):
             yield name, whole.to(self.compute_dtype)
 
     def adapters(self) -> dict[str, torch.Tensor] | None:
         """See `TrainedPolicy`."""
-        return adapter_weights(self._policy.model)
+        return adapter_weights(self.policy.model)
 
     @torch.no_grad()
     def logprobs(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """See `TrainedPolicy`."""
-        device = self._policy.device
+        device = self.policy.device
         following = [np.asarray(row[1:]) for row in rows]
         ids = torch.from_numpy(np.concatenate(following)).to(device)
 
@@ -54,8 +55,8 @@ class Trained:
             return token_logprobs(states, head, ids, torch.ones(len(ids), device=device))
 
         packed = pack([row[:1] for row in rows], following)
-        scores = self._student(packed, score).cpu().numpy()
-        reshard(self._student)
+        scores = self.packed(packed, score).double().cpu().numpy()
+        reshard(self.packed)
         return np.split(scores, np.cumsum([len(row) for row in following])[:-1])
 
 
