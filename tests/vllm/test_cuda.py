@@ -42,8 +42,7 @@ def used_gib() -> float:
 def mean_difference(policy: Policy, prompt: list[int], completion: Any) -> float:
     """Mean |engine's − trainer's log-probability| over a sample's tokens, in nats."""
     ids = torch.tensor([prompt + completion.token_ids], device=policy.device)
-    with policy.autocast():
-        logits = policy.model(ids).logits[0, len(prompt) - 1 : -1]
+    logits = policy.model(ids).logits[0, len(prompt) - 1 : -1]
     own = logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
     return (own.cpu() - torch.tensor(completion.logprobs)).abs().mean().item()
 
