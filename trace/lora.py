@@ -7,6 +7,7 @@ saved with merged weights, which any reader of transformers folders loads, and n
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,15 @@ from ..schemas.errors import InputError
 
 _ADAPTER = "default"
 _BASE_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterForm:
+    """What an engine has to know of a model's adapters: rank, alpha, the linear layers' names."""
+
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
 
 
 def add_adapters(model: Any, config: LoraConfig) -> Any:
@@ -65,6 +75,15 @@ def add_adapters(model: Any, config: LoraConfig) -> Any:
 def has_adapters(model: Any) -> bool:
     """Whether `add_adapters` made this model."""
     return hasattr(model, "peft_config")
+
+
+def adapter_form(model: Any) -> AdapterForm | None:
+    """The form of a model's adapters; None without."""
+    if not has_adapters(model):
+        return None
+    settings = model.peft_config[_ADAPTER]
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    return AdapterForm(settings.r, settings.lora_alpha, tuple(sorted(names)))
 
 
 def transformers_model(model: Any) -> Any:

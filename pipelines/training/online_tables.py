@@ -17,11 +17,13 @@ from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
 from ...trace.align import byte_table
 from ...trace.online import OnlineSource
+from ...trace.packing import PackedModel
 from ...trace.policy import Policy
-from ...trace.protocols import Annotator, Sampler
+from ...trace.protocols import Annotator, Sampler, TrainedPolicy
 from ...trace.ranks import Ranks
 from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
+from ...trace.trained import Trained
 from ..annotators import engine_of, open_annotator
 from ..annotators.bill import read_bill
 from ..annotators.prices import find_price
@@ -31,6 +33,7 @@ from ..samplers import sampling_engine
 from ..samplers.engine import Follower, Training
 from ..samplers.probe import Probe
 from ..samplers.rollouts import rollouts_table
+from ..samplers.weights import hands_adapters, take_part
 from ..verifiers.registry import open_verifier
 from .validation import Validation
 
@@ -93,11 +96,13 @@ class OnlineTables:
         self._sampler: Sampler | None = None
         self._follower: Follower | None = None
         if ranks.first or not engine.served:
-            alone = ranks.count == 1 and not ahead
-            training = Training(policy, online.sampling, run.local_path(), alone)
+            training = Training(policy, online.sampling, run.local_path(), ahead, ranks.count)
             self._sampler = engine.open_in_training(training)
-        if engine.follows and self._sampler is not None:
-            self._follower = cast(Follower, self._sampler)
+        self._trained: TrainedPolicy | None = None
+        if engine.follows:
+            self._trained = Trained(policy, PackedModel(policy.model, policy.compute_dtype))
+            self._follower = cast(Follower | None, self._sampler)
+            self._adapters = hands_adapters(config.sampler, policy.model)
             texts = [str(text) for text in self._problems["problem"].slice(0, _PROBES).to_pylist()]
             self._probe = Probe(policy.tokenizer, config.prompt, texts)
         self._verifier = open_verifier(online.verify)
@@ -118,7 +123,7 @@ class OnlineTables:
             routing=online.routing,
             write=self._write,
             refill_rounds=online.refill_rounds,
-            follow=self._follow if refresh or self._follower else None,
+            follow=self._follow if refresh or self._trained else None,
             rest=self._follower.rest if self._follower else None,
             ranks=ranks,
             share=not engine.served,
@@ -151,9 +156,13 @@ class OnlineTables:
         """Give the sampler the current weights; every rank calls, since a copy takes all shards."""
         if self._refresh is not None:
             self._refresh()
+        if self._trained is None:
+            return
+        self._probe.ask(self._trained)
         if self._follower is not None:
-            self._probe.ask(self._policy)
-            self._follower.follow(self._policy, self._probe)
+            self._follower.follow(self._trained, self._probe)
+        else:
+            take_part(self._trained, self._adapters)
 
     def _step_problems(self, step: int, refill: int) -> pa.Table:
         """Round 0: the next `groups_per_step` problems of a shuffled pass, which never splits a
