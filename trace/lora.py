@@ -9,6 +9,7 @@ saved with merged weights, which any reader of transformers folders loads, and n
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,15 @@ from .ranks import whole_tensor
 _ADAPTER = "default"
 _TEACHER = "teacher"
 _BASE_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterForm:
+    """What an engine has to know of a model's adapters: rank, alpha, the linear layers' names."""
+
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
 
 
 def add_adapters(model: Any, config: LoraConfig) -> Any:
@@ -125,6 +135,15 @@ def _computing_with(model: Any, adapters: str | None) -> Iterator[None]:
 def has_adapters(model: Any) -> bool:
     """Whether `add_adapters` made this model."""
     return hasattr(model, "peft_config")
+
+
+def adapter_form(model: Any) -> AdapterForm | None:
+    """The form of a model's adapters; None without."""
+    if not has_adapters(model):
+        return None
+    settings = model.peft_config[_ADAPTER]
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    return AdapterForm(settings.r, settings.lora_alpha, tuple(sorted(names)))
 
 
 def transformers_model(model: Any) -> Any:

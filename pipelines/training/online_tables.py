@@ -30,6 +30,7 @@ from ..samplers import sampling_engine
 from ..samplers.engine import Follower, Training
 from ..samplers.probe import Probe
 from ..samplers.rollouts import rollouts_table
+from ..samplers.weights import hands_adapters, take_part
 from ..verifiers.registry import open_verifier
 from .validation import Validation
 
@@ -92,12 +93,12 @@ class OnlineTables:
         self._sampler: Sampler | None = None
         self._follower: Follower | None = None
         if ranks.first or not engine.served:
-            alone = ranks.count == 1 and not ahead
-            training = Training(policy, online.sampling, run.local_path(), alone)
+            training = Training(policy, online.sampling, run.local_path(), ahead, ranks.count)
             self._sampler = engine.open_in_training(training)
         self._probe: Probe | None = None
         if engine.follows:
             self._follower = cast(Follower | None, self._sampler)
+            self._adapters = hands_adapters(config.sampler, policy.model)
             texts = [str(text) for text in self._problems["problem"].slice(0, _PROBES).to_pylist()]
             self._probe = Probe(policy.tokenizer, config.prompt, texts)
         self._verifier = open_verifier(online.verify)
@@ -157,8 +158,7 @@ class OnlineTables:
         if self._follower is not None:
             self._follower.follow(self._trained, self._probe)
         else:  # this rank has no engine
-            for _ in self._trained.weights():
-                pass
+            take_part(self._trained, self._adapters)
 
     def _rest(self) -> None:
         """The sampler is idle until the next `_follow`."""
