@@ -23,10 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from ..schemas.configs import TrainConfig
 from ..schemas.errors import InputError, Stopped
+from .architecture import check_architecture
 from .fused import routed_loss, token_logprobs
 from .losses import Head, LossInputs, LossOutput, token_weights
 from .metrics import SUMS, PhaseClock, step_metrics, token_sums
-from .packing import PackedModel, check_architecture, pack
+from .packing import PackedModel, pack
 from .policy import Policy
 from .ranks import Ranks, copy_weights, reshard
 from .schedule import grpo_weight, kl_weight
@@ -80,7 +81,7 @@ class Trainer:
         self.config = config
         self.ranks = ranks or Ranks()
         self.state = TrainerState()
-        check_architecture(policy.model)
+        check_architecture(policy.model.config, config.policy.trust_remote_code)
         self.teacher = self._frozen() if config.schedule.w0 else None
         self.reference = self._frozen() if config.loss.reference_kl else None
         self.student = PackedModel(policy.model, policy.compute_dtype)
