@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ..schemas.configs import TrainConfig
+from .architecture import check_architecture
 from .lora import AdapterView, add_teacher, has_adapters
-from .packing import PackedModel, check_architecture
+from .packing import PackedModel
 from .policy import Policy
 from .ranks import Ranks
 from .sharding import (
@@ -50,8 +51,7 @@ def start_models(policy: Policy, config: TrainConfig, ranks: Ranks) -> Models:
     Raises:
         InputError: an architecture that the trainer does not know.
     """
-    if ranks.first:  # the others' weights are on their way
-        check_architecture(policy.model)
+    check_architecture(policy.model.config, config.policy.trust_remote_code)
     taught, averaged = config.schedule.w0 > 0, config.teacher.sync == "ema"
     referred = config.loss.reference_kl > 0
     if has_adapters(policy.model):
