@@ -25,6 +25,7 @@ from ..schemas.errors import InputError, Stopped
 from .fused import routed_loss, token_logprobs
 from .losses import Head, LossInputs, LossOutput, token_weights
 from .metrics import SUMS, PhaseClock, step_metrics, token_sums
+from .optim import check_optimizer, learning_rate, make_optimizer
 from .packing import PackedModel, check_architecture, pack
 from .policy import Policy
 from .ranks import Ranks
@@ -92,25 +93,22 @@ class Trainer:
         self.config = config
         self.ranks = ranks or Ranks()
         self.state = TrainerState()
+        sharded = self.ranks.shards(policy.compute_dtype)
+        check_optimizer(config.optim, policy.device, sharded)
         if self.ranks.first:  # the others' weights are on their way
             check_architecture(policy.model)
         teacher = skeleton(policy.model) if config.schedule.w0 else None
         reference = skeleton(policy.model) if config.loss.reference_kl else None
         self.student = PackedModel(policy.model)
-        if self.ranks.shards(policy.compute_dtype):
+        if sharded:
             source = from_first_rank(self.ranks, policy.device)
-            self._place(self.student, source, trained_types(policy.compute_dtype))
+            stored = trained_types(policy.compute_dtype)
+            self._place(self.student, source, stored, config.optim.offload)
         # An average moves by less than bfloat16's resolution.
         averaged = torch.float32 if config.teacher.sync == "ema" else policy.compute_dtype
         self.teacher = teacher and self._frozen(teacher, averaged)
         self.reference = reference and self._frozen(reference, policy.compute_dtype)
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.student.parameters() if p.requires_grad],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
-        )
+        self.optimizer = make_optimizer(self.student.parameters(), config.optim, policy.device)
 
     @property
     def total_steps(self) -> int:
@@ -268,7 +266,7 @@ class Trainer:
         optim = self.config.optim
         total = torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.max_grad_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        lr = optim.lr * min(1.0, (self.state.step + 1) / (optim.warmup_steps or 1))
+        lr = learning_rate(self.state.step, self.total_steps, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if math.isfinite(norm):
@@ -300,5 +298,8 @@ class Trainer:
         self._place(packed, from_module(self.student), all_types(dtype))
         return packed
 
-    def _place(self, module: PackedModel, source: Source, stored: Stored) -> None:
-        place(module, source, stored, self.policy.device, self.ranks, self.policy.compute_dtype)
+    def _place(
+        self, module: PackedModel, source: Source, stored: Stored, offload: bool = False
+    ) -> None:
+        policy = self.policy
+        place(module, source, stored, policy.device, self.ranks, policy.compute_dtype, offload)
