@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from .policy import backbone
-from .ranks import Ranks, local_tensor, whole_tensor
+from .ranks import BACKENDS, Ranks, local_tensor, whole_tensor
 
 # (name, placeholder) -> the whole tensor on this rank; called in the same order on every rank.
 Source = Callable[[str, torch.Tensor], torch.Tensor]
@@ -53,11 +53,13 @@ def place(
     device: torch.device,
     ranks: Ranks,
     compute_dtype: torch.dtype,
+    offload: bool = False,
 ) -> None:
     """Give a module its tensors, sharded if `Ranks.shards` says so. Every rank has to call.
 
     module: a PackedModel; parameters, tied ones included, and buffers are replaced by new tensors
-    on `device`.
+    on `device`. offload: this rank's shards and their gradients are in the host's memory, and
+    `device` has a layer while it computes (FSDP2's CPUOffloadPolicy).
     """
     units: list[torch.nn.Module] = [module]
     fsdp: dict[str, Any] = {}
@@ -65,6 +67,8 @@ def place(
         units = [*backbone(module.model).get_submodule("layers").children(), module]
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         fsdp = {"mesh": _mesh(ranks, device), "mp_policy": precision}
+        if offload:
+            fsdp["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     tensors = _Tensors(module, source, stored, device)
     for unit in units:
         tensors.place(unit)
@@ -163,7 +167,8 @@ def copy_weights(source: Weights, target: Weights) -> None:
 def average_weights(source: Weights, target: Weights, rate: float) -> None:
     """Move parameters towards those of a module as in `copy_weights` by a share of the distance."""
     for theirs, ours in zip(source.parameters(), target.parameters(), strict=True):
-        local_tensor(ours).lerp_(local_tensor(theirs).to(ours.dtype), rate)
+        mine = local_tensor(ours)
+        mine.lerp_(local_tensor(theirs).to(mine.device, mine.dtype), rate)
 
 
 def reshard(module: torch.nn.Module) -> None:
@@ -180,7 +185,7 @@ def _named(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _mesh(ranks: Ranks, device: torch.device) -> DeviceMesh:
     if not dist.is_initialized():  # one rank without torchrun
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = BACKENDS[device.type]
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
     return init_device_mesh(device.type, (ranks.count,))

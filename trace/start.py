@@ -58,13 +58,13 @@ def start_models(policy: Policy, config: TrainConfig, ranks: Ranks) -> Models:
         moves = taught and config.teacher.sync != "frozen"
         if moves:
             add_teacher(policy.model)
-        student = _placed_student(policy, ranks)
+        student = _placed_student(policy, ranks, config.optim.offload)
         view: Callable[[Any], AdapterView] = lambda name: AdapterView(student, name)  # noqa: E731
         teacher = view("teacher" if moves else "none") if taught else None
         return Models(student, view("trained"), teacher, view("none") if referred else None)
     # Before the student is sharded: its modules are still plain.
     shapes = [skeleton(policy.model) if wanted else None for wanted in (taught, referred)]
-    student = _placed_student(policy, ranks)
+    student = _placed_student(policy, ranks, config.optim.offload)
     low = None if policy.compute_dtype == torch.float32 else policy.compute_dtype
     teacher, reference = (
         shape and _placed(shape, from_module(student), frozen_types(dtype), policy, ranks)
@@ -73,16 +73,21 @@ def start_models(policy: Policy, config: TrainConfig, ranks: Ranks) -> Models:
     return Models(student, student, teacher, reference)
 
 
-def _placed_student(policy: Policy, ranks: Ranks) -> PackedModel:
+def _placed_student(policy: Policy, ranks: Ranks, offload: bool) -> PackedModel:
     if not ranks.shards(policy.compute_dtype):  # on its device already
         return PackedModel(policy.model)
     source = from_first_rank(ranks, policy.device)
-    return _placed(policy.model, source, trained_types, policy, ranks)
+    return _placed(policy.model, source, trained_types, policy, ranks, offload)
 
 
 def _placed(
-    model: Any, source: Source, stored: Stored, policy: Policy, ranks: Ranks
+    model: Any,
+    source: Source,
+    stored: Stored,
+    policy: Policy,
+    ranks: Ranks,
+    offload: bool = False,
 ) -> PackedModel:
     packed = PackedModel(model)
-    place(packed, source, stored, policy.device, ranks, policy.compute_dtype)
+    place(packed, source, stored, policy.device, ranks, policy.compute_dtype, offload)
     return packed

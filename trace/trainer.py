@@ -25,6 +25,7 @@ from ..schemas.errors import InputError, Stopped
 from .fused import routed_loss, token_logprobs
 from .losses import Head, LossInputs, LossOutput, token_weights
 from .metrics import SUMS, PhaseClock, step_metrics, token_sums
+from .optim import check_optimizer, learning_rate, make_optimizer
 from .packing import pack
 from .policy import Policy
 from .ranks import Ranks
@@ -81,16 +82,11 @@ class Trainer:
         self.config = config
         self.ranks = ranks or Ranks()
         self.state = TrainerState()
+        check_optimizer(config.optim, policy.device, self.ranks.shards(policy.compute_dtype))
         models = start_models(policy, config, self.ranks)
         self.student, self._trained = models.student, models.trained
         self.teacher, self.reference = models.teacher, models.reference
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.student.parameters() if p.requires_grad],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
-        )
+        self.optimizer = make_optimizer(self.student.parameters(), config.optim, policy.device)
 
     @property
     def total_steps(self) -> int:
@@ -248,7 +244,7 @@ class Trainer:
         optim = self.config.optim
         total = torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.max_grad_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        lr = optim.lr * min(1.0, (self.state.step + 1) / (optim.warmup_steps or 1))
+        lr = learning_rate(self.state.step, self.total_steps, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if math.isfinite(norm):
