@@ -184,7 +184,7 @@ class Trainer:
         batches = micro_batches(mine, self.config.micro_batch_tokens)
         device = self.policy.device
         # Sharded passes are collective: a rank without batches left repeats one at weight 0.
-        (passes,) = self.ranks.most([len(batches)], device)
+        (passes,) = self.ranks.most([len(batches)])
         routed = kl > 0 and any(sequence.routed_end for sequence in sequences)
         sums, largest = np.zeros(len(SUMS)), 0.0
         for index in range(int(passes)):
@@ -203,8 +203,8 @@ class Trainer:
         for frozen in (self.teacher, self.reference):
             if frozen is not None:
                 reshard(frozen)
-        totals = self.ranks.sum(sums.tolist(), device)
-        return dict(zip(SUMS, totals, strict=True)), self.ranks.most([largest], device)[0]
+        totals = self.ranks.sum(sums.tolist())
+        return dict(zip(SUMS, totals, strict=True)), self.ranks.most([largest])[0]
 
     def _objective(self, rows: list[TrainingSequence], inputs: LossInputs, kl: float) -> LossOutput:
         row = student_row(rows)

@@ -46,7 +46,7 @@ def train_steps(
     def due() -> bool:
         minutes = [(time.monotonic() - saved_at) / 60]
         if trainer.ranks.count > 1:  # their clocks differ, and a checkpoint takes all of them
-            minutes = trainer.ranks.most(minutes, trainer.policy.device)
+            minutes = trainer.ranks.most(minutes)
         return checkpoint_due(config, trainer.state.step, minutes[0])
 
     with _stop_request(trainer) as stopping, _tracker(trainer, target) as tracker:
@@ -70,6 +70,8 @@ def train_steps(
                 raise  # on one rank only, and a checkpoint takes all of them
             if saved != trainer.state.step:
                 save()
+            # Torchrun kills all ranks 30 s after one has ended, and the first may still write.
+            trainer.ranks.wait()
             if engine and not stopping():  # a signal to all processes of a run ends its engine too
                 raise
             raise stop_of(
@@ -108,7 +110,8 @@ def _stop_request(trainer: Trainer) -> Iterator[Callable[[], int]]:
 
     def receive(number: int) -> None:
         if not received and number == signal.SIGINT and trainer.ranks.first:
-            announce("writing a checkpoint, Ctrl-C again to stop without it")
+            again = ", Ctrl-C again to stop without it" if trainer.ranks.count == 1 else ""
+            announce(f"writing a checkpoint{again}")
         received.append(number)
         # Torchrun passes the terminal's Ctrl-C on: its ranks get it twice.
         if received[1:].count(signal.SIGINT) and trainer.ranks.count == 1:
@@ -118,7 +121,7 @@ def _stop_request(trainer: Trainer) -> Iterator[Callable[[], int]]:
         number = received[0] if received else 0
         if trainer.ranks.count == 1:
             return number
-        return int(trainer.ranks.most([float(number)], trainer.policy.device)[0])
+        return int(trainer.ranks.most([float(number)])[0])
 
     with handled(receive):
         yield stopping
