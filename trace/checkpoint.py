@@ -59,8 +59,8 @@ _MEND = f"{AGAIN}, which resumes from the newest checkpoint"
 class CheckpointWriter:
     """Writes checkpoints of a trainer in a thread, one at a time. Every rank makes one and calls.
 
-    `save` copies what this rank holds to the CPU and returns; the thread writes the copy. The ranks'
-    threads have a process group of their own, so they never meet a collective of the training.
+    `save` copies what this rank holds to the CPU and returns; the thread writes the copy. The
+    threads of the ranks have a process group of their own, apart from the training's collectives.
     """
 
     def __init__(self, trainer: Trainer, folder: Path, keep: int = 2) -> None:
@@ -214,9 +214,7 @@ def resume(trainer: Trainer, folder: Path) -> Path | None:
         require_this_format(checkpoint)
     for checkpoint in candidates:
         saved = None
-        reason = _first(
-            ranks.gather(difference(checkpoint, share=(ranks.index, ranks.count)))
-        )
+        reason = _first(ranks.gather(difference(checkpoint, share=(ranks.index, ranks.count))))
         if reason is None:
             try:
                 saved = read_run(trainer, checkpoint, step_of(checkpoint))

@@ -97,8 +97,8 @@ def _base_of(adapters: Path) -> str:
     path = str(recorded.get("base_model_name_or_path"))
     if not Path(path).is_dir():
         raise InputError(
-            f"{adapters}: the model that it was trained on is not at {path}; name its folder or hub "
-            "id with --base"
+            f"{adapters}: the model that it was trained on is not at {path}; name its folder or "
+            "hub id with --base"
         )
     return path
 
@@ -107,8 +107,8 @@ def _require_base(checkpoint: Path, path: str, trust_remote_code: bool) -> None:
     expected = json.loads((checkpoint / TRAINER_FILE).read_bytes())["base"]
     if model_revision(path, trust_remote_code) != expected:
         raise InputError(
-            f"{path}: is another model than {checkpoint} was trained on, or has changed since; name "
-            "the unchanged one with --base"
+            f"{path}: is another model than {checkpoint} was trained on, or has changed since; "
+            "name the unchanged one with --base"
         )
 
 

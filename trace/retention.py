@@ -57,9 +57,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint.rename(temporary_folder(checkpoint)))
 
 
-def difference(
-    checkpoint: Path, read: bool = True, share: tuple[int, int] = (0, 1)
-) -> str | None:
+def difference(checkpoint: Path, read: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
     """How a checkpoint differs from what was written (`identity.damage`); None if it does not."""
     for name in (TRAINER_FILE, CHECKSUMS):
         if not (checkpoint / name).exists():

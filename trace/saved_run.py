@@ -143,6 +143,7 @@ def read_run(trainer: Trainer, checkpoint: Path, step: int) -> SavedRun:
         if has_teacher and trainer.teacher is not None and _teacher_changes(trainer):
             teacher = _targets(stored, _TEACHER, module_tensors(trainer.teacher))
         optimizer, names = _optimizer_targets(trainer, stored)
+        _check_numbers(numbers, names)
         read_shards(model | (teacher or {}) | optimizer, checkpoint / SHARDS)
         for name, tensor in (model | (teacher or {}) | optimizer).items():
             _require_finite(name, tensor)
@@ -206,6 +207,13 @@ def _optimizer_targets(
             if isinstance(value, torch.Tensor) and f"{_OPTIMIZER}{kind}.{name}" not in targets:
                 raise ValueError(f"its optimiser has no {kind} of {name}")
     return targets, names
+
+
+def _check_numbers(numbers: dict[str, dict[str, float]], names: frozenset[str]) -> None:
+    for name, plain in numbers.items():
+        for key, value in plain.items():
+            if name not in names or type(value) not in (int, float):
+                raise ValueError(f"its optimiser's {key} of {name!r:.80} is {value!r:.40}")
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def export(
     run: Annotated[
-        str, typer.Argument(help="Train run (alias, id, stage/id), or a run's or checkpoint's path.")
+        str,
+        typer.Argument(help="Train run (alias, id, stage/id), or a run's or checkpoint's path."),
     ],
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
     step: Annotated[
