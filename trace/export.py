@@ -48,7 +48,9 @@ def export_model(
     if adapters.is_dir():
         path = base or _base_of(adapters)
         _require_base(checkpoint, path, trust_remote_code)
-        model = load_adapters(load_model(path, "auto", trust_remote_code), adapters)
+        # Sums are rounded once: to the base's type, so that is no lower than the asked one.
+        loaded = torch.float32 if dtype == torch.float32 else "auto"
+        model = load_adapters(load_model(path, loaded, trust_remote_code), adapters)
         weights = plain_weights(model)
     elif base is not None:
         raise InputError(f"{checkpoint}: has no adapters; leave --base out")
