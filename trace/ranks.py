@@ -18,13 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.tensor import DTensor
 
 from ..schemas.environment import whole_number
@@ -32,7 +25,6 @@ from ..schemas.errors import InputError
 
 # With gloo beside NCCL the norm of gradients that are offloaded to the host can be reduced.
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
@@ -144,34 +136,6 @@ def _waiting_group(hours: float) -> dist.ProcessGroup:
     return group
 
 
-def full_weights(module: torch.nn.Module) -> dict[str, Any]:
-    """A module's unsharded state dict. Every rank has to call; the first gets the tensors."""
-    if not is_sharded(module):
-        return module.state_dict()
-    return get_model_state_dict(module, options=_FULL)
-
-
-def load_weights(module: torch.nn.Module, weights: dict[str, Any]) -> None:
-    """Load an unsharded state dict, which every rank has, into a module, sharded or not."""
-    if is_sharded(module):
-        set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
-    else:
-        module.load_state_dict(weights)
-
-
-def full_optimizer(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's unsharded state by parameter name; it loads under any number of ranks."""
-    return get_optimizer_state_dict(module, optimizer, options=_FULL)
-
-
-def load_optimizer(
-    module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    """Load the result of `full_optimizer`, which every rank has."""
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(module, optimizer, state, options=options)
-
-
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor without gradient, gathered if it is sharded; then every rank has to call."""
     tensor = tensor.detach()
@@ -185,7 +149,3 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor, in the same memory; all of it if it is not sharded."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def is_sharded(module: torch.nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
