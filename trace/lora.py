@@ -6,7 +6,7 @@ saved with merged weights, which any reader of transformers folders loads, and n
 `adapter/`, which peft loads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from ..schemas.configs import LoraConfig
 from ..schemas.errors import InputError
+from .ranks import whole_tensor
 
 _ADAPTER = "default"
 _BASE_PREFIX = "base_model.model."
@@ -95,7 +96,7 @@ def read_adapters(model: Any, folder: Path) -> dict[str, torch.Tensor]:
         raise InputError(
             f"{file}: is no complete safetensors file ({error}); take another checkpoint"
         ) from None
-    expected = _peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = adapter_weights(model) or {}
     for name in sorted(expected.keys() | weights.keys()):
         if name in expected and name in weights and expected[name].shape == weights[name].shape:
             continue
@@ -119,36 +120,53 @@ def save_merged(
 
     weights: as in `save_adapters`.
     """
-    state = model.state_dict() if weights is None else weights
     plain = transformers_model(model)
-    merged = merged_weights(state, model.peft_config[_ADAPTER])
-    for tied in plain.all_tied_weights_keys:  # copies in a gathered state dict
+    merged = {name: weight.cpu() for name, weight in plain_weights(model, weights)}
+    for tied in plain.all_tied_weights_keys:
         merged.pop(tied, None)
     plain.save_pretrained(folder, state_dict=merged)
     save_adapters(model, folder / "adapter", weights)
 
 
 @torch.no_grad()
-def merged_weights(state: Mapping[str, torch.Tensor], settings: Any) -> dict[str, torch.Tensor]:
-    """A peft model's state dict as the plain model's, on the CPU: W + (alpha / rank) B A.
+def plain_weights(
+    model: Any, state: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's state dict as the plain model's, one whole tensor at a time: W + (alpha / rank) B A
+    where there are adapters.
 
-    Summed in float32 and rounded once to W's type. settings: the adapters' peft.LoraConfig.
+    Summed in float32 and rounded once to W's type. Tied weights have each of their names. If the
+    model is sharded, every rank has to iterate to the end. state: its state dict, if it is gathered
+    already.
     Source: LoRA (arXiv 2106.09685, section 4.1).
     """
-    merged: dict[str, torch.Tensor] = {}
+    state = model.state_dict() if state is None else state
     for name, tensor in state.items():
         if ".lora_" in name:
             continue
-        weight = tensor.detach().cpu()
+        weight = whole_tensor(tensor)
         module, base, leaf = name.rpartition(".base_layer.")
         if base and leaf == "weight":
-            down = state[f"{module}.lora_A.{_ADAPTER}.weight"].float()  # (rank, in)
-            up = state[f"{module}.lora_B.{_ADAPTER}.weight"].float()  # (out, rank)
+            down = whole_tensor(state[f"{module}.lora_A.{_ADAPTER}.weight"]).float()  # (rank, in)
+            up = whole_tensor(state[f"{module}.lora_B.{_ADAPTER}.weight"]).float()  # (out, rank)
+            settings = model.peft_config[_ADAPTER]
             update = settings.lora_alpha / settings.r * (up @ down)
-            weight = (weight.float() + update.cpu()).to(weight.dtype)
+            weight = (weight.float() + update).to(weight.dtype)
         plain_name = f"{module}.{leaf}" if base else name
-        merged[plain_name.removeprefix(_BASE_PREFIX)] = weight
-    return merged
+        yield plain_name.removeprefix(_BASE_PREFIX), weight
+
+
+def adapter_weights(model: Any) -> dict[str, torch.Tensor] | None:
+    """The trained adapters as peft saves them, whole, on the CPU; None without adapters.
+
+    If the model is sharded, every rank has to call.
+    """
+    if not has_adapters(model):
+        return None
+    state = _peft().get_peft_model_state_dict(
+        model, adapter_name=_ADAPTER, save_embedding_layers=False
+    )
+    return {name: whole_tensor(tensor).cpu() for name, tensor in state.items()}
 
 
 def _peft() -> Any:

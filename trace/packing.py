@@ -145,10 +145,9 @@ class PackedModel(torch.nn.Module):
     head's weights gathered while they are used.
     """
 
-    def __init__(self, model: Any, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.compute_dtype = compute_dtype
         # In a list, because the backbone is already in the module tree as a part of the model.
         self._backbone = [backbone(model)]
         model.set_attn_implementation(ATTENTION)
@@ -157,24 +156,21 @@ class PackedModel(torch.nn.Module):
         """Call `use` with the states that predict the kept tokens, (kept, hidden), and the head."""
         (decoder,) = self._backbone
         device = next(decoder.parameters()).device
-        low = self.compute_dtype != torch.float32
-        with torch.autocast(device.type, dtype=self.compute_dtype, enabled=low):
-            states = decoder(
-                input_ids=row.input_ids.to(device),
-                position_ids=row.position_ids.to(device),
-                # Four-dimensional, so that transformers builds no mask: packed attention needs
-                # none.
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-                packed=row.layout,
-                use_cache=False,
-            ).last_hidden_state  # (1, tokens, hidden)
+        states = decoder(
+            input_ids=row.input_ids.to(device),
+            position_ids=row.position_ids.to(device),
+            # Four-dimensional, so that transformers builds no mask: packed attention needs none.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+            packed=row.layout,
+            use_cache=False,
+        ).last_hidden_state  # (1, tokens, hidden)
         # Gather by embedding, not by indexing. A prompt's last state predicts the first token of
         # each response, and on CPU indexing's backward adds such gradients in a nondeterministic
         # order.
         kept = torch.nn.functional.embedding(row.logit_positions.to(device), states[0])
         weight, bias = output_head(self.model)
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        return use(kept.to(self.compute_dtype) if low else kept, Head(weight, bias, softcap))
+        return use(kept, Head(weight, bias, softcap))
 
 
 def response_logits(

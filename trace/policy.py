@@ -19,25 +19,21 @@ from .identity import model_revision
 from .loading import load_config, load_model, load_tokenizer, require_finite
 from .lora import add_adapters, transformers_model
 from .protocols import PolicyInfo
+from .ranks import Ranks
 
 
 @dataclass
 class Policy:
-    """A model ready to run, its tokenizer, its identity, and the precision it computes in."""
+    """A model, its tokenizer and identity, and the precision and device that it computes in.
+
+    model: ready to run, or, for a trainer that shards it, still on the CPU or without weights.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     info: PolicyInfo
     compute_dtype: torch.dtype = torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    def autocast(self) -> torch.autocast:
-        """A context in which forward passes run in `compute_dtype`."""
-        enabled = self.compute_dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled)
+    device: torch.device = torch.device("cpu")
 
 
 def load_policy(
@@ -48,11 +44,14 @@ def load_policy(
     lora: LoraConfig | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    ranks: Ranks | None = None,
 ) -> Policy:
     """Load a policy from a folder.
 
-    trainable: keep the weights in float32 and compute in the chosen precision. bfloat16 weights
-    would lose most updates, which at a learning rate of 1e-6 are below their resolution.
+    trainable: for a Trainer of these `ranks`, which keeps what it trains in float32 and computes in
+    the chosen precision. bfloat16 weights would lose most updates, which at a learning rate of 1e-6
+    are below their resolution. If it shards them (`Ranks.shards`), the first rank's model is on the
+    CPU in the type of its files, and the others' on meta.
     lora: freeze the weights, in the chosen precision, and train float32 adapters (lora.py).
     gradient_checkpointing: recompute activations in the backward pass. trust_remote_code: run the
     model's own code. Weights are read from safetensors only.
@@ -64,15 +63,22 @@ def load_policy(
     where = choose_device(device)
     dtype = choose_dtype(precision, where)
     tokenizer = load_tokenizer(path, trust_remote_code)
-    stored = torch.float32 if trainable and lora is None else dtype
-    model = load_model(path, stored, trust_remote_code)
-    require_finite(model, path)
+    ranks = ranks or Ranks()
+    sharded = trainable and ranks.shards(dtype)
+    if sharded and not ranks.first:
+        model = load_model(path, "auto", trust_remote_code, device_map="meta")
+    else:
+        stored = torch.float32 if trainable and lora is None else dtype
+        model = load_model(path, "auto" if sharded else stored, trust_remote_code)
+        require_finite(model, path)
     if lora is not None:
         model = add_adapters(model, lora)
     if gradient_checkpointing:
         checkpoint_layers(model)
-    model.to(where).eval()
-    return Policy(model, tokenizer, policy_info(path, tokenizer, trust_remote_code), dtype)
+    if not sharded:
+        model.to(where)
+    info = policy_info(path, tokenizer, trust_remote_code)
+    return Policy(model.eval(), tokenizer, info, dtype, where)
 
 
 def backbone(model: Any) -> torch.nn.Module:

@@ -1,8 +1,7 @@
 """Ranks: the trainer's use of torch.distributed, with one process or many under torchrun.
 
 trainer.py, checkpoint.py and online.py call it. Every rank knows all sequences of a step and trains
-on its share; FSDP2 shards weights, gradients and optimiser states. One process is one rank with
-nothing sharded.
+on its share; sharding.py splits weights, gradients and optimiser states over them.
 """
 
 import atexit
@@ -18,13 +17,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..schemas.environment import whole_number
 from ..schemas.errors import InputError
-from .policy import backbone
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -39,6 +35,12 @@ class Ranks:
     @property
     def first(self) -> bool:
         return self.index == 0
+
+    def shards(self, compute_dtype: torch.dtype) -> bool:
+        """Whether weights are sharded: over several ranks, and on one that computes in a lower
+        precision than its weights'.
+        """
+        return self.count > 1 or compute_dtype != torch.float32
 
     def sum(self, values: list[float], device: torch.device) -> list[float]:
         """Element-wise sum over ranks; the same list on each."""
@@ -63,17 +65,6 @@ class Ranks:
         out: list[Any] = [None] * self.count
         dist.all_gather_object(out, value)
         return out
-
-    def shard(self, module: torch.nn.Module, model: Any, compute_dtype: torch.dtype) -> None:
-        """Shard a module that wraps `model` over the ranks, layer by layer, with FSDP2."""
-        if self.count == 1:
-            return
-        device = next(module.parameters()).device.type
-        mesh = init_device_mesh(device, (self.count,))
-        precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-        for layer in backbone(model).get_submodule("layers").children():
-            fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(module, mesh=mesh, mp_policy=precision)
 
     def _reduce(self, values: list[float], device: torch.device, op: Any) -> list[float]:
         if self.count == 1:
@@ -132,28 +123,17 @@ def load_optimizer(
     set_optimizer_state_dict(module, optimizer, state, options=options)
 
 
-def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Copy parameters and buffers between modules of the same architecture.
-
-    Both may be sharded, or the source alone, or neither. If the source is, every rank has to call.
-    """
-    with torch.no_grad():
-        pairs = zip(_tensors(source), _tensors(target), strict=True)
-        for theirs, ours in pairs:
-            if isinstance(theirs, DTensor) and not isinstance(ours, DTensor):
-                theirs = theirs.full_tensor()
-            ours.copy_(theirs)
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without gradient, gathered if it is sharded; then every rank has to call."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def reshard(module: torch.nn.Module) -> None:
-    """Free the gathered weights that a pass without gradients leaves at a sharded module's root."""
-    if isinstance(module, FSDPModule):
-        module.reshard()
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, in the same memory; all of it if it is not sharded."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(module: torch.nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
-def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]

@@ -10,7 +10,6 @@ policy's. Once λ is 0 the teacher is dropped and the annotator no longer called
 GRPO.
 """
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ from .losses import Head, LossInputs, LossOutput, token_weights
 from .metrics import SUMS, PhaseClock, step_metrics, token_sums
 from .packing import PackedModel, check_architecture, pack
 from .policy import Policy
-from .ranks import Ranks, copy_weights, reshard
+from .ranks import Ranks
 from .schedule import grpo_weight, kl_weight
 from .sequences import (
     TrainingSequence,
@@ -39,6 +38,19 @@ from .sequences import (
     student_row,
     teacher_row,
     training_sequences,
+)
+from .sharding import (
+    Source,
+    Stored,
+    all_types,
+    average_weights,
+    copy_weights,
+    from_first_rank,
+    from_module,
+    place,
+    reshard,
+    skeleton,
+    trained_types,
 )
 
 logger = logging.getLogger(__name__)
@@ -80,11 +92,18 @@ class Trainer:
         self.config = config
         self.ranks = ranks or Ranks()
         self.state = TrainerState()
-        check_architecture(policy.model)
-        self.teacher = self._frozen() if config.schedule.w0 else None
-        self.reference = self._frozen() if config.loss.reference_kl else None
-        self.student = PackedModel(policy.model, policy.compute_dtype)
-        self.ranks.shard(self.student, policy.model, policy.compute_dtype)
+        if self.ranks.first:  # the others' weights are on their way
+            check_architecture(policy.model)
+        teacher = skeleton(policy.model) if config.schedule.w0 else None
+        reference = skeleton(policy.model) if config.loss.reference_kl else None
+        self.student = PackedModel(policy.model)
+        if self.ranks.shards(policy.compute_dtype):
+            source = from_first_rank(self.ranks, policy.device)
+            self._place(self.student, source, trained_types(policy.compute_dtype))
+        # An average moves by less than bfloat16's resolution.
+        averaged = torch.float32 if config.teacher.sync == "ema" else policy.compute_dtype
+        self.teacher = teacher and self._frozen(teacher, averaged)
+        self.reference = reference and self._frozen(reference, policy.compute_dtype)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             [p for p in self.student.parameters() if p.requires_grad],
@@ -153,7 +172,7 @@ class Trainer:
         norm, lr = self._step_optimizer()
         skipped = not math.isfinite(norm)
         if not skipped and self.teacher is not None and config.teacher.sync == "ema":
-            self._average_teacher(config.teacher.ema_rate)
+            average_weights(self.student, self.teacher, config.teacher.ema_rate)
         self.state.step += 1
         self.state.kl_exposure += kl**2
         self.state.skipped += skipped
@@ -275,15 +294,11 @@ class Trainer:
         ):
             copy_weights(self.student, self.teacher)
 
-    @torch.no_grad()
-    def _average_teacher(self, rate: float) -> None:
-        assert self.teacher is not None
-        for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            ours.lerp_(theirs.to(ours.dtype), rate)
-
-    def _frozen(self) -> PackedModel:
-        """A frozen copy of the policy, sharded like the student."""
-        model = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
-        packed = PackedModel(model, self.policy.compute_dtype)
-        self.ranks.shard(packed, model, self.policy.compute_dtype)
+    def _frozen(self, model: Any, dtype: torch.dtype) -> PackedModel:
+        """A skeleton with the student's weights in a type."""
+        packed = PackedModel(model)
+        self._place(packed, from_module(self.student), all_types(dtype))
         return packed
+
+    def _place(self, module: PackedModel, source: Source, stored: Stored) -> None:
+        place(module, source, stored, self.policy.device, self.ranks, self.policy.compute_dtype)
