@@ -39,7 +39,7 @@ from ..terminal import console
 from ..training.loop import train_steps
 from ..training.offline import OfflineReader
 from ..training.online_tables import OnlineTables
-from ..training.plan import memory_line
+from ..training.plan_table import memory_line
 from ..training.tracking import check_tracker
 from ..training.validation import FOLDER
 from ..verifiers.registry import verifier_identity
