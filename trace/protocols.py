@@ -5,11 +5,13 @@ pipelines/samplers, pipelines/verifiers and pipelines/annotators implement them;
 stages call them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
+import torch
 
 from ..schemas.configs import SamplingConfig
 from ..schemas.labels import FinishReason
@@ -78,6 +80,41 @@ class Sampler(Protocol):
     ) -> list[list[Completion]]: ...
 
     def close(self) -> None: ...
+
+
+class TrainedPolicy(Protocol):
+    """The policy in training. Its weights may be sharded: every rank calls each method, and
+    iterates to the end.
+
+    Samplers with weights of their own get it before each step.
+    """
+
+    @property
+    def info(self) -> PolicyInfo: ...
+
+    @property
+    def compute_dtype(self) -> torch.dtype: ...
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole tensors by the transformers model's names, in the compute type, one at a time.
+
+        Adapters are merged. Tied weights have each of their names.
+        """
+        ...
+
+    def adapters(self) -> dict[str, torch.Tensor] | None:
+        """The adapters alone, whole, in float32, by peft's names in its files; None: it has none.
+
+        `….lora_A.weight`: (rank, in); `….lora_B.weight`: (out, rank).
+        """
+        ...
+
+    def logprobs(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Per row the log-probabilities of its tokens but the first, (tokens - 1,) float64, nats.
+
+        A row is a list of token ids.
+        """
+        ...
 
 
 class Verifier(Protocol):

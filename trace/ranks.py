@@ -1,8 +1,7 @@
 """Ranks: the trainer's use of torch.distributed, with one process or many under torchrun.
 
 trainer.py, checkpoint.py and online.py call it. Every rank knows all sequences of a step and trains
-on its share; FSDP2 shards weights, gradients and optimiser states. One process is one rank with
-nothing sharded.
+on its share; sharding.py splits weights, gradients and optimiser states over them.
 
 Ranks have two process groups. The devices' (NCCL, on the CPU gloo) carries weights and gradients,
 and gives up on a rank that is late by minutes. The other one (gloo) carries objects and numbers,
@@ -19,22 +18,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..schemas.environment import whole_number
 from ..schemas.errors import InputError
-from .policy import backbone
 
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# With gloo beside NCCL the norm of gradients that are offloaded to the host can be reduced.
+BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +41,12 @@ class Ranks:
     @property
     def first(self) -> bool:
         return self.index == 0
+
+    def shards(self, compute_dtype: torch.dtype) -> bool:
+        """Whether weights are sharded: over several ranks, and on one that computes in a lower
+        precision than its weights'.
+        """
+        return self.count > 1 or compute_dtype != torch.float32
 
     def wait(self) -> None:
         """Until every rank has called."""
@@ -81,17 +77,6 @@ class Ranks:
         dist.all_gather_object(out, value, group=self.waiting)
         return out
 
-    def shard(self, module: torch.nn.Module, model: Any, compute_dtype: torch.dtype) -> None:
-        """Shard a module that wraps `model` over the ranks, layer by layer, with FSDP2."""
-        if self.count == 1:
-            return
-        device = next(module.parameters()).device.type
-        mesh = init_device_mesh(device, (self.count,))
-        precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-        for layer in backbone(model).get_submodule("layers").children():
-            fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(module, mesh=mesh, mp_policy=precision)
-
     def _reduce(self, values: list[float], op: Any) -> list[float]:
         if self.count == 1:
             return values
@@ -117,13 +102,11 @@ def join_ranks(
         if device == "cuda":
             torch.cuda.set_device(whole_number("LOCAL_RANK", 0))
         try:
-            backend = "nccl" if device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=device_timeout)
+            dist.init_process_group(BACKENDS[device], timeout=device_timeout)
         except ValueError as error:
             raise InputError(f"torch.distributed: {error}; start with torchrun") from None
-        if device != "cuda":
-            # Gloo's threads abort the process if they still run when the interpreter has ended.
-            atexit.register(dist.destroy_process_group)
+        # Gloo's threads abort the process if they still run when the interpreter has ended.
+        atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size(), _waiting_group(wait_hours))
 
 
@@ -153,56 +136,16 @@ def _waiting_group(hours: float) -> dist.ProcessGroup:
     return group
 
 
-def full_weights(module: torch.nn.Module) -> dict[str, Any]:
-    """A module's unsharded state dict. Every rank has to call; the first gets the tensors."""
-    if not is_sharded(module):
-        return module.state_dict()
-    return get_model_state_dict(module, options=_FULL)
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without gradient, gathered if it is sharded; then every rank has to call."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Offloaded shards are gathered on the devices, whose network is the faster one.
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()
 
 
-def load_weights(module: torch.nn.Module, weights: dict[str, Any]) -> None:
-    """Load an unsharded state dict, which every rank has, into a module, sharded or not."""
-    if is_sharded(module):
-        set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
-    else:
-        module.load_state_dict(weights)
-
-
-def full_optimizer(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's unsharded state by parameter name; it loads under any number of ranks."""
-    return get_optimizer_state_dict(module, optimizer, options=_FULL)
-
-
-def load_optimizer(
-    module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    """Load the result of `full_optimizer`, which every rank has."""
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(module, optimizer, state, options=options)
-
-
-def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Copy parameters and buffers between modules of the same architecture.
-
-    Both may be sharded, or the source alone, or neither. If the source is, every rank has to call.
-    """
-    with torch.no_grad():
-        pairs = zip(_tensors(source), _tensors(target), strict=True)
-        for theirs, ours in pairs:
-            if isinstance(theirs, DTensor) and not isinstance(ours, DTensor):
-                theirs = theirs.full_tensor()
-            ours.copy_(theirs)
-
-
-def reshard(module: torch.nn.Module) -> None:
-    """Free the gathered weights that a pass without gradients leaves at a sharded module's root."""
-    if isinstance(module, FSDPModule):
-        module.reshard()
-
-
-def is_sharded(module: torch.nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
-def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, in the same memory; all of it if it is not sharded."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

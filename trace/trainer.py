@@ -10,7 +10,6 @@ policy's. Once λ is 0 the teacher is dropped and the annotator no longer called
 GRPO.
 """
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +25,10 @@ from ..schemas.errors import InputError, Stopped
 from .fused import routed_loss, token_logprobs
 from .losses import Head, LossInputs, LossOutput, token_weights
 from .metrics import SUMS, PhaseClock, step_metrics, token_sums
-from .packing import PackedModel, check_architecture, pack
+from .optim import check_optimizer, learning_rate, make_optimizer
+from .packing import pack
 from .policy import Policy
-from .ranks import Ranks, copy_weights, reshard
+from .ranks import Ranks
 from .schedule import grpo_weight, kl_weight
 from .sequences import (
     TrainingSequence,
@@ -40,6 +40,8 @@ from .sequences import (
     teacher_row,
     training_sequences,
 )
+from .sharding import average_weights, copy_weights, reshard
+from .start import start_models
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, float | int | str]
@@ -80,18 +82,11 @@ class Trainer:
         self.config = config
         self.ranks = ranks or Ranks()
         self.state = TrainerState()
-        check_architecture(policy.model)
-        self.teacher = self._frozen() if config.schedule.w0 else None
-        self.reference = self._frozen() if config.loss.reference_kl else None
-        self.student = PackedModel(policy.model, policy.compute_dtype)
-        self.ranks.shard(self.student, policy.model, policy.compute_dtype)
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.student.parameters() if p.requires_grad],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
-        )
+        check_optimizer(config.optim, policy.device, self.ranks.shards(policy.compute_dtype))
+        models = start_models(policy, config, self.ranks)
+        self.student, self.trained = models.student, models.trained
+        self.teacher, self.reference = models.teacher, models.reference
+        self.optimizer = make_optimizer(self.student.parameters(), config.optim, policy.device)
 
     @property
     def total_steps(self) -> int:
@@ -153,7 +148,7 @@ class Trainer:
         norm, lr = self._step_optimizer()
         skipped = not math.isfinite(norm)
         if not skipped and self.teacher is not None and config.teacher.sync == "ema":
-            self._average_teacher(config.teacher.ema_rate)
+            average_weights(self.trained, self.teacher, config.teacher.ema_rate)
         self.state.step += 1
         self.state.kl_exposure += kl**2
         self.state.skipped += skipped
@@ -249,7 +244,7 @@ class Trainer:
         optim = self.config.optim
         total = torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.max_grad_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        lr = optim.lr * min(1.0, (self.state.step + 1) / (optim.warmup_steps or 1))
+        lr = learning_rate(self.state.step, self.total_steps, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if math.isfinite(norm):
@@ -273,17 +268,4 @@ class Trainer:
             and sync.sync == "periodic"
             and not self.state.step % sync.sync_steps
         ):
-            copy_weights(self.student, self.teacher)
-
-    @torch.no_grad()
-    def _average_teacher(self, rate: float) -> None:
-        assert self.teacher is not None
-        for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            ours.lerp_(theirs.to(ours.dtype), rate)
-
-    def _frozen(self) -> PackedModel:
-        """A frozen copy of the policy, sharded like the student."""
-        model = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
-        packed = PackedModel(model, self.policy.compute_dtype)
-        self.ranks.shard(packed, model, self.policy.compute_dtype)
-        return packed
+            copy_weights(self.trained, self.teacher)

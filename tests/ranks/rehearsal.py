@@ -36,7 +36,8 @@ OFFLINE = [f"offline.steps={STEPS}", "online.steps=0", "optim.lr=1e-5", "groups_
            "micro_batch_tokens=600", "teacher.sync_steps=3", "tracker=none"]  # fmt: skip
 ONLINE = ["offline.steps=0", "online.steps=3", "online.group_size=4", "groups_per_step=4",
           "online.sampling.max_new_tokens=48", f"online.{REWARD}", "optim.lr=1e-5",
-          "online.routing.alpha=1", f"online.annotator={{engine: self, prompt: {ROOT}/studies/micro-annotate.md, "
+          "online.routing.alpha=1",
+          f"online.annotator={{engine: self, prompt: {ROOT}/studies/micro-annotate.md, "
           f"answer_schema: {ROOT}/studies/micro-answer.schema.json, max_new_tokens: 64}}",
           "validation={problems: {test: held-out}, every: 2, k: 2}", "tracker=none"]  # fmt: skip
 TRAINED = {"full": [], "lora": ["lora.rank=4"]}
