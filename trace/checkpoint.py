@@ -69,7 +69,9 @@ class CheckpointWriter:
         ranks = trainer.ranks
         self._group = None
         if ranks.count > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=3))
+            ranks.wait()  # the first had its engines to open
+            longest = timedelta(hours=trainer.config.wait_hours)
+            self._group = dist.new_group(backend="gloo", timeout=longest)
         self.written = trainer.state.step  # step of the newest checkpoint on disk
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
