@@ -235,6 +235,15 @@ def test_an_annotator_that_raises_ends_every_rank_with_its_sentence(root):
     assert code == 1
 
 
+def test_bad_input_is_one_sentence_and_the_exit_code_of_one_rank(root):
+    train = ["train", CONFIG, *SHORT, "online.problems=nowhere", "--store", root]
+    code, _, error = ended(2, *train, launcher=OURS)
+    (line,) = sentences(error)
+    assert "'nowhere' is not in store" in line
+    assert "Traceback" not in error
+    assert code == 2
+
+
 def test_an_unknown_key_is_one_sentence_of_all_ranks(root):
     code, _, error = ended(4, "train", CONFIG, "onlin.steps=1", "--store", root, launcher=OURS)
     (line,) = sentences(error)

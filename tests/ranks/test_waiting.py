@@ -30,13 +30,3 @@ def test_a_killed_rank_ends_the_others_while_they_wait_for_an_annotator(root):
     assert process.returncode == 128 + signal.SIGKILL
     assert sentences(error)[-1] == "trace-opd: rank 0 was ended by SIGKILL"
     assert "Traceback" not in error
-
-
-@pytest.mark.slow
-def test_bad_input_is_one_sentence_and_the_exit_code_of_one_rank(root):
-    train = ["train", CONFIG, *SHORT, "online.problems=nowhere", "--store", root]
-    code, _, error = ended(2, *train, launcher=OURS)
-    (line,) = sentences(error)
-    assert "'nowhere' is not in store" in line
-    assert "Traceback" not in error
-    assert code == 2
