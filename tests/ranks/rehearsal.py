@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -269,3 +271,43 @@ def test_without_torchrun_ranks_end_with_the_first_one(root):
     assert "ValueError: no such span" in sentences(first)[0]
     assert "Traceback" not in first + other
     assert [process.returncode for process in processes] == [1, 1]
+
+
+def test_slurms_script_queues_a_job_again_whose_signal_left_a_checkpoint(root, tmp_path):
+    """With scripts in place of srun and scontrol."""
+    scripts = {
+        "srun": f'shift\n"$@" &\necho $! > {tmp_path}/pid\nwait $!\n',
+        "scontrol": f'[ "$1" = show ] && echo localhost || echo "$*" > {tmp_path}/queued\n',
+    }
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in scripts.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}")
+        (programs / name).chmod(0o755)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    variables = {
+        "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_NNODES": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_GPUS_ON_NODE": "2",
+        "RENDEZVOUS_PORT": port,
+        "TRACE_OPD_STORE": str(root),
+        "OMP_NUM_THREADS": "1",
+    }
+    job = subprocess.Popen(
+        ["bash", ROOT / "deploy/slurm/train.sbatch", CONFIG, *SHORT, "online.steps=500"],
+        env=os.environ | variables,
+        start_new_session=True,
+    )
+    try:
+        wait_for(root, 1, job)
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+        assert job.wait(120) == 128 + signal.SIGTERM
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert (tmp_path / "queued").read_text() == "requeue 7\n"
+    assert len(list(root.glob("train/*/checkpoints/step-*"))) == 1
