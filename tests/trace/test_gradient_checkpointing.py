@@ -82,6 +82,37 @@ def test_sampling_in_between_neither_recomputes_nor_disables_it():
     assert len(calls) == 2 * len(layers(checkpointed.model))
 
 
+def test_the_first_layers_alone_are_run_again():
+    for count, runs in ((0, [1, 1, 1, 1]), (1, [2, 1, 1, 1]), (3, [2, 2, 2, 1])):
+        model = policy(count).model
+        calls = []
+        for index, layer in enumerate(layers(model)):
+            layer.mlp.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+        states(model).sum().backward()
+        assert [calls.count(index) for index in range(4)] == runs
+
+
+def test_gradients_are_equal_and_memory_falls_with_each_layer_that_is_run_again():
+    gradients, kept = [], []
+    for count in (False, 0, 1, 2, 4, True):
+        model = policy(count).model
+        kept.append(kept_bytes(model))
+        states(model).pow(2).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for found in gradients:
+        assert all(torch.equal(*pair) for pair in zip(found, gradients[0], strict=True))
+    none, zero, one, two, four, true = kept
+    assert none == zero
+    assert four == true
+    # All layers are alike: each saves the same bytes.
+    assert none - one == one - two == (two - four) / 2 > 0
+
+
+def test_more_layers_than_the_policy_has_are_refused():
+    with pytest.raises(InputError, match="is 5, and the policy has 4 layers; set at most 4, or tr"):
+        policy(5)
+
+
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
 def test_gradients_are_equal_and_only_layer_inputs_are_kept(lora):
     if lora is not None:
