@@ -90,9 +90,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
 def has_8_bits(parameter: torch.Tensor) -> bool:
     """Whether a parameter's moments have 8 bits."""
-    return (
-        parameter.ndim > 1 and parameter.numel() >= _SMALLEST and not parameter.shape[-1] % BLOCK
-    )
+    return parameter.ndim > 1 and parameter.numel() >= _SMALLEST and not parameter.shape[-1] % BLOCK
 
 
 def _new_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -121,7 +119,9 @@ def _moment(state: dict[str, torch.Tensor], name: str, weights: torch.Tensor) ->
         return codes
     scale = local_tensor(state[name + _SCALE]).view(-1)
     values = _values(_SIGNED[name], weights.device)
-    return _torchao("subclass_8bit").OptimState8bit(codes, scale, values, _SIGNED[name], weights.dtype)
+    return _torchao("subclass_8bit").OptimState8bit(
+        codes, scale, values, _SIGNED[name], weights.dtype
+    )
 
 
 @cache

@@ -21,6 +21,8 @@ from .lora import add_adapters, transformers_model
 from .protocols import PolicyInfo
 from .ranks import Ranks
 
+CPU = torch.device("cpu")
+
 
 @dataclass
 class Policy:
@@ -33,7 +35,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     info: PolicyInfo
     compute_dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
 
 def load_policy(
@@ -65,11 +67,13 @@ def load_policy(
     tokenizer = load_tokenizer(path, trust_remote_code)
     ranks = ranks or Ranks()
     sharded = trainable and ranks.shards(dtype)
+    stored: torch.dtype | str = dtype
+    if trainable and lora is None:
+        stored = "auto" if sharded else torch.float32
     if sharded and not ranks.first:
-        model = load_model(path, "auto", trust_remote_code, device_map="meta")
+        model = load_model(path, stored, trust_remote_code, device_map="meta")
     else:
-        stored = torch.float32 if trainable and lora is None else dtype
-        model = load_model(path, "auto" if sharded else stored, trust_remote_code)
+        model = load_model(path, stored, trust_remote_code)
         require_finite(model, path)
     if lora is not None:
         model = add_adapters(model, lora)
