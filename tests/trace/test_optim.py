@@ -49,8 +49,8 @@ def model(**fsdp):
 def train(made, optimizer, steps):
     for step in steps:
         for micro_batch in range(2):
-            x = torch.randn(8, 192, generator=torch.Generator().manual_seed(10 * step + micro_batch))
-            made(x).square().mean().backward()
+            generator = torch.Generator().manual_seed(10 * step + micro_batch)
+            made(torch.randn(8, 192, generator=generator)).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(made.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
@@ -297,9 +297,9 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
 
 def test_offloading_from_the_cpu_or_from_one_rank_in_float32_is_refused():
     config = OptimConfig(offload=True)
-    with pytest.raises(InputError, match="the CPU already; set optim.offload=false"):
+    with pytest.raises(InputError, match=r"the CPU already; set optim\.offload=false"):
         check_optimizer(config, CPU, True)
-    with pytest.raises(InputError, match="set policy.precision=bfloat16"):
+    with pytest.raises(InputError, match=r"set policy\.precision=bfloat16"):
         check_optimizer(config, CUDA, False)
     check_optimizer(config, CUDA, True)
 
