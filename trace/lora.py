@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..schemas.configs import LoraConfig
 from ..schemas.errors import InputError
@@ -151,76 +150,52 @@ def transformers_model(model: Any) -> Any:
     return model.get_base_model() if has_adapters(model) else model
 
 
+def gathered_adapters(model: Any) -> dict[str, torch.Tensor]:
+    """The trained adapters by the model's own names, whole, on the CPU; every rank has to call."""
+    state = model.state_dict()
+    names = [name for name in state if ".lora_" in name and f".{_ADAPTER}." in name]
+    return {name: whole_tensor(state[name]).cpu() for name in names}
+
+
 def save_adapters(
     model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors for peft.PeftModel.from_pretrained.
 
-    weights: the model's gathered state dict; needed if its parameters are sharded.
+    weights: from `gathered_adapters`; needed if the model is sharded.
     """
     model.save_pretrained(
-        folder, state_dict=weights, save_embedding_layers=False, selected_adapters=[_ADAPTER]
+        folder, state_dict=weights, selected_adapters=[_ADAPTER], save_embedding_layers=False
     )
 
 
-def read_adapters(model: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """The adapters that `save_adapters` wrote for a model from `add_adapters`.
+def load_adapters(model: Any, folder: Path) -> Any:
+    """Put the adapters that `save_adapters` wrote on their base: a peft.PeftModel.
 
     Raises:
-        InputError: they cannot be read, or have another shape.
+        InputError: peft is not installed, or they do not fit the base.
     """
-    file = folder / "adapter_model.safetensors"
+    peft = _peft()
     try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"{file}: is no complete safetensors file ({error}); take another checkpoint"
+            f"{folder}: its adapters do not fit {model.name_or_path} ({reason:.160}); name the "
+            "model that they were trained on"
         ) from None
-    expected = adapter_weights(model) or {}
-    for name in sorted(expected.keys() | weights.keys()):
-        if name in expected and name in weights and expected[name].shape == weights[name].shape:
-            continue
-        raise InputError(
-            f"{folder}: holds adapters of another shape ({name}); resume with the lora settings "
-            "that "
-            "made it"
-        )
-    return weights
-
-
-def set_adapters(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Load adapters from `read_adapters` into a model, bit for bit."""
-    _peft().set_peft_model_state_dict(model, weights)
-
-
-def save_merged(
-    model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None
-) -> None:
-    """Write the merged model as a transformers folder, and the adapters in its `adapter/`.
-
-    weights: as in `save_adapters`.
-    """
-    plain = transformers_model(model)
-    merged = {name: weight.cpu() for name, weight in plain_weights(model, weights)}
-    for tied in plain.all_tied_weights_keys:
-        merged.pop(tied, None)
-    plain.save_pretrained(folder, state_dict=merged)
-    save_adapters(model, folder / "adapter", weights)
 
 
 @torch.no_grad()
-def plain_weights(
-    model: Any, state: Mapping[str, torch.Tensor] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """A model's state dict as the plain model's, one whole tensor at a time: W + (alpha / rank) B A
     where there are adapters.
 
     Summed in float32 and rounded once to W's type. Tied weights have each of their names. If the
-    model is sharded, every rank has to iterate to the end. state: its state dict, if it is gathered
-    already.
+    model is sharded, every rank has to iterate to the end.
     Source: LoRA (arXiv 2106.09685, section 4.1).
     """
-    state = model.state_dict() if state is None else state
+    state = model.state_dict()
     for name, tensor in state.items():
         if ".lora_" in name:
             continue
@@ -237,16 +212,12 @@ def plain_weights(
 
 
 def adapter_weights(model: Any) -> dict[str, torch.Tensor] | None:
-    """The trained adapters as peft saves them, whole, on the CPU; None without adapters.
-
-    If the model is sharded, every rank has to call.
-    """
+    """`gathered_adapters` by the names in peft's files; None without adapters."""
     if not has_adapters(model):
         return None
-    state = _peft().get_peft_model_state_dict(
-        model, adapter_name=_ADAPTER, save_embedding_layers=False
+    return _peft().get_peft_model_state_dict(
+        model, gathered_adapters(model), adapter_name=_ADAPTER, save_embedding_layers=False
     )
-    return {name: whole_tensor(tensor).cpu() for name, tensor in state.items()}
 
 
 def _peft() -> Any:

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.transformers import TransformersPolicySampler
@@ -13,12 +13,12 @@ from trace_opd.schemas.configs import LoraConfig, SamplingConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.trace.lora import (
     add_teacher,
-    read_adapters,
+    load_adapters,
+    plain_weights,
     save_adapters,
-    save_merged,
-    set_adapters,
     transformers_model,
 )
+from trace_opd.trace.model_folder import write_settings, write_weights
 from trace_opd.trace.packing import PackedModel, pack
 from trace_opd.trace.policy import backbone, load_policy, output_head
 from trace_opd.trace.protocols import Prompt
@@ -46,6 +46,11 @@ def one_step(policy, lr=0.05):
         for parameter in trained:
             parameter -= lr * parameter.grad
             parameter.grad = None
+
+
+def save_merged(policy, folder):
+    write_settings(policy.model, policy.tokenizer, folder)
+    write_weights(policy.model, plain_weights(policy.model), folder)
 
 
 @torch.no_grad()
@@ -86,23 +91,23 @@ def test_adding_adapters_leaves_the_random_state_alone():
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_restored_adapters_are_identical(tmp_path):
+def test_adapters_on_their_base_are_identical_again(tmp_path):
     policy = adapted()
     one_step(policy)
     save_adapters(policy.model, tmp_path)
     assert not list(tmp_path.glob("model*.safetensors"))  # the base's weights are not copied
-    fresh = adapted()
-    assert not torch.equal(logits(fresh.model), logits(policy.model))
-    set_adapters(fresh.model, read_adapters(fresh.model, tmp_path))
+    loaded = load_adapters(load_policy(MICRO, "cpu").model, tmp_path)
     saved = policy.model.state_dict()
-    assert all(torch.equal(w, saved[name]) for name, w in fresh.model.state_dict().items())
+    assert all(torch.equal(w, saved[name]) for name, w in loaded.state_dict().items())
 
 
-def test_adapters_of_another_shape_are_refused(tmp_path):
-    save_adapters(adapted(LoraConfig(rank=4, target_modules=["q_proj"])).model, tmp_path)
-    other = adapted(LoraConfig(rank=4, target_modules=["q_proj", "v_proj"]))
-    with pytest.raises(InputError, match="another shape"):
-        read_adapters(other.model, tmp_path)
+def test_adapters_of_another_base_are_refused(tmp_path):
+    save_adapters(adapted().model, tmp_path)
+    config = AutoConfig.from_pretrained(MICRO)
+    config.hidden_size = 64
+    other = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match="its adapters do not fit"):
+        load_adapters(other, tmp_path)
 
 
 def test_saved_adapters_load_through_peft(tmp_path):
@@ -121,39 +126,20 @@ def test_the_merged_model_loads_in_transformers_and_has_the_adapted_ones_logits(
 ):
     policy = adapted(precision=precision)
     one_step(policy)
-    save_merged(policy.model, tmp_path)
+    save_merged(policy, tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert merged.dtype == policy.model.dtype
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     expected = logits(policy.model)
     torch.testing.assert_close(logits(merged), expected, rtol=tolerance, atol=tolerance)
     base = load_policy(MICRO, "cpu", precision).model
     assert (logits(base) - expected).abs().max() > 10 * tolerance
 
 
-def test_a_merged_state_dict_can_be_passed_in(tmp_path):
-    """Where parameters are sharded, the caller passes the gathered state dict."""
-    policy = adapted()
-    one_step(policy)
-    gathered = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
-    save_merged(policy.model, tmp_path / "own")
-    fresh = adapted()
-    save_merged(fresh.model, tmp_path / "given", gathered)
-    own, given = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("own", "given"))
-    assert own == given
-    own, given = (
-        (tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes()
-        for n in ("own", "given")
-    )
-    assert own == given
-
-
 def test_an_adapted_policy_samples_as_its_merged_model(tmp_path):
     policy = adapted()
     one_step(policy, lr=0.01)
-    save_merged(policy.model, tmp_path)
-    policy.tokenizer.save_pretrained(tmp_path)
+    save_merged(policy, tmp_path)
     prompts = [Prompt([], [5, 6, 7])]
     sampling = SamplingConfig(max_new_tokens=12)
     mine, merged = (
