@@ -32,6 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from trace_opd.schemas.configs import OptimConfig
 from trace_opd.trace.optim import make_optimizer
 from trace_opd.trace.ranks import join_ranks, local_tensor, whole_tensor
+from trace_opd.trace.shards import read_shards, staged, write_shards
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict,
 )
@@ -84,6 +85,17 @@ found["states"] = all(
     for name, state in expected["state"].items() for key, value in state.items()
 )
 found["empty on a rank"] = [local_tensor(p).numel() for p in sharded.parameters()].count(0)
+def tensors(made, optimizer):
+    return {
+        f"{key}.{name}": value.detach()
+        for name, p in made.named_parameters() for key, value in optimizer.state[p].items()
+    }
+
+written, wanted = tensors(sharded, many), tensors(alone, one)
+write_shards(staged(written), Path(sys.argv[1], "shards"), ranks.count, ranks.waiting)
+read = {name: torch.zeros_like(value) for name, value in wanted.items()}
+read_shards(read, Path(sys.argv[1], "shards"))
+found["read by one rank"] = all(torch.equal(read[name], wanted[name]) for name in wanted)
 again = model(reshard_after_forward=True)
 again.load_state_dict(sharded.state_dict())
 resumed = make_optimizer(again.parameters(), eight, cpu)
@@ -282,7 +294,15 @@ def test_ranks_update_as_one_and_offloading_changes_no_bit(tmp_path):
     assert found == [dict.fromkeys(found[0], True)] * count
 
 
-# --- what is refused ---
+# --- what is printed and refused ---
+
+
+def test_a_command_is_silent_where_torchao_is_installed():
+    program = "from trace_opd.trace.policy import load_policy; import torchao"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout + done.stderr == ""
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
