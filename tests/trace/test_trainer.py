@@ -451,18 +451,22 @@ def step_table(step: int) -> pa.Table:
     return routed.filter(pc.not_equal(routed["group_id"], left_out))
 
 
+WARM_UP = OptimConfig(lr=3e-4, warmup_steps=5)
+DECAY = OptimConfig(kind="adamw_8bit", lr=3e-4, schedule="cosine")
+
+
 @pytest.mark.parametrize(
-    "schedule",
-    [ScheduleConfig(), ScheduleConfig(hold_steps=1, decay_steps=1)],
-    ids=["with a teacher", "lambda 0"],
+    ("schedule", "optim"),
+    [
+        (ScheduleConfig(), WARM_UP),
+        (ScheduleConfig(hold_steps=1, decay_steps=1), WARM_UP),
+        (ScheduleConfig(w0=0), DECAY),
+    ],
+    ids=["with a teacher", "lambda 0", "8 bits and a falling learning rate"],
 )
-def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(tmp_path, schedule):
+def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(tmp_path, schedule, optim):
     # The teacher syncs at steps 0 and 4, so at step 3 it is older than the student.
-    fields = {
-        "schedule": schedule,
-        "teacher": TeacherConfig(sync_steps=4),
-        "optim": OptimConfig(lr=3e-4, warmup_steps=5),
-    }
+    fields = {"schedule": schedule, "teacher": TeacherConfig(sync_steps=4), "optim": optim}
     straight = trainer_of(**fields)
     metrics = list(straight.run(step_table, None))
 
@@ -481,6 +485,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(tmp_path, schedule):
     assert [m["step"] for m in resumed] == [3, 4, 5]
     for name in ("loss", "grad_norm", "lr", "kl_weight", "kl_exposure", "entropy"):
         assert [m[name] for m in resumed] == [m[name] for m in metrics[3:]]
+    assert len({m["lr"] for m in metrics}) == 6 or optim is not DECAY
     assert same_weights(weights(second.policy.model), weights(straight.policy.model))
     assert second.state == straight.state
     if straight.teacher is None:
