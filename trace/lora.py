@@ -6,11 +6,14 @@ saved with merged weights, which any reader of transformers folders loads, and n
 `adapter/`, which peft loads.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +23,17 @@ from ..schemas.errors import InputError
 from .ranks import whole_tensor
 
 _ADAPTER = "default"
+_TEACHER = "teacher"
 _BASE_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterForm:
+    """What an engine has to know of a model's adapters: rank, alpha, the linear layers' names."""
+
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
 
 
 def add_adapters(model: Any, config: LoraConfig) -> Any:
@@ -62,9 +75,74 @@ def add_adapters(model: Any, config: LoraConfig) -> Any:
     return adapted
 
 
+def add_teacher(model: Any) -> None:
+    """Add a second set of adapters, equal to the trained ones and frozen: the teacher's."""
+    with torch.random.fork_rng(devices=[]):
+        model.add_adapter(_TEACHER, copy.deepcopy(model.peft_config[_ADAPTER]))
+    own = dict(model.named_parameters())
+    for name, parameter in own.items():
+        if f".{_TEACHER}." in name:
+            parameter.requires_grad_(False)
+            parameter.data.copy_(own[name.replace(f".{_TEACHER}.", f".{_ADAPTER}.")])
+        elif ".lora_" in name:
+            parameter.requires_grad_(True)
+
+
+class AdapterView:
+    """A packed model with one set of its adapters, or without any: no copy of the base.
+
+    Called like the packed model. Its parameters are those of the adapters.
+    """
+
+    def __init__(self, packed: Any, adapters: Literal["trained", "teacher", "none"]) -> None:
+        """packed: a PackedModel of a model from `add_adapters`; `add_teacher` makes its teacher."""
+        self._packed = packed
+        self._name = {"trained": _ADAPTER, "teacher": _TEACHER, "none": None}[adapters]
+
+    def __call__(self, *args: Any) -> Any:
+        with _computing_with(self._packed.model, self._name):
+            return self._packed(*args)
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The adapters', by their names in the packed model."""
+        for name, parameter in self._packed.named_parameters():
+            if ".lora_" in name and f".{self._name}." in name:
+                yield name, parameter
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The adapters', in the order of the model's layers."""
+        return (parameter for _, parameter in self.named_parameters())
+
+
+@contextmanager
+def _computing_with(model: Any, adapters: str | None) -> Iterator[None]:
+    """Within it, the model computes with the adapters of a name; None: without any.
+
+    peft's own switches change which parameters are trained, so the layers' are set alone.
+    """
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+    for layer in layers:
+        layer._disable_adapters = adapters is None
+        layer._active_adapter = [adapters or _ADAPTER]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters, layer._active_adapter = False, [_ADAPTER]
+
+
 def has_adapters(model: Any) -> bool:
     """Whether `add_adapters` made this model."""
     return hasattr(model, "peft_config")
+
+
+def adapter_form(model: Any) -> AdapterForm | None:
+    """The form of a model's adapters; None without."""
+    if not has_adapters(model):
+        return None
+    settings = model.peft_config[_ADAPTER]
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    return AdapterForm(settings.r, settings.lora_alpha, tuple(sorted(names)))
 
 
 def transformers_model(model: Any) -> Any:
@@ -73,9 +151,10 @@ def transformers_model(model: Any) -> Any:
 
 
 def gathered_adapters(model: Any) -> dict[str, torch.Tensor]:
-    """All adapters of a model by its own names, whole, on the CPU; every rank has to call."""
+    """The trained adapters by the model's own names, whole, on the CPU; every rank has to call."""
     state = model.state_dict()
-    return {name: whole_tensor(state[name]).cpu() for name in state if ".lora_" in name}
+    own = [name for name in state if ".lora_" in name and f".{_ADAPTER}." in name]
+    return {name: whole_tensor(state[name]).cpu() for name in own}
 
 
 def save_adapters(

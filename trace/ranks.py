@@ -15,6 +15,9 @@ from torch.distributed.tensor import DTensor
 from ..schemas.environment import whole_number
 from ..schemas.errors import InputError
 
+# With gloo beside NCCL the norm of gradients that are offloaded to the host can be reduced.
+BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -77,19 +80,21 @@ def join_ranks(device: str) -> Ranks:
         if device == "cuda":
             torch.cuda.set_device(whole_number("LOCAL_RANK", 0))
         try:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            dist.init_process_group(BACKENDS[device])
         except ValueError as error:
             raise InputError(f"torch.distributed: {error}; start with torchrun") from None
-        if device != "cuda":
-            # Gloo's threads abort the process if they still run when the interpreter has ended.
-            atexit.register(dist.destroy_process_group)
+        # Gloo's threads abort the process if they still run when the interpreter has ended.
+        atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor without gradient, gathered if it is sharded; then every rank has to call."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Offloaded shards are gathered on the devices, whose network is the faster one.
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

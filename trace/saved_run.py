@@ -24,7 +24,7 @@ import torch
 from ..schemas.errors import InputError
 from .folders import FAILURES
 from .identity import TRAINER_FILE
-from .lora import has_adapters
+from .lora import AdapterView, has_adapters
 from .packing import PackedModel
 from .ranks import local_tensor
 from .shards import Described, Tensors, described, read_shards
@@ -32,6 +32,7 @@ from .trainer import Trainer, TrainerState
 
 SHARDS = "shards"
 MODEL, _OPTIMIZER, _TEACHER = "model.", "optimizer.", "teacher."
+_WRAPPER = "model."  # prefix of PackedModel's parameter names
 _CHUNK = 1 << 24  # numbers
 
 
@@ -71,20 +72,23 @@ class SavedRun:
         restore_rng_states(self.rng)
 
 
-def module_tensors(module: PackedModel) -> Tensors:
-    """Parameters and stored buffers by the model's own names, tied ones once; with adapters theirs.
+def module_tensors(module: PackedModel | AdapterView) -> Tensors:
+    """Parameters and stored buffers by the model's own names, tied ones once.
 
-    The base under adapters never changes, so no checkpoint holds it.
+    With adapters the trained ones, or a view's: the base under them never changes, so no checkpoint
+    holds it.
     """
-    model = module.model
-    named = dict(model.named_parameters())
-    if has_adapters(model):
-        named = {name: tensor for name, tensor in named.items() if ".lora_" in name}
+    named: Tensors = {}
+    if isinstance(module, PackedModel) and not has_adapters(module.model):
+        all_names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        stored = module.state_dict()
+        named = {name: stored[name] for name in stored if name not in all_names}
+        named |= dict(module.named_parameters())
+    elif isinstance(module, PackedModel):
+        named = {name: one for name, one in module.named_parameters() if one.requires_grad}
     else:
-        all_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        stored = model.state_dict()
-        named |= {name: stored[name] for name in stored if name not in all_names}
-    return {name: tensor.detach() for name, tensor in named.items()}
+        named = dict(module.named_parameters())
+    return {name.removeprefix(_WRAPPER): tensor.detach() for name, tensor in named.items()}
 
 
 def trained_parameters(trainer: Trainer) -> dict[str, torch.nn.Parameter]:

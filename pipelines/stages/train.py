@@ -6,10 +6,8 @@ tensorboard/. The tables of online steps are datasets of their own stages, one p
 in the summary.
 """
 
-import copy
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +19,14 @@ from ...schemas.errors import InputError
 from ...schemas.tables import PROBLEMS, ROUTED
 from ...trace.checkpoint import resume, save_model
 from ...trace.identity import model_revision
-from ...trace.packing import PackedModel
-from ...trace.policy import Policy, choose_device, load_policy, load_tokenizer, vocab_fingerprint
+from ...trace.policy import choose_device, load_policy, load_tokenizer, vocab_fingerprint
 from ...trace.prompt import student_prompt
-from ...trace.ranks import Ranks, copy_weights, join_ranks
+from ...trace.ranks import Ranks, join_ranks
 from ...trace.retention import prune_checkpoints, remove_checkpoint, unneeded_checkpoints
 from ...trace.route import needs_annotations, rule_source
 from ...trace.schedule import kl_weight
+from ...trace.sharding import skeleton
+from ...trace.trained import SamplingCopy, Trained
 from ...trace.trainer import Trainer
 from ..annotators import engine_of
 from ..models import resolve_policy
@@ -157,9 +156,12 @@ def _run(
         lora=config.lora,
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.policy.trust_remote_code,
+        ranks=ranks,
     )
-    # The trainer shards the policy over the ranks; each rank samples with an unsharded copy.
-    replica = _replica(policy) if ranks.count > 1 and config.online.steps else None
+    whole = None
+    follows = sampling_engine(config.sampler, config.policy).follows
+    if config.online.steps and not follows and ranks.shards(policy.compute_dtype):
+        whole = SamplingCopy(policy, skeleton(policy.model))
     trainer = Trainer(policy, config, ranks)
     resumed = resume(trainer, target.local_path("checkpoints"))
     if resumed is not None and ranks.first:
@@ -169,8 +171,8 @@ def _run(
         known = policy.model.get_input_embeddings().num_embeddings
         offline = OfflineReader(inputs["routed"], config, known, ranks)
     if config.online.steps:
-        refresh = None if replica is None else _refresher(trainer, replica)
-        online = OnlineTables(config, store, target, inputs, replica or policy, ranks, refresh)
+        trained = Trained(policy, trainer.student)
+        online = OnlineTables(config, store, target, inputs, trained, ranks, whole)
         if config.validation is not None:
             names = config.validation.problems
             splits = {name: inputs[f"validation_{name}"].read() for name in names}
@@ -191,22 +193,6 @@ def _run(
             for checkpoint in unneeded_checkpoints(target.local_path("checkpoints")):
                 remove_checkpoint(checkpoint)
     return ranks.broadcast(finished)
-
-
-def _replica(policy: Policy) -> Policy:
-    model = copy.deepcopy(policy.model).requires_grad_(False).eval()
-    return replace(policy, model=model)
-
-
-def _refresher(trainer: Trainer, replica: Policy) -> Callable[[], None]:
-    """Copies the student's weights and identity to the replica; every rank has to call it."""
-    packed = PackedModel(replica.model)  # its parameters are named as the student's
-
-    def refresh() -> None:
-        copy_weights(trainer.student, packed)
-        replica.info = trainer.policy.info
-
-    return refresh
 
 
 def _check_routed(config: TrainConfig, routed: Dataset, vocabulary: str) -> None:
