@@ -60,6 +60,8 @@ def write_shards(
     writer = HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=_files(tensors, count), save_distributed=True
     )
+    # The loader that overlaps copies would open a context on the first GPU in every rank.
+    writer.per_thread_copy_ahead = 0
     _without_warning()
     try:
         save(tensors, storage_writer=writer, process_group=group, no_dist=count == 1)
