@@ -153,8 +153,8 @@ def transformers_model(model: Any) -> Any:
 def gathered_adapters(model: Any) -> dict[str, torch.Tensor]:
     """The trained adapters by the model's own names, whole, on the CPU; every rank has to call."""
     state = model.state_dict()
-    own = [name for name in state if ".lora_" in name and f".{_ADAPTER}." in name]
-    return {name: whole_tensor(state[name]).cpu() for name in own}
+    names = [name for name in state if ".lora_" in name and f".{_ADAPTER}." in name]
+    return {name: whole_tensor(state[name]).cpu() for name in names}
 
 
 def save_adapters(
@@ -212,16 +212,12 @@ def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def adapter_weights(model: Any) -> dict[str, torch.Tensor] | None:
-    """The trained adapters as peft saves them, whole, on the CPU; None without adapters.
-
-    If the model is sharded, every rank has to call.
-    """
+    """`gathered_adapters` by the names in peft's files; None without adapters."""
     if not has_adapters(model):
         return None
-    state = _peft().get_peft_model_state_dict(
-        model, adapter_name=_ADAPTER, save_embedding_layers=False
+    return _peft().get_peft_model_state_dict(
+        model, gathered_adapters(model), adapter_name=_ADAPTER, save_embedding_layers=False
     )
-    return {name: whole_tensor(tensor).cpu() for name, tensor in state.items()}
 
 
 def _peft() -> Any:

@@ -24,15 +24,15 @@ import torch
 from ..schemas.errors import InputError
 from .folders import FAILURES
 from .identity import TRAINER_FILE
-from .lora import AdapterView, has_adapters
+from .lora import AdapterView
 from .packing import PackedModel
 from .ranks import local_tensor
 from .shards import Described, Tensors, described, read_shards
 from .trainer import Trainer, TrainerState
 
 SHARDS = "shards"
+WRAPPER = "model."  # prefix of a PackedModel's parameter names
 MODEL, _OPTIMIZER, _TEACHER = "model.", "optimizer.", "teacher."
-_WRAPPER = "model."  # prefix of PackedModel's parameter names
 _CHUNK = 1 << 24  # numbers
 
 
@@ -56,7 +56,7 @@ class SavedRun:
     @torch.no_grad()
     def apply(self, trainer: Trainer) -> None:
         """Load it into the trainer that it was read for."""
-        _copy(self.model, module_tensors(trainer.student))
+        _copy(self.model, module_tensors(trainer.trained))
         if not self.has_teacher:
             trainer.teacher = None
         elif self.teacher is not None and trainer.teacher is not None:
@@ -72,23 +72,21 @@ class SavedRun:
         restore_rng_states(self.rng)
 
 
-def module_tensors(module: PackedModel | AdapterView) -> Tensors:
-    """Parameters and stored buffers by the model's own names, tied ones once.
+def module_tensors(part: PackedModel | AdapterView) -> Tensors:
+    """Parameters and stored buffers by the model's own names, tied ones once; of a view its
+    adapters.
 
-    With adapters the trained ones, or a view's: the base under them never changes, so no checkpoint
-    holds it.
+    The base under adapters never changes, so no checkpoint holds it.
     """
-    named: Tensors = {}
-    if isinstance(module, PackedModel) and not has_adapters(module.model):
-        all_names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        stored = module.state_dict()
-        named = {name: stored[name] for name in stored if name not in all_names}
-        named |= dict(module.named_parameters())
-    elif isinstance(module, PackedModel):
-        named = {name: one for name, one in module.named_parameters() if one.requires_grad}
+    if isinstance(part, AdapterView):
+        named = {name.removeprefix(WRAPPER): p for name, p in part.named_parameters()}
     else:
-        named = dict(module.named_parameters())
-    return {name.removeprefix(_WRAPPER): tensor.detach() for name, tensor in named.items()}
+        model = part.model
+        named = dict(model.named_parameters())
+        all_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        stored = model.state_dict()
+        named |= {name: stored[name] for name in stored if name not in all_names}
+    return {name: tensor.detach() for name, tensor in named.items()}
 
 
 def trained_parameters(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
@@ -99,7 +97,7 @@ def trained_parameters(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
 
 def run_tensors(trainer: Trainer) -> Tensors:
     """All tensors of a checkpoint by name, sharded as they are, in the trainer's memory."""
-    tensors = {MODEL + name: one for name, one in module_tensors(trainer.student).items()}
+    tensors = {MODEL + name: one for name, one in module_tensors(trainer.trained).items()}
     for name, parameter in trained_parameters(trainer).items():
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
@@ -140,7 +138,7 @@ def read_run(trainer: Trainer, checkpoint: Path, step: int) -> SavedRun:
         has_teacher, numbers, rng = bool(saved["teacher"]), saved["optimizer"], saved["rng"]
         _check_rng_states(rng)
         stored = described(checkpoint / SHARDS)
-        model = _targets(stored, MODEL, module_tensors(trainer.student))
+        model = _targets(stored, MODEL, module_tensors(trainer.trained))
         teacher = None
         if has_teacher and trainer.teacher is None:
             raise ValueError("it holds a teacher, and this run has none")

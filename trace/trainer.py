@@ -84,7 +84,7 @@ class Trainer:
         self.state = TrainerState()
         check_optimizer(config.optim, policy.device, self.ranks.shards(policy.compute_dtype))
         models = start_models(policy, config, self.ranks)
-        self.student, self._trained = models.student, models.trained
+        self.student, self.trained = models.student, models.trained
         self.teacher, self.reference = models.teacher, models.reference
         self.optimizer = make_optimizer(self.student.parameters(), config.optim, policy.device)
 
@@ -148,7 +148,7 @@ class Trainer:
         norm, lr = self._step_optimizer()
         skipped = not math.isfinite(norm)
         if not skipped and self.teacher is not None and config.teacher.sync == "ema":
-            average_weights(self._trained, self.teacher, config.teacher.ema_rate)
+            average_weights(self.trained, self.teacher, config.teacher.ema_rate)
         self.state.step += 1
         self.state.kl_exposure += kl**2
         self.state.skipped += skipped
@@ -184,7 +184,7 @@ class Trainer:
         batches = micro_batches(mine, self.config.micro_batch_tokens)
         device = self.policy.device
         # Sharded passes are collective: a rank without batches left repeats one at weight 0.
-        (passes,) = self.ranks.most([len(batches)], device)
+        (passes,) = self.ranks.most([len(batches)])
         routed = kl > 0 and any(sequence.routed_end for sequence in sequences)
         sums, largest = np.zeros(len(SUMS)), 0.0
         for index in range(int(passes)):
@@ -203,8 +203,8 @@ class Trainer:
         for frozen in (self.teacher, self.reference):
             if frozen is not None:
                 reshard(frozen)
-        totals = self.ranks.sum(sums.tolist(), device)
-        return dict(zip(SUMS, totals, strict=True)), self.ranks.most([largest], device)[0]
+        totals = self.ranks.sum(sums.tolist())
+        return dict(zip(SUMS, totals, strict=True)), self.ranks.most([largest])[0]
 
     def _objective(self, rows: list[TrainingSequence], inputs: LossInputs, kl: float) -> LossOutput:
         row = student_row(rows)
@@ -268,4 +268,4 @@ class Trainer:
             and sync.sync == "periodic"
             and not self.state.step % sync.sync_steps
         ):
-            copy_weights(self._trained, self.teacher)
+            copy_weights(self.trained, self.teacher)

@@ -270,12 +270,16 @@ def plan(
     response_tokens: Annotated[
         int | None, typer.Option(min=1, help="Mean response length; default: the limit.")
     ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=1, help="Memory of a GPU, GB; default: this machine's.")
+    ] = None,
 ) -> None:
-    """Predict a training run's memory and seconds per step; load no weights."""
-    from ..training.plan import plan_table
+    """Predict a training run's memory and seconds per step, and what makes it fit a GPU."""
+    from ..training.plan_table import plan_table
 
     loaded = _load(TrainConfig, config, overrides, "train")
-    console.print(plan_table(loaded, gpus, tflops, bandwidth, response_tokens=response_tokens))
+    lengths = {"response_tokens": response_tokens, "memory_gb": memory}
+    console.print(plan_table(loaded, gpus, tflops, bandwidth, **lengths))
 
 
 @app.command()

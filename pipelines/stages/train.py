@@ -39,7 +39,7 @@ from ..terminal import console
 from ..training.loop import train_steps
 from ..training.offline import OfflineReader
 from ..training.online_tables import OnlineTables
-from ..training.plan import memory_line
+from ..training.plan_table import memory_line
 from ..training.tracking import check_tracker
 from ..training.validation import FOLDER
 from ..verifiers.registry import verifier_identity
@@ -119,15 +119,13 @@ def run(
         InputError: see `begin`.
         Stopped, Interrupted: SIGTERM or Ctrl-C; a checkpoint of the last finished step is on disk.
     """
-    ranks = join_ranks(choose_device(config.policy.device).type)
+    ranks = join_ranks(choose_device(config.policy.device).type, config.wait_hours)
     with ExitStack() as stack:
         opened = None
         if ranks.first:
             inputs, target = begin(config, store)
-            # Ranks that wait for a broadcast time out after minutes; another run may take days.
-            waits = print_waiting if ranks.count == 1 else _refuse
             if isinstance(target, Draft):
-                target = stack.enter_context(target.locked(waits))
+                target = stack.enter_context(target.locked(print_waiting))
             if isinstance(target, Draft):
                 announce(memory_line(config, ranks.count))
             opened = inputs, target
@@ -137,17 +135,9 @@ def run(
         return _run(config, store, ranks, inputs, target)
 
 
-def _refuse(who: str) -> None:
-    raise InputError(f"{who}; wait for its end and give this command again")
-
-
 def _run(
     config: TrainConfig, store: Store, ranks: Ranks, inputs: dict[str, Dataset], target: Draft
 ) -> Dataset:
-    if config.validation is not None and ranks.count > 1:
-        raise InputError(
-            "validation: runs on one rank; take it out under torchrun and evaluate checkpoints"
-        )
     policy = load_policy(
         resolve_policy(config.policy.path),
         config.policy.device,
@@ -162,6 +152,7 @@ def _run(
     follows = sampling_engine(config.sampler, config.policy).follows
     if config.online.steps and not follows and ranks.shards(policy.compute_dtype):
         whole = SamplingCopy(policy, skeleton(policy.model))
+    ranks.wait()  # loading takes some longer than others
     trainer = Trainer(policy, config, ranks)
     resumed = resume(trainer, target.local_path("checkpoints"))
     if resumed is not None and ranks.first:
@@ -184,6 +175,7 @@ def _run(
     finally:
         if online is not None:
             online.close()
+    ranks.wait()  # the first had its annotator to close
     save_model(trainer, target.local_path(FINAL))
     finished = None
     if ranks.first:

@@ -47,7 +47,7 @@ def train_steps(
     def due() -> bool:
         now = [(time.monotonic() - saved_at) / 60, float(writer.failed)]
         if trainer.ranks.count > 1:  # their clocks differ, and a checkpoint takes all of them
-            now = trainer.ranks.most(now, trainer.policy.device)
+            now = trainer.ranks.most(now)
         minutes, failed = now
         # One that could not be written is due: `save` raises its error on every rank.
         return bool(failed) or checkpoint_due(config, trainer.state.step, minutes)
@@ -78,6 +78,8 @@ def train_steps(
             if saved != trainer.state.step:
                 save()
             writer.wait()
+            # Torchrun kills all ranks 30 s after one has ended, and the first may still write.
+            trainer.ranks.wait()
             if engine and not stopping():  # a signal to all processes of a run ends its engine too
                 raise
             raise stop_of(
@@ -130,7 +132,8 @@ def _stop_request(trainer: Trainer) -> Iterator[Callable[[], int]]:
 
     def receive(number: int) -> None:
         if not received and number == signal.SIGINT and trainer.ranks.first:
-            announce("writing a checkpoint, Ctrl-C again to stop without it")
+            again = ", Ctrl-C again to stop without it" if trainer.ranks.count == 1 else ""
+            announce(f"writing a checkpoint{again}")
         received.append(number)
         # Torchrun passes the terminal's Ctrl-C on: its ranks get it twice.
         if received[1:].count(signal.SIGINT) and trainer.ranks.count == 1:
@@ -140,7 +143,7 @@ def _stop_request(trainer: Trainer) -> Iterator[Callable[[], int]]:
         number = received[0] if received else 0
         if trainer.ranks.count == 1:
             return number
-        return int(trainer.ranks.most([float(number)], trainer.policy.device)[0])
+        return int(trainer.ranks.most([float(number)])[0])
 
     with handled(receive):
         yield stopping

@@ -15,7 +15,7 @@ from ...schemas.configs import SamplingConfig, TrainConfig
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
 from ...trace.align import byte_table
-from ...trace.online import OnlineSource
+from ...trace.online import OnlineSource, sample_shares
 from ...trace.protocols import Annotator, Sampler
 from ...trace.ranks import Ranks
 from ...trace.route import needs_annotations
@@ -72,6 +72,7 @@ class OnlineTables:
         online = config.online
         self._config, self._trained, self._whole = config, trained, whole
         self._policy = policy = trained.policy if whole is None else whole.policy
+        self._ranks = ranks
         self._first = config.offline.steps
         self._problems = inputs["problems"].read()
         if ranks.first and len(self._problems) < config.groups_per_step:
@@ -82,6 +83,7 @@ class OnlineTables:
                 len(self._problems),
             )
         engine = sampling_engine(config.sampler, config.policy)
+        self._share = not engine.served
         ahead = online.max_staleness > 0
         if ahead and ranks.count > 1 and not engine.served:
             raise InputError(
@@ -122,7 +124,7 @@ class OnlineTables:
             follow=self._follow if whole or engine.follows else None,
             rest=self._rest if whole or engine.follows else None,
             ranks=ranks,
-            share=not engine.served,
+            share=self._share,
             ahead={step: kl_weight(step, config.schedule) > 0 for step in coming},
         )
         self._open: list[Any] = [self.source, self._sampler, self._verifier, self._annotator]
@@ -150,6 +152,7 @@ class OnlineTables:
 
     def _follow(self) -> None:
         """Give the sampler the current weights; every rank calls, since they may be sharded."""
+        self._ranks.wait()  # the first may come late, from a step made ahead or from verifying
         if self._whole is not None:
             self._whole.gather(self._trained.packed)
         if self._probe is None:
@@ -214,14 +217,22 @@ class OnlineTables:
         return rollouts_table(problems, self._sampler, tokenizer, prompt, sampling, k, seed)
 
     def validation(self, splits: dict[str, pa.Table], run: Path) -> Validation:
-        """Evaluations on held-out problems with the engines of the online steps; on one rank."""
-        return Validation(self._config, splits, self._sample_held_out, self._verifier, run)
+        """Evaluations on held-out problems with the engines of the online steps."""
+        sample = self._sample_held_out
+        return Validation(self._config, splits, sample, self._verifier, run, self._ranks)
 
     def _sample_held_out(
         self, problems: pa.Table, sampling: SamplingConfig, k: int, seed: int
-    ) -> pa.Table:
+    ) -> pa.Table | None:
+        def sample(own: pa.Table) -> pa.Table:
+            return self._rollouts(own, sampling, k, seed)
+
         self._follow()
-        made = self._rollouts(problems, sampling, k, seed)
+        made = None
+        if self._share:
+            made = sample_shares(self._ranks, problems, sample)
+        elif self._ranks.first:
+            made = sample(problems)
         self._rest()
         return made
 

@@ -245,6 +245,13 @@ class TrainConfig(Config):
         "Keep them when the run is finished, e.g. to evaluate a step. false: only the final model, "
         "and with adapters the newest checkpoint.",
     )
+    wait_hours: float = operational(
+        72.0,
+        "Under torchrun: how long a rank waits for another one that samples, annotates, loads or "
+        "writes.",
+        gt=0,
+        le=10_000,
+    )
     tracker: Literal["tensorboard", "trackio", "wandb", "none"] = operational(
         "tensorboard", "Where metrics go besides metrics.jsonl."
     )
