@@ -69,7 +69,8 @@ class CheckpointWriter:
         ranks = trainer.ranks
         self._group: dist.ProcessGroup | None = None
         if ranks.count > 1:
-            group = dist.new_group(backend="gloo", timeout=timedelta(days=3))
+            limit = timedelta(hours=trainer.config.wait_hours)
+            group = dist.new_group(backend="gloo", timeout=limit)
             assert isinstance(group, dist.ProcessGroup), "every rank is a member"
             self._group = group
         self.written = trainer.state.step  # step of the newest checkpoint on disk
