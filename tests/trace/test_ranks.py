@@ -133,6 +133,7 @@ CASES = {
 }
 PLAIN, LORA = CASES["plain"], CASES["lora"]
 BFLOAT16 = {"policy": {"precision": "bfloat16"}}
+EIGHT_BITS = {"optim": SETTINGS["optim"] | {"kind": "adamw_8bit"}}
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,8 @@ def one(routed, tmp_path_factory) -> Path:
         (root / "first", PLAIN, 1),
         (root / "bfloat16", BFLOAT16, 3),
         (root / "first bfloat16", BFLOAT16, 1),
+        (root / "8 bits", EIGHT_BITS, 3),
+        (root / "first 8 bits", EIGHT_BITS, 1),
     )
     return root
 
@@ -243,23 +246,31 @@ def test_a_run_resumes_with_another_number_of_ranks_sharded_or_not(routed, one, 
         return folders
 
     sharded = one / "first bfloat16"  # on one rank
-    same, low, plain, lora, from_two = resumed(
+    same, eight, low, plain, lora, from_two = resumed(
         1,
         (one / "first", PLAIN),
+        (one / "first 8 bits", EIGHT_BITS),
         (sharded, BFLOAT16),
         (sharded, PLAIN),
         (two / "first lora", LORA),
         (two / "first", PLAIN),
     )
-    same_two, from_one = resumed(2, (two / "first", PLAIN), (one / "first", PLAIN))
+    same_two, from_one, eight_on_two = resumed(
+        2,
+        (two / "first", PLAIN),
+        (one / "first", PLAIN),
+        (one / "first 8 bits", EIGHT_BITS),
+    )
     (on_four,) = resumed(4, (two / "first", PLAIN))
     # Bit for bit under the same number of ranks, else to rounding.
     assert largest_difference(same, one / "plain") == 0
     assert largest_difference(low, one / "bfloat16") == 0
+    assert largest_difference(eight, one / "8 bits") == 0
     assert largest_difference(same_two, two / "plain") == 0
     for folder in (from_two, from_one, on_four):
         assert largest_difference(folder, one / "plain") < 2e-6
     assert largest_difference(lora, one / "lora") < 2e-6
+    assert largest_difference(eight_on_two, one / "8 bits") < 1e-4  # rounding may take another code
     assert largest_difference(plain, one / "plain") < 1e-3  # its first step was in bfloat16
 
 
