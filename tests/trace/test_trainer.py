@@ -440,6 +440,32 @@ def test_the_teacher_reads_its_prompt_and_the_prefix_up_to_the_last_routed_token
     assert sorted(read) == sorted(expected)
 
 
+@pytest.mark.parametrize("budget", [100, 400])
+def test_the_teachers_rows_are_cut_by_tokens_when_its_prompts_are_long(budget):
+    long = [
+        replace(s, teacher_prompt_ids=5 * s.teacher_prompt_ids) if s.routed_end else s
+        for s in sequences()
+    ]
+    trainer, read = trainer_of(micro_batch_tokens=budget), []
+
+    def keep(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        read.append((kwargs["input_ids"].numel(), len(kwargs["packed"].sequences)))
+
+    trainer.teacher.model.base_model.register_forward_pre_hook(keep, with_kwargs=True)
+    trainer.accumulate_gradients(long, 0.5)
+    cut = gradients_of(trainer)
+    assert sum(count for _, count in read) == sum(s.routed_end > 0 for s in long)
+    assert all(tokens <= budget or count == 1 for tokens, count in read)
+    at_once = trainer_of(micro_batch_tokens=1_000_000)
+    at_once.accumulate_gradients(long, 0.5)
+    for name, gradient in gradients_of(at_once).items():
+        torch.testing.assert_close(cut[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def gradients_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in trainer.policy.model.named_parameters()}
+
+
 # --- checkpoints ---
 
 
