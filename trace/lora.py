@@ -6,22 +6,34 @@ saved with merged weights, which any reader of transformers folders loads, and n
 `adapter/`, which peft loads.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..schemas.configs import LoraConfig
 from ..schemas.errors import InputError
 from .ranks import whole_tensor
 
 _ADAPTER = "default"
+_TEACHER = "teacher"
 _BASE_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterForm:
+    """What an engine has to know of a model's adapters: rank, alpha, the linear layers' names."""
+
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
 
 
 def add_adapters(model: Any, config: LoraConfig) -> Any:
@@ -63,9 +75,74 @@ def add_adapters(model: Any, config: LoraConfig) -> Any:
     return adapted
 
 
+def add_teacher(model: Any) -> None:
+    """Add a second set of adapters, equal to the trained ones and frozen: the teacher's."""
+    with torch.random.fork_rng(devices=[]):
+        model.add_adapter(_TEACHER, copy.deepcopy(model.peft_config[_ADAPTER]))
+    own = dict(model.named_parameters())
+    for name, parameter in own.items():
+        if f".{_TEACHER}." in name:
+            parameter.requires_grad_(False)
+            parameter.data.copy_(own[name.replace(f".{_TEACHER}.", f".{_ADAPTER}.")])
+        elif ".lora_" in name:
+            parameter.requires_grad_(True)
+
+
+class AdapterView:
+    """A packed model with one set of its adapters, or without any: no copy of the base.
+
+    Called like the packed model. Its parameters are those of the adapters.
+    """
+
+    def __init__(self, packed: Any, adapters: Literal["trained", "teacher", "none"]) -> None:
+        """packed: a PackedModel of a model from `add_adapters`; `add_teacher` makes its teacher."""
+        self._packed = packed
+        self._name = {"trained": _ADAPTER, "teacher": _TEACHER, "none": None}[adapters]
+
+    def __call__(self, *args: Any) -> Any:
+        with _computing_with(self._packed.model, self._name):
+            return self._packed(*args)
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The adapters', by their names in the packed model."""
+        for name, parameter in self._packed.named_parameters():
+            if ".lora_" in name and f".{self._name}." in name:
+                yield name, parameter
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The adapters', in the order of the model's layers."""
+        return (parameter for _, parameter in self.named_parameters())
+
+
+@contextmanager
+def _computing_with(model: Any, adapters: str | None) -> Iterator[None]:
+    """Within it, the model computes with the adapters of a name; None: without any.
+
+    peft's own switches change which parameters are trained, so the layers' are set alone.
+    """
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+    for layer in layers:
+        layer._disable_adapters = adapters is None
+        layer._active_adapter = [adapters or _ADAPTER]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters, layer._active_adapter = False, [_ADAPTER]
+
+
 def has_adapters(model: Any) -> bool:
     """Whether `add_adapters` made this model."""
     return hasattr(model, "peft_config")
+
+
+def adapter_form(model: Any) -> AdapterForm | None:
+    """The form of a model's adapters; None without."""
+    if not has_adapters(model):
+        return None
+    settings = model.peft_config[_ADAPTER]
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    return AdapterForm(settings.r, settings.lora_alpha, tuple(sorted(names)))
 
 
 def transformers_model(model: Any) -> Any:
@@ -73,74 +150,52 @@ def transformers_model(model: Any) -> Any:
     return model.get_base_model() if has_adapters(model) else model
 
 
+def gathered_adapters(model: Any) -> dict[str, torch.Tensor]:
+    """The trained adapters by the model's own names, whole, on the CPU; every rank has to call."""
+    state = model.state_dict()
+    names = [name for name in state if ".lora_" in name and f".{_ADAPTER}." in name]
+    return {name: whole_tensor(state[name]).cpu() for name in names}
+
+
 def save_adapters(
     model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors for peft.PeftModel.from_pretrained.
 
-    weights: the model's gathered state dict; needed if its parameters are sharded.
+    weights: from `gathered_adapters`; needed if the model is sharded.
     """
-    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    model.save_pretrained(
+        folder, state_dict=weights, selected_adapters=[_ADAPTER], save_embedding_layers=False
+    )
 
 
-def read_adapters(model: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """The adapters that `save_adapters` wrote for a model from `add_adapters`.
+def load_adapters(model: Any, folder: Path) -> Any:
+    """Put the adapters that `save_adapters` wrote on their base: a peft.PeftModel.
 
     Raises:
-        InputError: they cannot be read, or have another shape.
+        InputError: peft is not installed, or they do not fit the base.
     """
-    file = folder / "adapter_model.safetensors"
+    peft = _peft()
     try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"{file}: is no complete safetensors file ({error}); take another checkpoint"
+            f"{folder}: its adapters do not fit {model.name_or_path} ({reason:.160}); name the "
+            "model that they were trained on"
         ) from None
-    expected = adapter_weights(model) or {}
-    for name in sorted(expected.keys() | weights.keys()):
-        if name in expected and name in weights and expected[name].shape == weights[name].shape:
-            continue
-        raise InputError(
-            f"{folder}: holds adapters of another shape ({name}); resume with the lora settings "
-            "that "
-            "made it"
-        )
-    return weights
-
-
-def set_adapters(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Load adapters from `read_adapters` into a model, bit for bit."""
-    _peft().set_peft_model_state_dict(model, weights)
-
-
-def save_merged(
-    model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None
-) -> None:
-    """Write the merged model as a transformers folder, and the adapters in its `adapter/`.
-
-    weights: as in `save_adapters`.
-    """
-    plain = transformers_model(model)
-    merged = {name: weight.cpu() for name, weight in plain_weights(model, weights)}
-    for tied in plain.all_tied_weights_keys:
-        merged.pop(tied, None)
-    plain.save_pretrained(folder, state_dict=merged)
-    save_adapters(model, folder / "adapter", weights)
 
 
 @torch.no_grad()
-def plain_weights(
-    model: Any, state: Mapping[str, torch.Tensor] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """A model's state dict as the plain model's, one whole tensor at a time: W + (alpha / rank) B A
     where there are adapters.
 
     Summed in float32 and rounded once to W's type. Tied weights have each of their names. If the
-    model is sharded, every rank has to iterate to the end. state: its state dict, if it is gathered
-    already.
+    model is sharded, every rank has to iterate to the end.
     Source: LoRA (arXiv 2106.09685, section 4.1).
     """
-    state = model.state_dict() if state is None else state
+    state = model.state_dict()
     for name, tensor in state.items():
         if ".lora_" in name:
             continue
@@ -157,16 +212,12 @@ def plain_weights(
 
 
 def adapter_weights(model: Any) -> dict[str, torch.Tensor] | None:
-    """The trained adapters as peft saves them, whole, on the CPU; None without adapters.
-
-    If the model is sharded, every rank has to call.
-    """
+    """`gathered_adapters` by the names in peft's files; None without adapters."""
     if not has_adapters(model):
         return None
-    state = _peft().get_peft_model_state_dict(
-        model, adapter_name=_ADAPTER, save_embedding_layers=False
+    return _peft().get_peft_model_state_dict(
+        model, gathered_adapters(model), adapter_name=_ADAPTER, save_embedding_layers=False
     )
-    return {name: whole_tensor(tensor).cpu() for name, tensor in state.items()}
 
 
 def _peft() -> Any:

@@ -21,6 +21,8 @@ from .lora import add_adapters, transformers_model
 from .protocols import PolicyInfo
 from .ranks import Ranks
 
+CPU = torch.device("cpu")
+
 
 @dataclass
 class Policy:
@@ -33,7 +35,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     info: PolicyInfo
     compute_dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
 
 def load_policy(
@@ -42,7 +44,7 @@ def load_policy(
     precision: Precision = "auto",
     trainable: bool = False,
     lora: LoraConfig | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | int = False,
     trust_remote_code: bool = False,
     ranks: Ranks | None = None,
 ) -> Policy:
@@ -53,8 +55,8 @@ def load_policy(
     are below their resolution. If it shards them (`Ranks.shards`), the first rank's model is on the
     CPU in the type of its files, and the others' on meta.
     lora: freeze the weights, in the chosen precision, and train float32 adapters (lora.py).
-    gradient_checkpointing: recompute activations in the backward pass. trust_remote_code: run the
-    model's own code. Weights are read from safetensors only.
+    gradient_checkpointing: recompute activations in the backward pass, in all layers or in that
+    many. trust_remote_code: run the model's own code. Weights are read from safetensors only.
 
     Raises:
         InputError: a model that is missing, damaged, incomplete, not finite, or needs its own code;
@@ -65,16 +67,18 @@ def load_policy(
     tokenizer = load_tokenizer(path, trust_remote_code)
     ranks = ranks or Ranks()
     sharded = trainable and ranks.shards(dtype)
+    stored: torch.dtype | str = dtype
+    if trainable and lora is None:
+        stored = "auto" if sharded else torch.float32
     if sharded and not ranks.first:
-        model = load_model(path, "auto", trust_remote_code, device_map="meta")
+        model = load_model(path, stored, trust_remote_code, device_map="meta")
     else:
-        stored = torch.float32 if trainable and lora is None else dtype
-        model = load_model(path, "auto" if sharded else stored, trust_remote_code)
+        model = load_model(path, stored, trust_remote_code)
         require_finite(model, path)
     if lora is not None:
         model = add_adapters(model, lora)
     if gradient_checkpointing:
-        checkpoint_layers(model)
+        checkpoint_layers(model, None if gradient_checkpointing is True else gradient_checkpointing)
     if not sharded:
         model.to(where)
     info = policy_info(path, tokenizer, trust_remote_code)
@@ -92,20 +96,32 @@ def output_head(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return head.weight, getattr(head, "bias", None)
 
 
-def checkpoint_layers(model: Any) -> None:
-    """Recompute each layer's activations in the backward pass instead of storing them.
+def checkpoint_layers(model: Any, count: int | None = None) -> None:
+    """Recompute activations of the first `count` layers in the backward pass instead of storing
+    them; None: of all layers.
+
+    The first, because the backward pass reaches them last: by then the other layers' activations
+    are freed, and those of the layer that is recomputed have room.
 
     Raises:
-        InputError: transformers cannot checkpoint this architecture's layers.
+        InputError: transformers cannot checkpoint this architecture's layers, or there are fewer.
     """
     plain, decoder = transformers_model(model), backbone(model)
-    if not any(isinstance(module, GradientCheckpointingLayer) for module in decoder.modules()):
+    layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
         raise InputError(
             f"policy {plain.config.model_type}: transformers does not checkpoint this "
             "architecture; "
             "set gradient_checkpointing=false"
         )
+    if count is not None and count > len(layers):
+        raise InputError(
+            f"gradient_checkpointing: is {count}, and the policy has {len(layers)} layers; set "
+            f"at most {len(layers)}, or true"
+        )
     plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in layers[count:] if count is not None else []:
+        layer.gradient_checkpointing = False
     decoder.register_forward_pre_hook(_follow_grad_mode)
 
 
@@ -117,7 +133,7 @@ def _follow_grad_mode(decoder: torch.nn.Module, _: Any) -> None:
     layers themselves change, not those of their submodules.
     """
     for module in decoder.modules():
-        if isinstance(module, GradientCheckpointingLayer):
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = torch.is_grad_enabled()
 
 

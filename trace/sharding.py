@@ -12,20 +12,26 @@ micro-batches and ranks in float32. Source: FSDP2's MixedPrecisionPolicy.
 import atexit
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from .policy import backbone
-from .ranks import Ranks, local_tensor, whole_tensor
+from .ranks import BACKENDS, Ranks, local_tensor, whole_tensor
 
 # (name, placeholder) -> the whole tensor on this rank; called in the same order on every rank.
 Source = Callable[[str, torch.Tensor], torch.Tensor]
-# (name, placeholder) -> the type in which to keep it.
-Stored = Callable[[str, torch.Tensor], torch.dtype]
+# (placeholder, whole tensor) -> the type in which to keep it.
+Stored = Callable[[torch.Tensor, torch.Tensor], torch.dtype]
+
+
+class Weights(Protocol):
+    """What has parameters: a module, or a view of some of its parameters."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
 
 def skeleton(model: torch.nn.Module) -> Any:
@@ -47,11 +53,13 @@ def place(
     device: torch.device,
     ranks: Ranks,
     compute_dtype: torch.dtype,
+    offload: bool = False,
 ) -> None:
     """Give a module its tensors, sharded if `Ranks.shards` says so. Every rank has to call.
 
     module: a PackedModel; parameters, tied ones included, and buffers are replaced by new tensors
-    on `device`.
+    on `device`. offload: this rank's shards and their gradients are in the host's memory, and
+    `device` has a layer while it computes (FSDP2's CPUOffloadPolicy).
     """
     units: list[torch.nn.Module] = [module]
     fsdp: dict[str, Any] = {}
@@ -59,6 +67,8 @@ def place(
         units = [*backbone(module.model).get_submodule("layers").children(), module]
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         fsdp = {"mesh": _mesh(ranks, device), "mp_policy": precision}
+        if offload:
+            fsdp["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     tensors = _Tensors(module, source, stored, device)
     for unit in units:
         tensors.place(unit)
@@ -75,7 +85,9 @@ def place_whole(
 
 def remove_weights(module: torch.nn.Module) -> None:
     """Free a module's tensors: they go back to meta, and `place_whole` may give it new ones."""
-    _Tensors(module, lambda _, tensor: tensor, _as_it_is, torch.device("meta")).place(module)
+    _Tensors(module, lambda _, tensor: tensor, frozen_types(None), torch.device("meta")).place(
+        module
+    )
 
 
 class _Tensors:
@@ -104,30 +116,24 @@ class _Tensors:
     def _new(self, tensor: torch.Tensor) -> torch.Tensor:
         name, _ = self._names[id(tensor)]
         whole = self._source(name, tensor)
-        new = whole.to(self._device, self._stored(name, tensor), copy=True)
+        new = whole.to(self._device, self._stored(tensor, whole), copy=True)
         if isinstance(tensor, torch.nn.Parameter):
             new = torch.nn.Parameter(new, tensor.requires_grad)
         return new
 
 
-def trained_types(compute_dtype: torch.dtype) -> Stored:
-    """float32 for what is trained, the compute type for what is frozen."""
+def trained_types(tensor: torch.Tensor, whole: torch.Tensor) -> torch.dtype:
+    """float32 for what is trained; the source's type for the rest."""
+    return torch.float32 if tensor.requires_grad else whole.dtype
 
-    def stored(_: str, tensor: torch.Tensor) -> torch.dtype:
-        if not isinstance(tensor, torch.nn.Parameter):
-            return tensor.dtype
-        return torch.float32 if tensor.requires_grad else compute_dtype
+
+def frozen_types(dtype: torch.dtype | None) -> Stored:
+    """One type for all parameters; None: the source's."""
+
+    def stored(tensor: torch.Tensor, whole: torch.Tensor) -> torch.dtype:
+        return dtype if dtype and isinstance(tensor, torch.nn.Parameter) else whole.dtype
 
     return stored
-
-
-def _as_it_is(_: str, tensor: torch.Tensor) -> torch.dtype:
-    return tensor.dtype
-
-
-def all_types(dtype: torch.dtype) -> Stored:
-    """One type for all parameters."""
-    return lambda _, tensor: dtype if isinstance(tensor, torch.nn.Parameter) else tensor.dtype
 
 
 def from_first_rank(ranks: Ranks, device: torch.device) -> Source:
@@ -151,17 +157,18 @@ def from_module(module: torch.nn.Module) -> Source:
 
 
 @torch.no_grad()
-def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+def copy_weights(source: Weights, target: Weights) -> None:
     """Copy parameters between two modules of the same architecture, sharded alike or not at all."""
     for theirs, ours in zip(source.parameters(), target.parameters(), strict=True):
         local_tensor(ours).copy_(local_tensor(theirs))
 
 
 @torch.no_grad()
-def average_weights(source: torch.nn.Module, target: torch.nn.Module, rate: float) -> None:
+def average_weights(source: Weights, target: Weights, rate: float) -> None:
     """Move parameters towards those of a module as in `copy_weights` by a share of the distance."""
     for theirs, ours in zip(source.parameters(), target.parameters(), strict=True):
-        local_tensor(ours).lerp_(local_tensor(theirs).to(ours.dtype), rate)
+        mine = local_tensor(ours)
+        mine.lerp_(local_tensor(theirs).to(mine.device, mine.dtype), rate)
 
 
 def reshard(module: torch.nn.Module) -> None:
@@ -178,7 +185,7 @@ def _named(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _mesh(ranks: Ranks, device: torch.device) -> DeviceMesh:
     if not dist.is_initialized():  # one rank without torchrun
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = BACKENDS[device.type]
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
     return init_device_mesh(device.type, (ranks.count,))

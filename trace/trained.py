@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from .fused import token_logprobs
-from .losses import Head
 from .lora import adapter_weights, plain_weights
+from .losses import Head
 from .packing import PackedModel, pack
 from .policy import Policy
 from .protocols import PolicyInfo
-from .sharding import all_types, from_module, place_whole, remove_weights, reshard
+from .sharding import from_module, frozen_types, place_whole, remove_weights, reshard
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class SamplingCopy:
     def gather(self, student: PackedModel) -> None:
         """Copy the student's current weights and identity; every rank has to call."""
         packed = PackedModel(self.policy.model)  # names its parameters as the student does
-        stored = all_types(self.policy.compute_dtype)
+        stored = frozen_types(self.policy.compute_dtype)
         place_whole(packed, from_module(student), stored, self.policy.device)
         self.policy.info = self._trained.info
 

@@ -25,7 +25,8 @@ from ..schemas.errors import InputError, Stopped
 from .fused import routed_loss, token_logprobs
 from .losses import Head, LossInputs, LossOutput, token_weights
 from .metrics import SUMS, PhaseClock, step_metrics, token_sums
-from .packing import PackedModel, check_architecture, pack
+from .optim import check_optimizer, learning_rate, make_optimizer
+from .packing import pack
 from .policy import Policy
 from .ranks import Ranks
 from .schedule import grpo_weight, kl_weight
@@ -39,19 +40,8 @@ from .sequences import (
     teacher_row,
     training_sequences,
 )
-from .sharding import (
-    Source,
-    Stored,
-    all_types,
-    average_weights,
-    copy_weights,
-    from_first_rank,
-    from_module,
-    place,
-    reshard,
-    skeleton,
-    trained_types,
-)
+from .sharding import average_weights, copy_weights, reshard
+from .start import start_models
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, float | int | str]
@@ -92,25 +82,11 @@ class Trainer:
         self.config = config
         self.ranks = ranks or Ranks()
         self.state = TrainerState()
-        if self.ranks.first:  # the others' weights are on their way
-            check_architecture(policy.model)
-        teacher = skeleton(policy.model) if config.schedule.w0 else None
-        reference = skeleton(policy.model) if config.loss.reference_kl else None
-        self.student = PackedModel(policy.model)
-        if self.ranks.shards(policy.compute_dtype):
-            source = from_first_rank(self.ranks, policy.device)
-            self._place(self.student, source, trained_types(policy.compute_dtype))
-        # An average moves by less than bfloat16's resolution.
-        averaged = torch.float32 if config.teacher.sync == "ema" else policy.compute_dtype
-        self.teacher = teacher and self._frozen(teacher, averaged)
-        self.reference = reference and self._frozen(reference, policy.compute_dtype)
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.student.parameters() if p.requires_grad],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
-        )
+        check_optimizer(config.optim, policy.device, self.ranks.shards(policy.compute_dtype))
+        models = start_models(policy, config, self.ranks)
+        self.student, self.trained = models.student, models.trained
+        self.teacher, self.reference = models.teacher, models.reference
+        self.optimizer = make_optimizer(self.student.parameters(), config.optim, policy.device)
 
     @property
     def total_steps(self) -> int:
@@ -172,7 +148,7 @@ class Trainer:
         norm, lr = self._step_optimizer()
         skipped = not math.isfinite(norm)
         if not skipped and self.teacher is not None and config.teacher.sync == "ema":
-            average_weights(self.student, self.teacher, config.teacher.ema_rate)
+            average_weights(self.trained, self.teacher, config.teacher.ema_rate)
         self.state.step += 1
         self.state.kl_exposure += kl**2
         self.state.skipped += skipped
@@ -208,7 +184,7 @@ class Trainer:
         batches = micro_batches(mine, self.config.micro_batch_tokens)
         device = self.policy.device
         # Sharded passes are collective: a rank without batches left repeats one at weight 0.
-        (passes,) = self.ranks.most([len(batches)], device)
+        (passes,) = self.ranks.most([len(batches)])
         routed = kl > 0 and any(sequence.routed_end for sequence in sequences)
         sums, largest = np.zeros(len(SUMS)), 0.0
         for index in range(int(passes)):
@@ -227,8 +203,8 @@ class Trainer:
         for frozen in (self.teacher, self.reference):
             if frozen is not None:
                 reshard(frozen)
-        totals = self.ranks.sum(sums.tolist(), device)
-        return dict(zip(SUMS, totals, strict=True)), self.ranks.most([largest], device)[0]
+        totals = self.ranks.sum(sums.tolist())
+        return dict(zip(SUMS, totals, strict=True)), self.ranks.most([largest])[0]
 
     def _objective(self, rows: list[TrainingSequence], inputs: LossInputs, kl: float) -> LossOutput:
         row = student_row(rows)
@@ -268,7 +244,7 @@ class Trainer:
         optim = self.config.optim
         total = torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.max_grad_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        lr = optim.lr * min(1.0, (self.state.step + 1) / (optim.warmup_steps or 1))
+        lr = learning_rate(self.state.step, self.total_steps, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if math.isfinite(norm):
@@ -292,13 +268,4 @@ class Trainer:
             and sync.sync == "periodic"
             and not self.state.step % sync.sync_steps
         ):
-            copy_weights(self.student, self.teacher)
-
-    def _frozen(self, model: Any, dtype: torch.dtype) -> PackedModel:
-        """A skeleton with the student's weights in a type."""
-        packed = PackedModel(model)
-        self._place(packed, from_module(self.student), all_types(dtype))
-        return packed
-
-    def _place(self, module: PackedModel, source: Source, stored: Stored) -> None:
-        place(module, source, stored, self.policy.device, self.ranks, self.policy.compute_dtype)
+            copy_weights(self.trained, self.teacher)

@@ -16,18 +16,21 @@ class Greedy:
         self.path, self.loaded = policy.path, None
 
     def follow(self, policy, probe) -> None:
-        """In training: the policy whose weights are trained, in this process's memory."""
-        self.loaded = policy
+        """In training: a copy gets the weights of the step."""
+        self.own().model.load_state_dict(dict(policy.weights()))
 
     @torch.no_grad()
     def sample(self, prompts, sampling, seeds):
-        if self.loaded is None:
-            self.loaded = load_policy(resolve_policy(self.path), "cpu", "float32")
         pairs = zip(prompts, seeds, strict=True)
         return [[self.one(prompt, sampling)] * len(own) for prompt, own in pairs]
 
+    def own(self):
+        if self.loaded is None:
+            self.loaded = load_policy(resolve_policy(self.path), "cpu", "float32")
+        return self.loaded
+
     def one(self, prompt, sampling) -> Completion:
-        model, end = self.loaded.model, self.loaded.tokenizer.eos_token_id
+        model, end = self.own().model, self.own().tokenizer.eos_token_id
         ids, logprobs = list(prompt.token_ids), []
         while len(logprobs) < sampling.max_new_tokens:
             scores = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)

@@ -180,8 +180,9 @@ def _room(config: TrainConfig, store: Store) -> list[str]:
     except InputError:
         return []  # found by `begin`
     final = 4 * shape.parameters
-    each = (4 if config.lora else 0) * shape.trainable + 8 * shape.trainable
-    each += (0 if config.lora else final) + (final if config.schedule.w0 else 0)
+    trained = 4 * shape.trainable
+    teacher = config.schedule.w0 and config.teacher.sync != "frozen"
+    each = 3 * trained + (trained if teacher else 0)
     needed = final + (config.checkpoints_kept + 1) * each
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(nearest).free

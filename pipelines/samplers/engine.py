@@ -14,7 +14,7 @@ from ...schemas.errors import InputError
 from ...trace.identity import model_revision
 from ...trace.policy import Policy, load_tokenizer
 from ...trace.prompt import render_chat
-from ...trace.protocols import Sampler
+from ...trace.protocols import Sampler, TrainedPolicy
 from ..models import resolve_policy
 from .probe import Probe
 
@@ -22,8 +22,10 @@ from .probe import Probe
 class Follower(Sampler, Protocol):
     """A sampler with its own copy of the weights that are trained."""
 
-    def follow(self, policy: Policy, probe: Probe) -> None:
+    def follow(self, policy: TrainedPolicy, probe: Probe) -> None:
         """Load the policy's weights and identity. The probe holds the policy's current scores.
+
+        Every rank that has an engine calls; the others call `weights.take_part`.
 
         Raises:
             InputError: the engine does not have the weights afterwards, or can't be reached.
@@ -40,14 +42,16 @@ class Training:
     """The training that an engine samples for.
 
     policy: the weights that are trained, or this rank's copy of them. folder: the run's own, named
-    by its id. alone: one rank trains, and never while it samples, so an engine may share its
-    process and GPU.
+    by its id. ahead: steps are sampled while others train; otherwise the two take turns, so an
+    engine may share the trainer's process and GPU. ranks: how many train; each of them has an
+    engine of its own, but for servers.
     """
 
     policy: Policy
     sampling: SamplingConfig
     folder: Path
-    alone: bool
+    ahead: bool = False
+    ranks: int = 1
 
 
 class Engine(Protocol):

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ...schemas.configs import OpenAISampler, PolicyConfig, SamplingConfig
 from ...schemas.errors import InputError
 from ...trace.align import byte_table
+from ...trace.lora import adapter_form
 from ...trace.policy import load_tokenizer, policy_name, vocab_fingerprint, vocab_size
 from ...trace.protocols import Completion, PolicyInfo, Prompt, Sampler
 from .. import endpoint, transport
@@ -34,6 +35,7 @@ from .engine import Engine, Training, require_ratios
 from .kept import KeptAnswers
 from .pool import Pool, server_failed
 from .reply import read_completion
+from .weights import hands_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,15 @@ class OpenAIEngine:
         shared = self._config.weights_folder
         folder = Path(shared) / training.folder.name if shared else training.folder / "weights"
         temperature = training.sampling.temperature
-        return VllmServersSampler(self._config, training.policy.tokenizer, folder, temperature)
+        model = training.policy.model
+        return VllmServersSampler(
+            self._config,
+            training.policy.tokenizer,
+            folder,
+            temperature,
+            model.get_input_embeddings().num_embeddings,
+            adapter_form(model) if hands_adapters(self._config, model) else None,
+        )
 
 
 class _Stopping(Exception):
@@ -117,7 +127,7 @@ class OpenAIPolicySampler:
         """tokenizer: the model's; None: the one under its name, if any. admit: see `Pool`.
         logprobs_at_temperature: the server is known to report them at the sampling temperature.
         """
-        self._config, self._model, self._admit = config, model, admit
+        self._config, self.model, self._admit = config, model, admit
         self._at_temperature = logprobs_at_temperature
         self.kept: KeptAnswers | None = None  # of the part that is sampled
         self._where = ", ".join(config.servers)
@@ -168,7 +178,7 @@ class OpenAIPolicySampler:
                 return loop.run(self._sample(call, prompts, sampling, seeds, schemas))
             raise AssertionError("a stop raises")
         except endpoint.FAILURES as error:
-            sentence = explanation(error, self._config, self._model, self._key)
+            sentence = explanation(error, self._config, self.model, self._key)
         raise InputError(sentence)  # outside, so that no cause is attached: it may hold the key
 
     def close(self) -> None:
@@ -192,7 +202,7 @@ class OpenAIPolicySampler:
                 call.clients[server] = await stack.enter_async_context(client)
 
             async def one(prompt: Prompt, form: dict[str, Any] | None, seed: int) -> Completion:
-                request = request_fields(self._model, prompt, sampling, form, seed)
+                request = request_fields(self.model, prompt, sampling, form, seed)
                 reply = None if self.kept is None else self.kept.get(request)
                 if reply is None:
                     async with slots:

@@ -18,8 +18,8 @@ from ...schemas.own_code import OwnCode, build, is_text, iterable, require_metho
 from ...schemas.tables import MOST_LOGPROB
 from ...trace.align import byte_table
 from ...trace.identity import model_revision
-from ...trace.policy import Policy, load_tokenizer, policy_name, vocab_fingerprint, vocab_size
-from ...trace.protocols import Completion, PolicyInfo, Prompt
+from ...trace.policy import load_tokenizer, policy_name, vocab_fingerprint, vocab_size
+from ...trace.protocols import Completion, PolicyInfo, Prompt, TrainedPolicy
 from ..models import resolve_policy, served_model
 from .context_length import policy_context
 from .engine import Engine, Training
@@ -52,7 +52,8 @@ class OwnSampler(Protocol):
     - close(): release what it holds.
     - policy: a `trace.protocols.PolicyInfo`; by default the name and hash of `policy.path`.
     - follow(policy, probe): needed in training (`train.sampler`). Called before each online step
-      with the `trace.policy.Policy` whose `model` holds the new weights.
+      with a `trace.protocols.TrainedPolicy`, which gives the new weights. Under torchrun every rank
+      has to call the same of its methods.
     """
 
     def sample(
@@ -165,7 +166,7 @@ class OwnPolicySampler:
                 raise self._fault(f"prompt {index}: returned no list of {len(own)} completions")
         return [[self._checked(one, index) for one in group] for index, group in enumerate(groups)]
 
-    def follow(self, policy: Policy, probe: Probe) -> None:
+    def follow(self, policy: TrainedPolicy, probe: Probe) -> None:
         with running(self._code):
             self._own.follow(policy, probe)
         self._info = policy.info

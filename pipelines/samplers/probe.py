@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ...schemas.configs import PromptConfig
 from ...schemas.errors import InputError
-from ...trace.policy import Policy
 from ...trace.prompt import student_prompt
+from ...trace.protocols import TrainedPolicy
 
 _MOST_TOKENS = 128  # of each probe
 # Mean |difference| between engine and trainer, nats. Measured with SmolLM2-135M: 1e-5 in float32.
@@ -48,17 +48,9 @@ class Probe:
         self._limit = 0.0
         self._before: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-    @torch.no_grad()
-    def ask(self, policy: Policy) -> None:
-        """Score the probes with the trainer's current weights."""
-        scores = []
-        for ids in self.token_ids:
-            row = torch.tensor([ids], device=policy.device)
-            with policy.autocast():
-                logits = policy.model(input_ids=row).logits[0, :-1]  # (scored tokens, vocab)
-            logprobs = logits.float().log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
-            scores.append(logprobs.cpu().numpy())
-        self._now = np.concatenate(scores).astype(np.float64)
+    def ask(self, policy: TrainedPolicy) -> None:
+        """Score the probes with the trainer's current weights; every rank calls."""
+        self._now = np.concatenate(policy.logprobs(self.token_ids))
         self._limit = _LIMIT[policy.compute_dtype]
 
     def check(self, engine: str, scores: Sequence[Sequence[float]]) -> float:

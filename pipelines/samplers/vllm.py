@@ -1,36 +1,53 @@
 """Engine vllm: samples with vLLM's offline engine, one call for all prompts of a part.
 
 vLLM runs in a child process, which `close` ends, or in this process, where the trainer's weights
-pass to it without a file.
+pass to it without a file. Adapters pass as files of their own, and the base stays as it is.
 """
 
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from ...schemas.configs import PolicyConfig, Precision, SamplingConfig, VllmSampler
-from ...schemas.errors import InputError
+from ...schemas.errors import EngineEnded, InputError
 from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
 from ...trace.loading import check_model
-from ...trace.policy import Policy, choose_device, choose_dtype, load_tokenizer, policy_info
+from ...trace.lora import AdapterForm, adapter_form
+from ...trace.policy import choose_device, choose_dtype, load_tokenizer, policy_info
 from ...trace.prompt import render_chat
-from ...trace.protocols import Completion, Prompt
+from ...trace.protocols import Completion, Prompt, TrainedPolicy
 from ..models import resolve_policy
 from ..runtime.signals import children_without_interrupt
 from .constrained import with_fixed_whitespace
 from .context_length import policy_context
 from .engine import Engine, Training, local_identity, require_ratios
+from .gpu_share import free_share
 from .probe import Probe
-from .vllm_process import Finished, ask_process, engine_environment, import_quietly
-from .weights import bytes_of, memory_folder, policy_weights, write_weights
+from .vllm_process import (
+    Finished,
+    ask_process,
+    default_group_kept,
+    engine_environment,
+    import_quietly,
+)
+from .weights import (
+    engine_rank,
+    hands_adapters,
+    memory_folder,
+    weights_bytes,
+    write_adapters,
+    write_weights,
+)
 
 # On CPU vLLM would claim `gpu_memory_utilization` of the whole machine's memory.
 _CPU_KV_CACHE_GIB = 4.0
@@ -58,10 +75,27 @@ class VllmEngine:
 
     def open_in_training(self, training: Training) -> "VllmPolicySampler":
         require_ratios(training.sampling)
-        in_process = training.alone and self._config.tensor_parallel_size == 1
-        return self._open(in_process=in_process, sleeps=training.alone)
+        config, model = self._config, training.policy.model
+        parallel = config.tensor_parallel_size
+        if parallel > 1 and training.ranks > 1:
+            raise InputError(
+                f"sampler.tensor_parallel_size: is {parallel} under {training.ranks} ranks, each "
+                "of which has its own engine on its own GPU; set it to 1, or take "
+                f"sampler.engine=openai and start `vllm serve --tensor-parallel-size {parallel}` "
+                "on other GPUs"
+            )
+        share = None
+        if config.gpu_memory_utilization is None and training.policy.device.type == "cuda":
+            share = free_share(model, training.ahead)
+        return self._open(
+            in_process=parallel == 1 and not training.ahead,
+            sleeps=not training.ahead,
+            ranks=training.ranks,
+            gpu_share=share,
+            adapters=adapter_form(model) if hands_adapters(config, model) else None,
+        )
 
-    def _open(self, **options: bool) -> "VllmPolicySampler":
+    def _open(self, **options: Any) -> "VllmPolicySampler":
         policy = self._policy
         path = resolve_policy(policy.path)
         return VllmPolicySampler(
@@ -85,12 +119,18 @@ class VllmPolicySampler:
         *,
         in_process: bool = False,
         sleeps: bool = False,
+        ranks: int = 1,
+        gpu_share: float | None = None,
+        adapters: AdapterForm | None = None,
     ) -> None:
         """in_process: without a child process; one such engine at a time. sleeps: `rest` frees the
-        GPU.
+        GPU. ranks: processes that each open such an engine at once, in process. gpu_share: of the
+        GPU's memory, where the config has none. adapters: those that `follow` loads, instead of all
+        weights.
 
         Raises:
-            InputError: vLLM is not installed, or there is no model at the path.
+            InputError: vLLM is not installed, there is no model at the path, or the adapters' rank
+                is above vLLM's limit.
         """
         if find_spec("vllm") is None:
             raise InputError(
@@ -107,16 +147,34 @@ class VllmPolicySampler:
         cache_gib = config.kv_cache_gib or (_CPU_KV_CACHE_GIB if device.type == "cpu" else None)
         self._in_process = in_process
         self._sleeps, self._sleeping = sleeps and device.type == "cuda", False
+        self._path, self._form = path, adapters
+        self._lora: Any = None  # vLLM's LoRARequest of the adapters that it has
+        options: dict[str, Any] = {}
+        if device.type == "cuda":
+            options["gpu_memory_utilization"] = (
+                config.gpu_memory_utilization or gpu_share or free_share()
+            )
+        if adapters is not None:
+            options |= {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_lora_rank": engine_rank(adapters),
+                # Without this vLLM wraps the head too, and can't score prompts on CPU.
+                "lora_target_modules": list(adapters.modules),
+            }
+        if ranks > 1:  # the engine takes part in torchrun's process group, and samples by itself
+            options["distributed_executor_backend"] = "external_launcher"
+        self._group_is_the_trainers = dist.is_initialized()
         # On CPU the engine replaces this function by one that does nothing.
         self._set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-        with engine_environment(in_process, device.type == "cuda"), children_without_interrupt():
+        one_gpu = device.type == "cuda" and config.tensor_parallel_size == 1
+        with engine_environment(in_process, one_gpu), children_without_interrupt():
             self._llm = self._vllm.LLM(
                 path,
                 load_format="safetensors",
                 trust_remote_code=trust_remote_code,
                 dtype=str(choose_dtype(precision, device)).removeprefix("torch."),
                 max_model_len=config.max_model_len,
-                gpu_memory_utilization=config.gpu_memory_utilization,
                 kv_cache_memory_bytes=None if cache_gib is None else int(cache_gib * 2**30),
                 tensor_parallel_size=config.tensor_parallel_size,
                 seed=config.seed,
@@ -128,6 +186,7 @@ class VllmPolicySampler:
                 logprobs_mode="processed_logprobs",
                 # By default a schema allows whitespace without an end.
                 structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
+                **options,
             )
         self._set_num_threads(threads)
         core = self._llm.llm_engine.engine_core
@@ -177,11 +236,12 @@ class VllmPolicySampler:
                 for _, seed, structure in flat
             ],
             use_tqdm=Finished,
+            lora_request=self._lora,
         )
         completions = iter([self._completion(output) for output in outputs])
         return [[next(completions) for _ in own] for own in seeds]
 
-    def follow(self, policy: Policy, probe: Probe) -> None:
+    def follow(self, policy: TrainedPolicy, probe: Probe) -> None:
         """See `Follower`."""
         if self._sleeping:
             torch.cuda.empty_cache()
@@ -197,7 +257,8 @@ class VllmPolicySampler:
     def rest(self) -> None:
         """Free weights and cache until the next `follow`, where the engine may sleep."""
         if self._sleeps and not self._sleeping:
-            self._ask(self._llm.sleep, level=2)
+            # Level 2 drops the weights, which come anew. With adapters the base is kept on the CPU.
+            self._ask(self._llm.sleep, level=1 if self._form else 2)
             self._sleeping = True
 
     def close(self) -> None:
@@ -207,10 +268,12 @@ class VllmPolicySampler:
             torch.cuda.empty_cache()
             with suppress(RuntimeError):
                 self._llm.wake_up()
-        self._llm.llm_engine.engine_core.shutdown()
-        if self._in_process:
-            del self._llm
-            import_module("vllm.distributed").cleanup_dist_env_and_memory()
+        shared = self._in_process and self._group_is_the_trainers
+        with default_group_kept() if shared else nullcontext():
+            self._llm.llm_engine.engine_core.shutdown()
+            if self._in_process:
+                del self._llm
+                import_module("vllm.distributed").cleanup_dist_env_and_memory()
         torch.set_num_threads = self._set_num_threads
 
     def _ask(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -219,23 +282,44 @@ class VllmPolicySampler:
             return call(*args, **kwargs)
         return ask_process(self._processes, lambda: call(*args, **kwargs))
 
-    def _load(self, policy: Policy) -> None:
+    def _load(self, policy: TrainedPolicy) -> None:
         """Reload the weights. The model's own load_weights is not enough: on CPU the engine
         computes with copies of the weights in another layout, which only a reload renews.
         """
-        if self._in_process:
-            weights = list(policy_weights(policy).items())
-            self._ask(
-                self._llm.collective_rpc, "reload_weights", kwargs={"weights_iterator": weights}
-            )
+        if self._form is None and self._in_process:
+            given = {"weights_iterator": policy.weights()}
+            self._ask(self._llm.collective_rpc, "reload_weights", kwargs=given)
             return
-        room = memory_folder(bytes_of(policy))
+        needed = 0 if self._form else weights_bytes(self._path, policy.compute_dtype)
+        room = memory_folder(needed)
         try:
+            if self._form is not None:
+                write_adapters(policy, self._form, room / "adapters")
+                self._load_adapters(room / "adapters")
+                return
             write_weights(policy, room / "weights")
-            path = str(room / "weights")
-            self._ask(self._llm.collective_rpc, "reload_weights", kwargs={"weights_path": path})
+            given = {"weights_path": str(room / "weights")}
+            self._ask(self._llm.collective_rpc, "reload_weights", kwargs=given)
         finally:
             shutil.rmtree(room)
+
+    def _load_adapters(self, folder: Path) -> None:
+        """Load adapters under the next version's name and number, in place of those before."""
+        engine, version = self._llm.llm_engine, 1
+        if self._lora is not None:
+            version = self._lora.lora_int_id + 1
+            self._ask(engine.remove_lora, self._lora.lora_int_id)
+        request = import_module("vllm.lora.request").LoRARequest
+        self._lora = request(f"adapters-{version}", version, str(folder))
+        try:
+            self._ask(engine.add_lora, self._lora)
+        except EngineEnded:
+            raise
+        except Exception as error:  # vLLM's process sends every error as a bare Exception
+            raise InputError(
+                f"sampler vllm: can't load the adapters ({str(error).splitlines()[0]:.200}); set "
+                "sampler.adapters=merge, or other lora.target_modules"
+            ) from None
 
     def _score(self, rows: Sequence[list[int]]) -> list[list[float]]:
         """The log-probability of each token but the first, given those before it."""
@@ -244,6 +328,7 @@ class VllmPolicySampler:
             [self._vllm.TokensPrompt(prompt_token_ids=ids) for ids in rows],
             self._vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
             use_tqdm=False,
+            lora_request=self._lora,
         )
         return [
             [step[i].logprob for step, i in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]

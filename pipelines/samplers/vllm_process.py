@@ -1,4 +1,6 @@
-"""vLLM's engine process: its environment, its logs, and calls that notice its end (vllm.py)."""
+"""What a vLLM engine does to its process: environment, logs, process group, calls that notice its
+end (vllm.py).
+"""
 
 import logging
 import os
@@ -10,6 +12,7 @@ from io import StringIO
 from threading import Thread
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from tqdm import tqdm
 
 from ...schemas.errors import EngineEnded, InputError
@@ -33,15 +36,16 @@ def import_quietly() -> Any:
 
 
 @contextmanager
-def engine_environment(in_process: bool, on_gpu: bool) -> Iterator[None]:
-    """The environment in which vLLM starts an engine.
+def engine_environment(in_process: bool, one_gpu: bool) -> Iterator[None]:
+    """The environment in which vLLM starts an engine. one_gpu: on the GPU of its rank.
 
     Raises:
         InputError: CUDA_VISIBLE_DEVICES has no device for this rank.
     """
     during: dict[str, str | None] = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1"}
-    # The engine's process is not one of torchrun's ranks, but it uses the GPU of its rank.
-    if on_gpu and (rank := os.environ.get("LOCAL_RANK")) is not None:
+    # The engine's process is not one of torchrun's ranks, but it uses the GPU of its rank. In the
+    # trainer's process an engine takes its rank and GPU from torchrun's variables.
+    if one_gpu and not in_process and (rank := os.environ.get("LOCAL_RANK")) is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else None
         if devices is not None and int(rank) >= len(devices):
@@ -52,7 +56,7 @@ def engine_environment(in_process: bool, on_gpu: bool) -> Iterator[None]:
             )
         during["CUDA_VISIBLE_DEVICES"] = devices[int(rank)] if devices is not None else rank
     for variable in os.environ:
-        if variable.startswith("TORCHELASTIC_") or variable in _TORCHRUN:
+        if not in_process and (variable.startswith("TORCHELASTIC_") or variable in _TORCHRUN):
             during[variable] = None
     before = {variable: os.environ.get(variable) for variable in during}
     _set_variables(during)
@@ -60,6 +64,19 @@ def engine_environment(in_process: bool, on_gpu: bool) -> Iterator[None]:
         yield
     finally:
         _set_variables(before)
+
+
+@contextmanager
+def default_group_kept() -> Iterator[None]:
+    """An engine that shuts down in this process destroys its own process groups alone, not the
+    default one, which the trainer has made and needs.
+    """
+    destroy = dist.destroy_process_group
+    dist.destroy_process_group = lambda group=None: None if group is None else destroy(group)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = destroy
 
 
 class Finished(tqdm):

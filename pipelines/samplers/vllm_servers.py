@@ -1,15 +1,17 @@
 """Engine openai in training: vLLM servers that follow the trainer's weights; any may fail and
 return.
 
-`OpenAIEngine.open_in_training` opens it. Weights pass through a folder that trainer and servers
-both see; the servers load them by the endpoints of vLLM's development mode. Each server reports the
-version of its weights, so a restarted one gets the current weights before its first request.
+`OpenAIEngine.open_in_training` opens it. Weights, or adapters alone, pass through a folder that
+trainer and servers both see. The servers load weights by the endpoints of vLLM's development mode,
+adapters by `/v1/load_lora_adapter`. Each server reports the version that it has, so a restarted one
+gets the current version before its first request.
 """
 
 import logging
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -21,12 +23,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ...schemas.configs import OpenAISampler, SamplingConfig
 from ...schemas.errors import InputError
-from ...trace.policy import Policy
-from ...trace.protocols import Completion, PolicyInfo, Prompt
+from ...trace.lora import AdapterForm
+from ...trace.protocols import Completion, PolicyInfo, Prompt, TrainedPolicy
 from .. import endpoint, transport
 from .openai import OpenAIPolicySampler
 from .probe import Probe
-from .weights import write_weights
+from .weights import engine_rank, write_adapters, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,14 @@ _QUICK: Any = {"timeout": 10.0}  # seconds, for requests that need no computatio
 _HOW = "start it with VLLM_SERVER_DEV_MODE=1 vllm serve, on a network of your own"
 
 
+class _Model(BaseModel):
+    id: str
+
+
 class _Models(BaseModel):
-    first: str = Field(validation_alias=AliasPath("data", 0, "id"))
+    """data: the model, then its adapters."""
+
+    data: list[_Model] = Field(min_length=1)
 
 
 class _WeightInfo(BaseModel):
@@ -77,14 +85,18 @@ class VllmServersSampler:
         tokenizer: PreTrainedTokenizerBase,
         folder: Path,
         temperature: float,
+        vocab_size: int | None = None,
+        adapters: AdapterForm | None = None,
     ) -> None:
-        """folder: for the weights only; emptied now and removed by `close`.
+        """folder: for the weights only; emptied now and removed by `close`. vocab_size: of the
+        model; None: unknown. adapters: those that `follow` hands over, instead of all weights.
 
         Raises:
             InputError: a server can't be reached, can't update its weights, or gives no
                 log-probabilities at the temperature.
         """
-        self._config, self._folder = config, folder.resolve()
+        self._config, self._folder, self._form = config, folder.resolve(), adapters
+        self._how = _HOW if adapters is None else _how_adapters(adapters)
         shutil.rmtree(self._folder, ignore_errors=True)  # weights of a run that was killed
         self._key = endpoint.read_key(config.api_key_env, "sampler.api_key_env")
         # For vLLM's own endpoints, which are not below /v1.
@@ -108,8 +120,10 @@ class VllmServersSampler:
         self._sampler = OpenAIPolicySampler(
             config, self._model, tokenizer, self._admit, logprobs_at_temperature=scaled
         )
+        self._sampler.vocab_size = vocab_size
         self._run = uuid4().hex  # no version of another run begins with it
-        self._version = ""
+        self._version = self._before = ""
+        self._checked: set[str] = set()  # servers that have this version's adapters
         self._weights: Path | None = None
         self._probe: Probe | None = None
         self.policy: PolicyInfo = self._sampler.policy
@@ -127,8 +141,9 @@ class VllmServersSampler:
             InputError: no server is left, or another run gives the servers its weights.
         """
         completions = self._sampler.sample(prompts, sampling, seeds, schemas)
-        # A restarted server got no request yet: the pool admits it first.
-        for server in self._sampler.servers_up:
+        # A restarted server got no request yet: the pool admits it first. Adapters have the version
+        # as their name, which each request gives.
+        for server in self._sampler.servers_up if self._form is None else ():
             if self._has_other_weights(server):
                 raise InputError(
                     f"{server}: has got other weights while this run sampled; give each run "
@@ -137,7 +152,7 @@ class VllmServersSampler:
                 )
         return completions
 
-    def follow(self, policy: Policy, probe: Probe) -> None:
+    def follow(self, policy: TrainedPolicy, probe: Probe) -> None:
         """See `Follower`. Servers that can't be reached get no requests until they can.
 
         Raises:
@@ -145,18 +160,23 @@ class VllmServersSampler:
         """
         before = self._weights
         self._probe, self.policy = probe, policy.info
+        self._before = self._version
         self._version = f"{self._run}-{policy.info.step}-{uuid4().hex[:8]}"
         self._weights = self._folder / self._version
-        self._sampler.vocab_size = policy.model.get_input_embeddings().num_embeddings
-        write_weights(policy, self._weights)
+        self._checked.clear()
+        if self._form is None:
+            write_weights(policy, self._weights)
+        else:
+            write_adapters(policy, self._form, self._weights)
+            self._sampler.model = self._version
         with ThreadPoolExecutor(len(self._config.servers)) as pool:
             reached = list(pool.map(self._reach, self._config.servers))
         if before is not None:
             shutil.rmtree(before)
         if not any(reached):
             raise InputError(
-                f"{', '.join(self._config.servers)}: no server can be reached; {_HOW}, and run the "
-                "same command, which goes on from the last checkpoint"
+                f"{', '.join(self._config.servers)}: no server can be reached; {self._how}, and "
+                "run the same command, which goes on from the last checkpoint"
             )
 
     def rest(self) -> None:
@@ -172,16 +192,23 @@ class VllmServersSampler:
         """The name under which a server serves its model, if it can also update its weights."""
         try:
             models = self._get(server, "/v1/models", _Models, _QUICK)
-            self._weight_version(server)
+            if self._form is None:
+                self._weight_version(server)
+            else:
+                with suppress(openai.BadRequestError):  # of a server that has the endpoint
+                    self._post(server, "/v1/load_lora_adapter", lora_name="", lora_path="")
         except openai.NotFoundError:
+            what = "weights" if self._form is None else "adapters"
             raise InputError(
-                f"{server}: offers no update of its weights, which training needs; {_HOW}"
+                f"{server}: offers no update of its {what}, which training needs; {self._how}"
             ) from None
         except endpoint.FAILURES as error:
             failure = endpoint.sentence(error, self._key)
         else:
-            return models.first
-        raise InputError(f"{server}: can't be used ({failure}); {_HOW}, or fix sampler.base_url")
+            return models.data[0].id
+        raise InputError(
+            f"{server}: can't be used ({failure}); {self._how}, or fix sampler.base_url"
+        )
 
     def _check_logprobs(self, server: str) -> None:
         try:
@@ -207,37 +234,57 @@ class VllmServersSampler:
         return True
 
     def _admit(self, server: str) -> None:
-        """Give a server the current weights unless it has them.
+        """Give a server the current weights or adapters unless it has them.
 
         Raises:
             InputError: it can't load them, or its scores differ from the trainer's afterwards.
             openai.APIConnectionError: it can't be reached.
         """
         assert self._probe is not None, "follow comes before sample"
-        kwargs = {"weights_path": str(self._weights)}
+        load = self._load_weights if self._form is None else self._load_adapters
         try:
-            if self._weight_version(server) == self._version:
-                return
-            self._post(server, "/collective_rpc", method="reload_weights", kwargs=kwargs)
-            self._post(server, "/reset_prefix_cache")
-            self._probe.check(server, self._score(server, self._probe.token_ids))
-            # Last, so that a server reports only a version that was checked.
-            self._post(server, "/update_weight_version", new_version=self._version)
+            load(server, self._probe)
         except openai.APIConnectionError:
             raise
         except endpoint.FAILURES as error:
             failure = endpoint.sentence(error, self._key)
         else:
             return
+        hint = "" if self._form is None else f", {self._how}"
         raise InputError(
-            f"{server}: can't load weights from {self._weights} ({failure}); give "
-            "sampler.weights_folder a folder that trainer and servers both see under the same "
-            "path, and look into the server's log"
+            f"{server}: can't load {self._weights} ({failure:.300}); give sampler.weights_folder a "
+            "folder that trainer and servers both see under the same path, and look into the "
+            f"server's log{hint}"
         )
+
+    def _load_weights(self, server: str, probe: Probe) -> None:
+        if self._weight_version(server) == self._version:
+            return
+        kwargs = {"weights_path": str(self._weights)}
+        self._post(server, "/collective_rpc", method="reload_weights", kwargs=kwargs)
+        self._post(server, "/reset_prefix_cache")
+        probe.check(server, self._score(server, probe.token_ids))
+        # Last, so that a server reports only a version that was checked.
+        self._post(server, "/update_weight_version", new_version=self._version)
+
+    def _load_adapters(self, server: str, probe: Probe) -> None:
+        names = [model.id for model in self._get(server, "/v1/models", _Models, _QUICK).data]
+        if self._version in names and server in self._checked:
+            return
+        name, path = self._version, str(self._weights)
+        # In place: a server that failed between this and the check has them already.
+        self._post(
+            server, "/v1/load_lora_adapter", lora_name=name, lora_path=path, load_inplace=True
+        )
+        probe.check(server, self._score(server, probe.token_ids))
+        self._checked.add(server)
+        if self._before in names:
+            self._post(server, "/v1/unload_lora_adapter", lora_name=self._before)
 
     def _score(self, server: str, rows: Sequence[list[int]]) -> list[list[float]]:
         """The log-probability of each token but the first, given those before it."""
-        asked = {"model": self._model, "prompt": rows, "max_tokens": 1, "prompt_logprobs": 0}
+        model = self._model if self._form is None else self._version
+        asked = {"model": model, "prompt": rows, "max_tokens": 1, "prompt_logprobs": 0}
         content = self._post(server, "/v1/completions", **asked)
         choices = endpoint.read_body(content, _Scores).choices
         try:
@@ -273,3 +320,11 @@ class VllmServersSampler:
 
     def _post(self, server: str, path: str, **body: Any) -> bytes:
         return self._clients[server].post(path, cast_to=httpx2.Response, body=body).content
+
+
+def _how_adapters(adapters: AdapterForm) -> str:
+    return (
+        "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve --enable-lora "
+        f"--max-lora-rank {engine_rank(adapters)} --lora-target-modules "
+        f"{' '.join(adapters.modules)}, on a network of your own, or set sampler.adapters=merge"
+    )

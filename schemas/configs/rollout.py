@@ -96,6 +96,14 @@ class TransformersSampler(Config):
     )
 
 
+AdapterHandOver = Literal["load", "merge"]
+ADAPTERS = operational(
+    "load",
+    "Training with lora: load passes the adapters alone to the engine; merge passes all weights, "
+    "with the adapters added.",
+)
+
+
 class OpenAISampler(Config):
     engine: Literal["openai"] = Field(description="Sampling engine.")
     base_url: EndpointUrls = Field(
@@ -114,6 +122,8 @@ class OpenAISampler(Config):
         "path; null: a folder in the run's own.",
     )
 
+    adapters: AdapterHandOver = ADAPTERS
+
     @property
     def servers(self) -> list[str]:
         """Each endpoint's address."""
@@ -125,9 +135,16 @@ class VllmSampler(Config):
     max_model_len: int | None = Field(
         default=None, description="Context length; null: the model's."
     )
-    gpu_memory_utilization: float = operational(0.85, "Share of GPU memory.", gt=0, le=1)
+    gpu_memory_utilization: float | None = operational(
+        None,
+        "Share of GPU memory; null: of what is free when the engine opens, nine tenths, or half if "
+        "it samples one step ahead of training.",
+        gt=0,
+        le=1,
+    )
     kv_cache_gib: float | None = operational(None, "KV-cache size on CPU, GiB.", gt=0)
     tensor_parallel_size: int = operational(1, "GPUs per replica.", ge=1)
+    adapters: AdapterHandOver = ADAPTERS
     seed: int = Field(default=0, description="Engine seed; samples carry their own.")
 
 

@@ -9,7 +9,7 @@ from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.trace.losses import reference_kl
-from trace_opd.trace.packing import check_architecture
+from trace_opd.trace.packing import check_architecture, pack
 from trace_opd.trace.policy import load_policy
 from trace_opd.trace.sequences import TrainingSequence
 from trace_opd.trace.trainer import Trainer
@@ -17,9 +17,22 @@ from trace_opd.trace.trainer import Trainer
 
 def test_a_trained_policy_keeps_float32_weights_and_computes_in_bfloat16():
     policy = load_policy(resolve_policy("micro"), "cpu", "bfloat16", trainable=True)
-    assert policy.model.dtype == torch.float32
-    with policy.autocast():
-        assert policy.model(torch.tensor([[5, 6]])).logits.dtype == torch.bfloat16
+    config = TrainConfig.model_validate({"offline": {"steps": 1}, "loss": {"reference_kl": 0.1}})
+    trainer = Trainer(policy, config)
+    assert {p.dtype for p in trainer.student.parameters()} == {torch.float32}
+    for frozen in (trainer.teacher, trainer.reference):
+        assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
+        assert not any(p.requires_grad for p in frozen.parameters())
+    row = pack([[5, 6]], [np.array([7, 8])])
+    seen = trainer.student(row, lambda states, head: (states.dtype, head.weight.dtype))
+    assert seen == (torch.bfloat16, torch.bfloat16)
+
+
+def test_an_averaged_teacher_is_kept_in_float32():
+    policy = load_policy(resolve_policy("micro"), "cpu", "bfloat16", trainable=True)
+    config = {"offline": {"steps": 1}, "teacher": {"sync": "ema"}}
+    teacher = Trainer(policy, TrainConfig.model_validate(config)).teacher
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
 
 
 def test_a_sampling_policy_is_kept_in_its_precision():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,9 @@ ranks = join_ranks("cpu")
 routed = pq.read_table(table)
 for folder, config, until in json.loads(runs):
     folder, config = Path(folder), TrainConfig.model_validate(config)
-    trainer = Trainer(load_policy(policy, "cpu", trainable=True, lora=config.lora), config, ranks)
+    precision = config.policy.precision
+    loaded = load_policy(policy, "cpu", precision, trainable=True, lora=config.lora)
+    trainer = Trainer(loaded, config, ranks)
     resume(trainer, folder)
     for metrics in trainer.run(lambda step: routed, None):
         if ranks.first:
@@ -128,6 +131,8 @@ CASES = {
     "ema": {"teacher": {"sync": "ema"}},
     "lora": {"lora": {"rank": 4}},
 }
+PLAIN, LORA = CASES["plain"], CASES["lora"]
+BFLOAT16 = {"policy": {"precision": "bfloat16"}}
 
 
 @pytest.fixture(scope="module")
@@ -173,17 +178,33 @@ def launch(ranks: int, program: str, *arguments: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def one(routed, tmp_path_factory) -> Path:
-    """Every case to its end on one rank, one folder each."""
+    """Every case to its end on one rank, one folder each; `first…` only to their first step.
+
+    In bfloat16 one rank is a group with shards.
+    """
     root = tmp_path_factory.mktemp("one")
-    train(1, routed, *((root / name, config, 3) for name, config in CASES.items()))
+    train(
+        1,
+        routed,
+        *((root / name, config, 3) for name, config in CASES.items()),
+        (root / "first", PLAIN, 1),
+        (root / "bfloat16", BFLOAT16, 3),
+        (root / "first bfloat16", BFLOAT16, 1),
+    )
     return root
 
 
 @pytest.fixture(scope="module")
 def two(routed, tmp_path_factory) -> Path:
-    """The same on two ranks; `plain` only to its first step."""
+    """The same on two ranks."""
     root = tmp_path_factory.mktemp("two")
-    train(2, routed, *((root / n, config, 1 if n == "plain" else 3) for n, config in CASES.items()))
+    train(
+        2,
+        routed,
+        *((root / name, config, 3) for name, config in CASES.items()),
+        (root / "first", PLAIN, 1),
+        (root / "first lora", LORA, 1),
+    )
     return root
 
 
@@ -208,10 +229,53 @@ def test_two_ranks_give_the_metrics_and_weights_of_one(case, one, two):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_with_another_number_of_ranks(routed, one, two):
-    train(1, routed, (two / "plain", CASES["plain"], 3))
-    assert [line["step"] for line in metrics(two / "plain")] == [0, 1, 2]
-    assert largest_difference(one / "plain", two / "plain") < 2e-6
+def test_a_run_resumes_with_another_number_of_ranks_sharded_or_not(routed, one, two, tmp_path):
+    def resumed(ranks: int, *firsts: tuple[Path, dict]) -> list[Path]:
+        """Copies of runs of one step, each at its last step now."""
+        folders = [tmp_path / f"{ranks} {index}" for index in range(len(firsts))]
+        for (first, _), folder in zip(firsts, folders, strict=True):
+            shutil.copytree(first, folder)
+            shutil.rmtree(folder / "final")
+        configs = [config for _, config in firsts]
+        train(ranks, routed, *zip(folders, configs, [3] * len(folders), strict=True))
+        for folder in folders:
+            assert [line["step"] for line in metrics(folder)] == [0, 1, 2]
+        return folders
+
+    sharded = one / "first bfloat16"  # on one rank
+    same, low, plain, lora, from_two = resumed(
+        1,
+        (one / "first", PLAIN),
+        (sharded, BFLOAT16),
+        (sharded, PLAIN),
+        (two / "first lora", LORA),
+        (two / "first", PLAIN),
+    )
+    same_two, from_one = resumed(2, (two / "first", PLAIN), (one / "first", PLAIN))
+    (on_four,) = resumed(4, (two / "first", PLAIN))
+    # Bit for bit under the same number of ranks, else to rounding.
+    assert largest_difference(same, one / "plain") == 0
+    assert largest_difference(low, one / "bfloat16") == 0
+    assert largest_difference(same_two, two / "plain") == 0
+    for folder in (from_two, from_one, on_four):
+        assert largest_difference(folder, one / "plain") < 2e-6
+    assert largest_difference(lora, one / "lora") < 2e-6
+    assert largest_difference(plain, one / "plain") < 1e-3  # its first step was in bfloat16
+
+
+@pytest.mark.slow
+def test_each_rank_writes_its_share_of_a_checkpoint(one, two):
+    sizes = {
+        name: [
+            file.stat().st_size
+            for file in sorted((root / "trace" / "step-00003" / "shards").iterdir())
+        ]
+        for name, root in (("one", one), ("two", two))
+    }
+    (whole,), halves = sizes["one"], sizes["two"]
+    assert len(halves) == 2
+    for half in halves:
+        assert half == pytest.approx(whole / 2, rel=0.05)
 
 
 @pytest.mark.slow

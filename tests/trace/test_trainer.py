@@ -39,12 +39,14 @@ from trace_opd.schemas.configs import (
 from trace_opd.schemas.labels import DiagnosticType, KlClip, Route
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS
 from trace_opd.trace.align import byte_table
-from trace_opd.trace.checkpoint import checkpoints, restore, save_checkpoint, save_model
+from trace_opd.trace.checkpoint import restore, save_checkpoint, save_model
+from trace_opd.trace.export import export_model
 from trace_opd.trace.metrics import step_metrics
 from trace_opd.trace.online import OnlineSource
 from trace_opd.trace.packing import response_logits
 from trace_opd.trace.policy import Policy, load_policy
 from trace_opd.trace.prompt import render_chat, teacher_messages
+from trace_opd.trace.retention import checkpoints
 from trace_opd.trace.routed import routed_table
 from trace_opd.trace.sequences import TrainingSequence, training_sequences
 from trace_opd.trace.trainer import Trainer
@@ -487,13 +489,11 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(tmp_path, schedule):
         assert same_weights(weights(second.teacher.model), weights(straight.teacher.model))
 
 
-def test_a_checkpoint_is_a_model_folder_that_transformers_loads(tmp_path):
+def test_the_final_model_and_an_exported_checkpoint_are_folders_that_transformers_loads(tmp_path):
     trainer = trainer_of()
     trainer.train_step(sequences())
-    for folder in (
-        save_checkpoint(trainer, tmp_path / "checkpoints"),
-        save_model(trainer, tmp_path / "final"),
-    ):
+    export_model(save_checkpoint(trainer, tmp_path / "checkpoints"), tmp_path / "exported")
+    for folder in (save_model(trainer, tmp_path / "final"), tmp_path / "exported"):
         model = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert same_weights(weights(model), weights(trainer.policy.model))

@@ -16,8 +16,10 @@ from trace_opd.pipelines.samplers.probe import Probe
 from trace_opd.pipelines.samplers.vllm import VllmPolicySampler
 from trace_opd.schemas.configs import PromptConfig, SamplingConfig, VllmSampler
 from trace_opd.schemas.errors import InputError
+from trace_opd.trace.packing import PackedModel
 from trace_opd.trace.policy import Policy, load_policy
 from trace_opd.trace.prompt import student_prompt
+from trace_opd.trace.trained import Trained
 
 SHARE = 0.3  # the engine's share of the GPU's memory
 ENGINE = f"sampler={{engine: vllm, gpu_memory_utilization: {SHARE}, max_model_len: 1024}}"
@@ -42,8 +44,7 @@ def used_gib() -> float:
 def mean_difference(policy: Policy, prompt: list[int], completion: Any) -> float:
     """Mean |engine's − trainer's log-probability| over a sample's tokens, in nats."""
     ids = torch.tensor([prompt + completion.token_ids], device=policy.device)
-    with policy.autocast():
-        logits = policy.model(ids).logits[0, len(prompt) - 1 : -1]
+    logits = policy.model(ids).logits[0, len(prompt) - 1 : -1]
     own = logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
     return (own.cpu() - torch.tensor(completion.logprobs)).abs().mean().item()
 
@@ -68,11 +69,12 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_with_the_trainers_wei
 ) -> None:
     probe = Probe(student.tokenizer, PromptConfig(), PROBLEMS)
     prompts = [student_prompt(student.tokenizer, PromptConfig(), text) for text in PROBLEMS]
+    trained = Trained(student, PackedModel(student.model))
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     for turn in range(3):
         perturb(student, 1e-3)
-        probe.ask(student)
-        engine.follow(student, probe)
+        probe.ask(trained)
+        engine.follow(trained, probe)
         seeds = [[10 * i + j for j in range(4)] for i in range(len(PROBLEMS))]
         groups = engine.sample(prompts, SamplingConfig(max_new_tokens=32), seeds)
         for prompt, group in zip(prompts, groups, strict=True):
@@ -91,11 +93,12 @@ def test_an_engine_that_woke_without_its_weights_never_samples(
     engine: VllmPolicySampler, student: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe = Probe(student.tokenizer, PromptConfig(), PROBLEMS)
-    probe.ask(student)
+    trained = Trained(student, PackedModel(student.model))
+    probe.ask(trained)
     engine.rest()
     monkeypatch.setattr(engine, "_load", lambda policy: None)
     with pytest.raises(InputError, match="its log-probabilities differ"):
-        engine.follow(student, probe)
+        engine.follow(trained, probe)
 
 
 @pytest.mark.parametrize("staleness", [0, 1])

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-import pyarrow as pa
 import pytest
-import torch
 
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.probe import Probe
@@ -20,8 +18,10 @@ from trace_opd.pipelines.samplers.vllm_servers import VllmServersSampler
 from trace_opd.pipelines.training.validation import read_validation
 from trace_opd.schemas.configs import OpenAISampler, PromptConfig, SamplingConfig, VllmSampler
 from trace_opd.schemas.errors import InputError
+from trace_opd.trace.packing import PackedModel
 from trace_opd.trace.policy import Policy, load_policy
 from trace_opd.trace.prompt import student_prompt
+from trace_opd.trace.trained import Trained
 
 ENGINE = "sampler={engine: vllm, kv_cache_gib: 0.25, max_model_len: 1024}"
 SPANS = ["online.routing={key: fkl, error: rkl}"]
@@ -34,46 +34,9 @@ PROBLEMS = ["4821+3977", "12+99"]
 pytestmark = pytest.mark.slow
 
 
-def policy() -> Policy:
-    return load_policy(resolve_policy(MODEL), "cpu", "float32")
-
-
-@torch.no_grad()
-def largest_difference(policy: Policy, rollouts: pa.Table) -> float:
-    """Largest |stored − transformers' log-probability| over the rollouts' tokens, in nats."""
-    worst = 0.0
-    for row in rollouts.to_pylist():
-        ids = torch.tensor([row["prompt_token_ids"] + row["token_ids"]])
-        start = len(row["prompt_token_ids"])
-        logits = policy.model(ids).logits[0, start - 1 : -1] / row["temperature"]
-        own = logits.log_softmax(-1).gather(1, ids[0, start:, None])[:, 0]
-        worst = max(worst, (own - torch.tensor(row["logprobs"])).abs().max().item())
-    return worst
-
-
-def check_run(lab: Any, staleness: list[int]) -> None:
-    """The run has five steps and all rollouts. Log-probabilities equal transformers' in the first
-    step and the trainer's in every step whose weights the sampler had.
-    """
-    metrics = lab.metrics()
-    assert [line["step"] for line in metrics] == list(range(lab.steps))
-    assert [line["staleness"] for line in metrics] == staleness
-    rollouts = lab.table("rollouts")
-    assert rollouts.rows == lab.rollouts
-    steps = [rollouts.read_part(step) for step in range(lab.steps)]
-    behind = [
-        step - set(table["policy_step"].to_pylist()).pop() for step, table in enumerate(steps)
-    ]
-    assert behind == staleness
-    assert largest_difference(policy(), steps[0]) < TOLERANCE
-    for line, late in zip(metrics, staleness, strict=True):
-        # This shows one step of staleness; the engine's rounding is far smaller.
-        assert (line["sampler_drift_max"] > TOLERANCE) == bool(late), line
-
-
 def test_five_steps_in_process(lab: Any) -> None:
     lab.ended(lab.train(ENGINE, "seed=1"))
-    check_run(lab, [0] * lab.steps)
+    lab.check([0] * lab.steps)
 
 
 def test_the_engine_answers_held_out_problems_by_the_current_weights(lab: Any) -> None:
@@ -105,7 +68,7 @@ def test_the_same_engine_annotates_in_the_same_step(lab: Any) -> None:
 
 def test_one_step_ahead_with_an_engine_in_a_process_of_its_own(lab: Any) -> None:
     lab.ended(lab.train(ENGINE, "seed=3", "online.max_staleness=1"))
-    check_run(lab, [0] + [1] * (lab.steps - 1))
+    lab.check([0] + [1] * (lab.steps - 1))
 
 
 def test_a_run_signalled_together_with_its_engine_keeps_its_steps_and_resumes(lab: Any) -> None:
@@ -130,7 +93,7 @@ def test_five_steps_with_servers_of_which_one_is_killed_in_the_middle(
     lab.wait_for_the_middle(run, servers[0])
     servers[0].kill()
     assert "left out" in lab.ended(run)
-    check_run(lab, [0] * lab.steps)
+    lab.check([0] * lab.steps)
     servers[0].start().wait()
 
 
@@ -142,21 +105,31 @@ def test_a_run_whose_last_server_died_goes_on_when_it_is_back(lab: Any, servers:
     assert "cannot be reached" in lab.ended(run, code=2)
     servers[0].start().wait()
     lab.ended(lab.train(sampler, "seed=5"))
-    check_run(lab, [0] * lab.steps)
+    lab.check([0] * lab.steps)
 
 
 @pytest.fixture
-def probe() -> Probe:
-    return Probe(policy().tokenizer, PromptConfig(), PROBLEMS)
+def student() -> Policy:
+    return load_policy(resolve_policy(MODEL), "cpu", "float32")
+
+
+@pytest.fixture
+def probe(student: Policy) -> Probe:
+    return Probe(student.tokenizer, PromptConfig(), PROBLEMS)
+
+
+def trained(policy: Policy) -> Trained:
+    return Trained(policy, PackedModel(policy.model))
 
 
 def follow(sampler: VllmPolicySampler | VllmServersSampler, policy: Policy, probe: Probe) -> None:
-    probe.ask(policy)
-    sampler.follow(policy, probe)
+    probe.ask(trained(policy))
+    sampler.follow(trained(policy), probe)
 
 
-def test_a_hand_over_that_is_withheld_stops_the_run(probe: Probe, perturb: Any) -> None:
-    student = policy()
+def test_a_hand_over_that_is_withheld_stops_the_run(
+    student: Policy, probe: Probe, perturb: Any
+) -> None:
     config = VllmSampler(engine="vllm", kv_cache_gib=0.25, max_model_len=1024)
     sampler = VllmPolicySampler(config, resolve_policy(MODEL), "float32", in_process=True)
     follow(sampler, student, probe)
@@ -170,9 +143,8 @@ def test_a_hand_over_that_is_withheld_stops_the_run(probe: Probe, perturb: Any) 
 
 
 def test_a_server_that_restarts_unseen_gets_the_weights_before_it_is_used(
-    servers: list[Any], probe: Probe, tmp_path: Path, perturb: Any
+    servers: list[Any], student: Policy, probe: Probe, tmp_path: Path, perturb: Any
 ) -> None:
-    student = policy()
     config = OpenAISampler(engine="openai", base_url=[server.url for server in servers])
     sampler = VllmServersSampler(config, student.tokenizer, tmp_path / "weights", 1.0)
     prompts = [student_prompt(student.tokenizer, PromptConfig(), text) for text in PROBLEMS]
@@ -193,16 +165,15 @@ def test_a_server_that_restarts_unseen_gets_the_weights_before_it_is_used(
 
 
 def test_servers_that_cannot_follow_are_refused_at_once(
-    servers: list[Any], probe: Probe, tmp_path: Path
+    servers: list[Any], student: Policy, probe: Probe, tmp_path: Path
 ) -> None:
-    tokenizer = policy().tokenizer
+    tokenizer = student.tokenizer
     config = OpenAISampler(engine="openai", base_url=servers[0].url)
     sampler = VllmServersSampler(config, tokenizer, tmp_path / "weights", 1.0)
-    student = policy()
-    probe.ask(student)
+    probe.ask(trained(student))
     servers[0].kill()
     with pytest.raises(InputError, match="no server can be reached"):
-        sampler.follow(student, probe)
+        sampler.follow(trained(student), probe)
     with pytest.raises(InputError, match="can't be used"):
         VllmServersSampler(config, tokenizer, tmp_path / "weights", 1.0)
     servers[0].start(updates=False).wait()

@@ -9,7 +9,9 @@ from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.probe import Probe
 from trace_opd.schemas.configs import PromptConfig
 from trace_opd.schemas.errors import InputError
+from trace_opd.trace.packing import PackedModel
 from trace_opd.trace.policy import Policy, load_policy
+from trace_opd.trace.trained import Trained
 
 ROUNDING = 1e-6  # nats: rounding differences of engines in float32
 
@@ -22,6 +24,10 @@ def base() -> Policy:
 @pytest.fixture
 def probe(base: Policy) -> Probe:
     return Probe(base.tokenizer, PromptConfig(), ["4821+3977", "12+99"])
+
+
+def trained(policy: Policy) -> Trained:
+    return Trained(policy, PackedModel(policy.model))
 
 
 def moved(policy: Policy, scale: float, seed: int = 0, only: str = "") -> Policy:
@@ -50,15 +56,15 @@ def says(policy: Policy, probe: Probe, seed: int) -> list[list[float]]:
 def test_an_engine_that_follows_passes_at_every_step(base: Policy, probe: Probe) -> None:
     student = base
     for step in range(4):
-        probe.ask(student)
+        probe.ask(trained(student))
         assert probe.check("engine", says(student, probe, step)) < 1e-5
         student = moved(student, 3e-6, seed=step)
 
 
 def test_an_engine_that_keeps_its_weights_is_refused(base: Policy, probe: Probe) -> None:
-    probe.ask(base)
+    probe.ask(trained(base))
     probe.check("engine", says(base, probe, 0))
-    probe.ask(moved(base, 1e-5))
+    probe.ask(trained(moved(base, 1e-5)))
     with pytest.raises(InputError, match=r"engine: still has old weights: .* -?0% of"):
         probe.check("engine", says(base, probe, 1))
 
@@ -70,7 +76,7 @@ def test_changes_too_small_to_judge_add_up_until_they_can_be(base: Policy, probe
 
     def check(steps: range) -> None:
         for step in steps:
-            probe.ask(students[step])
+            probe.ask(trained(students[step]))
             probe.check("engine", says(base, probe, step))
 
     check(range(2))
@@ -79,17 +85,17 @@ def test_changes_too_small_to_judge_add_up_until_they_can_be(base: Policy, probe
 
 
 def test_an_engine_that_takes_over_a_part_alone_is_refused(base: Policy, probe: Probe) -> None:
-    probe.ask(base)
+    probe.ask(trained(base))
     probe.check("engine", says(base, probe, 0))
     student = moved(base, 3e-3)
     half = moved(base, 3e-3, only="layers")  # the embedding and the tied head stay unchanged
-    probe.ask(student)
+    probe.ask(trained(student))
     with pytest.raises(InputError, match="loaded only a part"):
         probe.check("engine", says(half, probe, 1))
 
 
 def test_another_model_or_precision_is_refused_at_first(base: Policy, probe: Probe) -> None:
-    probe.ask(base)
+    probe.ask(trained(base))
     with pytest.raises(InputError, match=r"engine: its log-probabilities differ .* serve policy"):
         probe.check("engine", says(moved(base, 1e-2), probe, 0))
     with pytest.raises(InputError, match="differ"):
@@ -97,11 +103,11 @@ def test_another_model_or_precision_is_refused_at_first(base: Policy, probe: Pro
 
 
 def test_servers_are_judged_each_by_itself(base: Policy, probe: Probe) -> None:
-    probe.ask(base)
+    probe.ask(trained(base))
     for engine in ("one", "other"):
         probe.check(engine, says(base, probe, 0))
     student = moved(base, 1e-5)
-    probe.ask(student)
+    probe.ask(trained(student))
     probe.check("one", says(student, probe, 1))
     with pytest.raises(InputError, match=r"^other: still"):
         probe.check("other", says(base, probe, 2))

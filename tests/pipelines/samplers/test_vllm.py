@@ -22,14 +22,23 @@ import pytest
 import torch
 
 from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.samplers.engine import Training
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
 from trace_opd.pipelines.samplers.probe import Probe
-from trace_opd.pipelines.samplers.vllm import VllmPolicySampler
-from trace_opd.schemas.configs import OpenAISampler, PromptConfig, SamplingConfig, VllmSampler
+from trace_opd.pipelines.samplers.vllm import VllmEngine, VllmPolicySampler
+from trace_opd.schemas.configs import (
+    OpenAISampler,
+    PolicyConfig,
+    PromptConfig,
+    SamplingConfig,
+    VllmSampler,
+)
 from trace_opd.schemas.errors import EngineEnded, InputError
+from trace_opd.trace.packing import PackedModel
 from trace_opd.trace.policy import Policy, end_token_ids, load_policy
 from trace_opd.trace.prompt import render_chat
 from trace_opd.trace.protocols import Completion, Prompt
+from trace_opd.trace.trained import Trained
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 ENGINE = VllmSampler(engine="vllm", kv_cache_gib=0.25)
@@ -282,9 +291,10 @@ def test_an_engine_killed_at_work_is_not_waited_for(
     with pytest.raises(EngineEnded, match="has ended; give the same command again"):
         sample_on()
     probe = Probe(reference.tokenizer, PromptConfig(), PROBLEMS[:2])
-    probe.ask(reference)
+    student = Trained(reference, PackedModel(reference.model))
+    probe.ask(student)
     with pytest.raises(EngineEnded):
-        sampler.follow(reference, probe)
+        sampler.follow(student, probe)
     sampler.close()
 
 
@@ -292,6 +302,18 @@ def test_an_engine_killed_at_work_is_not_waited_for(
 def test_a_missing_policy_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be loaded"):
         VllmPolicySampler(ENGINE, str(tmp_path / "nothing"))
+
+
+def test_tensor_parallelism_under_several_ranks_is_refused(
+    reference: Policy, tmp_path: Path
+) -> None:
+    config = VllmSampler(engine="vllm", tensor_parallel_size=2)
+    engine = VllmEngine(config, PolicyConfig(path="micro"))
+    training = Training(reference, PLAIN, tmp_path, ranks=4)
+    with pytest.raises(
+        InputError, match=r"tensor_parallel_size: is 2 under 4 ranks.*engine=openai"
+    ):
+        engine.open_in_training(training)
 
 
 def test_without_vllm_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

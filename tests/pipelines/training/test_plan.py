@@ -95,7 +95,7 @@ def test_activation_bytes_are_what_autograd_keeps_of_a_layer(kind, precision, lo
         if lora is not None:
             model = add_adapters(model.to(getattr(torch, precision)), lora)
         row = pack([[1] * 8], [np.arange(tokens - 8)])
-        kept[layers] = kept_bytes(PackedModel(model, getattr(torch, precision)), row, tokens)
+        kept[layers] = kept_bytes(PackedModel(model), row, tokens)
     policy = {"path": path, "device": "cpu", "precision": precision}
     config = TrainConfig.model_validate(
         {"policy": policy, "offline": {"steps": 1}, "lora": lora and lora.model_dump()}
