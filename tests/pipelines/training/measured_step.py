@@ -2,8 +2,9 @@
 
 python measured_step.py CONFIG RESPONSE_TOKENS PROMPT_TOKENS SMALL_MODEL
 
-Prints the most bytes in use while the weights are placed, and in the optimiser step: while gradients
-are computed, and in the update. What the libraries take is measured on a small model and subtracted.
+Prints the most bytes in use while the weights are placed, and in the optimiser step: while
+gradients are computed, and in the update. What the libraries take is measured on a small model
+and subtracted.
 """
 
 import gc

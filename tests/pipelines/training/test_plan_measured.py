@@ -23,8 +23,8 @@ BIG = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 SMALL = BIG | {
-    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
 PROGRAM = Path(__file__).with_name("measured_step.py")
 # Large blocks return to the system when they are freed, so the resident set is the memory in use.
