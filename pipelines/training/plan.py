@@ -88,10 +88,9 @@ def predict_memory(where: Setting) -> Memory:
 def _held(where: Setting) -> dict[str, int]:
     config, shape, low = where.config, where.shape, where.computed
     adapters = shape.trainable if config.lora else 0
-    base = (low if config.lora else 4) * shape.parameters
     held = {}
     if not config.optim.offload:
-        held["weights"] = base + 4 * adapters
+        held["weights"] = (low if config.lora else 4) * shape.parameters + 4 * adapters
         held[STATES] = int(MOMENT_BYTES[config.optim.kind] * shape.trainable)
     if config.schedule.w0:
         # With adapters the teacher is the base, or a second adapter on it.
@@ -181,17 +180,20 @@ def _chunk_bytes(where: Setting) -> int:
 
 
 def _host(where: Setting) -> dict[str, int]:
-    """Of one machine with all GPUs. The first rank reads the files."""
+    """Of one machine with all GPUs: what is offloaded, and the larger of what the first rank reads
+    at the start, and the copy of which a checkpoint is written."""
     config, shape = where.config, where.shape
-    copied = sum(size for name, size in _held(where).items() if name != "reference")
-    parts = {
-        "the model's files at the start": shape.stored_bytes * shape.parameters,
-        "a checkpoint while it is written": copied * where.gpus,
-    }
-    if config.optim.offload:
-        # A copy of what is trained, its gradients and two moments.
-        parts["offloaded optimiser"] = 16 * shape.trainable
-    return parts
+    # Weights, gradients and two moments.
+    offloaded = 16 * shape.trainable if config.optim.offload else 0
+    copied = sum(size for name, size in _held(where).items() if name != "reference") * where.gpus
+    copied += 12 * shape.trainable if offloaded else 0
+    files = shape.stored_bytes * shape.parameters
+    parts = {"weights and optimiser": offloaded}
+    if files > copied:
+        parts["the model's files at the start"] = files
+    else:
+        parts["a checkpoint while it is written"] = copied
+    return {name: size for name, size in parts.items() if size}
 
 
 def _sampling(where: Setting) -> dict[str, dict[str, int]]:
