@@ -143,7 +143,9 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     # Offloaded shards are gathered on the devices, whose network is the faster one.
-    return tensor.to(tensor.device_mesh.device_type).full_tensor()
+    tensor = tensor.to(tensor.device_mesh.device_type)
+    assert isinstance(tensor, DTensor)
+    return tensor.full_tensor()
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
