@@ -163,7 +163,7 @@ def test_online_steps_annotate_themselves_and_validate_on_every_rank(
     run = trained(ranks, base, root, *ONLINE, *TRAINED[name])
     made = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in made] == [0, 1, 2]
-    assert made[0]["coverage"] > 0
+    assert made[0]["coverage_fkl"] > 0
     assert all("validation_test_greedy" in line for line in made[1:])
     # Before the first step the weights are those of one rank, and so are all answers.
     first = "validation/step-000000.parquet"
@@ -193,6 +193,7 @@ def test_sigterm_leaves_a_checkpoint_from_which_four_ranks_go_on(base, root, alo
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=120)
     done = len(lines(root))
+    assert len(sentences(error)) == 1, error
     (line,) = sentences(error)
     assert f"stopped after {done} of {STEPS} steps; a checkpoint is written" in line
     assert "Traceback" not in error
@@ -236,6 +237,7 @@ def test_ranks_wait_while_the_first_verifies_longer_than_for_a_device(root):
 def test_an_annotator_that_raises_ends_every_rank_with_its_sentence(root):
     train = ["train", CONFIG, *SHORT, annotator("Wrong"), "--store", root]
     code, _, error = ended(2, *train, launcher=OURS, timeout=120)
+    assert len(sentences(error)) == 1, error
     (line,) = sentences(error)
     assert "ValueError: no such span" in line
     assert code == 1
@@ -244,6 +246,7 @@ def test_an_annotator_that_raises_ends_every_rank_with_its_sentence(root):
 def test_bad_input_is_one_sentence_and_the_exit_code_of_one_rank(root):
     train = ["train", CONFIG, *SHORT, "online.problems=nowhere", "--store", root]
     code, _, error = ended(2, *train, launcher=OURS)
+    assert len(sentences(error)) == 1, error
     (line,) = sentences(error)
     assert "'nowhere' is not in store" in line
     assert "Traceback" not in error
@@ -252,6 +255,7 @@ def test_bad_input_is_one_sentence_and_the_exit_code_of_one_rank(root):
 
 def test_an_unknown_key_is_one_sentence_of_all_ranks(root):
     code, _, error = ended(4, "train", CONFIG, "onlin.steps=1", "--store", root, launcher=OURS)
+    assert len(sentences(error)) == 1, error
     (line,) = sentences(error)
     assert "onlin" in line
     assert code == 2
