@@ -4,6 +4,7 @@ Stages, the study and `trace-opd verify-store` open a `Progress`. Engines report
 the one that is open, from any thread, and need not know which.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -161,7 +162,7 @@ def progress_bar(
 ) -> Iterator[Meter]:
     """Progress on standard error. lines: also on a terminal lines, where others log to it."""
     console, meter = Terminal(stderr=True), Meter(total, unit)
-    if _silent:
+    if _silent or os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first shows it
         shown = nullcontext()
     elif console.is_terminal and not lines:
         shown = _bar(name, meter, console)

@@ -72,8 +72,9 @@ def _rank(process: int) -> int:
 
 
 def sentences(error: str) -> list[str]:
-    """What the command line says at its end, by all ranks."""
-    return [line for line in error.splitlines() if line.startswith("trace-opd: ")]
+    """What the command line says at its end, by all ranks; without lines of progress."""
+    said = [line for line in error.splitlines() if line.startswith("trace-opd: ")]
+    return [line for line in said if not line.startswith("trace-opd: train: ")]
 
 
 def annotator(name: str, seconds: int = 0) -> str:
