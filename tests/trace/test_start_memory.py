@@ -1,4 +1,4 @@
-"""What each rank holds at the start of a training: its shards, and never a whole copy of its own."""
+"""What each rank holds at the start of a training: its shards, never a whole copy of its own."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_ranks_start_with_shards_alone(large, count, precision, tmp_path):
     script.write_text(RANKS)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     subprocess.run(
-        [sys.executable, *launcher, str(script), str(folder), MICRO, str(tmp_path), json.dumps(config)],
+        [sys.executable, *launcher, *map(str, (script, folder, MICRO, tmp_path)), json.dumps(config)],
         check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=100,
     )  # fmt: skip
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(count)]
