@@ -67,9 +67,13 @@ class CheckpointWriter:
         """Checkpoints are `folder/step-NNNNN`; the newest `keep` stay."""
         self._trainer, self._folder, self._keep = trainer, folder, keep
         ranks = trainer.ranks
-        self._group = None
+        self._group: dist.ProcessGroup | None = None
         if ranks.count > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=3))
+            ranks.wait()  # the first had its engines to open
+            limit = timedelta(hours=trainer.config.wait_hours)
+            group = dist.new_group(backend="gloo", timeout=limit)
+            assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+            self._group = group
         self.written = trainer.state.step  # step of the newest checkpoint on disk
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

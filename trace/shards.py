@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
@@ -21,6 +20,8 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 _FILE_BYTES = 1 << 30  # of each rank; the writer holds one file's tensors a second time
 
@@ -59,9 +60,11 @@ def write_shards(
     writer = HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=_files(tensors, count), save_distributed=True
     )
+    # The loader that overlaps copies would open a context on the first GPU in every rank.
+    writer.per_thread_copy_ahead = 0
     _without_warning()
     try:
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=count == 1)
+        save(tensors, storage_writer=writer, process_group=group, no_dist=count == 1)
     except CheckpointException as error:
         raise _cause(error) from None
 
@@ -78,7 +81,7 @@ def read_shards(tensors: Tensors, folder: Path) -> None:
         return
     _without_warning()
     try:
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as error:
         raise _cause(error) from None
 

@@ -136,6 +136,7 @@ def _training(where: Setting) -> dict[str, dict[str, int]]:
     # With several ranks one layer's flat buffer lives until the next one is gathered.
     flat = layer if shards > 1 else 0
     trained = 4 * shape.trainable
+    # A layer's gradients leave for the host as soon as they are reduced.
     gradients = {"gradients": 0 if config.optim.offload else trained // shards}
 
     again = where.recomputed_layers

@@ -242,7 +242,7 @@ class TrainConfig(Config):
     )
     keep_checkpoints: bool = operational(
         False,
-        "Keep them when the run is finished, e.g. to evaluate a step. false: only the final model, "
+        "Keep them when the run is finished, e.g. to export a step. false: only the final model, "
         "and with adapters the newest checkpoint.",
     )
     wait_hours: float = operational(

@@ -154,7 +154,7 @@ def put(*path: str, value: Any) -> Damage:
     return state(change)
 
 
-def tensors(change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> Damage:
+def tensors(change: Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]) -> Damage:
     """A change of the stored tensors, and of the places that a shard's header gives them."""
 
     def damage(folder: Path) -> None:
