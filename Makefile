@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-judge bench-loss bench-overlap bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
+.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
