@@ -58,9 +58,11 @@ class AdamW8bit(torch.optim.Optimizer):
             for group in self.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        self._update(parameter, group)
+                        self._update(parameter, parameter.grad, group)
 
-    def _update(self, parameter: torch.nn.Parameter, group: dict[str, Any]) -> None:
+    def _update(
+        self, parameter: torch.nn.Parameter, gradient: torch.Tensor, group: dict[str, Any]
+    ) -> None:
         state = self.state[parameter]
         if not state:
             state |= _new_state(parameter)
@@ -74,7 +76,7 @@ class AdamW8bit(torch.optim.Optimizer):
             update = torch.compile(update, fullgraph=True, dynamic=False)
         update(
             weights,
-            local_tensor(parameter.grad),
+            local_tensor(gradient),
             state["step"],
             first,
             second,

@@ -69,6 +69,7 @@ class CheckpointWriter:
         ranks = trainer.ranks
         self._group: dist.ProcessGroup | None = None
         if ranks.count > 1:
+            ranks.wait()  # the first had its engines to open
             limit = timedelta(hours=trainer.config.wait_hours)
             group = dist.new_group(backend="gloo", timeout=limit)
             assert isinstance(group, dist.ProcessGroup), "every rank is a member"

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from ..schemas.environment import whole_number
@@ -121,12 +122,12 @@ def first_to_end() -> bool:
         return dist.is_initialized() or whole_number("RANK", 0) == 0
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise ValueError("no process but the first rank's holds a store")
-    return next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=10))))[0]
+    return next(iter(rendezvous("env://", timeout=timedelta(seconds=10))))[0]
 
 
 @cache
@@ -142,7 +143,9 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     # Offloaded shards are gathered on the devices, whose network is the faster one.
-    return tensor.to(tensor.device_mesh.device_type).full_tensor()
+    tensor = tensor.to(tensor.device_mesh.device_type)
+    assert isinstance(tensor, DTensor)
+    return tensor.full_tensor()
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,10 @@ vLLM runs in a child process, which `close` ends, or in this process, where the 
 pass to it without a file. Adapters pass as files of their own, and the base stays as it is.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from ...schemas.configs import PolicyConfig, Precision, SamplingConfig, VllmSampler
-from ...schemas.errors import EngineEnded, InputError
+from ...schemas.errors import InputError
 from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
 from ...trace.loading import check_model
@@ -33,6 +31,7 @@ from .context_length import policy_context
 from .engine import Engine, Training, local_identity, require_ratios
 from .gpu_share import free_share
 from .probe import Probe
+from .vllm_loading import adapter_options, load_adapters, load_weights
 from .vllm_process import (
     Finished,
     ask_process,
@@ -40,14 +39,7 @@ from .vllm_process import (
     engine_environment,
     import_quietly,
 )
-from .weights import (
-    engine_rank,
-    hands_adapters,
-    memory_folder,
-    weights_bytes,
-    write_adapters,
-    write_weights,
-)
+from .weights import hands_adapters
 
 # On CPU vLLM would claim `gpu_memory_utilization` of the whole machine's memory.
 _CPU_KV_CACHE_GIB = 4.0
@@ -154,14 +146,7 @@ class VllmPolicySampler:
             options["gpu_memory_utilization"] = (
                 config.gpu_memory_utilization or gpu_share or free_share()
             )
-        if adapters is not None:
-            options |= {
-                "enable_lora": True,
-                "max_loras": 1,
-                "max_lora_rank": engine_rank(adapters),
-                # Without this vLLM wraps the head too, and can't score prompts on CPU.
-                "lora_target_modules": list(adapters.modules),
-            }
+        options |= adapter_options(adapters)
         if ranks > 1:  # the engine takes part in torchrun's process group, and samples by itself
             options["distributed_executor_backend"] = "external_launcher"
         self._group_is_the_trainers = dist.is_initialized()
@@ -283,43 +268,10 @@ class VllmPolicySampler:
         return ask_process(self._processes, lambda: call(*args, **kwargs))
 
     def _load(self, policy: TrainedPolicy) -> None:
-        """Reload the weights. The model's own load_weights is not enough: on CPU the engine
-        computes with copies of the weights in another layout, which only a reload renews.
-        """
-        if self._form is None and self._in_process:
-            given = {"weights_iterator": policy.weights()}
-            self._ask(self._llm.collective_rpc, "reload_weights", kwargs=given)
-            return
-        needed = 0 if self._form else weights_bytes(self._path, policy.compute_dtype)
-        room = memory_folder(needed)
-        try:
-            if self._form is not None:
-                write_adapters(policy, self._form, room / "adapters")
-                self._load_adapters(room / "adapters")
-                return
-            write_weights(policy, room / "weights")
-            given = {"weights_path": str(room / "weights")}
-            self._ask(self._llm.collective_rpc, "reload_weights", kwargs=given)
-        finally:
-            shutil.rmtree(room)
-
-    def _load_adapters(self, folder: Path) -> None:
-        """Load adapters under the next version's name and number, in place of those before."""
-        engine, version = self._llm.llm_engine, 1
-        if self._lora is not None:
-            version = self._lora.lora_int_id + 1
-            self._ask(engine.remove_lora, self._lora.lora_int_id)
-        request = import_module("vllm.lora.request").LoRARequest
-        self._lora = request(f"adapters-{version}", version, str(folder))
-        try:
-            self._ask(engine.add_lora, self._lora)
-        except EngineEnded:
-            raise
-        except Exception as error:  # vLLM's process sends every error as a bare Exception
-            raise InputError(
-                f"sampler vllm: can't load the adapters ({str(error).splitlines()[0]:.200}); set "
-                "sampler.adapters=merge, or other lora.target_modules"
-            ) from None
+        if self._form is None:
+            load_weights(self._ask, self._llm, policy, self._path, self._in_process)
+        else:
+            self._lora = load_adapters(self._ask, self._llm, policy, self._form, self._lora)
 
     def _score(self, rows: Sequence[list[int]]) -> list[list[float]]:
         """The log-probability of each token but the first, given those before it."""

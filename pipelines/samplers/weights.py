@@ -34,7 +34,10 @@ def write_weights(policy: TrainedPolicy, folder: Path, file_bytes: int = _FILE_B
 
 
 def write_adapters(policy: TrainedPolicy, form: AdapterForm, folder: Path) -> None:
-    """Write the adapters as peft does, in float32. The folder appears atomically."""
+    """Write the adapters as peft's files, in the compute type, to which vLLM would round them.
+
+    The folder appears atomically.
+    """
     tensors = policy.adapters()
     assert tensors is not None, "the policy has adapters"
     settings = {
@@ -44,8 +47,8 @@ def write_adapters(policy: TrainedPolicy, form: AdapterForm, folder: Path) -> No
         "target_modules": list(form.modules),
     }
     with _appearing(folder) as unfinished:
-        parts = _parts(iter(tensors.items()), file_bytes=2**62)
-        save_file(next(parts), unfinished / "adapter_model.safetensors", {"format": "pt"})
+        rounded = {n: t.to("cpu", policy.compute_dtype).contiguous() for n, t in tensors.items()}
+        save_file(rounded, unfinished / "adapter_model.safetensors", {"format": "pt"})
         (unfinished / "adapter_config.json").write_text(json.dumps(settings))
 
 

@@ -70,14 +70,10 @@ def fits(where: Setting, limit: int) -> Iterator[Fit]:
 def _changes(where: Setting) -> Iterator[tuple[list[str], Setting]]:
     config = where.config
     yield [], where
-    if (
-        getattr(config.optim, "kind", "") != "adamw_8bit"
-        and hasattr(config.optim, "kind")
-        and not config.optim.offload
-    ):
+    if config.optim.kind != "adamw_8bit" and not config.optim.offload:
         yield _changed(where, ["optim.kind=adamw_8bit"])
     if config.lora is None:
-        offload = ["optim.offload=false"] if getattr(config.optim, "offload", False) else []
+        offload = ["optim.offload=false"] if config.optim.offload else []
         yield _changed(where, ["lora.rank=32", *offload])
 
 

@@ -10,6 +10,7 @@ from math import ceil
 
 from ...schemas.configs import VllmSampler
 from ...trace.fused import BLOCK_BYTES, BUFFER_BYTES
+from ...trace.optim import MOMENT_BYTES
 from .plan_setting import Setting
 
 # By (adapters, computing in bfloat16): bytes that autograd keeps per token and layer for each unit
@@ -21,8 +22,6 @@ _KEPT = {
     (True, False): (16, 16, 20, 4, 28),
     (True, True): (12, 8, 10, 4, 14),
 }
-# Bytes of a trained weight's two moments; 8-bit ones have a float32 scale per block of 256.
-_MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}
 _PROBE_ROWS = 2 * 127  # tokens that a probe of an engine's weights scores (samplers/probe.py)
 _CPU_KV_CACHE = 4 << 30  # of vLLM on a CPU (samplers/vllm.py)
 
@@ -89,10 +88,10 @@ def predict_memory(where: Setting) -> Memory:
 def _held(where: Setting) -> dict[str, int]:
     config, shape, low = where.config, where.shape, where.computed
     adapters = shape.trainable if config.lora else 0
-    base = (low if config.lora else 4) * shape.parameters
-    held = {"weights": base + 4 * adapters}
-    if not getattr(config.optim, "offload", False):
-        held[STATES] = int(_MOMENTS[getattr(config.optim, "kind", "adamw")] * shape.trainable)
+    held = {}
+    if not config.optim.offload:
+        held["weights"] = (low if config.lora else 4) * shape.parameters + 4 * adapters
+        held[STATES] = int(MOMENT_BYTES[config.optim.kind] * shape.trainable)
     if config.schedule.w0:
         # With adapters the teacher is the base, or a second adapter on it.
         averaged = 4 if config.teacher.sync == "ema" else low
@@ -133,7 +132,8 @@ def _training(where: Setting) -> dict[str, dict[str, int]]:
     # With several ranks one layer's flat buffer lives until the next one is gathered.
     flat = layer if shards > 1 else 0
     trained = 4 * shape.trainable
-    gradients = {"gradients": trained // shards}
+    # A layer's gradients leave for the host as soon as they are reduced.
+    gradients = {"gradients": 0 if config.optim.offload else trained // shards}
 
     again = where.recomputed_layers
     whole = shape.layers - again
@@ -180,17 +180,20 @@ def _chunk_bytes(where: Setting) -> int:
 
 
 def _host(where: Setting) -> dict[str, int]:
-    """Of one machine with all GPUs. The first rank reads the files."""
+    """Of one machine with all GPUs: what is offloaded, and the larger of what the first rank reads
+    at the start, and the copy of which a checkpoint is written."""
     config, shape = where.config, where.shape
-    copied = sum(size for name, size in _held(where).items() if name != "reference")
-    parts = {
-        "the model's files at the start": shape.stored_bytes * shape.parameters,
-        "a checkpoint while it is written": copied * where.gpus,
-    }
-    if getattr(config.optim, "offload", False):
-        # A copy of what is trained, its gradients and two moments.
-        parts["offloaded optimiser"] = 16 * shape.trainable
-    return parts
+    # Weights, gradients and two moments.
+    offloaded = 16 * shape.trainable if config.optim.offload else 0
+    copied = sum(size for name, size in _held(where).items() if name != "reference") * where.gpus
+    copied += 12 * shape.trainable if offloaded else 0
+    files = shape.stored_bytes * shape.parameters
+    parts = {"weights and optimiser": offloaded}
+    if files > copied:
+        parts["the model's files at the start"] = files
+    else:
+        parts["a checkpoint while it is written"] = copied
+    return {name: size for name, size in parts.items() if size}
 
 
 def _sampling(where: Setting) -> dict[str, dict[str, int]]:

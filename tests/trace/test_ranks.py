@@ -27,10 +27,13 @@ from trace_opd.schemas.configs import (
 )
 from trace_opd.schemas.labels import Route
 from trace_opd.trace.align import byte_table
+from trace_opd.trace.batches import rank_batches, shares
 from trace_opd.trace.policy import load_policy
 from trace_opd.trace.routed import routed_table
+from trace_opd.trace.sequences import training_sequences
 
 PROMPT = PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE)
+LONG = PromptConfig(student=STUDENT_TEMPLATE, teacher="\n".join(8 * [TEACHER_TEMPLATE]))
 # Trains each given run to its last step, from the newest checkpoint if there is one, and leaves a
 # checkpoint.
 PROGRAM = """
@@ -130,6 +133,8 @@ CASES = {
     "reference": {"loss": {"reference_kl": 0.1, "aggregation": "token"}},
     "ema": {"teacher": {"sync": "ema"}},
     "lora": {"lora": {"rank": 4}},
+    # The teacher has several passes within one of the student's.
+    "long contexts": {"prompt": LONG.model_dump(), "micro_batch_tokens": 250},
 }
 PLAIN, LORA = CASES["plain"], CASES["lora"]
 BFLOAT16 = {"policy": {"precision": "bfloat16"}}
@@ -219,6 +224,18 @@ def largest_difference(left: Path, right: Path) -> float:
     ours, theirs = (load_file(f / "final" / "model.safetensors") for f in (left, right))
     assert ours.keys() == theirs.keys()
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+def test_two_ranks_split_a_group_here_and_have_unequal_rows_of_the_teacher(routed):
+    """The comparison below depends on it."""
+    tokenizer = load_policy(resolve_policy("micro"), "cpu").tokenizer
+    sequences = training_sequences(pq.read_table(routed), tokenizer, LONG)
+    groups = [{s.group_id for s in share} for share in shares(sequences, 2, with_teacher=True)]
+    assert groups[0] & groups[1]
+    first, second = (rank_batches(sequences, rank, 2, 250, with_teacher=True) for rank in range(2))
+    pairs = list(zip(first, second, strict=True))
+    assert any(min(len(one.taught), len(other.taught)) > 1 for one, other in pairs)
+    assert any(len(one.taught) != len(other.taught) for one, other in pairs)
 
 
 @pytest.mark.slow

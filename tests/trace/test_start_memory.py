@@ -78,10 +78,9 @@ def test_ranks_start_with_shards_alone(large, count, precision, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    subprocess.run(
-        [sys.executable, *launcher, *map(str, (script, folder, MICRO, tmp_path)), json.dumps(config)],
-        check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=100,
-    )  # fmt: skip
+    given = [str(path) for path in (script, folder, MICRO, tmp_path)]
+    command = [sys.executable, *launcher, *given, json.dumps(config)]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=100)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(count)]
     frozen = 4 if precision == "float32" else 2
     for rank, found in enumerate(ranks):

@@ -1,4 +1,4 @@
-"""Adapters that engines load as such: against merged weights, and hand-overs that must not be silent.
+"""Adapters that engines load as such: against merged weights, and hand-overs that must not pass.
 
 Run by `make test-vllm`.
 """
@@ -128,7 +128,7 @@ def check(sampler: Any, student: Policy, probe: Probe) -> None:
     before = {name: w.clone() for name, w in (trained(student).adapters() or {}).items()}
     train(student, 1e-3, seed=2)
     late = Late(student, PackedModel(student.model), before)
-    with pytest.raises(InputError, match="still has old weights|loaded only a part"):
+    with pytest.raises(InputError, match=r"still has old weights|loaded only a part"):
         follow(sampler, late, probe)
 
 

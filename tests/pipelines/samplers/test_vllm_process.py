@@ -1,12 +1,20 @@
-"""Calls to vLLM's engine process: its result, its error, and its death."""
+"""Calls to vLLM's engine process: its result, its error, and its death. What an engine finds in the
+process that it starts in, and what it must leave there.
+"""
 
 import multiprocessing
+import os
 import threading
 import time
 
 import pytest
+import torch.distributed as dist
 
-from trace_opd.pipelines.samplers.vllm_process import ask_process
+from trace_opd.pipelines.samplers.vllm_process import (
+    ask_process,
+    default_group_kept,
+    engine_environment,
+)
 from trace_opd.schemas.errors import EngineEnded
 
 
@@ -40,3 +48,38 @@ def test_an_error_of_a_dead_engine_is_its_end(engine):
     engine.join()
     with pytest.raises(EngineEnded, match="process has ended"):
         ask_process([engine], fail)
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_an_engine_is_a_rank_of_torchrun_in_the_trainers_process_alone(monkeypatch, in_process):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    with engine_environment(in_process, one_gpu=True):
+        assert os.environ.get("RANK") == ("1" if in_process else None)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ("4,6" if in_process else "6")
+    assert os.environ["RANK"] == "1"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
+
+
+def test_an_engine_over_several_gpus_sees_them_all(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    with engine_environment(in_process=False, one_gpu=False):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
+
+
+def test_the_trainers_process_group_outlives_an_engines(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        engines = dist.new_group([0])
+        with default_group_kept():
+            dist.destroy_process_group(engines)
+            dist.destroy_process_group()
+        assert dist.is_initialized()
+        with pytest.raises(ValueError, match="is not initialized"):
+            dist.get_backend(engines)
+    finally:
+        dist.destroy_process_group()
+    assert not dist.is_initialized()

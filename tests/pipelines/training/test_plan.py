@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -117,95 +115,6 @@ def kept_bytes(model, row, tokens):
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
         model(row, lambda states, head: states)
     return sum(size for size, _ in kept.values())
-
-
-# Large blocks return to the system when they are freed, so the resident set is the memory in use.
-NO_HOARDING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-PROGRAM = """
-import json, sys
-from pathlib import Path
-import numpy as np, torch
-torch.set_num_threads(1)
-from transformers import AutoConfig, AutoModelForCausalLM
-from trace_opd.schemas.configs import TrainConfig
-from trace_opd.trace.sequences import TrainingSequence
-from trace_opd.trace.policy import Policy, checkpoint_layers, choose_dtype
-from trace_opd.trace.protocols import PolicyInfo
-from trace_opd.trace.trainer import Trainer
-
-config = TrainConfig.model_validate_json(sys.argv[1])
-groups, responses, length, prompt = config.groups_per_step, 4, int(sys.argv[2]), int(sys.argv[3])
-
-def step(trainer, vocab):
-    rng = np.random.default_rng(0)
-    rows = []
-    for at in range(groups * responses):
-        route = np.zeros(length, np.uint8)
-        route[: length // 4] = 1
-        ids, group = rng.integers(1, vocab, length), at // responses
-        rows.append(TrainingSequence(
-            rollout_id=f"r{at}", group_id=f"g{group}", prompt_ids=[group + 1] * prompt,
-            token_ids=ids, logprobs=np.full(length, -9.0, np.float32), route=route,
-            advantage=1.0 if at % 2 else -1.0, reward=float(at % 2), correct=bool(at % 2),
-            temperature=1.0, truncated=False, teacher_prompt_ids=[group + 1] * prompt))
-    trainer.train_step(rows)
-
-def trainer(model_config):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(model_config).eval()
-    if config.gradient_checkpointing:
-        checkpoint_layers(model)
-    dtype = choose_dtype(config.policy.precision, torch.device("cpu"))
-    return Trainer(Policy(model, None, PolicyInfo("random", ""), dtype), config)
-
-def resident(name):
-    (line,) = [l for l in open("/proc/self/status") if l.startswith(name)]
-    return int(line.split()[1]) * 1024
-
-full = AutoConfig.from_pretrained(config.policy.path)
-small = AutoConfig.from_pretrained(config.policy.path)
-small.hidden_size, small.intermediate_size = 16, 16
-small.num_hidden_layers, small.vocab_size = 1, 64
-small.layer_types = None
-for _ in range(2):  # libraries' own memory
-    step(trainer(AutoConfig.for_model(**small.to_dict())), 64)
-before = resident("VmRSS")
-trained = trainer(full)
-for _ in range(2):  # the second one has the optimiser's states
-    step(trained, full.vocab_size)
-print(resident("VmHWM") - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"gradient_checkpointing": True, "schedule": {"w0": 0.0}},
-        {"policy": {"precision": "bfloat16"}},
-    ],
-    ids=["plain", "checkpointing-grpo", "bfloat16"],
-)
-def test_predicted_memory_is_within_a_tenth_of_what_real_steps_take(fields, tmp_path):
-    path = folder_of(tmp_path, **QWEN)
-    policy = {"path": path, "device": "cpu"} | fields.get("policy", {})
-    config = train_config(
-        path, groups_per_step=2, micro_batch_tokens=672, online={"group_size": 4},
-        **(fields | {"policy": policy}),
-    )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, config.model_dump_json(), "160", "32"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | NO_HOARDING | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    measured = int(done.stdout)
-    predicted = predict_memory(setting(config, prompt_tokens=32, response_tokens=160)).peak
-    assert predicted == pytest.approx(measured, rel=0.1)
 
 
 def test_checkpointing_lora_and_the_end_of_the_kl_take_memory_away(tmp_path):
