@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-judge bench-loss bench-overlap bench-rollout bench-step bench-verify bases micro study study-quick docs clean
+.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -107,6 +107,9 @@ bench-judge: setup  ## count wrong verdicts, ours and math-verify's
 
 bench-loss: setup peers  ## compare time and memory of the loss with TRL's and Liger's
 	$(BIN)/python benchmarks/loss.py
+
+bench-plan: setup  ## write the table of docs/training.md: which Qwen3 trainings fit which GPU
+	$(BIN)/python benchmarks/plan.py
 
 bench-rollout: $(VLLM_VENV)/.installed  ## measure each sampler's generated tokens per second
 	$(VLLM_VENV)/bin/python benchmarks/rollout.py

@@ -21,17 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from step_case import make_case
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import RoutingConfig, TrainConfig
-from trace_opd.trace.policy import load_policy
+from trace_opd.trace.align import byte_table
+from trace_opd.trace.policy import load_policy, load_tokenizer
 from trace_opd.trace.ranks import join_ranks, whole_tensor
 from trace_opd.trace.sequences import training_sequences
 from trace_opd.trace.trained import Trained
@@ -97,15 +98,11 @@ def main() -> None:
 def _routed(model: str, groups: int, new_tokens: int) -> pa.Table:
     routing = RoutingConfig(key="fkl", error="rkl")
     case = make_case(model, "cpu", groups, 4, new_tokens, routing)
-    policy = case.policy()
-    from trace_opd.trace.align import byte_table
-
-    return case.routed(case.rollouts, byte_table(policy.tokenizer), with_teacher=True)
+    table = byte_table(load_tokenizer(case.path))
+    return case.routed(case.rollouts, table, with_teacher=True)
 
 
-def _result(
-    model: str, table: Path, recipe: str, ranks: int, out: Path
-) -> dict[str, torch.Tensor]:
+def _result(model: str, table: Path, recipe: str, ranks: int, out: Path) -> dict[str, torch.Tensor]:
     own = [__file__, "--model", model, "--measure", str(table), recipe, str(out)]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
@@ -120,17 +117,18 @@ def _table(found: dict[str, dict[str, torch.Tensor]], title: str) -> Table:
         title=title,
     )  # fmt: skip
     exact = found["float32"]
-    for name, result in found.items():
-        error = torch.cat([(result[key] - exact[key]).flatten() for key in exact if key != "logprobs"])
-        norms = [
-            torch.cat([one[key].flatten() for key in exact if key != "logprobs"]).norm()
-            for one in (result, exact)
-        ]
+    names = [name for name in exact if name != "logprobs"]
+    whole = _joined(exact, names)
+    for recipe, result in found.items():
+        gradient = _joined(result, names)
         drift = (result["logprobs"] - exact["logprobs"]).abs().mean()
-        table.add_row(
-            name, f"{norms[0]:.4f}", f"{error.norm() / norms[1]:.2%}", f"{drift:.4f}"
-        )
+        error = (gradient - whole).norm() / whole.norm()
+        table.add_row(recipe, f"{gradient.norm():.4f}", f"{error:.2%}", f"{drift:.4f}")
     return table
+
+
+def _joined(tensors: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor:
+    return torch.cat([tensors[name].flatten() for name in names])
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ EXCUSED = {
     ),
     r"python -m trace_opd\.flows .*": "needs a Prefect server; tests/test_flows.py",
     r"trace-opd study studies/micro.yaml": HOURS + "; tests/pipelines/study",
-    r"trace-opd plan configs/qwen3-8b.yaml .*": "needs the model's config from the hub",
+    r"trace-opd problems configs/qwen3-8b.yaml": "needs problems from the hub",
     r"torchrun .*": GPU,
     r"python -m trace_opd\.pipelines\.cli\.torchrun .*": GPU,
     r"\w+=1 vllm serve .*": GPU,

@@ -83,7 +83,9 @@ def add_teacher(model: Any) -> None:
     for name, parameter in own.items():
         if f".{_TEACHER}." in name:
             parameter.requires_grad_(False)
-            parameter.data.copy_(own[name.replace(f".{_TEACHER}.", f".{_ADAPTER}.")])
+            trained = own[name.replace(f".{_TEACHER}.", f".{_ADAPTER}.")]
+            if not trained.is_meta:  # else its values come from the first rank
+                parameter.data.copy_(trained)
         elif ".lora_" in name:
             parameter.requires_grad_(True)
 

@@ -90,6 +90,19 @@ def backbone(model: Any) -> torch.nn.Module:
     return transformers_model(model).base_model
 
 
+def decoder_layers(model: Any) -> list[torch.nn.Module]:
+    """The layers of a model's decoder, in their order.
+
+    Raises:
+        InputError: it has no list of layers.
+    """
+    lists = [m for m in backbone(model).children() if isinstance(m, torch.nn.ModuleList)]
+    if not lists:
+        kind = transformers_model(model).config.model_type
+        raise InputError(f"policy {kind}: its decoder has no list of layers; use another policy")
+    return list(max(lists, key=len))
+
+
 def output_head(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight (vocab, hidden) and bias (vocab,) or None of the language-model head."""
     head = transformers_model(model).get_output_embeddings()

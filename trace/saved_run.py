@@ -151,7 +151,7 @@ def read_run(trainer: Trainer, checkpoint: Path, step: int) -> SavedRun:
             _require_finite(name, tensor)
     except (
         *FAILURES, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError,
-        AssertionError,
+        AssertionError, OverflowError,
     ) as error:  # fmt: skip
         trainer.optimizer.state.clear()
         reason = " ".join(f"{type(error).__name__}: {error}".split())

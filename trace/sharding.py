@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from .policy import backbone
+from .policy import decoder_layers
 from .ranks import BACKENDS, Ranks, local_tensor, whole_tensor
 
 # (name, placeholder) -> the whole tensor on this rank; called in the same order on every rank.
@@ -64,7 +64,7 @@ def place(
     units: list[torch.nn.Module] = [module]
     fsdp: dict[str, Any] = {}
     if ranks.shards(compute_dtype):
-        units = [*backbone(module.model).get_submodule("layers").children(), module]
+        units = [*decoder_layers(module.model), module]
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         fsdp = {"mesh": _mesh(ranks, device), "mp_policy": precision}
         if offload:

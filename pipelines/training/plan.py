@@ -22,6 +22,8 @@ _KEPT = {
     (True, False): (16, 16, 20, 4, 28),
     (True, True): (12, 8, 10, 4, 14),
 }
+STATES = "optimiser states"
+ENGINE = ("engine's weights", "engine's cache, at least")
 _PROBE_ROWS = 2 * 127  # tokens that a probe of an engine's weights scores (samplers/probe.py)
 _CPU_KV_CACHE = 4 << 30  # of vLLM on a CPU (samplers/vllm.py)
 
@@ -41,7 +43,8 @@ class Memory:
     host: dict[str, int]
 
     def total(self, phase: str) -> int:
-        held = sum(size for name, size in self.held.items() if phase != "start" or name != STATES)
+        later = (STATES, *ENGINE) if phase == "start" else ()
+        held = sum(size for name, size in self.held.items() if name not in later)
         return held + sum(self.phases[phase].values())
 
     @property
@@ -52,8 +55,6 @@ class Memory:
     def peak(self) -> int:
         return self.total(self.peak_phase)
 
-
-STATES = "optimiser states"
 
 
 def activation_bytes(where: Setting) -> int:
@@ -99,7 +100,10 @@ def _held(where: Setting) -> dict[str, int]:
         held["teacher"] = second if config.lora else averaged * shape.parameters
     if config.loss.reference_kl and not config.lora:
         held["reference"] = low * shape.parameters
-    return {name: size // where.gpus for name, size in held.items() if size}
+    held = {name: size // where.gpus for name, size in held.items() if size}
+    if isinstance(config.sampler, VllmSampler) and config.online.max_staleness:
+        held |= _engine(where)  # it samples while a step trains
+    return held
 
 
 def _start(where: Setting) -> dict[str, int]:
@@ -185,7 +189,9 @@ def _host(where: Setting) -> dict[str, int]:
     config, shape = where.config, where.shape
     # Weights, gradients and two moments.
     offloaded = 16 * shape.trainable if config.optim.offload else 0
-    copied = sum(size for name, size in _held(where).items() if name != "reference") * where.gpus
+    left_out = ("reference", *ENGINE)
+    copied = sum(size for name, size in _held(where).items() if name not in left_out)
+    copied *= where.gpus
     copied += 12 * shape.trainable if offloaded else 0
     files = shape.stored_bytes * shape.parameters
     parts = {"weights and optimiser": offloaded}
@@ -212,15 +218,23 @@ def _sampling(where: Setting) -> dict[str, dict[str, int]]:
         probe |= {"gathered weights": low * shape.ends + layer}
     phases = {"probe": probe}
     if isinstance(config.sampler, VllmSampler):
-        cache = cache_bytes(where)
-        if where.device == "cpu":
-            cache = int((config.sampler.kv_cache_gib or 0) * 2**30) or _CPU_KV_CACHE
-        phases["sampling"] = {
-            "engine's weights": low * shape.parameters // config.sampler.tensor_parallel_size,
-            "engine's cache, at least": cache,
-            "a tensor handed over": (4 + low) * shape.head,
+        merged = config.lora is None or config.sampler.adapters == "merge"
+        engine = {} if config.online.max_staleness else _engine(where)
+        phases["sampling"] = engine | {
+            "a tensor handed over": (4 + low) * shape.head if merged else 0
         }
     return phases
+
+
+def _engine(where: Setting) -> dict[str, int]:
+    """Of a vLLM engine that is awake, the least that it needs."""
+    sampler = where.config.sampler
+    assert isinstance(sampler, VllmSampler), "another sampler has no engine"
+    cache = cache_bytes(where)
+    if where.device == "cpu":
+        cache = int((sampler.kv_cache_gib or 0) * 2**30) or _CPU_KV_CACHE
+    weights = where.computed * where.shape.parameters // sampler.tensor_parallel_size
+    return dict(zip(ENGINE, (weights, cache), strict=True))
 
 
 def cache_bytes(where: Setting) -> int:

@@ -184,7 +184,8 @@ def checkpoint_file(content: bytes) -> None:
 @cache
 def _saved_run() -> tuple[Trainer, Path]:
     policy = load_policy(str(MICRO), "cpu", trainable=True)
-    trainer = Trainer(policy, configs.TrainConfig(schedule=configs.ScheduleConfig(w0=0.0)))
+    offline, grpo = configs.OfflineConfig(steps=1), configs.ScheduleConfig(w0=0.0)
+    trainer = Trainer(policy, configs.TrainConfig(offline=offline, schedule=grpo))
     return trainer, save_checkpoint(trainer, _folder())
 
 

@@ -197,6 +197,7 @@ CONTENT = {
     "step a text": put("state", "step", value="2"),
     "step of another folder": put("state", "step", value=7),
     "step negative": put("state", "step", value=-1),
+    "step without end": put("state", "skipped", value=10**400),
     "exposure not finite": put("state", "kl_exposure", value=float("nan")),
     "state a list": put("state", value=[]),
     "state with a stranger": put("state", "colour", value=1),
