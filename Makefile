@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-kill test-soak test-cluster test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-judge bench-loss bench-overlap bench-rollout bench-step bench-verify bases micro study study-quick docs clean
+.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -42,8 +42,14 @@ demo: setup  ## run all stages of the method (MODEL=micro, or smollm2: in runs/d
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-architectures: setup  ## check packed rows against every causal language model of transformers
+	$(BIN)/python -m pytest tests/trace/every_architecture.py
+
 test-kill: setup  ## kill every stage at 20 random moments, fill its disk, damage its files
 	$(BIN)/python -m pytest tests/kill/stages.py tests/kill/accidents.py
+
+test-ranks: setup  ## rehearse a training on GPUs: torchrun of two and four ranks, a model of 30 M parameters
+	$(BIN)/python -m pytest tests/ranks tests/ranks/rehearsal.py --durations=10
 
 test-soak: setup  ## kills, file faults and endpoint faults together, replayed by seed (SEED, MINUTES, ROUND)
 	$(BIN)/python tests/soak/run.py --seed $(SEED) --minutes $(MINUTES) $(if $(ROUND),--round $(ROUND))
@@ -101,6 +107,9 @@ bench-judge: setup  ## count wrong verdicts, ours and math-verify's
 
 bench-loss: setup peers  ## compare time and memory of the loss with TRL's and Liger's
 	$(BIN)/python benchmarks/loss.py
+
+bench-plan: setup  ## write the table of docs/training.md: which Qwen3 trainings fit which GPU
+	$(BIN)/python benchmarks/plan.py
 
 bench-rollout: $(VLLM_VENV)/.installed  ## measure each sampler's generated tokens per second
 	$(VLLM_VENV)/bin/python benchmarks/rollout.py

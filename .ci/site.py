@@ -1,7 +1,6 @@
 """Hooks of the documentation site (mkdocs.yml, `make docs`): pages and links from outside docs/.
 
-- README.md, ARCHITECTURE.md, CONTRIBUTING.md, CHANGELOG.md and the examples' READMEs become pages of
-  the site.
+- README.md, ARCHITECTURE.md, CONTRIBUTING.md, CHANGELOG.md and the examples' READMEs become pages.
 - Each package gets a page under api/ with the docstrings of all its modules, from the list of
   files, so that no module is missing.
 - The notes in docs/decisions/ are listed in the navigation.

@@ -3,11 +3,12 @@ plan.
 """
 
 import os
+import shlex
 from pathlib import Path
 
 from ..schemas.environment import cache_folder
 from ..schemas.errors import InputError
-from ..trace.identity import CHAT_TEMPLATES, MODEL_FILES, model_revision
+from ..trace.identity import CHAT_TEMPLATES, MODEL_FILES, TRAINER_FILE, model_revision
 
 MICRO = Path(__file__).parents[1] / "data" / "micro"
 
@@ -35,6 +36,11 @@ def resolve_policy(path: str, weights: bool = True, download: bool = True) -> st
         folder = Path(os.environ.get("TRACE_OPD_MODELS") or cache_folder("models"))
         return str(prepare(folder.resolve() / "smollm2"))
     if Path(path).is_dir():
+        if (Path(path) / TRAINER_FILE).exists():
+            raise InputError(
+                f"policy {path}: is a checkpoint of a training, not a model folder; write one with "
+                f"`trace-opd export {shlex.quote(path)} FOLDER` and give that"
+            )
         if not (Path(path) / "config.json").exists():
             raise InputError(f"policy {path}: has no config.json; give a transformers model folder")
         return str(Path(path).resolve())

@@ -53,8 +53,9 @@ RunStage = Callable[[str, Config, str], str]
 def run_pipeline(config: PipelineConfig, run: RunStage) -> dict[str, str]:
     """Run all stages in order, each on the datasets of the stages before it.
 
-    If the routing needs no annotations, annotator none replaces the configured one, so that none is
-    paid for.
+    Without offline steps the stages from rollout to convert are left out: online steps sample,
+    verify, annotate and route themselves. If the routing needs no annotations, annotator none
+    replaces the configured one, so that none is paid for.
 
     run: runs (stage, its config, alias) and returns the dataset's ref; a flow runs a subflow.
     Returns refs by role, and the report's path.
@@ -67,16 +68,18 @@ def run_pipeline(config: PipelineConfig, run: RunStage) -> dict[str, str]:
         return out[role]
 
     problems = step("problems", "problems", config.problems)
-    rollouts = step("rollouts", "rollout", config.rollout, problems=problems)
-    verdicts = step("verdicts", "verify", config.verify, rollouts=rollouts)
-    annotator = config.annotate.annotator
-    if not needs_annotations(config.convert.routing):
-        annotator = NoAnnotator(engine="none")
-    annotations = step(
-        "annotations", "annotate", config.annotate, verdicts=verdicts, annotator=annotator
-    )
-    routed = step("routed", "convert", config.convert, annotations=annotations)
-    offline = config.train.offline.model_copy(update={"routed": routed})
+    offline = config.train.offline
+    if config.annotate is not None and offline.steps:
+        rollouts = step("rollouts", "rollout", config.rollout, problems=problems)
+        verdicts = step("verdicts", "verify", config.verify, rollouts=rollouts)
+        annotator = config.annotate.annotator
+        if not needs_annotations(config.convert.routing):
+            annotator = NoAnnotator(engine="none")
+        annotations = step(
+            "annotations", "annotate", config.annotate, verdicts=verdicts, annotator=annotator
+        )
+        routed = step("routed", "convert", config.convert, annotations=annotations)
+        offline = offline.model_copy(update={"routed": routed})
     online = config.train.online.model_copy(update={"problems": problems})
     trained = step("train", "train", config.train, offline=offline, online=online)
     held_out = step("eval_problems", "problems", config.eval_problems)

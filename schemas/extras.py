@@ -11,7 +11,18 @@ from .errors import InputError
 
 # Extras of a user, in the order in which a package of several is looked up; dev, docs and peers are
 # for the development of trace-opd.
-_EXTRAS = ("pipelines", "problems", "study", "lora", "vllm", "gguf", "trackers", "ray", "dask")
+_EXTRAS = (
+    "pipelines",
+    "problems",
+    "study",
+    "lora",
+    "8bit",
+    "vllm",
+    "gguf",
+    "trackers",
+    "ray",
+    "dask",
+)
 _REQUIREMENT = re.compile(r"""([\w.-]+).*;.*extra == ["']([\w-]+)["']""")
 
 

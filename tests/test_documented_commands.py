@@ -66,8 +66,9 @@ EXCUSED = {
     ),
     r"python -m trace_opd\.flows .*": "needs a Prefect server; tests/test_flows.py",
     r"trace-opd study studies/micro.yaml": HOURS + "; tests/pipelines/study",
-    r"trace-opd plan configs/qwen3-8b.yaml .*": "needs the model's config from the hub",
+    r"trace-opd problems configs/qwen3-8b.yaml": "needs problems from the hub",
     r"torchrun .*": GPU,
+    r"python -m trace_opd\.pipelines\.cli\.torchrun .*": GPU,
     r"\w+=1 vllm serve .*": GPU,
     r"(dask|ray) .*": CLUSTER,
     r"(docker build|sbatch) .*": CLUSTER,
@@ -308,7 +309,10 @@ def check(words: list[str]) -> None:
         assert path is None or (ROOT / word).exists(), f"{word} is not there"
     if words[:2] == ["python", "-m"] or words[0] == "torchrun":
         module = words.index("-m") + 1
-        words = (["trace-opd"] if "cli" in words[module] else ["flows"]) + words[module + 1 :]
+        first = module + 1
+        if words[module].endswith(".torchrun"):  # its options come before the command
+            first = next(i for i in range(first, len(words)) if words[i] in COMMANDS)
+        words = (["trace-opd"] if "cli" in words[module] else ["flows"]) + words[first:]
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), words[1]
     elif words[0] == "flows" and not words[1].startswith("-"):

@@ -30,11 +30,13 @@ from trace_opd.data.sources import rows
 from trace_opd.data.store import Store
 from trace_opd.pipelines.terminal import Terminal, print_json
 from trace_opd.schemas import configs
-from trace_opd.schemas.configs import HubSource
+from trace_opd.schemas.configs import HubSource, OfflineConfig, TrainConfig
 from trace_opd.schemas.errors import DamagedFile, InputError
 from trace_opd.schemas.tables import PROBLEMS
+from trace_opd.trace.checkpoint import restore, save_checkpoint
+from trace_opd.trace.identity import CHECKSUMS, TRAINER_FILE, write_checksums
 from trace_opd.trace.policy import load_policy, load_tokenizer
-from trace_opd.trace.saved_run import load_state, save_state
+from trace_opd.trace.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 MICRO = ROOT / "data" / "micro"
@@ -158,40 +160,29 @@ def test_a_pickle_is_not_read_as_weights(tmp_path):
 
 
 def test_a_pickle_is_not_read_as_a_checkpoints_state(tmp_path):
+    """PyTorch's own sharded format is a pickle; this one's files are safetensors and JSON."""
     sprung = tmp_path / "sprung"
-    file = tmp_path / "trainer.safetensors"
-    for content in (
-        pickle.dumps(Trap(sprung)),
-        b"",
-        b"\xff" * 16,
-        b"\x08" + b"\0" * 7 + b'{"a":{}}',
-    ):
+    policy = load_policy(str(MICRO), "cpu", trainable=True)
+    trainer = Trainer(policy, TrainConfig(offline=OfflineConfig(steps=1)))
+    saved = save_checkpoint(trainer, tmp_path / "run")
+    (shard,) = saved.glob("shards/*")
+
+    def replace(file: Path, content: bytes) -> None:
         file.write_bytes(content)
-        with pytest.raises(InputError, match="is no state of a training run"):
-            load_state(file)
-    torch.save({"a": torch.zeros(1)}, file)
-    with pytest.raises(InputError, match="is no state of a training run"):
-        load_state(file)
+        (saved / CHECKSUMS).unlink()
+        write_checksums(saved)
+
+    for file in (shard, saved / TRAINER_FILE):
+        content = file.read_bytes()
+        for junk in (pickle.dumps(Trap(sprung)), b"", b"\xff" * 16, b"[]"):
+            replace(file, junk)
+            with pytest.raises(InputError, match="take another checkpoint"):
+                restore(trainer, saved)
+        replace(file, content)
+    (saved / "shards" / ".metadata").write_bytes(pickle.dumps(Trap(sprung)))
+    (saved / "shards" / "__0_0.distcp").write_bytes(pickle.dumps(Trap(sprung)))
+    restore(trainer, saved)
     assert not sprung.exists()
-
-
-def test_a_state_comes_back_bit_for_bit(tmp_path):
-    shared = torch.randn(3, 2, dtype=torch.bfloat16)
-    state = {
-        "optimizer": {"state": {"w": {"step": torch.tensor(3.0), "m": shared}}, "groups": [1e-6]},
-        "again": shared,
-        "rng": [torch.get_rng_state(), (3, (1, 2**63, 5), None)],
-        "empty": [torch.zeros(0), torch.zeros(0), {}, []],
-    }
-    save_state(state, tmp_path / "s.safetensors")
-    back = load_state(tmp_path / "s.safetensors")
-    assert torch.equal(back["optimizer"]["state"]["w"]["m"], shared)
-    assert back["optimizer"]["state"]["w"]["step"].item() == 3.0
-    assert torch.equal(back["again"], shared)
-    assert torch.equal(back["rng"][0], state["rng"][0])
-    assert back["rng"][1] == [3, [1, 2**63, 5], None]
-    assert back["optimizer"]["groups"] == [1e-6]
-    assert [len(entry) for entry in back["empty"]] == [0, 0, 0, 0]
 
 
 MODEL_CODE = """

@@ -29,7 +29,7 @@ from .losses import (
 # Bytes of a chunk's logits, student's and teacher's together, and of a block between the products.
 # On CUDA the products need long chunks; on CPU a block has to fit the cache.
 BUFFER_BYTES = {"cpu": 120 << 20, "cuda": 1 << 30}
-_BLOCK_BYTES = {"cpu": 6 << 20, "cuda": 1 << 27}
+BLOCK_BYTES = {"cpu": 6 << 20, "cuda": 1 << 27}
 # Vocabulary entries per step where the weight gradient is summed in a wider type.
 _VOCAB_SLICE = 8192
 # Vocabulary entries per product of logits on CPU: with few rows BLAS is slow on the full head.
@@ -112,7 +112,7 @@ class _FusedRoutedLoss(torch.autograd.Function):
         grad_weight = torch.empty_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
         rows = min(_rows(hidden, call.head, BUFFER_BYTES), max(len(hidden), 2))
-        step = min(_rows(hidden, call.head, _BLOCK_BYTES), rows)
+        step = min(_rows(hidden, call.head, BLOCK_BYTES), rows)
         # The block's log-probabilities. Allocated per block, their pages would fault in each time.
         scratch = torch.empty(2, step, len(weight), dtype=wide, device=hidden.device)
         buffer = torch.empty(rows, len(weight), dtype=wide, device=hidden.device)

@@ -31,7 +31,7 @@ MODEL_FILES = (
     "*.safetensors", "*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "vocab.*", "merges.*",
 )  # fmt: skip
 CHAT_TEMPLATES = "additional_chat_templates"
-TRAINER_FILE = "trainer.safetensors"
+TRAINER_FILE = "trainer.json"  # of a checkpoint, which is no model folder
 CHECKSUMS = "SHA256SUMS"
 _LOADED = (".safetensors", ".json")  # a loader reads such files even if the list does not name them
 
@@ -77,7 +77,7 @@ def _deciding_files(folder: Path, trust_remote_code: bool) -> list[Path]:
         found |= {folder / name for name in _shards(index)}
     if trust_remote_code:
         found |= set(folder.rglob("*.py"))
-    return sorted(file for file in found if file.is_file() and file.name != TRAINER_FILE)
+    return sorted(file for file in found if file.is_file())
 
 
 def _shards(index: Path) -> set[str]:
@@ -135,25 +135,39 @@ def _is_sha256(text: str) -> bool:
     return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
-def write_checksums(folder: Path) -> None:
-    """Write SHA256SUMS over all files of a folder, after every other file is written."""
-    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
-    lines = [
-        f"{digest}  {name}\n" for name, digest in zip(names, _digests(folder, names), strict=True)
-    ]
+def write_checksums(folder: Path, known: dict[str, str] | None = None) -> None:
+    """Write SHA256SUMS over all files of a folder, after every other file is written.
+
+    known: digests by name, from `checksums`; the files without are read here.
+    """
+    digests = dict(known or {})
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    digests |= checksums(folder, [name for name in names if name not in digests])
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
     (folder / CHECKSUMS).write_text("".join(lines))
 
 
-def damage(folder: Path, read: bool = True) -> str | None:
-    """How a folder differs from its SHA256SUMS; None if it does not, or if there is no list.
-
-    read: False checks names and safetensors headers only, which takes milliseconds and finds
-    missing and torn files.
+def checksums(folder: Path, names: list[str]) -> dict[str, str]:
+    """Hex digests of a folder's files by name.
 
     Raises:
         OSError: a file cannot be read.
     """
-    for file in folder.glob("*.safetensors"):
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: sha256_of(folder / name), names)
+        return dict(zip(names, found, strict=True))
+
+
+def damage(folder: Path, read: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
+    """How a folder differs from its SHA256SUMS; None if it does not, or if there is no list.
+
+    read: False checks names and safetensors headers only, which takes milliseconds and finds
+    missing and torn files. share: rank and number of ranks; each one reads its share of the files.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    for file in folder.rglob("*.safetensors"):
         try:
             with safe_open(file, "pt"):
                 pass
@@ -175,9 +189,10 @@ def damage(folder: Path, read: bool = True) -> str | None:
     if foreign:
         return f"{foreign[0]} was not written with it"
     if read:
-        found = _digests(folder, list(listed))
-        for (name, digest), now in zip(listed.items(), found, strict=True):
-            if digest != now:
+        index, count = share
+        found = checksums(folder, sorted(listed)[index::count])
+        for name, now in found.items():
+            if listed[name] != now:
                 return f"{name} does not hold what was written"
     return None
 
@@ -185,8 +200,3 @@ def damage(folder: Path, read: bool = True) -> str | None:
 def _fields(line: str) -> tuple[str, str]:
     digest, name = line.split("  ", 1)
     return digest, name
-
-
-def _digests(folder: Path, names: list[str]) -> list[str]:
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda name: sha256_of(folder / name), names))

@@ -6,21 +6,24 @@ saved with merged weights, which any reader of transformers folders loads, and n
 `adapter/`, which peft loads.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..schemas.configs import LoraConfig
 from ..schemas.errors import InputError
+from .ranks import whole_tensor
 
 _ADAPTER = "default"
+_TEACHER = "teacher"
 _BASE_PREFIX = "base_model.model."
 
 
@@ -72,6 +75,64 @@ def add_adapters(model: Any, config: LoraConfig) -> Any:
     return adapted
 
 
+def add_teacher(model: Any) -> None:
+    """Add a second set of adapters, equal to the trained ones and frozen: the teacher's."""
+    with torch.random.fork_rng(devices=[]):
+        model.add_adapter(_TEACHER, copy.deepcopy(model.peft_config[_ADAPTER]))
+    own = dict(model.named_parameters())
+    for name, parameter in own.items():
+        if f".{_TEACHER}." in name:
+            parameter.requires_grad_(False)
+            trained = own[name.replace(f".{_TEACHER}.", f".{_ADAPTER}.")]
+            if not trained.is_meta:  # else its values come from the first rank
+                parameter.data.copy_(trained)
+        elif ".lora_" in name:
+            parameter.requires_grad_(True)
+
+
+class AdapterView:
+    """A packed model with one set of its adapters, or without any: no copy of the base.
+
+    Called like the packed model. Its parameters are those of the adapters.
+    """
+
+    def __init__(self, packed: Any, adapters: Literal["trained", "teacher", "none"]) -> None:
+        """packed: a PackedModel of a model from `add_adapters`; `add_teacher` makes its teacher."""
+        self._packed = packed
+        self._name = {"trained": _ADAPTER, "teacher": _TEACHER, "none": None}[adapters]
+
+    def __call__(self, *args: Any) -> Any:
+        with _computing_with(self._packed.model, self._name):
+            return self._packed(*args)
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The adapters', by their names in the packed model."""
+        for name, parameter in self._packed.named_parameters():
+            if ".lora_" in name and f".{self._name}." in name:
+                yield name, parameter
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The adapters', in the order of the model's layers."""
+        return (parameter for _, parameter in self.named_parameters())
+
+
+@contextmanager
+def _computing_with(model: Any, adapters: str | None) -> Iterator[None]:
+    """Within it, the model computes with the adapters of a name; None: without any.
+
+    peft's own switches change which parameters are trained, so the layers' are set alone.
+    """
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+    for layer in layers:
+        layer._disable_adapters = adapters is None
+        layer._active_adapter = [adapters or _ADAPTER]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters, layer._active_adapter = False, [_ADAPTER]
+
+
 def has_adapters(model: Any) -> bool:
     """Whether `add_adapters` made this model."""
     return hasattr(model, "peft_config")
@@ -91,88 +152,74 @@ def transformers_model(model: Any) -> Any:
     return model.get_base_model() if has_adapters(model) else model
 
 
+def gathered_adapters(model: Any) -> dict[str, torch.Tensor]:
+    """The trained adapters by the model's own names, whole, on the CPU; every rank has to call."""
+    state = model.state_dict()
+    names = [name for name in state if ".lora_" in name and f".{_ADAPTER}." in name]
+    return {name: whole_tensor(state[name]).cpu() for name in names}
+
+
 def save_adapters(
     model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors for peft.PeftModel.from_pretrained.
 
-    weights: the model's gathered state dict; needed if its parameters are sharded.
+    weights: from `gathered_adapters`; needed if the model is sharded.
     """
-    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+    model.save_pretrained(
+        folder, state_dict=weights, selected_adapters=[_ADAPTER], save_embedding_layers=False
+    )
 
 
-def read_adapters(model: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """The adapters that `save_adapters` wrote for a model from `add_adapters`.
+def load_adapters(model: Any, folder: Path) -> Any:
+    """Put the adapters that `save_adapters` wrote on their base: a peft.PeftModel.
 
     Raises:
-        InputError: they cannot be read, or have another shape.
+        InputError: peft is not installed, or they do not fit the base.
     """
-    file = folder / "adapter_model.safetensors"
+    peft = _peft()
     try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"{file}: is no complete safetensors file ({error}); take another checkpoint"
+            f"{folder}: its adapters do not fit {model.name_or_path} ({reason:.160}); name the "
+            "model that they were trained on"
         ) from None
-    expected = adapter_weights(model)
-    for name in sorted(expected.keys() | weights.keys()):
-        if name in expected and name in weights and expected[name].shape == weights[name].shape:
-            continue
-        raise InputError(
-            f"{folder}: holds adapters of another shape ({name}); resume with the lora settings "
-            "that "
-            "made it"
-        )
-    return weights
-
-
-def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
-    """The model's own adapters by the names in peft's files: what `save_adapters` writes."""
-    return _peft().get_peft_model_state_dict(model, save_embedding_layers=False)
-
-
-def set_adapters(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Load adapters from `read_adapters` into a model, bit for bit."""
-    _peft().set_peft_model_state_dict(model, weights)
-
-
-def save_merged(
-    model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None
-) -> None:
-    """Write the merged model as a transformers folder, and the adapters in its `adapter/`.
-
-    weights: as in `save_adapters`.
-    """
-    state = model.state_dict() if weights is None else weights
-    plain = transformers_model(model)
-    merged = merged_weights(state, model.peft_config[_ADAPTER])
-    for tied in plain.all_tied_weights_keys:  # copies in a gathered state dict
-        merged.pop(tied, None)
-    plain.save_pretrained(folder, state_dict=merged)
-    save_adapters(model, folder / "adapter", weights)
 
 
 @torch.no_grad()
-def merged_weights(state: Mapping[str, torch.Tensor], settings: Any) -> dict[str, torch.Tensor]:
-    """A peft model's state dict as the plain model's, on the CPU: W + (alpha / rank) B A.
+def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's state dict as the plain model's, one whole tensor at a time: W + (alpha / rank) B A
+    where there are adapters.
 
-    Summed in float32 and rounded once to W's type. settings: the adapters' peft.LoraConfig.
+    Summed in float32 and rounded once to W's type. Tied weights have each of their names. If the
+    model is sharded, every rank has to iterate to the end.
     Source: LoRA (arXiv 2106.09685, section 4.1).
     """
-    merged: dict[str, torch.Tensor] = {}
+    state = model.state_dict()
     for name, tensor in state.items():
         if ".lora_" in name:
             continue
-        weight = tensor.detach().cpu()
+        weight = whole_tensor(tensor)
         module, base, leaf = name.rpartition(".base_layer.")
         if base and leaf == "weight":
-            down = state[f"{module}.lora_A.{_ADAPTER}.weight"].float()  # (rank, in)
-            up = state[f"{module}.lora_B.{_ADAPTER}.weight"].float()  # (out, rank)
+            down = whole_tensor(state[f"{module}.lora_A.{_ADAPTER}.weight"]).float()  # (rank, in)
+            up = whole_tensor(state[f"{module}.lora_B.{_ADAPTER}.weight"]).float()  # (out, rank)
+            settings = model.peft_config[_ADAPTER]
             update = settings.lora_alpha / settings.r * (up @ down)
-            weight = (weight.float() + update.cpu()).to(weight.dtype)
+            weight = (weight.float() + update).to(weight.dtype)
         plain_name = f"{module}.{leaf}" if base else name
-        merged[plain_name.removeprefix(_BASE_PREFIX)] = weight
-    return merged
+        yield plain_name.removeprefix(_BASE_PREFIX), weight
+
+
+def adapter_weights(model: Any) -> dict[str, torch.Tensor] | None:
+    """`gathered_adapters` by the names in peft's files; None without adapters."""
+    if not has_adapters(model):
+        return None
+    return _peft().get_peft_model_state_dict(
+        model, gathered_adapters(model), adapter_name=_ADAPTER, save_embedding_layers=False
+    )
 
 
 def _peft() -> Any:

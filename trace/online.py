@@ -198,7 +198,7 @@ class OnlineSource:
         phase("sample")
         if self.share and self.ranks.count > 1:
             self.ranks.broadcast((problems, step))
-            rollouts = self._sample_share(problems, step)
+            rollouts = self._sample_shares(problems, step)
         else:
             rollouts = self.sample(problems, step)
         phase("verify")
@@ -210,14 +210,19 @@ class OnlineSource:
             problems, sent = self.ranks.broadcast(None)
             if problems is None:
                 return sent
-            self._sample_share(problems, sent)
+            self._sample_shares(problems, sent)
 
-    def _sample_share(self, problems: pa.Table, step: int) -> pa.Table:
-        """Sample this rank's slice of the problems; the rollouts of all slices, on every rank."""
-        index, count = self.ranks.index, self.ranks.count
-        begin, end = (len(problems) * edge // count for edge in (index, index + 1))
-        rollouts = self.sample(problems.slice(begin, end - begin), step) if end > begin else None
-        return pa.concat_tables(part for part in self.ranks.gather(rollouts) if part is not None)
+    def _sample_shares(self, problems: pa.Table, step: int) -> pa.Table:
+        return sample_shares(self.ranks, problems, lambda own: self.sample(own, step))
+
+
+def sample_shares(
+    ranks: Ranks, problems: pa.Table, sample: Callable[[pa.Table], pa.Table]
+) -> pa.Table:
+    """Sample this rank's slice of the problems; the rollouts of all slices, on every rank."""
+    begin, end = (len(problems) * edge // ranks.count for edge in (ranks.index, ranks.index + 1))
+    rollouts = sample(problems.slice(begin, end - begin)) if end > begin else None
+    return pa.concat_tables(part for part in ranks.gather(rollouts) if part is not None)
 
 
 def _wait(coming: Future[Made], phase: Phase) -> Made:

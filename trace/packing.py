@@ -8,7 +8,10 @@ kernel. Positions restart with each prompt and continue from it in each response
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,9 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..schemas.errors import InputError
 from .losses import Head
 from .policy import backbone, output_head
+from .rope import Regime, frequencies_by_block, length_ropes, regime
 
 ATTENTION = "trace_packed"
 T = TypeVar("T")
@@ -38,13 +41,14 @@ class PackedRow:
     """input_ids, position_ids: (1, tokens) int64.
 
     logit_positions: (kept tokens,) int64, positions of the hidden states that predict the kept
-    response tokens, one sequence after another.
+    response tokens, one sequence after another; kept: their number in each sequence.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     layout: Layout
     logit_positions: torch.Tensor
+    kept: tuple[int, ...]
 
 
 def pack(
@@ -80,7 +84,46 @@ def pack(
         torch.from_numpy(np.concatenate(positions))[None],
         Layout(tuple(map(len, blocks)), tuple(sequences)),
         torch.from_numpy(np.concatenate(wanted)),
+        tuple(map(len, wanted)),
     )
+
+
+def split_prompts(
+    row: PackedRow, regime: Callable[[int], Regime]
+) -> tuple[PackedRow, list[Regime]]:
+    """The row with shared prompts repeated where the lengths of their sequences differ in regime.
+
+    regime: of a sequence's length. Also returns the regime of each block.
+    """
+    lengths = row.layout.lengths
+    blocks: list[int] = []  # of the given row, in the order of the new one
+    regimes: list[Regime] = []
+    prompts: dict[tuple[int, Regime], int] = {}
+    sequences: list[tuple[int, int]] = []
+    for prompt, response in row.layout.sequences:
+        own = regime(lengths[prompt] + lengths[response])
+        if (prompt, own) not in prompts:
+            prompts[prompt, own] = len(blocks)
+            blocks.append(prompt)
+            regimes.append(own)
+        sequences.append((prompts[prompt, own], len(blocks)))
+        blocks.append(response)
+        regimes.append(own)
+    if len(blocks) == len(lengths):
+        return row, regimes
+    ids, positions = (
+        torch.cat([x.split(lengths, dim=1)[block] for block in blocks], dim=1)
+        for x in (row.input_ids, row.position_ids)
+    )
+    old = np.cumsum([0, *lengths])
+    new = np.cumsum([0, *(lengths[block] for block in blocks)])
+    wanted = []
+    for (prompt, response), at in zip(sequences, row.logit_positions.split(row.kept), strict=True):
+        last = old[blocks[prompt] + 1] - 1  # predicts the response's first token
+        moved = at + (new[response] - old[blocks[response]])
+        wanted.append(torch.where(at == last, new[prompt + 1] - 1, moved))
+    layout = Layout(tuple(lengths[block] for block in blocks), tuple(sequences))
+    return PackedRow(ids, positions, layout, torch.cat(wanted), row.kept), regimes
 
 
 def packed_attention(
@@ -92,13 +135,12 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     packed: Layout | None = None,
-    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a packed row; without `packed` (sampling) transformers' own SDPA attention.
 
-    query: (1, heads, tokens, head); key, value: (1, key heads, tokens, head). Returns
-    (1, tokens, heads, head).
+    query: (1, heads, tokens, head); key, value: (1, key heads, tokens, head). attention_mask: of
+    `_mask`. Returns (1, tokens, heads, head).
     """
     if packed is None:
         return sdpa_attention_forward(
@@ -109,20 +151,22 @@ def packed_attention(
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     # Split, not sliced: a slice's gradient is as large as the row.
     queries, keys, values = (x.split(packed.lengths, dim=2) for x in (query, key, value))
-    out, before = [], None
+    window = _window(attention_mask)
+    out, read = [], set()
     for prompt, response in packed.sequences:
         q, k, v = (
             torch.cat((blocks[prompt], blocks[response]), dim=2)
             for blocks in (queries, keys, values)
         )  # (1, heads, prompt + response, head)
-        mask = _window_mask(q.shape[2], sliding_window, q.device)
+        mask = _window_mask(q.shape[2], window, q.device)
         # The prompt's queries are recomputed with each response, which is cheaper than a mask.
         attended = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling
         )
-        out.append(attended if prompt != before else attended[:, :, packed.lengths[prompt] :])
-        before = prompt
-    return torch.cat(out, dim=2).transpose(1, 2), None
+        out.append(attended[:, :, packed.lengths[prompt] :] if prompt in read else attended)
+        read.add(prompt)
+    # Contiguous as transformers' own: some models view the result in another shape.
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -134,8 +178,31 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
     return (distance >= 0) & (distance < window)
 
 
+_PACKED: ContextVar[bool] = ContextVar("packed", default=False)
+
+
+def _mask(
+    *, local_size: int | None = None, device: torch.device | str = "cpu", **kwargs: Any
+) -> torch.Tensor | None:
+    """The mask that a model asks transformers for: of a packed row the window alone.
+
+    Returns (1, 1, 1, 1): int64 on the CPU, the number of tokens in the window; bool, no window. The
+    window comes from the mask, because not every architecture passes it to its attention as well.
+    Chunks, which are no windows, `check_architecture` refuses.
+    """
+    if not _PACKED.get():
+        return sdpa_mask(local_size=local_size, device=device, **kwargs)
+    if local_size is None:
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    return torch.full((1, 1, 1, 1), local_size)
+
+
+def _window(mask: torch.Tensor | None) -> int | None:
+    return int(mask) if mask is not None and mask.dtype == torch.int64 else None
+
+
 AttentionInterface.register(ATTENTION, packed_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 class PackedModel(torch.nn.Module):
@@ -145,10 +212,9 @@ class PackedModel(torch.nn.Module):
     head's weights gathered while they are used.
     """
 
-    def __init__(self, model: Any, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.compute_dtype = compute_dtype
         # In a list, because the backbone is already in the module tree as a part of the model.
         self._backbone = [backbone(model)]
         model.set_attn_implementation(ATTENTION)
@@ -157,24 +223,30 @@ class PackedModel(torch.nn.Module):
         """Call `use` with the states that predict the kept tokens, (kept, hidden), and the head."""
         (decoder,) = self._backbone
         device = next(decoder.parameters()).device
-        low = self.compute_dtype != torch.float32
-        with torch.autocast(device.type, dtype=self.compute_dtype, enabled=low):
-            states = decoder(
-                input_ids=row.input_ids.to(device),
-                position_ids=row.position_ids.to(device),
-                # Four-dimensional, so that transformers builds no mask: packed attention needs
-                # none.
-                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-                packed=row.layout,
-                use_cache=False,
-            ).last_hidden_state  # (1, tokens, hidden)
+        frequencies: Any = nullcontext()
+        if ropes := length_ropes(decoder):
+            row, regimes = split_prompts(row, partial(regime, ropes))
+            frequencies = frequencies_by_block(ropes, row.layout.lengths, regimes)
+        packed = _PACKED.set(True)
+        try:
+            with frequencies:
+                states = decoder(
+                    input_ids=row.input_ids.to(device),
+                    position_ids=row.position_ids.to(device),
+                    # Two-dimensional, or transformers would derive sequences from the positions.
+                    attention_mask=torch.ones_like(row.input_ids, dtype=torch.bool, device=device),
+                    packed=row.layout,
+                    use_cache=False,
+                ).last_hidden_state  # (1, tokens, hidden)
+        finally:
+            _PACKED.reset(packed)
         # Gather by embedding, not by indexing. A prompt's last state predicts the first token of
         # each response, and on CPU indexing's backward adds such gradients in a nondeterministic
         # order.
         kept = torch.nn.functional.embedding(row.logit_positions.to(device), states[0])
         weight, bias = output_head(self.model)
-        softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        return use(kept.to(self.compute_dtype) if low else kept, Head(weight, bias, softcap))
+        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return use(kept, Head(weight, bias, softcap))
 
 
 def response_logits(
@@ -190,32 +262,3 @@ def response_logits(
         return torch.tanh(logits / head.softcap) * head.softcap if head.softcap else logits
 
     return PackedModel(model)(pack(prompts, responses, keep), project)
-
-
-@torch.no_grad()
-def check_architecture(model: Any) -> None:
-    """Check that packed rows give the model's own logits.
-
-    Some architectures have another attention or scale their logits after the head. Without this
-    check training would silently use other logits than the sampler.
-
-    Raises:
-        InputError: the logits differ.
-    """
-    prompts = [[1, 2, 3], [1, 2, 3], [3, 1]]
-    responses = [np.array([0, 2]), np.array([2]), np.array([1, 3, 2])]
-    # transformers' SDPA ignores a soft cap in the attention; inference engines apply it.
-    capped = getattr(model.config, "attn_logit_softcapping", None)
-    theirs = []  # first: packing replaces the model's own attention
-    for prompt, response in zip(prompts, responses, strict=True):
-        ids = torch.tensor([[*prompt, *response.tolist()]], device=model.device)
-        theirs.append(model(input_ids=ids).logits[0, len(prompt) - 1 : -1])
-    ours = response_logits(model, prompts, responses)
-    expected = torch.cat(theirs).float()
-    # Two kernels may differ by a tenth in bfloat16; another architecture differs by far more.
-    tolerance = 0.2 if model.dtype in (torch.bfloat16, torch.float16) else 0.01
-    if capped or (ours.float() - expected).norm() > tolerance * expected.norm():
-        raise InputError(
-            f"policy {model.config.model_type}: the trainer does not know this architecture's "
-            "attention, or what it does to its logits after the head; use another policy"
-        )

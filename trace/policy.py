@@ -19,25 +19,23 @@ from .identity import model_revision
 from .loading import load_config, load_model, load_tokenizer, require_finite
 from .lora import add_adapters, transformers_model
 from .protocols import PolicyInfo
+from .ranks import Ranks
+
+CPU = torch.device("cpu")
 
 
 @dataclass
 class Policy:
-    """A model ready to run, its tokenizer, its identity, and the precision it computes in."""
+    """A model, its tokenizer and identity, and the precision and device that it computes in.
+
+    model: ready to run, or, for a trainer that shards it, still on the CPU or without weights.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     info: PolicyInfo
     compute_dtype: torch.dtype = torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    def autocast(self) -> torch.autocast:
-        """A context in which forward passes run in `compute_dtype`."""
-        enabled = self.compute_dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled)
+    device: torch.device = CPU
 
 
 def load_policy(
@@ -46,16 +44,19 @@ def load_policy(
     precision: Precision = "auto",
     trainable: bool = False,
     lora: LoraConfig | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | int = False,
     trust_remote_code: bool = False,
+    ranks: Ranks | None = None,
 ) -> Policy:
     """Load a policy from a folder.
 
-    trainable: keep the weights in float32 and compute in the chosen precision. bfloat16 weights
-    would lose most updates, which at a learning rate of 1e-6 are below their resolution.
+    trainable: for a Trainer of these `ranks`, which keeps what it trains in float32 and computes in
+    the chosen precision. bfloat16 weights would lose most updates, which at a learning rate of 1e-6
+    are below their resolution. If it shards them (`Ranks.shards`), the first rank's model is on the
+    CPU in the type of its files, and the others' on meta.
     lora: freeze the weights, in the chosen precision, and train float32 adapters (lora.py).
-    gradient_checkpointing: recompute activations in the backward pass. trust_remote_code: run the
-    model's own code. Weights are read from safetensors only.
+    gradient_checkpointing: recompute activations in the backward pass, in all layers or in that
+    many. trust_remote_code: run the model's own code. Weights are read from safetensors only.
 
     Raises:
         InputError: a model that is missing, damaged, incomplete, not finite, or needs its own code;
@@ -64,20 +65,42 @@ def load_policy(
     where = choose_device(device)
     dtype = choose_dtype(precision, where)
     tokenizer = load_tokenizer(path, trust_remote_code)
-    stored = torch.float32 if trainable and lora is None else dtype
-    model = load_model(path, stored, trust_remote_code)
-    require_finite(model, path)
+    ranks = ranks or Ranks()
+    sharded = trainable and ranks.shards(dtype)
+    stored: torch.dtype | str = dtype
+    if trainable and lora is None:
+        stored = "auto" if sharded else torch.float32
+    if sharded and not ranks.first:
+        model = load_model(path, stored, trust_remote_code, device_map="meta")
+    else:
+        model = load_model(path, stored, trust_remote_code)
+        require_finite(model, path)
     if lora is not None:
         model = add_adapters(model, lora)
     if gradient_checkpointing:
-        checkpoint_layers(model)
-    model.to(where).eval()
-    return Policy(model, tokenizer, policy_info(path, tokenizer, trust_remote_code), dtype)
+        checkpoint_layers(model, None if gradient_checkpointing is True else gradient_checkpointing)
+    if not sharded:
+        model.to(where)
+    info = policy_info(path, tokenizer, trust_remote_code)
+    return Policy(model.eval(), tokenizer, info, dtype, where)
 
 
 def backbone(model: Any) -> torch.nn.Module:
     """The decoder from token ids to hidden states, of a transformers model or its peft wrapper."""
     return transformers_model(model).base_model
+
+
+def decoder_layers(model: Any) -> list[torch.nn.Module]:
+    """The layers of a model's decoder, in their order.
+
+    Raises:
+        InputError: it has no list of layers.
+    """
+    lists = [m for m in backbone(model).children() if isinstance(m, torch.nn.ModuleList)]
+    if not lists:
+        kind = transformers_model(model).config.model_type
+        raise InputError(f"policy {kind}: its decoder has no list of layers; use another policy")
+    return list(max(lists, key=len))
 
 
 def output_head(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -86,20 +109,32 @@ def output_head(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return head.weight, getattr(head, "bias", None)
 
 
-def checkpoint_layers(model: Any) -> None:
-    """Recompute each layer's activations in the backward pass instead of storing them.
+def checkpoint_layers(model: Any, count: int | None = None) -> None:
+    """Recompute activations of the first `count` layers in the backward pass instead of storing
+    them; None: of all layers.
+
+    The first, because the backward pass reaches them last: by then the other layers' activations
+    are freed, and those of the layer that is recomputed have room.
 
     Raises:
-        InputError: transformers cannot checkpoint this architecture's layers.
+        InputError: transformers cannot checkpoint this architecture's layers, or there are fewer.
     """
     plain, decoder = transformers_model(model), backbone(model)
-    if not any(isinstance(module, GradientCheckpointingLayer) for module in decoder.modules()):
+    layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
         raise InputError(
             f"policy {plain.config.model_type}: transformers does not checkpoint this "
             "architecture; "
             "set gradient_checkpointing=false"
         )
+    if count is not None and count > len(layers):
+        raise InputError(
+            f"gradient_checkpointing: is {count}, and the policy has {len(layers)} layers; set "
+            f"at most {len(layers)}, or true"
+        )
     plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in layers[count:] if count is not None else []:
+        layer.gradient_checkpointing = False
     decoder.register_forward_pre_hook(_follow_grad_mode)
 
 
@@ -111,7 +146,7 @@ def _follow_grad_mode(decoder: torch.nn.Module, _: Any) -> None:
     layers themselves change, not those of their submodules.
     """
     for module in decoder.modules():
-        if isinstance(module, GradientCheckpointingLayer):
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = torch.is_grad_enabled()
 
 

@@ -1,59 +1,73 @@
 """Ranks: the trainer's use of torch.distributed, with one process or many under torchrun.
 
 trainer.py, checkpoint.py and online.py call it. Every rank knows all sequences of a step and trains
-on its share; FSDP2 shards weights, gradients and optimiser states. One process is one rank with
-nothing sharded.
+on its share; sharding.py splits weights, gradients and optimiser states over them.
+
+Ranks have two process groups. The devices' (NCCL, on the CPU gloo) carries weights and gradients,
+and gives up on a rank that is late by minutes. The other one (gloo) carries objects and numbers,
+and there ranks wait while one of them annotates or writes: `TrainConfig.wait_hours`. So a rank that
+was alone at work calls a method of `Ranks` before its next collective on the devices.
 """
 
 import atexit
+import os
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from ..schemas.environment import whole_number
 from ..schemas.errors import InputError
-from .policy import backbone
 
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# With gloo beside NCCL the norm of gradients that are offloaded to the host can be reduced.
+BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all processes of a training."""
+    """This process among all processes of a training.
+
+    waiting: the gloo group of every method; None: the default group.
+    """
 
     index: int = 0
     count: int = 1
+    waiting: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
         return self.index == 0
 
-    def sum(self, values: list[float], device: torch.device) -> list[float]:
-        """Element-wise sum over ranks; the same list on each."""
-        return self._reduce(values, device, dist.ReduceOp.SUM)
+    def shards(self, compute_dtype: torch.dtype) -> bool:
+        """Whether weights are sharded: over several ranks, and on one that computes in a lower
+        precision than its weights'.
+        """
+        return self.count > 1 or compute_dtype != torch.float32
 
-    def most(self, values: list[float], device: torch.device) -> list[float]:
+    def wait(self) -> None:
+        """Until every rank has called."""
+        if self.count > 1:
+            dist.barrier(self.waiting)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over ranks; the same list on each."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def most(self, values: list[float]) -> list[float]:
         """Element-wise maximum over ranks; the same list on each."""
-        return self._reduce(values, device, dist.ReduceOp.MAX)
+        return self._reduce(values, dist.ReduceOp.MAX)
 
     def broadcast(self, value: Any) -> Any:
         """The first rank's value, on every rank."""
         if self.count == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.waiting)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -61,30 +75,24 @@ class Ranks:
         if self.count == 1:
             return [value]
         out: list[Any] = [None] * self.count
-        dist.all_gather_object(out, value)
+        dist.all_gather_object(out, value, group=self.waiting)
         return out
 
-    def shard(self, module: torch.nn.Module, model: Any, compute_dtype: torch.dtype) -> None:
-        """Shard a module that wraps `model` over the ranks, layer by layer, with FSDP2."""
-        if self.count == 1:
-            return
-        device = next(module.parameters()).device.type
-        mesh = init_device_mesh(device, (self.count,))
-        precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-        for layer in backbone(model).get_submodule("layers").children():
-            fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(module, mesh=mesh, mp_policy=precision)
-
-    def _reduce(self, values: list[float], device: torch.device, op: Any) -> list[float]:
+    def _reduce(self, values: list[float], op: Any) -> list[float]:
         if self.count == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(tensor, op)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op, group=self.waiting)
         return tensor.tolist()
 
 
-def join_ranks(device: str) -> Ranks:
+def join_ranks(
+    device: str, wait_hours: float = 72, device_timeout: timedelta | None = None
+) -> Ranks:
     """The ranks of this torchrun, joined on first use; a single rank without torchrun.
+
+    wait_hours: how long a rank waits for the others. device_timeout: how long it waits in a
+        collective on the devices; None: PyTorch's default. The first call sets it.
 
     Raises:
         InputError: torch.distributed cannot start with torchrun's settings.
@@ -95,65 +103,52 @@ def join_ranks(device: str) -> Ranks:
         if device == "cuda":
             torch.cuda.set_device(whole_number("LOCAL_RANK", 0))
         try:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            dist.init_process_group(BACKENDS[device], timeout=device_timeout)
         except ValueError as error:
             raise InputError(f"torch.distributed: {error}; start with torchrun") from None
-        if device != "cuda":
-            # Gloo's threads abort the process if they still run when the interpreter has ended.
-            atexit.register(dist.destroy_process_group)
-    return Ranks(dist.get_rank(), dist.get_world_size())
+        # Gloo's threads abort the process if they still run when the interpreter has ended.
+        atexit.register(dist.destroy_process_group)
+    return Ranks(dist.get_rank(), dist.get_world_size(), _waiting_group(wait_hours))
 
 
-def full_weights(module: torch.nn.Module) -> dict[str, Any]:
-    """A module's unsharded state dict. Every rank has to call; the first gets the tensors."""
-    if not is_sharded(module):
-        return module.state_dict()
-    return get_model_state_dict(module, options=_FULL)
+def first_to_end() -> bool:
+    """Whether no other rank of this torchrun has called: the one that says why a training ends.
 
-
-def load_weights(module: torch.nn.Module, weights: dict[str, Any]) -> None:
-    """Load an unsharded state dict, which every rank has, into a module, sharded or not."""
-    if is_sharded(module):
-        set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
-    else:
-        module.load_state_dict(weights)
-
-
-def full_optimizer(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's unsharded state by parameter name; it loads under any number of ranks."""
-    return get_optimizer_state_dict(module, optimizer, options=_FULL)
-
-
-def load_optimizer(
-    module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    """Load the result of `full_optimizer`, which every rank has."""
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(module, optimizer, state, options=options)
-
-
-def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Copy parameters and buffers between modules of the same architecture.
-
-    Both may be sharded, or the source alone, or neither. If the source is, every rank has to call.
+    The others end too, when their connections to it close.
     """
-    with torch.no_grad():
-        pairs = zip(_tensors(source), _tensors(target), strict=True)
-        for theirs, ours in pairs:
-            if isinstance(theirs, DTensor) and not isinstance(ours, DTensor):
-                theirs = theirs.full_tensor()
-            ours.copy_(theirs)
+    try:
+        return _store().add("trace-opd/ended", 1) == 1
+    except (RuntimeError, ValueError, OSError):  # unknown, or its process has ended
+        return dist.is_initialized() or whole_number("RANK", 0) == 0
 
 
-def reshard(module: torch.nn.Module) -> None:
-    """Free the gathered weights that a pass without gradients leaves at a sharded module's root."""
-    if isinstance(module, FSDPModule):
-        module.reshard()
+def _store() -> Any:
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise ValueError("no process but the first rank's holds a store")
+    return next(iter(rendezvous("env://", timeout=timedelta(seconds=10))))[0]
 
 
-def is_sharded(module: torch.nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+@cache
+def _waiting_group(hours: float) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=hours))
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+    return group
 
 
-def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without gradient, gathered if it is sharded; then every rank has to call."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Offloaded shards are gathered on the devices, whose network is the faster one.
+    tensor = tensor.to(tensor.device_mesh.device_type)
+    assert isinstance(tensor, DTensor)
+    return tensor.full_tensor()
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, in the same memory; all of it if it is not sharded."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -8,11 +8,14 @@ import re
 import shutil
 from pathlib import Path
 
-from .identity import TRAINER_FILE, damage
+from ..schemas.errors import InputError
+from .folders import temporary_folder
+from .identity import CHECKSUMS, TRAINER_FILE, damage
 
 NAME = re.compile(r"step-(\d{5,12})")
 DAMAGED = "damaged-"
-_ADAPTERS = "adapter_config.json"
+_OLD_STATE = "trainer.safetensors"
+_ADAPTERS = "adapter"  # folder in peft's form
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -54,17 +57,25 @@ def remove_checkpoint(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint.rename(temporary_folder(checkpoint)))
 
 
-def difference(checkpoint: Path, read: bool = True) -> str | None:
+def difference(checkpoint: Path, read: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
     """How a checkpoint differs from what was written (`identity.damage`); None if it does not."""
+    for name in (TRAINER_FILE, CHECKSUMS):
+        if not (checkpoint / name).exists():
+            return f"{name} is missing"
     try:
-        return damage(checkpoint, read)
+        return damage(checkpoint, read, share)
     except OSError as error:
         return str(error)
 
 
-def temporary_folder(target: Path) -> Path:
-    return target.parent / f".tmp-{target.name}"
+def require_this_format(checkpoint: Path) -> None:
+    """Raises InputError for a checkpoint of a version that wrote model folders."""
+    if (checkpoint / _OLD_STATE).exists() and not (checkpoint / TRAINER_FILE).exists():
+        raise InputError(
+            f"{checkpoint}: was written by an older version of trace-opd; resume with that "
+            f"version, or remove {checkpoint.parent} and start again"
+        )
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    return (checkpoint / TRAINER_FILE).exists() and difference(checkpoint, read=False) is None
+    return difference(checkpoint, read=False) is None

@@ -1,11 +1,10 @@
 """Training sequences: from a routed table's rows to the tensors of a micro-batch.
 
-trainer.py calls these functions first in each step: a table's rows become sequences, ranks share
-them, a share is cut into micro-batches, and each micro-batch becomes packed rows (packing.py) and
-the inputs of the loss (losses.py).
+trainer.py calls these functions in each step: a table's rows become sequences, batches.py cuts them
+into micro-batches, and each micro-batch becomes packed rows (packing.py), the student's and the
+teacher's, and the inputs of the loss (losses.py).
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,53 +87,6 @@ def training_sequences(
     return sequences
 
 
-def micro_batches(
-    sequences: Sequence[TrainingSequence], max_tokens: int
-) -> list[list[TrainingSequence]]:
-    """Cut sequences into packed rows of at most `max_tokens`, sequences of one prompt together.
-
-    Makes the fewest rows that this allows, and among those cuts one whose longest row is shortest,
-    because the longest row sets a step's peak memory. A longer sequence gets a row of its own. The
-    result does not depend on the order of the input.
-    """
-    ordered = sorted(sequences, key=lambda s: (s.group_id, s.prompt_ids, s.rollout_id))
-    fewest = len(_rows(ordered, max_tokens))
-    even = bisect_left(range(max_tokens), True, key=lambda n: len(_rows(ordered, n)) <= fewest)
-    return _rows(ordered, even)
-
-
-def _rows(ordered: list[TrainingSequence], max_tokens: int) -> list[list[TrainingSequence]]:
-    rows: list[list[TrainingSequence]] = []
-    tokens = 0
-    for sequence in ordered:
-        shared = bool(rows) and rows[-1][-1].prompt_ids == sequence.prompt_ids
-        more = len(sequence.token_ids) + (0 if shared else len(sequence.prompt_ids))
-        if not rows or tokens + more > max_tokens:
-            rows.append([])
-            tokens, more = 0, len(sequence.prompt_ids) + len(sequence.token_ids)
-        rows[-1].append(sequence)
-        tokens += more
-    return rows
-
-
-def shares(sequences: Sequence[TrainingSequence], count: int) -> list[list[TrainingSequence]]:
-    """Distribute sequences over `count` ranks: about equal tokens, groups kept together."""
-    groups: dict[str, list[TrainingSequence]] = {}
-    for sequence in sequences:
-        groups.setdefault(sequence.group_id, []).append(sequence)
-
-    def tokens(group: list[TrainingSequence]) -> int:
-        return sum(len(s.prompt_ids) + len(s.token_ids) for s in group)
-
-    out: list[list[TrainingSequence]] = [[] for _ in range(count)]
-    loads = [0] * count
-    for group in sorted(groups.values(), key=lambda g: (-tokens(g), g[0].group_id)):
-        lightest = loads.index(min(loads))
-        out[lightest] += group
-        loads[lightest] += tokens(group)
-    return out
-
-
 def signal_groups(sequences: Sequence[TrainingSequence]) -> set[str]:
     """Ids of groups whose rewards differ; all advantages of the other groups are 0."""
     rewards: dict[str, set[float]] = {}
@@ -148,19 +100,16 @@ def student_row(rows: Sequence[TrainingSequence]) -> PackedRow:
     return pack([row.prompt_ids for row in rows], [row.token_ids for row in rows])
 
 
-def teacher_row(rows: Sequence[TrainingSequence]) -> PackedRow | None:
-    """The teacher's packed row: its own prompt, then the response up to the last routed token.
+def teacher_row(rows: Sequence[TrainingSequence]) -> PackedRow:
+    """The teacher's packed row of sequences with routed tokens.
 
-    Sequences without routed tokens are left out; None if no sequence has any. The states at routed
-    tokens are kept, in the order of `rows`.
+    Its own prompt, then the response up to the last routed token. The states at routed tokens are
+    kept, in the order of `rows`.
     """
-    routed = [row for row in rows if row.routed_end]
-    if not routed:
-        return None
     return pack(
-        [row.teacher_prompt_ids or [] for row in routed],
-        [row.token_ids[: row.routed_end] for row in routed],
-        [row.routed_positions for row in routed],
+        [row.teacher_prompt_ids or [] for row in rows],
+        [row.token_ids[: row.routed_end] for row in rows],
+        [row.routed_positions for row in rows],
     )
 
 

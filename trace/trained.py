@@ -1,25 +1,28 @@
-"""The policy in training, as samplers with weights of their own get it (protocols.TrainedPolicy).
+"""The policy in training, as samplers get it: a `protocols.TrainedPolicy`, or a whole copy.
 
-pipelines/training/online_tables.py gives it to the engines.
+pipelines/training/online_tables.py gives it to the engines. The student may be sharded
+over ranks, so every rank calls each method; tensors become whole one at a time.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from .fused import token_logprobs
-from .lora import adapter_weights, has_adapters, merged_weights
+from .lora import adapter_weights, plain_weights
 from .losses import Head
 from .packing import PackedModel, pack
 from .policy import Policy
 from .protocols import PolicyInfo
+from .sharding import from_module, frozen_types, place_whole, remove_weights, reshard
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A `TrainedPolicy` whose weights are whole on this rank. packed: the policy's own model."""
+    """See `TrainedPolicy`. packed: the policy's model as the trainer holds it."""
 
     policy: Policy
     packed: PackedModel
@@ -33,38 +36,50 @@ class Trained:
         return self.policy.compute_dtype
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See `TrainedPolicy`. Without adapters tensors of that type are the model's own."""
-        model = self.policy.model
-        state = model.state_dict()
-        if not has_adapters(model):
-            for name, tensor in state.items():
-                yield name, tensor.detach().to(self.compute_dtype)
-            return
-        (settings,) = model.peft_config.values()
-        for name in state:
-            if ".lora_" in name:
-                continue
-            module, base, _ = name.rpartition(".base_layer.")
-            own = [name, *(n for n in state if base and n.startswith(f"{module}.lora_"))]
-            ((plain, merged),) = merged_weights({n: state[n] for n in own}, settings).items()
-            yield plain, merged.to(self.compute_dtype)
+        """See `TrainedPolicy`. Tied weights have each of their names."""
+        for name, whole in plain_weights(self.policy.model):
+            yield name, whole.to(self.compute_dtype)
 
     def adapters(self) -> dict[str, torch.Tensor] | None:
         """See `TrainedPolicy`."""
-        if not has_adapters(self.policy.model):
-            return None
         return adapter_weights(self.policy.model)
 
     @torch.no_grad()
     def logprobs(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """See `TrainedPolicy`."""
-        return [self._logprobs(row) for row in rows]
-
-    def _logprobs(self, row: Sequence[int]) -> np.ndarray:
-        token_ids = torch.tensor(row[1:], device=self.policy.device)
+        device = self.policy.device
+        following = [np.asarray(row[1:]) for row in rows]
+        ids = torch.from_numpy(np.concatenate(following)).to(device)
 
         def score(states: torch.Tensor, head: Head) -> torch.Tensor:
-            return token_logprobs(states, head, token_ids, torch.ones_like(token_ids).float())
+            return token_logprobs(states, head, ids, torch.ones(len(ids), device=device))
 
-        scores = self.packed(pack([row[:1]], [np.asarray(row[1:])]), score)
-        return scores.double().cpu().numpy()
+        packed = pack([row[:1] for row in rows], following)
+        scores = self.packed(packed, score).double().cpu().numpy()
+        reshard(self.packed)
+        return np.split(scores, np.cumsum([len(row) for row in following])[:-1])
+
+
+class SamplingCopy:
+    """A whole copy of a sharded student in its compute type, which exists while it samples.
+
+    policy: for a sampler in this process.
+    """
+
+    def __init__(self, policy: Policy, model: Any) -> None:
+        """model: a skeleton of the policy's (sharding.py)."""
+        self._trained = policy
+        self.policy = Policy(
+            model, policy.tokenizer, policy.info, policy.compute_dtype, policy.device
+        )
+
+    def gather(self, student: PackedModel) -> None:
+        """Copy the student's current weights and identity; every rank has to call."""
+        packed = PackedModel(self.policy.model)  # names its parameters as the student does
+        stored = frozen_types(self.policy.compute_dtype)
+        place_whole(packed, from_module(student), stored, self.policy.device)
+        self.policy.info = self._trained.info
+
+    def free(self) -> None:
+        """Drop the weights until the next `gather`."""
+        remove_weights(self.policy.model)

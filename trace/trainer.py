@@ -1,16 +1,15 @@
 """The trainer: offline steps over routed tables, then online steps on fresh rollouts.
 
 Stage train runs it. One optimiser step packs the routed sequences of some groups into micro-batches
-(sequences.py, packing.py). For each micro-batch the student's states at response tokens and, while
-λ > 0 (schedule.py), the teacher's at routed tokens enter the loss (fused.py, losses.py). Gradients
-add up with weights that are global to the step.
+(batches.py, sequences.py, packing.py). For each micro-batch the student's states at response tokens
+and, while λ > 0 (schedule.py), the teacher's at routed tokens enter the loss (fused.py, losses.py).
+Gradients add up with weights that are global to the step.
 
 The teacher holds the student's weights of some steps ago, their moving average, or the base
 policy's. Once λ is 0 the teacher is dropped and the annotator no longer called: the rest is plain
 GRPO.
 """
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -23,23 +22,25 @@ from torch.distributed.tensor import DTensor
 
 from ..schemas.configs import TrainConfig
 from ..schemas.errors import InputError, Stopped
+from .batches import MicroBatch, rank_batches
 from .fused import routed_loss, token_logprobs
 from .losses import Head, LossInputs, LossOutput, token_weights
 from .metrics import SUMS, PhaseClock, step_metrics, token_sums
-from .packing import PackedModel, check_architecture, pack
+from .optim import check_optimizer, learning_rate, make_optimizer
+from .packing import pack
 from .policy import Policy
-from .ranks import Ranks, copy_weights, reshard
+from .ranks import Ranks
 from .schedule import grpo_weight, kl_weight
 from .sequences import (
     TrainingSequence,
     loss_inputs,
-    micro_batches,
-    shares,
     signal_groups,
     student_row,
     teacher_row,
     training_sequences,
 )
+from .sharding import average_weights, copy_weights, reshard
+from .start import start_models
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, float | int | str]
@@ -80,18 +81,11 @@ class Trainer:
         self.config = config
         self.ranks = ranks or Ranks()
         self.state = TrainerState()
-        check_architecture(policy.model)
-        self.teacher = self._frozen() if config.schedule.w0 else None
-        self.reference = self._frozen() if config.loss.reference_kl else None
-        self.student = PackedModel(policy.model, policy.compute_dtype)
-        self.ranks.shard(self.student, policy.model, policy.compute_dtype)
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.student.parameters() if p.requires_grad],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
-        )
+        check_optimizer(config.optim, policy.device, self.ranks.shards(policy.compute_dtype))
+        models = start_models(policy, config, self.ranks)
+        self.student, self.trained = models.student, models.trained
+        self.teacher, self.reference = models.teacher, models.reference
+        self.optimizer = make_optimizer(self.student.parameters(), config.optim, policy.device)
 
     @property
     def total_steps(self) -> int:
@@ -153,7 +147,7 @@ class Trainer:
         norm, lr = self._step_optimizer()
         skipped = not math.isfinite(norm)
         if not skipped and self.teacher is not None and config.teacher.sync == "ema":
-            self._average_teacher(config.teacher.ema_rate)
+            average_weights(self.trained, self.teacher, config.teacher.ema_rate)
         self.state.step += 1
         self.state.kl_exposure += kl**2
         self.state.skipped += skipped
@@ -185,35 +179,30 @@ class Trainer:
         """
         weights = token_weights([len(s.token_ids) for s in sequences], self.config.loss)
         weight_of = {s.rollout_id: w for s, w in zip(sequences, weights.tolist(), strict=True)}
-        mine = shares(sequences, self.ranks.count)[self.ranks.index]
-        batches = micro_batches(mine, self.config.micro_batch_tokens)
-        device = self.policy.device
-        # Sharded passes are collective: a rank without batches left repeats one at weight 0.
-        (passes,) = self.ranks.most([len(batches)], device)
-        routed = kl > 0 and any(sequence.routed_end for sequence in sequences)
+        device, (index, count) = self.policy.device, (self.ranks.index, self.ranks.count)
+        budget = self.config.micro_batch_tokens
+        batches = rank_batches(sequences, index, count, budget, with_teacher=kl > 0)
+        routed = any(batch.teacher_passes for batch in batches)
         sums, largest = np.zeros(len(SUMS)), 0.0
-        for index in range(int(passes)):
-            rows = batches[index] if index < len(batches) else []
-            idle = not rows
-            rows = rows or [sequences[0]]
-            scale = [0.0 if idle else weight_of[row.rollout_id] for row in rows]
-            inputs = loss_inputs(rows, scale, device)
-            output = self._objective(rows, inputs, kl if routed else 0.0)
+        for batch in batches:
+            scale = [0.0 if batch.idle else weight_of[row.rollout_id] for row in batch.rows]
+            inputs = loss_inputs(batch.rows, scale, device)
+            output = self._objective(batch, inputs, kl if routed else 0.0)
             # FSDP averages gradients over ranks; the step's weights need their sum.
-            loss = output.loss if self.ranks.count == 1 else output.loss * self.ranks.count
+            loss = output.loss if count == 1 else output.loss * count
             loss.backward()
-            if not idle:
+            if not batch.idle:
                 batch_sums, drift = token_sums(output, inputs, kl > 0)
                 sums, largest = sums + batch_sums, max(largest, drift)
         for frozen in (self.teacher, self.reference):
             if frozen is not None:
                 reshard(frozen)
-        totals = self.ranks.sum(sums.tolist(), device)
-        return dict(zip(SUMS, totals, strict=True)), self.ranks.most([largest], device)[0]
+        totals = self.ranks.sum(sums.tolist())
+        return dict(zip(SUMS, totals, strict=True)), self.ranks.most([largest])[0]
 
-    def _objective(self, rows: list[TrainingSequence], inputs: LossInputs, kl: float) -> LossOutput:
-        row = student_row(rows)
-        states, head = self._teacher_states(rows) if kl > 0 else (None, None)
+    def _objective(self, batch: MicroBatch, inputs: LossInputs, kl: float) -> LossOutput:
+        row = student_row(batch.rows)
+        states, head = self._teacher_states(batch)
         if self.reference is not None:
 
             def score(states: torch.Tensor, head: Head) -> torch.Tensor:
@@ -229,17 +218,19 @@ class Trainer:
         return self.student(row, objective)
 
     @torch.no_grad()
-    def _teacher_states(
-        self, rows: list[TrainingSequence]
-    ) -> tuple[torch.Tensor | None, Head | None]:
+    def _teacher_states(self, batch: MicroBatch) -> tuple[torch.Tensor | None, Head | None]:
         """The teacher's states at routed tokens, (routed, hidden), and its head."""
-        assert self.teacher is not None, "λ > 0 needs a teacher"
-        row = teacher_row(rows)
-        if row is None:
-            if self.ranks.count > 1:  # other ranks may run their teacher, and passes are collective
+        states: list[torch.Tensor] = []
+        head = None
+        for index in range(batch.teacher_passes):
+            assert self.teacher is not None, "λ > 0 needs a teacher"
+            if index < len(batch.taught):
+                row = teacher_row(batch.taught[index])
+                own, head = self.teacher(row, lambda states, head: (states, head))
+                states.append(own)
+            else:  # other ranks run their teacher, and passes are collective
                 self.teacher(pack([[0]], [np.array([0])], [np.array([], int)]), lambda *_: None)
-            return None, None
-        return self.teacher(row, lambda states, head: (states, head))
+        return (torch.cat(states), head) if states else (None, None)
 
     def _step_optimizer(self) -> tuple[float, float]:
         """Clip and apply the gradients, then clear them; gradients that are not finite are dropped.
@@ -249,7 +240,7 @@ class Trainer:
         optim = self.config.optim
         total = torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.max_grad_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        lr = optim.lr * min(1.0, (self.state.step + 1) / (optim.warmup_steps or 1))
+        lr = learning_rate(self.state.step, self.total_steps, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if math.isfinite(norm):
@@ -273,17 +264,4 @@ class Trainer:
             and sync.sync == "periodic"
             and not self.state.step % sync.sync_steps
         ):
-            copy_weights(self.student, self.teacher)
-
-    @torch.no_grad()
-    def _average_teacher(self, rate: float) -> None:
-        assert self.teacher is not None
-        for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            ours.lerp_(theirs.to(ours.dtype), rate)
-
-    def _frozen(self) -> PackedModel:
-        """A frozen copy of the policy, sharded like the student."""
-        model = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
-        packed = PackedModel(model, self.policy.compute_dtype)
-        self.ranks.shard(packed, model, self.policy.compute_dtype)
-        return packed
+            copy_weights(self.trained, self.teacher)

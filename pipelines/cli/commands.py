@@ -29,6 +29,7 @@ from ..stages import REGISTRY, StageEntry
 from ..terminal import console, log_to_terminal, print_config, print_json
 from . import removal_commands
 from .ending import exit_code, log_thread_failures, stop_by_signals
+from .export import export
 from .store_commands import COMMANDS, StoreRoot, open_store
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _report(
 for _entry in REGISTRY.values():
     _command = _report if _entry.name == "report" else _stage_command(_entry)
     app.command(_entry.name, help=_entry.summary)(_command)
-for _name, _command in (COMMANDS | removal_commands.COMMANDS).items():
+for _name, _command in (COMMANDS | removal_commands.COMMANDS | {"export": export}).items():
     app.command(_name)(_command)
 
 
@@ -269,12 +270,16 @@ def plan(
     response_tokens: Annotated[
         int | None, typer.Option(min=1, help="Mean response length; default: the limit.")
     ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=1, help="Memory of a GPU, GB; default: this machine's.")
+    ] = None,
 ) -> None:
-    """Predict a training run's memory and seconds per step; load no weights."""
-    from ..training.plan import plan_table
+    """Predict a training run's memory and seconds per step, and what makes it fit a GPU."""
+    from ..training.plan_table import plan_table
 
     loaded = _load(TrainConfig, config, overrides, "train")
-    console.print(plan_table(loaded, gpus, tflops, bandwidth, response_tokens=response_tokens))
+    lengths = {"response_tokens": response_tokens, "memory_gb": memory}
+    console.print(plan_table(loaded, gpus, tflops, bandwidth, **lengths))
 
 
 @app.command()

@@ -31,13 +31,15 @@ _OUT_OF_MEMORY = (
 )
 # torch raises a RuntimeError with such a message.
 _TORCH_OUT_OF_MEMORY = re.compile("(?i)out of memory|can't allocate memory|not enough memory")
+_LOST_RANK = re.compile("Connection (closed|reset) by peer|Broken pipe|remote process exited")
+_LATE_RANK = re.compile("Timed out waiting|collective operation timeout")
 
 
 def exit_code(run: Callable[[], object]) -> int:
     """Run the command line and return its exit code.
 
     0, or 2 for bad input and a missing extra, 143 after SIGTERM, 130 after Ctrl-C, 1 if memory,
-    disk or output failed.
+    disk or output failed. Of several ranks the first that ends prints.
     Any other exception is a fault of the program and keeps its traceback, unless a signal has
     arrived: libraries turn an interrupt into errors of their own.
     """
@@ -45,11 +47,16 @@ def exit_code(run: Callable[[], object]) -> int:
         return _exit_code(run)
     except (KeyboardInterrupt, Stopped) as error:
         return _stopped(error)
-    except Exception:
-        if not _received:
-            raise
-        logger.debug("stopped", exc_info=True)
-        return _stopped(None)
+    except Exception as error:
+        if _received:
+            logger.debug("stopped", exc_info=True)
+            return _stopped(None)
+        if (sentence := _other_rank(error)) is not None:
+            logger.debug("ended with another rank", exc_info=True)
+            print_error(sentence)
+            return 1
+        _is_told()  # the traceback is this rank's to print
+        raise
 
 
 def _exit_code(run: Callable[[], object]) -> int:
@@ -67,12 +74,12 @@ def _exit_code(run: Callable[[], object]) -> int:
     except InputError as error:
         if _received:  # as when the interrupt ended a sampler's process too
             raise
-        _print_error(str(error))
+        print_error(str(error))
         return error.exit_code
     except ModuleNotFoundError as error:  # a command's own imports, which come late
         if (sentence := missing_extra(error)) is None:
             raise
-        _print_error(str(sentence))
+        print_error(str(sentence))
         return sentence.exit_code
     except BrokenPipeError:  # the reader has closed the pipe
         _drop_output()
@@ -80,9 +87,9 @@ def _exit_code(run: Callable[[], object]) -> int:
         logger.debug("failed", exc_info=True)
         _drop_output()
         if error.errno in _BAD_PATH and error.filename is not None:
-            _print_error(f"{_name(error)}: {error.strerror}; name another path")
+            print_error(f"{_name(error)}: {error.strerror}; name another path")
             return InputError.exit_code
-        _print_error(_machine_failure(error))
+        print_error(_machine_failure(error))
     except (MemoryError, RuntimeError) as error:
         detail = ""
         if isinstance(error, RuntimeError):
@@ -90,8 +97,38 @@ def _exit_code(run: Callable[[], object]) -> int:
                 raise
             detail = f" ({shortened(error)})"
         logger.debug("out of memory", exc_info=True)
-        _print_error(_OUT_OF_MEMORY + detail)
+        print_error(_OUT_OF_MEMORY + detail)
     return 1
+
+
+def _several_ranks() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _is_told() -> bool:
+    """Whether another rank has printed why all of them end. Otherwise this one has to."""
+    if not _several_ranks():
+        return False
+    from ...trace.ranks import first_to_end  # imports torch
+
+    return not first_to_end()
+
+
+def _other_rank(error: Exception) -> str | None:
+    """The sentence for a failed collective; None: the error is this rank's own."""
+    if not (_several_ranks() and isinstance(error, RuntimeError)):
+        return None
+    if _LOST_RANK.search(str(error)):
+        return (
+            "another rank has ended; see its log and exit code, then give the same command again, "
+            "which resumes from the newest checkpoint"
+        )
+    if _LATE_RANK.search(str(error)):
+        return (
+            f"another rank did not answer in time ({shortened(error)}); see its log, and raise "
+            "wait_hours if it was at work"
+        )
+    return None
 
 
 def log_thread_failures() -> None:
@@ -186,7 +223,7 @@ def _stopped(error: BaseException | None) -> int:
     code = getattr(error, "exit_code", 128 + number)
     if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes prints
         kept = str(error or "") or "stopped; what is finished is kept"
-        _print_error(f"{kept}; {_to_continue()}")
+        print_error(f"{kept}; {_to_continue()}")
     return code
 
 
@@ -200,7 +237,9 @@ def _to_continue() -> str:
     return f"to continue: {shlex.join(['python', *sys.orig_argv[1:]])}"
 
 
-def _print_error(sentence: str) -> None:
+def print_error(sentence: str) -> None:
+    if _is_told():
+        return
     # Without stderr, or with a full disk behind it, only the exit code remains.
     with suppress(OSError, ValueError):
         Terminal(stderr=True).print(

@@ -31,6 +31,7 @@ from ...schemas.configs import (
     VllmSampler,
 )
 from ...schemas.errors import InputError
+from ...trace.optim import MOMENT_BYTES
 from ...trace.policy import load_tokenizer, vocab_fingerprint
 from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
@@ -106,11 +107,17 @@ def _sampler(config: Config) -> Sampler | None:
 
 
 def _packages(config: Config) -> Iterator[str]:
-    """Packages that would be missed when a sampler or adapters are opened."""
+    """Packages that would be missed when a sampler, adapters or the optimiser are opened."""
     if isinstance(_sampler(config), VllmSampler) and find_spec("vllm") is None:
         yield "sampler.engine is vllm, which is not installed; `pip install 'trace-opd[vllm]'`"
     if isinstance(config, TrainConfig) and config.lora and find_spec("peft") is None:
         yield "lora needs peft, which is not installed; `pip install 'trace-opd[lora]'`"
+    eight = isinstance(config, TrainConfig) and config.optim.kind == "adamw_8bit"
+    if eight and find_spec("torchao") is None:
+        yield (
+            "optim.kind=adamw_8bit needs torchao, which is not installed; "
+            "`pip install 'trace-opd[8bit]'`"
+        )
 
 
 def _endpoints(config: Config) -> Iterator[tuple[str, str | None, str]]:
@@ -180,8 +187,10 @@ def _room(config: TrainConfig, store: Store) -> list[str]:
     except InputError:
         return []  # found by `begin`
     final = 4 * shape.parameters
-    each = (4 if config.lora else 0) * shape.trainable + 8 * shape.trainable
-    each += (0 if config.lora else final) + (final if config.schedule.w0 else 0)
+    trained = 4 * shape.trainable
+    teacher = config.schedule.w0 and config.teacher.sync != "frozen"
+    moments = int(MOMENT_BYTES[config.optim.kind] * shape.trainable)
+    each = trained + moments + (trained if teacher else 0)
     needed = final + (config.checkpoints_kept + 1) * each
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(nearest).free

@@ -68,6 +68,11 @@ def plan_pipeline(config: PipelineConfig, store: Store, download: bool = True) -
     planner = _Planner(config, store, download)
     run_pipeline(config, planner.step)
     plan = planner.plan
+    if not config.train.offline.steps:
+        plan.notes.append(
+            "train.offline.steps is 0: stages rollout, verify, annotate and convert are left out; "
+            "each online step does their work with the current policy"
+        )
     tables = [planner.problems.get(role) for role in ("problems", "eval_problems")]
     plan.faults += faults.shared_problems(*tables)
     plan.faults = list(dict.fromkeys(plan.faults))

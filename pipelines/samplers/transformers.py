@@ -109,9 +109,7 @@ class TransformersPolicySampler:
         training = self._policy.model.training
         self._policy.model.eval()
         for batch in self._batches(prompts, sampling, seeds):
-            with self._policy.autocast():
-                rows = self._generate(batch, prompts, sampling, seeds, schemas)
-            for row in rows:
+            for row in self._generate(batch, prompts, sampling, seeds, schemas):
                 done[row.prompt][row.sample] = self._completion(row, prompts)
         self._policy.model.train(training)
         return done  # type: ignore[return-value] - every place is filled

@@ -6,10 +6,8 @@ tensorboard/. The tables of online steps are datasets of their own stages, one p
 in the summary.
 """
 
-import copy
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +19,14 @@ from ...schemas.errors import InputError
 from ...schemas.tables import PROBLEMS, ROUTED
 from ...trace.checkpoint import resume, save_model
 from ...trace.identity import model_revision
-from ...trace.packing import PackedModel
-from ...trace.policy import Policy, choose_device, load_policy, load_tokenizer, vocab_fingerprint
+from ...trace.policy import choose_device, load_policy, load_tokenizer, vocab_fingerprint
 from ...trace.prompt import student_prompt
-from ...trace.ranks import Ranks, copy_weights, join_ranks
+from ...trace.ranks import Ranks, join_ranks
 from ...trace.retention import prune_checkpoints, remove_checkpoint, unneeded_checkpoints
 from ...trace.route import needs_annotations, rule_source
 from ...trace.schedule import kl_weight
+from ...trace.sharding import skeleton
+from ...trace.trained import SamplingCopy, Trained
 from ...trace.trainer import Trainer
 from ..annotators import engine_of
 from ..models import resolve_policy
@@ -40,7 +39,7 @@ from ..terminal import console
 from ..training.loop import train_steps
 from ..training.offline import OfflineReader
 from ..training.online_tables import OnlineTables
-from ..training.plan import memory_line
+from ..training.plan_table import memory_line
 from ..training.tracking import check_tracker
 from ..training.validation import FOLDER
 from ..verifiers.registry import verifier_identity
@@ -120,15 +119,13 @@ def run(
         InputError: see `begin`.
         Stopped, Interrupted: SIGTERM or Ctrl-C; a checkpoint of the last finished step is on disk.
     """
-    ranks = join_ranks(choose_device(config.policy.device).type)
+    ranks = join_ranks(choose_device(config.policy.device).type, config.wait_hours)
     with ExitStack() as stack:
         opened = None
         if ranks.first:
             inputs, target = begin(config, store)
-            # Ranks that wait for a broadcast time out after minutes; another run may take days.
-            waits = print_waiting if ranks.count == 1 else _refuse
             if isinstance(target, Draft):
-                target = stack.enter_context(target.locked(waits))
+                target = stack.enter_context(target.locked(print_waiting))
             if isinstance(target, Draft):
                 announce(memory_line(config, ranks.count))
             opened = inputs, target
@@ -138,17 +135,9 @@ def run(
         return _run(config, store, ranks, inputs, target)
 
 
-def _refuse(who: str) -> None:
-    raise InputError(f"{who}; wait for its end and give this command again")
-
-
 def _run(
     config: TrainConfig, store: Store, ranks: Ranks, inputs: dict[str, Dataset], target: Draft
 ) -> Dataset:
-    if config.validation is not None and ranks.count > 1:
-        raise InputError(
-            "validation: runs on one rank; take it out under torchrun and evaluate checkpoints"
-        )
     policy = load_policy(
         resolve_policy(config.policy.path),
         config.policy.device,
@@ -157,9 +146,13 @@ def _run(
         lora=config.lora,
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.policy.trust_remote_code,
+        ranks=ranks,
     )
-    # The trainer shards the policy over the ranks; each rank samples with an unsharded copy.
-    replica = _replica(policy) if ranks.count > 1 and config.online.steps else None
+    whole = None
+    follows = sampling_engine(config.sampler, config.policy).follows
+    if config.online.steps and not follows and ranks.shards(policy.compute_dtype):
+        whole = SamplingCopy(policy, skeleton(policy.model))
+    ranks.wait()  # loading takes some longer than others
     trainer = Trainer(policy, config, ranks)
     resumed = resume(trainer, target.local_path("checkpoints"))
     if resumed is not None and ranks.first:
@@ -169,8 +162,8 @@ def _run(
         known = policy.model.get_input_embeddings().num_embeddings
         offline = OfflineReader(inputs["routed"], config, known, ranks)
     if config.online.steps:
-        refresh = None if replica is None else _refresher(trainer, replica)
-        online = OnlineTables(config, store, target, inputs, replica or policy, ranks, refresh)
+        trained = Trained(policy, trainer.student)
+        online = OnlineTables(config, store, target, inputs, trained, ranks, whole)
         if config.validation is not None:
             names = config.validation.problems
             splits = {name: inputs[f"validation_{name}"].read() for name in names}
@@ -182,6 +175,7 @@ def _run(
     finally:
         if online is not None:
             online.close()
+    ranks.wait()  # the first had its annotator to close
     save_model(trainer, target.local_path(FINAL))
     finished = None
     if ranks.first:
@@ -191,22 +185,6 @@ def _run(
             for checkpoint in unneeded_checkpoints(target.local_path("checkpoints")):
                 remove_checkpoint(checkpoint)
     return ranks.broadcast(finished)
-
-
-def _replica(policy: Policy) -> Policy:
-    model = copy.deepcopy(policy.model).requires_grad_(False).eval()
-    return replace(policy, model=model)
-
-
-def _refresher(trainer: Trainer, replica: Policy) -> Callable[[], None]:
-    """Copies the student's weights and identity to the replica; every rank has to call it."""
-    packed = PackedModel(replica.model)  # its parameters are named as the student's
-
-    def refresh() -> None:
-        copy_weights(trainer.student, packed)
-        replica.info = trainer.policy.info
-
-    return refresh
 
 
 def _check_routed(config: TrainConfig, routed: Dataset, vocabulary: str) -> None:

@@ -7,12 +7,12 @@ Stage train calls `train_steps` on every rank.
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 
 from ...data.store import Draft
 from ...schemas.configs import TrainConfig
-from ...schemas.errors import EngineEnded, Interrupted, Stopped
-from ...trace.checkpoint import save_checkpoint
+from ...schemas.errors import EngineEnded, InputError, Interrupted, Stopped
+from ...trace.checkpoint import CheckpointWriter
 from ...trace.trainer import Metrics, OfflineSource, Online, Trainer
 from ..progress import Meter
 from ..runtime.signals import announce, handled, stop_of
@@ -35,21 +35,28 @@ def train_steps(
         EngineEnded: a sampler's engine died; on one rank such a checkpoint is on disk too.
     """
     config = trainer.config
-    checkpoints = target.local_path("checkpoints")
+    folder = target.local_path("checkpoints")
+    writer = CheckpointWriter(trainer, folder, config.checkpoints_kept)
     saved, saved_at = trainer.state.step, time.monotonic()
 
     def save() -> None:
         nonlocal saved, saved_at
-        save_checkpoint(trainer, checkpoints, config.checkpoints_kept)
+        writer.save()
         saved, saved_at = trainer.state.step, time.monotonic()
 
     def due() -> bool:
-        minutes = [(time.monotonic() - saved_at) / 60]
+        now = [(time.monotonic() - saved_at) / 60, float(writer.failed)]
         if trainer.ranks.count > 1:  # their clocks differ, and a checkpoint takes all of them
-            minutes = trainer.ranks.most(minutes, trainer.policy.device)
-        return checkpoint_due(config, trainer.state.step, minutes[0])
+            now = trainer.ranks.most(now)
+        minutes, failed = now
+        # One that could not be written is due: `save` raises its error on every rank.
+        return bool(failed) or checkpoint_due(config, trainer.state.step, minutes)
 
-    with _stop_request(trainer) as stopping, _tracker(trainer, target) as tracker:
+    with (
+        _stop_request(trainer) as stopping,
+        _tracker(trainer, target) as tracker,
+        _written(writer),
+    ):
         progress.resume(trainer.state.step)
         try:
             if validation is not None and trainer.state.step == 0:
@@ -63,13 +70,16 @@ def train_steps(
                     tracker.log(metrics)
                 if due():
                     save()
-                progress.advance(1, **_shown(metrics), checkpoint=saved)
+                progress.advance(1, **_shown(metrics), checkpoint=writer.written)
         except (Stopped, Interrupted, EngineEnded) as ended:
             engine = isinstance(ended, EngineEnded)
             if engine and trainer.ranks.count > 1:
                 raise  # on one rank only, and a checkpoint takes all of them
             if saved != trainer.state.step:
                 save()
+            writer.wait()
+            # Torchrun kills all ranks 30 s after one has ended, and the first may still write.
+            trainer.ranks.wait()
             if engine and not stopping():  # a signal to all processes of a run ends its engine too
                 raise
             raise stop_of(
@@ -77,6 +87,20 @@ def train_steps(
                 f"stopped after {trainer.state.step} of {trainer.total_steps} steps; a checkpoint "
                 "is written",
             ) from None
+
+
+@contextmanager
+def _written(writer: CheckpointWriter) -> Iterator[None]:
+    """Waits for the checkpoint that is being written, also when the run ends with an error."""
+    try:
+        yield
+    except KeyboardInterrupt:  # the second Ctrl-C
+        raise
+    except BaseException:
+        with suppress(InputError):  # the first error is the one to report
+            writer.wait()
+        raise
+    writer.wait()
 
 
 def checkpoint_due(config: TrainConfig, done: int, minutes: float) -> bool:
@@ -108,7 +132,8 @@ def _stop_request(trainer: Trainer) -> Iterator[Callable[[], int]]:
 
     def receive(number: int) -> None:
         if not received and number == signal.SIGINT and trainer.ranks.first:
-            announce("writing a checkpoint, Ctrl-C again to stop without it")
+            again = ", Ctrl-C again to stop without it" if trainer.ranks.count == 1 else ""
+            announce(f"writing a checkpoint{again}")
         received.append(number)
         # Torchrun passes the terminal's Ctrl-C on: its ranks get it twice.
         if received[1:].count(signal.SIGINT) and trainer.ranks.count == 1:
@@ -118,7 +143,7 @@ def _stop_request(trainer: Trainer) -> Iterator[Callable[[], int]]:
         number = received[0] if received else 0
         if trainer.ranks.count == 1:
             return number
-        return int(trainer.ranks.most([float(number)], trainer.policy.device)[0])
+        return int(trainer.ranks.most([float(number)])[0])
 
     with handled(receive):
         yield stopping

@@ -17,12 +17,16 @@ class ModelShape:
 
     parameters: number of weights, tied ones once, without adapters. trainable: those with
     gradients.
-    linear: weights of the matrices that each token is multiplied by, without the head.
+    linear: weights of the matrices that each token is multiplied by, without the head. ends:
+    weights outside the layers (embeddings, head, norm). stored_bytes: of a weight in the model's
+    files.
     """
 
     parameters: int
     trainable: int
     linear: int
+    ends: int
+    stored_bytes: int
     layers: int
     hidden: int
     intermediate: int
@@ -45,6 +49,11 @@ class ModelShape:
     def head(self) -> int:
         return self.vocab * self.hidden
 
+    @property
+    def layer(self) -> int:
+        """Weights of one layer, without adapters."""
+        return (self.parameters - self.ends) // self.layers
+
 
 def model_shape(
     path: str, lora: LoraConfig | None = None, trust_remote_code: bool = False
@@ -61,12 +70,14 @@ def model_shape(
             f"policy {path}: its config has no {missing[0]}; the plan knows decoders with a gated "
             "MLP (Llama, Qwen and their kin) only"
         )
+    stored = config.dtype or torch.float32  # of the files; the next line sets another
     model = model_on_meta(config, trust_remote_code)
     with torch.device("meta"):
         layers = backbone(model).get_submodule("layers")
         linear = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
         normalises = any(name.endswith("q_norm.weight") for name, _ in layers.named_parameters())
         parameters = sum(p.numel() for p in model.parameters())
+        ends = parameters - sum(p.numel() for p in layers.parameters())
         tied = output_head(model)[0] is model.get_input_embeddings().weight
         if lora is not None:
             model = add_adapters(model, lora)
@@ -75,6 +86,8 @@ def model_shape(
         parameters=parameters,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         linear=linear,
+        ends=ends,
+        stored_bytes=stored.itemsize,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,

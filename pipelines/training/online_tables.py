@@ -4,7 +4,6 @@ Stage train opens one `OnlineTables` on every rank and gives its `source` to the
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +15,12 @@ from ...schemas.configs import SamplingConfig, TrainConfig
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
 from ...trace.align import byte_table
-from ...trace.online import OnlineSource
-from ...trace.packing import PackedModel
-from ...trace.policy import Policy
-from ...trace.protocols import Annotator, Sampler, TrainedPolicy
+from ...trace.online import OnlineSource, sample_shares
+from ...trace.protocols import Annotator, Sampler
 from ...trace.ranks import Ranks
 from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
-from ...trace.trained import Trained
+from ...trace.trained import SamplingCopy, Trained
 from ..annotators import engine_of, open_annotator
 from ..annotators.bill import read_bill
 from ..annotators.prices import find_price
@@ -62,19 +59,20 @@ class OnlineTables:
         store: Store,
         run: Draft,
         inputs: dict[str, Dataset],
-        policy: Policy,
+        trained: Trained,
         ranks: Ranks | None = None,
-        refresh: Callable[[], None] | None = None,
+        whole: SamplingCopy | None = None,
     ) -> None:
-        """policy: samples; under several ranks a copy, to which `refresh` copies the current
-        weights.
+        """whole: samples, if the engine samples with the trained weights and they are sharded.
 
         Raises:
             InputError: an engine that can't be opened or can't follow the weights.
         """
         ranks = ranks or Ranks()
         online = config.online
-        self._config, self._policy, self._refresh = config, policy, refresh
+        self._config, self._trained, self._whole = config, trained, whole
+        self._policy = policy = trained.policy if whole is None else whole.policy
+        self._ranks = ranks
         self._first = config.offline.steps
         self._problems = inputs["problems"].read()
         if ranks.first and len(self._problems) < config.groups_per_step:
@@ -85,6 +83,7 @@ class OnlineTables:
                 len(self._problems),
             )
         engine = sampling_engine(config.sampler, config.policy)
+        self._share = not engine.served
         ahead = online.max_staleness > 0
         if ahead and ranks.count > 1 and not engine.served:
             raise InputError(
@@ -98,9 +97,8 @@ class OnlineTables:
         if ranks.first or not engine.served:
             training = Training(policy, online.sampling, run.local_path(), ahead, ranks.count)
             self._sampler = engine.open_in_training(training)
-        self._trained: TrainedPolicy | None = None
+        self._probe: Probe | None = None
         if engine.follows:
-            self._trained = Trained(policy, PackedModel(policy.model, policy.compute_dtype))
             self._follower = cast(Follower | None, self._sampler)
             self._adapters = hands_adapters(config.sampler, policy.model)
             texts = [str(text) for text in self._problems["problem"].slice(0, _PROBES).to_pylist()]
@@ -123,10 +121,10 @@ class OnlineTables:
             routing=online.routing,
             write=self._write,
             refill_rounds=online.refill_rounds,
-            follow=self._follow if refresh or self._trained else None,
-            rest=self._follower.rest if self._follower else None,
+            follow=self._follow if whole or engine.follows else None,
+            rest=self._rest if whole or engine.follows else None,
             ranks=ranks,
-            share=not engine.served,
+            share=self._share,
             ahead={step: kl_weight(step, config.schedule) > 0 for step in coming},
         )
         self._open: list[Any] = [self.source, self._sampler, self._verifier, self._annotator]
@@ -153,16 +151,24 @@ class OnlineTables:
         )
 
     def _follow(self) -> None:
-        """Give the sampler the current weights; every rank calls, since a copy takes all shards."""
-        if self._refresh is not None:
-            self._refresh()
-        if self._trained is None:
+        """Give the sampler the current weights; every rank calls, since they may be sharded."""
+        self._ranks.wait()  # the first may come late, from a step made ahead or from verifying
+        if self._whole is not None:
+            self._whole.gather(self._trained.packed)
+        if self._probe is None:
             return
         self._probe.ask(self._trained)
         if self._follower is not None:
             self._follower.follow(self._trained, self._probe)
-        else:
+        else:  # this rank has no engine
             take_part(self._trained, self._adapters)
+
+    def _rest(self) -> None:
+        """The sampler is idle until the next `_follow`."""
+        if self._whole is not None:
+            self._whole.free()
+        if self._follower is not None:
+            self._follower.rest()
 
     def _step_problems(self, step: int, refill: int) -> pa.Table:
         """Round 0: the next `groups_per_step` problems of a shuffled pass, which never splits a
@@ -211,16 +217,23 @@ class OnlineTables:
         return rollouts_table(problems, self._sampler, tokenizer, prompt, sampling, k, seed)
 
     def validation(self, splits: dict[str, pa.Table], run: Path) -> Validation:
-        """Evaluations on held-out problems with the engines of the online steps; on one rank."""
-        return Validation(self._config, splits, self._sample_held_out, self._verifier, run)
+        """Evaluations on held-out problems with the engines of the online steps."""
+        sample = self._sample_held_out
+        return Validation(self._config, splits, sample, self._verifier, run, self._ranks)
 
     def _sample_held_out(
         self, problems: pa.Table, sampling: SamplingConfig, k: int, seed: int
-    ) -> pa.Table:
+    ) -> pa.Table | None:
+        def sample(own: pa.Table) -> pa.Table:
+            return self._rollouts(own, sampling, k, seed)
+
         self._follow()
-        made = self._rollouts(problems, sampling, k, seed)
-        if self._follower is not None:
-            self._follower.rest()
+        made = None
+        if self._share:
+            made = sample_shares(self._ranks, problems, sample)
+        elif self._ranks.first:
+            made = sample(problems)
+        self._rest()
         return made
 
     def _write(self, step: int, tables: dict[str, pa.Table]) -> None:

@@ -1,135 +1,60 @@
-"""Predicts a training run's memory per GPU and seconds per step, before anything is loaded.
+"""Counts a training run's memory per GPU, before anything is loaded.
 
-`trace-opd plan` prints `plan_table`; stage train announces `memory_line`. Memory is counted, not
-fitted: what the trainer holds, and what autograd keeps per token of a layer (`activation_bytes`).
-Seconds are floating-point operations over a throughput, without waiting for the verifier, the
-annotator and the disk.
+plan_table.py prints it, fitting.py finds settings that fit a card. Memory is counted, not fitted:
+what the trainer holds (trace/trainer.py, trace/sharding.py), what FSDP gathers and reduces, and
+what autograd keeps per token of a layer (`activation_bytes`).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
-from typing import Literal
 
-import torch
-from rich.table import Table
-
-from ...schemas.configs import TrainConfig
-from ...schemas.errors import InputError
-from ...trace.fused import BUFFER_BYTES
-from ..models import resolve_policy
-from ..samplers import sampling_engine
-from ..samplers.engine import Engine
-from .model_shape import ModelShape, model_shape
-from .throughput import measured_rates
+from ...schemas.configs import VllmSampler
+from ...trace.fused import BLOCK_BYTES, BUFFER_BYTES
+from ...trace.optim import MOMENT_BYTES
+from .plan_setting import Setting
 
 # By (adapters, computing in bfloat16): bytes that autograd keeps per token and layer for each unit
 # of the hidden size, the intermediate size, queries, normalised queries and keys, and the rank of
 # the adapters on seven projections.
 _KEPT = {
     (False, False): (24, 16, 20, 8, 0),
-    (False, True): (26, 8, 10, 6, 0),
+    (False, True): (16, 8, 10, 6, 0),
     (True, False): (16, 16, 20, 4, 28),
-    (True, True): (18, 8, 10, 4, 14),
+    (True, True): (12, 8, 10, 4, 14),
 }
-_ADAM_STATES = 2
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A config, its model's shape, and the hardware.
-
-    prompt_tokens, response_tokens: mean lengths that the plan assumes.
-    """
-
-    config: TrainConfig
-    shape: ModelShape
-    gpus: int
-    device: Literal["cpu", "cuda"]
-    bfloat16: bool
-    prompt_tokens: int
-    response_tokens: int
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of one optimiser step on one GPU; a prompt counts once per group."""
-        group = self.prompt_tokens + self.config.online.group_size * self.response_tokens
-        return -(-self.config.groups_per_step * group // self.gpus)
-
-    @property
-    def micro_batch_tokens(self) -> int:
-        return min(self.config.micro_batch_tokens, self.step_tokens)
-
-    @property
-    def most_tokens(self) -> int:
-        """Of a prompt and a response at its limit."""
-        return self.prompt_tokens + self.config.online.sampling.max_new_tokens
-
-    @property
-    def engine(self) -> Engine:
-        return sampling_engine(self.config.sampler, self.config.policy)
-
-    @property
-    def rows_at_once(self) -> float:
-        """Responses that a GPU's sampler works on together."""
-        responses = self.config.groups_per_step * self.config.online.group_size
-        budget = self.engine.batch_tokens
-        limit = responses if budget is None else max(1, budget // self.most_tokens)
-        return min(responses / self.gpus, limit)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Per weight of the policy and its copies; with adapters the base stays in low
-        precision.
-        """
-        return 2 if self.config.lora and self.bfloat16 else 4
+STATES = "optimiser states"
+ENGINE = ("engine's weights", "engine's cache, at least")
+_PROBE_ROWS = 2 * 127  # tokens that a probe of an engine's weights scores (samplers/probe.py)
+_CPU_KV_CACHE = 4 << 30  # of vLLM on a CPU (samplers/vllm.py)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per GPU by name: held all the time, and added in each phase."""
+    """Bytes per GPU by name: held all the time, and added at the peak of each phase.
+
+    start: the weights are placed; there are no optimiser states yet. loss: the end of a forward
+    pass. backward: of a layer. reduction: of the last gradients, those of embeddings and head.
+    update: the optimiser's step. probe: before an engine gets new weights. sampling. host: of the
+    machine, beside a GPU.
+    """
 
     held: dict[str, int]
-    training: dict[str, int]
-    update: dict[str, int]
-    sampling: dict[str, int]
+    phases: dict[str, dict[str, int]]
+    host: dict[str, int]
+
+    def total(self, phase: str) -> int:
+        later = (STATES, *ENGINE) if phase == "start" else ()
+        held = sum(size for name, size in self.held.items() if name not in later)
+        return held + sum(self.phases[phase].values())
 
     @property
-    def phases(self) -> dict[str, dict[str, int]]:
-        return {"training": self.training, "update": self.update, "sampling": self.sampling}
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.total)
 
     @property
     def peak(self) -> int:
-        return sum(self.held.values()) + max(sum(p.values()) for p in self.phases.values())
+        return self.total(self.peak_phase)
 
-
-def setting(
-    config: TrainConfig,
-    gpus: int | None = None,
-    prompt_tokens: int = 256,
-    response_tokens: int | None = None,
-) -> Setting:
-    """gpus: number of GPUs to plan for; None: this machine, one GPU or the CPU.
-
-    response_tokens: mean length; None: the limit, online.sampling.max_new_tokens.
-
-    Raises:
-        InputError: the policy's config cannot be read.
-    """
-    policy = config.policy
-    here = "cuda" if torch.cuda.is_available() or gpus is not None else "cpu"
-    device = here if policy.device == "auto" else policy.device
-    return Setting(
-        config=config,
-        shape=model_shape(
-            resolve_policy(policy.path, weights=False), config.lora, policy.trust_remote_code
-        ),
-        gpus=gpus or 1,
-        device=device,  # type: ignore[arg-type] - one of the two
-        bfloat16=policy.precision == "bfloat16"
-        or (policy.precision == "auto" and device == "cuda"),
-        prompt_tokens=prompt_tokens,
-        response_tokens=response_tokens or config.online.sampling.max_new_tokens,
-    )
 
 
 def activation_bytes(where: Setting) -> int:
@@ -150,152 +75,182 @@ def activation_bytes(where: Setting) -> int:
 
 
 def predict_memory(where: Setting) -> Memory:
-    """Peak memory in each phase of a step while λ > 0, without the allocator's slack."""
-    config, shape, shards = where.config, where.shape, where.gpus
+    """Memory in each phase of a step while λ > 0, without the allocator's slack."""
+    config = where.config
+    phases = {"start": _start(where)} if where.sharded else {}
+    phases |= _training(where)
+    if config.online.steps:
+        phases |= _sampling(where)
+    # A part of another setting is left out.
+    counted = {name: {k: v for k, v in parts.items() if v} for name, parts in phases.items()}
+    return Memory(_held(where), counted, _host(where))
+
+
+def _held(where: Setting) -> dict[str, int]:
+    config, shape, low = where.config, where.shape, where.computed
     adapters = shape.trainable if config.lora else 0
-    weights = (where.weight_bytes * shape.parameters + 4 * adapters) // shards
-    trained = 4 * shape.trainable // shards
-    held = {"weights": weights, "AdamW states": _ADAM_STATES * trained}
+    held = {}
+    if not config.optim.offload:
+        held["weights"] = (low if config.lora else 4) * shape.parameters + 4 * adapters
+        held[STATES] = int(MOMENT_BYTES[config.optim.kind] * shape.trainable)
     if config.schedule.w0:
-        held["teacher"] = weights
-    if config.loss.reference_kl:
-        held["reference"] = weights
-    training = {"gradients": trained} | _in_flight(where)
-    # PyTorch's AdamW updates all weights at once on CUDA, one tensor after another on the CPU.
-    temporary = trained if where.device == "cuda" else 8 * shape.head
-    update = {"gradients": trained, "AdamW temporaries": temporary}
-    # An engine with weights of its own has its own limit (vLLM's gpu_memory_utilization).
-    sampling = config.online.steps and not where.engine.follows
-    return Memory(held, training, update, _sampling(where) if sampling else {})
+        # With adapters the teacher is the base, or a second adapter on it.
+        averaged = 4 if config.teacher.sync == "ema" else low
+        second = 4 * adapters if config.teacher.sync != "frozen" else 0
+        held["teacher"] = second if config.lora else averaged * shape.parameters
+    if config.loss.reference_kl and not config.lora:
+        held["reference"] = low * shape.parameters
+    held = {name: size // where.gpus for name, size in held.items() if size}
+    if isinstance(config.sampler, VllmSampler) and config.online.max_staleness:
+        held |= _engine(where)  # it samples while a step trains
+    return held
 
 
-def _in_flight(where: Setting) -> dict[str, int]:
-    """A micro-batch's memory at its peak, before its backward pass."""
-    config, shape, tokens = where.config, where.shape, where.micro_batch_tokens
-    per_layer = activation_bytes(where)
-    if config.gradient_checkpointing:
-        # Inputs of all layers, and everything of the one layer that is recomputed.
-        layers = shape.layers * where.weight_bytes * shape.hidden + per_layer
+def _start(where: Setting) -> dict[str, int]:
+    """Of the last weights that are placed, embeddings and head, which are whole before they are
+    split: the student's, or the teacher's, one tensor at a time gathered from the student.
+    """
+    config, shape, low = where.config, where.shape, where.computed
+    files = shape.stored_bytes * shape.parameters if where.device == "cpu" else 0
+    student = (low if config.lora else 4) * shape.ends + files
+    teacher = 0
+    if config.schedule.w0 and not config.lora:
+        each = 4 if config.teacher.sync == "ema" else low
+        copied, gathered = each * shape.parameters, 4 * shape.head if where.gpus > 1 else 0
+        # Its own shard of embeddings and head is made after the last tensor is gathered.
+        teacher = each * shape.ends + max(gathered - each * shape.ends // where.gpus, 0)
+        student -= copied // where.gpus  # it is placed before there is a teacher
+    return {"whole embeddings and head": max(student, teacher)}
+
+
+def _training(where: Setting) -> dict[str, dict[str, int]]:
+    """Phases of an optimiser step: a micro-batch that is not the step's first, and the update."""
+    config, shape, low, shards = where.config, where.shape, where.computed, where.gpus
+    tokens, per_layer = where.row_tokens, activation_bytes(where)
+    # FSDP gathers embeddings and head for a whole pass, other layers one by one; the teacher's
+    # remain gathered until the step's last micro-batch.
+    frozen = sum(bool(x) for x in (config.schedule.w0, config.loss.reference_kl))
+    copies = 1 + (0 if config.lora else frozen)
+    layer = low * (shape.layer + (shape.trainable // shape.layers if config.lora else 0))
+    gathered = {"gathered embeddings and head": low * shape.ends * copies} if where.sharded else {}
+    # With several ranks one layer's flat buffer lives until the next one is gathered.
+    flat = layer if shards > 1 else 0
+    trained = 4 * shape.trainable
+    # A layer's gradients leave for the host as soon as they are reduced.
+    gradients = {"gradients": 0 if config.optim.offload else trained // shards}
+
+    again = where.recomputed_layers
+    whole = shape.layers - again
+    # Outside the layers: embeddings, norm, the states that the loss reads and their gradient.
+    ends = (12 if where.bfloat16 else 16) * shape.hidden + 8 * shape.head_dim + 12
+    inputs = again * low * shape.hidden
+    forward = {"activations": tokens * (inputs + whole * per_layer + ends)}
+    backward = {"activations": tokens * (inputs + max(whole, 1) * per_layer)}
+
+    full = config.lora is None
+    head = 4 * shape.head if full else 0
+    # The chunk is freed when the head's gradient is cast.
+    chunk = max(_chunk_bytes(where), low * shape.head if where.sharded and full else 0)
+    loss = gradients | gathered | forward | {"gathered layer": flat, "logits of a chunk": chunk}
+    back = gradients | gathered | backward
+    phases = {"loss": loss | {"head gradient": head}, "backward": back}
+    if where.sharded:
+        trained_layer = shape.layer if full else shape.trainable // shape.layers
+        back["gathered layers"] = layer + flat
+        back["head gradient"] = low * shape.head if full else 0
+        # One layer's are computed while those of the one before are reduced, in float32.
+        back["gradients of two layers"] = (low + 4) * trained_layer
+    elif shape.tied:
+        back["head gradient"] = head
+    if where.sharded and full:
+        copied = 4 if where.device == "cpu" and shards > 1 else 0  # by gloo
+        reduced = (4 + copied) * shape.ends + 4 * shape.ends // shards
+        phases["reduction"] = gradients | {
+            "gathered embeddings and head": low * shape.ends * (copies - 1),
+            "gradients of embeddings and head": low * shape.ends + reduced,
+        }
+    # Fused on CUDA; elsewhere one tensor after another.
+    largest = 8 * shape.head // shards if full and where.device == "cpu" else 0
+    phases["update"] = gradients | {"AdamW temporaries": largest}
+    return phases
+
+
+def _chunk_bytes(where: Setting) -> int:
+    """Of the loss's chunk of logits (trace/fused.py), and of what it computes on."""
+    vocab = where.shape.vocab
+    rows = min(where.row_tokens, max(2, BUFFER_BYTES[where.device] // (4 * vocab)))
+    block = min(rows, max(2, BLOCK_BYTES[where.device] // (4 * vocab)))
+    return rows * (4 + (2 if where.bfloat16 else 0)) * vocab + 2 * block * 4 * vocab
+
+
+def _host(where: Setting) -> dict[str, int]:
+    """Of one machine with all GPUs: what is offloaded, and the larger of what the first rank reads
+    at the start, and the copy of which a checkpoint is written."""
+    config, shape = where.config, where.shape
+    # Weights, gradients and two moments.
+    offloaded = 16 * shape.trainable if config.optim.offload else 0
+    left_out = ("reference", *ENGINE)
+    copied = sum(size for name, size in _held(where).items() if name not in left_out)
+    copied *= where.gpus
+    copied += 12 * shape.trainable if offloaded else 0
+    files = shape.stored_bytes * shape.parameters
+    parts = {"weights and optimiser": offloaded}
+    if files > copied:
+        parts["the model's files at the start"] = files
     else:
-        layers = shape.layers * per_layer
-    # Outside the layers: embeddings, final norm, the states that the loss reads and their gradient.
-    ends = 16 * shape.hidden + 8 * shape.head_dim + 12
-    logits = 4 * shape.vocab
-    rows = min(tokens, max(2, BUFFER_BYTES[where.device] // logits))
-    low = where.bfloat16
-    parts = {
-        "activations": tokens * (layers + ends),
-        "logits of a chunk": rows * (logits + (2 * shape.vocab if low else 0)),
-    }
-    if config.lora is None:
-        parts["head gradient"] = 4 * shape.head
-    if where.gpus > 1:
-        gathered = (1 if shape.tied else 2) * shape.head + 2 * shape.linear // shape.layers
-        parts["gathered weights"] = (2 if low else 4) * gathered
-    elif low and config.lora is None:
-        parts["bfloat16 weights"] = 2 * (shape.linear + shape.head)
-    return parts
+        parts["a checkpoint while it is written"] = copied
+    return {name: size for name, size in parts.items() if size}
 
 
-def _sampling(where: Setting) -> dict[str, int]:
-    """Sampling with the trained policy: key-value cache and logits at the token budget."""
-    config, shape, low = where.config, where.shape, where.bfloat16
+def _sampling(where: Setting) -> dict[str, dict[str, int]]:
+    """Sampling, and the check of an engine that has weights of its own.
+
+    A sleeping engine holds about nothing, one that is awake what is free; counted is the least
+    that it needs: its weights, and the cache of one response at its limit.
+    """
+    config, shape, low = where.config, where.shape, where.computed
+    if not where.engine.follows:
+        return {"sampling": _own_sampling(where)}
+    logits = 2 * 4 * shape.vocab * _PROBE_ROWS
+    probe = {"logits of a probe": logits}
+    if where.sharded:
+        layer = low * shape.layer * (2 if where.gpus > 1 else 1)
+        probe |= {"gathered weights": low * shape.ends + layer}
+    phases = {"probe": probe}
+    if isinstance(config.sampler, VllmSampler):
+        merged = config.lora is None or config.sampler.adapters == "merge"
+        engine = {} if config.online.max_staleness else _engine(where)
+        phases["sampling"] = engine | {
+            "a tensor handed over": (4 + low) * shape.head if merged else 0
+        }
+    return phases
+
+
+def _engine(where: Setting) -> dict[str, int]:
+    """Of a vLLM engine that is awake, the least that it needs."""
+    sampler = where.config.sampler
+    assert isinstance(sampler, VllmSampler), "another sampler has no engine"
+    cache = cache_bytes(where)
+    if where.device == "cpu":
+        cache = int((sampler.kv_cache_gib or 0) * 2**30) or _CPU_KV_CACHE
+    weights = where.computed * where.shape.parameters // sampler.tensor_parallel_size
+    return dict(zip(ENGINE, (weights, cache), strict=True))
+
+
+def cache_bytes(where: Setting) -> int:
+    """Keys and values of one response at its limit, in an engine."""
+    return 2 * where.computed * where.shape.keys * where.shape.layers * where.most_tokens
+
+
+def _own_sampling(where: Setting) -> dict[str, int]:
+    """By a copy of the trained policy: key-value cache and logits at the token budget."""
+    shape, low = where.shape, where.computed
     rows, limit = ceil(where.rows_at_once), where.most_tokens
-    # Keys are float32 after rotary embeddings; values have the projection's precision.
-    entry = shape.keys * ((6 if low else 8) if where.weight_bytes == 4 else 4)
     parts = {
         # One layer's cache is copied when it grows.
-        "key-value cache": (shape.layers + 1) * entry * rows * limit,
+        "key-value cache": (shape.layers + 1) * 2 * low * shape.keys * rows * limit,
         "sampling distributions": 4 * 4 * rows * shape.vocab,
     }
-    if where.gpus > 1:
-        parts["unsharded weights"] = where.weight_bytes * shape.parameters
-    if low and config.lora is None:
-        parts["bfloat16 weights"] = 2 * (shape.linear + shape.head)
+    if where.sharded:
+        parts["copy of the weights"] = low * shape.parameters
     return parts
-
-
-def predict_seconds(where: Setting, flops: float, bandwidth: float) -> dict[str, float]:
-    """Seconds of a step's parts on each GPU. flops: per second; bandwidth: bytes per second.
-
-    A product takes 2 operations per weight and token; its two gradients 4, its recomputation 2. A
-    decoding step takes the longer of reading every weight once for all rows, and computing.
-    """
-    config, shape, tokens = where.config, where.shape, where.step_tokens
-    sequence = where.prompt_tokens + where.response_tokens
-    # Scores and mixing, over half of the sequence on average.
-    attention = 2 * shape.layers * shape.queries * sequence
-    forward = 2 * shape.linear + attention
-    passes = (2 if config.lora else 3) + (1 if config.gradient_checkpointing else 0)
-    head_passes = 2 if config.lora else 3
-    seconds = {"training": tokens * (passes * forward + head_passes * 2 * shape.head) / flops}
-    if config.schedule.w0:
-        share = config.online.routing.alpha if config.online.routing.rule != "all" else 1.0
-        # At most: the teacher stops at a response's last routed token.
-        seconds["teacher, while λ > 0"] = tokens * (forward + share * 2 * shape.head) / flops
-    if config.loss.reference_kl:
-        seconds["reference"] = tokens * (forward + 2 * shape.head) / flops
-    if config.online.steps:
-        responses = config.groups_per_step * config.online.group_size / where.gpus
-        rows = where.rows_at_once
-        weights = (2 if where.bfloat16 else 4) * (shape.linear + shape.head)
-        one = max(weights / bandwidth, rows * (forward + 2 * shape.head) / flops)
-        seconds["sampling"] = responses / rows * where.response_tokens * one
-    return seconds
-
-
-def plan_table(
-    config: TrainConfig,
-    gpus: int | None = None,
-    tflops: float | None = None,
-    bandwidth_gbs: float | None = None,
-    prompt_tokens: int = 256,
-    response_tokens: int | None = None,
-) -> Table:
-    """The prediction as a table; rates that are not given are measured if the device is here.
-
-    Raises:
-        InputError: the policy's config cannot be read.
-    """
-    where = setting(config, gpus, prompt_tokens, response_tokens)
-    memory = predict_memory(where)
-    table = Table("per GPU" if where.device == "cuda" else "this machine", "", box=None)
-    table.columns[1].justify = "right"
-    table.add_row("parameters", f"{where.shape.parameters:,}")
-    table.add_row("trained", f"{where.shape.trainable:,}")
-    for phase, parts in {"held": memory.held, **memory.phases}.items():
-        for name, size in parts.items():
-            table.add_row(f"{phase}: {name}", _size(size))
-    table.add_row("peak memory", _size(memory.peak))
-    flops, bandwidth = (tflops or 0) * 1e12, (bandwidth_gbs or 0) * 1e9
-    if where.device == "cpu" or torch.cuda.is_available():
-        measured = (
-            (0.0, 0.0) if flops and bandwidth else measured_rates(where.device, where.bfloat16)
-        )
-        flops, bandwidth = flops or measured[0], bandwidth or measured[1]
-    if not flops or not bandwidth:
-        table.add_row("seconds per step", "give --tflops and --bandwidth: no such device here")
-        return table
-    seconds = predict_seconds(where, flops, bandwidth)
-    for name, value in seconds.items():
-        table.add_row(f"seconds: {name}", f"{value:,.2f}")
-    table.add_row("seconds per step, at most", f"{sum(seconds.values()):,.2f}")
-    table.add_row("at", f"{flops / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:.3g} GB/s")
-    table.add_row("tokens per step", f"{where.step_tokens:,}")
-    return table
-
-
-def memory_line(config: TrainConfig, processes: int = 1) -> str:
-    """A line for the start of a run on this machine."""
-    try:
-        memory = predict_memory(replace(setting(config), gpus=processes))
-    except InputError as error:
-        return f"memory: not planned ({error})"
-    held, training = memory.held, memory.training
-    parts = {**held, "gradients": training["gradients"], "activations": training["activations"]}
-    named = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
-    return f"memory: {_size(memory.peak)} at its peak ({named})"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -24,18 +24,23 @@ from ...data.store import Dataset, content_hash
 from ...schemas.configs import SamplingConfig, TrainConfig, own_sources
 from ...schemas.results import VALIDATIONS
 from ...trace.protocols import Verifier
+from ...trace.ranks import Ranks
 from ..statistics import answers_by_problem
 
 FOLDER = "validation"
 BASE_EVALUATIONS = ".looks"  # in the store's root
 SAMPLED, GREEDY = "sampled", "greedy"
 
-# (problems, sampling, answers per problem, seed) -> rollouts by the current weights
-Sample = Callable[[pa.Table, SamplingConfig, int, int], pa.Table]
+# (problems, sampling, answers per problem, seed) -> rollouts by the current weights; every rank
+# calls, and ranks other than the first may get None
+Sample = Callable[[pa.Table, SamplingConfig, int, int], pa.Table | None]
 
 
 class Validation:
-    """Samples the splits' problems, verifies the answers and keeps the results."""
+    """Samples the splits' problems, verifies the answers and keeps the results.
+
+    Every rank has one. The first verifies and writes.
+    """
 
     def __init__(
         self,
@@ -44,11 +49,13 @@ class Validation:
         sample: Sample,
         verifier: Verifier,
         run: Path,
+        ranks: Ranks | None = None,
     ) -> None:
         """splits: problems by name; run: the run's folder."""
         assert config.validation is not None
         self._config = config.validation
         self._sample, self._verifier = sample, verifier
+        self._ranks = ranks or Ranks()
         # All splits are sampled together: few large batches are faster than many small ones.
         self._problems = _distinct(pa.concat_tables(splits.values()))
         self._splits = {split: pc.unique(table["problem_id"]) for split, table in splits.items()}
@@ -75,10 +82,13 @@ class Validation:
         revision: of the base's weights; folder: of the files that runs share.
         """
         shared = folder / f"{content_hash([revision, *self._identity])}.parquet"
-        if shared.exists():
-            self._keep(0, shared.read_bytes())
+        if self._ranks.broadcast(shared.exists()):
+            if self._ranks.first:
+                self._keep(0, shared.read_bytes())
             return
         self.evaluate(0)
+        if not self._ranks.first:
+            return
         with writing(folder):
             folder.mkdir(exist_ok=True)
         write_atomic(shared, (self._folder / _file(0)).read_bytes())
@@ -86,11 +96,14 @@ class Validation:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluate and keep the results; the pass rates by `validation_<split>_<decoding>`, those
-        without a scored answer left out.
+        without a scored answer left out. The same on every rank.
         """
         tables, figures = [], {}
         for decoding, (sampling, k) in self._decodings.items():
             rollouts = self._sample(self._problems, sampling, k, self._config.seed)
+            if not self._ranks.first:
+                continue
+            assert rollouts is not None, "the first rank gets all rollouts"
             verdicts = self._verifier.verify(self._problems, rollouts)
             for split, ids in self._splits.items():
                 own = pc.is_in(rollouts["problem_id"], value_set=ids)
@@ -102,10 +115,11 @@ class Validation:
                 right = sum(row["correct"] for row in rows)
                 if asked:
                     figures[f"validation_{split}_{decoding}"] = right / asked
-        buffer = io.BytesIO()
-        pq.write_table(pa.concat_tables(tables), buffer)
-        self._keep(step, buffer.getvalue())
-        return figures
+        if self._ranks.first:
+            buffer = io.BytesIO()
+            pq.write_table(pa.concat_tables(tables), buffer)
+            self._keep(step, buffer.getvalue())
+        return self._ranks.broadcast(figures)
 
     def _keep(self, step: int, table: bytes) -> None:
         with writing(self._folder):

@@ -1,6 +1,6 @@
 """Configs of stages evaluate and report, and of the pipeline."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..aliases import AliasName
 from .annotate import AnnotateConfig, ConvertConfig, VerifyConfig
@@ -56,7 +56,10 @@ class ReportConfig(Config):
 
 
 class PipelineConfig(Config):
-    """All stages in order; each stage's input is the stage before it."""
+    """All stages in order; each stage's input is the stage before it.
+
+    Without offline steps there are no stages from rollout to convert: online steps do their work.
+    """
 
     name: AliasName = Field(
         default="default", description="Prefix of the aliases that the run sets."
@@ -65,8 +68,20 @@ class PipelineConfig(Config):
     eval_problems: ProblemsConfig = Field(description="Held-out problems for evaluation.")
     rollout: RolloutConfig = Field(default=RolloutConfig(), description="Rollout stage.")
     verify: VerifyConfig = Field(default=VerifyConfig(), description="Verify stage.")
-    annotate: AnnotateConfig = Field(description="Annotate stage.")
+    annotate: AnnotateConfig | None = Field(
+        default=None, description="Annotate stage; offline steps need it."
+    )
     convert: ConvertConfig = Field(default=ConvertConfig(), description="Convert stage.")
     train: TrainConfig = Field(description="Train stage.")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="Evaluate stage.")
     report: ReportConfig = Field(default=ReportConfig(), description="Report stage.")
+
+    @model_validator(mode="after")
+    def _annotated(self) -> "PipelineConfig":
+        if self.train.offline.steps and self.annotate is None:
+            raise ValueError(
+                "annotate is missing, and train.offline.steps is "
+                f"{self.train.offline.steps}: give it an annotator, or set train.offline.steps=0 "
+                "to train on fresh rollouts from the first step"
+            )
+        return self

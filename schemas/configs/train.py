@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from ..labels import KlClip
 from .annotate import Annotator, RoutingConfig, SegmentConfig, SelfAnnotator, VerifyConfig
-from .base import Config, operational
+from .base import Config, added, operational
 from .rollout import PolicyConfig, PromptConfig, Sampler, SamplingConfig, TransformersSampler
 
 
@@ -83,8 +83,26 @@ class LossConfig(Config):
 
 
 class OptimConfig(Config):
-    lr: float = Field(default=1e-6, gt=0, description="Peak learning rate of AdamW.")
-    warmup_steps: int = Field(default=0, ge=0, description="Linear warm-up.")
+    """AdamW and its learning rate."""
+
+    kind: Literal["adamw", "adamw_8bit"] = added(
+        "adamw",
+        "adamw_8bit: moments of 8 bits (torchao), 2.1 bytes per trained parameter instead of 8.",
+    )
+    offload: bool = operational(
+        False,
+        "Keep trained weights, gradients and moments in the host's memory, and update them there.",
+    )
+    lr: float = Field(default=1e-6, gt=0, description="Peak learning rate.")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps of linear warm-up to the peak learning rate."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = added(
+        "constant", "Learning rate after the warm-up: constant, or falling until the last step."
+    )
+    min_lr_ratio: float = added(
+        0.0, "Share of the peak that linear and cosine fall to.", ge=0, le=1
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW β1.")
     beta2: float = Field(default=0.99, ge=0, lt=1, description="AdamW β2.")
@@ -95,6 +113,17 @@ class OptimConfig(Config):
         description="Most consecutive steps skipped because their gradient is not finite; one more "
         "stops the run.",
     )
+
+    @model_validator(mode="after")
+    def _used(self) -> "OptimConfig":
+        if self.schedule == "constant" and self.min_lr_ratio:
+            raise ValueError("min_lr_ratio needs schedule linear or cosine")
+        if self.offload and self.kind == "adamw_8bit":
+            raise ValueError(
+                "offload keeps the moments in the host's memory, where 8 bits save no GPU memory; "
+                "use kind adamw, or offload=false"
+            )
+        return self
 
 
 class LoraConfig(Config):
@@ -190,8 +219,10 @@ class TrainConfig(Config):
         "Tokens per forward pass; responses that share a prompt count it once.",
         ge=1,
     )
-    gradient_checkpointing: bool = operational(
-        False, "Recompute activations in the backward pass instead of storing them."
+    gradient_checkpointing: bool | NonNegativeInt = operational(
+        False,
+        "Recompute activations in the backward pass instead of storing them: true in all layers, a "
+        "number in as many, false in none.",
     )
     sampler: Sampler = Field(
         default=TransformersSampler(),
@@ -211,8 +242,15 @@ class TrainConfig(Config):
     )
     keep_checkpoints: bool = operational(
         False,
-        "Keep them when the run is finished, e.g. to evaluate a step. false: only the final model, "
+        "Keep them when the run is finished, e.g. to export a step. false: only the final model, "
         "and with adapters the newest checkpoint.",
+    )
+    wait_hours: float = operational(
+        72.0,
+        "Under torchrun: how long a rank waits for another one that samples, annotates, loads or "
+        "writes.",
+        gt=0,
+        le=10_000,
     )
     tracker: Literal["tensorboard", "trackio", "wandb", "none"] = operational(
         "tensorboard", "Where metrics go besides metrics.jsonl."
@@ -222,6 +260,11 @@ class TrainConfig(Config):
     def _some_steps(self) -> "TrainConfig":
         if self.offline.steps + self.online.steps == 0:
             raise ValueError("offline.steps and online.steps are both 0; give one of them steps")
+        if self.lora is not None and self.optim.offload:
+            raise ValueError(
+                "optim.offload moves the frozen weights too, for the moments of a few adapters; "
+                "set optim.offload=false"
+            )
         if self.validation is not None and (self.online.max_staleness or not self.online.steps):
             raise ValueError(
                 "validation uses the sampler of the online steps, between them; it needs "

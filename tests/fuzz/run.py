@@ -123,6 +123,12 @@ def _model_file(data: bytes) -> None:
     targets.model_file(data)
 
 
+def _checkpoint_file(data: bytes) -> None:
+    import targets
+
+    targets.checkpoint_file(data)
+
+
 def _view_query(data: bytes) -> None:
     import targets
 
@@ -219,6 +225,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "prices": _prices,
     "yaml": _yaml,
     "model-file": _model_file,
+    "checkpoint-file": _checkpoint_file,
     "view-query": _view_query,
     "chat-template": _chat_template,
     "foreign-parquet": _foreign_parquet,

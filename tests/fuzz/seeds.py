@@ -176,9 +176,18 @@ def _journals() -> list[bytes]:
 def _model_files() -> list[bytes]:
     micro = ROOT / "data" / "micro"
     names = ("config.json", "tokenizer.json", "tokenizer_config.json")
-    files = [bytes([at]) + (micro / name).read_bytes() for at, name in enumerate(names)]
-    tree = {"tree": json.dumps({"state": {"step": 1, "w": {"tensor": "w"}}, "rng": [1, "a"]})}
-    return [*files, b"\3" + safetensors_bytes({"w": np.ones(2, np.float32)}, tree)]
+    return [bytes([at]) + (micro / name).read_bytes() for at, name in enumerate(names)]
+
+
+def _checkpoint_files() -> list[bytes]:
+    state = {"step": 0, "kl_exposure": 0.0, "skipped_in_a_row": 0, "skipped": 0}
+    rng = {"torch": "AAAA", "cuda": [], "python": [3, [1, 2], None], "numpy": ["MT19937", [1], 1]}
+    record = {"state": state, "teacher": False, "optimizer": {"w": {"step": 1}}, "rng": rng}
+    places = {"model.w": {"saved_offsets": [1]}}
+    shard = safetensors_bytes(
+        {"model.w": np.ones(2, np.float32)}, {"DCP_SHARDING_INFO": json.dumps(places)}
+    )
+    return [b"\0" + json.dumps(record).encode(), b"\1" + shard]
 
 
 _SEEDS = {
@@ -186,6 +195,7 @@ _SEEDS = {
     "prompt": _prompts,
     "yaml": lambda: [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))[:3]],
     "model-file": _model_files,
+    "checkpoint-file": _checkpoint_files,
     "view-query": lambda: [b"from=0&count=100&after=-1&q=a&sort=disagreement", b"id=%00&from=9"],
     "chat-template": lambda: [
         (ROOT / "data" / "micro" / "chat_template.jinja").read_bytes(),

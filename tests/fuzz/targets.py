@@ -57,9 +57,13 @@ from trace_opd.schemas.tables import ANNOTATIONS, MOST_LOGPROB
 from trace_opd.schemas.yaml_text import load_yaml
 from trace_opd.trace.align import ByteTable, byte_table
 from trace_opd.trace.chat_template import render_template
+from trace_opd.trace.checkpoint import save_checkpoint
+from trace_opd.trace.identity import TRAINER_FILE
 from trace_opd.trace.loading import load_config, load_tokenizer, model_on_meta
-from trace_opd.trace.saved_run import load_state
+from trace_opd.trace.policy import load_policy
+from trace_opd.trace.saved_run import read_run
 from trace_opd.trace.segment import segment
+from trace_opd.trace.trainer import Trainer
 
 CONFIGS = (
     configs.PipelineConfig,
@@ -143,7 +147,7 @@ def model_file(content: bytes) -> None:
 
     The first byte chooses the file.
     """
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "trainer.safetensors")
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
     name = names[content[0] % len(names)] if content else names[0]
     folder = _folder() / "model"
     shutil.copytree(MICRO, folder, dirs_exist_ok=True)
@@ -151,14 +155,38 @@ def model_file(content: bytes) -> None:
     try:
         if name == "config.json":
             model_on_meta(load_config(str(folder)))
-        elif name == "trainer.safetensors":
-            load_state(folder / name)
         else:
             load_tokenizer(str(folder))
     except InputError as error:
         _names(error, str(folder))
     finally:
         shutil.rmtree(folder)
+
+
+def checkpoint_file(content: bytes) -> None:
+    """Any content of a checkpoint's file is read, or refused with the checkpoint's name.
+
+    The first byte chooses the file: the counters and random states, or the tensors.
+    """
+    trainer, saved = _saved_run()
+    (shard,) = saved.glob("shards/*")
+    file = shard if content[:1] and content[0] % 2 else saved / TRAINER_FILE
+    before = file.read_bytes()
+    file.write_bytes(content[1:])
+    try:
+        read_run(trainer, saved, 0)
+    except InputError as error:
+        _names(error, str(saved))
+    finally:
+        file.write_bytes(before)
+
+
+@cache
+def _saved_run() -> tuple[Trainer, Path]:
+    policy = load_policy(str(MICRO), "cpu", trainable=True)
+    offline, grpo = configs.OfflineConfig(steps=1), configs.ScheduleConfig(w0=0.0)
+    trainer = Trainer(policy, configs.TrainConfig(offline=offline, schedule=grpo))
+    return trainer, save_checkpoint(trainer, _folder())
 
 
 def view_query(content: bytes) -> None:

@@ -113,6 +113,12 @@ def test_a_file_of_a_model_folder_loads_or_is_refused_by_name(data):
 
 
 @few
+@given(mutated(seeds("checkpoint-file")))
+def test_a_file_of_a_checkpoint_is_read_or_refused_by_name(data):
+    targets.checkpoint_file(data)
+
+
+@few
 @given(
     mutated(seeds("view-query"))
     | st.lists(st.sampled_from(["from", "after", "=", "&", "-", "9" * 400, "%ff", "%00", ";", "1"]))

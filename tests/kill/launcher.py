@@ -36,7 +36,7 @@ from trace_opd.pipelines.cli import (
     main,
     show,  # noqa: F401
 )
-from trace_opd.pipelines.training import plan  # noqa: F401
+from trace_opd.pipelines.training import plan_table  # noqa: F401
 from trace_opd.pipelines.viewer import report_page  # noqa: F401
 
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate")

@@ -4,16 +4,19 @@ from pathlib import Path
 
 import pytest
 
+from trace_opd.pipelines.samplers.engine import require_ratios
 from trace_opd.schemas.configs import PipelineConfig
+from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import KlClip, Route
 from trace_opd.schemas.settings import load_config
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = [*sorted(FOLDER.glob("*.yaml")), FOLDER.parent / "examples" / "own-data" / "run.yaml"]
-PAPER = {
+ON_POLICY = {
     "qwen3-8b": ("Qwen/Qwen3-8B", Route.FKL, Route.GRPO),
     "qwen3-1.7b": ("Qwen/Qwen3-1.7B", Route.GRPO, Route.RKL),
 }
+PAPER = ON_POLICY | {f"{name}-offline-first": values for name, values in ON_POLICY.items()}
 
 
 def load(name):
@@ -23,17 +26,23 @@ def load(name):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_shipped_config_loads(file):
     config = load_config(PipelineConfig, file)
-    policies = (config.rollout.policy, config.convert.policy, config.train.policy)
-    assert {policy.path for policy in policies} == {config.evaluate.policy.path}
-    assert config.train.online.routing == config.convert.routing
-    assert config.train.prompt == config.rollout.prompt == config.evaluate.prompt
-    assert config.train.offline.steps - 1 <= config.train.offline.max_staleness
+    train = config.train
+    assert train.policy.path == config.evaluate.policy.path
+    assert train.prompt == config.evaluate.prompt
+    if train.offline.steps:
+        policies = (config.rollout.policy, config.convert.policy)
+        assert {policy.path for policy in policies} == {train.policy.path}
+        assert config.convert.routing == train.online.routing
+        assert config.rollout.prompt == train.prompt
+        assert config.rollout.sampling == train.online.sampling
+        assert train.offline.steps - 1 <= train.offline.max_staleness
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_paper_s_settings(name):
     config, (path, key, error) = load(name), PAPER[name]
-    train, routing = config.train, config.convert.routing
+    train, routing = config.train, config.train.online.routing
+    assert (train.offline.steps == 0) is (name in ON_POLICY)
     assert train.policy.path == path
     assert (routing.key, routing.error, routing.alpha) == (key, error, 0.25)
     assert (routing.rule, routing.teacher_context) == ("spans", "type")
@@ -50,14 +59,24 @@ def test_the_paper_s_settings(name):
     assert evaluation.k == 8
     assert (evaluation.sampling.temperature, evaluation.sampling.top_p) == (0.6, 0.95)
     assert evaluation.sampling.top_k == 20
-    assert config.rollout.sampler.engine == evaluation.sampler.engine == "vllm"
+    assert train.sampler.engine == config.evaluate.sampler.engine == "vllm"
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_responses_are_as_long_as_thinking_takes_and_fit_into_the_context(name):
+    config = load(name)
+    limits = [config.train.online.sampling.max_new_tokens, config.evaluate.sampling.max_new_tokens]
+    assert limits == [16_384, 38_912]
+    for sampler in (config.train.sampler, config.evaluate.sampler):
+        assert max(limits) + 2_000 <= sampler.max_model_len  # pyright: ignore - vLLM
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_engine_can_give_the_log_probabilities_that_the_ratio_needs(name):
     """vLLM reports log-probabilities after truncation, so training rollouts are not truncated."""
-    config = load(name)
-    for sampling in (config.rollout.sampling, config.train.online.sampling):
-        assert (sampling.top_p, sampling.top_k) == (1.0, 0)
-    for stage in (config.rollout, config.evaluate):
-        assert stage.sampling.max_new_tokens < stage.sampler.max_model_len
+    require_ratios(load(name).train.online.sampling)
+
+
+def test_a_pipeline_with_offline_steps_needs_an_annotator():
+    with pytest.raises(InputError, match=r"annotate is missing, and train\.offline\.steps is 3"):
+        load_config(PipelineConfig, FOLDER / "qwen3-8b.yaml", ["train.offline.steps=3"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from trace_opd.pipelines.models import MICRO
@@ -22,8 +23,8 @@ from trace_opd.trace.checkpoint import (
     resume,
     save_checkpoint,
 )
+from trace_opd.trace.identity import CHECKSUMS, write_checksums
 from trace_opd.trace.policy import load_policy
-from trace_opd.trace.saved_run import load_state, save_state
 from trace_opd.trace.trainer import Trainer
 
 Damage = Callable[[Path], Any]
@@ -44,6 +45,7 @@ def trainer() -> Trainer:
 def saved(trainer, tmp_path_factory) -> Path:
     """Checkpoints of steps 1 and 2, which differ in one weight."""
     folder = tmp_path_factory.mktemp("saved")
+    optimizer_step(trainer)
     for step in (1, 2):
         mark(trainer, step)
         save_checkpoint(trainer, folder)
@@ -53,6 +55,15 @@ def saved(trainer, tmp_path_factory) -> Path:
 @pytest.fixture
 def run(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def optimizer_step(trainer: Trainer) -> None:
+    """Fills the optimiser's state."""
+    for parameter in trainer.student.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
 
 
 def weight(trainer: Trainer) -> torch.Tensor:
@@ -91,35 +102,46 @@ def emptied(folder: Path) -> None:
     folder.mkdir()
 
 
+SHARD = "shards/shard-00001-model-00001-of-00001.safetensors"
+
 # Names, headers or checksums reveal each of these.
 FILES = {
     "empty folder": emptied,
-    "weights flipped": flipped("model.safetensors"),
-    "state flipped": flipped("trainer.safetensors"),
-    "weights torn": torn("model.safetensors"),
-    "state torn": torn("trainer.safetensors"),
+    "tensors flipped": flipped(SHARD),
+    "state flipped": flipped("trainer.json"),
+    "tensors torn": torn(SHARD),
+    "state torn": torn("trainer.json"),
     "config changed": flipped("config.json"),
-    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
-    "no state": lambda folder: (folder / "trainer.safetensors").unlink(),
+    "no tensors": lambda folder: (folder / SHARD).unlink(),
+    "no state": lambda folder: (folder / "trainer.json").unlink(),
     "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
     "no checksums": lambda folder: (folder / "SHA256SUMS").unlink(),
     "checksums empty": write("SHA256SUMS", b""),
     "checksums garbage": write("SHA256SUMS", b"\xff\xfe"),
-    "another shard": write("model-2.safetensors", struct.pack("<Q", 2) + b"{}"),
-    "an index": write("model.safetensors.index.json", b"{}"),
+    "another shard": write("shards/shard-2.safetensors", struct.pack("<Q", 2) + b"{}"),
+    "a stranger": write("added_tokens.json", b"{}"),
 }
 
 
-def state(change: Callable[[dict[str, Any]], Any]) -> Damage:
-    """A change of the state in a checkpoint without checksums."""
+def consistent(change: Damage) -> Damage:
+    """A change whose files have the right checksums, so only their content reveals it."""
 
     def damage(folder: Path) -> None:
-        saved = load_state(folder / "trainer.safetensors")
-        del saved["checksums"]
-        save_state(change(saved) or saved, folder / "trainer.safetensors")
-        (folder / "SHA256SUMS").unlink()
+        change(folder)
+        (folder / CHECKSUMS).unlink()
+        write_checksums(folder)
 
     return damage
+
+
+def state(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """A change of trainer.json."""
+
+    def damage(folder: Path) -> None:
+        saved = json.loads((folder / "trainer.json").read_text())
+        (folder / "trainer.json").write_text(json.dumps(change(saved) or saved))
+
+    return consistent(damage)
 
 
 def put(*path: str, value: Any) -> Damage:
@@ -132,39 +154,73 @@ def put(*path: str, value: Any) -> Damage:
     return state(change)
 
 
+def tensors(change: Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]) -> Damage:
+    """A change of the stored tensors, and of the places that a shard's header gives them."""
+
+    def damage(folder: Path) -> None:
+        with safe_open(folder / SHARD, "pt") as file:
+            metadata = file.metadata()
+        held = load_file(folder / SHARD)
+        places = json.loads(metadata["DCP_SHARDING_INFO"])
+        change(held, places)
+        metadata["DCP_SHARDING_INFO"] = json.dumps(places)
+        save_file(held, folder / SHARD, metadata=metadata)
+
+    return consistent(damage)
+
+
+def renamed(name: str, other: str) -> Damage:
+    def change(held: dict[str, torch.Tensor], places: dict[str, Any]) -> None:
+        held[other], places[other] = held.pop(name), places.pop(name)
+
+    return tensors(change)
+
+
+def of_shape(name: str, *shape: int) -> Damage:
+    return tensors(lambda held, places: held.update({name: torch.zeros(shape)}))
+
+
 def poisoned(folder: Path) -> None:
-    state(lambda saved: None)(folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"][3] = float("nan")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    def change(held: dict[str, torch.Tensor], _: dict[str, Any]) -> None:
+        held["model.model.norm.weight"][3] = float("nan")
+
+    tensors(change)(folder)
 
 
-def grown(folder: Path) -> None:
-    state(lambda saved: None)(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+def moved(held: dict[str, torch.Tensor], places: dict[str, Any]) -> None:
+    places["model.model.norm.weight"]["saved_offsets"] = [1]
 
 
-WITHOUT_CHECKSUMS = {
+NORM = "model.norm.weight"
+MOMENT = f"optimizer.exp_avg.{NORM}"
+CONTENT = {
     "step a text": put("state", "step", value="2"),
     "step of another folder": put("state", "step", value=7),
     "step negative": put("state", "step", value=-1),
+    "step without end": put("state", "skipped", value=10**400),
     "exposure not finite": put("state", "kl_exposure", value=float("nan")),
     "state a list": put("state", value=[]),
     "state with a stranger": put("state", "colour", value=1),
-    "no optimiser": state(lambda saved: {n: v for n, v in saved.items() if n != "optimizer"}),
+    "no generators": state(lambda saved: {n: v for n, v in saved.items() if n != "rng"}),
     "optimiser a number": put("optimizer", value=3),
-    "no groups": put("optimizer", "param_groups", value=[]),
-    "a moment's shape": put("optimizer", "state", value={"model.model.norm.weight": {
-        "step": torch.tensor(1.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}}),
-    "a parameter nobody knows": put("optimizer", "state", value={"nobody": {}}),
-    "teacher of another model": put("teacher", value={"a": torch.zeros(1)}),
-    "generator junk": put("rng", "torch", value=torch.zeros(3, dtype=torch.uint8)),
+    "a moment a text": put("optimizer", value={NORM: {"step": "3"}}),
+    "state a number": state(lambda saved: 3),  # type: ignore[arg-type]
+    "no JSON": consistent(write("trainer.json", b"{")),
+    "a moment's shape": of_shape(MOMENT, 3),
+    "a moment of another kind": renamed(MOMENT, f"optimizer.exp_max.{NORM}"),
+    "no such moment": tensors(lambda held, _: held.pop(MOMENT)),
+    "a parameter nobody knows": renamed(MOMENT, "optimizer.exp_avg.nobody"),
+    "a weight's shape": of_shape(f"model.{NORM}", 3),
+    "no such weight": tensors(lambda held, _: held.pop(f"model.{NORM}")),
+    "a weight nobody knows": renamed(f"model.{NORM}", "model.nobody"),
+    "a part is missing": tensors(moved),
+    "teacher of another model": of_shape(f"teacher.{NORM}", 3),
+    "generator junk": put("rng", "torch", value="AAAA"),
+    "generator no base64": put("rng", "torch", value="?"),
     "generator a text": put("rng", "python", value="junk"),
     "numpy junk": put("rng", "numpy", value=["MT19937", [1, 2], 0, 0, 0.0]),
     "CUDA junk": put("rng", "cuda", value=[3]),
     "NaN weights": poisoned,
-    "another architecture": grown,
 }  # fmt: skip
 
 
@@ -172,8 +228,8 @@ def warnings(caplog) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
 
-@pytest.mark.parametrize("damage", [*FILES.values(), *WITHOUT_CHECKSUMS.values()],
-                         ids=[*FILES, *WITHOUT_CHECKSUMS])  # fmt: skip
+@pytest.mark.parametrize("damage", [*FILES.values(), *CONTENT.values()],
+                         ids=[*FILES, *CONTENT])  # fmt: skip
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(trainer, run, damage, caplog):
     damage(run / "step-00002")
     mark(trainer, 9)
@@ -186,7 +242,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(trainer, run, dama
     assert (run / "damaged-step-00002").is_dir()
 
 
-@pytest.mark.parametrize("damage", [emptied, flipped("model.safetensors"), poisoned])
+@pytest.mark.parametrize("damage", [emptied, flipped(SHARD), poisoned])
 def test_a_trainer_whose_checkpoints_are_all_damaged_stays_as_it_is(trainer, run, damage, caplog):
     for step in (1, 2):
         damage(run / f"step-{step:05d}")
@@ -207,26 +263,28 @@ def test_files_without_a_checkpoints_name_are_left_alone(trainer, run, name, cap
     assert (run / name).is_dir()
 
 
-def test_a_checkpoint_of_a_version_without_checksums_is_restored(trainer, run):
-    state(lambda saved: None)(run / "step-00002")
+def test_a_checkpoint_of_an_older_version_ends_with_a_sentence_and_stays(trainer, run):
+    old = run / "step-00003"
+    old.mkdir()
+    (old / "trainer.safetensors").touch()
     mark(trainer, 9)
-    assert resume(trainer, run) == run / "step-00002"
-    assert trainer.state.step == 2 == weight(trainer)[0, 0]
+    with pytest.raises(InputError, match="step-00003: was written by an older version"):
+        resume(trainer, run)
+    assert trainer.state.step == 9 == weight(trainer)[0, 0]
+    assert old.is_dir()
 
 
 def test_a_damaged_checkpoint_that_is_named_is_refused_and_changes_nothing(trainer, run):
-    flipped("model.safetensors")(run / "step-00002")
+    flipped(SHARD)(run / "step-00002")
     mark(trainer, 5)
-    with pytest.raises(
-        InputError, match=r"step-00002: is damaged \(model.safetensors does not hold"
-    ):
+    with pytest.raises(InputError, match=r"step-00002: is damaged \(shards/.* does not hold"):
         restore(trainer, run / "step-00002")
     assert trainer.state.step == 5 == weight(trainer)[0, 0]
 
 
 def test_pruning_counts_no_torn_checkpoint_and_never_takes_the_newest(trainer, run):
     mark(trainer, 3)
-    torn("model.safetensors")(run / "step-00002")
+    torn(SHARD)(run / "step-00002")
     (run / "step-99999").mkdir()
     save_checkpoint(trainer, run, keep=2)
     names = ["step-99999", "step-00003", "step-00002", "step-00001"]
@@ -238,17 +296,17 @@ def test_pruning_counts_no_torn_checkpoint_and_never_takes_the_newest(trainer, r
 def test_sha256sum_reads_the_list(run):
     lines = (run / "step-00001" / "SHA256SUMS").read_text().splitlines()
     names = {line.split("  ", 1)[1] for line in lines}
-    there = {path.name for path in (run / "step-00001").iterdir()}
+    folder = run / "step-00001"
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert names == there - {"SHA256SUMS"}
     assert {len(line.split("  ", 1)[0]) for line in lines} == {64}
 
 
 @pytest.mark.parametrize("damage", [
-    torn("adapter_model.safetensors"),
-    flipped("adapter_model.safetensors"),
-    lambda folder: (folder / "adapter_model.safetensors").unlink(),
-    lambda folder: [state(lambda saved: None)(folder),
-                    save_file({"a": torch.zeros(1)}, folder / "adapter_model.safetensors")],
+    torn("adapter/adapter_model.safetensors"),
+    flipped(SHARD),
+    lambda folder: (folder / "adapter/adapter_model.safetensors").unlink(),
+    tensors(lambda held, _: held.pop(next(name for name in held if "lora_A" in name))),
 ])  # fmt: skip
 def test_damaged_adapters_are_set_aside_too(damage, tmp_path):
     trainer = new_trainer(LoraConfig(rank=2))

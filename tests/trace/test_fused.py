@@ -191,7 +191,7 @@ def assert_equals_twin(case: Case, config: LossConfig, lam: float, w0: float = 0
 def buffers(rows: int, block: int, vocab: int) -> Iterator[None]:
     """Buffers of `rows` rows of logits, processed in blocks of `block`."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, count in (("BUFFER_BYTES", rows), ("_BLOCK_BYTES", block)):
+        for name, count in (("BUFFER_BYTES", rows), ("BLOCK_BYTES", block)):
             patch.setattr(fused, name, dict.fromkeys(("cpu", "cuda"), 8 * count * vocab))
         yield
 

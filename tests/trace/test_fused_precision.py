@@ -59,7 +59,7 @@ def run(states: torch.dtype, weights: torch.dtype, tokens: int, vocab: int, widt
 def buffers(rows: int, block: int, vocab: int) -> Iterator[None]:
     """Buffers of `rows` rows of float32 logits, processed in blocks of `block`."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, count in (("BUFFER_BYTES", rows), ("_BLOCK_BYTES", block)):
+        for name, count in (("BUFFER_BYTES", rows), ("BLOCK_BYTES", block)):
             patch.setattr(fused, name, dict.fromkeys(("cpu", "cuda"), 4 * count * vocab))
         yield
 

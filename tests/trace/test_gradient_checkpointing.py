@@ -27,14 +27,14 @@ def layers(model):
 
 
 def counted(model):
-    """How often each layer ran forward, recomputations included.
+    """The index of each layer at each of its forward passes, recomputations included.
 
     Counted at the input of the MLP: a recomputation stops before the layer's end, as soon as it has
     everything that it needs.
     """
     calls = []
-    for layer in layers(model):
-        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    for index, layer in enumerate(layers(model)):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
     return calls
 
 
@@ -80,6 +80,35 @@ def test_sampling_in_between_neither_recomputes_nor_disables_it():
     del calls[:]
     states(checkpointed.model).sum().backward()
     assert len(calls) == 2 * len(layers(checkpointed.model))
+
+
+def test_the_first_layers_alone_are_run_again():
+    for count, runs in ((0, [1, 1, 1, 1]), (1, [2, 1, 1, 1]), (3, [2, 2, 2, 1])):
+        model = policy(count).model
+        calls = counted(model)
+        states(model).sum().backward()
+        assert [calls.count(index) for index in range(4)] == runs
+
+
+def test_gradients_are_equal_and_memory_falls_with_each_layer_that_is_run_again():
+    gradients, kept = [], []
+    for count in (False, 0, 1, 2, 4, True):
+        model = policy(count).model
+        kept.append(kept_bytes(model))
+        states(model).pow(2).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for found in gradients:
+        assert all(torch.equal(*pair) for pair in zip(found, gradients[0], strict=True))
+    none, zero, one, two, four, true = kept
+    assert none == zero
+    assert four == true
+    assert none - one == one - two > 0  # all layers are alike
+    assert (two - four) / 2 == pytest.approx(none - one, rel=0.02)  # the last keeps another input
+
+
+def test_more_layers_than_the_policy_has_are_refused():
+    with pytest.raises(InputError, match="is 5, and the policy has 4 layers; set at most 4, or tr"):
+        policy(5)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])

@@ -67,9 +67,9 @@ def test_every_file_that_decides_answers_changes_the_identity(folder, change):
     assert model_revision(str(folder)) != before
 
 
-def test_documents_training_state_and_the_folders_place_do_not(folder, tmp_path):
+def test_documents_and_the_folders_place_do_not(folder, tmp_path):
     before = model_revision(str(folder))
-    for name in ("README.md", "LICENSE", "trainer.safetensors", ".gitattributes", "loss.png"):
+    for name in ("README.md", "LICENSE", ".gitattributes", "loss.png"):
         (folder / name).write_text("x")
     os.mkfifo(folder / "pipe.json")
     assert (

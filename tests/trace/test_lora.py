@@ -2,23 +2,28 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.transformers import TransformersPolicySampler
-from trace_opd.schemas.configs import LoraConfig, SamplingConfig
+from trace_opd.schemas.configs import LoraConfig, SamplingConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.trace.lora import (
-    read_adapters,
+    add_teacher,
+    load_adapters,
+    plain_weights,
     save_adapters,
-    save_merged,
-    set_adapters,
     transformers_model,
 )
+from trace_opd.trace.model_folder import write_settings, write_weights
+from trace_opd.trace.packing import PackedModel, pack
 from trace_opd.trace.policy import backbone, load_policy, output_head
 from trace_opd.trace.protocols import Prompt
+from trace_opd.trace.ranks import local_tensor
+from trace_opd.trace.trainer import Trainer
 
 MICRO = resolve_policy("micro")
 LORA = LoraConfig(rank=4, alpha=8.0)
@@ -33,15 +38,19 @@ def adapted(lora=LORA, precision="float32", **options):
 def one_step(policy, lr=0.05):
     """A gradient step that gives the adapters nonzero values."""
     trained = [p for p in policy.model.parameters() if p.requires_grad]
-    with policy.autocast():
-        states = backbone(policy.model)(input_ids=IDS, use_cache=False).last_hidden_state
-        weight, bias = output_head(policy.model)
-        logits = torch.nn.functional.linear(states, weight, bias)
+    states = backbone(policy.model)(input_ids=IDS, use_cache=False).last_hidden_state
+    weight, bias = output_head(policy.model)
+    logits = torch.nn.functional.linear(states, weight, bias)
     logits.float().log_softmax(-1)[0, :-1].gather(-1, IDS[0, 1:, None]).sum().neg().backward()
     with torch.no_grad():
         for parameter in trained:
             parameter -= lr * parameter.grad
             parameter.grad = None
+
+
+def save_merged(policy, folder):
+    write_settings(policy.model, policy.tokenizer, folder)
+    write_weights(policy.model, plain_weights(policy.model), folder)
 
 
 @torch.no_grad()
@@ -82,23 +91,23 @@ def test_adding_adapters_leaves_the_random_state_alone():
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_restored_adapters_are_identical(tmp_path):
+def test_adapters_on_their_base_are_identical_again(tmp_path):
     policy = adapted()
     one_step(policy)
     save_adapters(policy.model, tmp_path)
     assert not list(tmp_path.glob("model*.safetensors"))  # the base's weights are not copied
-    fresh = adapted()
-    assert not torch.equal(logits(fresh.model), logits(policy.model))
-    set_adapters(fresh.model, read_adapters(fresh.model, tmp_path))
+    loaded = load_adapters(load_policy(MICRO, "cpu").model, tmp_path)
     saved = policy.model.state_dict()
-    assert all(torch.equal(w, saved[name]) for name, w in fresh.model.state_dict().items())
+    assert all(torch.equal(w, saved[name]) for name, w in loaded.state_dict().items())
 
 
-def test_adapters_of_another_shape_are_refused(tmp_path):
-    save_adapters(adapted(LoraConfig(rank=4, target_modules=["q_proj"])).model, tmp_path)
-    other = adapted(LoraConfig(rank=4, target_modules=["q_proj", "v_proj"]))
-    with pytest.raises(InputError, match="another shape"):
-        read_adapters(other.model, tmp_path)
+def test_adapters_of_another_base_are_refused(tmp_path):
+    save_adapters(adapted().model, tmp_path)
+    config = AutoConfig.from_pretrained(MICRO)
+    config.hidden_size = 64
+    other = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match="its adapters do not fit"):
+        load_adapters(other, tmp_path)
 
 
 def test_saved_adapters_load_through_peft(tmp_path):
@@ -117,40 +126,20 @@ def test_the_merged_model_loads_in_transformers_and_has_the_adapted_ones_logits(
 ):
     policy = adapted(precision=precision)
     one_step(policy)
-    save_merged(policy.model, tmp_path)
+    save_merged(policy, tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert merged.dtype == policy.model.dtype
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    with policy.autocast():
-        expected = logits(policy.model)
+    expected = logits(policy.model)
     torch.testing.assert_close(logits(merged), expected, rtol=tolerance, atol=tolerance)
     base = load_policy(MICRO, "cpu", precision).model
     assert (logits(base) - expected).abs().max() > 10 * tolerance
 
 
-def test_a_merged_state_dict_can_be_passed_in(tmp_path):
-    """Where parameters are sharded, the caller passes the gathered state dict."""
-    policy = adapted()
-    one_step(policy)
-    gathered = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
-    save_merged(policy.model, tmp_path / "own")
-    fresh = adapted()
-    save_merged(fresh.model, tmp_path / "given", gathered)
-    own, given = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("own", "given"))
-    assert own == given
-    own, given = (
-        (tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes()
-        for n in ("own", "given")
-    )
-    assert own == given
-
-
 def test_an_adapted_policy_samples_as_its_merged_model(tmp_path):
     policy = adapted()
     one_step(policy, lr=0.01)
-    save_merged(policy.model, tmp_path)
-    policy.tokenizer.save_pretrained(tmp_path)
+    save_merged(policy, tmp_path)
     prompts = [Prompt([], [5, 6, 7])]
     sampling = SamplingConfig(max_new_tokens=12)
     mine, merged = (
@@ -184,3 +173,61 @@ def test_without_peft_its_pip_command_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # find_spec then reports it as not installed
     with pytest.raises(InputError, match="pip install peft"):
         load_policy(MICRO, "cpu", trainable=True, lora=LORA)
+
+
+def packed_row():
+    return pack([[5, 6]], [np.array([7, 8, 9, 10])])
+
+
+def states_of(model):
+    return model(packed_row(), lambda states, head: states.detach().clone())
+
+
+@pytest.mark.parametrize("sync", ["frozen", "periodic", "ema"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_teacher_is_the_student_with_other_adapters(sync, precision):
+    config = {"offline": {"steps": 9}, "teacher": {"sync": sync}, "lora": LORA.model_dump()}
+    policy = adapted(precision=precision)
+    count = sum(1 for _ in policy.model.parameters())
+    trainer = Trainer(policy, TrainConfig.model_validate(config))
+    trained = [p for p in trainer.student.parameters() if p.requires_grad]
+    teachers = dict(trainer.teacher.named_parameters())
+    assert len(teachers) == (0 if sync == "frozen" else len(trained))
+    # No copy of the base, and nothing of the teacher's is trained.
+    assert sum(1 for _ in trainer.student.parameters()) == count + len(teachers)
+    in_optimizer = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert in_optimizer == {id(p) for p in trained}
+    assert not any(p.requires_grad for p in teachers.values())
+    base = states_of(trainer.student)  # fresh adapters change nothing
+    with torch.no_grad():
+        for parameter in trained:
+            local_tensor(parameter).add_(0.05)
+    moved = states_of(trainer.student)
+    assert not torch.equal(moved, base)
+    assert torch.equal(states_of(trainer.teacher), base)
+    assert torch.equal(states_of(trainer.student), moved)  # the student's adapters are back
+    assert [p.requires_grad for p in trained] == [True] * len(trained)
+    if sync == "periodic":
+        trainer._sync_teacher(0.5)
+        assert torch.equal(states_of(trainer.teacher), moved)
+
+
+def test_the_reference_is_the_base():
+    config = {"offline": {"steps": 9}, "loss": {"reference_kl": 0.1}, "lora": LORA.model_dump()}
+    policy = adapted()
+    base = states_of(PackedModel(load_policy(MICRO, "cpu").model))
+    trainer = Trainer(policy, TrainConfig.model_validate(config))
+    with torch.no_grad():
+        for parameter in trainer.student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    assert torch.equal(states_of(trainer.reference), base)
+
+
+def test_adding_the_teacher_leaves_the_random_state_alone():
+    model = adapted().model
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    add_teacher(model)
+    assert torch.equal(torch.rand(2), expected)

@@ -10,24 +10,23 @@ import torch
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.transformers import TransformersPolicySampler
 from trace_opd.schemas.configs import SamplingConfig
-from trace_opd.schemas.errors import InputError
 from trace_opd.trace.losses import Head
-from trace_opd.trace.packing import PackedModel, check_architecture, pack, response_logits
+from trace_opd.trace.packing import PackedModel, pack, response_logits
 from trace_opd.trace.policy import backbone, checkpoint_layers, load_policy
 from trace_opd.trace.protocols import Prompt
 
@@ -38,6 +37,13 @@ ROWS = {
     "some share": [(A, 4), (A, 7), (B, 3), (C, 1), (C, 9), (A, 2)],
     "one sequence": [(B, 6)],
 }
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0,
+    "original_max_position_embeddings": 9,
+    "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0],
+}  # fmt: skip
 
 
 def tiny(model: Any, config: Any, **fields: Any) -> Any:
@@ -73,6 +79,28 @@ MODELS: dict[str, Callable[[], Any]] = {
         layer_types=["sliding_attention", "full_attention"],
     ),
     "a head with bias": lambda: tiny(PhiForCausalLM, PhiConfig),
+    "windows in the mask alone": lambda: tiny(
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        use_sliding_window=True,
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention"],
+        mlp_only_layers=[0, 1],  # experts' kernels know no float64
+    ),
+    "longrope": lambda: tiny(
+        Phi3ForCausalLM,
+        Phi3Config,
+        pad_token_id=0,
+        rope_parameters=LONGROPE,
+        original_max_position_embeddings=9,
+        max_position_embeddings=36,
+    ),
+    "dynamic rope": lambda: tiny(
+        LlamaForCausalLM,
+        LlamaConfig,
+        max_position_embeddings=9,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    ),
 }
 
 
@@ -85,6 +113,8 @@ def alone(model: Any, prompts: list[list[int]], responses: list[np.ndarray]) -> 
     """The states that predict responses, each sequence in its own pass: (tokens, hidden)."""
     states = []
     for prompt, response in zip(prompts, responses, strict=True):
+        # A short pass, because dynamic rope's frequencies depend on the longest pass before.
+        backbone(model)(input_ids=torch.tensor([prompt[:1]]))
         ids = torch.tensor([[*prompt, *response.tolist()]])
         states.append(backbone(model)(input_ids=ids).last_hidden_state[0, len(prompt) - 1 : -1])
     return torch.cat(states)
@@ -128,34 +158,32 @@ def test_packed_logits_are_the_models_own(name):
     model = MODELS[name]()
     rows = ROWS["some share"]
     prompts, responses = [prompt for prompt, _ in rows], responses_of(rows)
-    expected = [
-        model(input_ids=torch.tensor([[*p, *r.tolist()]])).logits[0, len(p) - 1 : -1]
-        for p, r in zip(prompts, responses, strict=True)
-    ]
+    expected = []
+    for p, r in zip(prompts, responses, strict=True):
+        model(input_ids=torch.tensor([p[:1]]))  # see `alone`
+        logits = model(input_ids=torch.tensor([[*p, *r.tolist()]])).logits
+        expected.append(logits[0, len(p) - 1 : -1])
     got = response_logits(model, prompts, responses)
     torch.testing.assert_close(got, torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_known_architectures_pass_the_check(name):
-    check_architecture(MODELS[name]())
-
-
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [
-        ("granite", lambda: tiny(GraniteForCausalLM, GraniteConfig, logits_scaling=8.0)),
-        (
-            "gpt_oss",  # attends to sinks in addition to its tokens
-            lambda: tiny(
-                GptOssForCausalLM, GptOssConfig, num_local_experts=2, num_experts_per_tok=1
-            ),
-        ),
-    ],
-)
-def test_an_architecture_with_logits_or_attention_of_its_own_is_refused(name, make):
-    with pytest.raises(InputError, match=name):
-        check_architecture(make())
+@pytest.mark.parametrize("name", ["longrope", "dynamic rope"])
+@torch.no_grad()
+def test_rotary_frequencies_are_those_of_each_length_whatever_stands_beside(name):
+    model, short, long = MODELS[name](), np.array([30, 31]), np.arange(40, 50)
+    one = response_logits(model, [A], [short])
+    # The prompt is repeated for the other length, and the order of the kept tokens stays.
+    keep = [np.arange(2), np.array([0, 9]), np.arange(2)]
+    beside = response_logits(model, [A, A, A], [short, long, short], keep)
+    torch.testing.assert_close(beside[:2], one)
+    torch.testing.assert_close(beside[4:], one)
+    torch.testing.assert_close(beside[2:4], response_logits(model, [A], [long])[[0, 9]])
+    # The length matters: within a longer sequence the first token has other logits.
+    assert (beside[2] - one[0]).abs().max() > 0.01
+    # Modules stay as they were, so sampling does too.
+    rotary = backbone(model).rotary_emb
+    assert torch.equal(rotary.inv_freq, MODELS[name]().model.rotary_emb.inv_freq)
+    assert "forward" not in vars(rotary)
 
 
 def test_a_shared_prompt_is_read_once():

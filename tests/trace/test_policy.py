@@ -3,23 +3,43 @@
 import numpy as np
 import pytest
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.errors import InputError
+from trace_opd.trace.architecture import check_architecture
 from trace_opd.trace.losses import reference_kl
-from trace_opd.trace.packing import check_architecture
-from trace_opd.trace.policy import load_policy
+from trace_opd.trace.packing import pack
+from trace_opd.trace.policy import decoder_layers, load_policy
 from trace_opd.trace.sequences import TrainingSequence
 from trace_opd.trace.trainer import Trainer
 
 
 def test_a_trained_policy_keeps_float32_weights_and_computes_in_bfloat16():
     policy = load_policy(resolve_policy("micro"), "cpu", "bfloat16", trainable=True)
-    assert policy.model.dtype == torch.float32
-    with policy.autocast():
-        assert policy.model(torch.tensor([[5, 6]])).logits.dtype == torch.bfloat16
+    config = TrainConfig.model_validate({"offline": {"steps": 1}, "loss": {"reference_kl": 0.1}})
+    trainer = Trainer(policy, config)
+    assert {p.dtype for p in trainer.student.parameters()} == {torch.float32}
+    for frozen in (trainer.teacher, trainer.reference):
+        assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
+        assert not any(p.requires_grad for p in frozen.parameters())
+    row = pack([[5, 6]], [np.array([7, 8])])
+    seen = trainer.student(row, lambda states, head: (states.dtype, head.weight.dtype))
+    assert seen == (torch.bfloat16, torch.bfloat16)
+
+
+def test_an_averaged_teacher_is_kept_in_float32():
+    policy = load_policy(resolve_policy("micro"), "cpu", "bfloat16", trainable=True)
+    config = {"offline": {"steps": 1}, "teacher": {"sync": "ema"}}
+    teacher = Trainer(policy, TrainConfig.model_validate(config)).teacher
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
 
 
 def test_a_sampling_policy_is_kept_in_its_precision():
@@ -39,7 +59,7 @@ def test_logits_scaled_behind_the_head_are_refused():
     )
     torch.manual_seed(0)
     with pytest.raises(InputError, match="what it does to its logits after the head"):
-        check_architecture(GraniteForCausalLM(config))
+        check_architecture(config)
 
 
 def test_a_step_without_sequences_changes_no_weight_and_reports_no_means():
@@ -96,3 +116,13 @@ def test_a_reference_kl_keeps_the_student_near_its_base():
         return moved.abs().mean().item()
 
     assert drift(50.0) < 0.7 * drift(0.0)
+
+
+def test_layers_are_found_under_any_name():
+    config = GPT2Config(vocab_size=32, n_positions=32, n_embd=16, n_layer=3, n_head=2)
+    assert len(decoder_layers(GPT2LMHeadModel(config))) == 3
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    assert len(decoder_layers(LlamaForCausalLM(config))) == 2

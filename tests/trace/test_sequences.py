@@ -1,14 +1,9 @@
-"""Routed tables to sequences, sequences to micro-batches, and logits at response tokens."""
-
-from dataclasses import replace
-from itertools import chain
+"""Routed tables to sequences, and logits at response tokens."""
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from trace_opd.pipelines.models import resolve_policy
@@ -19,10 +14,6 @@ from trace_opd.trace.packing import response_logits
 from trace_opd.trace.policy import Policy, load_policy
 from trace_opd.trace.prompt import render_chat, teacher_messages
 from trace_opd.trace.sequences import (
-    TrainingSequence,
-    micro_batches,
-    shares,
-    student_row,
     training_sequences,
 )
 
@@ -83,67 +74,6 @@ def test_without_a_teacher_no_prompt_is_made(policy):
         table(routed_row("a", [1, 1], "arithmetic")), policy.tokenizer, PROMPT, with_teacher=False
     )
     assert sequence.teacher_prompt_ids is None
-
-
-def sequence_of(index: int, prompt: int, tokens: int) -> TrainingSequence:
-    return TrainingSequence(
-        rollout_id=f"r{index:03}",
-        group_id="g",
-        prompt_ids=[1] * prompt,
-        token_ids=np.arange(tokens),
-        logprobs=np.zeros(tokens, np.float32),
-        route=np.zeros(tokens, np.uint8),
-        advantage=0.0,
-        reward=0.0,
-        correct=False,
-        temperature=1.0,
-        truncated=False,
-        teacher_prompt_ids=None,
-    )
-
-
-def ids(batches: list[list[TrainingSequence]]) -> list[list[str]]:
-    return [[s.rollout_id for s in batch] for batch in batches]
-
-
-def test_micro_batches_stay_within_the_budget_and_count_a_shared_prompt_once():
-    sequences = [sequence_of(i, 4, n) for i, n in enumerate([3, 3, 3, 3])]
-    assert ids(micro_batches(sequences, 10)) == [["r000", "r001"], ["r002", "r003"]]
-    assert ids(micro_batches(sequences, 9)) == [["r000"], ["r001"], ["r002"], ["r003"]]
-    assert len(micro_batches(sequences, 16)) == 1
-
-
-def test_micro_batches_are_few_and_of_about_the_same_length():
-    sequences = [sequence_of(i, 4, n) for i, n in enumerate([3, 3, 3, 3])]
-    assert ids(micro_batches(sequences, 14)) == [["r000", "r001"], ["r002", "r003"]]
-
-
-def test_a_sequence_longer_than_the_budget_has_a_batch_of_its_own():
-    sequences = [sequence_of(i, 2, n) for i, n in enumerate([50, 1, 1])]
-    assert ids(micro_batches(sequences, 10)) == [["r000"], ["r001", "r002"]]
-
-
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), max_size=20), st.integers(1, 99))
-def test_every_sequence_is_in_exactly_one_batch_whatever_the_order(sizes, budget):
-    sequences = [sequence_of(i, *size) for i, size in enumerate(sizes)]
-    batches = micro_batches(sequences, budget)
-    assert sorted(chain(*ids(batches))) == [s.rollout_id for s in sequences]
-    for batch in batches:
-        assert len(batch) == 1 or student_row(batch).input_ids.numel() <= budget
-    assert ids(micro_batches(sequences[::-1], budget)) == ids(batches)
-
-
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 30)), max_size=20), st.integers(1, 4))
-def test_shares_hold_every_sequence_once_and_whole_groups(sizes, count):
-    sequences = [
-        replace(sequence_of(i, 2, tokens), group_id=f"g{group}")
-        for i, (group, tokens) in enumerate(sizes)
-    ]
-    cut = shares(sequences, count)
-    assert len(cut) == count
-    assert sorted(chain(*ids(cut))) == [s.rollout_id for s in sequences]
-    groups = [{s.group_id for s in share} for share in cut]
-    assert sum(map(len, groups)) == len(set().union(*groups))
 
 
 def naive_logits(model: torch.nn.Module, prompt: list[int], response: np.ndarray) -> torch.Tensor:

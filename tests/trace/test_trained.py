@@ -21,7 +21,7 @@ def plain_model() -> torch.nn.Module:
 
 
 def trained(policy: Policy) -> Trained:
-    return Trained(policy, PackedModel(policy.model, policy.compute_dtype))
+    return Trained(policy, PackedModel(policy.model))
 
 
 @pytest.fixture(scope="module")

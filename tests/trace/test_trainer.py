@@ -39,12 +39,14 @@ from trace_opd.schemas.configs import (
 from trace_opd.schemas.labels import DiagnosticType, KlClip, Route
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS
 from trace_opd.trace.align import byte_table
-from trace_opd.trace.checkpoint import checkpoints, restore, save_checkpoint, save_model
+from trace_opd.trace.checkpoint import restore, save_checkpoint, save_model
+from trace_opd.trace.export import export_model
 from trace_opd.trace.metrics import step_metrics
 from trace_opd.trace.online import OnlineSource
 from trace_opd.trace.packing import response_logits
 from trace_opd.trace.policy import Policy, load_policy
 from trace_opd.trace.prompt import render_chat, teacher_messages
+from trace_opd.trace.retention import checkpoints
 from trace_opd.trace.routed import routed_table
 from trace_opd.trace.sequences import TrainingSequence, training_sequences
 from trace_opd.trace.trainer import Trainer
@@ -438,6 +440,32 @@ def test_the_teacher_reads_its_prompt_and_the_prefix_up_to_the_last_routed_token
     assert sorted(read) == sorted(expected)
 
 
+@pytest.mark.parametrize("budget", [100, 400])
+def test_the_teachers_rows_are_cut_by_tokens_when_its_prompts_are_long(budget):
+    long = [
+        replace(s, teacher_prompt_ids=5 * s.teacher_prompt_ids) if s.routed_end else s
+        for s in sequences()
+    ]
+    trainer, read = trainer_of(micro_batch_tokens=budget), []
+
+    def keep(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        read.append((kwargs["input_ids"].numel(), len(kwargs["packed"].sequences)))
+
+    trainer.teacher.model.base_model.register_forward_pre_hook(keep, with_kwargs=True)
+    trainer.accumulate_gradients(long, 0.5)
+    cut = gradients_of(trainer)
+    assert sum(count for _, count in read) == sum(s.routed_end > 0 for s in long)
+    assert all(tokens <= budget or count == 1 for tokens, count in read)
+    at_once = trainer_of(micro_batch_tokens=1_000_000)
+    at_once.accumulate_gradients(long, 0.5)
+    for name, gradient in gradients_of(at_once).items():
+        torch.testing.assert_close(cut[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def gradients_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in trainer.policy.model.named_parameters()}
+
+
 # --- checkpoints ---
 
 
@@ -449,18 +477,22 @@ def step_table(step: int) -> pa.Table:
     return routed.filter(pc.not_equal(routed["group_id"], left_out))
 
 
+WARM_UP = OptimConfig(lr=3e-4, warmup_steps=5)
+DECAY = OptimConfig(kind="adamw_8bit", lr=3e-4, schedule="cosine")
+
+
 @pytest.mark.parametrize(
-    "schedule",
-    [ScheduleConfig(), ScheduleConfig(hold_steps=1, decay_steps=1)],
-    ids=["with a teacher", "lambda 0"],
+    ("schedule", "optim"),
+    [
+        (ScheduleConfig(), WARM_UP),
+        (ScheduleConfig(hold_steps=1, decay_steps=1), WARM_UP),
+        (ScheduleConfig(w0=0), DECAY),
+    ],
+    ids=["with a teacher", "lambda 0", "8 bits and a falling learning rate"],
 )
-def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(tmp_path, schedule):
+def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(tmp_path, schedule, optim):
     # The teacher syncs at steps 0 and 4, so at step 3 it is older than the student.
-    fields = {
-        "schedule": schedule,
-        "teacher": TeacherConfig(sync_steps=4),
-        "optim": OptimConfig(lr=3e-4, warmup_steps=5),
-    }
+    fields = {"schedule": schedule, "teacher": TeacherConfig(sync_steps=4), "optim": optim}
     straight = trainer_of(**fields)
     metrics = list(straight.run(step_table, None))
 
@@ -479,6 +511,7 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(tmp_path, schedule):
     assert [m["step"] for m in resumed] == [3, 4, 5]
     for name in ("loss", "grad_norm", "lr", "kl_weight", "kl_exposure", "entropy"):
         assert [m[name] for m in resumed] == [m[name] for m in metrics[3:]]
+    assert len({m["lr"] for m in metrics}) == 6 or optim is not DECAY
     assert same_weights(weights(second.policy.model), weights(straight.policy.model))
     assert second.state == straight.state
     if straight.teacher is None:
@@ -487,13 +520,11 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(tmp_path, schedule):
         assert same_weights(weights(second.teacher.model), weights(straight.teacher.model))
 
 
-def test_a_checkpoint_is_a_model_folder_that_transformers_loads(tmp_path):
+def test_the_final_model_and_an_exported_checkpoint_are_folders_that_transformers_loads(tmp_path):
     trainer = trainer_of()
     trainer.train_step(sequences())
-    for folder in (
-        save_checkpoint(trainer, tmp_path / "checkpoints"),
-        save_model(trainer, tmp_path / "final"),
-    ):
+    export_model(save_checkpoint(trainer, tmp_path / "checkpoints"), tmp_path / "exported")
+    for folder in (save_model(trainer, tmp_path / "final"), tmp_path / "exported"):
         model = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert same_weights(weights(model), weights(trainer.policy.model))

@@ -44,8 +44,7 @@ def used_gib() -> float:
 def mean_difference(policy: Policy, prompt: list[int], completion: Any) -> float:
     """Mean |engine's − trainer's log-probability| over a sample's tokens, in nats."""
     ids = torch.tensor([prompt + completion.token_ids], device=policy.device)
-    with policy.autocast():
-        logits = policy.model(ids).logits[0, len(prompt) - 1 : -1]
+    logits = policy.model(ids).logits[0, len(prompt) - 1 : -1]
     own = logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
     return (own.cpu() - torch.tensor(completion.logprobs)).abs().mean().item()
 
@@ -70,7 +69,7 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_with_the_trainers_wei
 ) -> None:
     probe = Probe(student.tokenizer, PromptConfig(), PROBLEMS)
     prompts = [student_prompt(student.tokenizer, PromptConfig(), text) for text in PROBLEMS]
-    trained = Trained(student, PackedModel(student.model, student.compute_dtype))
+    trained = Trained(student, PackedModel(student.model))
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     for turn in range(3):
         perturb(student, 1e-3)
@@ -94,7 +93,7 @@ def test_an_engine_that_woke_without_its_weights_never_samples(
     engine: VllmPolicySampler, student: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe = Probe(student.tokenizer, PromptConfig(), PROBLEMS)
-    trained = Trained(student, PackedModel(student.model, student.compute_dtype))
+    trained = Trained(student, PackedModel(student.model))
     probe.ask(trained)
     engine.rest()
     monkeypatch.setattr(engine, "_load", lambda policy: None)

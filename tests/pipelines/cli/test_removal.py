@@ -198,7 +198,7 @@ def test_gc_takes_checkpoints_of_finished_runs_and_old_unfinished_work(tmp_path,
         for folder in ("final", "step-00002", "step-00004", "damaged-step-00003"):
             (draft.local_path(f"checkpoints/{folder}") / "x").write_text("1234")
         if name == "lora":
-            (draft.local_path("checkpoints/step-00004") / "adapter_config.json").write_text("{}")
+            draft.local_path("checkpoints/step-00004/adapter")
         store.set_alias(name, draft.finish(0))
     begun(store, "verify", new=1).local_path()
     old = begun(store, "verify", old=1).local_path()

@@ -25,7 +25,7 @@ from trace_opd.trace.trained import Trained
 
 
 def trained(policy: Policy) -> Trained:
-    return Trained(policy, PackedModel(policy.model, policy.compute_dtype))
+    return Trained(policy, PackedModel(policy.model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,34 @@
+"""Predicts a step's seconds on each GPU: operations over a throughput. plan_table.py prints them.
+
+Waiting for the verifier, the annotator and the disk is not counted.
+"""
+
+from .plan_setting import Setting
+
+
+def predict_seconds(where: Setting, flops: float, bandwidth: float) -> dict[str, float]:
+    """Seconds of a step's parts on each GPU. flops: per second; bandwidth: bytes per second.
+
+    A product takes 2 operations per weight and token; its two gradients 4, its recomputation 2. A
+    decoding step takes the longer of reading every weight once for all rows, and computing.
+    """
+    config, shape, tokens = where.config, where.shape, where.step_tokens
+    # Scores and mixing, over half of the sequence on average.
+    attention = 2 * shape.layers * shape.queries * where.sequence_tokens
+    forward = 2 * shape.linear + attention
+    passes = (2 if config.lora else 3) + where.recomputed_layers / shape.layers
+    head_passes = 2 if config.lora else 3
+    seconds = {"training": tokens * (passes * forward + head_passes * 2 * shape.head) / flops}
+    if config.schedule.w0:
+        share = config.online.routing.alpha if config.online.routing.rule != "all" else 1.0
+        # At most: the teacher stops at a response's last routed token.
+        seconds["teacher, while λ > 0"] = tokens * (forward + share * 2 * shape.head) / flops
+    if config.loss.reference_kl:
+        seconds["reference"] = tokens * (forward + 2 * shape.head) / flops
+    if config.online.steps:
+        responses = config.groups_per_step * config.online.group_size / where.gpus
+        rows = where.rows_at_once
+        weights = where.computed * (shape.linear + shape.head)
+        one = max(weights / bandwidth, rows * (forward + 2 * shape.head) / flops)
+        seconds["sampling"] = responses / rows * where.response_tokens * one
+    return seconds

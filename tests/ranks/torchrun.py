@@ -1,0 +1,81 @@
+"""Real ranks for the tests: processes of torchrun on the CPU, whose groups are gloo's."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CONFIG = HERE.parents[1] / "configs" / "micro.yaml"
+CLI = "trace_opd.pipelines.cli"
+TORCHRUN = "torch.distributed.run"
+OURS = f"{CLI}.torchrun"
+SHORT = [
+    "offline.steps=0",
+    "online.steps=1",
+    "online.group_size=2",
+    "groups_per_step=2",
+    "tracker=none",
+]
+
+
+@contextmanager
+def started(
+    ranks: int, *arguments: object, launcher: str = TORCHRUN, **variables: str
+) -> Iterator[subprocess.Popen]:
+    """`python ARGUMENTS` on so many ranks: one rank has no launcher. Killed in the end, if need be.
+
+    launcher: a module, TORCHRUN or OURS.
+    """
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", launcher, "--standalone", f"--nproc-per-node={ranks}"]
+    process = subprocess.Popen(
+        [*command, *(str(word) for word in arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def ended(
+    ranks: int, *arguments: object, launcher: str = TORCHRUN, timeout: float = 300
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    with started(ranks, *arguments, launcher=launcher) as process:
+        out, error = process.communicate(timeout=timeout)
+    return process.returncode, out, error
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """The process ids of torchrun's ranks, in their order."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    ids = [int(child) for child in path.read_text().split()]
+    return sorted(ids, key=_rank)
+
+
+def _rank(process: int) -> int:
+    variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    ranks = [int(text[5:]) for text in variables if text.startswith(b"RANK=")]
+    return ranks[0] if ranks else -1
+
+
+def sentences(error: str) -> list[str]:
+    """What the command line says at its end, by all ranks."""
+    return [line for line in error.splitlines() if line.startswith("trace-opd: ")]
+
+
+def annotator(name: str, seconds: int = 0) -> str:
+    """The override for an annotator of own.py in online steps."""
+    return f"online.annotator={{engine: '{HERE}/own.py:{name}', options: {{seconds: {seconds}}}}}"

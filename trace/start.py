@@ -1,0 +1,93 @@
+"""The models of a training at its start: the student, the teacher and the reference.
+
+trainer.py calls `start_models` once. Frozen models are made from the student's weights, shard by
+shard. With adapters they are views of the student: no copy of the base.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..schemas.configs import TrainConfig
+from .architecture import check_architecture
+from .lora import AdapterView, add_teacher, has_adapters
+from .packing import PackedModel
+from .policy import Policy
+from .ranks import Ranks
+from .sharding import (
+    Source,
+    Stored,
+    Weights,
+    from_first_rank,
+    from_module,
+    frozen_types,
+    place,
+    skeleton,
+    trained_types,
+)
+
+Frozen = PackedModel | AdapterView
+
+
+@dataclass
+class Models:
+    """trained: the parameters that the teacher's follow. teacher, reference: None if not needed."""
+
+    student: PackedModel
+    trained: Weights
+    teacher: Frozen | None
+    reference: Frozen | None
+
+
+def start_models(policy: Policy, config: TrainConfig, ranks: Ranks) -> Models:
+    """Place the policy's model on its device, sharded if `Ranks.shards` says so, and the frozen
+    models beside it. Every rank has to call.
+
+    The teacher's and reference's weights are in the compute type. A moving average is in float32,
+    since it moves by less than bfloat16's resolution.
+
+    Raises:
+        InputError: an architecture that the trainer does not know.
+    """
+    check_architecture(policy.model.config, config.policy.trust_remote_code)
+    taught, averaged = config.schedule.w0 > 0, config.teacher.sync == "ema"
+    referred = config.loss.reference_kl > 0
+    if has_adapters(policy.model):
+        moves = taught and config.teacher.sync != "frozen"
+        if moves:
+            add_teacher(policy.model)
+        student = _placed_student(policy, ranks, config.optim.offload)
+        view: Callable[[Any], AdapterView] = lambda name: AdapterView(student, name)  # noqa: E731
+        teacher = view("teacher" if moves else "none") if taught else None
+        return Models(student, view("trained"), teacher, view("none") if referred else None)
+    # Before the student is sharded: its modules are still plain.
+    shapes = [skeleton(policy.model) if wanted else None for wanted in (taught, referred)]
+    student = _placed_student(policy, ranks, config.optim.offload)
+    low = None if policy.compute_dtype == torch.float32 else policy.compute_dtype
+    teacher, reference = (
+        shape and _placed(shape, from_module(student), frozen_types(dtype), policy, ranks)
+        for shape, dtype in zip(shapes, (None if averaged else low, low), strict=True)
+    )
+    return Models(student, student, teacher, reference)
+
+
+def _placed_student(policy: Policy, ranks: Ranks, offload: bool) -> PackedModel:
+    if not ranks.shards(policy.compute_dtype):  # on its device already
+        return PackedModel(policy.model)
+    source = from_first_rank(ranks, policy.device)
+    return _placed(policy.model, source, trained_types, policy, ranks, offload)
+
+
+def _placed(
+    model: Any,
+    source: Source,
+    stored: Stored,
+    policy: Policy,
+    ranks: Ranks,
+    offload: bool = False,
+) -> PackedModel:
+    packed = PackedModel(model)
+    place(packed, source, stored, policy.device, ranks, policy.compute_dtype, offload)
+    return packed
