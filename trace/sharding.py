@@ -171,7 +171,7 @@ def average_weights(source: Weights, target: Weights, rate: float) -> None:
         mine.lerp_(local_tensor(theirs).to(mine.device, mine.dtype), rate)
 
 
-def reshard(module: torch.nn.Module) -> None:
+def reshard(module: Any) -> None:
     """Free the gathered weights that a pass without gradients leaves at a sharded module's root."""
     if isinstance(module, FSDPModule):
         module.reshard()
@@ -186,6 +186,7 @@ def _named(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _mesh(ranks: Ranks, device: torch.device) -> DeviceMesh:
     if not dist.is_initialized():  # one rank without torchrun
         backend = BACKENDS[device.type]
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
     return init_device_mesh(device.type, (ranks.count,))

@@ -19,7 +19,6 @@ from .ranks import Ranks
 from .sharding import (
     Source,
     Stored,
-    Weights,
     from_first_rank,
     from_module,
     frozen_types,
@@ -33,10 +32,10 @@ Frozen = PackedModel | AdapterView
 
 @dataclass
 class Models:
-    """trained: the parameters that the teacher's follow. teacher, reference: None if not needed."""
+    """trained: the student, or a view of its trained adapters. teacher, reference: None if not needed."""
 
     student: PackedModel
-    trained: Weights
+    trained: Frozen
     teacher: Frozen | None
     reference: Frozen | None
 

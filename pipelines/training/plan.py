@@ -56,7 +56,6 @@ class Memory:
         return self.total(self.peak_phase)
 
 
-
 def activation_bytes(where: Setting) -> int:
     """Bytes per token that autograd keeps for one layer, attention over packed rows included.
 
