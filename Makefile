@@ -108,6 +108,9 @@ bench-judge: setup  ## count wrong verdicts, ours and math-verify's
 bench-loss: setup peers  ## compare time and memory of the loss with TRL's and Liger's
 	$(BIN)/python benchmarks/loss.py
 
+bench-precision: setup  ## compare gradients in bfloat16, on one rank and two, with float32's
+	$(BIN)/python benchmarks/precision.py
+
 bench-plan: setup  ## write the table of docs/training.md: which Qwen3 trainings fit which GPU
 	$(BIN)/python benchmarks/plan.py
 

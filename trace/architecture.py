@@ -65,9 +65,9 @@ def check_architecture(config: Any, trust_remote_code: bool = False) -> None:
             f"{policy}: the trainer does not know a soft cap in the attention "
             "(attn_logit_softcapping); use another policy"
         )
-    prompts, responses = _rows()
     try:
         model = small_model(config, trust_remote_code)
+        prompts, responses = _rows(model.get_input_embeddings().num_embeddings)
         expected = own_logits(model, prompts, responses)
     except Exception as error:  # an unknown architecture's code may raise anything
         raise InputError(
@@ -161,12 +161,12 @@ def own_logits(
     return joined
 
 
-def _rows() -> tuple[list[list[int]], list[np.ndarray]]:
+def _rows(vocabulary: int = _VOCABULARY) -> tuple[list[list[int]], list[np.ndarray]]:
     """Prompts and responses shorter and longer than windows and thresholds; some share a prompt."""
     rng = np.random.default_rng(0)
-    shared, own, long = (rng.integers(3, _VOCABULARY, n).tolist() for n in (3, 2, 11))
+    shared, own, long = (rng.integers(3, vocabulary, n).tolist() for n in (3, 2, 11))
     lengths = [(shared, 2), (shared, 14), (shared, 3), (own, 5), (long, 1), (long, 15)]
-    responses = [rng.integers(3, _VOCABULARY, length) for _, length in lengths]
+    responses = [rng.integers(3, vocabulary, length) for _, length in lengths]
     return [prompt for prompt, _ in lengths], responses
 
 
@@ -188,7 +188,7 @@ def _shrink(fields: dict[str, Any], config: Any) -> None:
             elif name.endswith("token_id"):
                 part[name] = _token(value)
     if keys == heads and keys is not None:
-        fields[aliases.get("num_key_value_heads", "num_key_value_heads")] = 4
+        fields[aliases.get("num_key_value_heads", "num_key_value_heads")] = min(heads, 4)
     _lower_thresholds(fields, aliases)
 
 

@@ -47,7 +47,7 @@ def make_optimizer(
     if config.kind == "adamw_8bit":
         return AdamW8bit(trained, config.lr, betas, config.weight_decay)
     # PyTorch's default on the CPU updates one tensor after another. The fused update rounds
-    # otherwise, and gains little there beside the passes.
+    # otherwise, and gains little there, compared with the passes.
     fused = True if device.type == "cuda" or config.offload else None
     return torch.optim.AdamW(
         trained, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from ..schemas.environment import whole_number
 from ..schemas.errors import InputError
 
-# With gloo beside NCCL the norm of gradients that are offloaded to the host can be reduced.
+# With gloo in addition to NCCL the norm of gradients that are offloaded to the host can be reduced.
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
 
 

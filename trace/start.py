@@ -32,7 +32,7 @@ Frozen = PackedModel | AdapterView
 
 @dataclass
 class Models:
-    """trained: the student, or a view of its trained adapters. teacher, reference: None if not needed."""
+    """trained: the student, or a view of its adapters. The frozen ones are None if not needed."""
 
     student: PackedModel
     trained: Frozen
@@ -42,7 +42,7 @@ class Models:
 
 def start_models(policy: Policy, config: TrainConfig, ranks: Ranks) -> Models:
     """Place the policy's model on its device, sharded if `Ranks.shards` says so, and the frozen
-    models beside it. Every rank has to call.
+    models next to it. Every rank has to call.
 
     The teacher's and reference's weights are in the compute type. A moving average is in float32,
     since it moves by less than bfloat16's resolution.

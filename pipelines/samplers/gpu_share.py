@@ -25,7 +25,7 @@ def engine_share(free: int, total: int, trained: int, ahead: bool) -> float:
     activations.
 
     Raises:
-        InputError: nothing is free beside the trainer.
+        InputError: nothing is free next to the trainer.
     """
     room = free - (3 if ahead else 2) * trained
     share = (0.5 if ahead else 0.9) * room / total

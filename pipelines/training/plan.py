@@ -35,7 +35,7 @@ class Memory:
     start: the weights are placed; there are no optimiser states yet. loss: the end of a forward
     pass. backward: of a layer. reduction: of the last gradients, those of embeddings and head.
     update: the optimiser's step. probe: before an engine gets new weights. sampling. host: of the
-    machine, beside a GPU.
+    machine, in addition to a GPU.
     """
 
     held: dict[str, int]

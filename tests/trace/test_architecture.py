@@ -112,3 +112,12 @@ def test_the_trainer_refuses_a_policy_that_it_does_not_know():
     policy.model.config.final_logit_softcapping, policy.model.config.attn_logit_softcapping = 0, 50
     with pytest.raises(InputError, match="soft cap"):
         Trainer(policy, TrainConfig(offline={"steps": 1}))
+
+
+@pytest.mark.parametrize(("heads", "keys"), [(2, 2), (3, 1), (6, 6), (16, 8)])
+def test_any_number_of_heads_passes(heads, keys):
+    config = Qwen3Config(
+        vocab_size=128, hidden_size=96, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=heads, num_key_value_heads=keys, head_dim=16,
+    )  # fmt: skip
+    check_architecture(config)

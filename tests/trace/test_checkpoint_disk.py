@@ -52,7 +52,7 @@ def test_a_full_disk_at_any_file_is_one_sentence_and_leaves_nothing(trainer, tmp
     assert list((tmp_path / "full").iterdir()) == []
 
 
-def test_a_write_that_fails_beside_the_training_is_raised_by_the_next_call(trainer, tmp_path):
+def test_a_write_that_fails_while_training_goes_on_is_raised_by_the_next_call(trainer, tmp_path):
     older = save_checkpoint(trainer, tmp_path)
     trainer.state.step = 1
     writer = CheckpointWriter(trainer, tmp_path)

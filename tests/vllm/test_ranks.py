@@ -1,4 +1,4 @@
-"""Engines beside trainers that share torch.distributed: one rank's, and one engine a rank.
+"""Engines next to trainers that share torch.distributed: one rank's, and one engine a rank.
 
 Run by `make test-vllm`.
 """

@@ -1,4 +1,4 @@
-"""The share of a GPU's memory that an engine takes beside a trainer."""
+"""The share of a GPU's memory that an engine takes next to a trainer."""
 
 import pytest
 import torch

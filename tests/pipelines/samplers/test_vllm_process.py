@@ -4,15 +4,15 @@ process that it starts in, and what it must leave there.
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
-import torch.distributed as dist
 
 from trace_opd.pipelines.samplers.vllm_process import (
     ask_process,
-    default_group_kept,
     engine_environment,
 )
 from trace_opd.schemas.errors import EngineEnded
@@ -69,17 +69,28 @@ def test_an_engine_over_several_gpus_sees_them_all(monkeypatch):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
 
 
+GROUPS = """
+import sys
+import torch.distributed as dist
+from trace_opd.pipelines.samplers.vllm_process import default_group_kept
+
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
+engines = dist.new_group([0])
+with default_group_kept():
+    dist.destroy_process_group(engines)
+    dist.destroy_process_group()
+assert dist.is_initialized()
+try:
+    dist.get_backend(engines)
+except ValueError as error:
+    assert "is not initialized" in str(error)
+else:
+    raise AssertionError("the engine's own group is still there")
+dist.destroy_process_group()
+assert not dist.is_initialized()
+"""
+
+
 def test_the_trainers_process_group_outlives_an_engines(tmp_path):
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        engines = dist.new_group([0])
-        with default_group_kept():
-            dist.destroy_process_group(engines)
-            dist.destroy_process_group()
-        assert dist.is_initialized()
-        with pytest.raises(ValueError, match="is not initialized"):
-            dist.get_backend(engines)
-    finally:
-        dist.destroy_process_group()
-    assert not dist.is_initialized()
+    # In a process of its own: this one may have a default group already.
+    subprocess.run([sys.executable, "-c", GROUPS, str(tmp_path / "store")], check=True)

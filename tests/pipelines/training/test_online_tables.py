@@ -21,7 +21,9 @@ from trace_opd.pipelines.training.online_tables import OnlineTables
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config
+from trace_opd.trace.packing import PackedModel
 from trace_opd.trace.policy import load_policy
+from trace_opd.trace.trained import Trained
 
 CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
 STEPS = 3
@@ -51,7 +53,8 @@ def tables_of(root: Path, config: TrainConfig) -> tuple[OnlineTables, Store]:
     inputs, draft = train.begin(config, store)
     assert isinstance(draft, Draft)
     policy = load_policy(resolve_policy("micro"), "cpu")
-    return OnlineTables(config, store, draft, inputs, policy), store
+    trained = Trained(policy, PackedModel(policy.model))
+    return OnlineTables(config, store, draft, inputs, trained), store
 
 
 def asked(online: OnlineTables, step: int, refill: int) -> list[str]:
@@ -209,4 +212,4 @@ def test_a_run_checks_its_inputs_once_and_says_what_memory_it_needs(root, monkey
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     assert checked == [Store(root).get("problems").ref]
-    assert done.output.count("at its peak (weights ") == 1
+    assert done.output.count("at its peak, loss (weights ") == 1
