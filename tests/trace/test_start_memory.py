@@ -71,7 +71,10 @@ def large(tmp_path_factory) -> tuple[Path, int, int]:
     return folder, model.num_parameters(), model.lm_head.weight.numel()
 
 
-@pytest.mark.parametrize(("count", "precision"), [(2, "bfloat16"), (4, "float32")])
+@pytest.mark.parametrize(
+    ("count", "precision"),
+    [(2, "bfloat16"), pytest.param(4, "float32", marks=pytest.mark.ranks)],
+)
 def test_ranks_start_with_shards_alone(large, count, precision, tmp_path):
     folder, parameters, largest = large
     config = {"offline": {"steps": 1}, "policy": {"precision": precision}}

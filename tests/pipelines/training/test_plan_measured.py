@@ -52,11 +52,16 @@ def models(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("ranks", "precision", "fields"),
     [
-        (1, "float32", {}),
-        (1, "bfloat16", {"gradient_checkpointing": True, "teacher": {"sync": "ema"}}),
-        (2, "bfloat16", {}),
+        pytest.param(1, "float32", {}, id="one-float32"),
+        pytest.param(
+            1,
+            "bfloat16",
+            {"gradient_checkpointing": True, "teacher": {"sync": "ema"}},
+            id="one-bfloat16",
+            marks=pytest.mark.ranks,
+        ),
+        pytest.param(2, "bfloat16", {}, id="two", marks=pytest.mark.ranks),
     ],
-    ids=["one-float32", "one-bfloat16", "two"],
 )
 def test_predicted_memory_is_within_a_tenth_of_what_real_steps_take(
     ranks, precision, fields, models
