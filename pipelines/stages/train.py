@@ -39,7 +39,7 @@ from ..terminal import console
 from ..training.loop import train_steps
 from ..training.offline import OfflineReader
 from ..training.online_tables import OnlineTables
-from ..training.plan_table import memory_line
+from ..training.plan_table import here, memory_line
 from ..training.tracking import check_tracker
 from ..training.validation import FOLDER
 from ..verifiers.registry import verifier_identity
@@ -138,13 +138,17 @@ def run(
 def _run(
     config: TrainConfig, store: Store, ranks: Ranks, inputs: dict[str, Dataset], target: Draft
 ) -> Dataset:
+    checkpointed = config.gradient_checkpointing
+    if checkpointed == "auto":
+        # One number for all ranks, whatever cards they have.
+        checkpointed = ranks.broadcast(here(config, ranks.count).recomputed_layers)
     policy = load_policy(
         resolve_policy(config.policy.path),
         config.policy.device,
         config.policy.precision,
         trainable=True,
         lora=config.lora,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=checkpointed,
         trust_remote_code=config.policy.trust_remote_code,
         ranks=ranks,
     )

@@ -52,6 +52,19 @@ def fewest_recomputed(where: Setting, limit: int) -> Setting | None:
     return None
 
 
+def settled(where: Setting, limit: int | None) -> Setting:
+    """The setting with the number of layers that gradient_checkpointing=auto stands for.
+
+    limit: bytes; None: no card, so nothing is recomputed. If nothing fits, all layers are.
+    """
+    if where.config.gradient_checkpointing != "auto":
+        return where
+    if limit is not None and (fitting := fewest_recomputed(where, limit)) is not None:
+        return fitting
+    config = where.config.model_copy(update={"gradient_checkpointing": limit is not None})
+    return replace(where, config=config)
+
+
 def fits(where: Setting, limit: int) -> Iterator[Fit]:
     """Changes with which a setting fits, in the order in which they are tried."""
     for overrides, tried in _changes(where):

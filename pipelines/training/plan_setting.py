@@ -68,6 +68,7 @@ class Setting:
     def recomputed_layers(self) -> int:
         """Layers whose activations the backward pass computes again."""
         chosen = self.config.gradient_checkpointing
+        assert chosen != "auto", "fitting.settled chooses"
         if isinstance(chosen, bool):
             return self.shape.layers if chosen else 0
         return min(chosen, self.shape.layers)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ...schemas.configs import TrainConfig, VllmSampler
 from ...schemas.errors import InputError
-from .fitting import fits, usable_bytes
+from .fitting import fits, settled, usable_bytes
 from .plan import Memory, cache_bytes, predict_memory
 from .plan_setting import Setting, setting
 from .step_seconds import predict_seconds
@@ -36,11 +36,13 @@ def plan_table(
     if memory_gb is not None:
         gpus = gpus or 1
     where = setting(config, gpus, prompt_tokens, response_tokens)
+    limit = usable_bytes(memory_gb) if where.device == "cuda" else None
+    where = settled(where, limit)
     table = Table("per GPU" if where.device == "cuda" else "this machine", "", "", box=None)
     table.columns[1].justify = "right"
     trained = f"{where.shape.trainable:,} trained"
     table.add_row("parameters", f"{where.shape.parameters:,}", trained)
-    _add_memory(table, where, usable_bytes(memory_gb) if where.device == "cuda" else None)
+    _add_memory(table, where, limit)
     _add_seconds(table, where, tflops, bandwidth_gbs)
     return table
 
@@ -93,10 +95,20 @@ def _add_seconds(
     table.add_row("tokens per step", f"{where.step_tokens:,}")
 
 
+def here(config: TrainConfig, processes: int) -> Setting:
+    """A training by so many processes on this machine, each with a GPU if there are any.
+
+    Raises:
+        InputError: the policy's config cannot be read.
+    """
+    where = replace(setting(config), gpus=processes)
+    return settled(where, usable_bytes() if where.device == "cuda" else None)
+
+
 def memory_line(config: TrainConfig, processes: int = 1) -> str:
     """A line for the start of a run on this machine."""
     try:
-        memory = predict_memory(replace(setting(config), gpus=processes))
+        memory = predict_memory(here(config, processes))
     except InputError as error:
         return f"memory: not planned ({error})"
     phase = memory.peak_phase

@@ -219,10 +219,10 @@ class TrainConfig(Config):
         "Tokens per forward pass; responses that share a prompt count it once.",
         ge=1,
     )
-    gradient_checkpointing: bool | NonNegativeInt = operational(
+    gradient_checkpointing: bool | NonNegativeInt | Literal["auto"] = operational(
         False,
         "Recompute activations in the backward pass instead of storing them: true in all layers, a "
-        "number in as many, false in none.",
+        "number in as many, false in none, auto in as few as the plan needs to fit this GPU.",
     )
     sampler: Sampler = Field(
         default=TransformersSampler(),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from trace_opd.pipelines.training.fitting import fewest_recomputed, fits
+from trace_opd.pipelines.training.fitting import fewest_recomputed, fits, settled
 from trace_opd.pipelines.training.plan import predict_memory
 from trace_opd.pipelines.training.plan_setting import setting
 from trace_opd.pipelines.training.plan_table import plan_table
@@ -81,6 +81,17 @@ def test_no_fewer_layers_than_suggested_would_do():
     count = fitting.recomputed_layers
     one_less = config_of("qwen3-1.7b", f"gradient_checkpointing={count - 1}")
     assert predict_memory(setting(one_less, gpus=1)).peak > 40 * GB
+
+
+def test_auto_recomputes_as_few_layers_as_fit():
+    where = setting(config_of("qwen3-1.7b", "gradient_checkpointing=auto"), gpus=1)
+    few = fewest_recomputed(where, 40 * GB)
+    assert few is not None
+    assert settled(where, 40 * GB).recomputed_layers == few.recomputed_layers > 0
+    assert settled(where, 1 * GB).recomputed_layers == where.shape.layers
+    assert settled(where, None).recomputed_layers == 0
+    chosen = setting(config_of("qwen3-1.7b", "gradient_checkpointing=3"), gpus=1)
+    assert settled(chosen, 1 * GB) is chosen
 
 
 def test_nothing_is_suggested_that_does_not_fit():
