@@ -49,7 +49,7 @@ test-kill: setup  ## kill every stage at 20 random moments, fill its disk, damag
 	$(BIN)/python -m pytest tests/kill/stages.py tests/kill/accidents.py
 
 test-ranks: setup  ## rehearse a training on GPUs: torchrun of two and four ranks, a model of 30 M parameters
-	$(BIN)/python -m pytest -m 'ranks or not ranks' tests/ranks tests/ranks/rehearsal.py tests/trace/test_ranks.py \
+	$(BIN)/python -m pytest -m 'ranks or not ranks' tests/ranks/rehearsal.py tests/ranks/test_*.py tests/trace/test_ranks.py \
 	  tests/trace/test_start_memory.py tests/pipelines/training/test_plan_measured.py
 
 test-soak: setup  ## kills, file faults and endpoint faults together, replayed by seed (SEED, MINUTES, ROUND)
