@@ -176,6 +176,7 @@ def stop_by_signals() -> None:
 # Called before the second Ctrl-C ends the process: they end its children.
 at_second_interrupt: list[Callable[[], object]] = []
 _received: list[int] = []  # SIGINT and SIGTERM, in the order in which they arrived
+_LATER_S = 0.01
 _lost: list[bool] = []  # interrupts that were raised where nothing can be raised
 
 
@@ -191,7 +192,10 @@ def _raise_again(unraisable: Any) -> None:
     """A KeyboardInterrupt in a destructor or a callback is raised again in the main thread."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         _lost.append(True)
-        _thread.interrupt_main()
+        # Later: raised at once, it would end here, where nothing can be raised either.
+        again = threading.Timer(_LATER_S, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
     else:
         sys.__unraisablehook__(unraisable)
 
