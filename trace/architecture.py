@@ -187,7 +187,7 @@ def _shrink(fields: dict[str, Any], config: Any) -> None:
                 part[name] = _at_most(value, size)
             elif name.endswith("token_id"):
                 part[name] = _token(value)
-    if keys == heads and keys is not None:
+    if heads is not None and keys == heads:
         fields[aliases.get("num_key_value_heads", "num_key_value_heads")] = min(heads, 4)
     _lower_thresholds(fields, aliases)
 
