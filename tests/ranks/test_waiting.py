@@ -17,7 +17,7 @@ def test_ranks_wait_for_an_annotator_longer_than_for_a_device(root):
     assert len(list(root.glob("train/*/manifest.json"))) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.ranks
 def test_a_killed_rank_ends_the_others_while_they_wait_for_an_annotator(root):
     """The first annotates for hours."""
     train = ["train", CONFIG, *SHORT, annotator("Slow", seconds=10_000), "--store", root]

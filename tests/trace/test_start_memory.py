@@ -71,10 +71,8 @@ def large(tmp_path_factory) -> tuple[Path, int, int]:
     return folder, model.num_parameters(), model.lm_head.weight.numel()
 
 
-@pytest.mark.parametrize(
-    ("count", "precision"),
-    [(2, "bfloat16"), pytest.param(4, "float32", marks=pytest.mark.ranks)],
-)
+@pytest.mark.ranks
+@pytest.mark.parametrize(("count", "precision"), [(2, "bfloat16"), (4, "float32")])
 def test_ranks_start_with_shards_alone(large, count, precision, tmp_path):
     folder, parameters, largest = large
     config = {"offline": {"steps": 1}, "policy": {"precision": precision}}
@@ -93,6 +91,6 @@ def test_ranks_start_with_shards_alone(large, count, precision, tmp_path):
         shards = found["student"] + found["teacher"]
         # The first rank holds the model as its files do, until all have their shards.
         files = 0 if rank else 2 * parameters
-        assert shards < found["now"] + SLACK < shards + files + 3 * SLACK
+        assert shards - SLACK < found["now"] < shards + files + 3 * SLACK
         # The largest matrix whole: received in its stored type, and in float32.
         assert found["peak"] < shards + files + (2 + 4 + 4) * largest + SLACK

@@ -52,7 +52,7 @@ def models(tmp_path_factory) -> dict[str, str]:
     return {name: str(folder) for name, folder in made.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize(
     ("ranks", "precision", "fields"),
@@ -63,11 +63,10 @@ def models(tmp_path_factory) -> dict[str, str]:
             "bfloat16",
             {"gradient_checkpointing": True, "teacher": {"sync": "ema"}},
             id="one-bfloat16",
-            marks=pytest.mark.ranks,
         ),
-        pytest.param(2, "bfloat16", {}, id="two", marks=pytest.mark.ranks),
-        pytest.param(1, "bfloat16", LORA, id="one-lora", marks=pytest.mark.ranks),
-        pytest.param(2, "bfloat16", LORA, id="two-lora", marks=pytest.mark.ranks),
+        pytest.param(2, "bfloat16", {}, id="two"),
+        pytest.param(1, "bfloat16", LORA, id="one-lora"),
+        pytest.param(2, "bfloat16", LORA, id="two-lora"),
     ],
 )
 def test_predicted_memory_is_within_a_tenth_of_what_real_steps_take(
