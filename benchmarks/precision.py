@@ -6,8 +6,6 @@ Run by `make bench-precision`. One step of TRACE on rollouts of SmolLM2, or of t
 float32          the reference: one rank, nothing is sharded
 bfloat16, n      the trainer's recipe on n ranks: float32 weights, cast for the passes; gradients
                  summed in float32
-autocast         PyTorch's autocast around a float32 model, which keeps norms and the residual
-                 stream in float32; the trainer does not use it
 """
 
 import argparse
@@ -16,9 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,13 +49,9 @@ def measure(model: str, table: Path, recipe: str, out: Path) -> None:
     )
     trainer = Trainer(policy, config, ranks)
     sequences = training_sequences(pq.read_table(table), policy.tokenizer, config.prompt)
-    autocast: Any = nullcontext()
-    if recipe == "autocast":
-        autocast = torch.autocast("cpu", dtype=torch.bfloat16)
-    with autocast:
-        trainer.accumulate_gradients(sequences, kl=0.5)
-        rows = [[*one.prompt_ids, *one.token_ids.tolist()] for one in sequences[:_SCORED]]
-        logprobs = np.concatenate(Trained(policy, trainer.student).logprobs(rows))
+    trainer.accumulate_gradients(sequences, kl=0.5)
+    rows = [[*one.prompt_ids, *one.token_ids.tolist()] for one in sequences[:_SCORED]]
+    logprobs = np.concatenate(Trained(policy, trainer.student).logprobs(rows))
     tensors = {
         name: whole_tensor(p.grad).contiguous() for name, p in trainer.student.named_parameters()
     }
@@ -88,7 +80,6 @@ def main() -> None:
                     ("float32", "float32", 1),
                     ("bfloat16, 1 rank", "bfloat16", 1),
                     ("bfloat16, 2 ranks", "bfloat16", 2),
-                    ("autocast", "autocast", 1),
                 ]
             )
         }
