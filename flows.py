@@ -74,7 +74,7 @@ from trace_opd.pipelines.flow_runs.requests import (
     requested_config,
     runner_and_workers,
 )
-from trace_opd.pipelines.pipeline import STAGES, TABLE_STAGES, run_pipeline
+from trace_opd.pipelines.pipeline import run_pipeline
 from trace_opd.pipelines.planning.pipeline_plan import plan_pipeline
 from trace_opd.pipelines.runtime.serving import serve_until_stopped
 from trace_opd.pipelines.stages import REGISTRY, StageEntry
@@ -146,7 +146,7 @@ def _worth_retrying(task: Any, task_run: Any, state: Any) -> bool:
 def make_part(stage: str, plan: Plan, draft: Draft, part: int) -> int:
     """Make one part unless it exists."""
     try:
-        return TABLE_STAGES[stage].make_part(plan, draft, part)
+        return REGISTRY[stage].load().make_part(plan, draft, part)
     finally:
         close_idle_engine(_IDLE_S)  # a cluster's worker outlives the stage
 
@@ -154,7 +154,7 @@ def make_part(stage: str, plan: Plan, draft: Draft, part: int) -> int:
 @task(name="train", retry_condition_fn=_worth_retrying, retries=1, cache_policy=NO_CACHE)
 def train_run(config: Config, root: str) -> str:
     """Train; a retry continues from the last checkpoint."""
-    return STAGES["train"].run(config, Store(root)).ref
+    return REGISTRY["train"].load().run(config, Store(root)).ref
 
 
 @contextmanager
@@ -168,7 +168,7 @@ def _server_for_workers() -> Iterator[None]:
 
 def run_table_stage(entry: StageEntry, config: Config, root: str, alias: str) -> str:
     """Run one task per missing part, then write the manifest and the artifacts."""
-    store, log, stage = Store(root), get_run_logger(), TABLE_STAGES[entry.name]
+    store, log, stage = Store(root), get_run_logger(), entry.load()
 
     def make_parts(plan: Plan, draft: Draft) -> None:
         """This process holds the dataset's lock; tasks make its parts, on any worker."""
@@ -198,7 +198,7 @@ def _run_train(entry: StageEntry, config: Config, root: str, alias: str) -> str:
 
 
 def _run_report(entry: StageEntry, config: Config, root: str, alias: str) -> str:
-    path = STAGES[entry.name].run(config, Store(root))
+    path = entry.load().run(config, Store(root))
     create_link_artifact(Path(path).resolve().as_uri(), link_text="report", key="report")
     return str(path)
 

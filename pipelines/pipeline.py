@@ -13,12 +13,7 @@ from ..schemas.environment import whole_number
 from ..schemas.errors import InputError
 from ..trace.route import needs_annotations
 from .stages import REGISTRY
-from .stages.base import Stage, give_name
-
-STAGES = {name: entry.load() for name, entry in REGISTRY.items()}
-TABLE_STAGES: dict[str, Stage] = {
-    name: stage for name, stage in STAGES.items() if isinstance(stage, Stage)
-}
+from .stages.base import give_name
 
 
 def run_stage(name: str, config: Any, store: Store, alias: str | None = None) -> Dataset | str:
@@ -29,20 +24,21 @@ def run_stage(name: str, config: Any, store: Store, alias: str | None = None) ->
         TooManyFailed: the dataset is finished and named, but too many of its rows failed.
     """
     require_alias(alias)
-    stage = STAGES.get(name)
-    if stage is None:
-        raise InputError(f"stage {name!r} is unknown; known: {', '.join(STAGES)}")
-    wanted = REGISTRY[name].config_type
+    entry = REGISTRY.get(name)
+    if entry is None:
+        raise InputError(f"stage {name!r} is unknown; known: {', '.join(REGISTRY)}")
+    wanted = entry.config_type
     if not isinstance(config, wanted):
         raise InputError(
             f"stage {name} takes {wanted.__name__}, not {type(config).__name__}; make it with "
             f"load_config({wanted.__name__}, FILE, OVERRIDES, {name!r})"
         )
+    stage = entry.load()
     made = stage.run(config, store)
     if not isinstance(made, Dataset):
         return str(made)
     if whole_number("RANK", 0) == 0:  # one of torchrun's processes sets the name
-        give_name(store, alias or REGISTRY[name].alias or name, made)
+        give_name(store, alias or entry.alias or name, made)
     stage.check(config, made)
     return made
 

@@ -193,7 +193,7 @@ def test_bad_input_is_the_sentence_of_the_state_without_a_traceback(
 
 
 def test_a_flow_waits_for_another_run_of_its_dataset_and_takes_what_that_made(own):
-    config, stage = config_of("convert", "routing.alpha=0.6"), flows.TABLE_STAGES["convert"]
+    config, stage = config_of("convert", "routing.alpha=0.6"), flows.REGISTRY["convert"].load()
     plan, draft = stage.begin(config, Store(own))
     states: list[Any] = []
 
@@ -297,7 +297,7 @@ def test_the_parts_of_a_killed_worker_process_are_made_again(environment, own, t
 def test_a_run_whose_process_was_killed_is_crashed_and_another_run_continues(environment, own):
     flows.crash_dead_runs(after_s=10)
     flows.crash_dead_runs(after_s=10)
-    config, stage = config_of("convert", "routing.alpha=0.7"), flows.TABLE_STAGES["convert"]
+    config, stage = config_of("convert", "routing.alpha=0.7"), flows.REGISTRY["convert"].load()
     plan, draft = stage.begin(config, Store(own))
     assert isinstance(draft, Draft)
     with get_client(sync_client=True) as client:
@@ -440,7 +440,7 @@ def test_sigterm_of_serve_cancels_the_active_run(environment, serving):
     """The last test of the deployments: the process that serves them ends here."""
     root, server = serving
     config = config_of("annotate", "annotator.name=waiting")
-    _, draft = flows.TABLE_STAGES["annotate"].begin(config, Store(root))
+    _, draft = flows.REGISTRY["annotate"].load().begin(config, Store(root))
     assert isinstance(draft, Draft)
     change = 'overrides=["annotator.name=waiting"]'
     with (

@@ -122,3 +122,19 @@ print(len(modules))
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == len(files_of("trace")) - 1  # all but __init__.py
+
+
+def test_stages_that_run_no_model_start_without_torch():
+    program = """
+import sys
+from trace_opd.pipelines import pipeline
+from trace_opd.pipelines.cli import show
+from trace_opd.pipelines.stages import REGISTRY
+for name in ("problems", "verify", "annotate", "report"):
+    REGISTRY[name].load()
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -7,14 +7,16 @@ stages call them.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from ..schemas.configs import SamplingConfig
 from ..schemas.labels import FinishReason
+
+if TYPE_CHECKING:  # the stages that need no torch start without it
+    import torch
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,16 @@ class TrainedPolicy(Protocol):
     def info(self) -> PolicyInfo: ...
 
     @property
-    def compute_dtype(self) -> torch.dtype: ...
+    def compute_dtype(self) -> "torch.dtype": ...
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self) -> "Iterator[tuple[str, torch.Tensor]]":
         """Whole tensors by the transformers model's names, in the compute type, one at a time.
 
         Adapters are merged. Tied weights have each of their names.
         """
         ...
 
-    def adapters(self) -> dict[str, torch.Tensor] | None:
+    def adapters(self) -> "dict[str, torch.Tensor] | None":
         """The adapters alone, whole, in float32, by peft's names in its files; None: it has none.
 
         `….lora_A.weight`: (rank, in); `….lora_B.weight`: (out, rank).

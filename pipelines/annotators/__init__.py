@@ -8,9 +8,7 @@ that a config names as `file.py:Class`.
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from ...data.store import Dataset
 from ...schemas.configs import Annotator, PolicyConfig, SegmentConfig
@@ -19,6 +17,9 @@ from ...trace.protocols import Annotator as AnnotatorProtocol
 from ...trace.protocols import Sampler
 from .dialogue import Question
 from .prompting import AnnotationPrompt
+
+if TYPE_CHECKING:  # engines that call no model start without transformers
+    from transformers import PreTrainedTokenizerBase
 
 _FILES = {"none": "none", "rule": "rule", "self": "own_policy", "openai": "openai"}
 
@@ -46,7 +47,7 @@ class Engine:
     asks_endpoint: bool = False
     request_body: Callable[[Any, AnnotationPrompt, Question], dict[str, Any]] | None = None
     open_sampler: Callable[
-        [Any, PolicyConfig | None], tuple[Sampler, PreTrainedTokenizerBase | None] | None
+        [Any, PolicyConfig | None], "tuple[Sampler, PreTrainedTokenizerBase | None] | None"
     ] = _no_sampler
 
 

@@ -20,10 +20,6 @@ from ...schemas.configs import Config, TrainConfig
 from ...schemas.errors import DamagedFile, InputError
 from ...schemas.labels import Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
-from ..annotators.spending import dollars
-from ..pipeline import TABLE_STAGES
-from ..planning.estimate import estimate, estimate_view
-from ..stages import train
 from ..terminal import named, print_config
 from ..viewer.paint import Paint, Piece
 from ..viewer.rollout_tables import find_byte_table, find_tables
@@ -50,12 +46,19 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
     Raises:
         InputError: the stage would refuse the request before its work.
     """
+    from ..planning.estimate import estimate, estimate_view
+    from ..stages import REGISTRY
+    from ..stages.base import Stage
+
     print_config(config)
+    stage = REGISTRY[name].load()
     if isinstance(config, TrainConfig):
+        from ..stages import train
+
         _, target = train.begin(config, store)
         parts = ""
-    elif name in TABLE_STAGES:
-        plan, target = TABLE_STAGES[name].begin(config, store)
+    elif isinstance(stage, Stage):
+        plan, target = stage.begin(config, store)
         parts = f", {plan.parts} part{'s' if plan.parts != 1 else ''}"
         if not isinstance(target, Dataset):
             parts += f", {sum(map(target.has_part, range(plan.parts)))} of them there"
@@ -114,6 +117,8 @@ def _figures_table(figures: dict[str, Any]) -> Table:
 def figure(key: str, value: Any) -> str:
     """A figure of a summary; an unknown cost shows as unknown, not as none."""
     if "usd" in key:
+        from ..annotators.spending import dollars
+
         return dollars(value)
     if key == "skipped":
         return "\n".join(skipped_faults(value))

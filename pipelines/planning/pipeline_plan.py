@@ -16,10 +16,10 @@ from ...schemas.configs import Config, PipelineConfig
 from ...schemas.errors import InputError, all_of
 from ...schemas.tables import PROBLEMS
 from ..annotators.spending import dollars
-from ..pipeline import STAGES, TABLE_STAGES, run_pipeline
+from ..pipeline import run_pipeline
 from ..samplers.trainable import untrainable
-from ..stages import train
-from ..stages.base import Plan
+from ..stages import REGISTRY, train
+from ..stages.base import Plan, Stage
 from . import faults
 from .cost import cost, past_seconds
 from .expected import ExpectingStore, known_row
@@ -98,7 +98,7 @@ class _Planner:
         planned = Planned(role, stage, alias, reads)
         found: list[str] = []
         target = None
-        if stage in TABLE_STAGES or stage == "train":
+        if stage != "report":
             try:
                 target, planned = self._begun(planned, config)
             except InputError as error:
@@ -107,8 +107,6 @@ class _Planner:
                 target = self._unknown(planned)
             if planned.state != "done":
                 found += faults.of_stage(stage, config, self._store)
-        elif stage not in STAGES:
-            raise AssertionError(stage)
         if planned.ref is None or not self._unknown_roles.isdisjoint(reads):
             # The id and the rows stand for those of a dataset that cannot be planned.
             self._unknown_roles.add(role)
@@ -131,7 +129,7 @@ class _Planner:
             inputs, target = train.begin(config, self._store)
             plan = Plan(config, inputs, {}, 0)
         else:
-            plan, target = TABLE_STAGES[planned.stage].begin(config, self._store)
+            plan, target = REGISTRY[planned.stage].load().begin(config, self._store)
         planned = replace(planned, ref=target.ref)
         if isinstance(target, Dataset):
             if planned.stage == "problems":
@@ -159,7 +157,7 @@ class _Planner:
     ) -> tuple[list[int], Sequence[pa.Table]]:
         """Rows of each part, and what is known of them."""
         if planned.stage == "problems":
-            with TABLE_STAGES["problems"].open(plan, target) as make:
+            with REGISTRY["problems"].load().open(plan, target) as make:
                 tables = [make(part) for part in range(plan.parts)]
             self.problems[planned.role] = pa.concat_tables(tables)
             return [len(table) for table in tables], tables
@@ -186,7 +184,8 @@ class _Planner:
 
     def _unknown(self, planned: Planned) -> Dataset:
         """Stands for a dataset that cannot be planned, so that later stages are still checked."""
-        table = STAGES[planned.stage].contract if planned.stage in TABLE_STAGES else None
+        stage = REGISTRY[planned.stage].load()
+        table = stage.contract if isinstance(stage, Stage) else None
         inputs = {role: self._refs[role] for role in _INPUTS.get(planned.stage, ())}
         header = {
             "stage": planned.stage, "inputs": inputs, "config": {},

@@ -16,7 +16,7 @@ import pytest
 
 from trace_opd import flows
 from trace_opd.data.store import Draft, Store
-from trace_opd.pipelines.pipeline import TABLE_STAGES
+from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.pipelines.stages.base import Plan, close_engine, close_idle_engine
 from trace_opd.schemas.errors import InputError
 from trace_opd.tests.cluster.conftest import (
@@ -77,7 +77,7 @@ class Watched:
 def watched(made, tmp_path) -> Iterator[tuple[Callable[[int], Any], list[Watched]]]:
     """Yields a function that makes a part of a dataset, and the engines opened for it."""
     root = Path(shutil.copytree(made, tmp_path / "store"))
-    real = TABLE_STAGES["convert"]
+    real = REGISTRY["convert"].load()
     engines: list[Watched] = []
 
     def open_engine(plan: Plan, draft: Draft) -> Watched:

@@ -15,7 +15,8 @@ import pytest
 from trace_opd.data.store import Store
 from trace_opd.data.written_tables import import_file, import_table
 from trace_opd.pipelines.cli.commands import app
-from trace_opd.pipelines.pipeline import TABLE_STAGES, run_stage
+from trace_opd.pipelines.pipeline import run_stage
+from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, ConvertConfig, EvaluateConfig, VerifyConfig
 from trace_opd.schemas.configs import RolloutConfig as Rollout
@@ -311,7 +312,7 @@ def test_the_check_of_converts_inputs_ends_at_the_first_part_with_a_usable_row(s
     for alias in ("rollouts", "verdicts", "annotations"):
         Path(store.get(alias).path("part-00001.parquet")).unlink()
     config = load_config(ConvertConfig, MICRO, section="convert")
-    stage = TABLE_STAGES["convert"]
+    stage = REGISTRY["convert"].load()
     plan, draft = stage.begin(config, store)
     assert stage.make_part(plan, draft, 0) == 0
     with pytest.raises(InputError, match=r"part-00001.parquet: file is gone"):

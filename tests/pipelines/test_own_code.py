@@ -14,8 +14,8 @@ from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.annotators import open_annotator
 from trace_opd.pipelines.cli.commands import app
 from trace_opd.pipelines.cli.ending import exit_code
-from trace_opd.pipelines.pipeline import TABLE_STAGES
 from trace_opd.pipelines.samplers import sampling_engine
+from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.schemas import own_code
 from trace_opd.schemas.configs import (
     OwnAnnotator,
@@ -84,7 +84,8 @@ def test_an_own_sampler_of_token_ids_samples_rollouts_to_train_on_and_trains(exa
 def test_a_worker_in_another_folder_loads_the_file_of_the_plan(example, monkeypatch):
     monkeypatch.chdir(example)
     overrides = ["verdicts=own-verdicts", "annotator.options={sign: c0}"]
-    stage, config = TABLE_STAGES["annotate"], TABLE_STAGES["annotate"].config_type
+    stage = REGISTRY["annotate"].load()
+    config = stage.config_type
     wanted = load_config(config, f"{HERE}/config.yaml", overrides, "annotate")
     store = Store(example / "store")
     plan, draft = pickle.loads(pickle.dumps(stage.begin(wanted, store)))  # noqa: S301 - our own

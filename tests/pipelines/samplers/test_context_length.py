@@ -9,7 +9,7 @@ from transformers import Qwen3Config
 
 from trace_opd.data.store import Store
 from trace_opd.pipelines.models import MICRO
-from trace_opd.pipelines.pipeline import TABLE_STAGES, run_stage
+from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.samplers.context_length import context_length
 from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.pipelines.stages.train import begin
@@ -54,7 +54,7 @@ def start(stage: str, store: Store, *overrides: str) -> None:
     if stage == "train":
         begin(config, store)
     else:
-        TABLE_STAGES[stage].begin(config, store)
+        REGISTRY[stage].load().begin(config, store)
 
 
 STAGES = {

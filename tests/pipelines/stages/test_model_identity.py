@@ -8,7 +8,7 @@ import pytest
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.models import MICRO, resolve_policy, served_model
-from trace_opd.pipelines.pipeline import TABLE_STAGES, run_stage
+from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.samplers import sampling_engine
 from trace_opd.pipelines.samplers.rollouts import require_planned
 from trace_opd.pipelines.stages import REGISTRY
@@ -95,7 +95,7 @@ def test_every_stage_that_runs_a_policy_has_its_identity_in_its_id(root, folder,
         config = config_of(stage, *overrides)
         if stage == "train":
             return begin(config, Store(root))[1].id
-        return TABLE_STAGES[stage].begin(config, Store(root))[1].id
+        return REGISTRY[stage].load().begin(config, Store(root))[1].id
 
     before = identity()
     weights = folder / "model.safetensors"
