@@ -31,13 +31,16 @@ import torch.utils.tensorboard
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401
 
-from trace_opd.pipelines import pipeline  # noqa: F401
 from trace_opd.pipelines.cli import (
     main,
     show,  # noqa: F401
 )
+from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.pipelines.training import plan_table  # noqa: F401
 from trace_opd.pipelines.viewer import report_page  # noqa: F401
+
+for _stage in REGISTRY.values():
+    _stage.load()
 
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate")
 _WRITES = os.O_WRONLY | os.O_RDWR

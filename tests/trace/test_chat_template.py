@@ -1,5 +1,6 @@
 """Foreign chat templates render under limits, and their text equals transformers'."""
 
+from collections.abc import Iterator
 from copy import deepcopy
 
 import pytest
@@ -17,6 +18,16 @@ MESSAGES = [{"role": "system", "content": "Be brief. ✓"}, {"role": "user", "co
 @pytest.fixture(scope="module")
 def micro():
     return load_tokenizer(str(MICRO))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short() -> Iterator[None]:
+    """A worker gets its limit when it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template, "_CPU_S", 1)
+        chat_template._WORKER.close()
+        yield
+    chat_template._WORKER.close()
 
 
 @pytest.fixture
@@ -50,11 +61,7 @@ def with_template(micro):
     ],
     ids=lambda value: str(value)[:30],
 )  # fmt: skip
-def test_a_template_that_fails_or_exceeds_a_limit_is_refused(
-    with_template, monkeypatch, template, what
-):
-    monkeypatch.setattr(chat_template, "_CPU_S", 1)
-    chat_template._WORKER.close()
+def test_a_template_that_fails_or_exceeds_a_limit_is_refused(with_template, template, what):
     tokenizer = with_template(template)
     messages = [{"role": "user", "content": "7"}]
     with pytest.raises(InputError) as refused:
