@@ -3,18 +3,19 @@
     make fuzz
     python -P tests/fuzz/run.py --seconds 120 segments answer
 
-Each target runs in its own process, with this package instrumented, as many at once as there are
-CPU cores. A target's corpus is kept in runs/fuzz/<target>/corpus. An input that breaks a target is
-written to crash-… in the same folder; `--input FILE target` runs it again.
+Each target runs in a process of its own, a fork of this one, which has imported this package
+instrumented; as many at once as there are CPU cores. A target's corpus is kept in
+runs/fuzz/<target>/corpus. An input that breaks a target is written to crash-… in the same folder;
+`--input FILE target` runs it again.
 """
 
 import argparse
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import atheris
@@ -31,44 +32,60 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", metavar="target", help=", ".join(TARGETS))
     parser.add_argument("--seconds", type=int, default=120, help="per target; default: 120")
     parser.add_argument("--input", type=Path, help="run one target on this file alone")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.targets) - set(TARGETS)):
         parser.error(f"target {unknown[0]} is none of {', '.join(TARGETS)}")
-    if arguments.inside or arguments.input:
-        (name,) = arguments.targets
-        _fuzz(name, arguments.seconds, arguments.input)
-        return
     names = arguments.targets or list(TARGETS)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        passed = pool.map(lambda name: _run(name, arguments.seconds), names)
-        failed = [name for name, ok in zip(names, passed, strict=True) if not ok]
+    with redirect_stderr(StringIO()), atheris.instrument_imports(include=_INSTRUMENTED):
+        sys.path.insert(0, str(Path(__file__).parent))
+        import targets  # noqa: F401 - imported here so that its imports are instrumented
+    if arguments.input:
+        _fuzz(names[0], arguments.seconds, arguments.input)
+        return
+    waiting, running, failed = names[::-1], dict[int, str](), list[str]()
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            name = waiting.pop()
+            running[_forked(name, arguments.seconds)] = name
+        ended, status = os.wait()
+        name = running.pop(ended)
+        if not _passed(name, os.waitstatus_to_exitcode(status)):
+            failed.append(name)
     if failed:
         sys.exit(f"broken: {', '.join(failed)}; the inputs are in {FOLDER.relative_to(ROOT)}/")
 
 
-def _run(name: str, seconds: int) -> bool:
-    command = [sys.executable, "-P", __file__, "--inside", "--seconds", str(seconds), name]
+def _forked(name: str, seconds: int) -> int:
+    """Fuzz one target in a fork, which writes to its log; the fork's process id."""
     log = FOLDER / name / "log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as file:
-        done = subprocess.run(command, stdout=file, stderr=file, check=False)
+    sys.stdout.flush()
+    if child := os.fork():
+        return child
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    try:
+        _fuzz(name, seconds, None)
+    finally:
+        os._exit(1)  # libFuzzer ends the process itself
+
+
+def _passed(name: str, code: int) -> bool:
+    log = FOLDER / name / "log"
     text = log.read_text(errors="replace")
     runs = re.findall(r"number_of_executed_units: (\d+)", text)
     covered = re.findall(r"cov: (\d+) ft: (\d+)", text)
     features = f", {covered[-1][0]} edges" if covered else ""
-    verdict = "nothing found" if done.returncode == 0 else f"broken, see {log.relative_to(ROOT)}"
+    verdict = "nothing found" if code == 0 else f"broken, see {log.relative_to(ROOT)}"
     print(
         f"{name:14} {int(runs[-1]) if runs else 0:>10,} executions{features}: {verdict}", flush=True
     )
-    return done.returncode == 0
+    return code == 0
 
 
 def _fuzz(name: str, seconds: int, only: Path | None) -> None:
     """Fuzz in this process; libFuzzer ends it."""
-    with atheris.instrument_imports(include=_INSTRUMENTED):
-        sys.path.insert(0, str(Path(__file__).parent))
-        import targets  # noqa: F401 - imported here so that its imports are instrumented
     from seeds import seeds
 
     folder = FOLDER / name
