@@ -86,10 +86,10 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.state = TrainerState()
         check_optimizer(config.optim, policy.device, self.ranks.shards(policy.compute_dtype))
-        self._flops = model_flops(policy.model)  # before a teacher's adapters join the model
         models = start_models(policy, config, self.ranks)
         self.student, self.trained = models.student, models.trained
         self.teacher, self.reference = models.teacher, models.reference
+        self._flops = model_flops(policy.model)
         self.optimizer = make_optimizer(self.student.parameters(), config.optim, policy.device)
 
     @property
