@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from llguidance.hf import from_tokenizer
@@ -19,6 +20,7 @@ from ...schemas.configs import PolicyConfig, Precision, SamplingConfig, VllmSamp
 from ...schemas.errors import InputError
 from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
+from ...trace.clock import Phase
 from ...trace.loading import check_model
 from ...trace.lora import AdapterForm, adapter_form
 from ...trace.policy import choose_device, choose_dtype, load_tokenizer, policy_info
@@ -215,6 +217,7 @@ class VllmPolicySampler:
                     max_tokens=sampling.max_new_tokens,
                     seed=seed,
                     logprobs=0 if plain else None,  # 0: the sampled token's alone
+                    flat_logprobs=True,
                     detokenize=False,
                     structured_outputs=structure,
                 )
@@ -226,22 +229,27 @@ class VllmPolicySampler:
         completions = iter([self._completion(output) for output in outputs])
         return [[next(completions) for _ in own] for own in seeds]
 
-    def follow(self, policy: TrainedPolicy, probe: Probe) -> None:
+    def follow(self, policy: TrainedPolicy, probe: Probe, phase: Phase = lambda _: None) -> None:
         """See `Follower`."""
         if self._sleeping:
+            phase("wake")
             torch.cuda.empty_cache()
             self._ask(self._llm.wake_up, tags=["weights"])
+        phase("hand_over")
         self._load(policy)
         if self._sleeping:
+            phase("wake")
             self._ask(self._llm.wake_up, tags=["kv_cache"])
             self._sleeping = False
+        phase("probe")
         self._ask(self._llm.reset_prefix_cache)
         probe.check("vLLM's engine", self._score(probe.token_ids))
         self.policy = policy.info
 
-    def rest(self) -> None:
+    def rest(self, phase: Phase = lambda _: None) -> None:
         """Free weights and cache until the next `follow`, where the engine may sleep."""
         if self._sleeps and not self._sleeping:
+            phase("sleep")
             # Level 2 drops the weights, which come anew. With adapters the base is kept on the CPU.
             self._ask(self._llm.sleep, level=1 if self._form else 2)
             self._sleeping = True
@@ -273,17 +281,19 @@ class VllmPolicySampler:
         else:
             self._lora = load_adapters(self._ask, self._llm, policy, self._form, self._lora)
 
-    def _score(self, rows: Sequence[list[int]]) -> list[list[float]]:
+    def _score(self, rows: Sequence[list[int]]) -> list[np.ndarray]:
         """The log-probability of each token but the first, given those before it."""
         outputs = self._ask(
             self._llm.generate,
             [self._vllm.TokensPrompt(prompt_token_ids=ids) for ids in rows],
-            self._vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
+            self._vllm.SamplingParams(
+                max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+            ),
             use_tqdm=False,
             lora_request=self._lora,
         )
         return [
-            [step[i].logprob for step, i in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+            _flat(output.prompt_logprobs, ids[1:])
             for output, ids in zip(outputs, rows, strict=True)
         ]
 
@@ -321,13 +331,20 @@ class VllmPolicySampler:
         """A `vllm.RequestOutput` with one sample."""
         sample = output.outputs[0]
         ids = list(sample.token_ids)
-        logprobs = None
-        if sample.logprobs is not None:
-            logprobs = [step[i].logprob for step, i in zip(sample.logprobs, ids, strict=True)]
+        logprobs = None if sample.logprobs is None else _flat(sample.logprobs, ids)
         # Whatever else ends a response cut it short.
         reason = FinishReason.STOP if sample.finish_reason == "stop" else FinishReason.LENGTH
         prompt_ids = list(output.prompt_token_ids)
         return Completion(self._bytes.text(ids), reason, ids, logprobs, prompt_ids)
+
+
+def _flat(found: Any, ids: list[int]) -> np.ndarray:
+    """The tokens' log-probabilities, (tokens,) float32, from vLLM's FlatLogprobs of them alone.
+
+    vLLM's default is a dictionary and an object a token.
+    """
+    assert list(found.token_ids) == ids, "one log-probability a token"
+    return np.array(found.logprobs, np.float32)
 
 
 ENGINE: type[Engine] = VllmEngine
