@@ -118,6 +118,9 @@ def loss_inputs(
 ) -> LossInputs:
     """The loss's inputs per token; weights: one per sequence, global to the step."""
     lengths = np.array([len(row.token_ids) for row in rows])
+    # Samplers report greedy tokens' log-probabilities at temperature 1.
+    temperatures = [row.temperature or 1.0 for row in rows]
+    route = np.concatenate([row.route for row in rows])
 
     def flat(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts)).to(device)
@@ -130,7 +133,8 @@ def loss_inputs(
         old_logprobs=flat([row.logprobs for row in rows]),
         advantage=per_token([row.advantage for row in rows]),
         weight=per_token(weights),
-        # Samplers report greedy tokens' log-probabilities at temperature 1.
-        temperature=per_token([row.temperature or 1.0 for row in rows]),
-        route=flat([row.route for row in rows]),
+        temperature=per_token(temperatures),
+        route=torch.from_numpy(route).to(device),
+        host_route=route,
+        heated=any(temperature != 1 for temperature in temperatures),
     )
