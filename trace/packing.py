@@ -51,6 +51,16 @@ class PackedRow:
     kept: tuple[int, ...]
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device, without waiting for what a GPU has still to do.
+
+    A copy from memory that is not pinned begins once all work before it is done.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def pack(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[np.ndarray],
@@ -231,8 +241,8 @@ class PackedModel(torch.nn.Module):
         try:
             with frequencies:
                 states = decoder(
-                    input_ids=row.input_ids.to(device),
-                    position_ids=row.position_ids.to(device),
+                    input_ids=to_device(row.input_ids, device),
+                    position_ids=to_device(row.position_ids, device),
                     # Two-dimensional, or transformers would derive sequences from the positions.
                     attention_mask=torch.ones_like(row.input_ids, dtype=torch.bool, device=device),
                     packed=row.layout,
@@ -243,7 +253,7 @@ class PackedModel(torch.nn.Module):
         # Gather by embedding, not by indexing. A prompt's last state predicts the first token of
         # each response, and on CPU indexing's backward adds such gradients in a nondeterministic
         # order.
-        kept = torch.nn.functional.embedding(row.logit_positions.to(device), states[0])
+        kept = torch.nn.functional.embedding(to_device(row.logit_positions, device), states[0])
         weight, bias = output_head(self.model)
         softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return use(kept, Head(weight, bias, softcap))
