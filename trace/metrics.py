@@ -14,8 +14,8 @@ import torch
 from ..schemas.errors import Stopped
 from ..schemas.labels import Route
 from .losses import DIVERGENCES, LossInputs, LossOutput
-from .packing import to_device
 from .sequences import TrainingSequence, signal_groups
+from .transfer import to_device
 
 # Sums over tokens; `loss` already has the weights of the step.
 SUMS = (

@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from ..schemas.configs import PromptConfig
 from ..schemas.labels import Route
 from .losses import LossInputs
-from .packing import PackedRow, pack, to_device
+from .packing import PackedRow, pack
 from .prompt import render_chat, teacher_chat
+from .transfer import to_device
 
 # Columns of a routed table that are fields of a sequence, and those that a teacher's prompt needs.
 _FIELDS = ("rollout_id", "group_id", "advantage", "reward", "correct", "temperature", "truncated")
