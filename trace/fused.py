@@ -53,7 +53,9 @@ def routed_loss(
     order of the tokens whose route is not GRPO; None when λ is 0 or nothing is routed. Sums are at
     least float32 for inputs of any type.
     """
-    heated = bool((inputs.temperature != 1).any())
+    heated = inputs.heated
+    if heated is None:
+        heated = bool((inputs.temperature != 1).any())
     call = _Call(inputs, config, kl_weight, grpo_weight, head, teacher_head, heated)
     outputs = _FusedRoutedLoss.apply(hidden, head.weight, head.bias, teacher_hidden, call)
     return LossOutput(*outputs)  # pyright: ignore
@@ -171,7 +173,8 @@ def _chunks(call: _Call, with_teacher: bool, rows: int):
     Positions are sorted by route, routed ones first, so that a chunk's i-th teacher row belongs to
     its i-th token. parts: (route, first, last) of each route's tokens; all GRPO without a teacher.
     """
-    device, kinds = call.inputs.route.device, call.inputs.route.cpu()
+    device, host = call.inputs.route.device, call.inputs.host_route
+    kinds = call.inputs.route.cpu() if host is None else torch.from_numpy(host)
     if not with_teacher or call.kl_weight == 0:
         kinds = torch.zeros_like(kinds)
     routed = kinds != 0

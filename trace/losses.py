@@ -55,7 +55,8 @@ class LossInputs:
     token_ids: int64. old_logprobs: float32, under the sampling policy at `temperature`.
     advantage: float32. weight: float32, global to the step (`token_weights`). temperature:
     float32, divides the logits. route: uint8 of Route. reference_logprobs: float32 under the base
-    policy; None without a KL to it.
+    policy; None without a KL to it. host_route: `route` in the host's memory, and heated: whether
+    some temperature is not 1; the loss asks the device, and waits for it, where they are None.
     """
 
     token_ids: torch.Tensor
@@ -65,6 +66,8 @@ class LossInputs:
     temperature: torch.Tensor
     route: torch.Tensor
     reference_logprobs: torch.Tensor | None = None
+    host_route: np.ndarray | None = None
+    heated: bool | None = None
 
 
 class LossOutput(NamedTuple):
