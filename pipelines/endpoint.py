@@ -7,10 +7,12 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
+import httpx2
 import openai
 from pydantic import BaseModel, ValidationError
 from tenacity import RetryCallState, wait_random_exponential
@@ -31,6 +33,15 @@ _OVERLOADED = (503, 529)  # refused before any work; other server errors may fol
 # Counts are short: longer digits without a unit would be searched in quadratic time.
 _RESET = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|d|h|m|s)")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_BY_STATUS = {
+    400: openai.BadRequestError,
+    401: openai.AuthenticationError,
+    403: openai.PermissionDeniedError,
+    404: openai.NotFoundError,
+    409: openai.ConflictError,
+    422: openai.UnprocessableEntityError,
+    429: openai.RateLimitError,
+}
 _Body = TypeVar("_Body", bound=BaseModel)
 
 _backoff = wait_random_exponential(multiplier=0.5, max=60)
@@ -45,6 +56,20 @@ class Redirected(openai.OpenAIError):
 
 
 FAILURES = (openai.APIError, NotACompletion, Redirected)
+
+
+def status_error(response: httpx2.Response) -> openai.APIStatusError:
+    """The OpenAI client's error of an answer that has a status of failure and was read."""
+    body: object = response.text
+    message = f"Error code: {response.status_code}"
+    with suppress(ValueError, RecursionError):
+        body = json.loads(response.text)
+    if isinstance(body, dict):
+        body = body.get("error", body)
+        if isinstance(body, dict) and body.get("message") and isinstance(body["message"], str):
+            message += f" - {body['message']}"
+    kind = openai.InternalServerError if response.status_code >= 500 else openai.APIStatusError
+    return _BY_STATUS.get(response.status_code, kind)(message, response=response, body=body)
 
 
 def may_pass(error: BaseException) -> bool:

@@ -5,14 +5,11 @@ counts, so a stage that stops or is killed goes on without paying twice.
 """
 
 import asyncio
-import itertools
 import logging
-import math
 import time
-from contextlib import AsyncExitStack
 
-import httpx2
 import openai
+from pydantic_core import to_json
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
 from ...schemas.configs import OpenAIAnnotator
@@ -29,9 +26,6 @@ from .spending import Spending
 
 logger = logging.getLogger(__name__)
 
-# A pool searches all of its connections for each request: several small pools take half the time of
-# one with 64 connections.
-_CONNECTIONS_PER_POOL, _MOST_POOLS = 8, 16
 _BYTES_PER_TOKEN = 4  # of English prose; the answer's usage replaces the estimate
 
 
@@ -58,12 +52,7 @@ class Requests:
             config.tokens_per_minute,
             config.patience_s,
         )
-        pools = min(_MOST_POOLS, math.ceil(config.concurrency / _CONNECTIONS_PER_POOL))
-        self._clients = [
-            transport.async_client(config.base_url, self._key, config.timeout_s)
-            for _ in range(pools)
-        ]
-        self._turns = itertools.cycle(self._clients)
+        self._client = transport.ChatClient(config.base_url, self._key, config.timeout_s)
 
     def reopen(self) -> None:
         """Send again after `stop` or a drain."""
@@ -111,14 +100,12 @@ class Requests:
             del self._asking[key]
 
     async def close(self) -> None:
-        """End requests that are in flight after a second signal, then the clients."""
+        """End requests that are in flight after a second signal, then the client."""
         left = asyncio.all_tasks() - {asyncio.current_task()}
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
-        async with AsyncExitStack() as stack:
-            for client in self._clients:
-                stack.push_async_callback(client.close)
+        await self._client.close()
 
     def close_journal(self) -> None:
         if self._journal is not None and self._commit is not None:
@@ -172,10 +159,7 @@ class Requests:
             reservation.unanswered()
             began = time.monotonic()
             try:
-                # `create` would check each field of the body again.
-                response = await next(self._turns).post(
-                    "/chat/completions", cast_to=httpx2.Response, body=body
-                )
+                response = await self._client.post(to_json(body))
                 record = {
                     "latency_s": round(time.monotonic() - began, 4),
                     "body": checked_body(endpoint.without_key(response.content, self._key)),
