@@ -1,17 +1,15 @@
-"""A step's metrics: sums over its tokens, their means, and the seconds of its phases.
+"""A step's metrics: sums over its tokens, and their means.
 
 trainer.py adds up `token_sums` over micro-batches and ranks, and writes `step_metrics` of the sums.
 Metrics of a route or divergence take their names from the Route enumeration.
 """
 
-import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from ..schemas.errors import Stopped
 from ..schemas.labels import Route
 from .losses import DIVERGENCES, LossInputs, LossOutput
 from .sequences import TrainingSequence, signal_groups
@@ -102,29 +100,3 @@ def step_metrics(
     if kl_tokens:
         metrics["kl_clipped"] = sums["kl_clipped"] / kl_tokens
     return metrics
-
-
-class PhaseClock:
-    """Seconds per phase of a step; call it with a phase's name as that phase begins.
-
-    Raises Stopped at the begin of a phase once `stopping` is true.
-    """
-
-    def __init__(self, stopping: Callable[[], bool]) -> None:
-        self._spent: dict[str, float] = defaultdict(float)
-        self._stopping = stopping
-        self._phase, self._since = "other", time.perf_counter()
-
-    def __call__(self, phase: str) -> None:
-        # Nothing is lost before the weights change: a resumed run repeats the step.
-        if phase != "other" and self._stopping():
-            raise Stopped
-        now = time.perf_counter()
-        self._spent[self._phase] += now - self._since
-        self._phase, self._since = phase, now
-
-    def seconds(self) -> dict[str, float]:
-        self("other")
-        total = sum(self._spent.values())
-        phases = {f"seconds_{name}": s for name, s in self._spent.items() if name != "other"}
-        return phases | {"seconds": total}

@@ -6,8 +6,6 @@ One class serves one rank and many, samplers with weights of their own, and step
 ahead.
 """
 
-import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -17,15 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..schemas.configs import RoutingConfig
-from ..schemas.errors import Stopped
 from .align import ByteTable
+from .clock import Phase, PhaseClock
 from .protocols import Annotator, Verifier
 from .ranks import Ranks
 from .route import needs_annotations
 from .routed import groups_without_signal, routed_table
 
 Made = tuple[pa.Table, dict[str, float]]  # a step's routed table, and counts for its metrics
-Phase = Callable[[str], None]  # called with a phase's name when that phase begins
 
 _POLL_S = 0.5  # between checks for a stop while a step that is made ahead is not ready
 
@@ -62,8 +59,8 @@ class OnlineSource:
     annotator: None where the routing needs no annotation, and on ranks other than the first.
     write: (step, tables) keeps the step's tables, by table name.
     refill_rounds: how often groups without signal are replaced.
-    follow: gives the sampler the current weights; every rank calls it at each step. None: the
-        sampler uses the weights that are trained.
+    follow: gives the sampler the current weights, and names the phases of that; every rank calls
+        it at each step. None: the sampler uses the weights that are trained.
     rest: called after each step that is not made ahead; the sampler is idle until `follow`.
     ranks: the first rank does everything but sampling.
     share: whether all ranks sample, each its slice of the problems; otherwise only the first does.
@@ -79,8 +76,8 @@ class OnlineSource:
     routing: RoutingConfig
     write: Callable[[int, dict[str, pa.Table]], None]
     refill_rounds: int = 0
-    follow: Callable[[], None] | None = None
-    rest: Callable[[], None] | None = None
+    follow: Callable[[Phase], None] | None = None
+    rest: Callable[[Phase], None] | None = None
     ranks: Ranks = field(default_factory=Ranks)
     share: bool = True
     ahead: Mapping[int, bool] = field(default_factory=dict)
@@ -105,8 +102,7 @@ class OnlineSource:
         coming = self._coming.pop(step, None)
         made = None if coming is None else _wait(coming, phase)
         if self.follow is not None:
-            phase("weights")
-            self.follow()
+            self.follow(phase)
         if not self.ranks.first:
             made = self._assist()
         elif made is None:
@@ -114,7 +110,7 @@ class OnlineSource:
         if self.ranks.first and step + 1 in self.ahead:
             self._coming[step + 1] = self._thread.submit(self._make_ahead, step + 1)
         elif self.rest is not None:
-            self.rest()
+            self.rest(phase)
         if self.ranks.first:
             self.ranks.broadcast((None, made))
         return made
@@ -159,20 +155,10 @@ class OnlineSource:
 
     def _make_ahead(self, step: int) -> Made:
         """`_make` in the thread, with the seconds of its phases among the counts."""
-        seconds: dict[str, float] = defaultdict(float)
-        current, since = "", time.perf_counter()
-
-        def phase(name: str) -> None:
-            nonlocal current, since
-            if self._closing:
-                raise Stopped
-            now = time.perf_counter()
-            if current:
-                seconds[f"seconds_{current}"] += now - since
-            current, since = name, now
-
-        table, counts = self._make(step, self.ahead[step], phase)
-        phase("")
+        clock = PhaseClock(lambda: self._closing)
+        table, counts = self._make(step, self.ahead[step], clock)
+        seconds = clock.metrics()
+        del seconds["seconds"]  # the trainer's step has its own
         return table, counts | seconds
 
     def _dynamic_sample(self, step: int, phase: Phase) -> tuple[pa.Table, Judged, Judged]:

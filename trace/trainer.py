@@ -23,9 +23,12 @@ from torch.distributed.tensor import DTensor
 from ..schemas.configs import TrainConfig
 from ..schemas.errors import InputError, Stopped
 from .batches import MicroBatch, rank_batches
+from .clock import Phase, PhaseClock
+from .device_peak import device_peak
 from .fused import routed_loss, token_logprobs
 from .losses import Head, LossInputs, LossOutput, token_weights
-from .metrics import SUMS, PhaseClock, step_metrics, token_sums
+from .metrics import SUMS, step_metrics, token_sums
+from .model_flops import model_flops
 from .optim import check_optimizer, learning_rate, make_optimizer
 from .packing import pack
 from .policy import Policy
@@ -41,6 +44,7 @@ from .sequences import (
 )
 from .sharding import average_weights, copy_weights, reshard
 from .start import start_models
+from .utilisation import GpuBusy, over_ranks, sampling_rates, throughput
 
 logger = logging.getLogger(__name__)
 Metrics = dict[str, float | int | str]
@@ -56,7 +60,7 @@ class Online(Protocol):
     """Makes a step's routed table from the current weights; see `online.OnlineSource`."""
 
     def collect(
-        self, step: int, with_teacher: bool, phase: Callable[[str], None]
+        self, step: int, with_teacher: bool, phase: Phase
     ) -> tuple[Any, dict[str, float]]: ...
 
 
@@ -82,6 +86,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.state = TrainerState()
         check_optimizer(config.optim, policy.device, self.ranks.shards(policy.compute_dtype))
+        self._flops = model_flops(policy.model)  # before a teacher's adapters join the model
         models = start_models(policy, config, self.ranks)
         self.student, self.trained = models.student, models.trained
         self.teacher, self.reference = models.teacher, models.reference
@@ -102,32 +107,61 @@ class Trainer:
         Raises:
             Stopped: `stopping` became true; checked before a step and between its phases.
         """
-        while self.state.step < self.total_steps:
-            if stopping():
-                raise Stopped
-            step = self.state.step
-            # Ranks must stop at the same point, so several ranks stop between steps only.
-            clock = PhaseClock(stopping if self.ranks.count == 1 else lambda: False)
-            kl = kl_weight(step, self.config.schedule)
-            counts: dict[str, float] = {}
-            if step < self.config.offline.steps:
-                assert offline is not None, "offline steps need routed tables"
-                clock("read")
-                table, phase = offline(step), "offline"
-            else:
-                assert online is not None, "online steps need a source of rollouts"
-                (table, counts), phase = online.collect(step, kl > 0, clock), "online"
-            clock("prepare")
-            sequences = training_sequences(
-                table, self.policy.tokenizer, self.config.prompt, with_teacher=kl > 0
-            )
-            metrics = self.train_step(sequences, clock)
-            seconds = clock.seconds()
-            metrics["tokens_per_second"] = metrics["tokens"] / seconds["seconds"]
-            yield {"step": step, "phase": phase} | metrics | counts | seconds
+        busy = GpuBusy(self.policy.device)
+        try:
+            while self.state.step < self.total_steps:
+                if stopping():
+                    raise Stopped
+                yield self._run_step(offline, online, stopping, busy)
+        finally:
+            busy.close()
+
+    def _run_step(
+        self,
+        offline: OfflineSource | None,
+        online: Online | None,
+        stopping: Callable[[], bool],
+        busy: GpuBusy,
+    ) -> Metrics:
+        """One step from its table to its metrics, the same on every rank but for its seconds."""
+        step, device = self.state.step, self.policy.device
+        # Ranks must stop at the same point, so several ranks stop between steps only.
+        clock = PhaseClock(stopping if self.ranks.count == 1 else lambda: False, device)
+        kl = kl_weight(step, self.config.schedule)
+        counts: dict[str, float] = {}
+        if step < self.config.offline.steps:
+            assert offline is not None, "offline steps need routed tables"
+            clock("read")
+            table, phase = offline(step), "offline"
+        else:
+            assert online is not None, "online steps need a source of rollouts"
+            (table, counts), phase = online.collect(step, kl > 0, clock), "online"
+        clock("prepare")
+        sequences = training_sequences(
+            table, self.policy.tokenizer, self.config.prompt, with_teacher=kl > 0
+        )
+        metrics = self.train_step(sequences, clock)
+        timed = clock.metrics() | busy.metrics()
+        on_cuda = device.type == "cuda"
+        if on_cuda:  # on the CPU nothing is measured that ranks would put together
+            timed = over_ranks(self.ranks.gather(timed))
+        flops = self._flops and self._flops.step(self._trained_sequences(sequences))
+        gpus = self.ranks.count if on_cuda else 0
+        rates = throughput(metrics["tokens"], flops, timed, gpus, device_peak(device))
+        ahead = {name: s for name, s in counts.items() if name.startswith("seconds_")}
+        rates |= sampling_rates(timed, ahead)
+        return {"step": step, "phase": phase} | metrics | rates | counts | timed
+
+    def _trained_sequences(
+        self, sequences: Sequence[TrainingSequence]
+    ) -> Sequence[TrainingSequence]:
+        if not self.config.drop_groups_without_signal:
+            return sequences
+        kept = signal_groups(sequences)
+        return [sequence for sequence in sequences if sequence.group_id in kept]
 
     def train_step(
-        self, sequences: Sequence[TrainingSequence], phase: Callable[[str], None] = lambda _: None
+        self, sequences: Sequence[TrainingSequence], phase: Phase = lambda _: None
     ) -> dict[str, float]:
         """One optimiser step on routed sequences of complete groups, the same on every rank.
 
@@ -139,10 +173,7 @@ class Trainer:
         phase("sync")
         self._sync_teacher(kl)
         phase("train")
-        trained = sequences
-        if config.drop_groups_without_signal:
-            kept = signal_groups(sequences)
-            trained = [sequence for sequence in sequences if sequence.group_id in kept]
+        trained = self._trained_sequences(sequences)
         sums, largest_drift = self.accumulate_gradients(trained, kl)
         norm, lr = self._step_optimizer()
         skipped = not math.isfinite(norm)

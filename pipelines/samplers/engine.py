@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...schemas.configs import PolicyConfig, SamplingConfig
 from ...schemas.errors import InputError
+from ...trace.clock import Phase
 from ...trace.identity import model_revision
 from ...trace.policy import Policy, load_tokenizer
 from ...trace.prompt import render_chat
@@ -22,9 +23,10 @@ from .probe import Probe
 class Follower(Sampler, Protocol):
     """A sampler with its own copy of the weights that are trained."""
 
-    def follow(self, policy: TrainedPolicy, probe: Probe) -> None:
+    def follow(self, policy: TrainedPolicy, probe: Probe, phase: Phase) -> None:
         """Load the policy's weights and identity. The probe holds the policy's current scores.
 
+        phase: called as a part of this begins: wake, of an engine that slept; hand_over; probe.
         Every rank that has an engine calls; the others call `weights.take_part`.
 
         Raises:
@@ -32,8 +34,8 @@ class Follower(Sampler, Protocol):
         """
         ...
 
-    def rest(self) -> None:
-        """Nothing is sampled until the next `follow`."""
+    def rest(self, phase: Phase) -> None:
+        """Nothing is sampled until the next `follow`. phase: called with sleep, if it sleeps."""
         ...
 
 

@@ -17,6 +17,7 @@ from ...schemas.labels import FinishReason
 from ...schemas.own_code import OwnCode, build, is_text, iterable, require_methods, running
 from ...schemas.tables import MOST_LOGPROB
 from ...trace.align import byte_table
+from ...trace.clock import Phase
 from ...trace.identity import model_revision
 from ...trace.policy import load_tokenizer, policy_name, vocab_fingerprint, vocab_size
 from ...trace.protocols import Completion, PolicyInfo, Prompt, TrainedPolicy
@@ -166,12 +167,14 @@ class OwnPolicySampler:
                 raise self._fault(f"prompt {index}: returned no list of {len(own)} completions")
         return [[self._checked(one, index) for one in group] for index, group in enumerate(groups)]
 
-    def follow(self, policy: TrainedPolicy, probe: Probe) -> None:
+    def follow(self, policy: TrainedPolicy, probe: Probe, phase: Phase = lambda _: None) -> None:
+        """See `Follower`; the class probes within its hand-over."""
+        phase("hand_over")
         with running(self._code):
             self._own.follow(policy, probe)
         self._info = policy.info
 
-    def rest(self) -> None:
+    def rest(self, phase: Phase = lambda _: None) -> None:
         """The class keeps its weights until the next `follow`."""
 
     def close(self) -> None:

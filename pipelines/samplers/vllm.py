@@ -19,6 +19,7 @@ from ...schemas.configs import PolicyConfig, Precision, SamplingConfig, VllmSamp
 from ...schemas.errors import InputError
 from ...schemas.labels import FinishReason
 from ...trace.align import byte_table
+from ...trace.clock import Phase
 from ...trace.loading import check_model
 from ...trace.lora import AdapterForm, adapter_form
 from ...trace.policy import choose_device, choose_dtype, load_tokenizer, policy_info
@@ -226,22 +227,27 @@ class VllmPolicySampler:
         completions = iter([self._completion(output) for output in outputs])
         return [[next(completions) for _ in own] for own in seeds]
 
-    def follow(self, policy: TrainedPolicy, probe: Probe) -> None:
+    def follow(self, policy: TrainedPolicy, probe: Probe, phase: Phase = lambda _: None) -> None:
         """See `Follower`."""
         if self._sleeping:
+            phase("wake")
             torch.cuda.empty_cache()
             self._ask(self._llm.wake_up, tags=["weights"])
+        phase("hand_over")
         self._load(policy)
         if self._sleeping:
+            phase("wake")
             self._ask(self._llm.wake_up, tags=["kv_cache"])
             self._sleeping = False
+        phase("probe")
         self._ask(self._llm.reset_prefix_cache)
         probe.check("vLLM's engine", self._score(probe.token_ids))
         self.policy = policy.info
 
-    def rest(self) -> None:
+    def rest(self, phase: Phase = lambda _: None) -> None:
         """Free weights and cache until the next `follow`, where the engine may sleep."""
         if self._sleeps and not self._sleeping:
+            phase("sleep")
             # Level 2 drops the weights, which come anew. With adapters the base is kept on the CPU.
             self._ask(self._llm.sleep, level=1 if self._form else 2)
             self._sleeping = True

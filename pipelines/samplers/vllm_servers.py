@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...schemas.configs import OpenAISampler, SamplingConfig
 from ...schemas.errors import InputError
+from ...trace.clock import Phase
 from ...trace.lora import AdapterForm
 from ...trace.protocols import Completion, PolicyInfo, Prompt, TrainedPolicy
 from .. import endpoint, transport
@@ -152,12 +153,14 @@ class VllmServersSampler:
                 )
         return completions
 
-    def follow(self, policy: TrainedPolicy, probe: Probe) -> None:
-        """See `Follower`. Servers that can't be reached get no requests until they can.
+    def follow(self, policy: TrainedPolicy, probe: Probe, phase: Phase = lambda _: None) -> None:
+        """See `Follower`; each server is probed within its hand-over. Servers that can't be reached
+        get no requests until they can.
 
         Raises:
             InputError: no server can be reached, or one can't load the weights or has other scores.
         """
+        phase("hand_over")
         before = self._weights
         self._probe, self.policy = probe, policy.info
         self._before = self._version
@@ -179,7 +182,7 @@ class VllmServersSampler:
                 "run the same command, which goes on from the last checkpoint"
             )
 
-    def rest(self) -> None:
+    def rest(self, phase: Phase = lambda _: None) -> None:
         """Nothing to do: servers don't share memory with the trainer."""
 
     def close(self) -> None:

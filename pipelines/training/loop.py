@@ -16,6 +16,7 @@ from ...trace.checkpoint import CheckpointWriter
 from ...trace.trainer import Metrics, OfflineSource, Online, Trainer
 from ..progress import Meter
 from ..runtime.signals import announce, handled, stop_of
+from .profiling import profiled
 from .tracking import Tracker
 from .validation import BASE_EVALUATIONS, Validation
 
@@ -62,7 +63,8 @@ def train_steps(
             if validation is not None and trainer.state.step == 0:
                 base = trainer.policy.info.revision
                 validation.evaluate_base(base, target.files.local_path(BASE_EVALUATIONS))
-            for metrics in trainer.run(offline, online, lambda: bool(stopping())):
+            steps = trainer.run(offline, online, lambda: bool(stopping()))
+            for metrics in profiled(steps, trainer, target.local_path()):
                 done = trainer.state.step
                 if validation is not None and validation.due(done, trainer.total_steps):
                     metrics |= validation.evaluate(done)

@@ -15,6 +15,7 @@ from ...schemas.configs import SamplingConfig, TrainConfig
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
 from ...trace.align import byte_table
+from ...trace.clock import Phase
 from ...trace.online import OnlineSource, sample_shares
 from ...trace.protocols import Annotator, Sampler
 from ...trace.ranks import Ranks
@@ -150,25 +151,28 @@ class OnlineTables:
             tokenizer=tokenizer,
         )
 
-    def _follow(self) -> None:
+    def _follow(self, phase: Phase = lambda _: None) -> None:
         """Give the sampler the current weights; every rank calls, since they may be sharded."""
+        phase("hand_over")
         self._ranks.wait()  # the first may come late, from a step made ahead or from verifying
         if self._whole is not None:
             self._whole.gather(self._trained.packed)
         if self._probe is None:
             return
+        phase("probe")
         self._probe.ask(self._trained)
         if self._follower is not None:
-            self._follower.follow(self._trained, self._probe)
+            self._follower.follow(self._trained, self._probe, phase)
         else:  # this rank has no engine
+            phase("hand_over")
             take_part(self._trained, self._adapters)
 
-    def _rest(self) -> None:
+    def _rest(self, phase: Phase = lambda _: None) -> None:
         """The sampler is idle until the next `_follow`."""
         if self._whole is not None:
             self._whole.free()
         if self._follower is not None:
-            self._follower.rest()
+            self._follower.rest(phase)
 
     def _step_problems(self, step: int, refill: int) -> pa.Table:
         """Round 0: the next `groups_per_step` problems of a shuffled pass, which never splits a

@@ -255,11 +255,23 @@ class TrainConfig(Config):
     tracker: Literal["tensorboard", "trackio", "wandb", "none"] = operational(
         "tensorboard", "Where metrics go besides metrics.jsonl."
     )
+    profile_step: int | None = operational(
+        None,
+        "Step, from 0, that torch.profiler records; its Chrome trace goes into the run's folder. "
+        "null: none.",
+        ge=0,
+    )
 
     @model_validator(mode="after")
     def _some_steps(self) -> "TrainConfig":
         if self.offline.steps + self.online.steps == 0:
             raise ValueError("offline.steps and online.steps are both 0; give one of them steps")
+        last = self.offline.steps + self.online.steps - 1
+        if self.profile_step is not None and self.profile_step > last:
+            raise ValueError(
+                f"profile_step is {self.profile_step}, but the last step is {last}; name one of "
+                f"0 … {last}"
+            )
         if self.lora is not None and self.optim.offload:
             raise ValueError(
                 "optim.offload moves the frozen weights too, for the moments of a few adapters; "

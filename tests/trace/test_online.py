@@ -17,6 +17,7 @@ from trace_opd.schemas.configs import RoutingConfig, RuleAnnotator, SegmentConfi
 from trace_opd.schemas.errors import InputError, Stopped
 from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS
 from trace_opd.trace.align import byte_table
+from trace_opd.trace.clock import Phase
 from trace_opd.trace.online import OnlineSource
 from trace_opd.trace.policy import load_tokenizer
 
@@ -63,10 +64,12 @@ class Run:
             **options,
         )
 
-    def follow(self) -> None:
+    def follow(self, phase: Phase) -> None:
+        phase("hand_over")
         self.held = self.weights
 
-    def rest(self) -> None:
+    def rest(self, phase: Phase) -> None:
+        phase("sleep")
         self.rests += 1
 
     def problems(self, step: int, refill: int) -> pa.Table:
@@ -254,8 +257,10 @@ def test_a_resumed_run_begins_on_policy():
 def test_without_steps_ahead_every_step_is_on_policy_and_the_sampler_rests():
     run = run_where(0)
     counts = train(run, run.source(follow=run.follow, rest=run.rest))
+    run.source(follow=run.follow, rest=run.rest).collect(0, True, run.phases.append)
+    assert (run.phases[0], run.phases[-1]) == ("hand_over", "sleep")
     assert {made["staleness"] for made in counts} == {0}
-    assert run.rests == STEPS
+    assert run.rests == STEPS + 1
     assert len(run.threads) == 1
 
 
@@ -263,13 +268,13 @@ def test_weights_pass_to_the_sampler_first_and_after_waiting_for_a_step_made_ahe
     run = run_where(0)
     source = run.source(follow=run.follow, ahead=AHEAD)
     source.collect(0, True, run.phases.append)
-    assert run.phases == ["weights", "sample", "verify", "annotate", "route"]
+    assert run.phases == ["hand_over", "sample", "verify", "annotate", "route"]
     run.phases.clear()
     source.collect(1, True, run.phases.append)
     source.close()
     assert run.phases[0] == "wait"
-    assert run.phases[-1] == "weights"
-    assert set(run.phases) == {"wait", "weights"}
+    assert run.phases[-1] == "hand_over"
+    assert set(run.phases) == {"wait", "hand_over"}
 
 
 def test_an_error_during_training_is_raised_at_the_step_that_needs_the_table():

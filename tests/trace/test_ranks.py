@@ -110,7 +110,7 @@ for share in (True, False):
         routing=RoutingConfig(key="fkl", error="rkl"),
         write=lambda step, tables: None,
         refill_rounds=1,
-        follow=lambda: followed.append(share),
+        follow=lambda phase: followed.append(share),
         ranks=ranks,
         share=share,
         ahead={} if share else {0: True, 1: False},
