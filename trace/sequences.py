@@ -7,6 +7,8 @@ teacher's, and the inputs of the loss (losses.py).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +21,17 @@ from .losses import LossInputs
 from .packing import PackedRow, pack
 from .prompt import render_chat, teacher_chat
 
+# Columns of a routed table that are fields of a sequence, and those that a teacher's prompt needs.
+_FIELDS = ("rollout_id", "group_id", "advantage", "reward", "correct", "temperature", "truncated")
+_TAUGHT = ("problem", "diagnostic_type", "teacher_context")
+
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """One routed response. Arrays are (response tokens,); prompts are token ids."""
+    """One routed response. Arrays are (response tokens,); prompts are token ids.
+
+    token_ids: integers; logprobs: float32; route: uint8. The table's own memory, not to be written.
+    """
 
     rollout_id: str
     group_id: str
@@ -59,32 +68,37 @@ def training_sequences(
 
     with_teacher: false once λ is 0, when no teacher reads a prompt.
     """
+    arrays = (_views(table[name]) for name in ("token_ids", "logprobs", "route"))
+    prompts = [ids.tolist() for ids in _views(table["prompt_token_ids"])]
     sequences = []
-    for row in table.to_pylist():
-        route = np.array(row["route"], dtype=np.uint8)
+    for row, (fields, prompt_ids, token_ids, logprobs, route) in enumerate(
+        zip(table.select(_FIELDS).to_pylist(), prompts, *arrays, strict=True)
+    ):
         teacher_prompt_ids = None
         if with_teacher and route.any():
-            messages = teacher_chat(
-                prompt, row["problem"], row["diagnostic_type"], row["teacher_context"]
-            )
+            messages = teacher_chat(prompt, *(table[name][row].as_py() for name in _TAUGHT))
             teacher_prompt_ids = render_chat(tokenizer, messages, prompt.thinking)
         sequences.append(
             TrainingSequence(
-                rollout_id=row["rollout_id"],
-                group_id=row["group_id"],
-                prompt_ids=row["prompt_token_ids"],
-                token_ids=np.array(row["token_ids"], dtype=np.int64),
-                logprobs=np.array(row["logprobs"], dtype=np.float32),
+                **fields,
+                prompt_ids=prompt_ids,
+                token_ids=token_ids,
+                logprobs=logprobs,
                 route=route,
-                advantage=row["advantage"],
-                reward=row["reward"],
-                correct=row["correct"],
-                temperature=row["temperature"],
-                truncated=row["truncated"],
                 teacher_prompt_ids=teacher_prompt_ids,
             )
         )
     return sequences
+
+
+def _views(column: Any) -> list[np.ndarray]:
+    """The lists of an Arrow column, read-only and without a copy of a chunk's values."""
+    return [
+        values[first:end]
+        for lists in column.chunks
+        for values in [lists.values.to_numpy()]
+        for first, end in pairwise(lists.offsets.to_numpy().tolist())
+    ]
 
 
 def signal_groups(sequences: Sequence[TrainingSequence]) -> set[str]:
@@ -122,15 +136,15 @@ def loss_inputs(
     temperatures = [row.temperature or 1.0 for row in rows]
     route = np.concatenate([row.route for row in rows])
 
-    def flat(parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(device)
+    def flat(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts, dtype=dtype)).to(device)
 
     def per_token(values: Sequence[float]) -> torch.Tensor:
         return torch.from_numpy(np.repeat(np.asarray(values, np.float32), lengths)).to(device)
 
     return LossInputs(
-        token_ids=flat([row.token_ids for row in rows]),
-        old_logprobs=flat([row.logprobs for row in rows]),
+        token_ids=flat([row.token_ids for row in rows], np.int64),
+        old_logprobs=flat([row.logprobs for row in rows], np.float32),
         advantage=per_token([row.advantage for row in rows]),
         weight=per_token(weights),
         temperature=per_token(temperatures),

@@ -13,9 +13,7 @@ from trace_opd.schemas.tables import ROUTED
 from trace_opd.trace.packing import response_logits
 from trace_opd.trace.policy import Policy, load_policy
 from trace_opd.trace.prompt import render_chat, teacher_messages
-from trace_opd.trace.sequences import (
-    training_sequences,
-)
+from trace_opd.trace.sequences import loss_inputs, training_sequences
 
 PROMPT = PromptConfig(teacher="{problem} {diagnostic_type}")
 
@@ -50,7 +48,8 @@ def test_a_row_becomes_a_sequence_with_the_samplers_own_ids(policy):
     assert (sequence.rollout_id, sequence.group_id) == ("a", "g")
     assert (sequence.prompt_ids, sequence.token_ids.tolist()) == ([5, 6], [10, 11, 12, 13])
     assert (sequence.advantage, sequence.reward, sequence.temperature) == (0.5, 1.0, 0.75)
-    assert (sequence.token_ids.dtype, sequence.logprobs.dtype) == (np.int64, np.float32)
+    assert (sequence.logprobs.dtype, sequence.route.dtype) == (np.float32, np.uint8)
+    assert loss_inputs([sequence], [1.0], torch.device("cpu")).token_ids.dtype == torch.int64
     assert sequence.routed_positions.tolist() == [1, 2]
     assert sequence.routed_end == 3
 
@@ -74,6 +73,43 @@ def test_without_a_teacher_no_prompt_is_made(policy):
         table(routed_row("a", [1, 1], "arithmetic")), policy.tokenizer, PROMPT, with_teacher=False
     )
     assert sequence.teacher_prompt_ids is None
+
+
+ROWS = table(
+    *(
+        routed_row(f"r{tokens}", [tokens % 2] * tokens, "counting") | {"prompt_token_ids": prompt}
+        for tokens, prompt in ((3, [5, 6]), (1, [7]), (4, [8, 9, 10]), (5, [5]), (2, [6, 6]))
+    )
+)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS,
+        ROWS.slice(1, 3),
+        pa.concat_tables([ROWS.slice(3), ROWS.slice(1, 2), ROWS.slice(2, 0), ROWS.slice(0, 1)]),
+        ROWS.take(pa.array([4, 0, 0])),
+        ROWS.slice(2, 0),
+        ROWS.schema.empty_table(),
+    ],
+    ids=["whole", "sliced", "chunked and sliced", "taken", "empty slice", "no chunk"],
+)
+def test_sequences_hold_the_rows_of_sliced_and_chunked_tables(rows, policy):
+    sequences = training_sequences(rows, policy.tokenizer, PROMPT)
+    for sequence, row in zip(sequences, rows.to_pylist(), strict=True):
+        assert sequence.token_ids.tolist() == row["token_ids"]
+        assert sequence.logprobs.tolist() == row["logprobs"]
+        assert sequence.route.tolist() == row["route"]
+        assert sequence.prompt_ids == row["prompt_token_ids"]
+        assert (sequence.rollout_id, sequence.advantage) == (row["rollout_id"], row["advantage"])
+        assert (sequence.teacher_prompt_ids is None) == (len(row["route"]) % 2 == 0)
+
+
+def test_a_sequences_arrays_are_the_tables_memory(policy):
+    first = training_sequences(ROWS, policy.tokenizer, PROMPT)[0]
+    column = ROWS["token_ids"].chunk(0).values.to_numpy()
+    assert np.shares_memory(first.token_ids, column)
 
 
 def naive_logits(model: torch.nn.Module, prompt: list[int], response: np.ndarray) -> torch.Tensor:
