@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from machine import cuda_here, processor, stamp
-from results import Row, append, number, ratio, write_rows
+from results import Row, append, console, number, ratio, write_rows
 from rich.console import Console
 from rich.table import Table
 from shapes import NAMES, Shape, lengths_of, shape_of
@@ -79,7 +79,7 @@ def row_process(
 
 
 def measure(
-    names: Iterable[str], shape: Shape, lengths: tuple[int, int], device: str, console: Console
+    names: Iterable[str], shape: Shape, lengths: tuple[int, int], device: str, out: Console
 ) -> list[Row]:
     """One row per implementation."""
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -97,7 +97,7 @@ def measure(
                 for name in group:
                     if name in notes or finished([s for s, _ in samples[name]], device):
                         continue
-                    with console.status(f"{device}, {lengths}, round {round_ + 1}: {name}"):
+                    with out.status(f"{device}, {lengths}, round {round_ + 1}: {name}"):
                         try:
                             samples[name].append(workers.ask(name, True))
                         except Ended as reason:
@@ -116,7 +116,7 @@ def measure(
             "peak_mib": max(peaks, default=None),
         }
         if name in notes:
-            console.print(f"{name}: {notes[name]}", markup=False)
+            out.print(f"{name}: {notes[name]}", markup=False)
             row["note"] = notes[name]
         rows.append(row)
     return rows
@@ -175,13 +175,13 @@ def main() -> None:
     names = options.implementations or [*NAMED, *(ON_CUDA if device == "cuda" else ())]
     if unknown := [n for n in names if n.partition(":")[0] not in NAMED]:
         parser.error(f"no such implementation: {', '.join(unknown)}")
-    console, rows = Console(), []
+    out, rows = console(), []
     for lengths in sizes:
-        measured = measure(names, shape, lengths, device, console)
+        measured = measure(names, shape, lengths, device, out)
         if options.log:
             append(options.log, [stamp(device) | {"part": "loss"} | row for row in measured])
         rows += measured
-    console.print(table_of(rows, shape, device))
+    out.print(table_of(rows, shape, device))
     if not options.log:
         write_rows("loss.json", rows, same=("device", "shape"))
 

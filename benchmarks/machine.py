@@ -10,7 +10,6 @@ from pathlib import Path
 STAMPED = ("torch", "triton", "transformers", "trl", "liger-kernel", "vllm")
 
 
-
 def processor_name() -> str:
     names = ("model name", "Model", "CPU part")
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -22,7 +21,7 @@ def card() -> tuple[str, str] | None:
     """Name and driver of the first GPU, by nvidia-smi; None without one."""
     asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout  # noqa: S607
+        found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     name, _, driver = found.splitlines()[0].partition(", ")
@@ -39,6 +38,16 @@ def processor(device: str) -> str:
     if found is not None:
         return found[0]
     return f"{processor_name()}, {os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
+
+
+def peak_of(device: str) -> float | None:
+    """Published FLOP/s of the device in bfloat16 products; None: unknown, or the CPU."""
+    found = card() if device == "cuda" else None
+    if found is None:
+        return None
+    from trace_opd.trace.device_peak import published_peak  # imports torch
+
+    return published_peak(found[0])
 
 
 def versions() -> dict[str, str]:

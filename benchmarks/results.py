@@ -5,9 +5,12 @@ A log line is on disk when `append` returns, so a run that is killed keeps what 
 
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -61,3 +64,8 @@ def ratio(value: float | None, base: float | None) -> str:
 def number(value: float | None, form: str = ",.0f") -> str:
     """A cell; a dash where nothing was measured."""
     return "–" if value is None else format(value, form)
+
+
+def console() -> Console:
+    """A console; outside a terminal as wide as the widest table."""
+    return Console(width=None if sys.stdout.isatty() else 150)

@@ -112,7 +112,9 @@ def write_model(shape: Shape, folder: str) -> str:
     """Write config, tokenizer and random weights into a folder; the same each time on a device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     target = Path(folder)
     (target / "config.json").write_text(json.dumps(shape.config))
     _write_tokenizer(shape.vocab, target)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+ENDING_SECONDS = 10
 NO_MEMORY = "needs more memory than is free"
 
 
@@ -76,7 +77,8 @@ class Workers:
 
     def end(self, name: str) -> None:
         process, pipe = self._running.pop(name)
-        pipe.close()
+        pipe.close()  # it ends when it waits for the next message
+        process.join(ENDING_SECONDS)
         process.terminate()
         process.join()
 
