@@ -9,6 +9,8 @@ tokens; float32 on CPU, bfloat16 on CUDA. The rows:
   continuous batching.
 - vllm: ours over an engine in its own process; vllm_bare: `vllm.LLM.generate` on the same engine,
   token ids in and out.
+- vllm_options: vllm_bare, vllm_without_seeds (no request has a seed of its own), and
+  vllm_logprob_objects (an object a log-probability, not flat lists).
 - vllm_in_process: ours over an engine in the trainer's process.
 - vllm_server: our client of a `vllm serve`.
 
@@ -52,6 +54,7 @@ from trace_opd.schemas.configs import OpenAISampler, RoutingConfig
 TOGETHER = (
     ("transformers", "transformers_continuous_batching"),
     ("vllm",),  # measures vllm_bare too
+    ("vllm_options",),
     ("vllm_in_process",),
     ("vllm_server",),
     ("training",),
@@ -79,8 +82,8 @@ def process_of(name: str, case: Case, pipe: Connection) -> None:
             serve(transformers_ours(case))
         case "transformers_continuous_batching":
             serve(continuous_batching(case))
-        case "vllm" | "vllm_in_process":
-            with vllm_engine(case, name == "vllm_in_process") as works:
+        case "vllm" | "vllm_in_process" | "vllm_options":
+            with vllm_engine(case, name) as works:
                 serve(works)
         case "vllm_server":
             with serving(case) as url:

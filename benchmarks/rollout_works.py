@@ -102,15 +102,32 @@ def continuous_batching(case: Case) -> dict[str, Work]:
 
 
 @contextmanager
-def vllm_engine(case: Case, in_process: bool) -> Iterator[dict[str, Work]]:
-    import vllm
-
+def vllm_engine(case: Case, name: str) -> Iterator[dict[str, Work]]:
+    """The works of rollout.py's implementation of that name, over one engine."""
     from trace_opd.pipelines.samplers.vllm import VllmPolicySampler
 
-    asked = Asked(case)
+    asked, in_process = Asked(case), name == "vllm_in_process"
     sampler = VllmPolicySampler(ENGINE, case.path, in_process=in_process)
+    works = {
+        "vllm": {"vllm_bare": bare(sampler, asked), "vllm": asked.by(sampler)},
+        "vllm_in_process": {"vllm_in_process": asked.by(sampler)},
+        "vllm_options": {
+            "vllm_bare": bare(sampler, asked),
+            "vllm_without_seeds": bare(sampler, asked, seeded=False),
+            "vllm_logprob_objects": bare(sampler, asked, flat_logprobs=False),
+        },
+    }
+    try:
+        yield works[name]
+    finally:
+        sampler.close()
 
-    def bare(turn: int) -> int:
+
+def bare(sampler: Any, asked: Asked, seeded: bool = True, flat_logprobs: bool = True) -> Work:
+    """`vllm.LLM.generate` on our sampler's engine."""
+    import vllm
+
+    def work(turn: int) -> int:
         requests = [
             (vllm.TokensPrompt(prompt_token_ids=ids), seed)
             for ids, own in zip(asked.ids, asked.seeds(turn), strict=True)
@@ -120,8 +137,9 @@ def vllm_engine(case: Case, in_process: bool) -> Iterator[dict[str, Work]]:
             vllm.SamplingParams(
                 temperature=1.0,
                 max_tokens=asked.sampling.max_new_tokens,
-                seed=seed,
+                seed=seed if seeded else None,
                 logprobs=0,
+                flat_logprobs=flat_logprobs,
                 detokenize=False,
             )
             for _, seed in requests
@@ -130,11 +148,7 @@ def vllm_engine(case: Case, in_process: bool) -> Iterator[dict[str, Work]]:
         outputs = sampler._llm.generate([ids for ids, _ in requests], params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-    ours = asked.by(sampler)
-    try:
-        yield {"vllm_in_process": ours} if in_process else {"vllm_bare": bare, "vllm": ours}
-    finally:
-        sampler.close()
+    return work
 
 
 @contextmanager

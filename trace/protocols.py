@@ -46,15 +46,16 @@ class Completion:
     """One sampled response.
 
     token_ids: the sampler's own, with the end token; None if the engine does not return them.
-    logprobs: natural log under the policy at the sampling temperature, before top-p, top-k and a
-        schema's mask; None if the engine returns none, or only those after truncation.
+    logprobs: one per token, natural log under the policy at the sampling temperature, before top-p,
+        top-k and a schema's mask; a list or a float32 array (tokens,). None if the engine returns
+        none, or only those after truncation.
     text: the decoded bytes of token_ids without special tokens.
     """
 
     text: str
     finish_reason: FinishReason
     token_ids: list[int] | None = None
-    logprobs: list[float] | None = None
+    logprobs: list[float] | np.ndarray | None = None
     prompt_token_ids: list[int] | None = None
 
 

@@ -53,7 +53,7 @@ class Probe:
         self._now = np.concatenate(policy.logprobs(self.token_ids))
         self._limit = _LIMIT[policy.compute_dtype]
 
-    def check(self, engine: str, scores: Sequence[Sequence[float]]) -> float:
+    def check(self, engine: str, scores: Sequence[Sequence[float] | np.ndarray]) -> float:
         """Compare an engine's log-probabilities of the probes with the trainer's, after the engine
         loaded new weights; returns the mean |difference|, nats.
 

@@ -46,7 +46,7 @@ def rollouts_table(
                 completion.prompt_token_ids or None,
                 policy.vocab_fingerprint or None,
             )
-            on_policy = None not in known
+            on_policy = all(part is not None for part in known)  # arrays are compared by entry
             rows.append(
                 {
                     "rollout_id": content_hash([problem_id, who, how, seed, index]),

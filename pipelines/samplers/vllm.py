@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from llguidance.hf import from_tokenizer
@@ -216,6 +217,7 @@ class VllmPolicySampler:
                     max_tokens=sampling.max_new_tokens,
                     seed=seed,
                     logprobs=0 if plain else None,  # 0: the sampled token's alone
+                    flat_logprobs=True,
                     detokenize=False,
                     structured_outputs=structure,
                 )
@@ -279,17 +281,19 @@ class VllmPolicySampler:
         else:
             self._lora = load_adapters(self._ask, self._llm, policy, self._form, self._lora)
 
-    def _score(self, rows: Sequence[list[int]]) -> list[list[float]]:
+    def _score(self, rows: Sequence[list[int]]) -> list[np.ndarray]:
         """The log-probability of each token but the first, given those before it."""
         outputs = self._ask(
             self._llm.generate,
             [self._vllm.TokensPrompt(prompt_token_ids=ids) for ids in rows],
-            self._vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
+            self._vllm.SamplingParams(
+                max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+            ),
             use_tqdm=False,
             lora_request=self._lora,
         )
         return [
-            [step[i].logprob for step, i in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+            _flat(output.prompt_logprobs, ids[1:])
             for output, ids in zip(outputs, rows, strict=True)
         ]
 
@@ -327,13 +331,20 @@ class VllmPolicySampler:
         """A `vllm.RequestOutput` with one sample."""
         sample = output.outputs[0]
         ids = list(sample.token_ids)
-        logprobs = None
-        if sample.logprobs is not None:
-            logprobs = [step[i].logprob for step, i in zip(sample.logprobs, ids, strict=True)]
+        logprobs = None if sample.logprobs is None else _flat(sample.logprobs, ids)
         # Whatever else ends a response cut it short.
         reason = FinishReason.STOP if sample.finish_reason == "stop" else FinishReason.LENGTH
         prompt_ids = list(output.prompt_token_ids)
         return Completion(self._bytes.text(ids), reason, ids, logprobs, prompt_ids)
+
+
+def _flat(found: Any, ids: list[int]) -> np.ndarray:
+    """The tokens' log-probabilities, (tokens,) float32, from vLLM's FlatLogprobs of them alone.
+
+    vLLM's default is a dictionary and an object a token.
+    """
+    assert list(found.token_ids) == ids, "one log-probability a token"
+    return np.array(found.logprobs, np.float32)
 
 
 ENGINE: type[Engine] = VllmEngine

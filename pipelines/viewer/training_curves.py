@@ -30,8 +30,14 @@ _CHARTS = (
     ("Gradient norm", "", "grad_norm"),
     ("Steps skipped", "so far", "steps_skipped"),
     ("Throughput", "tokens / s", "tokens_per_s(econd)?"),
-    ("Time per step", "s", "seconds.*"),
+    ("Throughput per GPU", "tokens / s", "tokens_per_second_per_gpu"),
+    ("GPU utilisation", "share", "mfu|gpu_busy"),
+    ("Sampling", "share", "sampling_share|sampling_overlap"),
+    ("Peak memory", "GiB", "peak_memory_gib_.+"),
 )
+# Phases of a step that may be made while the step before it trains; such a step has an overlap.
+_AHEAD = tuple(f"seconds_{phase}" for phase in ("sample", "verify", "annotate", "route"))
+_OTHER = "other"  # a step's seconds outside its phases
 
 
 def metrics_of(dataset: Dataset, store: Store) -> list[dict[str, Any]]:
@@ -51,13 +57,16 @@ def metrics_of(dataset: Dataset, store: Store) -> list[dict[str, Any]]:
 
 
 def charts(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Title, unit and series of each chart; None at a step without a value."""
+    """Title, unit and series of each chart; None at a step without a value.
+
+    A chart with `stacked` adds its series up.
+    """
     names = [
         name
         for name in dict.fromkeys(name for row in metrics for name in row)
         if name != "step" and any(isinstance(row.get(name), int | float) for row in metrics)
     ]
-    left = dict.fromkeys(names)
+    left = dict.fromkeys(name for name in names if not re.fullmatch("seconds(_.+)?", name))
     out = []
     for title, unit, pattern in _CHARTS:
         members = [name for name in left if re.fullmatch(pattern, name)]
@@ -65,7 +74,26 @@ def charts(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
             del left[name]
         if members:
             out.append(_chart(title, unit, members, metrics))
-    return out + [_chart(name, "", [name], metrics) for name in left]
+    return out + _phases(metrics) + [_chart(name, "", [name], metrics) for name in left]
+
+
+def _phases(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Seconds of each step's phases, those that follow each other stacked to the step's."""
+    during, ahead = [], []
+    for row in metrics:
+        seconds = {name: s for name, s in row.items() if name.startswith("seconds_") and s}
+        made = _AHEAD if "sampling_overlap" in row else ()
+        ahead.append({name: value for name, value in seconds.items() if name in made})
+        during.append({name: value for name, value in seconds.items() if name not in made})
+        if row.get("seconds"):
+            during[-1][_OTHER] = max(row["seconds"] - sum(during[-1].values()), 0.0)
+    charts = (("Time per step", during), ("Made ahead, while the step before trains", ahead))
+    return [
+        _chart(title, "s", list(dict.fromkeys(n for row in rows for n in row)), rows)
+        | {"stacked": True}
+        for title, rows in charts
+        if any(rows)
+    ]
 
 
 def _chart(title: str, unit: str, names: list[str], metrics: list[dict]) -> dict[str, Any]:

@@ -31,12 +31,20 @@ function phaseRuns() {
   return runs;
 }
 
+// Where each series is drawn: at its values, or, in a stacked chart, on top of those before it.
+function heights(chart) {
+  if (!chart.stacked) return chart.series.map((series) => series.values);
+  const top = DATA.steps.map(() => 0);
+  return chart.series.map((series) => series.values.map((value, i) => (top[i] += value ?? 0)));
+}
+
 function drawChart(chart) {
   const steps = DATA.steps;
-  const values = chart.series.flatMap((series) => series.values).filter((value) => value !== null);
+  const drawn = heights(chart);
+  const values = drawn.flat().filter((value) => value !== null);
   const least = Math.min(...values), most = Math.max(...values);
   // Values near zero get an axis that starts at zero; others, such as 0.9 to 0.95, get their own range.
-  const ticks = niceTicks(least >= 0 && least < most / 2 ? 0 : least, most, 4);
+  const ticks = niceTicks(chart.stacked || (least >= 0 && least < most / 2) ? 0 : least, most, 4);
   const [low, high] = [ticks[0], ticks[ticks.length - 1]];
   const first = steps[0], span = steps[steps.length - 1] - first || 1;
   const { width, height, left, right, top, bottom } = BOX;
@@ -66,19 +74,25 @@ function drawChart(chart) {
   plot.append(cursor);
   const readings = el("ul"), marks = [];
   chart.series.forEach((series, index) => {
-    const style = seriesStyle(series.name, index);
+    const style = chart.stacked ? `band s${(index % 6) + 1}` : seriesStyle(series.name, index);
+    const point = (value, i) => `${x(steps[i]).toFixed(1)} ${y(value).toFixed(1)}`;
     let path = "", pen = false;
-    series.values.forEach((value, i) => {
-      if (value !== null) path += `${pen ? "L" : "M"}${x(steps[i]).toFixed(1)} ${y(value).toFixed(1)}`;
+    drawn[index].forEach((value, i) => {
+      if (value !== null) path += `${pen ? "L" : "M"}${point(value, i)}`;
       pen = value !== null;
     });
+    if (chart.stacked) {
+      const below = index ? drawn[index - 1] : steps.map(() => 0);
+      path += `L${below.map(point).reverse().join("L")}Z`;
+    }
     plot.append(svg("path", { class: style, d: path }));
     const mark = svg("circle", { class: style, r: 3 });
     const reading = el("b");
-    marks.push({ mark, reading, values: series.values });
+    marks.push({ mark, reading, values: series.values, at: drawn[index] });
     plot.append(mark);
     const key = svg("svg", { viewBox: "0 0 18 8" }, svg("path", { class: style, d: "M0 4H18" }));
-    readings.append(el("li", {}, key, series.name.replaceAll("_", " "), reading));
+    const name = chart.stacked ? series.name.replace("seconds_", "") : series.name;
+    readings.append(el("li", {}, key, name.replaceAll("_", " "), reading));
   });
   const area = svg("rect", { class: "area", x: left, y: 0, width: width - left - right, height });
   plot.append(area);
@@ -90,13 +104,13 @@ function drawChart(chart) {
     cursor.style.opacity = index === null ? 0 : 0.4;
     cursor.setAttribute("x1", x(steps[shown]));
     cursor.setAttribute("x2", x(steps[shown]));
-    for (const { mark, reading, values: series } of marks) {
+    for (const { mark, reading, values: series, at: level } of marks) {
       reading.textContent = number(series[shown]);
       // A single step has no line, so its mark stays.
       const hidden = series[shown] === null || (index === null && steps.length > 1);
       mark.style.opacity = hidden ? 0 : 1;
       mark.setAttribute("cx", x(steps[shown]));
-      mark.setAttribute("cy", y(series[shown] ?? low));
+      mark.setAttribute("cy", y(level[shown] ?? low));
     }
   });
   area.addEventListener("pointermove", (event) => {

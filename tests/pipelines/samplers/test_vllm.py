@@ -18,6 +18,8 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -34,6 +36,7 @@ from trace_opd.schemas.configs import (
     VllmSampler,
 )
 from trace_opd.schemas.errors import EngineEnded, InputError
+from trace_opd.schemas.tables import ROLLOUTS
 from trace_opd.trace.packing import PackedModel
 from trace_opd.trace.policy import Policy, end_token_ids, load_policy
 from trace_opd.trace.prompt import render_chat
@@ -141,8 +144,26 @@ def largest_difference(policy: Policy, rows: list[Completion], temperature: floa
 def test_the_same_seeds_give_the_same_responses(
     engine: VllmPolicySampler, prompts: list[Prompt], rows: list[list[Completion]]
 ) -> None:
-    assert engine.sample(prompts, PLAIN, SEEDS) == rows
+    again = flat(engine.sample(prompts, PLAIN, SEEDS))
+    for one, other in zip(again, flat(rows), strict=True):
+        assert (one.token_ids, one.text) == (other.token_ids, other.text)
+        assert np.array_equal(one.logprobs, other.logprobs)
     assert len({row.text for row in rows[0]}) > 1
+
+
+@needs_vllm
+def test_logprobs_are_a_flat_array_that_the_rollouts_table_takes(
+    rows: list[list[Completion]],
+) -> None:
+    for row in flat(rows):
+        assert isinstance(row.logprobs, np.ndarray)
+        assert (row.logprobs.dtype, row.logprobs.shape) == (np.float32, (len(row.token_ids),))
+    kind = ROLLOUTS.schema.field("logprobs").type
+    column = pa.array([row.logprobs for row in flat(rows)], kind)
+    assert (
+        column.flatten().to_numpy().tobytes()
+        == np.concatenate([row.logprobs for row in flat(rows)]).tobytes()
+    )
 
 
 @needs_vllm

@@ -588,6 +588,41 @@ def test_curves_of_one_kind_stand_together():
     }
 
 
+def test_phases_are_stacked_to_a_step_and_those_made_ahead_to_a_chart_of_their_own():
+    turns = {"step": 0, "seconds": 10.0, "seconds_sample": 6.0, "seconds_train": 3.5}
+    ahead = turns | {"step": 1, "seconds": 5.0, "seconds_wait": 1.0, "sampling_overlap": 0.8}
+    drawn = {chart["title"]: chart for chart in charts([turns, ahead])}
+    assert drawn["Sampling"]["series"] == [{"name": "sampling_overlap", "values": [None, 0.8]}]
+    together, alone = drawn["Time per step"], drawn["Made ahead, while the step before trains"]
+    assert together["stacked"]
+    assert alone["stacked"]
+    assert together["series"] == [
+        {"name": "seconds_sample", "values": [6.0, None]},
+        {"name": "seconds_train", "values": [3.5, 3.5]},
+        {"name": "other", "values": [0.5, 0.5]},
+        {"name": "seconds_wait", "values": [None, 1.0]},
+    ]
+    assert alone["series"] == [{"name": "seconds_sample", "values": [None, 6.0]}]
+
+
+def test_utilisation_and_memory_are_drawn_by_unit():
+    row = {
+        "step": 0, "mfu": 0.4, "gpu_busy": 0.9, "sampling_share": 0.5, "tokens_per_second": 80.0,
+        "tokens_per_second_per_gpu": 10.0, "peak_memory_gib_train": 3.0,
+        "peak_memory_gib_sample": 2.0,
+    }  # fmt: skip
+    drawn = {
+        chart["title"]: [series["name"] for series in chart["series"]] for chart in charts([row])
+    }
+    assert drawn == {
+        "Throughput": ["tokens_per_second"],
+        "Throughput per GPU": ["tokens_per_second_per_gpu"],
+        "GPU utilisation": ["mfu", "gpu_busy"],
+        "Sampling": ["sampling_share"],
+        "Peak memory": ["peak_memory_gib_train", "peak_memory_gib_sample"],
+    }
+
+
 def test_a_new_route_needs_no_change_of_the_viewer(tmp_path):
     root = Path(__file__).parents[3]
     copy = tmp_path / "trace_opd"
