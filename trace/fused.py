@@ -2,38 +2,27 @@
 
 trainer.py calls `routed_loss` with the student's hidden states, the head, and the teacher's hidden
 states at routed tokens. No (tokens, vocab) tensor is made, the forward pass computes the gradients
-and recomputes nothing, and the teacher's head runs on routed tokens only.
-
-One buffer holds a chunk's logits, the teacher's after the student's, and the gradient overwrites
-them. Between the matrix products they are processed in blocks of rows of one route that fit the
-cache. To add a divergence, see `losses.DIVERGENCES`: nothing here names one.
+and recomputes nothing, and the teacher's head runs on routed tokens only. fused_torch.py and
+fused_triton.py are the two implementations, `loss.backend` chooses.
 """
 
-from dataclasses import dataclass
-from typing import Any
+import os
+from importlib.util import find_spec
 
 import torch
 
 from ..schemas.configs import LossConfig
-from ..schemas.labels import Route
-from .losses import (
-    DIVERGENCES,
-    Head,
-    LossInputs,
-    LossOutput,
-    divergence,
-    policy_loss,
-    reweighted_advantage,
+from ..schemas.errors import InputError
+from .fused_torch import (
+    BUFFER_BYTES,
+    Call,
+    TorchRoutedLoss,
+    buffer_rows,
+    floored,
+    project,
+    wide,
 )
-
-# Bytes of a chunk's logits, student's and teacher's together, and of a block between the products.
-# On CUDA the products need long chunks; on CPU a block has to fit the cache.
-BUFFER_BYTES = {"cpu": 120 << 20, "cuda": 1 << 30}
-BLOCK_BYTES = {"cpu": 6 << 20, "cuda": 1 << 27}
-# Vocabulary entries per step where the weight gradient is summed in a wider type.
-_VOCAB_SLICE = 8192
-# Vocabulary entries per product of logits on CPU: with few rows BLAS is slow on the full head.
-_CPU_SLICE = 1024
+from .losses import DIVERGENCES, Head, LossInputs, LossOutput
 
 
 def routed_loss(
@@ -51,249 +40,62 @@ def routed_loss(
     hidden: (tokens, hidden) states that predict the tokens, with gradient. kl_weight: λ_k;
     grpo_weight: 1 − λ_k / w0, GRPO's on routed tokens. teacher_hidden: (routed, hidden) in the
     order of the tokens whose route is not GRPO; None when λ is 0 or nothing is routed. Sums are at
-    least float32 for inputs of any type.
+    least float32 for inputs of any type. Logits of −∞ are masked entries: see `losses.FLOOR`.
+
+    Raises:
+        InputError: config.backend is triton, which can't run here.
     """
-    heated = inputs.heated
-    if heated is None:
-        heated = bool((inputs.temperature != 1).any())
-    call = _Call(inputs, config, kl_weight, grpo_weight, head, teacher_head, heated)
-    outputs = _FusedRoutedLoss.apply(hidden, head.weight, head.bias, teacher_hidden, call)
+    call = Call(inputs, config, kl_weight, grpo_weight, head, teacher_head)
+    function = TorchRoutedLoss
+    if _runs_triton(hidden, config):
+        from .fused_triton import TritonRoutedLoss as function
+    outputs = function.apply(hidden, head.weight, head.bias, teacher_hidden, call)
     return LossOutput(*outputs)  # pyright: ignore
+
+
+def _runs_triton(hidden: torch.Tensor, config: LossConfig) -> bool:
+    """Whether the kernels of fused_triton.py compute the loss."""
+    if config.backend == "torch" or (config.backend == "auto" and not hidden.is_cuda):
+        return False
+    if find_spec("triton") is None:
+        why = "is not installed; `pip install triton`, or set it to torch"
+    elif not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        why = "needs a CUDA device; set it to auto or torch"
+    else:
+        from .fused_kernels import TERMS
+
+        missing = ", ".join(route.label for route in DIVERGENCES.keys() - TERMS.keys())
+        if not missing:
+            return True
+        why = f"has no form of {missing}; add it to TERMS in trace/fused_kernels.py, or use torch"
+    if config.backend == "auto":
+        return False
+    raise InputError(f"loss.backend: triton {why}")
 
 
 @torch.no_grad()
 def token_logprobs(
-    hidden: torch.Tensor, head: Head, token_ids: torch.Tensor, temperature: torch.Tensor
+    hidden: torch.Tensor,
+    head: Head,
+    token_ids: torch.Tensor,
+    temperature: torch.Tensor,
+    fp32_logits: bool = False,
 ) -> torch.Tensor:
     """Log-probabilities of tokens, (tokens,) float32, computed chunk by chunk.
 
-    hidden: (tokens, hidden); token_ids, temperature: (tokens,). trainer.py scores the base policy
-    with it.
+    hidden: (tokens, hidden); token_ids, temperature: (tokens,); fp32_logits: as in LossConfig.
+    trainer.py scores the base policy with it.
     """
     head = head.cast(hidden.dtype)
-    rows = _rows(hidden, head, BUFFER_BYTES)
+    rows = buffer_rows(hidden, head, BUFFER_BYTES)
     out = []
     for states, ids, heat in zip(
         hidden.split(rows), token_ids.split(rows), temperature.split(rows), strict=True
     ):
         logits = torch.empty(
-            len(states), len(head.weight), dtype=_wide(hidden), device=hidden.device
+            len(states), len(head.weight), dtype=wide(hidden), device=hidden.device
         )
-        _project(states, head, logits)
+        project(states, head, logits, fp32_logits)
         log_p = torch.log_softmax(head.shape_(logits, heat[:, None]), -1)
-        out.append(log_p.gather(1, ids[:, None]).squeeze(1))
-    return torch.cat(out) if out else hidden.new_zeros(0, dtype=_wide(hidden))
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Arguments of the autograd function that are not differentiable tensors."""
-
-    inputs: LossInputs
-    config: LossConfig
-    kl_weight: float
-    grpo_weight: float
-    head: Head
-    teacher_head: Head | None
-    heated: bool  # some temperature is not 1
-
-
-class _FusedRoutedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, teacher_hidden: Any, call: _Call):
-        wide = _wide(hidden)
-        # Cast once for all chunks if the head is stored in a wider type than it computes in.
-        head = call.head.cast(hidden.dtype)
-        teacher_head = call.teacher_head and call.teacher_head.cast(hidden.dtype)
-        statistics = {
-            name: torch.zeros(len(hidden), dtype=wide, device=hidden.device)
-            for name in LossOutput._fields
-        }
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Not zeroed: the first chunk overwrites it, which saves a pass over the head.
-        grad_weight = torch.empty_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
-        rows = min(_rows(hidden, call.head, BUFFER_BYTES), max(len(hidden), 2))
-        step = min(_rows(hidden, call.head, BLOCK_BYTES), rows)
-        # The block's log-probabilities. Allocated per block, their pages would fault in each time.
-        scratch = torch.empty(2, step, len(weight), dtype=wide, device=hidden.device)
-        buffer = torch.empty(rows, len(weight), dtype=wide, device=hidden.device)
-        written = False
-        for positions, taught, parts in _chunks(call, teacher_hidden is not None, rows):
-            states = hidden[positions]  # (chunk, hidden)
-            logits = buffer[: len(states)]  # (chunk, vocab)
-            _project(states, head, logits)
-            if len(taught):
-                assert teacher_head is not None, "a teacher's states need its head"
-                teacher_logits = buffer[len(states) : len(states) + len(taught)]
-                _project(teacher_hidden[taught], teacher_head, teacher_logits)
-            for route, first, last in parts:
-                for start in range(first, last, step):
-                    block = slice(start, min(start + step, last))
-                    _logits_to_gradient(
-                        logits[block],
-                        teacher_logits[block] if route != Route.GRPO else None,
-                        Route(route),
-                        positions[block],
-                        call,
-                        statistics,
-                        scratch,
-                    )
-            gradient = logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[positions] = gradient @ head.weight
-            if grad_weight is not None:
-                _add_outer(grad_weight, gradient, states, keep=written)
-                written = True
-            if grad_bias is not None:
-                grad_bias += logits.sum(0)
-        if grad_weight is not None and not written:
-            grad_weight.zero_()
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
-        loss = statistics.pop("loss").sum()
-        ctx.mark_non_differentiable(*statistics.values())
-        return loss, *statistics.values()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any):
-        scale = grad_outputs[0]
-        unscaled = scale.device.type == "cpu" and scale.item() == 1  # on CUDA item() synchronises
-        # In place: nobody else holds them, and the weight's gradient is as large as the head.
-        gradients = (
-            None if gradient is None else (gradient if unscaled else gradient.mul_(scale)).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *gradients, None, None
-
-
-def _chunks(call: _Call, with_teacher: bool, rows: int):
-    """(token positions, rows of teacher_hidden, parts) of each chunk of at most `rows` logits.
-
-    Positions are sorted by route, routed ones first, so that a chunk's i-th teacher row belongs to
-    its i-th token. parts: (route, first, last) of each route's tokens; all GRPO without a teacher.
-    """
-    device, host = call.inputs.route.device, call.inputs.host_route
-    kinds = call.inputs.route.cpu() if host is None else torch.from_numpy(host)
-    if not with_teacher or call.kl_weight == 0:
-        kinds = torch.zeros_like(kinds)
-    routed = kinds != 0
-    costs = torch.cumsum(1 + routed.long(), 0)  # rows of logits, the teacher's included
-    teacher_rows = torch.cumsum(routed.long(), 0) - 1
-    total = int(costs[-1]) if len(costs) else 0
-    # Even chunks, because a short last one is inefficient. A routed token has two rows and may
-    # cross a border, hence rows − 1.
-    count = -(-total // (rows - 1))
-    chunk_of = (costs - 1) * count // max(total, 1)
-    for positions in torch.arange(len(kinds)).split(chunk_of.bincount(minlength=count).tolist()):
-        positions = positions[kinds[positions].argsort(descending=True, stable=True)]
-        taught = teacher_rows[positions[routed[positions]]]
-        values, sizes = torch.unique_consecutive(kinds[positions], return_counts=True)
-        lasts = sizes.cumsum(0)
-        parts = zip(values.tolist(), (lasts - sizes).tolist(), lasts.tolist(), strict=True)
-        yield positions.to(device), taught.to(device), list(parts)
-
-
-def _logits_to_gradient(
-    logits: torch.Tensor,
-    teacher_logits: torch.Tensor | None,
-    route: Route,
-    positions: torch.Tensor,
-    call: _Call,
-    statistics: dict[str, torch.Tensor],
-    scratch: torch.Tensor,
-) -> None:
-    """Turn a block's logits (rows, vocab) into d loss / d logits in place, and fill its statistics.
-
-    scratch: (2, rows or more, vocab), overwritten.
-    """
-    inputs, config = call.inputs, call.config
-    ids = inputs.token_ids[positions, None]
-    temperature = inputs.temperature[positions, None] if call.heated else None  # (rows, 1)
-    slope = call.head.slope(logits)
-    logits = call.head.shape_(logits, temperature)
-    p, log_q = scratch[:, : len(logits)]  # (rows, vocab) each
-    torch.softmax(logits, -1, out=p)
-    # log p = z − z_max + log p_max, only where needed: one exponential per entry is enough.
-    most, log_most = logits.amax(-1), p.amax(-1).log()  # (rows,) each
-    logprobs = logits.gather(1, ids).squeeze(1) - most + log_most
-    # The products go into an existing buffer; vecdot would allocate one.
-    entropy = most - log_most - torch.mul(p, logits, out=log_q).sum(-1)
-    weight, advantage = inputs.weight[positions], inputs.advantage[positions]
-    # Routed tokens return to GRPO as the KL fades; REWEIGHT's never leave it.
-    policy_weight = weight * (call.grpo_weight if route in DIVERGENCES else 1.0)
-    kl_slope, kl_loss, kl_weight = None, 0.0, call.kl_weight * weight
-    if teacher_logits is not None:
-        assert call.teacher_head is not None
-        torch.log_softmax(call.teacher_head.shape_(teacher_logits, temperature), -1, out=log_q)
-        if route not in DIVERGENCES:  # REWEIGHT
-            taught = log_q.gather(1, ids).squeeze(1)
-            advantage = reweighted_advantage(
-                advantage, logprobs, taught, call.kl_weight, config.reweight_clip
-            )
-        else:
-            log_p = logits.sub_(most[:, None]).add_(log_most[:, None])
-            q = torch.exp(log_q, out=teacher_logits)
-            if config.entropy_beta:
-                kl_weight = kl_weight * torch.exp(
-                    config.entropy_beta * torch.linalg.vecdot(q, log_q)
-                )
-            value, exact, clipped, kl_slope = divergence(route, p, log_p, q, log_q, config)
-            kl_loss = kl_weight * value
-            statistics["kl"][positions] = exact
-            statistics["kl_clipped"][positions] = clipped.to(exact.dtype)
-    loss, lift, bound, base_kl = policy_loss(
-        logprobs, advantage, policy_weight, inputs, positions, config
-    )
-    statistics["loss"][positions] = loss + kl_loss
-    statistics["logprobs"][positions] = logprobs
-    statistics["entropy"][positions] = entropy
-    statistics["ratio_clipped"][positions] = bound.to(logprobs.dtype)
-    statistics["reference_kl"][positions] = base_kl
-    # d log p(y) / d logits = onehot(y) − p; the KL's is λ (s − p Σ s), see losses.DIVERGENCES.
-    lift, kl_lift = lift[:, None], kl_weight[:, None]  # (rows, 1), slopes in logits / temperature
-    if temperature is not None:
-        lift, kl_lift = lift / temperature, kl_lift / temperature
-    pull = lift if kl_slope is None else lift + kl_lift * kl_slope.sum(-1, keepdim=True)
-    gradient = torch.mul(p, -pull, out=logits).scatter_add_(1, ids, lift)
-    if kl_slope is not None:
-        gradient.addcmul_(kl_slope, kl_lift)
-    if slope is not None:
-        gradient *= slope
-
-
-def _project(states: torch.Tensor, head: Head, out: torch.Tensor) -> None:
-    """Raw logits (rows, vocab) of states (rows, hidden) into `out`."""
-    if out.dtype == states.dtype:
-        step = _CPU_SLICE if out.device.type == "cpu" else len(head.weight)
-        for start in range(0, len(head.weight), step):
-            part = slice(start, start + step)
-            torch.mm(states, head.weight[part].T, out=out[:, part])
-    else:
-        out.copy_(states @ head.weight.T)
-    if head.bias is not None:
-        out += head.bias
-
-
-def _add_outer(
-    total: torch.Tensor, gradient: torch.Tensor, states: torch.Tensor, keep: bool
-) -> None:
-    """total (vocab, hidden) = gradientᵀ states, summed in the total's type; + total if `keep`."""
-    if total.dtype == states.dtype:
-        torch.addmm(total, gradient.T, states, beta=float(keep), out=total)
-        return
-    for start in range(0, len(total), _VOCAB_SLICE):
-        part = slice(start, start + _VOCAB_SLICE)
-        product = gradient[:, part].T @ states
-        total[part] = total[part] + product if keep else product
-
-
-def _rows(hidden: torch.Tensor, head: Head, budget: dict[str, int]) -> int:
-    """Rows of logits within a device's budget of bytes."""
-    row_bytes = len(head.weight) * torch.finfo(_wide(hidden)).bits // 8
-    return max(2, budget.get(hidden.device.type, budget["cuda"]) // row_bytes)
-
-
-def _wide(tensor: torch.Tensor) -> torch.dtype:
-    """float32 at least: bfloat16 would round probabilities to three digits."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+        out.append(floored(log_p.gather(1, ids[:, None]).squeeze(1)))
+    return torch.cat(out) if out else hidden.new_zeros(0, dtype=wide(hidden))

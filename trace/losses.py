@@ -21,6 +21,11 @@ import torch
 from ..schemas.configs import LossConfig
 from ..schemas.labels import KlClip, Route
 
+# log 0 where a formula needs a number: a masked entry's log-probability, in nats. A divergence that
+# is infinite, because one of the two masks what the other allows, is finite with it, and so is
+# exp(−FLOOR) in float32. It is a constant: no gradient flows through it.
+FLOOR = -80.0
+
 
 @dataclass(frozen=True)
 class Head:
@@ -129,12 +134,12 @@ def policy_loss(
     advantage: torch.Tensor,
     grpo_weight: torch.Tensor,
     inputs: LossInputs,
-    rows: torch.Tensor,
+    rows: torch.Tensor | slice,
     config: LossConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The part of the loss that depends on the sampled tokens' log-probabilities alone.
 
-    logprobs, advantage, grpo_weight: (rows,); rows: (rows,) int64, their places in `inputs`.
+    logprobs, advantage, grpo_weight: (rows,); rows: their places in `inputs`, (rows,) int64.
     Returns loss, its slope in `logprobs`, whether GRPO's bound binds, and the KL to the base policy
     in nats (0 without one), all (rows,) without gradient.
     """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from ...schemas.configs import VllmSampler
-from ...trace.fused import BLOCK_BYTES, BUFFER_BYTES
+from ...trace.fused_torch import BLOCK_BYTES, BUFFER_BYTES
 from ...trace.optim import MOMENT_BYTES
 from .plan_setting import Setting
 
@@ -175,7 +175,7 @@ def _training(where: Setting) -> dict[str, dict[str, int]]:
 
 
 def _chunk_bytes(where: Setting) -> int:
-    """Of the loss's chunk of logits (trace/fused.py), and of what it computes on."""
+    """Of the loss's chunk of logits (trace/fused_torch.py), and of what it computes on."""
     vocab = where.shape.vocab
     rows = min(where.row_tokens, max(2, BUFFER_BYTES[where.device] // (4 * vocab)))
     block = min(rows, max(2, BLOCK_BYTES[where.device] // (4 * vocab)))

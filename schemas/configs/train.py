@@ -80,6 +80,15 @@ class LossConfig(Config):
         lt=1,
         description="ε of the action reweight: its factor on the advantage is clipped to 1 ± ε.",
     )
+    fp32_logits: bool = added(
+        False,
+        "Logits in float32 where the policy computes in bfloat16, in the trainer and in vLLM's "
+        "head.",
+    )
+    backend: Literal["auto", "torch", "triton"] = operational(
+        "auto",
+        "Implementation of the loss; auto: triton on CUDA where it is installed, else torch.",
+    )
 
 
 class OptimConfig(Config):

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from trace_opd.schemas.configs import LossConfig
 from trace_opd.schemas.labels import KlClip, Route
-from trace_opd.trace import fused
+from trace_opd.trace import fused_torch
 from trace_opd.trace.fused import routed_loss, token_logprobs
 from trace_opd.trace.losses import Head, LossInputs, LossOutput
 
@@ -192,7 +192,7 @@ def buffers(rows: int, block: int, vocab: int) -> Iterator[None]:
     """Buffers of `rows` rows of logits, processed in blocks of `block`."""
     with pytest.MonkeyPatch.context() as patch:
         for name, count in (("BUFFER_BYTES", rows), ("BLOCK_BYTES", block)):
-            patch.setattr(fused, name, dict.fromkeys(("cpu", "cuda"), 8 * count * vocab))
+            patch.setitem(getattr(fused_torch, name), "cpu", 8 * count * vocab)
         yield
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trace_opd.schemas.configs import LossConfig
-from trace_opd.trace import fused
+from trace_opd.trace import fused_torch
 from trace_opd.trace.fused import routed_loss
 from trace_opd.trace.losses import Head, LossInputs, LossOutput
 
@@ -60,7 +60,7 @@ def buffers(rows: int, block: int, vocab: int) -> Iterator[None]:
     """Buffers of `rows` rows of float32 logits, processed in blocks of `block`."""
     with pytest.MonkeyPatch.context() as patch:
         for name, count in (("BUFFER_BYTES", rows), ("BLOCK_BYTES", block)):
-            patch.setattr(fused, name, dict.fromkeys(("cpu", "cuda"), 4 * count * vocab))
+            patch.setitem(getattr(fused_torch, name), "cpu", 4 * count * vocab)
         yield
 
 
