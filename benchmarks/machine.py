@@ -40,14 +40,13 @@ def processor(device: str) -> str:
     return f"{processor_name()}, {os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} threads"
 
 
-def peak_of(device: str) -> float | None:
-    """Published FLOP/s of the device in bfloat16 products; None: unknown, or the CPU."""
-    found = card() if device == "cuda" else None
-    if found is None:
-        return None
-    from trace_opd.trace.device_peak import published_peak  # imports torch
+def peak_of(card_name: str) -> float | None:
+    """Published FLOP/s of a card in bfloat16 products; None: unknown."""
+    if not card_name.startswith(("NVIDIA", "AMD Instinct")):
+        return None  # without importing torch
+    from trace_opd.trace.device_peak import published_peak
 
-    return published_peak(found[0])
+    return published_peak(card_name)
 
 
 def versions() -> dict[str, str]:

@@ -1,17 +1,13 @@
 """Shapes of models, by name or config.json, and model folders of a shape with random weights.
 
-    python benchmarks/shapes.py SHAPE FOLDER    # write a model folder
-
 Nothing is downloaded: Qwen3's shapes ship with the plan. A folder has micro's tokenizer, with a
 made-up token for each further id of the shape's vocabulary.
 """
 
 import json
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,30 +97,36 @@ def lengths_of(text: str) -> tuple[int, int]:
     return int(count), int(tokens)
 
 
-@contextmanager
-def random_model(shape: Shape) -> Iterator[str]:
-    """A temporary model folder."""
-    with tempfile.TemporaryDirectory(prefix="trace-opd-") as folder:
-        yield write_model(shape, folder)
+def random_model(shape: Shape, folder: str) -> str:
+    """A model folder with config, tokenizer and random weights, in `folder`.
+
+    The same weights each time on a device. Written once: a folder that is there is taken.
+    """
+    text = json.dumps(shape.config)
+    target = Path(folder) / f"{Path(shape.name).stem}-{zlib.crc32(text.encode()):08x}"
+    if not target.exists():
+        draft = Path(tempfile.mkdtemp(dir=folder))
+        (draft / "config.json").write_text(text)
+        _write_tokenizer(shape.vocab, draft)
+        _write_weights(draft)
+        draft.rename(target)
+    return str(target)
 
 
-def write_model(shape: Shape, folder: str) -> str:
-    """Write config, tokenizer and random weights into a folder; the same each time on a device."""
+def _write_weights(folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    target = Path(folder)
-    (target / "config.json").write_text(json.dumps(shape.config))
-    _write_tokenizer(shape.vocab, target)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
         )
     model.save_pretrained(folder)
-    return folder
+    del model
+    torch.cuda.empty_cache()  # other processes need the memory
 
 
 def _write_tokenizer(vocab: int, target: Path) -> None:
@@ -138,7 +140,3 @@ def _write_tokenizer(vocab: int, target: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads((path / "config.json" if path.is_dir() else path).read_text())
-
-
-if __name__ == "__main__":
-    write_model(shape_of(sys.argv[1]), sys.argv[2])

@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--error", choices=["rkl", "fkl", "none"], default="rkl")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--micro-batch-tokens", type=int)
+    parser.add_argument("--models", help="folder of random models; each is written once")
     parser.add_argument("--log", type=Path, help="add the rows to this file instead")
     options = parser.parse_args()
     names = list(options.implementations)
@@ -77,7 +78,7 @@ def main() -> None:
     out, rows = console(), []
     with TemporaryDirectory(prefix="trace-opd-") as folder:
         with out.status("making the batch"):
-            batches = prepare(options, sizes, folder)
+            batches = prepare(options, sizes, options.models or folder)
         for batch in batches:
             out.print(batch.description, highlight=False)
         for name, samples in measure(names, batches, device, tokens, options.repetitions):
@@ -88,7 +89,9 @@ def main() -> None:
             if options.log:
                 append(options.log, [stamp(device) | {"part": "step"} | row for row in found])
             rows += found
-    out.print(table_of(rows, f"{processor(device)}; {options.shape}", peak_of(device)))
+    out.print(
+        table_of(rows, f"{processor(device)}; {options.shape}", peak_of(stamp(device)["card"]))
+    )
     for line in teachers_share(rows):
         out.print(line, highlight=False)
     if not options.log:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from shapes import random_model, shape_of
 
 from trace_opd.pipelines.annotators.rows import Identity, Item, Reading, annotation_row, items
 from trace_opd.pipelines.bundled.demonstrations import STUDENT_TEMPLATE, TEACHER_TEMPLATE
@@ -128,33 +129,38 @@ class Case:
         return routed.set_column(index, routed.schema.field(index), ones)
 
 
-def sampled_case(
-    model: str,
+def unsampled_case(
+    shape: str,
     device: str,
     groups: int,
     group_size: int,
     max_new_tokens: int,
     routing: RoutingConfig,
+    folder: str,
 ) -> Case:
-    """Problems, and rollouts that a bundled model samples."""
-    from trace_opd.data.store import Store
-    from trace_opd.pipelines.models import resolve_policy
-    from trace_opd.pipelines.pipeline import run_stage
+    """Problems to sample from, by a bundled model or by one with random weights.
 
-    source, prompt = MODELS[model]
-    with TemporaryDirectory() as folder:
+    folder: where the random model is, or will be written.
+    """
+    if shape in MODELS:
+        from trace_opd.data.store import Store
+        from trace_opd.pipelines.models import resolve_policy
+        from trace_opd.pipelines.pipeline import run_stage
+
+        source, prompt = MODELS[shape]
         asked = ProblemsConfig.model_validate({"source": source, "limit": groups})
-        problems = run_stage("problems", asked, Store(folder)).read()
-    case = Case(
-        path=resolve_policy(model),
-        lengths="sampled",
-        device=device,
-        prompt=prompt,
-        sampling=SamplingConfig(max_new_tokens=max_new_tokens),
-        routing=routing,
-        group_size=group_size,
-        problems=problems,
-    )
+        with TemporaryDirectory() as store:
+            problems = run_stage("problems", asked, Store(store)).read()
+        path = resolve_policy(shape)
+    else:
+        path = random_model(shape_of(shape), folder)
+        problems, (_, prompt) = _sums(groups), MODELS["micro"]
+    sampling = SamplingConfig(max_new_tokens=max_new_tokens)
+    return Case(path, "sampled", device, prompt, sampling, routing, group_size, problems)
+
+
+def sampled_case(case: Case) -> Case:
+    """The case with rollouts by its own model."""
     return replace(case, rollouts=case.sample(load_policy(case.path), seed=0))
 
 
@@ -223,7 +229,18 @@ def random_case(
     responses, length = lengths
     tokenizer = load_tokenizer(path)
     _, prompt = MODELS["micro"]
-    problems = PROBLEMS.table(
+    problems = _sums(responses // group_size)
+    sampling = SamplingConfig(max_new_tokens=length)
+    case = Case(
+        path, f"{responses}x{length}", device, prompt, sampling, routing, group_size, problems
+    )
+    sampler = _RandomSampler(policy_info(path, tokenizer), byte_table(tokenizer), length)
+    rollouts = rollouts_table(problems, sampler, tokenizer, prompt, sampling, group_size, 0)
+    return replace(case, rollouts=rollouts)
+
+
+def _sums(count: int) -> pa.Table:
+    return PROBLEMS.table(
         {
             "problem_id": str(index),
             "problem": f"{index} + {index} =",
@@ -232,15 +249,8 @@ def random_case(
             "source": "benchmark",
             "split": "train",
         }
-        for index in range(responses // group_size)
+        for index in range(count)
     )
-    sampling = SamplingConfig(max_new_tokens=length)
-    case = Case(
-        path, f"{responses}x{length}", device, prompt, sampling, routing, group_size, problems
-    )
-    sampler = _RandomSampler(policy_info(path, tokenizer), byte_table(tokenizer), length)
-    rollouts = rollouts_table(problems, sampler, tokenizer, prompt, sampling, group_size, 0)
-    return replace(case, rollouts=rollouts)
 
 
 def padded_rows(case: Case, micro_batch_tokens: int) -> int:

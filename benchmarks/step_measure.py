@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from shapes import shape_of, write_model
+from shapes import random_model, shape_of
 from step_turns import Measured, Mode, Turns
 from turns import Ended, Workers
 
@@ -37,27 +37,28 @@ class Samples:
 
 
 def prepare(options: Any, sizes: list[tuple[int, int]], folder: str) -> list[Batch]:
-    """The batches of step.py's options. folder: empty; a random model is written there."""
+    """The batches of step.py's options. folder: of random models."""
     with Workers(options.device, PRELOADED) as workers:
         return workers.call(_batches, options, sizes, folder)
 
 
 def _batches(options: Any, sizes: list[tuple[int, int]], folder: str) -> list[Batch]:
-    from step_case import description, random_case, sampled_case
+    from step_case import description, random_case, sampled_case, unsampled_case
 
     from trace_opd.schemas.configs import RoutingConfig
     from trace_opd.schemas.labels import Route
 
     routing = RoutingConfig(alpha=0.25, key=Route.FKL, error=options.error)
     if sizes:
-        write_model(shape_of(options.shape), folder)
+        model = random_model(shape_of(options.shape), folder)
         cases = [
-            random_case(folder, options.device, size, _group(size[0], options.group_size), routing)
+            random_case(model, options.device, size, _group(size[0], options.group_size), routing)
             for size in sizes
         ]
     else:
         how = options.groups, options.group_size, options.max_new_tokens
-        cases = [sampled_case(options.shape, options.device, *how, routing)]
+        case = unsampled_case(options.shape, options.device, *how, routing, folder)
+        cases = [sampled_case(case)]
     return [Batch(c.lengths, c.group_size, description(c), pickle.dumps(c)) for c in cases]
 
 

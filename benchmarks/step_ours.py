@@ -43,6 +43,7 @@ from trace_opd.trace.trainer import Trainer
 
 HEAD_ROWS = 512  # rows of logits at once in the teacher's forward passes
 MIB = 1 << 20
+WITHOUT_CUDNN = "attention=flash"
 
 
 def ours(
@@ -52,11 +53,14 @@ def ours(
     with_teacher: bool,
     overrides: list[str],
 ) -> None:
-    """Take turns until the process is terminated. overrides: of TrainConfig.
+    """Take turns until the process is terminated. overrides: of TrainConfig, and WITHOUT_CUDNN.
 
     Raises:
         InputError: TrainConfig has no such field.
     """
+    if WITHOUT_CUDNN in overrides:
+        overrides.remove(WITHOUT_CUDNN)
+        leave_out_cudnn()
     config = configured(cases[0], micro_batch_tokens, with_teacher, overrides)
     settings = [plan_setting(config, case) for case in cases]
     longest = max(settings, key=lambda where: where.row_tokens)
@@ -91,6 +95,15 @@ def ours(
         else:
             norm = trainer.train_step(sequences)["grad_norm"]
             turns.end(tokens, norm, flops and flops.step(sequences), predicted[index])
+
+
+def leave_out_cudnn() -> None:
+    """Packed attention takes FlashAttention where it would take cuDNN's."""
+    from torch.nn.attention import SDPBackend
+
+    from trace_opd.trace import attention
+
+    attention._KERNELS.remove(SDPBackend.CUDNN_ATTENTION)
 
 
 def configured(

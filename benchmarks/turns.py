@@ -8,6 +8,7 @@ import multiprocessing
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -61,10 +62,9 @@ class Workers:
 
     def ask(self, name: str, message: Any) -> Any:
         """Its answer to a message. Raises Ended like `receive`."""
-        try:
+        # If it has ended, its reason may still be in the pipe.
+        with suppress(BrokenPipeError, ConnectionResetError):
             self._running[name][1].send(message)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # its reason may still be in the pipe
         return self.receive(name)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
