@@ -23,16 +23,16 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu_gates import gates, table_of
+from gpu_gates import FINISHED, UNFINISHED, gates, table_of
 from gpu_parts import ROOT, Command, Part, parts
 from machine import card, cuda_here, stamp
 from results import RESULTS, append, console, read_log
 from shapes import shape_of
 
-FINISHED = "finished"  # the part of a row that marks a command as done
 NAMES = ("loss", "step", "layers", "rollout")
 
 
@@ -62,10 +62,8 @@ def run(command: Command, seconds: float, log: Path, models: str) -> str:
     else:
         return FINISHED if code == 0 else f"ended with exit code {code}"
     finally:  # also what it left running
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 
@@ -86,10 +84,9 @@ def measure(chosen: list[Part], minutes: float, log: Path, device: str) -> list[
                 else:
                     out.rule(f"{part.name}: {command.name}", align="left")
                     ended = run(command, min(command.seconds, left), log, models)
-                if ended == FINISHED:
-                    row = {"part": FINISHED, "of": part.name, "command": command.name}
-                    append(log, [stamp(device) | row])
-                else:
+                row = {"part": ended if ended == FINISHED else UNFINISHED, "command": command.name}
+                append(log, [stamp(device) | row | {"of": part.name, "ended": ended}])
+                if ended != FINISHED:
                     unfinished.append(f"{part.name}: {command.name}: {ended}")
     return unfinished
 

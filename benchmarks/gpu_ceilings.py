@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,8 +38,7 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
 def measure(device: str) -> Row:
     source = torch.ones(COPIED[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copied = 2 * COPIED[device] / seconds_of(lambda: target.copy_(source), device)
-    del source, target
+    copied = 2 * COPIED[device] / seconds_of(partial(target.copy_, source), device)
     side, dtype = SIDE[device], torch.bfloat16 if device == "cuda" else torch.float32
     one, other = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(one)

@@ -9,6 +9,7 @@ from results import Row
 from rich.table import Table
 from step_table import grpo_of, mfu
 
+FINISHED, UNFINISHED = "finished", "unfinished"  # parts of rows about commands
 LARGE, SMALL, CUT = "qwen3-8b", "qwen3-1.7b", "qwen3-8b-12-layers"
 # Largest multiple of the loss's floor on the large shape, by a word of the card's name.
 FLOORS = {"H200": 1.15, "H100": 1.2}
@@ -35,7 +36,7 @@ class Gate:
 
 def gates(rows: list[Row]) -> list[Gate]:
     """Every target, in the order of the parts. rows: of a log; of equal ones the last counts."""
-    return [*_loss(rows), *_profile(rows), *_step(rows), *_rollout(rows)]
+    return [*_kernels(rows), *_loss(rows), *_profile(rows), *_step(rows), *_rollout(rows)]
 
 
 def _latest(rows: list[Row], part: str, **fields: object) -> Row | None:
@@ -102,6 +103,14 @@ def _ahead(rows: list[Row], shape: str, field: str, word: str) -> Gate:
     measured = worst and f"{worst[0]:.2f} × {worst[1]}"
     name = f"loss, {shape}: {word} than every peer"
     return Gate(name, "< 1.00", measured, worst and worst[0] < 1)
+
+
+def _kernels(rows: list[Row]) -> Iterator[Gate]:
+    ends = {FINISHED: "they agree", UNFINISHED: "see its output"}
+    asked = [r for r in rows if r["part"] in ends and r["command"].startswith("cases.py")]
+    ended = asked[-1]["part"] if asked else ""
+    passed = ended == FINISHED if ended else None
+    yield Gate("loss: kernels against float64", "agree", ends.get(ended), passed)
 
 
 def _profile(rows: list[Row]) -> Iterator[Gate]:

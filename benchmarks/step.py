@@ -89,9 +89,8 @@ def main() -> None:
             if options.log:
                 append(options.log, [stamp(device) | {"part": "step"} | row for row in found])
             rows += found
-    out.print(
-        table_of(rows, f"{processor(device)}; {options.shape}", peak_of(stamp(device)["card"]))
-    )
+    peak = peak_of(stamp(device)["card"])
+    out.print(table_of(rows, f"{processor(device)}; {options.shape}", peak))
     for line in teachers_share(rows):
         out.print(line, highlight=False)
     if not options.log:
