@@ -1,4 +1,4 @@
-"""Six implementations of one loss on one case, measured by loss.py.
+"""Implementations of one loss on one case, measured by loss.py.
 
 Every implementation takes a `Case`, leaves the gradients of its student's hidden states and head on
 it and returns the loss. All but two compute the same
@@ -18,108 +18,30 @@ it and returns the loss. All but two compute the same
 - liger: Liger 0.8.5's `LigerFusedLinearGRPOLoss` and `LigerFusedLinearJSDLoss` (β = 0) on the
   routed tokens. The weights are the GRPO's mask and the JSD's soft weight, so no scaling follows.
   Not compiled on CPU: compilation takes longer than the measurement and changes little.
-- ours: `trace_opd.trace.fused.routed_loss`.
+- ours: `trace_opd.trace.fused.routed_loss`. `ours:backend=torch` is ours with an override of
+  LossConfig.
+
+verl and prime-rl have no row. verl 0.9.1 asks for transformers below 5.11 and its divergence reads
+the teacher's most likely tokens alone; prime-rl is on no package index.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
-from math import log, sqrt
 
 import torch
+from loss_case import CLIP_HIGH, CLIP_LOW, GRPO_WEIGHT, KL_WEIGHT, Case
 from torch.nn import functional
 
 from trace_opd.schemas.configs import LossConfig
-from trace_opd.schemas.labels import KlClip, Route
+from trace_opd.schemas.labels import KlClip
+from trace_opd.schemas.settings import override
 from trace_opd.trace.fused import routed_loss
 from trace_opd.trace.losses import Head, LossInputs
 
-CLIP_LOW, CLIP_HIGH = 0.2, 0.28
-KL_WEIGHT, GRPO_WEIGHT = 0.25, 0.5  # λ_k halfway down from w0 = 0.5
-RESPONSE_TOKENS = 512
-CHECKED_TOKENS = 64
-# One token in ROUTED_EVERY is routed, in runs of SPAN_TOKENS.
-ROUTED_EVERY, SPAN_TOKENS = 4, 16
-LOGIT_DEVIATION = 1.2
 # Rows per product of the floor: one product as long as that is fastest.
 FLOOR_ROWS = 2048
-
-
-@dataclass(frozen=True)
-class Case:
-    """T tokens in B responses of equal length, R of them routed.
-
-    Float tensors have the case's dtype, except old_logprobs, advantage and weight (float32).
-    """
-
-    hidden: torch.Tensor  # (T, H), with gradient
-    head: torch.Tensor  # (V, H), with gradient
-    teacher_hidden: torch.Tensor  # (T, H)
-    teacher_head: torch.Tensor  # (V, H)
-    token_ids: torch.Tensor  # (T,) int64
-    old_logprobs: torch.Tensor  # (T,)
-    advantage: torch.Tensor  # (B,)
-    routed: torch.Tensor  # (T,) bool
-    routed_rows: torch.Tensor  # (R,) int64
-    routed_teacher: torch.Tensor  # (R, H)
-    weight: torch.Tensor  # (T,), GRPO's: w c_t
-
-    @property
-    def token_advantage(self) -> torch.Tensor:
-        """(T,) float32."""
-        return self.advantage.repeat_interleave(len(self.hidden) // len(self.advantage))
-
-
-def make_case(
-    tokens: int,
-    hidden: int,
-    vocab: int,
-    dtype: torch.dtype,
-    device: str,
-    response_tokens: int = RESPONSE_TOKENS,
-    all_routed: bool = False,
-) -> Case:
-    """The same arguments give the same numbers."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
-
-    states, head, teacher_head = (
-        normal(tokens, hidden),
-        normal(vocab, hidden),
-        normal(vocab, hidden),
-    )
-    head *= LOGIT_DEVIATION / sqrt(hidden)
-    # The teacher is the student a few steps ago.
-    teacher_head.mul_(0.3 * LOGIT_DEVIATION / sqrt(hidden)).add_(head)
-    teacher_states = states + 0.3 * normal(tokens, hidden)
-    token_ids = torch.randint(vocab, (tokens,), generator=generator, device=device)
-    # log Σ exp of Gaussian logits is close to log V + σ²/2, so ratios lie around 1, on both sides
-    # of the clip, without a product over the vocabulary.
-    chosen = torch.linalg.vecdot(states.float(), head[token_ids].float())
-    old_logprobs = chosen - log(vocab) - LOGIT_DEVIATION**2 / 2 + 0.2 * normal(tokens).float()
-    responses = tokens // response_tokens
-    signs = 1.0 - 2.0 * (torch.arange(responses, device=device) % 2)
-    position = torch.arange(tokens, device=device)
-    routed = position % (ROUTED_EVERY * SPAN_TOKENS) < SPAN_TOKENS
-    if all_routed:
-        routed = torch.ones_like(routed)
-    (rows,) = torch.nonzero(routed, as_tuple=True)
-    return Case(
-        hidden=states.requires_grad_(),
-        head=head.requires_grad_(),
-        teacher_hidden=teacher_states,
-        teacher_head=teacher_head,
-        token_ids=token_ids,
-        old_logprobs=old_logprobs,
-        advantage=signs * (1 + torch.rand(responses, generator=generator, device=device)),
-        routed=routed,
-        routed_rows=rows,
-        routed_teacher=teacher_states[rows],
-        weight=torch.where(routed, GRPO_WEIGHT, 1.0) / tokens,
-    )
+CONFIG = LossConfig(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, kl_clip=KlClip.NONE)
 
 
 @cache
@@ -218,16 +140,17 @@ def liger(case: Case) -> torch.Tensor:
     return loss
 
 
-def ours(case: Case) -> torch.Tensor:
+def ours(case: Case, config: LossConfig) -> torch.Tensor:
     inputs = LossInputs(
         token_ids=case.token_ids,
         old_logprobs=case.old_logprobs,
         advantage=case.token_advantage,
         weight=torch.full_like(case.weight, 1 / len(case.hidden)),
         temperature=torch.ones_like(case.weight),
-        route=torch.where(case.routed, int(Route.FKL), int(Route.GRPO)).to(torch.uint8),
+        route=case.route,
+        host_route=case.host_route,
+        heated=False,
     )
-    config = LossConfig(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, kl_clip=KlClip.NONE)
     loss = routed_loss(
         case.hidden, Head(case.head), inputs, config, KL_WEIGHT, GRPO_WEIGHT,
         case.routed_teacher, Head(case.teacher_head),
@@ -238,7 +161,7 @@ def ours(case: Case) -> torch.Tensor:
 
 IMPLEMENTATIONS: dict[str, Callable[[Case], torch.Tensor]] = {
     "floor": floor,
-    "ours": ours,
+    "ours": partial(ours, config=CONFIG),
     "naive": naive,
     "trl_span": trl_span,
     "trl_all": trl_all,
@@ -247,34 +170,16 @@ IMPLEMENTATIONS: dict[str, Callable[[Case], torch.Tensor]] = {
 PACKAGES = {"trl_span": "trl", "trl_all": "trl", "liger": "liger_kernel"}
 
 
-def installed() -> list[str]:
-    return [name for name in IMPLEMENTATIONS if name not in PACKAGES or find_spec(PACKAGES[name])]
+def implementation(name: str) -> Callable[[Case], torch.Tensor]:
+    """One of IMPLEMENTATIONS, or ours with overrides: `ours:backend=torch,fp32_logits=true`.
 
-
-def run(name: str, case: Case) -> float:
-    """One forward and backward pass; returns the loss, leaves gradients on the case."""
-    return IMPLEMENTATIONS[name](case).item()
-
-
-def disagreement(name: str, hidden: int, vocab: int, dtype: torch.dtype, device: str) -> float:
-    """Largest difference from `naive` in float32, in the loss and both gradients, on two short
-    responses, as a share of the largest entry; 0 for the floor, which has no loss.
+    Raises:
+        ImportError: its package is not installed.
+        InputError: LossConfig has no such field.
     """
-    case = make_case(
-        CHECKED_TOKENS, hidden, vocab, dtype, device, CHECKED_TOKENS // 2, name == "trl_all"
-    )
-    found = (torch.tensor(run(name, case)), case.hidden.grad, case.head.grad)
-    if name == "floor":
-        return 0.0
-    exact = Case(
-        **{
-            field: tensor.detach().float() if tensor.is_floating_point() else tensor
-            for field, tensor in vars(case).items()
-        }
-    )
-    exact.hidden.requires_grad_()
-    exact.head.requires_grad_()
-    expected = (torch.tensor(run("naive", exact)), exact.hidden.grad, exact.head.grad)
-    return max(
-        float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
-    )
+    base, _, overrides = name.partition(":")
+    if base == "ours" and overrides:
+        return partial(ours, config=override(CONFIG, overrides.split(",")))
+    if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+        raise ImportError(f"{PACKAGES[name]} is not installed: pip install -e '.[peers]'")
+    return IMPLEMENTATIONS[name]

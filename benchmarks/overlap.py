@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from loss import processor
+from machine import processor
 from rich.console import Console
 from rich.table import Table
 

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from step_case import make_case
+from step_case import sampled_case, unsampled_case
 
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import RoutingConfig, TrainConfig
@@ -88,8 +88,9 @@ def main() -> None:
 
 def _routed(model: str, groups: int, new_tokens: int) -> pa.Table:
     routing = RoutingConfig(key="fkl", error="rkl")
-    case = make_case(model, "cpu", groups, 4, new_tokens, routing)
-    table = byte_table(load_tokenizer(case.path))
+    with tempfile.TemporaryDirectory() as folder:
+        case = sampled_case(unsampled_case(model, "cpu", groups, 4, new_tokens, routing, folder))
+        table = byte_table(load_tokenizer(case.path))
     return case.routed(case.rollouts, table, with_teacher=True)
 
 

@@ -30,10 +30,13 @@ import statistics
 import time
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from loss import processor, write_rows
+from machine import processor, stamp
+from results import append, write_rows
 from rich.console import Console
 from rich.table import Table
 from rollout_works import (
@@ -45,7 +48,8 @@ from rollout_works import (
     transformers_ours,
     vllm_engine,
 )
-from step_case import MODELS, Case, make_case
+from shapes import NAMES
+from step_case import Case, sampled_case, unsampled_case
 
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
 from trace_opd.schemas.configs import OpenAISampler, RoutingConfig
@@ -124,7 +128,7 @@ def measure(
 
 
 def rows_of(
-    samples: dict[str, list[tuple[int, float]]], case: Case, model: str
+    samples: dict[str, list[tuple[int, float]]], case: Case, shape: str
 ) -> list[dict[str, Any]]:
     """rollout.json: one row per implementation.
 
@@ -147,7 +151,7 @@ def rows_of(
             "tokens_per_second": round(1 / per_token(work), 2),
             "overhead_vs_bare": None,
             "share_of_step": None,
-            "model": model,
+            "shape": shape,
             "device": case.device,
         }
         if "vllm_bare" in samples and work.startswith("vllm"):
@@ -178,12 +182,14 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Generated tokens per second.")
-    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--shape", default="smollm2", help=f"a config.json, or {', '.join(NAMES)}")
     parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="subset")
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--models", help="folder of random models; each is written once")
+    parser.add_argument("--log", type=Path, help="add the rows to this file instead")
     options = parser.parse_args()
     names = options.implementations.split(",")
     if unknown := set(names) - set(IMPLEMENTATIONS):
@@ -194,16 +200,24 @@ def main() -> None:
         console.print("Left out: vllm; it is not installed.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = (options.groups, options.group_size, options.max_new_tokens)
-    with console.status("sampling the batch"):
-        case = make_case(options.model, device, *sizes, RoutingConfig())
     rows: list[dict[str, Any]] = []
     samples: dict[str, list[tuple[int, float]]] = {}
-    for together in TOGETHER:
-        chosen = [name for name in together if name in names]
-        samples |= measure(chosen, case, options.repetitions, console)
-        rows = rows_of(samples, case, options.model)
-        write_rows("rollout.json", rows)  # saved now, because the next step may fail
-    console.print(table_of(rows, f"{processor(device)}; {options.model}"))
+    with TemporaryDirectory(prefix="trace-opd-") as folder:
+        with console.status("making the batch"):
+            case = unsampled_case(
+                options.shape, device, *sizes, RoutingConfig(), options.models or folder
+            )
+            if "training" in names:
+                case = sampled_case(case)
+        for together in TOGETHER:
+            chosen = [name for name in together if name in names]
+            samples |= measure(chosen, case, options.repetitions, console)
+            rows = rows_of(samples, case, options.shape)
+            if not options.log:
+                write_rows("rollout.json", rows)  # saved now, because the next step may fail
+    if options.log:
+        append(options.log, [stamp(device) | {"part": "rollout"} | row for row in rows])
+    console.print(table_of(rows, f"{processor(device)}; {options.shape}"))
 
 
 if __name__ == "__main__":

@@ -31,12 +31,22 @@ from trace_opd.trace.protocols import Prompt, Sampler
 from trace_opd.trace.sequences import training_sequences
 from trace_opd.trace.trainer import Trainer
 
-ENGINE = VllmSampler(engine="vllm", max_model_len=1024, kv_cache_gib=1.0)
 SERVER_START_S = 600
 PAGE_TOKENS = 64  # of transformers' cache
 
+PROMPT_TOKENS = 512  # at most, behind which a context has room for the response
+
 # Does its work once; returns the tokens generated (for `training`: trained on).
 Work = Callable[[int], int]
+
+
+def engine_config(case: Case) -> VllmSampler:
+    """Of an engine for a case; on CUDA its cache is what the card has room for."""
+    return VllmSampler(
+        engine="vllm",
+        max_model_len=PROMPT_TOKENS + case.sampling.max_new_tokens,
+        kv_cache_gib=1.0 if case.device == "cpu" else None,
+    )
 
 
 class Asked:
@@ -107,7 +117,7 @@ def vllm_engine(case: Case, name: str) -> Iterator[dict[str, Work]]:
     from trace_opd.pipelines.samplers.vllm import VllmPolicySampler
 
     asked, in_process = Asked(case), name == "vllm_in_process"
-    sampler = VllmPolicySampler(ENGINE, case.path, in_process=in_process)
+    sampler = VllmPolicySampler(engine_config(case), case.path, in_process=in_process)
     works = {
         "vllm": {"vllm_bare": bare(sampler, asked), "vllm": asked.by(sampler)},
         "vllm_in_process": {"vllm_in_process": asked.by(sampler)},
@@ -162,7 +172,7 @@ def serving(case: Case) -> Iterator[str]:
         "--host": "127.0.0.1",
         "--port": port,
         "--dtype": "bfloat16" if case.device == "cuda" else "float32",
-        "--max-model-len": ENGINE.max_model_len,
+        "--max-model-len": engine_config(case).max_model_len,
     }
     if case.device == "cpu":
         arguments["--kv-cache-memory-bytes"] = 2**30
@@ -191,7 +201,7 @@ def serving(case: Case) -> Iterator[str]:
 
 def training(case: Case) -> dict[str, Work]:
     """One optimiser step on the case's rollouts."""
-    policy = case.policy()
+    policy = load_policy(case.path, trainable=True)
     config = TrainConfig(
         prompt=case.prompt,
         offline=OfflineConfig(steps=1),

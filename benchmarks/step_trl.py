@@ -20,10 +20,10 @@ from step_case import (
     LEARNING_RATE,
     MAX_GRAD_NORM,
     Case,
-    Mode,
-    Turns,
+    padded_rows,
     reward,
 )
+from step_turns import Mode, Turns
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trace_opd.trace.align import byte_table
@@ -44,7 +44,7 @@ class TakesTurns(TrainerCallback):
         self.grad_norm = math.nan
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.mode = self._turns.next()
+        _, self.mode = self._turns.next()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._turns.begin()
@@ -57,11 +57,14 @@ class TakesTurns(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self._turns.end(self.tokens, self.grad_norm)
-        self.mode = self._turns.next()
+        _, self.mode = self._turns.next()
 
 
-def trl_grpo(case: Case, turns: Turns, micro_batches: int) -> None:
-    """Take turns until the process is terminated."""
+def trl_grpo(case: Case, turns: Turns, micro_batch_tokens: int, recompute: bool) -> None:
+    """Take turns until the process is terminated.
+
+    recompute: compute all layers' activations again in the backward pass.
+    """
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is experimental
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -69,6 +72,7 @@ def trl_grpo(case: Case, turns: Turns, micro_batches: int) -> None:
     tokenizer = load_tokenizer(case.path)
     shortened, rollouts = case.shortened(byte_table(tokenizer)), case.rollouts
     taking = TakesTurns(turns)
+    rows = padded_rows(case, micro_batch_tokens)
 
     def rewards(completion_ids: list[list[int]], **_: Any) -> list[float]:
         taking.tokens = sum(map(len, completion_ids))
@@ -103,9 +107,9 @@ def trl_grpo(case: Case, turns: Turns, micro_batches: int) -> None:
                 output_dir=folder,
                 use_cpu=case.device == "cpu",
                 bf16=case.device == "cuda",
-                gradient_checkpointing=False,
-                per_device_train_batch_size=len(rollouts) // micro_batches,
-                gradient_accumulation_steps=micro_batches,
+                gradient_checkpointing=recompute,
+                per_device_train_batch_size=rows,
+                gradient_accumulation_steps=len(rollouts) // rows,
                 max_steps=PASSES,
                 shuffle_dataset=False,
                 num_generations=case.group_size,
