@@ -1,7 +1,7 @@
 """Measures a GPU in half an hour: ceilings, the loss, a training step, a cut of 8B, sampling.
 
     make bench-gpu                                                   # 27 minutes
-    python benchmarks/gpu.py --parts loss --minutes 9                # then step, then layers,rollout
+    python benchmarks/gpu.py --parts loss --minutes 9               # then step, then layers,rollout
     python benchmarks/gpu.py --device cpu --shape tiny --minutes 2   # a rehearsal
 
 The parts are gpu_parts.py's. Each command of a part is a process with a limit of its own; time that
