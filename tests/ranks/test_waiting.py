@@ -11,8 +11,8 @@ from .torchrun import CONFIG, HERE, OURS, SHORT, annotator, children, ended, sen
 @pytest.mark.slow
 def test_ranks_wait_for_an_annotator_longer_than_for_a_device(root):
     """The annotator annotates, then closes: each takes longer than the devices' time-out."""
-    program = [HERE / "device_timeout.py", "gloo", 4, root, CONFIG]
-    code, _, error = ended(2, *program, *SHORT, annotator("Slow", seconds=6))
+    program = [HERE / "device_timeout.py", "gloo", 8, root, CONFIG]
+    code, _, error = ended(2, *program, *SHORT, annotator("Slow", seconds=10))
     assert code == 0, error
     assert len(list(root.glob("train/*/manifest.json"))) == 1
 

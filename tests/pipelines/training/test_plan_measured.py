@@ -99,7 +99,7 @@ def measure(config: TrainConfig, ranks: int, small: str) -> list[dict[str, int]]
         text=True,
         check=False,
         env=os.environ | NO_HOARDING | {"OMP_NUM_THREADS": "1"},
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
