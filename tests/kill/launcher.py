@@ -98,6 +98,7 @@ def run(asked: dict[str, Any], prepare: Prepare | None) -> None:
         os.dup2(os.open(path, flags | (os.O_CREAT if descriptor else 0)), descriptor)
     torch.set_num_threads(asked["threads"])
     os.environ.update(asked.get("environment", {}))
+    os.chdir(asked.get("cwd", "."))
     program = asked.get("program")
     sys.argv = [program or "trace-opd", *asked["args"]]
     if asked["store"]:
