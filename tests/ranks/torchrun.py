@@ -53,10 +53,14 @@ def started(
 
 
 def ended(
-    ranks: int, *arguments: object, launcher: str = TORCHRUN, timeout: float = 300
+    ranks: int,
+    *arguments: object,
+    launcher: str = TORCHRUN,
+    timeout: float = 300,
+    **variables: str,
 ) -> tuple[int, str, str]:
     """Exit code, stdout and stderr."""
-    with started(ranks, *arguments, launcher=launcher) as process:
+    with started(ranks, *arguments, launcher=launcher, **variables) as process:
         out, error = process.communicate(timeout=timeout)
     return process.returncode, out, error
 
