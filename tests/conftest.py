@@ -65,6 +65,17 @@ def stop() -> Callable[[subprocess.Popen], None]:
 
 
 @pytest.fixture(scope="session")
+def forks(tmp_path_factory) -> Iterator[Any]:
+    """A process that has imported everything and forks commands (kill/harness.py): a command of
+    its own imports torch and transformers first.
+    """
+    from trace_opd.tests.kill.harness import launcher
+
+    with launcher(tmp_path_factory.mktemp("forks")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
 def environment(tmp_path_factory) -> Iterator[dict[str, str]]:
     """A Prefect server of the tests' own on a free port; yields the variables that find it."""
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings

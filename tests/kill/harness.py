@@ -103,8 +103,8 @@ class Launcher:
         """Start `trace-opd ARGS`.
 
         store: count the changes below this folder, and send the run the signal `die_by` just before
-        the `die_at`-th change. threads: PyTorch's threads. more: passed to the launcher's
-        `prepare`.
+        the `die_at`-th change. threads: PyTorch's threads. more: `program`, a file to run instead
+        of `trace-opd`; `environment`, its variables; `cwd`; what the launcher's `prepare` reads.
         """
         self._count += 1
         output = [str(self._folder / f"{self._count}.{name}") for name in ("out", "err")]

@@ -14,6 +14,7 @@ import os
 # Set before these packages are imported, as the command line does.
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
+import runpy
 import select
 import signal
 import sys
@@ -90,13 +91,16 @@ def count_changes(root: str, last: int, number: int, log: Path) -> None:
 
 
 def run(asked: dict[str, Any], prepare: Prepare | None) -> None:
-    """Run the command line in this forked process and exit."""
+    """Run the command line, or a program, in this forked process and exit."""
     os.setsid()
     for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
         path = os.devnull if descriptor == 0 else asked["output"][descriptor - 1]
         os.dup2(os.open(path, flags | (os.O_CREAT if descriptor else 0)), descriptor)
     torch.set_num_threads(asked["threads"])
-    sys.argv = ["trace-opd", *asked["args"]]
+    os.environ.update(asked.get("environment", {}))
+    os.chdir(asked.get("cwd", "."))
+    program = asked.get("program")
+    sys.argv = [program or "trace-opd", *asked["args"]]
     if asked["store"]:
         log = Path(asked["output"][0]).with_suffix(".n")
         count_changes(asked["store"], asked["die_at"], asked["die_by"], log)
@@ -104,7 +108,11 @@ def run(asked: dict[str, Any], prepare: Prepare | None) -> None:
         prepare(asked)
     code = 1
     try:
-        main()
+        if program:
+            runpy.run_path(program, run_name="__main__")
+            code = 0
+        else:
+            main()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(bool(error.code))
     except BaseException:

@@ -18,9 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.bundled.micro import build_tokenizer
@@ -29,6 +27,7 @@ from trace_opd.pipelines.run_metrics import read_metrics
 from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.schemas.settings import load_config
 
+from .models import save_qwen3
 from .torchrun import CLI, CONFIG, HERE, OURS, SHORT, annotator, children, ended, sentences, started
 
 ROOT = HERE.parents[1]
@@ -51,9 +50,10 @@ TRAINED = {"full": [], "lora": ["lora.rank=4"]}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A Qwen3 of random weights with the micro policy's tokenizer."""
-    tokenizer, folder = build_tokenizer(), tmp_path_factory.mktemp("base")
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
+    folder = tmp_path_factory.mktemp("base")
+    model = save_qwen3(
+        folder,
+        vocab_size=len(build_tokenizer()),
         hidden_size=512,
         intermediate_size=1536,
         num_hidden_layers=10,
@@ -66,11 +66,7 @@ def base(tmp_path_factory) -> Path:
         eos_token_id=0,
         pad_token_id=0,
     )
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config)
     assert 28e6 < model.num_parameters() < 34e6
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 

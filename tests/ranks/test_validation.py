@@ -13,7 +13,7 @@ from trace_opd.pipelines.run_metrics import read_metrics
 from trace_opd.schemas.configs import ProblemsConfig, TrainConfig
 from trace_opd.schemas.settings import load_config
 
-from .torchrun import CLI, CONFIG, SHORT, ended
+from .torchrun import CONFIG, SHORT, forked
 
 ASKED = [*SHORT, "validation.problems={test: held-out}", "validation.k=3"]
 
@@ -36,11 +36,10 @@ def prepared(root: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_every_rank_validates_its_share_and_the_figures_are_those_of_one(tmp_path):
+def test_every_rank_validates_its_share_and_the_figures_are_those_of_one(forks, tmp_path):
     one, two = prepared(tmp_path / "one"), prepared(tmp_path / "two")
     run_stage("train", load_config(TrainConfig, CONFIG, ASKED, "train"), Store(one))
-    code, _, error = ended(2, "-m", CLI, "train", CONFIG, *ASKED, "--store", two)
-    assert code == 0, error
+    forked(forks, 2, "train", CONFIG, *ASKED, "--store", two)
     (alone,), (together,) = (list(root.glob("train/*")) for root in (one, two))
     # Before the first step, with the same weights.
     first = "validation/step-000000.parquet"

@@ -5,15 +5,14 @@ import signal
 
 import pytest
 
-from .torchrun import CONFIG, HERE, OURS, SHORT, annotator, children, ended, sentences, started
+from .torchrun import CONFIG, HERE, OURS, SHORT, annotator, children, forked, sentences, started
 
 
 @pytest.mark.slow
-def test_ranks_wait_for_an_annotator_longer_than_for_a_device(root):
+def test_ranks_wait_for_an_annotator_longer_than_for_a_device(forks, root):
     """The annotator annotates, then closes: each takes longer than the devices' time-out."""
-    program = [HERE / "device_timeout.py", "gloo", 8, root, CONFIG]
-    code, _, error = ended(2, *program, *SHORT, annotator("Slow", seconds=10))
-    assert code == 0, error
+    program, slow = HERE / "device_timeout.py", annotator("Slow", seconds=10)
+    forked(forks, 2, "gloo", 8, root, CONFIG, *SHORT, slow, program=program)
     assert len(list(root.glob("train/*/manifest.json"))) == 1
 
 

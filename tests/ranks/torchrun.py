@@ -1,12 +1,15 @@
-"""Real ranks for the tests: processes of torchrun on the CPU, whose groups are gloo's."""
+"""Real ranks for the tests on the CPU: processes of torchrun, or forks. Their groups are gloo's."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from trace_opd.tests.kill.harness import Launcher
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "micro.yaml"
@@ -50,12 +53,42 @@ def started(
 
 
 def ended(
-    ranks: int, *arguments: object, launcher: str = TORCHRUN, timeout: float = 300
+    ranks: int,
+    *arguments: object,
+    launcher: str = TORCHRUN,
+    timeout: float = 300,
+    **variables: str,
 ) -> tuple[int, str, str]:
     """Exit code, stdout and stderr."""
-    with started(ranks, *arguments, launcher=launcher) as process:
+    with started(ranks, *arguments, launcher=launcher, **variables) as process:
         out, error = process.communicate(timeout=timeout)
     return process.returncode, out, error
+
+
+def forked(forks: Launcher, ranks: int, *arguments: object, program: Path | None = None) -> None:
+    """`trace-opd ARGUMENTS`, or a program, to its end on so many ranks, with torchrun's variables.
+
+    The ranks are forks of a process that has imported everything, and start at once.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    group["WORLD_SIZE"] = str(ranks)
+    runs = [
+        forks.start(
+            *arguments,
+            program=str(program) if program else None,
+            environment=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {},
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        for run in runs:
+            assert run.wait() == 0, run.err
+    finally:
+        for run in runs:
+            if run.code is None:
+                forks.kill(run, workers=False)
 
 
 def children(process: subprocess.Popen) -> list[int]:

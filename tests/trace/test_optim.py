@@ -1,7 +1,6 @@
 """Optimisers and learning rates: schedules as transformers', moments of 8 bits, offload."""
 
 import json
-import os
 import subprocess
 import sys
 from copy import deepcopy
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import LoraConfig, OfflineConfig, OptimConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
+from trace_opd.tests.ranks.torchrun import forked
 from trace_opd.trace.adamw_8bit import BLOCK, has_8_bits
 from trace_opd.trace.optim import MOMENT_BYTES, check_optimizer, learning_rate, make_optimizer
 from trace_opd.trace.policy import load_policy
@@ -280,15 +280,11 @@ def test_a_loaded_state_goes_on_as_the_saved_one():
 
 
 @pytest.mark.slow
-def test_ranks_update_as_one_and_offloading_changes_no_bit(tmp_path):
+def test_ranks_update_as_one_and_offloading_changes_no_bit(forks, tmp_path):
     count = 2
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    subprocess.run(
-        [sys.executable, *launcher, str(program), str(tmp_path)],
-        check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    forked(forks, count, tmp_path, program=program)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(count)]
     assert sum(rank.pop("empty on a rank") for rank in found) > 0
     assert found == [dict.fromkeys(found[0], True)] * count

@@ -1,13 +1,10 @@
 """Several ranks give one rank's result: two gloo processes on CPU, FSDP2, the micro policy."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pyarrow.parquet as pq
 import pytest
@@ -27,6 +24,8 @@ from trace_opd.schemas.configs import (
     SegmentConfig,
 )
 from trace_opd.schemas.labels import Route
+from trace_opd.tests.kill.harness import Launcher
+from trace_opd.tests.ranks.torchrun import forked
 from trace_opd.trace.align import byte_table
 from trace_opd.trace.batches import rank_batches, shares
 from trace_opd.trace.policy import load_policy
@@ -160,37 +159,30 @@ def routed(tmp_path_factory) -> Path:
     return path
 
 
-def train(ranks: int, routed: Path, *runs: tuple[Path, dict, int]) -> None:
+def train(forks: Launcher, ranks: int, routed: Path, *runs: tuple[Path, dict, int]) -> None:
     """Runs on `ranks` ranks, one after another in the same processes: folder, config, last step."""
     for folder, _, _ in runs:
         folder.mkdir(exist_ok=True)
     plan = json.dumps([(str(folder), SETTINGS | config, until) for folder, config, until in runs])
-    launch(ranks, PROGRAM, routed, resolve_policy("micro"), plan)
+    launch(forks, ranks, PROGRAM, routed, resolve_policy("micro"), plan)
 
 
-def launch(ranks: int, program: str, *arguments: str | Path) -> None:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
-        file.write(program)
+def launch(forks: Launcher, ranks: int, text: str, *arguments: str | Path) -> None:
+    with NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(text)
         file.flush()
-        subprocess.run(
-            [*launcher, file.name, *arguments],
-            check=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            timeout=300,
-        )
+        forked(forks, ranks, *arguments, program=Path(file.name))
 
 
 @pytest.fixture(scope="module")
-def one(routed, tmp_path_factory) -> Path:
+def one(forks, routed, tmp_path_factory) -> Path:
     """Every case to its end on one rank, one folder each; `first…` only to their first step.
 
     In bfloat16 one rank is a group with shards.
     """
     root = tmp_path_factory.mktemp("one")
     train(
+        forks,
         1,
         routed,
         *((root / name, config, 3) for name, config in CASES.items()),
@@ -204,10 +196,11 @@ def one(routed, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(routed, tmp_path_factory) -> Path:
+def two(forks, routed, tmp_path_factory) -> Path:
     """The same on two ranks."""
     root = tmp_path_factory.mktemp("two")
     train(
+        forks,
         2,
         routed,
         *((root / name, config, 3) for name, config in CASES.items()),
@@ -250,7 +243,7 @@ def test_two_ranks_give_the_metrics_and_weights_of_one(case, one, two):
 
 
 def resumed_copies(
-    routed: Path, folder: Path, ranks: int, *firsts: tuple[Path, dict]
+    forks: Launcher, routed: Path, folder: Path, ranks: int, *firsts: tuple[Path, dict]
 ) -> list[Path]:
     """Copies of runs of one step, each at its last step now."""
     copies = [folder / f"{ranks} {index}" for index in range(len(firsts))]
@@ -258,15 +251,17 @@ def resumed_copies(
         shutil.copytree(first, copy)
         shutil.rmtree(copy / "final")
     configs = [config for _, config in firsts]
-    train(ranks, routed, *zip(copies, configs, [3] * len(copies), strict=True))
+    train(forks, ranks, routed, *zip(copies, configs, [3] * len(copies), strict=True))
     for copy in copies:
         assert [line["step"] for line in metrics(copy)] == [0, 1, 2]
     return copies
 
 
 @pytest.mark.slow
-def test_a_run_resumes_with_another_number_of_ranks_sharded_or_not(routed, one, two, tmp_path):
-    resumed = partial(resumed_copies, routed, tmp_path)
+def test_a_run_resumes_with_another_number_of_ranks_sharded_or_not(
+    forks, routed, one, two, tmp_path
+):
+    resumed = partial(resumed_copies, forks, routed, tmp_path)
     sharded = one / "first bfloat16"  # on one rank
     same, eight, low, plain, lora, from_two = resumed(
         1,
@@ -296,8 +291,8 @@ def test_a_run_resumes_with_another_number_of_ranks_sharded_or_not(routed, one, 
 
 
 @pytest.mark.ranks
-def test_a_run_of_two_ranks_resumes_on_four(routed, one, two, tmp_path):
-    (on_four,) = resumed_copies(routed, tmp_path, 4, (two / "first", PLAIN))
+def test_a_run_of_two_ranks_resumes_on_four(forks, routed, one, two, tmp_path):
+    (on_four,) = resumed_copies(forks, routed, tmp_path, 4, (two / "first", PLAIN))
     assert largest_difference(on_four, one / "plain") < 2e-6
 
 
@@ -317,12 +312,13 @@ def test_each_rank_writes_its_share_of_a_checkpoint(one, two):
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_online_steps_of_one(tmp_path):
+def test_two_ranks_make_the_online_steps_of_one(forks, tmp_path):
     for ranks in (1, 2):
         (tmp_path / str(ranks)).mkdir()
         launch(
-            ranks, ONLINE, tmp_path / str(ranks), resolve_policy("micro"), PROMPT.model_dump_json()
-        )
+            forks, ranks, ONLINE,
+            tmp_path / str(ranks), resolve_policy("micro"), PROMPT.model_dump_json(),
+        )  # fmt: skip
     for share in (True, False):
         for step in range(2):
             alone, *together = (

@@ -1,16 +1,14 @@
 """What each rank holds at the start of a training: its shards, never a whole copy of its own."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from trace_opd.pipelines.models import resolve_policy
+from trace_opd.tests.ranks.models import save_qwen3
+from trace_opd.tests.ranks.torchrun import ended
 
 RANKS = """
 import json, resource, sys
@@ -59,15 +57,11 @@ def large(tmp_path_factory) -> tuple[Path, int, int]:
     matrix.
     """
     folder = tmp_path_factory.mktemp("large")
-    AutoTokenizer.from_pretrained(MICRO).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=32_000, hidden_size=1024, intermediate_size=3072, num_hidden_layers=11,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
-        dtype="bfloat16",
+    model = save_qwen3(
+        folder, torch.bfloat16, vocab_size=32_000, hidden_size=1024, intermediate_size=3072,
+        num_hidden_layers=11, num_attention_heads=16, num_key_value_heads=8, head_dim=64,
+        tie_word_embeddings=True,
     )  # fmt: skip
-    model = Qwen3ForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
     return folder, model.num_parameters(), model.lm_head.weight.numel()
 
 
@@ -78,10 +72,8 @@ def test_ranks_start_with_shards_alone(large, count, precision, tmp_path):
     config = {"offline": {"steps": 1}, "policy": {"precision": precision}}
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    given = [str(path) for path in (script, folder, MICRO, tmp_path)]
-    command = [sys.executable, *launcher, *given, json.dumps(config)]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=100)
+    code, _, error = ended(count, script, folder, MICRO, tmp_path, json.dumps(config))
+    assert code == 0, error
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(count)]
     frozen = 4 if precision == "float32" else 2
     for rank, found in enumerate(ranks):

@@ -511,7 +511,7 @@ def test_a_rule_that_is_not_there_stops_before_work(run, made, stage):
 
 
 def test_a_rule_of_ones_own_is_found_in_the_working_folder_and_made_again_when_changed(
-    own, tmp_path
+    forks, own, tmp_path
 ):
     def converted(count: int) -> Dataset:
         (tmp_path / "my_rules.py").write_text(
@@ -519,10 +519,9 @@ def test_a_rule_of_ones_own_is_found_in_the_working_folder_and_made_again_when_c
             f"    return np.where(np.arange(response.tokens) < {count}, 0, -1)\n"
         )
         rule = ["routing.rule=my_rules:head", "routing.teacher_context=answer"]
-        subprocess.run(
-            [COMMAND, "convert", CONFIG, *rule, "routing.error=rkl", "--store", own],
-            cwd=tmp_path, check=True, capture_output=True,
-        )  # fmt: skip
+        args = ["convert", CONFIG, *rule, "routing.error=rkl", "--store", own]
+        run = forks.start(*args, cwd=str(tmp_path))
+        assert run.wait() == 0, run.err
         return Store(own).get("routed")
 
     two, three = converted(2), converted(3)

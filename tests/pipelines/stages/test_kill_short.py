@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from trace_opd.tests.kill.harness import (
     Launcher,
     assert_budget_holds,
     assert_refused,
-    launcher,
     repeat,
     together,
 )
@@ -58,9 +56,8 @@ class Undisturbed:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Iterator[Launcher]:
-    with launcher(tmp_path_factory.mktemp("output")) as opened:
-        yield opened
+def runs(forks) -> Launcher:
+    return forks
 
 
 @pytest.fixture(scope="module")

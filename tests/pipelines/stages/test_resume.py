@@ -1,13 +1,9 @@
 """Resume: what a SIGKILL interrupts goes on from what is finished, to the same result."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,9 +15,9 @@ from trace_opd.pipelines.run_metrics import read_metrics
 from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.schemas.configs import Config
 from trace_opd.schemas.settings import load_config
+from trace_opd.tests.kill.harness import Launcher
 
 CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
-COMMAND = str(Path(sys.executable).with_name("trace-opd"))
 PROBLEMS = ["limit=12", "rows_per_part=3"]
 ROLLOUT = ["group_size=4"]
 # λ falls from step 2 to 0 at step 6; the teacher at a checkpoint is older than the student.
@@ -56,31 +52,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@contextmanager
-def started(stage: str, root: Path, overrides: list[str]) -> Iterator[subprocess.Popen]:
-    process = subprocess.Popen(
-        [COMMAND, stage, str(CONFIG), *overrides, "--store", str(root)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def kill_when(stage: str, root: Path, overrides: list[str], reached: Callable[[], bool]) -> None:
+def kill_when(
+    forks: Launcher, stage: str, root: Path, overrides: list[str], reached: Callable[[], bool]
+) -> None:
     """Run a stage in a process of its own and SIGKILL it as soon as `reached` holds."""
     deadline = time.monotonic() + 120
-    with started(stage, root, overrides) as process:
-        while not reached():
-            assert process.poll() is None, "ended before it could be killed"
-            assert time.monotonic() < deadline, "never got there"
-            time.sleep(0.002)
-    assert process.returncode == -signal.SIGKILL
+    run = forks.start(stage, CONFIG, *overrides, "--store", root)
+    while not reached() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    forks.kill(run, workers=True)
+    assert run.code == -signal.SIGKILL, f"ended before it could be killed: {run.err}"
+    assert reached(), "never got there"
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +76,13 @@ def rolled(tmp_path_factory) -> Path:
     return root
 
 
-def test_a_killed_rollout_goes_on_from_its_parts_to_the_same_rows(rolled, tmp_path):
+def test_a_killed_rollout_goes_on_from_its_parts_to_the_same_rows(forks, rolled, tmp_path):
     make("problems", tmp_path, *PROBLEMS)
 
     def parts() -> list[Path]:
         return sorted(tmp_path.glob("rollout/*/part-*.parquet"))
 
-    kill_when("rollout", tmp_path, ROLLOUT, lambda: bool(parts()))
+    kill_when(forks, "rollout", tmp_path, ROLLOUT, lambda: bool(parts()))
     kept = {part: part.stat().st_mtime_ns for part in parts()}
     assert 0 < len(kept) < 4
     assert list(Store(tmp_path).datasets("rollout")) == []
@@ -124,7 +106,7 @@ def final_weights(run: Dataset) -> bytes:
 
 
 @pytest.mark.slow
-def test_a_training_killed_twice_ends_as_an_undisturbed_one(rolled, tmp_path):
+def test_a_training_killed_twice_ends_as_an_undisturbed_one(forks, rolled, tmp_path):
     root = Path(shutil.copytree(rolled, tmp_path / "store"))
 
     def steps() -> set[str]:
@@ -136,11 +118,13 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one(rolled, tmp_path):
         )
 
     # Offline, while the second checkpoint is being written.
-    kill_when("train", root, TRAIN, lambda: bool(steps() & {".tmp-step-00004", "step-00004"}))
+    kill_when(
+        forks, "train", root, TRAIN, lambda: bool(steps() & {".tmp-step-00004", "step-00004"})
+    )
     assert list(Store(root).datasets("train")) == []
     assert 3 <= logged() < 8
     # Online, after a step whose metrics are logged and whose weights are in no checkpoint.
-    kill_when("train", root, TRAIN, lambda: "step-00006" in steps() and logged() >= 7)
+    kill_when(forks, "train", root, TRAIN, lambda: "step-00006" in steps() and logged() >= 7)
     assert list(Store(root).datasets("train")) == []
 
     resumed = make("train", root, *TRAIN)

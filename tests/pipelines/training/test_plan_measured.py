@@ -1,21 +1,18 @@
 """The plan's memory is within a tenth of what real steps take, in processes of their own."""
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
 
-from trace_opd.pipelines.models import MICRO
 from trace_opd.pipelines.training.plan import predict_memory
 from trace_opd.pipelines.training.plan_setting import setting
 from trace_opd.schemas.configs import TrainConfig
+from trace_opd.tests.ranks.models import save_qwen3
+from trace_opd.tests.ranks.torchrun import ended
 
 BIG = {
     "vocab_size": 24_000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 5,
@@ -44,11 +41,7 @@ def models(tmp_path_factory) -> dict[str, str]:
     made = {}
     for name, sizes in (("big", BIG), ("small", SMALL)):
         made[name] = folder = tmp_path_factory.mktemp(name)
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(Qwen3Config(**sizes)).to(torch.bfloat16)
-        model.save_pretrained(folder)
-        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(MICRO / file, folder)
+        save_qwen3(folder, torch.bfloat16, **sizes)
     return {name: str(folder) for name, folder in made.items()}
 
 
@@ -91,17 +84,9 @@ def test_predicted_memory_is_within_a_tenth_of_what_real_steps_take(
 
 def measure(config: TrainConfig, ranks: int, small: str) -> list[dict[str, int]]:
     """What measured_step.py prints, by rank."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    arguments = [str(PROGRAM), config.model_dump_json(), str(TOKENS), str(PROMPT), small]
-    done = subprocess.run(
-        [sys.executable, *(launcher if ranks > 1 else []), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | NO_HOARDING | {"OMP_NUM_THREADS": "1"},
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    arguments = [PROGRAM, config.model_dump_json(), TOKENS, PROMPT, small]
+    code, out, error = ended(ranks, *arguments, timeout=900, **NO_HOARDING)
+    assert code == 0, error[-2000:]
+    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert len(found) == ranks
     return found

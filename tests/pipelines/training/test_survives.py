@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,7 +49,10 @@ def stage(name: str, root: Path, *overrides: str) -> Dataset:
     return made
 
 
-def routed_store(root: Path) -> Path:
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory) -> Path:
+    """A store to train from."""
+    root = tmp_path_factory.mktemp("routed")
     stage("problems", root, "limit=12", "rows_per_part=6")
     stage("rollout", root, "group_size=4")
     for name in ("verify", "annotate", "convert"):
@@ -56,9 +60,13 @@ def routed_store(root: Path) -> Path:
     return root
 
 
+def copied(store: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(store, folder / "store"))
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Dataset:
-    return stage("train", routed_store(tmp_path_factory.mktemp("undisturbed")), *TRAIN)
+def undisturbed(routed, tmp_path_factory) -> Dataset:
+    return stage("train", copied(routed, tmp_path_factory.mktemp("undisturbed")), *TRAIN)
 
 
 def start(
@@ -90,30 +98,28 @@ def final_weights(run: Dataset) -> bytes:
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 4], ids=["offline", "online"])
 def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_to_the_same_end(
-    undisturbed, tmp_path, after
+    forks, undisturbed, routed, tmp_path, after
 ):
-    root = routed_store(tmp_path)
-    process = start(root)
+    root = copied(routed, tmp_path)
+    run = forks.start("train", CONFIG, *TRAIN, "--store", root)
     deadline = time.monotonic() + 120
     while not list(root.glob("train/*/metrics.jsonl")) or len(lines(root)) < after:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, run.err
         time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait(60) == 128 + signal.SIGTERM, run.err
     done = len(lines(root))
     assert after <= done < 6
-    assert f"stopped after {done} of 6 steps" in stderr
-    assert "Traceback" not in stderr
+    assert f"stopped after {done} of 6 steps" in run.err
+    assert "Traceback" not in run.err
     assert [path.name for path in root.glob("train/*/checkpoints/*")] == [f"step-{done:05d}"]
     resumed = stage("train", root, *TRAIN)
     assert final_weights(resumed) == final_weights(undisturbed)
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_with_one_sentence_and_loses_no_checkpoint(undisturbed, tmp_path):
-    root = routed_store(tmp_path)
+def test_a_full_disk_ends_with_one_sentence_and_loses_no_checkpoint(undisturbed, routed, tmp_path):
+    root = copied(routed, tmp_path)
     # The size limit of a file: the model's float32 weights are larger.
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # noqa: E731
     process = start(root, "checkpoint_every=2", before=limit)
@@ -126,8 +132,10 @@ def test_a_full_disk_ends_with_one_sentence_and_loses_no_checkpoint(undisturbed,
 
 
 @pytest.mark.slow
-def test_under_torchrun_two_processes_make_the_dataset_that_one_makes(undisturbed, tmp_path):
-    root = routed_store(tmp_path)
+def test_under_torchrun_two_processes_make_the_dataset_that_one_makes(
+    undisturbed, routed, tmp_path
+):
+    root = copied(routed, tmp_path)
     process = start(root, ranks=2)
     out, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
