@@ -202,6 +202,10 @@ class Draft:
     header: dict[str, Any]
     contract: TableContract | None
     began: float = field(default_factory=time.monotonic, compare=False)
+    # Of parts that this process wrote: the manifest's entries by name, and what the stage's summary
+    # needs of them by index.
+    _written: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
+    digests: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def ref(self) -> str:
@@ -253,6 +257,8 @@ class Draft:
         except InputError as error:
             logger.warning("%s; it is removed and made again", error)
             self.files.remove(path)
+            self._written.pop(part_name(index), None)
+            self.digests.pop(index, None)
             return False
         if self.files.checksum(path) != (len(content), hashlib.sha256(content).hexdigest()):
             self.files.write(path, content)
@@ -268,11 +274,17 @@ class Draft:
         In a remote store a part that another machine has written stays, because a manifest may list
         it already. replace: overwrite it.
         """
-        path = f"{self.ref}/{part_name(index)}"
+        name = part_name(index)
+        path = f"{self.ref}/{name}"
         if self.contract is not None:
             table = validate(table, self.contract, path)
-        write = self.files.write if self.files.is_local or replace else self.files.create
-        write(path, encoded(table))
+        content = encoded(table)
+        if not self.files.is_local and not replace:
+            self.files.create(path, content)
+            return
+        self.files.write(path, content)
+        digest = hashlib.sha256(content).hexdigest()
+        self._written[name] = {"rows": len(table)} | _entry(name, len(content), digest)
 
     def local_path(self, name: str = "") -> Path:
         """Local folder for files that are not tables (checkpoints, journals), made if needed.
@@ -304,10 +316,7 @@ class Draft:
         files: names of the dataset's files in `local_path()`; a remote store gets copies.
         """
         self.files.upload(self.ref, files)
-        listed = [
-            {"rows": count_rows(self.files, f"{self.ref}/{name}")} | self._entry(name)
-            for name in map(part_name, range(parts))
-        ]
+        listed = [self._part_entry(name) for name in map(part_name, range(parts))]
         seconds = time.monotonic() - self.began
         manifest = finished_manifest(
             self.header, seconds, listed, [self._entry(name) for name in files], summary or {}
@@ -324,6 +333,16 @@ class Draft:
             return get_dataset(self.files, self.ref)
         return Dataset(self.files, self.stage, self.id, manifest)
 
+    def _part_entry(self, name: str) -> dict[str, Any]:
+        path = f"{self.ref}/{name}"
+        if name in self._written and self.files.exists(path):
+            return self._written[name]
+        return {"rows": count_rows(self.files, path)} | self._entry(name)
+
     def _entry(self, name: str) -> dict[str, Any]:
-        size, digest = self.files.checksum(f"{self.ref}/{name}")
-        return {"name": name, "bytes": size, "sha256": digest}
+        return _entry(name, *self.files.checksum(f"{self.ref}/{name}"))
+
+
+def _entry(name: str, size: int, digest: str) -> dict[str, Any]:
+    """A file in the manifest."""
+    return {"name": name, "bytes": size, "sha256": digest}

@@ -87,8 +87,10 @@ class Stage:
     resolve: finds and checks inputs; raises InputError before any work.
     open: a context in which the plan's engine is open; an engine that pays for answers keeps them
     with the draft.
-    summarize: figures for the manifest, from the plan and the finished parts.
-    summarized: columns that `summarize` reads; None: all.
+    summarize: figures for the manifest, from the plan and the digests of the finished parts.
+    digest: what `summarize` needs of a part, kept in memory; the default is the part, which is not
+    kept but read again.
+    summarized: columns that `digest` reads; None: all.
     check: raises InputError if a finished dataset must stop the next stage; the dataset stays.
     measure: further figures, from what the engine keeps with the draft.
     """
@@ -98,8 +100,9 @@ class Stage:
     contract: TableContract
     resolve: Callable[[Any, Store], Plan]
     open: Callable[[Plan, Draft], AbstractContextManager[PartMaker]]
-    summarize: Callable[[Plan, Iterator[pa.Table]], dict[str, Any]]
+    summarize: Callable[[Plan, Iterator[Any]], dict[str, Any]]
     summarized: tuple[str, ...] | None = None
+    digest: Callable[[pa.Table], Any] | None = None
     check: Callable[[Any, Dataset], None] = lambda config, dataset: None
     measure: Callable[[Plan, Draft], dict[str, Any]] = lambda plan, draft: {}
 
@@ -127,13 +130,22 @@ class Stage:
                 table = _open_engine(self, plan, draft)(part)
                 count_part(part, plan.units(part), made=True)
             draft.write_part(part, table)
+            if self.digest is not None:
+                draft.digests[part] = self.digest(table)
         return part
 
     def finish(self, plan: Plan, draft: Draft) -> Dataset:
         """Sum up the parts and write the manifest."""
-        tables = (draft.read_part(part, self.summarized) for part in range(plan.parts))
-        summary = plan.figures | self.summarize(plan, tables) | self.measure(plan, draft)
+        digests = (self._digest(draft, part) for part in range(plan.parts))
+        summary = plan.figures | self.summarize(plan, digests) | self.measure(plan, draft)
         return draft.finish(plan.parts, summary)
+
+    def _digest(self, draft: Draft, part: int) -> Any:
+        """Of a part that this process made from memory, else from its file."""
+        if part in draft.digests:
+            return draft.digests[part]
+        table = draft.read_part(part, self.summarized)
+        return table if self.digest is None else self.digest(table)
 
     def make(
         self,

@@ -4,6 +4,9 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from ...schemas.configs import ConvertConfig
 from ...schemas.errors import InputError, RowFault
 from ...schemas.labels import AnnotationStatus, Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
-from ...trace.align import byte_table
+from ...trace.align import ByteTable, byte_table
 from ...trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
 from ...trace.responses import to_numpy
 from ...trace.route import needs_annotations, require_rule, rule_source
@@ -45,10 +48,9 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
                 f"dataset {dataset.ref} has {dataset.parts} parts, its rollouts {rollouts.ref} "
                 f"have {rollouts.parts}; make it again (`trace-opd import` for a table of your own)"
             )
-    policy = config.policy
-    tokenizer = load_tokenizer(resolve_policy(policy.path, weights=False), policy.trust_remote_code)
+    vocabulary = _vocabulary(config)
     makers = rollouts.read_part(0, ["policy_name", "vocab_fingerprint"])
-    check_vocabulary(makers, vocab_fingerprint(tokenizer), policy.path)
+    check_vocabulary(makers, vocabulary.fingerprint, config.policy.path)
     _check_verdicts(verdicts)
     require_trainable(rollouts)
     inputs = {
@@ -57,7 +59,7 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
         "rollouts": rollouts,
         "problems": rollouts.input("problems"),
     }
-    pieces = [piece.hex() for piece in byte_table(tokenizer).pieces]
+    pieces = [piece.hex() for piece in vocabulary.pieces.pieces]
     semantic: dict[str, Any] = {
         "routing": config.routing.semantic(),
         "tokens": content_hash(pieces),  # which segment a token belongs to follows from its bytes
@@ -66,6 +68,32 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
         semantic["rule"] = content_hash(source)
     config = config.model_copy(update={"routing": config.routing.located()})
     return Plan(config, inputs, semantic, annotations.parts, work=annotations.part_rows)
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """Of the policy: the bytes of its tokens, the tokenizer's fingerprint, the model's size."""
+
+    pieces: ByteTable
+    fingerprint: str
+    size: int
+
+
+def _vocabulary(config: ConvertConfig) -> _Vocabulary:
+    path = resolve_policy(config.policy.path, weights=False)
+    state = tuple(
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(Path(path).iterdir())
+    )
+    return _load_vocabulary(path, config.policy.trust_remote_code, state)
+
+
+@lru_cache(maxsize=1)
+def _load_vocabulary(path: str, trust_remote_code: bool, state: Any) -> _Vocabulary:
+    """state: changes with the folder's files."""
+    tokenizer = load_tokenizer(path, trust_remote_code)
+    pieces, size = byte_table(tokenizer), vocab_size(path, trust_remote_code)
+    return _Vocabulary(pieces, vocab_fingerprint(tokenizer), size)
 
 
 def _check_annotator(annotations: Dataset) -> None:
@@ -144,18 +172,18 @@ def _check(config: ConvertConfig, dataset: Dataset) -> None:
 def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
     config: ConvertConfig = plan.config
     require_rule(config.routing.rule, plan.semantic.get("rule"), content_hash)
-    path = resolve_policy(config.policy.path, weights=False)
-    pieces = byte_table(load_tokenizer(path, config.policy.trust_remote_code))
-    vocab = vocab_size(path, config.policy.trust_remote_code)
+    vocabulary = _vocabulary(config)
     roles = ("problems", "rollouts", "verdicts", "annotations")
 
     def make(part: int) -> pa.Table:
         problems, rollouts, verdicts, annotations = (
             plan.inputs[role].read_part(part) for role in roles
         )
-        check_token_ids(rollouts, vocab, f"{plan.inputs['rollouts'].ref}, part {part}")
+        check_token_ids(rollouts, vocabulary.size, f"{plan.inputs['rollouts'].ref}, part {part}")
         try:
-            return routed_table(problems, rollouts, verdicts, annotations, pieces, config.routing)
+            return routed_table(
+                problems, rollouts, verdicts, annotations, vocabulary.pieces, config.routing
+            )
         except RowFault as fault:
             file = f"{plan.inputs[fault.table].ref}/{part_name(part)}"
             if not fault.rollout_id:
@@ -168,16 +196,29 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
     yield make
 
 
-def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
-    rows = signal = 0
-    routed = np.zeros(len(Route), dtype=np.int64)
-    coverage = [np.empty(0, dtype=np.float32)]
-    for table in tables:
-        rows += len(table)
-        routes = pc.list_flatten(table["route"]).to_numpy()
-        routed += [np.count_nonzero(routes == int(route)) for route in Route]
-        coverage.append(table["coverage"].to_numpy())
-        signal += int(np.count_nonzero(table["advantage"].to_numpy()))
+@dataclass(frozen=True)
+class _Digest:
+    """Of a part: tokens by route; coverage, (rows,) float32; rows with an advantage."""
+
+    routed: np.ndarray
+    coverage: np.ndarray
+    signal: int
+
+
+def _digest(table: pa.Table) -> _Digest:
+    routes = pc.list_flatten(table["route"]).to_numpy()
+    return _Digest(
+        np.array([np.count_nonzero(routes == int(route)) for route in Route], dtype=np.int64),
+        table["coverage"].to_numpy(),
+        int(np.count_nonzero(table["advantage"].to_numpy())),
+    )
+
+
+def _summarize(plan: Plan, digests: Iterator[_Digest]) -> dict:
+    parts = list(digests)
+    routed = sum((part.routed for part in parts), np.zeros(len(Route), dtype=np.int64))
+    coverage = np.concatenate([np.empty(0, dtype=np.float32), *(part.coverage for part in parts)])
+    rows = len(coverage)
     left_out = _left_out(plan)
     if beyond := plan.inputs["rollouts"].rows - rows - sum(left_out.values()):
         left_out["truncated or without tokens"] = beyond
@@ -185,10 +226,8 @@ def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict:
         "sequences": rows,
         "tokens": int(routed.sum()),
         "tokens_per_route": {r.name.lower(): int(routed[r]) for r in Route},
-        "mean_coverage": round(float(np.mean(np.concatenate(coverage), dtype=np.float64)), 4)
-        if rows
-        else None,
-        "sequences_with_advantage": signal,
+        "mean_coverage": round(float(np.mean(coverage, dtype=np.float64)), 4) if rows else None,
+        "sequences_with_advantage": sum(part.signal for part in parts),
     } | ({"left_out": left_out} if left_out else {})
 
 
@@ -200,5 +239,6 @@ STAGE = Stage(
     _open,
     _summarize,
     ("route", "coverage", "advantage"),
+    _digest,
     check=_check,
 )
