@@ -253,7 +253,7 @@ def test_the_busy_share_counts_overlaps_once():
 
 def test_the_end_of_a_process_has_a_reason(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    with turns.Workers("cpu", "turns") as workers:
+    with turns.Workers("cpu", []) as workers:
         assert workers.call(max, 2, 3) == 3
         with pytest.raises(turns.Ended, match="ended with exit code 3"):
             workers.call(os._exit, 3)
