@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
+.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-triton test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -56,6 +56,10 @@ test-ranks: setup  ## rehearse a training on GPUs: torchrun of two and four rank
 
 test-soak: setup  ## kills, file faults and endpoint faults together, replayed by seed (SEED, MINUTES, ROUND)
 	$(BIN)/python tests/soak/run.py --seed $(SEED) --minutes $(MINUTES) $(if $(ROUND),--round $(ROUND))
+
+test-triton: setup  ## check the loss's Triton kernels in the interpreter on random cases, and compile them for GPUs
+	$(BIN)/python tests/trace/triton/cases.py --cases 330
+	$(BIN)/python tests/trace/triton/compile.py
 
 test-cluster: setup  ## run stages on Ray's and Dask's worker processes
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,dask]'

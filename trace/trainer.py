@@ -237,7 +237,8 @@ class Trainer:
         if self.reference is not None:
 
             def score(states: torch.Tensor, head: Head) -> torch.Tensor:
-                return token_logprobs(states, head, inputs.token_ids, inputs.temperature)
+                fp32 = self.config.loss.fp32_logits
+                return token_logprobs(states, head, inputs.token_ids, inputs.temperature, fp32)
 
             with torch.no_grad():
                 inputs = replace(inputs, reference_logprobs=self.reference(row, score))

@@ -46,7 +46,7 @@ class Training:
     policy: the weights that are trained, or this rank's copy of them. folder: the run's own, named
     by its id. ahead: steps are sampled while others train; otherwise the two take turns, so an
     engine may share the trainer's process and GPU. ranks: how many train; each of them has an
-    engine of its own, but for servers.
+    engine of its own, but for servers. fp32_head: the loss's logits are float32 in any precision.
     """
 
     policy: Policy
@@ -54,6 +54,7 @@ class Training:
     folder: Path
     ahead: bool = False
     ranks: int = 1
+    fp32_head: bool = False
 
 
 class Engine(Protocol):

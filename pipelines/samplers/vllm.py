@@ -86,6 +86,7 @@ class VllmEngine:
             sleeps=not training.ahead,
             ranks=training.ranks,
             gpu_share=share,
+            fp32_head=training.fp32_head,
             adapters=adapter_form(model) if hands_adapters(config, model) else None,
         )
 
@@ -115,12 +116,13 @@ class VllmPolicySampler:
         sleeps: bool = False,
         ranks: int = 1,
         gpu_share: float | None = None,
+        fp32_head: bool = False,
         adapters: AdapterForm | None = None,
     ) -> None:
         """in_process: without a child process; one such engine at a time. sleeps: `rest` frees the
         GPU. ranks: processes that each open such an engine at once, in process. gpu_share: of the
-        GPU's memory, where the config has none. adapters: those that `follow` loads, instead of all
-        weights.
+        GPU's memory, where the config has none. fp32_head: logits in float32. adapters: those that
+        `follow` loads, instead of all weights.
 
         Raises:
             InputError: vLLM is not installed, there is no model at the path, or the adapters' rank
@@ -149,6 +151,8 @@ class VllmPolicySampler:
                 config.gpu_memory_utilization or gpu_share or free_share()
             )
         options |= adapter_options(adapters)
+        if fp32_head:
+            options["hf_overrides"] = {"head_dtype": "float32"}
         if ranks > 1:  # the engine takes part in torchrun's process group, and samples by itself
             options["distributed_executor_backend"] = "external_launcher"
         self._group_is_the_trainers = dist.is_initialized()

@@ -96,7 +96,14 @@ class OnlineTables:
         self._sampler: Sampler | None = None
         self._follower: Follower | None = None
         if ranks.first or not engine.served:
-            training = Training(policy, online.sampling, run.local_path(), ahead, ranks.count)
+            training = Training(
+                policy,
+                online.sampling,
+                run.local_path(),
+                ahead,
+                ranks.count,
+                config.loss.fp32_logits,
+            )
             self._sampler = engine.open_in_training(training)
         self._probe: Probe | None = None
         if engine.follows:

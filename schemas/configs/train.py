@@ -291,6 +291,11 @@ class TrainConfig(Config):
                 "validation uses the sampler of the online steps, between them; it needs "
                 "online.steps above 0 and online.max_staleness=0"
             )
+        if self.loss.fp32_logits and (self.sampler.engine != "vllm" or self.offline.steps):
+            raise ValueError(
+                "loss.fp32_logits needs log-probabilities from an engine whose head computes in "
+                "float32 too; set sampler.engine=vllm and offline.steps=0, or fp32_logits=false"
+            )
         if self.online.max_staleness and self.sampler.engine not in ("vllm", "openai"):
             raise ValueError(
                 f"online.max_staleness is 1 but sampler.engine={self.sampler.engine} samples with "

@@ -315,6 +315,12 @@ def test_prompt_templates_hold_only_what_each_may_see(turn, fault):
     ("kind", "fields", "fault"),
     [
         (TrainConfig, [], "offline.steps and online.steps are both 0"),
+        (TrainConfig, ["online.steps=1", "loss.fp32_logits=true"], "set sampler.engine=vllm"),
+        (
+            TrainConfig,
+            ["online.steps=1", "offline.steps=1", "loss.fp32_logits=true", "sampler.engine=vllm"],
+            "offline.steps=0",
+        ),
         (ProblemsConfig, ["source={kind: hub}"], "exactly one of preset and dataset"),
         (
             ProblemsConfig,

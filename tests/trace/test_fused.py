@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -14,167 +14,12 @@ from torch.testing import assert_close
 
 from trace_opd.schemas.configs import LossConfig
 from trace_opd.schemas.labels import KlClip, Route
+from trace_opd.tests.trace.twin import Case, gradients, made_case, ours, twin
 from trace_opd.trace import fused_torch
-from trace_opd.trace.fused import routed_loss, token_logprobs
-from trace_opd.trace.losses import Head, LossInputs, LossOutput
+from trace_opd.trace.fused import token_logprobs
+from trace_opd.trace.losses import FLOOR, Head
 
 MIXED = [3, 0, 4, 1, 2, 0, 3, 2, 1, 4, 0, 1]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A micro-batch and two heads; teacher_hidden has one row per routed token, in order."""
-
-    hidden: torch.Tensor
-    head: Head
-    inputs: LossInputs
-    teacher_hidden: torch.Tensor
-    teacher_head: Head
-
-    @property
-    def variables(self) -> dict[str, torch.Tensor]:
-        """The tensors that get gradients."""
-        named = {"hidden": self.hidden, "weight": self.head.weight, "bias": self.head.bias}
-        return {name: x for name, x in named.items() if x is not None and x.requires_grad}
-
-
-def made_case(
-    routes: list[int],
-    seed: int = 0,
-    vocab: int = 7,
-    width: int = 4,
-    bias: bool = False,
-    softcap: float | None = None,
-    temperature: float | None = None,
-    log_ratio: float | None = None,
-    advantage: float | None = None,
-    scale: float = 1.0,
-) -> Case:
-    """Random float64 values; log_ratio and advantage fix those of all tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens, routed = len(routes), sum(map(bool, routes))
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def head() -> Head:
-        return Head(scale * normal(vocab, width), normal(vocab) if bias else None, softcap)
-
-    student, teacher, hidden = head(), head(), normal(tokens, width)
-    heat = torch.full((tokens,), temperature or 1.0).double()
-    if temperature is None:
-        heat = 0.5 + torch.rand(tokens, generator=generator, dtype=torch.float64)
-    ids = torch.randint(vocab, (tokens,), generator=generator)
-    own = shaped_log_softmax(hidden, student, heat).gather(1, ids[:, None]).squeeze(1)
-    for variable in (hidden, student.weight, student.bias):
-        if variable is not None:
-            variable.requires_grad_()
-    inputs = LossInputs(
-        token_ids=ids,
-        old_logprobs=own - (0.3 * normal(tokens) if log_ratio is None else log_ratio),
-        advantage=normal(tokens) if advantage is None else torch.full_like(own, advantage),
-        weight=torch.rand(tokens, generator=generator, dtype=torch.float64),
-        temperature=heat,
-        route=torch.tensor(routes, dtype=torch.uint8),
-        reference_logprobs=own + 0.3 * normal(tokens),
-    )
-    return Case(hidden, student, inputs, normal(routed, width), teacher)
-
-
-# --- the twin ---
-
-
-def shaped_log_softmax(hidden: torch.Tensor, head: Head, heat: torch.Tensor) -> torch.Tensor:
-    logits = hidden @ head.weight.T
-    if head.bias is not None:
-        logits = logits + head.bias
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return torch.log_softmax(logits / heat[:, None], -1)
-
-
-def twin(case: Case, config: LossConfig, lam: float, fade: float) -> LossOutput:
-    """METHOD.md's objective with its baselines' options, one token after another."""
-    x = case.inputs
-    student = shaped_log_softmax(case.hidden, case.head, x.temperature)
-    routed = x.route != 0
-    teacher = iter(
-        shaped_log_softmax(case.teacher_hidden, case.teacher_head, x.temperature[routed])
-    )
-    rows = []
-    for t, log_p in enumerate(student):
-        route, kl, exact, kl_clipped = Route(int(x.route[t])), 0.0, 0.0, False
-        logprob, advantage, share = log_p[x.token_ids[t]], x.advantage[t], 1.0
-        if route is not Route.GRPO:
-            log_q = next(teacher)
-            if lam > 0 and route is Route.REWEIGHT:
-                log_evidence = torch.sign(advantage) * (log_q[x.token_ids[t]] - logprob.detach())
-                eps = config.reweight_clip
-                advantage = advantage * (1 - lam + lam * log_evidence.exp().clamp(1 - eps, 1 + eps))
-            elif lam > 0:
-                share = fade
-                terms = divergence_terms(route, log_p, log_q, config.jsd_beta)
-                entropy = -(log_q.exp() * log_q).sum()
-                exact, kl_clipped = terms.sum(), clipped(terms, config) != terms.sum()
-                kl = torch.exp(-config.entropy_beta * entropy) * clipped(terms, config)
-        ratio = torch.exp(logprob - x.old_logprobs[t])
-        if config.truncated_importance is None:
-            bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-            gain = torch.minimum(ratio * advantage, bounded * advantage)
-            binds = bounded * advantage < ratio * advantage
-        else:
-            importance = ratio.detach().clamp(max=config.truncated_importance)
-            gain = importance * advantage * torch.exp(logprob - logprob.detach())
-            binds = ratio > config.truncated_importance
-        loss = -share * gain * config.grpo + lam * kl
-        to_base = torch.zeros(())
-        if x.reference_logprobs is not None:
-            log_r = x.reference_logprobs[t] - logprob
-            to_base = log_r.exp() - log_r - 1
-            loss = loss + config.reference_kl * to_base
-        entropy = -(log_p.exp() * log_p).sum()
-        rows.append((x.weight[t] * loss, logprob, entropy, binds, exact, kl_clipped, to_base))
-    loss, *statistics = (
-        torch.stack([torch.as_tensor(v).double() for v in c]) for c in zip(*rows, strict=True)
-    )
-    return LossOutput(loss.sum(), *(column.detach() for column in statistics))
-
-
-def divergence_terms(
-    route: Route, log_p: torch.Tensor, log_q: torch.Tensor, beta: float
-) -> torch.Tensor:
-    p, q = log_p.exp(), log_q.exp()
-    if route is Route.FKL:
-        return q * (log_q - log_p)
-    if route is Route.RKL:
-        return p * (log_p - log_q)
-    log_m = torch.log(beta * q + (1 - beta) * p)
-    return beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)
-
-
-def clipped(terms: torch.Tensor, config: LossConfig) -> torch.Tensor:
-    bound = config.kl_clip_value
-    if config.kl_clip == KlClip.ENTRY_ABOVE:
-        return terms.clamp(max=bound).sum()
-    if config.kl_clip == KlClip.ENTRY_SYMMETRIC:
-        return terms.clamp(-bound, bound).sum()
-    return terms.sum().clamp(max=bound) if config.kl_clip == KlClip.TOKEN else terms.sum()
-
-
-# --- the comparison ---
-
-
-def ours(case: Case, config: LossConfig, lam: float, fade: float) -> LossOutput:
-    taught = (case.teacher_hidden, case.teacher_head) if lam > 0 else (None, None)
-    return routed_loss(case.hidden, case.head, case.inputs, config, lam, fade, *taught)
-
-
-def gradients(case: Case, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    found = torch.autograd.grad(loss, list(case.variables.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(x) if grad is None else grad
-        for (name, x), grad in zip(case.variables.items(), found, strict=True)
-    }
 
 
 def assert_equals_twin(case: Case, config: LossConfig, lam: float, w0: float = 0.5) -> None:
@@ -322,6 +167,33 @@ def test_small_buffers_change_nothing(rows, block):
     expected, got = gradients(case, at_once.loss), gradients(case, cut.loss)
     for name, gradient in expected.items():
         assert_close(got[name], gradient, rtol=1e-12, atol=1e-14)
+
+
+# --- masked entries ---
+
+MASKS = {"student's": (0.4, 0.0), "teacher's": (0.0, 0.4), "both": (0.3, 0.5)}
+
+
+@pytest.mark.parametrize("clip", list(KlClip))
+@pytest.mark.parametrize("masked", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("options", [{}, {"entropy_beta": 0.7, "truncated_importance": 1.1}])
+def test_masked_entries_equal_the_twin(masked, options, clip):
+    config = LossConfig(kl_clip=clip, reference_kl=0.1, **options)
+    for seed, temperature in ((0, None), (1, 1.0)):
+        case = made_case(MIXED, seed, vocab=9, temperature=temperature, masked=masked)
+        assert_equals_twin(case, config, 0.3)
+        got = ours(case, config, 0.3, 0.4)
+        assert all(column.isfinite().all() for column in got)
+        assert all(grad.isfinite().all() for grad in gradients(case, got.loss).values())
+
+
+def test_a_masked_token_has_the_floors_log_probability():
+    case = made_case([0, 0], vocab=4, temperature=1.0)
+    bias = torch.zeros(4).double()
+    bias[case.inputs.token_ids[0]] = -torch.inf
+    case = replace(case, head=Head(case.head.weight, bias.requires_grad_()))
+    scored = token_logprobs(case.hidden, case.head, case.inputs.token_ids, case.inputs.temperature)
+    assert scored[0] == ours(case, LossConfig(), 0.0, 1.0).logprobs[0] == FLOOR
 
 
 # --- which gradients ---
