@@ -62,10 +62,10 @@ class ModelFlops:
 
 
 def model_flops(model: Any) -> ModelFlops | None:
-    """The counts of a transformers model or its peft wrapper; None for a mixture of experts, latent
-    attention, and configs without a decoder's sizes.
+    """The counts of a transformers model or its peft wrapper, sharded or not; None for a mixture of
+    experts, latent attention, and configs without a decoder's sizes.
 
-    The second set of adapters that a teacher may have is not there yet: call before `start_models`.
+    Adapters without a gradient are the teacher's (lora.py) and not counted.
     """
     config = transformers_model(model).config.get_text_config()
     heads, hidden = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
@@ -76,7 +76,12 @@ def model_flops(model: Any) -> ModelFlops | None:
     # Where a config names no layers' types, a window is that of all.
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layers)
     head, _ = output_head(model)
-    matrices = [p for layer in layers for p in layer.parameters() if p.dim() == 2]
+    matrices = [
+        parameter
+        for layer in layers
+        for name, parameter in layer.named_parameters()
+        if parameter.dim() == 2 and (parameter.requires_grad or ".lora_" not in name)
+    ]
     return ModelFlops(
         token=float(sum((6 if p.requires_grad else 4) * p.numel() for p in matrices)),
         scored=float((6 if head.requires_grad else 4) * head.numel()),

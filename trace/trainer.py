@@ -86,10 +86,10 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.state = TrainerState()
         check_optimizer(config.optim, policy.device, self.ranks.shards(policy.compute_dtype))
-        self._flops = model_flops(policy.model)  # before a teacher's adapters join the model
         models = start_models(policy, config, self.ranks)
         self.student, self.trained = models.student, models.trained
         self.teacher, self.reference = models.teacher, models.reference
+        self._flops = model_flops(policy.model)
         self.optimizer = make_optimizer(self.student.parameters(), config.optim, policy.device)
 
     @property
@@ -123,7 +123,7 @@ class Trainer:
         stopping: Callable[[], bool],
         busy: GpuBusy,
     ) -> Metrics:
-        """One step from its table to its metrics, the same on every rank but for its seconds."""
+        """One step from its table to its metrics, the same on every rank."""
         step, device = self.state.step, self.policy.device
         # Ranks must stop at the same point, so several ranks stop between steps only.
         clock = PhaseClock(stopping if self.ranks.count == 1 else lambda: False, device)
@@ -141,12 +141,9 @@ class Trainer:
             table, self.policy.tokenizer, self.config.prompt, with_teacher=kl > 0
         )
         metrics = self.train_step(sequences, clock)
-        timed = clock.metrics() | busy.metrics()
-        on_cuda = device.type == "cuda"
-        if on_cuda:  # on the CPU nothing is measured that ranks would put together
-            timed = over_ranks(self.ranks.gather(timed))
+        timed = over_ranks(self.ranks.gather(clock.metrics() | busy.metrics()))
         flops = self._flops and self._flops.step(self._trained_sequences(sequences))
-        gpus = self.ranks.count if on_cuda else 0
+        gpus = self.ranks.count if device.type == "cuda" else 0
         rates = throughput(metrics["tokens"], flops, timed, gpus, device_peak(device))
         ahead = {name: s for name, s in counts.items() if name.startswith("seconds_")}
         rates |= sampling_rates(timed, ahead)

@@ -119,6 +119,7 @@ def _shown(metrics: Metrics) -> dict[str, str]:
         "reward": ("reward", "{:.2f}"),
         "kl_weight": ("kl", "{:.2f}"),
         "tokens_per_second": ("tokens/s", "{:,.0f}"),
+        "mfu": ("MFU", "{:.0%}"),
     }
     return {
         label: form.format(metrics[name])

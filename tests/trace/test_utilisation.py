@@ -1,8 +1,12 @@
 """Rates of a step, from seconds and counts that are known."""
 
+import threading
+import time
+
 import pytest
 import torch
 
+from trace_opd.trace import utilisation
 from trace_opd.trace.utilisation import GpuBusy, over_ranks, sampling_rates, throughput
 
 TIMED = {"seconds": 10.0, "seconds_sample": 6.0, "seconds_train": 2.0}
@@ -61,3 +65,24 @@ def test_without_a_gpu_nothing_is_polled():
     busy = GpuBusy(torch.device("cpu"))
     assert busy.metrics() == {}
     busy.close()
+
+
+def test_a_gpu_is_polled_until_the_end_and_one_without_the_figure_is_not(monkeypatch):
+    """The machine has no GPU: its answers are given."""
+    monkeypatch.setattr(utilisation, "_POLL_S", 0.001)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 80)
+    busy = GpuBusy(torch.device("cuda"))
+    while not (metrics := busy.metrics()):
+        time.sleep(0.001)
+    assert metrics == {"gpu_busy": pytest.approx(0.8)}
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "gpu-busy"]
+    busy.close()
+    thread.join(10)
+    assert not thread.is_alive()
+
+    def fails(device: torch.device) -> int:
+        raise ArithmeticError  # as pynvml's errors: of no class that is known here
+
+    monkeypatch.setattr(torch.cuda, "utilization", fails)
+    GpuBusy(torch.device("cuda"))
+    assert "gpu-busy" not in [thread.name for thread in threading.enumerate()]

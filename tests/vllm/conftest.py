@@ -226,6 +226,9 @@ class Lab:
         metrics = self.metrics()
         assert [line["step"] for line in metrics] == list(range(self.steps))
         assert [line["staleness"] for line in metrics] == staleness
+        timed = {"seconds_hand_over", "seconds_probe", "seconds_sample", "sampling_share"}
+        assert all(timed <= line.keys() for line in metrics)
+        assert ["sampling_overlap" in line for line in metrics] == list(map(bool, staleness))
         rollouts = self.table("rollouts")
         assert rollouts.rows == self.rollouts
         steps = [rollouts.read_part(step) for step in range(self.steps)]
