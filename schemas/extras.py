@@ -17,6 +17,7 @@ _EXTRAS = (
     "study",
     "lora",
     "8bit",
+    "liger",
     "vllm",
     "gguf",
     "trackers",

@@ -1,6 +1,6 @@
 """A step's metrics: sums over its tokens, and their means.
 
-trainer.py adds up `token_sums` over micro-batches and ranks, and writes `step_metrics` of the sums.
+trainer.py adds up TokenSums over micro-batches and ranks, and writes `step_metrics` of the sums.
 Metrics of a route or divergence take their names from the Route enumeration.
 """
 
@@ -13,8 +13,9 @@ import torch
 from ..schemas.labels import Route
 from .losses import DIVERGENCES, LossInputs, LossOutput
 from .sequences import TrainingSequence, signal_groups
+from .transfer import to_device
 
-# Sums over a micro-batch's tokens; `loss` already has the weights of the step.
+# Sums over tokens; `loss` already has the weights of the step.
 SUMS = (
     "loss", "tokens", "entropy", "ratio_clipped", "drift", "drift_kl", "kl_clipped", "reference_kl",
     *(f"{route.label}_kl" for route in DIVERGENCES),
@@ -22,30 +23,46 @@ SUMS = (
 )  # fmt: skip
 
 
-@torch.no_grad()
-def token_sums(output: LossOutput, inputs: LossInputs, with_kl: bool) -> tuple[np.ndarray, float]:
-    """One micro-batch's sums in the order of SUMS, and its largest drift, nats.
+class TokenSums:
+    """The sums of a step's micro-batches, on their device: reading them waits for it."""
 
-    Drift is the trainer's log-probability of a sampled token minus the sampler's. `drift_kl` sums
-    the non-negative estimate of KL(sampler‖trainer), r − 1 − log r with r = e^drift.
-    """
-    drift = output.logprobs - inputs.old_logprobs
-    routed = [inputs.route == int(route) for route in DIVERGENCES]
-    sums = [
-        output.loss,
-        torch.ones_like(output.entropy).sum(),
-        output.entropy.sum(),
-        output.ratio_clipped.sum(),
-        drift.abs().sum(),
-        (torch.expm1(drift) - drift).sum(),
-        output.kl_clipped.sum(),
-        output.reference_kl.sum(),
-        *(output.kl[mask].sum() for mask in routed),
-        *((mask.sum() if with_kl else mask.sum() * 0) for mask in routed),
-    ]
-    largest = drift.abs().max() if len(drift) else drift.sum()
-    values = torch.stack([x.double() for x in (*sums, largest)]).cpu().numpy()
-    return values[:-1], float(values[-1])
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        self._drift = torch.zeros((), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, output: LossOutput, inputs: LossInputs, with_kl: bool) -> None:
+        """Add one micro-batch.
+
+        Drift is the trainer's log-probability of a sampled token minus the sampler's. `drift_kl`
+        sums the non-negative estimate of KL(sampler‖trainer), r − 1 − log r with r = e^drift.
+        """
+        drift = output.logprobs - inputs.old_logprobs
+        device = drift.device
+        # From the host's copy: a mask on the device would have to be counted, which waits for it.
+        kinds = inputs.route.cpu().numpy() if inputs.host_route is None else inputs.host_route
+        routed = [np.flatnonzero(kinds == int(route)) for route in DIVERGENCES]
+        counts = torch.tensor([len(at) if with_kl else 0 for at in routed], dtype=torch.float64)
+        sums = [
+            output.loss,
+            torch.ones_like(output.entropy).sum(),
+            output.entropy.sum(),
+            output.ratio_clipped.sum(),
+            drift.abs().sum(),
+            (torch.expm1(drift) - drift).sum(),
+            output.kl_clipped.sum(),
+            output.reference_kl.sum(),
+            *(output.kl[to_device(torch.from_numpy(at), device)].sum() for at in routed),
+        ]
+        added = torch.stack([x.double() for x in sums])
+        self._sums += torch.cat((added, to_device(counts, device)))
+        largest = drift.abs().max() if len(drift) else drift.sum()
+        self._drift = torch.fmax(self._drift, largest.double())  # NaN counts as nothing
+
+    def read(self) -> tuple[list[float], float]:
+        """The sums in the order of SUMS, and the largest drift, nats."""
+        *sums, largest = torch.cat((self._sums, self._drift[None])).tolist()
+        return sums, largest
 
 
 def step_metrics(
@@ -56,8 +73,8 @@ def step_metrics(
 ) -> dict[str, float]:
     """A step's means. Units: nats, tokens, shares.
 
-    sums: `token_sums` added up over the step. A step without sequences (no rollout could be scored)
-    changes nothing and has no means; one that trains no token has none over trained tokens.
+    sums: TokenSums of the step, over all ranks. A step without sequences (no rollout could be
+    scored) changes nothing and has no means; one that trains no token has none over trained tokens.
     """
     if not sequences:
         return {"sequences": 0.0, "tokens": 0.0}

@@ -2,38 +2,26 @@
 
 sequences.py builds the rows, trainer.py passes them to a PackedModel. A row is a list of blocks: a
 prompt's tokens, then each response's. Operations on single tokens (embedding, projections, MLP,
-norms) see each token once. Attention loops over sequences: a response attends to its prompt and to
-itself, as if the two were alone, through PyTorch's scaled_dot_product_attention with its causal
-kernel. Positions restart with each prompt and continue from it in each response.
+norms) see each token once; attention.py computes each sequence as if it were alone. Positions
+restart with each prompt and continue from it in each response.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from .attention import ATTENTION, Layout, masks_of_packed_rows
 from .losses import Head
 from .policy import backbone, output_head
 from .rope import Regime, frequencies_by_block, length_ropes, regime
+from .transfer import to_device
 
-ATTENTION = "trace_packed"
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A row's blocks: their lengths, and (prompt's block, response's block) of each sequence."""
-
-    lengths: tuple[int, ...]
-    sequences: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -82,7 +70,7 @@ def pack(
     return PackedRow(
         torch.from_numpy(np.concatenate(blocks))[None],
         torch.from_numpy(np.concatenate(positions))[None],
-        Layout(tuple(map(len, blocks)), tuple(sequences)),
+        Layout([len(block) for block in blocks], sequences),
         torch.from_numpy(np.concatenate(wanted)),
         tuple(map(len, wanted)),
     )
@@ -122,87 +110,8 @@ def split_prompts(
         last = old[blocks[prompt] + 1] - 1  # predicts the response's first token
         moved = at + (new[response] - old[blocks[response]])
         wanted.append(torch.where(at == last, new[prompt + 1] - 1, moved))
-    layout = Layout(tuple(lengths[block] for block in blocks), tuple(sequences))
+    layout = Layout([lengths[block] for block in blocks], sequences)
     return PackedRow(ids, positions, layout, torch.cat(wanted), row.kept), regimes
-
-
-def packed_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    packed: Layout | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of a packed row; without `packed` (sampling) transformers' own SDPA attention.
-
-    query: (1, heads, tokens, head); key, value: (1, key heads, tokens, head). attention_mask: of
-    `_mask`. Returns (1, tokens, heads, head).
-    """
-    if packed is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **kwargs
-        )
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    # Split, not sliced: a slice's gradient is as large as the row.
-    queries, keys, values = (x.split(packed.lengths, dim=2) for x in (query, key, value))
-    window = _window(attention_mask)
-    out, read = [], set()
-    for prompt, response in packed.sequences:
-        q, k, v = (
-            torch.cat((blocks[prompt], blocks[response]), dim=2)
-            for blocks in (queries, keys, values)
-        )  # (1, heads, prompt + response, head)
-        mask = _window_mask(q.shape[2], window, q.device)
-        # The prompt's queries are recomputed with each response, which is cheaper than a mask.
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling
-        )
-        out.append(attended[:, :, packed.lengths[prompt] :] if prompt in read else attended)
-        read.add(prompt)
-    # Contiguous as transformers' own: some models view the result in another shape.
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """(length, length) bool mask of causal attention within a window; None: no mask needed."""
-    if window is None or length <= window:
-        return None
-    distance = torch.arange(length, device=device)
-    distance = distance[:, None] - distance[None, :]
-    return (distance >= 0) & (distance < window)
-
-
-_PACKED: ContextVar[bool] = ContextVar("packed", default=False)
-
-
-def _mask(
-    *, local_size: int | None = None, device: torch.device | str = "cpu", **kwargs: Any
-) -> torch.Tensor | None:
-    """The mask that a model asks transformers for: of a packed row the window alone.
-
-    Returns (1, 1, 1, 1): int64 on the CPU, the number of tokens in the window; bool, no window. The
-    window comes from the mask, because not every architecture passes it to its attention as well.
-    Chunks, which are no windows, `check_architecture` refuses.
-    """
-    if not _PACKED.get():
-        return sdpa_mask(local_size=local_size, device=device, **kwargs)
-    if local_size is None:
-        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    return torch.full((1, 1, 1, 1), local_size)
-
-
-def _window(mask: torch.Tensor | None) -> int | None:
-    return int(mask) if mask is not None and mask.dtype == torch.int64 else None
-
-
-AttentionInterface.register(ATTENTION, packed_attention)
-AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 class PackedModel(torch.nn.Module):
@@ -227,23 +136,19 @@ class PackedModel(torch.nn.Module):
         if ropes := length_ropes(decoder):
             row, regimes = split_prompts(row, partial(regime, ropes))
             frequencies = frequencies_by_block(ropes, row.layout.lengths, regimes)
-        packed = _PACKED.set(True)
-        try:
-            with frequencies:
-                states = decoder(
-                    input_ids=row.input_ids.to(device),
-                    position_ids=row.position_ids.to(device),
-                    # Two-dimensional, or transformers would derive sequences from the positions.
-                    attention_mask=torch.ones_like(row.input_ids, dtype=torch.bool, device=device),
-                    packed=row.layout,
-                    use_cache=False,
-                ).last_hidden_state  # (1, tokens, hidden)
-        finally:
-            _PACKED.reset(packed)
+        with frequencies, masks_of_packed_rows():
+            states = decoder(
+                input_ids=to_device(row.input_ids, device),
+                position_ids=to_device(row.position_ids, device),
+                # Two-dimensional, or transformers would derive sequences from the positions.
+                attention_mask=torch.ones_like(row.input_ids, dtype=torch.bool, device=device),
+                packed=row.layout,
+                use_cache=False,
+            ).last_hidden_state  # (1, tokens, hidden)
         # Gather by embedding, not by indexing. A prompt's last state predicts the first token of
         # each response, and on CPU indexing's backward adds such gradients in a nondeterministic
         # order.
-        kept = torch.nn.functional.embedding(row.logit_positions.to(device), states[0])
+        kept = torch.nn.functional.embedding(to_device(row.logit_positions, device), states[0])
         weight, bias = output_head(self.model)
         softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return use(kept, Head(weight, bias, softcap))

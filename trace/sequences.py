@@ -20,6 +20,7 @@ from ..schemas.labels import Route
 from .losses import LossInputs
 from .packing import PackedRow, pack
 from .prompt import render_chat, teacher_chat
+from .transfer import to_device
 
 # Columns of a routed table that are fields of a sequence, and those that a teacher's prompt needs.
 _FIELDS = ("rollout_id", "group_id", "advantage", "reward", "correct", "temperature", "truncated")
@@ -137,10 +138,11 @@ def loss_inputs(
     route = np.concatenate([row.route for row in rows])
 
     def flat(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts, dtype=dtype)).to(device)
+        return to_device(torch.from_numpy(np.concatenate(parts, dtype=dtype)), device)
 
     def per_token(values: Sequence[float]) -> torch.Tensor:
-        return torch.from_numpy(np.repeat(np.asarray(values, np.float32), lengths)).to(device)
+        spread = np.repeat(np.asarray(values, np.float32), lengths)
+        return to_device(torch.from_numpy(spread), device)
 
     return LossInputs(
         token_ids=flat([row.token_ids for row in rows], np.int64),
@@ -148,7 +150,7 @@ def loss_inputs(
         advantage=per_token([row.advantage for row in rows]),
         weight=per_token(weights),
         temperature=per_token(temperatures),
-        route=torch.from_numpy(route).to(device),
+        route=to_device(torch.from_numpy(route), device),
         host_route=route,
         heated=any(temperature != 1 for temperature in temperatures),
     )

@@ -12,6 +12,7 @@ import torch
 
 from ..schemas.configs import TrainConfig
 from .architecture import check_architecture
+from .layers import fuse_layers
 from .lora import AdapterView, add_teacher, has_adapters
 from .packing import PackedModel
 from .policy import Policy
@@ -48,7 +49,7 @@ def start_models(policy: Policy, config: TrainConfig, ranks: Ranks) -> Models:
     since it moves by less than bfloat16's resolution.
 
     Raises:
-        InputError: an architecture that the trainer does not know.
+        InputError: an architecture that the trainer does not know; `fuse_layers`.
     """
     check_architecture(policy.model.config, config.policy.trust_remote_code)
     taught, averaged = config.schedule.w0 > 0, config.teacher.sync == "ema"
@@ -57,26 +58,28 @@ def start_models(policy: Policy, config: TrainConfig, ranks: Ranks) -> Models:
         moves = taught and config.teacher.sync != "frozen"
         if moves:
             add_teacher(policy.model)
-        student = _placed_student(policy, ranks, config.optim.offload)
+        student = _placed_student(policy, ranks, config)
         view: Callable[[Any], AdapterView] = lambda name: AdapterView(student, name)  # noqa: E731
         teacher = view("teacher" if moves else "none") if taught else None
         return Models(student, view("trained"), teacher, view("none") if referred else None)
     # Before the student is sharded: its modules are still plain.
     shapes = [skeleton(policy.model) if wanted else None for wanted in (taught, referred)]
-    student = _placed_student(policy, ranks, config.optim.offload)
+    student = _placed_student(policy, ranks, config)
     low = None if policy.compute_dtype == torch.float32 else policy.compute_dtype
     teacher, reference = (
-        shape and _placed(shape, from_module(student), frozen_types(dtype), policy, ranks)
+        shape and _placed(shape, from_module(student), frozen_types(dtype), policy, ranks, config)
         for shape, dtype in zip(shapes, (None if averaged else low, low), strict=True)
     )
     return Models(student, student, teacher, reference)
 
 
-def _placed_student(policy: Policy, ranks: Ranks, offload: bool) -> PackedModel:
+def _placed_student(policy: Policy, ranks: Ranks, config: TrainConfig) -> PackedModel:
     if not ranks.shards(policy.compute_dtype):  # on its device already
+        fuse_layers(policy.model, config.layers, policy.device)
         return PackedModel(policy.model)
     source = from_first_rank(ranks, policy.device)
-    return _placed(policy.model, source, trained_types, policy, ranks, offload)
+    offload = config.optim.offload
+    return _placed(policy.model, source, trained_types, policy, ranks, config, offload)
 
 
 def _placed(
@@ -85,8 +88,10 @@ def _placed(
     stored: Stored,
     policy: Policy,
     ranks: Ranks,
+    config: TrainConfig,
     offload: bool = False,
 ) -> PackedModel:
+    fuse_layers(model, config.layers, policy.device)
     packed = PackedModel(model)
     place(packed, source, stored, policy.device, ranks, policy.compute_dtype, offload)
     return packed

@@ -27,7 +27,7 @@ from .clock import Phase, PhaseClock
 from .device_peak import device_peak
 from .fused import routed_loss, token_logprobs
 from .losses import Head, LossInputs, LossOutput, token_weights
-from .metrics import SUMS, step_metrics, token_sums
+from .metrics import SUMS, TokenSums, step_metrics
 from .model_flops import model_flops
 from .optim import check_optimizer, learning_rate, make_optimizer
 from .packing import pack
@@ -205,28 +205,31 @@ class Trainer:
 
         Returns the sums of metrics.SUMS over all tokens, and the largest drift, over all ranks.
         """
-        weights = token_weights([len(s.token_ids) for s in sequences], self.config.loss)
-        weight_of = {s.rollout_id: w for s, w in zip(sequences, weights.tolist(), strict=True)}
         device, (index, count) = self.policy.device, (self.ranks.index, self.ranks.count)
+        weights = token_weights([len(s.token_ids) for s in sequences], self.config.loss)
+        # FSDP averages gradients over ranks; the step needs their sum.
+        weights = (weights * count).tolist()
+        weight_of = {s.rollout_id: w for s, w in zip(sequences, weights, strict=True)}
         budget = self.config.micro_batch_tokens
         batches = rank_batches(sequences, index, count, budget, with_teacher=kl > 0)
         routed = any(batch.teacher_passes for batch in batches)
-        sums, largest = np.zeros(len(SUMS)), 0.0
+        sums = TokenSums(device)
+        # Nothing in the loop waits for a GPU, so the host makes the tensors of the next micro-batch
+        # while the GPU computes.
         for batch in batches:
             scale = [0.0 if batch.idle else weight_of[row.rollout_id] for row in batch.rows]
             inputs = loss_inputs(batch.rows, scale, device)
             output = self._objective(batch, inputs, kl if routed else 0.0)
-            # FSDP averages gradients over ranks; the step's weights need their sum.
-            loss = output.loss if count == 1 else output.loss * count
-            loss.backward()
+            output.loss.backward()
             if not batch.idle:
-                batch_sums, drift = token_sums(output, inputs, kl > 0)
-                sums, largest = sums + batch_sums, max(largest, drift)
+                sums.add(output, inputs, kl > 0)
         for frozen in (self.teacher, self.reference):
             if frozen is not None:
                 reshard(frozen)
-        totals = self.ranks.sum(sums.tolist())
-        return dict(zip(SUMS, totals, strict=True)), self.ranks.most([largest])[0]
+        own, largest = sums.read()
+        totals = dict(zip(SUMS, self.ranks.sum(own), strict=True))
+        totals["loss"] /= count  # of the weights
+        return totals, self.ranks.most([largest])[0]
 
     def _objective(self, batch: MicroBatch, inputs: LossInputs, kl: float) -> LossOutput:
         row = student_row(batch.rows)

@@ -48,6 +48,7 @@ from .rollout import (
 )
 from .study import ArmConfig, ReportedConfig, StudyConfig, TuningConfig
 from .train import (
+    Layers,
     LoraConfig,
     LossConfig,
     OfflineConfig,
@@ -76,6 +77,7 @@ __all__ = [
     "FilesSource",
     "GymSource",
     "HubSource",
+    "Layers",
     "LoraConfig",
     "LossConfig",
     "NoAnnotator",

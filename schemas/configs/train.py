@@ -200,6 +200,9 @@ class ValidationConfig(Config):
     seed: int = Field(default=0, description="Seed of the samples, the same at each validation.")
 
 
+Layers = Literal["eager", "compile", "liger"]
+
+
 class TrainConfig(Config):
     """Stage train: offline steps over routed tables, then online steps on fresh rollouts."""
 
@@ -232,6 +235,12 @@ class TrainConfig(Config):
         False,
         "Recompute activations in the backward pass instead of storing them: true in all layers, a "
         "number in as many, false in none, auto in as few as the plan needs to fit this GPU.",
+    )
+    layers: Layers = operational(
+        "eager",
+        "How the decoder computes norms, rotary embeddings and SwiGLU: eager, as transformers "
+        "does; compile, by torch.compile layer by layer; liger, by Liger's kernels on CUDA (extra "
+        "liger).",
     )
     sampler: Sampler = Field(
         default=TransformersSampler(),

@@ -16,7 +16,7 @@ from transformers import (
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.trace import packing
+from trace_opd.trace import attention, packing
 from trace_opd.trace.architecture import check_architecture, small_config, small_model
 from trace_opd.trace.policy import load_policy
 from trace_opd.trace.trainer import Trainer
@@ -85,7 +85,7 @@ def test_an_architecture_of_another_kind_is_refused_in_one_sentence(kind):
 
 
 def test_the_check_sees_a_window_that_packing_ignores(monkeypatch):
-    monkeypatch.setattr(packing, "_window", lambda mask: None)
+    monkeypatch.setattr(attention, "_window", lambda mask: None)
     check_architecture(QWEN3_8B)
     with pytest.raises(InputError, match="differ"):
         check_architecture(SUPPORTED["experts, windows in the mask alone"])
