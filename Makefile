@@ -7,12 +7,14 @@ TORCH ?= cpu
 SECONDS ?= 120
 SEED ?= 0
 MINUTES ?= 20
+bench-gpu: MINUTES = 27
+PARTS ?= loss,step,layers,rollout
 BIN := $(VENV)/bin
 # Disable telemetry of transformers and Prefect.
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-triton test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
+.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-triton test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -108,11 +110,14 @@ bench-clip: setup  ## compare the forms of the KL clip on the micro policy
 bench-data: setup  ## measure convert and the trainer's reader at up to a million rollouts
 	$(BIN)/python benchmarks/data.py
 
+bench-gpu: setup peers  ## measure a GPU in half an hour: loss, step, sampling (PARTS, MINUTES)
+	$(BIN)/python benchmarks/gpu.py --parts $(PARTS) --minutes $(MINUTES)
+
 bench-judge: setup  ## count wrong verdicts, ours and math-verify's
 	$(BIN)/python benchmarks/judging.py
 
-bench-loss: setup peers  ## compare time and memory of the loss with TRL's and Liger's
-	$(BIN)/python benchmarks/loss.py
+bench-loss: setup peers  ## compare time and memory of the loss with TRL's and Liger's (ARGUMENTS)
+	$(BIN)/python benchmarks/loss.py $(ARGUMENTS)
 
 bench-precision: setup  ## compare gradients in bfloat16, on one rank and two, with float32's
 	$(BIN)/python benchmarks/precision.py
@@ -126,8 +131,8 @@ bench-rollout: $(VLLM_VENV)/.installed  ## measure each sampler's generated toke
 bench-overlap: $(VLLM_VENV)/.installed  ## compare online steps with and without sampling during training
 	$(VLLM_VENV)/bin/python benchmarks/overlap.py
 
-bench-step: setup peers  ## compare time and memory of an optimiser step with TRL's GRPOTrainer
-	$(BIN)/python benchmarks/step.py
+bench-step: setup peers  ## compare time and memory of an optimiser step with the peers' (ARGUMENTS)
+	$(BIN)/python benchmarks/step.py $(ARGUMENTS)
 
 bench-verify: setup  ## compare verifications per second with math-verify
 	$(BIN)/python benchmarks/verify.py

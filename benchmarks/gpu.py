@@ -1,7 +1,7 @@
 """Measures a GPU in half an hour: ceilings, the loss, a training step, a cut of 8B, sampling.
 
     make bench-gpu                                                   # 27 minutes
-    python benchmarks/gpu.py --parts loss --minutes 9               # then step, then layers,rollout
+    python benchmarks/gpu.py --parts loss --minutes 9                # then step; layers,rollout
     python benchmarks/gpu.py --device cpu --shape tiny --minutes 2   # a rehearsal
 
 The parts are gpu_parts.py's. Each command of a part is a process with a limit of its own; time that
@@ -11,9 +11,10 @@ finished: the same call again takes up where the last one ended. To measure all 
 away. At the end a table compares the rows with the targets (gpu_gates.py).
 
 For a machine without a network: what is missing is printed first, and what needs it is left out.
-The repository need not be installed. Wheels for a machine that has PyTorch, transformers and
-pyarrow: pydantic, pydantic-core, annotated-types, typing-inspection, httpx2, httpcore2, truststore,
-jsonschema and its own, trl==1.16.0, liger-kernel==0.8.5, datasets, dill, multiprocess.
+The repository need not be installed. A machine that has PyTorch, transformers, pyarrow and rich
+needs wheels of pydantic, pydantic-core, annotated-types and typing-inspection; for steps also of
+jsonschema, jsonschema-specifications, referencing, rpds-py and attrs; for the peers of trl,
+datasets, dill, multiprocess and liger-kernel; for sampling of vllm and llguidance.
 """
 
 import argparse

@@ -63,7 +63,7 @@ def _least(name: str, value: float | None, least: float, form: str, unit: str = 
 
 
 def _loss(rows: list[Row]) -> Iterator[Gate]:
-    card = next((row["card"] for row in rows), "")
+    card = next((row["card"] for row in rows if "card" in row), "")
     large = next((most for word, most in FLOORS.items() if word in card), OTHER_FLOOR)
     for shape, most in ((LARGE, large), (SMALL, SMALL_FLOOR)):
         sizes = {r["lengths"] for r in rows if r["part"] == "loss" and r["tokens"] >= FROM_TOKENS}

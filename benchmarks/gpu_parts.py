@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 KERNEL_CASES = ROOT / "tests" / "trace" / "triton" / "cases.py"
 BASE = ("torch", "transformers", "pyarrow", "pydantic", "yaml", "safetensors", "fsspec", "rich")
-STEPS = (*BASE, "jinja2", "httpx2", "jsonschema", "regex")
+STEPS = (*BASE, "jinja2", "jsonschema")
 RECOMPUTED = "gradient_checkpointing=true"
 
 

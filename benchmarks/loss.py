@@ -38,6 +38,7 @@ DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 # Largest difference from plain PyTorch in float32, as a share of the largest entry.
 TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}
 REPETITIONS = {"cpu": (3, 5), "cuda": (20, 20)}
+PRELOADED = ["trace_opd.trace.fused"]
 WARM_UP = {"cpu": 0, "cuda": 3}
 ENOUGH_SECONDS = 20.0
 LONG_SECONDS = 60.0
@@ -86,7 +87,7 @@ def measure(
     notes: dict[str, str] = {}
     groups = [[name] for name in samples] if device == "cuda" else [list(samples)]
     for group in groups:
-        with Workers(device, "loss_peers") as workers:
+        with Workers(device, PRELOADED) as workers:
             for name in group:
                 workers.start(name, row_process, name, shape, lengths, device)
                 try:

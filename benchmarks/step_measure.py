@@ -11,7 +11,12 @@ from shapes import random_model, shape_of
 from step_turns import Measured, Mode, Turns
 from turns import Ended, Workers
 
-PRELOADED = "step_ours"
+PRELOADED = [
+    "trace_opd.trace.trainer",
+    "trace_opd.pipelines.training.plan",
+    "trace_opd.pipelines.annotators.rows",
+    "transformers.models.auto.modeling_auto",
+]
 # Largest relative difference between gradient norms.
 TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
 

@@ -80,13 +80,20 @@ def table_of(rows: list[Row], title: str, peak: float | None) -> Table:
     table = Table(title=title)
     for column in ("lengths", "generation", ""):
         table.add_column(column, no_wrap=True)
-    base = next(
-        (b for b in BASES if any(r["implementation"] == b and r["seconds"] for r in rows)), ""
-    )
-    for column in (
-        "tokens", "seconds", f"× {base}", "tokens/s", "MFU", "extra MiB", f"× {base}", "peak MiB",
+    base = _base(rows)
+    times = f"× {base.partition(':')[0]}"
+    numbers = (
+        "tokens",
+        "seconds",
+        times,
+        "tokens/s",
+        "MFU",
+        "extra MiB",
+        times,
+        "peak MiB",
         "plan's",
-    ):  # fmt: skip
+    )
+    for column in numbers:
         table.add_column(column, justify="right")
     for row in sorted(rows, key=lambda row: row["with_generation"]):
         of = {
@@ -111,6 +118,13 @@ def table_of(rows: list[Row], title: str, peak: float | None) -> Table:
             number(row.get("predicted_mib")),
         )
     return table
+
+
+def _base(rows: list[Row]) -> str:
+    """The implementation that others are compared with, with its overrides."""
+    names = [row["implementation"] for row in rows if row["seconds"]]
+    found = (name for base in BASES for name in names if name.partition(":")[0] == base)
+    return next(found, "")
 
 
 def teachers_share(rows: list[Row]) -> Iterator[str]:

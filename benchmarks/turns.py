@@ -23,14 +23,16 @@ class Ended(Exception):
 class Workers:
     """Processes by name; leaving the `with` block ends them."""
 
-    def __init__(self, device: str, preload: str) -> None:
-        """preload: the module that the processes need, which the server of forks imports."""
+    def __init__(self, device: str, preload: list[str]) -> None:
+        """preload: modules of packages that the processes need; the server of forks imports
+        them.
+        """
         # CUDA can't be used in a fork of a process that has asked for it.
         self._context: Any = multiprocessing.get_context(
             "spawn" if device == "cuda" else "forkserver"
         )
         if device != "cuda":
-            self._context.set_forkserver_preload([preload])
+            self._context.set_forkserver_preload(preload)
         self._running: dict[str, tuple[Any, Connection]] = {}
 
     def __enter__(self) -> "Workers":
