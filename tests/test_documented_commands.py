@@ -87,6 +87,7 @@ REPLACED = {
     "http://127.0.0.1:8000/v1": "ENDPOINT",
     "annotator.model=MODEL": "annotator.model=m",
     "show ROLLOUT": "show $ROLLOUT",
+    "limit=128": "limit=2",
     "s3://bucket/store": "$PWD/store",  # "or a folder that all machines share"
     "/data/trace-opd": "$PWD/local",
 }
@@ -201,6 +202,9 @@ def scratch(tmp_path_factory) -> Iterator[Path]:
     small = load_config(PipelineConfig, ROOT / "configs" / "micro.yaml", SMALL)
     text = yaml.safe_dump(small.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     (folder / "configs" / "micro.yaml").write_text(text)
+    own = folder / "examples" / "own-data" / "run.yaml"
+    sizes = re.sub(r"(?m)^( *(?:group_size|k|groups_per_step)): \d+$", r"\1: 2", own.read_text())
+    own.write_text(sizes)
     labelled = {
         "id": "a", "generator": "m", "problem": "What is 2 + 2?", "final_answer_correct": False,
         "steps": ["2 + 2 = 5.", "So it is \\boxed{5}."], "label": 0,

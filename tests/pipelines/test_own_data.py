@@ -8,7 +8,7 @@ from trace_opd.schemas.configs import PipelineConfig
 from trace_opd.schemas.settings import load_config
 
 ROOT = Path(__file__).parents[2]
-# Fewer samples and steps than in the example, whose own sizes test_documented_commands.py runs.
+# Fewer samples and steps than in the example.
 SMALL = [
     *("rollout.group_size=4", "train.groups_per_step=2", "train.online.group_size=2"),
     *("train.offline.steps=1", "train.online.steps=1", "evaluate.k=2", "evaluate.bootstrap=100"),

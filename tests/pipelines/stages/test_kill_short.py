@@ -95,7 +95,7 @@ def test_killed_just_before_a_change_of_a_file_a_stage_goes_on(runs, undisturbed
 
 
 def test_the_same_training_ends_with_the_same_bytes_each_time(runs, undisturbed, tmp_path):
-    first, *others = repeat(runs, undisturbed.before["train"], tmp_path, times=8)
+    first, *others = repeat(runs, undisturbed.before["train"], tmp_path, times=4)
     for other in others:
         assert_same_datasets(other, first)
 
