@@ -94,7 +94,9 @@ def ours(
             turns.end(tokens)
         else:
             norm = trainer.train_step(sequences)["grad_norm"]
-            turns.end(tokens, norm, flops and flops.step(sequences), predicted[index])
+            # With online steps the plan's peak may be that of sampling.
+            plans = predicted[index] if config.offline.steps else None
+            turns.end(tokens, norm, flops and flops.step(sequences), plans)
 
 
 def leave_out_cudnn() -> None:
@@ -119,6 +121,8 @@ def configured(
         optim=OptimConfig(lr=LEARNING_RATE, beta1=BETA1, beta2=BETA2, max_grad_norm=MAX_GRAD_NORM),
         micro_batch_tokens=micro_batch_tokens,
     )
+    if "loss.fp32_logits=true" in overrides:  # the config wants an engine with such a head as well
+        overrides = [*overrides, "offline.steps=0", "online.steps=1", "sampler={engine: vllm}"]
     return override(config, overrides)
 
 

@@ -78,8 +78,9 @@ def mfu(row: Row, rows: list[Row], peak: float | None) -> float | None:
 
 def table_of(rows: list[Row], title: str, peak: float | None) -> Table:
     table = Table(title=title)
-    for column in ("lengths", "generation", ""):
+    for column in ("lengths", "generation"):
         table.add_column(column, no_wrap=True)
+    table.add_column("", overflow="fold")
     base = _base(rows)
     times = f"× {base.partition(':')[0]}"
     numbers = (
@@ -94,7 +95,7 @@ def table_of(rows: list[Row], title: str, peak: float | None) -> Table:
         "plan's",
     )
     for column in numbers:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in sorted(rows, key=lambda row: row["with_generation"]):
         of = {
             other["implementation"]: other
