@@ -56,6 +56,7 @@ def ours(case: Case) -> Ask:
     folder = tempfile.TemporaryDirectory(prefix="journal-")
     atexit.register(folder.cleanup)
     annotator = open_annotator(config, SegmentConfig(), journal=Path(folder.name))
+    atexit.register(annotator.close)
 
     # Rollouts are made in advance, like the peers' messages; segmenting is part of the measurement.
     ready = {

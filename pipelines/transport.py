@@ -1,4 +1,4 @@
-"""HTTP to servers that are not trusted: a transport for the OpenAI client, with limits.
+"""HTTP to servers that are not trusted: clients with limits.
 
 Called by samplers and annotators. Redirects are not followed, a body has a size limit after
 decompression, and a complete answer has a deadline (httpx's timeouts are for one read each).
@@ -6,10 +6,12 @@ decompression, and a complete answer has a deadline (httpx's timeouts are for on
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
+import anyio
 import httpx2
 import openai
 
@@ -49,8 +51,8 @@ class ChatClient:
         """
         self._transport = _Transport(base_url, key)
         self._url = httpx2.URL(f"{base_url.rstrip('/')}/chat/completions")
-        headers = openai.AsyncOpenAI(**_options(base_url, key, timeout_s)).default_headers
-        self._headers = [(name, text) for name, text in headers.items() if isinstance(text, str)]
+        headers = async_client(base_url, key, timeout_s).default_headers.items()
+        self._headers = [(n, text) for n, text in headers if n.lower().encode() in _SENT and text]
         self._extensions = {"timeout": httpx2.Timeout(timeout_s).as_dict()}
 
     async def post(self, body: bytes) -> httpx2.Response:
@@ -68,7 +70,7 @@ class ChatClient:
             await response.aread()
         except httpx2.TimeoutException as error:
             raise openai.APITimeoutError(request) from error
-        except httpx2.RequestError as error:
+        except (httpx2.RequestError, ssl.SSLError, anyio.EndOfStream) as error:
             raise openai.APIConnectionError(request=request) from error
         if not response.is_success:
             raise status_error(response)

@@ -4,6 +4,7 @@ Each client fails with one sentence that names the endpoint, in bounded time and
 nothing to another address.
 """
 
+import asyncio
 import gzip
 import json
 import socket
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -245,6 +247,21 @@ def test_only_the_configs_key_is_sent(ask, monkeypatch):
     assert all(KEY.encode() not in head for head, _ in server.requests)
 
 
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "ftp://127.0.0.1:1"])
+def test_a_plain_http_endpoint_needs_no_proxy_that_works(proxy, monkeypatch):
+    monkeypatch.setenv("all_proxy", proxy)
+    with serving(sends(http(b"<html>"))) as server:
+        refusal(annotate, server)
+    assert server.requests
+
+
+def test_a_key_that_fits_no_header_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("PLANTED_KEY", f"{KEY}\n")
+    with serving(sends(http(b"{}"))) as server:
+        assert KEY not in refusal(annotate, server, api_key_env="PLANTED_KEY")
+    assert server.requests == []
+
+
 # --- the size of an answer ---
 
 CHUNKED = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n"
@@ -359,6 +376,38 @@ def test_an_error_with_any_body_is_one_sentence(ask, status, body):
 def test_an_answer_that_is_no_http_is_one_sentence(ask, raw):
     with serving(sends(raw)) as server:
         refusal(ask, server)
+
+
+ERRORS = [
+    b"",
+    b"busy",
+    b"[]",
+    b'{"error": "busy"}',
+    b'{"message": "busy", "code": 7}',
+    b'{"error": {"message": "no", "code": "c", "param": "temperature", "type": "t"}}',
+    b'{"error": {"message": {}, "code": [], "param": {}, "type": 1}}',
+]
+
+
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 408, 409, 413, 422, 429, 500, 503])
+def test_a_failed_request_raises_what_the_openai_client_raises(status):
+    async def raised(client: Any, *body: Any, **options: Any) -> tuple[Any, ...]:
+        with pytest.raises(openai.APIStatusError) as caught:
+            await client.post(*body, **options)
+        await client.close()
+        error = caught.value
+        return type(error), str(error), error.status_code, error.code, error.param, error.type
+
+    async def both(url: str) -> tuple[Any, Any]:
+        ours = transport.ChatClient(url, None, 3.0)
+        theirs = transport.async_client(url, None, 3.0)
+        path = "/chat/completions"
+        return await raised(ours, b"{}"), await raised(theirs, path, cast_to=object, body={})
+
+    for body in ERRORS:
+        with serving(sends(http(body, f"{status} Oops"))) as server:
+            ours, theirs = asyncio.run(both(server.url))
+        assert ours == theirs
 
 
 # --- the wait that a server asks for ---
