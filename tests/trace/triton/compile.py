@@ -1,10 +1,12 @@
-"""Compile the loss's kernels ahead of time, without a GPU, and print registers and spills.
+"""Compile the kernels that the Triton loss launches, without a GPU; print registers and spills.
 
     python tests/trace/triton/compile.py
 
-For sm_80 (A100) and sm_90 (H100, H200), vocabularies of 151,936 (Qwen3) and 49,152 (SmolLM2),
-logits in bfloat16 and float32, and each divergence with the clip that costs most. One line of JSON
-per kernel: registers per thread, bytes of stack (spills) per thread, and warps that fit an SM.
+The loss runs on tensors in the host's memory under a driver that only names the target, and each
+launch compiles its kernel with the arguments that it would have on a GPU: for sm_80 (A100) and
+sm_90 (H100, H200), vocabularies of 151,936 (Qwen3) and 49,152 (SmolLM2), logits in bfloat16 and
+float32, every clip, with and without bias and soft cap. One line of JSON a kernel: registers and
+bytes of spills of a thread, and the warps that fit an SM.
 """
 
 import argparse
@@ -12,83 +14,110 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from trace_opd.trace import fused_kernels
-from trace_opd.trace.fused_triton import BLOCK, WARPS
+from trace_opd.schemas.configs import LossConfig
+from trace_opd.schemas.labels import KlClip, Route
+from trace_opd.tests.trace.twin import made_case
+from trace_opd.trace import fused_triton
+from trace_opd.trace.fused_torch import Call
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-REGISTERS = 65_536  # of an SM, both architectures
-TYPES = {
-    "token_ids": "*i64", "rows": "*i64", "route": "*u8", "first": "i32", "base": "i32",
-    "ROUTE": "i32",
-}  # fmt: skip
-ALIGNED = ("logits", "teacher", "slopes")
+REGISTERS, WARPS = 65_536, 64  # of an SM, on both architectures
 
 
-def compiled(kernel: Any, sm: int, logits: str, constants: dict[str, Any]) -> dict[str, int]:
-    """What the kernel takes on `sm`. The other tensors are float32."""
-    names = kernel.arg_names
-    types = {"logits": f"*{logits}", "teacher": f"*{logits}", "slopes": "*bf16"} | TYPES
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names
-    }
-    source = ASTSource(
-        kernel,
-        signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in ALIGNED if n in names},
-    )
-    made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": WARPS})
+class Target:
+    """A driver without a device. The architecture is the device's number, which kernels are kept
+    by."""
+
+    sm = 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.sm, 32)
+
+    def get_current_device(self) -> int:
+        return self.sm
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiling:
+    """Stands for a kernel: a launch compiles it and keeps what was made."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.made: dict[str, tuple[str, Any]] = {}
+
+    def __getitem__(self, grid: tuple[int]) -> Callable:
+        def launch(*args: Any, **options: Any) -> None:
+            made = self.kernel.warmup(*args, grid=grid, **options)
+            term = options.get("TERM")
+            name = f"{self.kernel.__name__}{term.__name__ if term else ''}"
+            self.made.setdefault(made.hash, (name, made))
+
+        return launch
+
+
+def usage(made: Any) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
         command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (
-        int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK", "LOCAL")
+        int(re.findall(rf"{name}:(\d+)", text)[0]) for name in ("REG", "STACK", "LOCAL")
     )
-    blocks = REGISTERS // (-(-registers // 8) * 8 * 32 * WARPS)
+    blocks = REGISTERS // (-(-registers // 8) * 8 * 32 * fused_triton.WARPS)
     wide = re.findall(r"(?:ld|st)\.global[^ ]*\.v4\.", made.asm["ptx"])
     return {
-        "registers": registers, "spilled_bytes": stack + local,
-        "warps_per_sm": min(64, blocks * WARPS), "loads_of_16_bytes": len(wide),
+        "registers": registers, "spilled_bytes": stack + local, "16_byte_accesses": len(wide),
+        "warps_per_sm": min(WARPS, blocks * fused_triton.WARPS),
     }  # fmt: skip
 
 
-def variants(quick: bool) -> list[tuple[str, Any, int, str, dict[str, Any]]]:
-    """(name, kernel, architecture, type of logits, constants) of each kernel to compile."""
-    found = []
-    vocabularies = (151_936,) if quick else (151_936, 49_152)
-    for sm, vocab, logits in product((80, 90), vocabularies, ("bf16", "fp32")):
-        shape = {
-            "STRIDE": vocab, "VOCAB": vocab, "CAP": None, "WIDE": tl.float32, "BLOCK": BLOCK,
-            "bias": None,
-        }  # fmt: skip
-        found.append(("statistics", fused_kernels.statistics, sm, logits, shape | {"rows": None}))
-        for route, term in [(None, None), *fused_kernels.TERMS.items()]:
-            for cap in (None,) if quick else (None, 30.0):
-                clip = "none" if term is None else "entry_symmetric"
-                constants = shape | {
-                    "TERM": term, "CLIP": clip, "BOUND": 0.05, "BETA": 0.5, "CAP": cap,
-                    "TEACHER_CAP": cap, "teacher_bias": None, "NARROW": logits == "fp32",
-                }  # fmt: skip
-                name = f"gradient of {route.label if route else 'grpo'}{', capped' * bool(cap)}"
-                found.append((name, fused_kernels.gradient, sm, logits, constants))
-    return found
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="one vocabulary, one clip, no bias")
+    quick = parser.parse_args().quick
+    driver.set_active(Target())
+    kernels = [Compiling(fused_triton.statistics), Compiling(fused_triton.gradient)]
+    fused_triton.statistics, fused_triton.gradient = kernels
+    axes: dict[str, list[Any]] = {
+        "sm": [80, 90],
+        "vocab": [151_936] if quick else [151_936, 49_152],
+        "fp32_logits": [False, True],
+        "kl_clip": [KlClip.ENTRY_SYMMETRIC] if quick else list(KlClip),
+        "capped": [False] if quick else [False, True],
+        "taught": [True] if quick else [True, False],
+    }
+    for values in product(*axes.values()):
+        at = dict(zip(axes, values, strict=True))
+        Target.sm = at["sm"]
+        routes = [int(route) for route in Route] if at["taught"] else [0]
+        case = made_case(
+            routes, vocab=at["vocab"], bias=at["capped"], softcap=30.0 if at["capped"] else None
+        ).to(torch.bfloat16)
+        config = LossConfig(kl_clip=at["kl_clip"], fp32_logits=at["fp32_logits"])
+        call = Call(case.inputs, config, 0.3, 0.4, case.head, case.teacher_head)
+        taught = case.teacher_hidden if at["taught"] else None
+        for kernel in kernels:
+            kernel.made = {}
+        fused_triton.TritonRoutedLoss.apply(
+            case.hidden, case.head.weight, case.head.bias, taught, call
+        )
+        for kernel in kernels:
+            for name, made in kernel.made.values():
+                print(json.dumps({"kernel": name} | at | usage(made)), flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="one vocabulary, no soft cap")
-    for name, kernel, sm, logits, constants in variants(parser.parse_args().quick):
-        used = compiled(kernel, sm, logits, constants)
-        row = {"kernel": name, "sm": sm, "vocabulary": constants["VOCAB"], "logits": logits}
-        print(json.dumps(row | used), flush=True)
+    main()
