@@ -74,7 +74,10 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_with_the_trainers_wei
     for turn in range(3):
         perturb(student, 1e-3)
         probe.ask(trained)
-        engine.follow(trained, probe)
+        phases: list[str] = []
+        engine.follow(trained, probe, phases.append)
+        wake = ["wake"] if turn else []  # the weights' memory first, then the cache's
+        assert phases == [*wake, "hand_over", *wake, "probe"]
         seeds = [[10 * i + j for j in range(4)] for i in range(len(PROBLEMS))]
         groups = engine.sample(prompts, SamplingConfig(max_new_tokens=32), seeds)
         for prompt, group in zip(prompts, groups, strict=True):
@@ -108,6 +111,9 @@ def test_five_steps_on_one_gpu(lab: Any, staleness: int) -> None:
     lab.ended(lab.train(ENGINE, "policy.precision=bfloat16", "seed=1", ahead))
     metrics = lab.metrics()
     assert [line["staleness"] for line in metrics] == [0] + [staleness] * (lab.steps - 1)
+    assert all(line["peak_memory_gib_train"] > 0 for line in metrics)
+    assert all(line["tokens_per_second_per_gpu"] > 0 for line in metrics)
+    assert all(("seconds_sleep" in line) == (not staleness) for line in metrics)
     assert lab.table("rollouts").rows == lab.rollouts
     for line in metrics:
         assert line["sampler_drift"] < TOLERANCE, line
