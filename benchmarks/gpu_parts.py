@@ -108,6 +108,10 @@ def _steps(small: str, shape: str | None, device: str) -> list[Command]:
         command(every, f"ours_grpo:{RECOMPUTED}", *peers, seconds=240),
         *(command(long, f"ours_grpo:{RECOMPUTED},{change}") for change in changes),
         command(every, f"ours_trace:{RECOMPUTED}"),
+        *(
+            command(long, f"ours_grpo:gradient_checkpointing=auto,layers={layers}")
+            for layers in ("compile", "liger")
+        ),
         command(long, f"ours_grpo:{RECOMPUTED},loss.fp32_logits=true"),
     ]
 
