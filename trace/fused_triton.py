@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import triton
 
 from ..schemas.labels import Route
 from .fused_kernels import TERMS, TYPES, gradient, statistics
@@ -41,7 +40,7 @@ class TritonRoutedLoss(torch.autograd.Function):
         tokens, vocab, device = len(hidden), len(weight), hidden.device
         hosts = call.routes(teacher_hidden is not None)
         taught = hosts != Route.GRPO
-        stride = triton.cdiv(vocab, _ALIGN) * _ALIGN
+        stride = -(-vocab // _ALIGN) * _ALIGN
         stored = kind if config.fp32_logits else hidden.dtype
         most = max(2, BUFFER_BYTES // (stride * stored.itemsize))
         sizes = chunk_sizes(taught, most)
@@ -71,7 +70,8 @@ class TritonRoutedLoss(torch.autograd.Function):
                 grad_weight.zero_()
         if ctx.needs_input_grad[2]:
             grad_bias = torch.zeros(vocab, dtype=kind, device=device)
-        shape = {"STRIDE": stride, "VOCAB": vocab, "WIDE": TYPES[kind], "BLOCK": BLOCK}
+        shape: dict[str, Any] = {"STRIDE": stride, "VOCAB": vocab, "WIDE": TYPES[kind]}
+        shape |= {"BLOCK": BLOCK, "num_warps": WARPS}
         first = base = 0
         for size in sizes:
             at = slice(first, first + size)
@@ -85,14 +85,14 @@ class TritonRoutedLoss(torch.autograd.Function):
                     _product(teacher, states, teacher_head.weight.T)
             statistics[(size,)](
                 logits, head.bias, inputs.token_ids, heat, None, lse, out["entropy"],
-                out["logprobs"], first, 0, CAP=head.softcap, num_warps=WARPS, **shape,
+                out["logprobs"], first, 0, CAP=head.softcap, **shape,
             )  # fmt: skip
             advantage, logprobs = inputs.advantage[at], out["logprobs"][at]
             if count:
                 statistics[(size,)](
                     teacher, teacher_head.bias, inputs.token_ids, heat, rows, teacher_lse,
                     teacher_entropy, taught_logprobs, first, base, CAP=teacher_head.softcap,
-                    num_warps=WARPS, **shape,
+                    **shape,
                 )  # fmt: skip
                 if config.entropy_beta:
                     kl_lift[at] *= torch.exp(-config.entropy_beta * teacher_entropy[at])
@@ -111,7 +111,7 @@ class TritonRoutedLoss(torch.autograd.Function):
                     out["kl_clipped"], first, base, code, TERM=TERMS.get(Route(code)),
                     CLIP=config.kl_clip.value, BOUND=config.kl_clip_value, BETA=config.jsd_beta,
                     NARROW=stored != hidden.dtype, CAP=head.softcap,
-                    TEACHER_CAP=teacher_head.softcap, num_warps=WARPS, **shape,
+                    TEACHER_CAP=teacher_head.softcap, **shape,
                 )  # fmt: skip
             slope = slopes[:size, :vocab]
             with _exact_sums():
@@ -132,7 +132,7 @@ class TritonRoutedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any):
-        torch._assert_async(
+        torch._assert_async(  # pyright: ignore
             grad_outputs[0] == 1, "scale the loss's token weights, or set loss.backend=torch"
         )
         gradients = (
