@@ -75,16 +75,15 @@ def _loss(large: str, small: str, shape: str | None, device: str) -> list[Comman
     peers += ["liger"] if find_spec("liger_kernel") else []
     sizes = ("1x32", "2x32") if shape else ("1x2048", "1x512", "4x2048", "16x2048")
 
-    def command(of: str, lengths: str) -> Command:
-        names = ours if lengths == "16x2048" else [*ours, *peers]
-        where = ("--shape", of, "--lengths", lengths, "--device", device)
-        return _command("loss.py", 120, *where, "--implementations", *names)
+    def command(of: str, lengths: tuple[str, ...], names: list[str]) -> Command:
+        where = ("--shape", of, "--lengths", ",".join(lengths), "--device", device)
+        return _command("loss.py", 200, *where, "--implementations", *names)
 
-    commands = [command(large, sizes[0])]
     where = ("--shape", large, "--lengths", sizes[0], "--device", device)
-    commands.append(_command("gpu_profile.py", 60, *where))
-    commands += [command(of, lengths) for lengths in sizes for of in (large, small)]
-    return list(dict.fromkeys(commands))
+    profiled = _command("gpu_profile.py", 60, *where)
+    commands = [command(large, sizes, ours), profiled, command(large, sizes[:3], peers)]
+    commands += [command(small, sizes, ours), command(small, sizes[:3], peers)]
+    return list(dict.fromkeys(commands))  # a rehearsal has one shape
 
 
 def _steps(small: str, shape: str | None, device: str) -> list[Command]:
@@ -109,6 +108,10 @@ def _steps(small: str, shape: str | None, device: str) -> list[Command]:
         command(every, f"ours_grpo:{RECOMPUTED}", *peers, seconds=240),
         *(command(long, f"ours_grpo:{RECOMPUTED},{change}") for change in changes),
         command(every, f"ours_trace:{RECOMPUTED}"),
+        *(
+            command(long, f"ours_grpo:gradient_checkpointing=auto,layers={layers}")
+            for layers in ("compile", "liger")
+        ),
         command(long, f"ours_grpo:{RECOMPUTED},loss.fp32_logits=true"),
     ]
 

@@ -20,7 +20,7 @@ shapes. A row that runs out of memory, fails or differs from plain PyTorch has n
 
 import argparse
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -49,30 +49,34 @@ class Differs(Exception):
 
 
 def row_process(
-    name: str, shape: Shape, lengths: tuple[int, int], device: str, pipe: Connection
+    name: str, shape: Shape, sizes: list[tuple[int, int]], device: str, pipe: Connection
 ) -> None:
-    """Answer each message with (seconds, peak MiB) of one repetition."""
+    """Answer each index of a size with (seconds, peak MiB) of one repetition."""
     import loss_case
     import loss_peers
     import torch
     from meter import Meter, limit_to_free_memory
 
     run = loss_peers.implementation(name)
-    sizes = shape.hidden, shape.vocab, getattr(torch, DTYPES[device]), device
+    numbers = shape.hidden, shape.vocab, getattr(torch, DTYPES[device]), device
     if name != "floor":  # which has no loss
-        short = loss_case.make_case(2, loss_case.CHECKED_TOKENS, *sizes, name == "trl_all")
+        short = loss_case.make_case(2, loss_case.CHECKED_TOKENS, *numbers, name == "trl_all")
         difference = loss_case.disagreement(run, loss_peers.naive, short)
         if not difference <= TOLERANCE[device]:
             raise Differs(f"from plain PyTorch, by {difference:.1e} of the greatest entry")
         del short
-    case = loss_case.make_case(*lengths, *sizes)
-    meter = Meter(device)
-    if device == "cpu":
-        limit_to_free_memory()
-    for _ in range(WARM_UP[device]):
-        run(case)
     pipe.send("ready")
-    while pipe.recv():
+    meter, made, case = Meter(device), None, None
+    while True:
+        index = pipe.recv()
+        if index != made:
+            case = None  # before the next one is made
+            made, case = index, loss_case.make_case(*sizes[index], *numbers)
+            if device == "cpu":
+                limit_to_free_memory()
+            for _ in range(WARM_UP[device]):
+                run(case)
+        assert case is not None
         case.hidden.grad = case.head.grad = None
         meter.begin()
         run(case)
@@ -80,47 +84,52 @@ def row_process(
 
 
 def measure(
-    names: Iterable[str], shape: Shape, lengths: tuple[int, int], device: str, out: Console
-) -> list[Row]:
-    """One row per implementation."""
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    notes: dict[str, str] = {}
-    groups = [[name] for name in samples] if device == "cuda" else [list(samples)]
-    for group in groups:
+    names: list[str], shape: Shape, sizes: list[tuple[int, int]], device: str, out: Console
+) -> Iterator[list[Row]]:
+    """The rows of one size, or on CUDA those of one implementation, as soon as they are known."""
+    for group in [[name] for name in names] if device == "cuda" else [names]:
+        notes: dict[str, str] = {}
         with Workers(device, PRELOADED) as workers:
             for name in group:
-                workers.start(name, row_process, name, shape, lengths, device)
+                workers.start(name, row_process, name, shape, sizes, device)
                 try:
                     workers.receive(name)
                 except Ended as reason:
                     notes[name] = str(reason)
-            for round_ in range(REPETITIONS[device][1]):
-                for name in group:
-                    if name in notes or finished([s for s, _ in samples[name]], device):
-                        continue
-                    with out.status(f"{device}, {lengths}, round {round_ + 1}: {name}"):
-                        try:
-                            samples[name].append(workers.ask(name, True))
-                        except Ended as reason:
-                            notes[name] = str(reason)
-    rows = []
-    for name, measured in samples.items():
-        seconds, peaks = zip(*measured, strict=True) if measured else ((), ())
-        row: Row = {
-            "implementation": name,
-            "shape": shape.name,
-            "lengths": "x".join(map(str, lengths)),
-            "tokens": lengths[0] * lengths[1],
-            "device": device,
-            "dtype": DTYPES[device],
-            "seconds": statistics.median(seconds) if seconds else None,
-            "peak_mib": max(peaks, default=None),
-        }
-        if name in notes:
-            out.print(f"{name}: {notes[name]}", markup=False)
-            row["note"] = notes[name]
-        rows.append(row)
-    return rows
+            for index, lengths in enumerate(sizes):
+                samples: dict[str, list[tuple[float, float]]] = {name: [] for name in group}
+                for round_ in range(REPETITIONS[device][1]):
+                    for name in group:
+                        if name in notes or finished([s for s, _ in samples[name]], device):
+                            continue
+                        with out.status(f"{device}, {lengths}, round {round_ + 1}: {name}"):
+                            try:
+                                samples[name].append(workers.ask(name, index))
+                            except Ended as reason:  # for the sizes behind it too
+                                notes[name] = str(reason)
+                yield [_row(n, shape, lengths, device, samples[n], notes.get(n)) for n in group]
+
+
+def _row(
+    name: str,
+    shape: Shape,
+    lengths: tuple[int, int],
+    device: str,
+    samples: list[tuple[float, float]],
+    note: str | None,
+) -> Row:
+    seconds, peaks = zip(*samples, strict=True) if samples and not note else ((), ())
+    row: Row = {
+        "implementation": name,
+        "shape": shape.name,
+        "lengths": "x".join(map(str, lengths)),
+        "tokens": lengths[0] * lengths[1],
+        "device": device,
+        "dtype": DTYPES[device],
+        "seconds": statistics.median(seconds) if seconds else None,
+        "peak_mib": max(peaks, default=None),
+    }
+    return row | ({"note": note} if note else {})
 
 
 def finished(seconds: list[float], device: str) -> bool:
@@ -177,11 +186,15 @@ def main() -> None:
     if unknown := [n for n in names if n.partition(":")[0] not in NAMED]:
         parser.error(f"no such implementation: {', '.join(unknown)}")
     out, rows = console(), []
-    for lengths in sizes:
-        measured = measure(names, shape, lengths, device, out)
+    for measured in measure(names, shape, sizes, device, out):
+        for row in measured:
+            if "note" in row:
+                out.print(f"{row['implementation']}: {row['note']}", markup=False)
         if options.log:
             append(options.log, [stamp(device) | {"part": "loss"} | row for row in measured])
         rows += measured
+    order = {f"{count}x{tokens}": index for index, (count, tokens) in enumerate(sizes)}
+    rows.sort(key=lambda row: order[row["lengths"]])
     out.print(table_of(rows, shape, device))
     if not options.log:
         write_rows("loss.json", rows, same=("device", "shape"))

@@ -22,7 +22,8 @@ def limit_to_free_memory() -> None:
     machine down.
     """
     room = kib_of("/proc/meminfo", "MemAvailable") + kib_of("/proc/self/status", "VmData")
-    resource.setrlimit(resource.RLIMIT_DATA, (room * 1024, room * 1024))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (room * 1024, most))
 
 
 class Meter:

@@ -77,16 +77,16 @@ def measure(
     """The samples of each implementation, as soon as they are known."""
     norms: dict[str, tuple[str, float]] = {}
     for group in [[name] for name in names] if device == "cuda" else [names]:
-        with Workers(device, PRELOADED) as workers:
-            found = {name: Samples() for name in group}
-            jobs = [_Job(name, own, found[name], workers, device) for name in group
-                    for own in _shares(name, batches)]  # fmt: skip
-            for job in jobs:
-                job.start(batches, micro_batch_tokens)
-                job.warm_up(norms, batches)
-            for _ in range(repetitions):
-                for job in jobs:
-                    job.repeat(batches)
+        found = {name: Samples() for name in group}
+        jobs = [_Job(n, own, found[n], device) for n in group for own in _shares(n, batches)]
+        for together in [[job] for job in jobs] if device == "cuda" else [jobs]:
+            with Workers(device, PRELOADED) as workers:
+                for job in together:
+                    job.start(workers, batches, micro_batch_tokens)
+                    job.warm_up(workers, norms, batches)
+                for _ in range(repetitions):
+                    for job in together:
+                        job.repeat(workers, batches)
         yield from found.items()
 
 
@@ -103,27 +103,28 @@ class _Job:
     name: str
     indices: list[int]
     samples: Samples
-    workers: Workers
     device: str
 
     @property
     def _key(self) -> str:
         return f"{self.name} {self.indices}"
 
-    def start(self, batches: list[Batch], micro_batch_tokens: int) -> None:
+    def start(self, workers: Workers, batches: list[Batch], micro_batch_tokens: int) -> None:
         single = [index for index in self.indices if batches[index].group_size == 1]
         if self.name.startswith("trl") and single:
             self._give_up(single, "a group needs two responses")
             return
         own = [batches[index].case for index in self.indices]
-        self.workers.start(self._key, step_process, self.name, own, micro_batch_tokens)
+        workers.start(self._key, step_process, self.name, own, micro_batch_tokens)
 
-    def warm_up(self, norms: dict[str, tuple[str, float]], batches: list[Batch]) -> None:
+    def warm_up(
+        self, workers: Workers, norms: dict[str, tuple[str, float]], batches: list[Batch]
+    ) -> None:
         """norms: of the first implementation of each objective and batch, which others must
         have.
         """
         for index in self._alive():
-            measured = self._turn(index, "warm-up")
+            measured = self._turn(workers, index, "warm-up")
             if measured is None:
                 return
             norm, objective = measured.grad_norm, self.name.partition(":")[0].rpartition("_")[2]
@@ -133,9 +134,9 @@ class _Job:
                 reason = f"its gradient norm {norm:.6g} is not {other}'s, {expected:.6g}"
                 self._give_up([index], reason)
             elif self.device == "cuda":
-                self._turn(index, "training")
+                self._turn(workers, index, "training")
 
-    def repeat(self, batches: list[Batch]) -> None:
+    def repeat(self, workers: Workers, batches: list[Batch]) -> None:
         for index in self._alive():
             modes: list[Mode] = ["training"]
             if batches[index].lengths == "sampled":
@@ -143,13 +144,13 @@ class _Job:
             if self.name.startswith("ours_trace"):
                 modes += ["teacher"]
             for mode in modes:
-                if (measured := self._turn(index, mode)) is None:
+                if (measured := self._turn(workers, index, mode)) is None:
                     return
                 self.samples.measured.setdefault((index, mode), []).append(measured)
 
-    def _turn(self, index: int, mode: Mode) -> Measured | None:
+    def _turn(self, workers: Workers, index: int, mode: Mode) -> Measured | None:
         try:
-            return self.workers.ask(self._key, (self.indices.index(index), mode))
+            return workers.ask(self._key, (self.indices.index(index), mode))
         except Ended as reason:
             # The batches behind it find no process either.
             self._give_up(self.indices[self.indices.index(index) :], str(reason))

@@ -221,6 +221,11 @@ def test_gates_of_the_step():
     name = "step: TRACE over GRPO, as a multiple of 1 + the teacher's forward passes"
     assert of[name] is True
     assert of["step, qwen3-8b-12-layers, 16,384 tokens: MFU"] is None
+    fast = step_row("ours_grpo", 0.7, flops=flops)
+    fast["implementation"] += ",layers=liger"
+    slower = step_row("ours_grpo", 0.9, flops=flops)
+    assert passed([slower])["step, qwen3-1.7b, 16,384 tokens"] is False
+    assert passed([slower, fast])["step, qwen3-1.7b, 16,384 tokens"] is True
     slow = passed([step_row("ours_grpo", 0.8, flops=0.35 * 989.4e12 * 0.8),
                    step_row("ours_trace", 1.2, teacher_seconds=0.3)])  # fmt: skip
     assert slow["step, qwen3-1.7b, 16,384 tokens"] is False
