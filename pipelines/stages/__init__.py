@@ -10,6 +10,7 @@ from typing import Any
 
 from ...schemas import configs
 from ...schemas.configs import Config
+from ...schemas.extras import require
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,12 @@ class StageEntry:
     gpu: bool = False
 
     def load(self) -> Any:
-        """The file's `STAGE`: a `base.Stage`, or a `base.SingleStage` if it has no parts."""
+        """The file's `STAGE`: a `base.Stage`, or a `base.SingleStage` if it has no parts.
+
+        Raises:
+            InputError: the extra `pipelines` is not installed; some stages import it late.
+        """
+        require("math_verify", "openai", "polars")
         return import_module(f".{self.name}", __package__).STAGE
 
 
