@@ -202,8 +202,8 @@ class Draft:
     header: dict[str, Any]
     contract: TableContract | None
     began: float = field(default_factory=time.monotonic, compare=False)
-    # Of parts that this process wrote: the manifest's entries by name, and what the stage's summary
-    # needs of them by index.
+    # The manifest's entries, by name, of the parts that this process wrote; and what the stage's
+    # summary needs of each, by index.
     _written: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
     digests: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
 

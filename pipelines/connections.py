@@ -15,7 +15,7 @@ import yarl
 from ..schemas.errors import InputError
 
 _IDLE_S = 5.0  # a connection is kept for another request; httpx2's default
-_MOST_HEADER_BYTES = 100 << 10  # of one header; aiohttp takes 128 headers at most
+_MOST_HEADER_BYTES = 100 << 10  # a header; aiohttp takes 128 of them at most
 # Callers bound the requests in flight; a bound of the pool would only hide the wait.
 _LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import anyio
@@ -205,10 +205,10 @@ async def _exchange(
                 "followed: prompts and key would go there; set base_url to the endpoint itself"
             )
         assert isinstance(response.stream, httpx2.AsyncByteStream)
-        response.stream = _Capped(response.stream, most_bytes)
+        response.stream = capped = _Capped(response.stream, most_bytes)
         yield response
         if "content-encoding" not in response.headers:
-            async with contextlib.aclosing(aiter(response.stream)) as parts:
+            async with contextlib.aclosing(aiter(capped)) as parts:
                 async for part in parts:
                     yield part
             return
@@ -228,7 +228,7 @@ class _Capped(httpx2.AsyncByteStream):
     def __init__(self, stream: httpx2.AsyncByteStream, most_bytes: int) -> None:
         self._stream, self._most_bytes = stream, most_bytes
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def __aiter__(self) -> AsyncGenerator[bytes]:
         size = 0
         async for part in self._stream:
             size += len(part)

@@ -141,7 +141,7 @@ class Stage:
         return draft.finish(plan.parts, summary)
 
     def _digest(self, draft: Draft, part: int) -> Any:
-        """Of a part that this process made from memory, else from its file."""
+        """What `summarize` needs of a part, from memory if this process made it."""
         if part in draft.digests:
             return draft.digests[part]
         table = draft.read_part(part, self.summarized)

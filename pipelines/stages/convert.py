@@ -72,7 +72,8 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """Of the policy: the bytes of its tokens, the tokenizer's fingerprint, the model's size."""
+    """What a policy's tokens are: their bytes, the tokenizer's fingerprint, the model's number of
+    ids."""
 
     pieces: ByteTable
     fingerprint: str
@@ -83,7 +84,8 @@ def _vocabulary(config: ConvertConfig) -> _Vocabulary:
     path = resolve_policy(config.policy.path, weights=False)
     state = tuple(
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(Path(path).iterdir())
+        for file in sorted(Path(path).glob("*"))
+        if file.is_file()
     )
     return _load_vocabulary(path, config.policy.trust_remote_code, state)
 
@@ -198,7 +200,7 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
 
 @dataclass(frozen=True)
 class _Digest:
-    """Of a part: tokens by route; coverage, (rows,) float32; rows with an advantage."""
+    """A part: tokens by route; coverage, (rows,) float32; rows with an advantage."""
 
     routed: np.ndarray
     coverage: np.ndarray
