@@ -18,9 +18,14 @@ from typing import Any
 import torch
 
 from ..schemas.labels import Route
-from .fused_kernels import TERMS, TYPES, gradient, statistics
+from . import fused_kernels
+from .fused_kernels import TERMS, TYPES
 from .fused_torch import Call, chunk_sizes, wide
 from .losses import LossOutput, policy_loss, reweighted_advantage
+
+# Any: Triton's types know no launch options.
+statistics: Any = fused_kernels.statistics
+gradient: Any = fused_kernels.gradient
 
 # Bytes of a chunk's logits: 2,048 tokens of a vocabulary of 151,936 with a quarter routed.
 BUFFER_BYTES = 768 << 20
