@@ -6,6 +6,7 @@ start.py calls `fuse_layers` for the student and its frozen copies, before they 
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -69,8 +70,7 @@ def _patch(model: Any) -> None:
     Rotary embeddings are replaced for every model of the architecture in this process.
     """
     require("liger_kernel")
-    from liger_kernel.transformers import monkey_patch
-
+    monkey_patch = import_module("liger_kernel.transformers.monkey_patch")
     plain = transformers_model(model)
     kind = plain.config.model_type
     if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:

@@ -63,7 +63,8 @@ def test_compiled_layers_give_the_states_and_gradients_of_each_sequence_alone(co
 SEQUENCES = [taught(sequence_of(index, 3, 6 + index, f"g{index // 2}"), 4, 3) for index in range(4)]
 
 
-def test_a_step_with_compiled_layers_is_the_same_sharded_by_fsdp(compiler):
+def test_a_step_with_compiled_layers_is_the_same_sharded_by_fsdp(monkeypatch, compiler):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # faster still
     metrics, names = {}, {}
     for layers in ("eager", "compile"):
         policy = load_policy(resolve_policy("micro"), "cpu", "bfloat16", trainable=True)
