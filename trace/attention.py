@@ -79,11 +79,11 @@ class Layout:
             for (prompt, response), tokens in zip(self.sequences, self.tokens, strict=True):
                 queries.append(self.lengths[response] if prompt in read else tokens)
                 read.add(prompt)
-            starts = (
+            own, read_keys = (
                 to_device(torch.tensor([0, *sizes]).cumsum(0).int(), device)
                 for sizes in (queries, self.tokens)
             )
-            self._offsets[device] = Offsets(*starts, max(queries), max(self.tokens))
+            self._offsets[device] = Offsets(own, read_keys, max(queries), max(self.tokens))
         return self._offsets[device]
 
 
@@ -196,10 +196,10 @@ def varlen(
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head)
     last = -1 if window is None else window - 1  # the farthest token before
+    options: dict[str, Any] = _varlen_options() or {}
     out: Any = varlen_attn(
-        q, k, v, *layout.offsets(q.device), scale=scaling, window_size=(last, 0),
-        **(_varlen_options() or {}),
-    )  # fmt: skip
+        q, k, v, *layout.offsets(q.device), scale=scaling, window_size=(last, 0), **options
+    )
     return out[None].contiguous()
 
 
