@@ -78,7 +78,7 @@ def test_a_run_signalled_together_with_its_engine_keeps_its_steps_and_resumes(la
     lab.wait_for_steps(run, 2)
     for process in (*psutil.Process(run.pid).children(recursive=True), run):
         process.terminate()
-    assert "goes on from there" in lab.ended(run, code=143)
+    assert "a checkpoint is written; to continue" in lab.ended(run, code=143)
     done = lab.metrics()
     lab.ended(lab.train(*arguments))
     assert lab.metrics()[: len(done)] == done  # seconds too: no step was repeated
