@@ -57,6 +57,7 @@ NETWORK = "downloads packages"
 EXCUSED = {
     r"make (setup|check|test|docs)": CI,
     r"make demo( MODEL=\w+)?": "minutes; the pipeline of the fixture stands for it",
+    r"make bench-(loss|step) ARGUMENTS=.*": GPU + "; small: tests/test_benchmarks.py",
     r"pip install .*": NETWORK,
     r"trace-opd view .*": SERVER + "; tests/pipelines/viewer/test_view.py",
     r"trace-opd serve( .*)?": SERVER + "; tests/test_flows.py",

@@ -2,7 +2,9 @@
 kill and soak tests.
 """
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -11,6 +13,8 @@ from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.run_metrics import read_metrics
 
 _TIMINGS = {"seconds", "latency_s"}
+# Metrics of a step that depend on the machine.
+MEASURED = re.compile("second|sampling_(share|overlap)|mfu|gpu_busy|peak_memory")
 
 
 def files(folder: Path) -> set[str]:
@@ -52,6 +56,12 @@ def untimed(table: pa.Table) -> pa.Table:
     return table.drop_columns([name for name in table.column_names if name in _TIMINGS])
 
 
+def untimed_metrics(run: Path) -> list[dict[str, Any]]:
+    """A run's metrics without those that depend on the machine."""
+    lines = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not MEASURED.search(k)} for line in lines]
+
+
 def assert_same_run(ours: Dataset, theirs: Dataset) -> None:
     """Equal weights, bit for bit; equal metrics, except times; checkpoints of the same names."""
     names = [
@@ -66,8 +76,4 @@ def assert_same_run(ours: Dataset, theirs: Dataset) -> None:
     assert names[0] == names[1]
     weights = [Path(run.path("checkpoints/final/model.safetensors")) for run in (ours, theirs)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    metrics = [read_metrics(Path(run.path("metrics.jsonl"))) for run in (ours, theirs)]
-    untimed = [
-        [{k: v for k, v in line.items() if "second" not in k} for line in m] for m in metrics
-    ]
-    assert untimed[0] == untimed[1]
+    assert untimed_metrics(Path(ours.path())) == untimed_metrics(Path(theirs.path()))

@@ -11,10 +11,10 @@ import torch
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.pipeline import run_stage
-from trace_opd.pipelines.run_metrics import read_metrics
 from trace_opd.pipelines.stages import REGISTRY
 from trace_opd.schemas.configs import Config
 from trace_opd.schemas.settings import load_config
+from trace_opd.tests.kill.ends import untimed_metrics
 from trace_opd.tests.kill.harness import Launcher
 
 CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
@@ -95,12 +95,6 @@ def test_a_killed_rollout_goes_on_from_its_parts_to_the_same_rows(forks, rolled,
     assert len(parts()) == 4
 
 
-def untimed(folder: str) -> list[dict]:
-    """A run's metrics without wall-clock times."""
-    lines = read_metrics(Path(folder) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
-
-
 def final_weights(run: Dataset) -> bytes:
     return Path(run.path("checkpoints/final/model.safetensors")).read_bytes()
 
@@ -131,8 +125,8 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one(forks, rolled, tmp_p
     undisturbed = make("train", rolled, *TRAIN)
     assert resumed.ref == undisturbed.ref
     assert final_weights(resumed) == final_weights(undisturbed)
-    assert untimed(resumed.path()) == untimed(undisturbed.path())
-    assert [line["step"] for line in untimed(resumed.path())] == list(range(8))
+    assert untimed_metrics(Path(resumed.path())) == untimed_metrics(Path(undisturbed.path()))
+    assert [line["step"] for line in untimed_metrics(Path(resumed.path()))] == list(range(8))
 
     assert resumed.summary["tables"] == undisturbed.summary["tables"]
     for role, ref in resumed.summary["tables"].items():
@@ -145,6 +139,9 @@ def test_training_changes_the_weights(rolled):
     trained = make("train", rolled, *TRAIN)
     base = Path(__file__).parents[3] / "data" / "micro" / "model.safetensors"
     assert final_weights(trained) != base.read_bytes()
-    assert {line["phase"] for line in untimed(trained.path())} == {"offline", "online"}
-    weights = [line["kl_weight"] for line in untimed(trained.path())]
+    assert {line["phase"] for line in untimed_metrics(Path(trained.path()))} == {
+        "offline",
+        "online",
+    }
+    weights = [line["kl_weight"] for line in untimed_metrics(Path(trained.path()))]
     assert weights[0] == weights[1] > weights[3] > weights[5] > weights[6] == 0
