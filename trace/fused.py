@@ -59,6 +59,8 @@ def _runs_triton(hidden: torch.Tensor, config: LossConfig) -> bool:
         return False
     if find_spec("triton") is None:
         why = "is not installed; `pip install triton`, or set it to torch"
+    elif torch.__version__ < "2.10":  # whose addmm adds no bfloat16 products to a float32 sum
+        why = f"needs PyTorch 2.10 or newer, and this is {torch.__version__}; set it to torch"
     elif not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         why = "needs a CUDA device; set it to auto or torch"
     else:
