@@ -269,8 +269,8 @@ def _module(place: str, label: str) -> tuple[str, ModuleType, Path | None]:
         try:
             if file is not None and _is_file(place):
                 module = _executed(file, source)
-            elif before is not None and before is sys.modules.get(place):
-                module = importlib.reload(before)
+            elif before is not None and before is sys.modules.get(place) and file is not None:
+                module = _run(source, file, before)
             else:
                 module = importlib.import_module(place)
         except (Exception, SystemExit) as error:
@@ -293,11 +293,15 @@ def _executed(file: Path, source: bytes) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pydantic look a class's module up
     try:
-        # Not the spec's loader: it takes compiled code of the same size and second for the same.
-        exec(compile(source, str(file), "exec"), vars(module))  # noqa: S102 - asked for by name
+        return _run(source, file, module)
     except BaseException:
         del sys.modules[name]
         raise
+
+
+def _run(source: bytes, file: Path, module: ModuleType) -> ModuleType:
+    # Not the spec's loader: it takes compiled code of the same size and second for the same.
+    exec(compile(source, str(file), "exec"), vars(module))  # noqa: S102 - asked for by name
     return module
 
 
