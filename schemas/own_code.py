@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from importlib.machinery import ModuleSpec
 from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any
@@ -265,12 +266,13 @@ def _module(place: str, label: str) -> tuple[str, ModuleType, Path | None]:
     sha256 = hashlib.sha256(source).hexdigest()
     known = _loaded.get(place)
     if known is None or (known[0], known[2]) != (sha256, file):
-        before = None if known is None else known[1]
         try:
             if file is not None and _is_file(place):
                 module = _executed(file, source)
-            elif before is not None and before is sys.modules.get(place) and file is not None:
-                module = _run(source, file, before)
+            elif file is not None and place not in sys.modules:
+                module = _imported(place, source, file)
+            elif file is not None and known is not None and known[1] is sys.modules[place]:
+                module = _run(source, file, known[1])
             else:
                 module = importlib.import_module(place)
         except (Exception, SystemExit) as error:
@@ -290,17 +292,33 @@ def _executed(file: Path, source: bytes) -> ModuleType:
     if spec is None:
         raise ImportError("is no Python file (.py)")
     _importable(file.parent)
+    return _created(spec, source, file)
+
+
+def _imported(name: str, source: bytes, file: Path) -> ModuleType:
+    """The module of that name, found as an import finds it."""
+    spec = importlib.util.find_spec(name)  # imports the packages that it is in
+    assert spec is not None, "its file was found"
+    module = _created(spec, source, file)
+    package, _, own = name.rpartition(".")
+    if package:
+        setattr(sys.modules[package], own, module)
+    return module
+
+
+def _created(spec: ModuleSpec, source: bytes, file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pydantic look a class's module up
+    sys.modules[spec.name] = module  # dataclasses and pydantic look a class's module up
     try:
         return _run(source, file, module)
     except BaseException:
-        del sys.modules[name]
+        del sys.modules[spec.name]
         raise
 
 
 def _run(source: bytes, file: Path, module: ModuleType) -> ModuleType:
-    # Not the spec's loader: it takes compiled code of the same size and second for the same.
+    # Not the spec's loader: it takes compiled code of the same size and second for the same, also
+    # of an earlier process.
     exec(compile(source, str(file), "exec"), vars(module))  # noqa: S102 - asked for by name
     return module
 

@@ -1,5 +1,7 @@
 """Code of one's own: one loader for `file.py:name` and `module:name`, its faults as sentences."""
 
+import os
+import py_compile
 import sys
 from pathlib import Path
 from textwrap import dedent
@@ -61,6 +63,15 @@ def test_a_file_or_a_module_is_loaded_and_again_only_if_it_has_changed(write, na
     assert second.sha256 != first.sha256
     with pytest.raises(InputError, match=r"has changed since this run began"):
         load(name, "x", first.sha256)
+
+
+def test_bytecode_of_an_earlier_process_is_not_taken_for_the_source(write):
+    file = write("def f(): return 1")
+    py_compile.compile(str(file))
+    written = file.stat()
+    write("def f(): return 2")
+    os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
+    assert load("own:f", "x").value() == 2
 
 
 def test_a_file_may_import_its_neighbours_and_its_errors_name_its_own_line(write):
