@@ -69,6 +69,41 @@ class DiagnosticType(StrEnum):
     OTHER = "other"
 
 
+class TeacherContext(StrEnum):
+    """What a teacher sees besides the problem. TYPE is TRACE's; the others are baselines'.
+
+    TYPE: the label of DiagnosticType or ErrorType; ANSWER: the gold answer; SOLUTION: the reference
+    solution; PEER: the first other correct response of the group; SHORTEST_PEER: the shortest one;
+    WRONG_PEER: the first other wrong one; OTHER_SOLUTION: the solution of another problem;
+    REFLECTION: the annotator's corrective idea; NONE: nothing.
+    """
+
+    TYPE = "type"
+    ANSWER = "answer"
+    SOLUTION = "solution"
+    PEER = "peer"
+    SHORTEST_PEER = "shortest_peer"
+    WRONG_PEER = "wrong_peer"
+    OTHER_SOLUTION = "other_solution"
+    REFLECTION = "reflection"
+    NONE = "none"
+
+
+class Signal(StrEnum):
+    """What a gate weighs a routed token by.
+
+    TEACHER_ENTROPY, STUDENT_ENTROPY: of the next token, nats; DIVERGENCE: the token's exact one,
+    nats; POSITION: the token's place in its response, (t + 1/2) / tokens; IMPORTANCE: 1 − (1 − h)
+    (1 − d) of the student's entropy and the divergence, each in 0 … 1 (TIP, arXiv 2604.14084).
+    """
+
+    TEACHER_ENTROPY = "teacher_entropy"
+    STUDENT_ENTROPY = "student_entropy"
+    DIVERGENCE = "divergence"
+    POSITION = "position"
+    IMPORTANCE = "importance"
+
+
 class AnswerKind(StrEnum):
     """How a gold answer is compared: as mathematics, as a choice's letter, or as plain text."""
 

@@ -248,8 +248,16 @@ ANNOTATIONS = make_contract(
             True,
         ),
         described("latency_s", _float32, "Seconds from request to answer, as prompt_tokens."),
+        described(
+            "reflection",
+            _string,
+            "The annotator's corrective idea, for the teacher context reflection; TRACE's teacher "
+            "never sees it.",
+            True,
+        ),
     ],
     "rollout_id",
+    optional=("reflection",),
     labels={"status": AnnotationStatus, "diagnostic_type": DiagnosticType},
     nested_labels={("spans", "kind"): SpanKind},
     faults=(
@@ -319,8 +327,16 @@ ROUTED = make_contract(
             "Marked tokens that the rule left out; under rule spans those beyond the α cap.",
         ),
         *_POLICY,
+        described(
+            "contrast_contexts",
+            list_of(_string),
+            "What the teacher sees instead of teacher_context, for comparison: one text, or "
+            "several whose probabilities are averaged; null without routing.contrast_context.",
+            True,
+        ),
     ],
     "rollout_id",
+    optional=("contrast_contexts",),
     labels={"diagnostic_type": DiagnosticType},
     codes={"route": Route},
     same_length=(("token_ids", "logprobs", "route", "span_id"),),
@@ -335,6 +351,53 @@ ROUTED = make_contract(
             _untaught,
         ),
     ),
+)
+
+SCORES = make_contract(
+    "scores",
+    1,
+    [
+        _ROLLOUT_ID,
+        described(
+            "positions", list_of(_int32), "The routed tokens' places in the response, ascending."
+        ),
+        described(
+            "top_token_ids",
+            list_of(_int32),
+            "The teacher's k likeliest tokens at each of them, likeliest first, k a position.",
+        ),
+        described("top_logprobs", list_of(_float32), "Their log-probabilities, nats."),
+        described(
+            "tail_logprobs",
+            list_of(_float32),
+            "Log-probability of all other tokens together, one a position, nats.",
+        ),
+        described(
+            "logprobs", list_of(_float32), "Log-probability of the response's token, a position."
+        ),
+        described("temperature", _float32, "Divides the teacher's logits."),
+        described("teacher_name", _string, "Name of the teacher's model."),
+        described("teacher_revision", _string, "Hash of its files; of a server's, its name."),
+        described("teacher_entropy", list_of(_float32), "Of the teacher, a position, nats.", True),
+        described(
+            "student_entropy", list_of(_float32), "Of score.student, a position, nats.", True
+        ),
+        described("divergence", list_of(_float32), "KL(student‖teacher), a position, nats.", True),
+    ],
+    "rollout_id",
+    optional=("teacher_entropy", "student_entropy", "divergence"),
+    same_length=(
+        ("positions", "tail_logprobs", "logprobs"),
+        ("top_token_ids", "top_logprobs"),
+    ),
+    ranges={
+        "positions": (0, MOST_TOKEN_ID),
+        "top_token_ids": (0, MOST_TOKEN_ID),
+        "top_logprobs": (-_MOST, MOST_LOGPROB),
+        "tail_logprobs": (-_MOST, MOST_LOGPROB),
+        "logprobs": (-_MOST, MOST_LOGPROB),
+        "temperature": (0, _MOST),
+    },
 )
 
 CONTRACTS = {c.name: c for c in (PROBLEMS, ROLLOUTS, VERDICTS, ANNOTATIONS, ROUTED, EVALUATIONS)}

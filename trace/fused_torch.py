@@ -20,9 +20,8 @@ from .losses import (
     LossInputs,
     LossOutput,
     divergence,
-    policy_loss,
-    reweighted_advantage,
 )
+from .policy_losses import policy_loss, reweighted_advantage
 
 # Bytes of a chunk's logits, student's and teacher's together, and of a block between the products.
 # On CUDA the products need long chunks; on CPU a block has to fit the cache.

@@ -21,7 +21,8 @@ from ..schemas.labels import Route
 from . import fused_kernels
 from .fused_kernels import TERMS, TYPES
 from .fused_torch import Call, chunk_sizes, wide
-from .losses import LossOutput, policy_loss, reweighted_advantage
+from .losses import LossOutput
+from .policy_losses import policy_loss, reweighted_advantage
 
 # Any: Triton's types know no launch options.
 statistics: Any = fused_kernels.statistics

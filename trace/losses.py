@@ -59,9 +59,13 @@ class LossInputs:
 
     token_ids: int64. old_logprobs: float32, under the sampling policy at `temperature`.
     advantage: float32. weight: float32, global to the step (`token_weights`). temperature:
-    float32, divides the logits. route: uint8 of Route. reference_logprobs: float32 under the base
-    policy; None without a KL to it. host_route: `route` in the host's memory, and heated: whether
-    some temperature is not 1; the loss asks the device, and waits for it, where they are None.
+    float32, divides the logits. route: uint8 of Route. Where no config needs them, None:
+    reference_logprobs: float32 under the base policy; contrast_logprobs: float32, under the teacher
+    with `routing.contrast_context`; position: float32, (t + 1/2) / tokens of the response;
+    kl_scale: float32, sign and size of the KL (`loss.key_weight`, `loss.error_weight`); sequence:
+    int64, the response's number, from 0; scores: in a teacher's place (`teacher.scores`).
+    host_route: `route` in the host's memory, and heated: whether some temperature is not 1; the
+    loss asks the device, and waits for it, where they are None.
     """
 
     token_ids: torch.Tensor
@@ -71,20 +75,40 @@ class LossInputs:
     temperature: torch.Tensor
     route: torch.Tensor
     reference_logprobs: torch.Tensor | None = None
+    contrast_logprobs: torch.Tensor | None = None
+    position: torch.Tensor | None = None
+    kl_scale: torch.Tensor | None = None
+    sequence: torch.Tensor | None = None
+    scores: "Scores | None" = None
     host_route: np.ndarray | None = None
     heated: bool | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A teacher's likeliest tokens, of the routed tokens in their order.
+
+    token_ids: (routed, k) int64, distinct; logprobs: (routed, k) float32, nats; an entry without a
+    token has −inf. tail: (routed,) float32, log of the mass of all other tokens, −inf for none.
+    """
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    tail: torch.Tensor
 
 
 class LossOutput(NamedTuple):
     """loss: scalar with gradient. The rest is (tokens,) float32 without one.
 
-    logprobs and entropy: the student's, nats. ratio_clipped, kl_clipped: 1 where a bound binds.
+    logprobs and entropy: the student's, nats. teacher_entropy: of routed tokens, nats, 0 elsewhere.
+    ratio_clipped, kl_clipped: 1 where a bound binds.
     kl: the exact divergence of routed tokens, nats, 0 elsewhere. reference_kl: nats.
     """
 
     loss: torch.Tensor
     logprobs: torch.Tensor
     entropy: torch.Tensor
+    teacher_entropy: torch.Tensor
     ratio_clipped: torch.Tensor
     kl: torch.Tensor
     kl_clipped: torch.Tensor
@@ -107,94 +131,6 @@ def token_weights(lengths: Sequence[int], config: LossConfig) -> np.ndarray:
     else:
         weights = np.full(len(sizes), 1 / (len(sizes) * config.constant_length))
     return weights.astype(np.float32)
-
-
-def policy_terms(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantage: torch.Tensor, config: LossConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """GRPO's term per token, differentiable in `logprobs`, and whether its bound binds; (tokens,).
-
-    By default this is the clipped surrogate. With `truncated_importance` the trainer's own policy
-    is
-    the proximal policy: its ratio is 1 and only carries the gradient, and the importance weight
-    between sampler and trainer is capped (truncated importance sampling).
-    """
-    if config.truncated_importance is None:
-        return clipped_surrogate(
-            logprobs, old_logprobs, advantage, config.clip_low, config.clip_high
-        )
-    importance = torch.exp(logprobs.detach() - old_logprobs)
-    ratio = torch.exp(logprobs - logprobs.detach())
-    cap = config.truncated_importance
-    return -importance.clamp(max=cap) * ratio * advantage, importance > cap
-
-
-def policy_loss(
-    logprobs: torch.Tensor,
-    advantage: torch.Tensor,
-    grpo_weight: torch.Tensor,
-    inputs: LossInputs,
-    rows: torch.Tensor | slice,
-    config: LossConfig,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The part of the loss that depends on the sampled tokens' log-probabilities alone.
-
-    logprobs, advantage, grpo_weight: (rows,); rows: their places in `inputs`, (rows,) int64.
-    Returns loss, its slope in `logprobs`, whether GRPO's bound binds, and the KL to the base policy
-    in nats (0 without one), all (rows,) without gradient.
-    """
-    with torch.enable_grad():
-        variable = logprobs.detach().requires_grad_()
-        terms, bound = policy_terms(variable, inputs.old_logprobs[rows], advantage, config)
-        losses, kl = (grpo_weight if config.grpo else 0.0) * terms, torch.zeros_like(logprobs)
-        if inputs.reference_logprobs is not None:
-            kl = reference_kl(variable, inputs.reference_logprobs[rows])
-            losses = losses + config.reference_kl * inputs.weight[rows] * kl
-        (slope,) = torch.autograd.grad(losses.sum(), variable)
-    return losses.detach(), slope, bound, kl.detach()
-
-
-def clipped_surrogate(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantage: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """−min(ρA, clip(ρ, 1 − ε_low, 1 + ε_high) A) and whether the clip binds, both (tokens,).
-
-    Source: PPO (arXiv 1707.06347, eq. 7) with DAPO's clip-higher (arXiv 2503.14476, eq. 8).
-    """
-    ratio = torch.exp(logprobs - old_logprobs)
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
-    unclipped_gain, clipped_gain = ratio * advantage, bounded * advantage
-    return -torch.minimum(unclipped_gain, clipped_gain), clipped_gain < unclipped_gain
-
-
-def reference_kl(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """KL(p‖base) estimated at each sampled token: r − log r − 1 with r = base / p.
-
-    Source: GRPO (arXiv 2402.03300, eq. 4). Both (tokens,) log-probabilities; no gradient flows
-    into `reference`.
-    """
-    log_ratio = reference - logprobs
-    return log_ratio.exp() - log_ratio - 1
-
-
-def reweighted_advantage(
-    advantage: torch.Tensor,
-    logprobs: torch.Tensor,
-    teacher_logprobs: torch.Tensor,
-    kl_weight: float,
-    clip: float,
-) -> torch.Tensor:
-    """A · (1 − λ + λ · clip((q/p)^sign(A), 1 ± ε)) on the sampled tokens, (tokens,), no gradient.
-
-    The reward sets the direction of the update, the privileged teacher its magnitude (RLSD, arXiv
-    2604.03128; METHOD.md, "Baselines").
-    """
-    evidence = torch.exp(torch.sign(advantage) * (teacher_logprobs - logprobs))
-    return advantage * (1 - kl_weight + kl_weight * evidence.clamp(1 - clip, 1 + clip))
 
 
 def forward_kl(

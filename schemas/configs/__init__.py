@@ -48,6 +48,8 @@ from .rollout import (
 )
 from .study import ArmConfig, ReportedConfig, StudyConfig, TuningConfig
 from .train import (
+    CollapseConfig,
+    GateConfig,
     Layers,
     LoraConfig,
     LossConfig,
@@ -68,6 +70,7 @@ __all__ = [
     "ArithmeticSource",
     "ArmConfig",
     "ChampSource",
+    "CollapseConfig",
     "Columns",
     "Config",
     "ConvertConfig",
@@ -75,6 +78,7 @@ __all__ = [
     "EvaluateConfig",
     "Example",
     "FilesSource",
+    "GateConfig",
     "GymSource",
     "HubSource",
     "Layers",

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag
 
 from .. import own_code
-from ..labels import Route
+from ..labels import Route, TeacherContext
 from .base import Config, added, operational
 from .endpoint import EndpointUrl, KeyVariable
 from .own import NAMED, OWN, OwnAnnotator, OwnReward, named_or_own
@@ -202,9 +202,11 @@ class RoutingConfig(Config):
 
     rule: str = Field(
         default="spans",
-        description="Which tokens are routed: spans (the annotator's), all, random, inverted "
-        "(random "
-        "outside the annotator's spans), or file.py:function or module:function of your own.",
+        description="Which tokens are routed: spans (the annotator's), first_span (its earliest), "
+        "from_first_span (from there to the end), prefix (the first tokens), surprise (the least "
+        "likely ones under the policy), all, random, inverted (random outside the annotator's "
+        "spans); with scores entropy (the student's highest) and importance (TIP's); or "
+        "file.py:function or module:function of your own.",
     )
     alpha: float = Field(
         default=0.25, ge=0, le=1, description="Largest share of a response that spans may cover."
@@ -215,11 +217,22 @@ class RoutingConfig(Config):
     error: Route = Field(
         default=Route.GRPO, description="Action on routed tokens of wrong responses."
     )
-    teacher_context: Literal["type", "answer", "solution", "peer"] = Field(
-        default="type",
+    teacher_context: TeacherContext = Field(
+        default=TeacherContext.TYPE,
         description="What the teacher sees besides the problem: type, only the diagnostic label "
-        "(TRACE); for the baselines the gold answer, the reference solution, or a correct response "
-        "of the same group. Responses without it are plain GRPO.",
+        "(TRACE); for the baselines the gold answer, the reference solution, a correct response of "
+        "the same group (peer, shortest_peer), a wrong one (wrong_peer), the solution of another "
+        "problem (other_solution), the annotator's corrective idea (reflection), or none. "
+        "Responses without it are plain GRPO.",
+    )
+    contrast_context: TeacherContext | None = added(
+        None,
+        "What the same teacher sees for comparison: the action reweight then takes its "
+        "log-probability under teacher_context minus that under this one. Responses without it are "
+        "plain GRPO. null: the student's log-probability takes its place.",
+    )
+    contrasts: int = added(
+        1, "Most wrong responses that contrast_context wrong_peer averages over.", ge=1
     )
     advantage: Literal["std", "mean"] = Field(
         default="std",
@@ -251,6 +264,11 @@ class ConvertConfig(Config):
 
     annotations: str = Field(
         default="annotations", description="Annotations dataset: alias, id or stage/id."
+    )
+    scores: str | None = added(
+        None,
+        "Scores dataset of the same rollouts, for rules that see entropy and divergence: alias, id "
+        "or stage/id; null: none.",
     )
     policy: PolicyConfig = Field(
         default=PolicyConfig(), description="The policy whose tokenizer made the token ids."

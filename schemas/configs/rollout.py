@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag, model_validator
 
-from .base import Config, operational
+from .base import Config, added, operational
 from .endpoint import EndpointUrls, KeyVariable
 from .own import NAMED, OWN, OwnSampler, named_or_own
 
@@ -32,7 +32,10 @@ class PromptConfig(Config):
     )
     thinking: bool | None = Field(
         default=None,
-        description="enable_thinking of the chat template; the same for both. null: unset.",
+        description="enable_thinking of the chat template. null: unset.",
+    )
+    teacher_thinking: bool | Literal["same"] | None = added(
+        "same", "enable_thinking of the teacher's chat template; same: as thinking."
     )
 
     @model_validator(mode="after")

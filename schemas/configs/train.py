@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from ..labels import KlClip
+from ..labels import KlClip, Signal
 from .annotate import Annotator, RoutingConfig, SegmentConfig, SelfAnnotator, VerifyConfig
 from .base import Config, added, operational
 from .rollout import PolicyConfig, PromptConfig, Sampler, SamplingConfig, TransformersSampler
@@ -14,6 +14,7 @@ class ScheduleConfig(Config):
     """λ of METHOD.md: w0 for `hold_steps`, linear to 0 over `decay_steps`."""
 
     w0: float = Field(default=0.5, ge=0, description="Initial KL weight; 0 is plain GRPO.")
+    start_step: int = added(0, "Steps of plain GRPO, λ = 0, before hold_steps begins.", ge=0)
     hold_steps: int = Field(default=10, ge=0, description="Steps at w0.")
     decay_steps: int | None = Field(
         default=30, ge=0, description="Steps from w0 to 0; null: λ stays at w0."
@@ -32,12 +33,83 @@ class TeacherConfig(Config):
     ema_rate: float = Field(
         default=0.05, gt=0, le=1, description="Share of the student in each update of the average."
     )
+    model: PolicyConfig | None = added(
+        None,
+        "Another model of the same vocabulary as the teacher; needs sync frozen. null: the policy.",
+    )
+    scores: str | None = added(
+        None,
+        "Scores dataset (alias, id or stage/id) that takes the teacher's place in offline steps; "
+        "null: none.",
+    )
+    temperature: float | None = added(
+        None,
+        "Divides the teacher's logits; null: the sampling temperature, as the student's.",
+        gt=0,
+    )
+
+
+class GateConfig(Config):
+    """A factor of a routed token's weight, from one signal x of it.
+
+    above, below: 1 on that side of `at`, `floor` on the other; rising, falling: floor + (1 − floor)
+    σ(±(x − at) / scale); signed: tanh((at − x) / scale).
+    """
+
+    of: Signal = Field(description="The signal x.")
+    shape: Literal["above", "below", "rising", "falling", "signed"] = Field(
+        description="How the factor depends on x."
+    )
+    at: float | None = Field(default=None, description="Where the factor changes, in x's unit.")
+    quantile: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Instead of at: this quantile of x over the routed tokens of the step before; "
+        "until there is one the factor is 1.",
+    )
+    scale: float = Field(default=1.0, gt=0, description="Width of the change, in x's unit.")
+    floor: float = Field(
+        default=0.0, ge=-1, le=1, description="Factor on the other side; below 0 it changes sign."
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "GateConfig":
+        if (self.at is None) == (self.quantile is None):
+            raise ValueError("give either at or quantile")
+        return self
 
 
 class LossConfig(Config):
     """The objective on routed tokens and on all others."""
 
     grpo: bool = Field(default=True, description="GRPO's term; false: the KL only.")
+    policy: Literal["grpo", "gspo", "cispo", "sapo"] = added(
+        "grpo",
+        "Form of GRPO's term: grpo, the clipped ratio of each token; gspo, of each sequence; "
+        "cispo, the clipped ratio as a constant weight; sapo, a smooth gate instead of the clip.",
+    )
+    sapo_tau_positive: float = added(1.0, "Temperature of sapo's gate, advantage above 0.", gt=0)
+    sapo_tau_negative: float = added(1.05, "Temperature of sapo's gate, else.", gt=0)
+    key_weight: float = added(
+        1.0, "Factor on the KL of correct responses; below 0 the divergence is ascended."
+    )
+    error_weight: float = added(1.0, "The same of wrong responses.")
+    gates: list[GateConfig] = added(
+        [], "Factors of a routed token's KL, or of its part in the action reweight; multiplied."
+    )
+    importance_clip: float | None = added(
+        None,
+        "Multiplies a routed token's KL by its ratio between trainer and sampler, at most this; "
+        "null: off.",
+        gt=0,
+    )
+    top_k: int | None = added(
+        None,
+        "Divergences over the student's k likeliest tokens and one for all others; null: over the "
+        "whole vocabulary.",
+        ge=1,
+    )
     clip_low: float = Field(default=0.2, gt=0, description="ε_low of the ratio clip.")
     clip_high: float = Field(
         default=0.28, gt=0, description="ε_high of the ratio clip (clip-higher)."
@@ -74,11 +146,24 @@ class LossConfig(Config):
         description="β of the weight exp(−β H) of a routed token's KL; H is the teacher's "
         "entropy, nats.",
     )
+    reweight: Literal["ratio", "inverse", "bounded", "one_sided"] = added(
+        "ratio",
+        "Form of the action reweight, with the gap D between teacher and student (or contrast): "
+        "ratio, exp(±D) clipped (RLSD); inverse, exp(∓D) clipped (RLRT); bounded, "
+        "λ tanh(D / scale) is added and the sign kept (RLCSD); one_sided, D beyond a threshold "
+        "strengthens alone (AMR-SD).",
+    )
     reweight_clip: float = Field(
         default=0.2,
         gt=0,
-        lt=1,
-        description="ε of the action reweight: its factor on the advantage is clipped to 1 ± ε.",
+        description="ε of reweight ratio and inverse: the factor is clipped to 1 ± ε; largest |D| "
+        "of one_sided.",
+    )
+    reweight_scale: float = added(1.0, "Scale of D in reweight bounded, nats.", gt=0)
+    reweight_threshold: float = added(
+        0.0,
+        "Reweight one_sided: D counts beyond it, nats; bounded: smaller changes are left out.",
+        ge=0,
     )
     fp32_logits: bool = added(
         False,
@@ -200,6 +285,30 @@ class ValidationConfig(Config):
     seed: int = Field(default=0, description="Seed of the samples, the same at each validation.")
 
 
+class CollapseConfig(Config):
+    """Limits of the figures that fall apart when a policy collapses."""
+
+    baseline_steps: int = Field(default=5, ge=1, description="First steps, the others' measure.")
+    window_steps: int = Field(default=3, ge=1, description="Steps whose median is compared.")
+    length_ratio: float = Field(
+        default=0.5, gt=0, lt=1, description="Mean length below this share of the first steps'."
+    )
+    entropy_ratio: float = Field(
+        default=3.0,
+        gt=1,
+        description="Entropy above this multiple of the first steps', or below its inverse.",
+    )
+    repetition: float = Field(
+        default=0.2,
+        gt=0,
+        le=1,
+        description="Share of responses that end in a loop, above the first steps'.",
+    )
+    validation_drop: float = Field(
+        default=0.1, gt=0, le=1, description="Fall of a validation figure below its best."
+    )
+
+
 Layers = Literal["eager", "compile", "liger"]
 
 
@@ -247,6 +356,12 @@ class TrainConfig(Config):
         description="Engine of online rollouts: transformers uses the trainer's own weights; "
         "vllm and "
         "openai (vLLM servers) receive a copy before each step.",
+    )
+    stop_on_collapse: bool = operational(
+        False, "End with a checkpoint, as on Ctrl-C, when the run collapses; false: warn."
+    )
+    collapse: CollapseConfig = operational(
+        CollapseConfig(), "When a run counts as collapsed, against its first steps."
     )
     checkpoint_every: int = operational(50, "Steps between checkpoints.", ge=1)
     checkpoint_minutes: float | None = operational(

@@ -11,14 +11,8 @@ import torch
 from trace_opd.schemas.configs import LossConfig
 from trace_opd.schemas.labels import KlClip, Route
 from trace_opd.trace.fused import routed_loss
-from trace_opd.trace.losses import (
-    Head,
-    LossInputs,
-    LossOutput,
-    clip_kl,
-    clipped_surrogate,
-    divergence,
-)
+from trace_opd.trace.losses import Head, LossInputs, LossOutput, clip_kl, divergence
+from trace_opd.trace.policy_losses import clipped_surrogate
 
 W0 = 0.5
 VOCAB = 5

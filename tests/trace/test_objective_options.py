@@ -9,15 +9,8 @@ import torch
 from trace_opd.schemas.configs import LossConfig
 from trace_opd.schemas.labels import Route
 from trace_opd.trace.fused import routed_loss
-from trace_opd.trace.losses import (
-    Head,
-    LossInputs,
-    LossOutput,
-    divergence,
-    reference_kl,
-    reweighted_advantage,
-    token_weights,
-)
+from trace_opd.trace.losses import Head, LossInputs, LossOutput, divergence, token_weights
+from trace_opd.trace.policy_losses import reference_kl, reweighted_advantage
 
 # Student and teacher over two tokens. KL(q‖p) = ¾ log(3/2) + ¼ log(1/2) = 0.130812.
 P, Q, FORWARD = [0.5, 0.5], [0.75, 0.25], 0.130812

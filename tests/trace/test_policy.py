@@ -15,9 +15,9 @@ from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.trace.architecture import check_architecture
-from trace_opd.trace.losses import reference_kl
 from trace_opd.trace.packing import pack
 from trace_opd.trace.policy import decoder_layers, load_policy
+from trace_opd.trace.policy_losses import reference_kl
 from trace_opd.trace.sequences import TrainingSequence
 from trace_opd.trace.trainer import Trainer
 
