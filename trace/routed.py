@@ -89,8 +89,8 @@ def routed_table(
         "truncated": pa.array(truncated(rollouts)),
         **_labels(routings, offsets, contexts),
     }
-    arrays = [columns[name] for name in ROUTED.schema.names]
-    return pa.Table.from_arrays(arrays, schema=ROUTED.schema)
+    schema = ROUTED.schema_of(columns)
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
 @dataclass(frozen=True)
