@@ -79,6 +79,7 @@ ROWS: dict[str, dict] = {
         "completion_tokens": 0,
         "cost_usd": 0.0,
         "latency_s": 0.0,
+        "reflection": "read the second line again",
     },
     "routed": {
         **_ids,
@@ -96,6 +97,7 @@ ROWS: dict[str, dict] = {
         "teacher_context": "a solution",
         "coverage": 0.5,
         "dropped_tokens": 0,
+        "contrast_contexts": ["a wrong response"],
     },
     "evaluations": {
         "problem_id": "p",
