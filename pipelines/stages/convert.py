@@ -20,11 +20,10 @@ from ...schemas.configs import ConvertConfig
 from ...schemas.errors import InputError, RowFault
 from ...schemas.labels import AnnotationStatus, Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
-from ...trace.align import ByteTable, byte_table
-from ...trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
 from ...trace.responses import to_numpy
 from ...trace.route import needs_annotations, require_rule, rule_source
 from ...trace.routed import routed_table
+from ...trace.vocabulary import Vocabulary, load_vocabulary
 from ..models import resolve_policy
 from ..samplers.trainable import require_trainable
 from ..samplers.vocabulary import check_token_ids, check_vocabulary
@@ -70,17 +69,7 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
     return Plan(config, inputs, semantic, annotations.parts, work=annotations.part_rows)
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
-    """What a policy's tokens are: their bytes, the tokenizer's fingerprint, the model's number of
-    ids."""
-
-    pieces: ByteTable
-    fingerprint: str
-    size: int
-
-
-def _vocabulary(config: ConvertConfig) -> _Vocabulary:
+def _vocabulary(config: ConvertConfig) -> Vocabulary:
     path = resolve_policy(config.policy.path, weights=False)
     state = tuple(
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
@@ -91,11 +80,9 @@ def _vocabulary(config: ConvertConfig) -> _Vocabulary:
 
 
 @lru_cache(maxsize=1)
-def _load_vocabulary(path: str, trust_remote_code: bool, state: Any) -> _Vocabulary:
+def _load_vocabulary(path: str, trust_remote_code: bool, state: Any) -> Vocabulary:
     """state: changes with the folder's files."""
-    tokenizer = load_tokenizer(path, trust_remote_code)
-    pieces, size = byte_table(tokenizer), vocab_size(path, trust_remote_code)
-    return _Vocabulary(pieces, vocab_fingerprint(tokenizer), size)
+    return load_vocabulary(path, trust_remote_code)
 
 
 def _check_annotator(annotations: Dataset) -> None:
