@@ -51,6 +51,8 @@ def render_template(
     Raises:
         InputError: the template fails, or exceeds a limit.
     """
+    from transformers import PreTrainedTokenizerBase
+
     # A tokenizer's own method is code that the user allowed (trust_remote_code).
     own_code = (
         type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template

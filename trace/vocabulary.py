@@ -32,19 +32,19 @@ _ABOUT = b"vocabulary"
 @dataclass(frozen=True)
 class Vocabulary:
     """pieces: the bytes of each id; fingerprint: of the tokenizer's tokens and ids; size: number of
-    the model's ids, padding included.
+    the model's ids, padding included, None if its config.json does not say.
     """
 
     pieces: ByteTable
     fingerprint: str
-    size: int
+    size: int | None
 
 
 def load_vocabulary(path: str, trust_remote_code: bool = False) -> Vocabulary:
     """The vocabulary of the model in a folder.
 
     Raises:
-        InputError: see `load_tokenizer`, `byte_table` and `vocab_size`.
+        InputError: see `load_tokenizer` and `byte_table`.
     """
     if trust_remote_code:  # its code may depend on more than its files
         return _made(path, trust_remote_code)
@@ -64,7 +64,9 @@ def _made(path: str, trust_remote_code: bool) -> Vocabulary:
     from .policy import load_tokenizer, vocab_fingerprint, vocab_size
 
     tokenizer = load_tokenizer(path, trust_remote_code)
-    size = vocab_size(path, trust_remote_code)
+    size = None
+    with suppress(InputError):  # bytes can be painted without it
+        size = vocab_size(path, trust_remote_code)
     return Vocabulary(byte_table(tokenizer), vocab_fingerprint(tokenizer), size)
 
 

@@ -82,7 +82,13 @@ def _vocabulary(config: ConvertConfig) -> Vocabulary:
 @lru_cache(maxsize=1)
 def _load_vocabulary(path: str, trust_remote_code: bool, state: Any) -> Vocabulary:
     """state: changes with the folder's files."""
-    return load_vocabulary(path, trust_remote_code)
+    vocabulary = load_vocabulary(path, trust_remote_code)
+    if vocabulary.size is None:
+        raise InputError(
+            f"policy {path}: its config.json names no number of token ids (vocab_size); give the "
+            "folder of the model that sampled"
+        )
+    return vocabulary
 
 
 def _check_annotator(annotations: Dataset) -> None:
@@ -162,13 +168,14 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
     config: ConvertConfig = plan.config
     require_rule(config.routing.rule, plan.semantic.get("rule"), content_hash)
     vocabulary = _vocabulary(config)
-    roles = ("problems", "rollouts", "verdicts", "annotations")
+    assert vocabulary.size is not None, "_load_vocabulary checks it"
+    size, roles = vocabulary.size, ("problems", "rollouts", "verdicts", "annotations")
 
     def make(part: int) -> pa.Table:
         problems, rollouts, verdicts, annotations = (
             plan.inputs[role].read_part(part) for role in roles
         )
-        check_token_ids(rollouts, vocabulary.size, f"{plan.inputs['rollouts'].ref}, part {part}")
+        check_token_ids(rollouts, size, f"{plan.inputs['rollouts'].ref}, part {part}")
         try:
             return routed_table(
                 problems, rollouts, verdicts, annotations, vocabulary.pieces, config.routing
