@@ -87,7 +87,7 @@ def _kept(entry: Path) -> Vocabulary | None:
             table = file.read_all()
         table.validate(full=True)
         fingerprint, size = json.loads((table.schema.metadata or {})[_ABOUT])
-        pieces = table["piece"].to_pylist()
+        pieces: Any = table["piece"].to_pylist()
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         if not isinstance(error, FileNotFoundError):
             logger.info("%s is made again (%s)", entry, error)

@@ -85,7 +85,7 @@ def test_a_cache_that_cannot_be_written_is_no_fault(cache, folder):
 
 def test_a_damaged_tokenizer_is_one_sentence(cache, folder):
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="tokenizer.json: is no JSON object"):
+    with pytest.raises(InputError, match=r"tokenizer\.json: is no JSON object"):
         load_vocabulary(str(folder))
     assert not cache.exists()
 
