@@ -196,9 +196,7 @@ def _logits_to_gradient(
         torch.log_softmax(call.teacher_head.shape_(teacher_logits, temperature), -1, out=log_q)
         if route not in DIVERGENCES:  # REWEIGHT
             taught = floored(log_q.gather(1, ids).squeeze(1))
-            advantage = reweighted_advantage(
-                advantage, logprobs, taught, call.kl_weight, config.reweight_clip
-            )
+            advantage = reweighted_advantage(advantage, logprobs, taught, call.kl_weight, config)
         else:
             log_p = logits.sub_(most[:, None]).add_(log_most[:, None])
             q = torch.exp(log_q, out=teacher_logits)

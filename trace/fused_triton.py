@@ -104,7 +104,7 @@ class TritonRoutedLoss(torch.autograd.Function):
                     kl_lift[at] *= torch.exp(-config.entropy_beta * teacher_entropy[at])
             if int(Route.REWEIGHT) in present:
                 scaled = reweighted_advantage(
-                    advantage, logprobs, taught_logprobs[at], call.kl_weight, config.reweight_clip
+                    advantage, logprobs, taught_logprobs[at], call.kl_weight, config
                 )
                 advantage = torch.where(inputs.route[at] == Route.REWEIGHT, scaled, advantage)
             out["loss"][at], lift[at], out["ratio_clipped"][at], out["reference_kl"][at] = (
