@@ -11,19 +11,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import PreTrainedTokenizerBase
 
 from ..schemas.configs import PromptConfig, RoutingConfig
 from ..schemas.errors import InputError
 from ..schemas.labels import DiagnosticType
 from .chat_template import render_template
 from .protocols import Prompt
+
+if TYPE_CHECKING:  # stage convert starts without it
+    from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
 
@@ -64,7 +66,7 @@ def teacher_chat(
 
 
 def student_prompt(
-    tokenizer: PreTrainedTokenizerBase | None, config: PromptConfig, problem: str
+    tokenizer: "PreTrainedTokenizerBase | None", config: PromptConfig, problem: str
 ) -> Prompt:
     """The student's prompt, with token ids if there is a tokenizer."""
     messages = student_messages(config, problem)
@@ -75,7 +77,7 @@ def student_prompt(
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, thinking: bool | None = None
+    tokenizer: "PreTrainedTokenizerBase", messages: Messages, thinking: bool | None = None
 ) -> list[int]:
     """Token ids of a conversation up to where the assistant's turn begins.
 
@@ -113,7 +115,7 @@ def _cut_spelled(text: str, tokens: Sequence[str], cut: str) -> str:
 
 @lru_cache(maxsize=4)
 def _control_tokens(
-    tokenizer: PreTrainedTokenizerBase, template: str
+    tokenizer: "PreTrainedTokenizerBase", template: str
 ) -> tuple[list[str], list[str]]:
     """The tokens that no message may write, and those that no user's message may write.
 
