@@ -1,7 +1,7 @@
 """Chat prompts of the student and of the teacher: the privilege boundary.
 
-TRACE's teacher prompt, `teacher_messages`, is a function of the problem and of one member of a
-closed enumeration. It takes no text, no position and no answer, so nothing else can reach the
+TRACE's teacher prompt, `teacher_messages`, is a function of the problem and of one member of two
+closed enumerations. It takes no text, no position and no answer, so nothing else can reach the
 teacher. The baselines whose teacher reads an answer, a solution or a peer's response use
 `privileged_messages`. The stages that sample call `student_prompt`, routed.py `teacher_contexts`,
 sequences.py `teacher_chat`.
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..schemas.configs import PromptConfig, RoutingConfig
 from ..schemas.errors import InputError
-from ..schemas.labels import DiagnosticType
+from ..schemas.labels import WORDS, TypeLabel, type_label
 from .chat_template import render_template
 from .protocols import Prompt
 
@@ -33,14 +33,18 @@ def student_messages(config: PromptConfig, problem: str) -> Messages:
     return _messages(config, config.student.format(problem=problem))
 
 
-def teacher_messages(
-    config: PromptConfig, problem: str, diagnostic_type: DiagnosticType
-) -> Messages:
+def teacher_messages(config: PromptConfig, problem: str, diagnostic_type: TypeLabel) -> Messages:
     """The same conversation with the label, which is all that the teacher sees besides the
-    problem.
+    problem: its name, or the words that belong to it.
+
+    Raises:
+        ValueError: no member of DiagnosticType or ErrorType.
     """
-    label = DiagnosticType(diagnostic_type).value
-    return _messages(config, config.teacher.format(problem=problem, diagnostic_type=label))
+    label = type_label(diagnostic_type)
+    user = config.teacher.format(
+        problem=problem, diagnostic_type=label.value, diagnosis=WORDS[label]
+    )
+    return _messages(config, user)
 
 
 def privileged_messages(config: PromptConfig, problem: str, context: str) -> Messages:
@@ -56,11 +60,11 @@ def teacher_chat(
     It is a baseline's if the row has a teacher_context, else TRACE's.
 
     Raises:
-        ValueError: neither a context nor a label of DiagnosticType.
+        ValueError: neither a context nor a label of DiagnosticType or ErrorType.
     """
     if teacher_context is not None:
         return privileged_messages(config, problem, teacher_context)
-    return teacher_messages(config, problem, DiagnosticType(diagnostic_type))
+    return teacher_messages(config, problem, type_label(diagnostic_type))
 
 
 def student_prompt(
@@ -141,8 +145,8 @@ def _messages(config: PromptConfig, user: str) -> Messages:
 class TeacherContexts:
     """What each response's teacher sees besides the problem.
 
-    exists: (responses,) bool; a response without context has no teacher. labels: of DiagnosticType,
-    or null; texts: null under the type label.
+    exists: (responses,) bool; a response without context has no teacher. labels: of DiagnosticType
+    or ErrorType, or null; texts: null under the type label.
     """
 
     exists: np.ndarray
