@@ -68,6 +68,8 @@ def run_pipeline(config: PipelineConfig, run: RunStage) -> dict[str, str]:
     if config.annotate is not None and offline.steps:
         rollouts = step("rollouts", "rollout", config.rollout, problems=problems)
         verdicts = step("verdicts", "verify", config.verify, rollouts=rollouts)
+        if config.select is not None:
+            verdicts = step("selection", "select", config.select, verdicts=verdicts)
         annotator = config.annotate.annotator
         if not needs_annotations(config.convert.routing):
             annotator = NoAnnotator(engine="none")

@@ -194,6 +194,8 @@ def _fault(where: str, column: str, bad: Any, what: str) -> InputError:
 
 def _check_labels(table: pa.Table, contract: TableContract, where: str) -> None:
     for name, labels in contract.labels.items():
+        if name not in table.column_names:  # optional
+            continue
         column = table.column(name)
         known = pc.is_in(column, value_set=pa.array([str(label) for label in labels]))
         bad = pc.and_(pc.is_valid(column), pc.invert(known))

@@ -54,6 +54,30 @@ class SpanKind(StrEnum):
     ERROR = "error"
 
 
+class Selection(StrEnum):
+    """What becomes of a response after stage select: ANNOTATE, an annotator is asked about it;
+    PLAIN, it is trained on as plain GRPO; DROP, its group leaves training.
+    """
+
+    ANNOTATE = "annotate"
+    PLAIN = "plain"
+    DROP = "drop"
+
+
+class LeftOut(StrEnum):
+    """The criterion by which stage select leaves a response out."""
+
+    UNSCORED = "unscored"
+    ALL_RIGHT = "all right"
+    ALL_WRONG = "all wrong"
+    PASS_RATE = "pass rate"  # noqa: S105
+    TRUNCATED = "truncated"
+    LENGTH = "length"
+    DUPLICATE = "duplicate"
+    SOURCE = "source"
+    BUDGET = "budget"
+
+
 class DiagnosticType(StrEnum):
     """The coarse type of a key span, and of an error span in tables without ErrorType.
 

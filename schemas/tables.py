@@ -16,7 +16,9 @@ from .labels import (
     AnswerKind,
     ErrorType,
     FinishReason,
+    LeftOut,
     Route,
+    Selection,
     SpanKind,
     VerdictStatus,
 )
@@ -216,10 +218,18 @@ VERDICTS = make_contract(
         described("verifier", _string, "Verifier and version."),
         described("seconds", _float32, "Time that the verification took."),
         described("feedback", _string, "What a reward of one's own reports.", True),
+        described(
+            "selection",
+            _string,
+            "What stage select decides (Selection); tables without the column: annotate.",
+        ),
+        described(
+            "left_out", _string, "Why stage select does not select it (LeftOut); else null.", True
+        ),
     ],
     "rollout_id",
-    optional=("feedback",),
-    labels={"status": VerdictStatus},
+    optional=("feedback", "selection", "left_out"),
+    labels={"status": VerdictStatus, "selection": Selection, "left_out": LeftOut},
     ranges={"reward": (-_MOST, _MOST)},
     faults=(
         (

@@ -35,7 +35,7 @@ from trace_opd.schemas.settings import load_config, override
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-TABLE_STAGES = ("problems", "rollout", "verify", "annotate", "convert")
+TABLE_STAGES = ("problems", "rollout", "verify", "select", "annotate", "convert")
 SMALL = [
     "problems.limit=6",
     "problems.rows_per_part=2",

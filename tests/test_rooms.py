@@ -134,7 +134,7 @@ import sys
 from trace_opd.pipelines import pipeline
 from trace_opd.pipelines.cli import show
 from trace_opd.pipelines.stages import REGISTRY
-for name in ("problems", "verify", "annotate", "report"):
+for name in ("problems", "verify", "select", "annotate", "report"):
     REGISTRY[name].load()
 assert not {"torch", "transformers"} & set(sys.modules)
 """

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from ..schemas.configs import RoutingConfig
 from ..schemas.contract import list_of
 from ..schemas.errors import InputError, RowFault
-from ..schemas.labels import FinishReason, Route, TeacherContext
+from ..schemas.labels import FinishReason, Route, Selection, TeacherContext
 from ..schemas.tables import ROUTED
 from .align import ByteTable
 from .contexts import Known, TeacherContexts, teacher_contexts
@@ -115,11 +115,12 @@ def scored_rollouts(rollouts: pa.Table, verdicts: pa.Table, config: RoutingConfi
     """The rollouts to train on; the two tables hold the same rollouts row by row.
 
     Rollouts without a reward, without the sampler's token ids (off-policy) or without tokens leave
-    their group before its advantages are computed; under overlong `mask` truncated ones leave
-    after.
+    their group before its advantages are computed, as do those that stage select drops; under
+    overlong `mask` truncated ones leave after.
     """
     lengths = to_numpy(pc.list_value_length(rollouts["token_ids"]))
     scored = to_numpy(pc.is_valid(verdicts["reward"])) & to_numpy(rollouts["on_policy"])
+    scored &= ~dropped(verdicts)
     rows = np.flatnonzero(scored & (lengths > 0))
     rewards = to_numpy(verdicts["reward"])[rows].astype(np.float64)
     if config.overlong == "soft":
@@ -131,6 +132,13 @@ def scored_rollouts(rollouts: pa.Table, verdicts: pa.Table, config: RoutingConfi
         return Scored(rows, rewards, advantages)
     kept = ~truncated(rollouts)[rows]
     return Scored(rows[kept], rewards[kept], advantages[kept])
+
+
+def dropped(verdicts: pa.Table) -> np.ndarray:
+    """(rows,) bool: whether stage select leaves a response out of training."""
+    if "selection" not in verdicts.column_names:
+        return np.zeros(len(verdicts), dtype=bool)
+    return to_numpy(pc.equal(verdicts["selection"], str(Selection.DROP)))
 
 
 def truncated(rollouts: pa.Table) -> np.ndarray:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ...schemas.configs import SegmentConfig
 from ...schemas.errors import InputError
-from ...schemas.labels import AnnotationStatus, SpanKind, TypeLabel
+from ...schemas.labels import AnnotationStatus, Selection, SpanKind, TypeLabel
 from ...schemas.tables import ANNOTATIONS
 from ...trace.segment import segment
 
@@ -22,7 +23,10 @@ KEPT = "answers that arrived are kept and not paid again"
 
 @dataclass(frozen=True)
 class Item:
-    """One rollout to annotate: problem row, response cut into segments, whether it is right."""
+    """One rollout to annotate: problem row, response cut into segments, whether it is right.
+
+    correct: None if no annotator is asked about it; verdict: whether it is right all the same.
+    """
 
     rollout_id: str
     problem_id: str
@@ -31,6 +35,7 @@ class Item:
     response: str
     segments: list[tuple[int, int]]
     correct: bool | None
+    verdict: bool | None = None
 
     @property
     def kind(self) -> SpanKind:
@@ -93,9 +98,12 @@ def items(
         InputError: tables that do not belong together, before the first item.
     """
     by_id = {row["problem_id"]: row for row in problems.to_pylist()}
-    judged = dict(
-        zip(verdicts["rollout_id"].to_pylist(), verdicts["correct"].to_pylist(), strict=True)
-    )
+    verdict = verdicts["correct"].to_pylist()
+    judged = dict(zip(verdicts["rollout_id"].to_pylist(), verdict, strict=True))
+    unselected: set[str] = set()
+    if "selection" in verdicts.column_names:
+        idle = pc.not_equal(verdicts["selection"], str(Selection.ANNOTATE))
+        unselected.update(verdicts["rollout_id"].filter(idle).to_pylist())
     columns = ["rollout_id", "problem_id", "group_id", "response"]
     rows = rollouts.select(columns).to_pylist()
     for index, row in enumerate(rows):
@@ -111,7 +119,8 @@ def items(
             **row,
             problem=by_id[row["problem_id"]],
             segments=segment(row["response"], config),
-            correct=judged[row["rollout_id"]],
+            correct=None if row["rollout_id"] in unselected else judged[row["rollout_id"]],
+            verdict=judged[row["rollout_id"]],
         )
 
 
@@ -141,7 +150,7 @@ def annotation_row(
         "rollout_id": item.rollout_id,
         "problem_id": item.problem_id,
         "group_id": item.group_id,
-        "correct": item.correct,
+        "correct": item.correct if item.verdict is None else item.verdict,
         "segments": [{"start": start, "end": end} for start, end in item.segments],
         "spans": spans(item, reading.marked),
         "diagnostic_type": reading.type,

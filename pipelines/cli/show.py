@@ -124,6 +124,8 @@ def figure(key: str, value: Any) -> str:
         return "\n".join(skipped_faults(value))
     if key == "columns":
         return "\n".join(f"{role}: {_column(name)}" for role, name in value.items())
+    if key == "left_out":
+        return ", ".join(f"{number:,} {why}" for why, number in value.items()) or "none"
     if key == "requests":
         return ", ".join(f"{number:,} {what}" for what, number in value.items())
     return "–" if value is None else str(value)

@@ -13,6 +13,7 @@ from ..annotators import engine_of
 from ..annotators.prices import find_price
 from ..annotators.spending import dollars
 from ..stages.base import Plan
+from ..stages.select import asked_rows
 from .estimate import Estimate, Tokens, estimate
 from .expected import ExpectedDataset
 from .faults import annotated_rows
@@ -26,7 +27,7 @@ _NOTHING: Cost = ("", [], [])
 def cost(stage: str, config: Any, plan: Plan, draft: Draft) -> Cost:
     """What a stage's annotator will cost, and whether its budget suffices."""
     if stage == "annotate":
-        annotator, rows = config.annotator, plan.inputs["verdicts"].rows
+        annotator, rows = config.annotator, asked_rows(plan.inputs["verdicts"])
     elif stage == "train" and (rows := annotated_rows(config)):
         annotator = config.online.annotator
     else:
@@ -55,7 +56,8 @@ def _tokens(stage: str, config: Any, plan: Plan, draft: Draft, rows: int) -> tup
     The fewest: measured on known answers, or prompts alone. Of responses that are not sampled yet
     the fewest are empty, and the others as long as their limit.
     """
-    if stage == "annotate" and not isinstance(plan.inputs["rollouts"], ExpectedDataset):
+    expected = [isinstance(dataset, ExpectedDataset) for dataset in plan.inputs.values()]
+    if stage == "annotate" and not any(expected):
         found = estimate(plan, draft)
         assert found is not None, "it asks an endpoint"
         return found.expected or Tokens(found.full.prompt), found.full

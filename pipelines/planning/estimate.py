@@ -144,7 +144,7 @@ def _notes(found: Estimate) -> Iterator[str]:
     shared = f"{found.shared} share the answer of another row, " if found.shared else ""
     yield (
         f"{found.rows} rows to make: {found.asked} ask, {shared}{found.answered} find their "
-        f"answers in a journal and are free, {idle} have no verdict."
+        f"answers in a journal and are free, {idle} have no verdict or are not selected."
     )
     how = "measured on known answers" if found.seen_bytes_tokens else "a guess"
     yield (

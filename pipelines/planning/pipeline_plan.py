@@ -203,6 +203,7 @@ class _Planner:
 _INPUTS = {
     "rollout": ("problems",),
     "verify": ("rollouts",),
+    "select": ("verdicts", "rollouts", "problems"),
     "annotate": ("verdicts", "rollouts", "problems"),
     "convert": ("annotations", "verdicts", "rollouts", "problems"),
 }

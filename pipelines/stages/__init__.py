@@ -55,6 +55,12 @@ REGISTRY: dict[str, StageEntry] = {
             "verify", configs.VerifyConfig, "Judge final answers against gold answers.", "verdicts"
         ),
         StageEntry(
+            "select",
+            configs.SelectConfig,
+            "Choose the responses to annotate and the groups to train on.",
+            "selection",
+        ),
+        StageEntry(
             "annotate", configs.AnnotateConfig, "Mark key spans and error spans.", "annotations"
         ),
         StageEntry(

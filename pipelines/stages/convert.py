@@ -22,7 +22,7 @@ from ...schemas.labels import AnnotationStatus, Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
 from ...trace.responses import to_numpy
 from ...trace.route import needs_annotations, require_rule, rule_source
-from ...trace.routed import routed_table
+from ...trace.routed import dropped, routed_table
 from ...trace.vocabulary import Vocabulary, load_vocabulary
 from ..models import resolve_policy
 from ..samplers.trainable import require_trainable
@@ -141,9 +141,13 @@ def _left_out(plan: Plan) -> dict[str, int]:
     counts: Counter[str] = Counter()
     verdicts, rollouts = plan.inputs["verdicts"], plan.inputs["rollouts"]
     for part in range(plan.parts):
-        scored = to_numpy(pc.is_valid(verdicts.read_part(part, ["reward"])["reward"]))
+        judged = verdicts.read_part(part)
+        scored = to_numpy(pc.is_valid(judged["reward"]))
+        unselected = scored & dropped(judged)
+        scored &= ~unselected
         own = to_numpy(rollouts.read_part(part, ["on_policy"])["on_policy"])
-        counts["unscored"] += int(np.count_nonzero(~scored))
+        counts["not selected"] += int(np.count_nonzero(unselected))
+        counts["unscored"] += int(np.count_nonzero(~scored & ~unselected))
         counts["without token ids"] += int(np.count_nonzero(scored & ~own))
     return {reason: count for reason, count in counts.items() if count}
 

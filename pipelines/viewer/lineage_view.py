@@ -13,6 +13,7 @@ from .rollout_tables import Tables
 # Stage: the config fields that the lineage shows without unfolding, with their labels.
 _FACTS = {
     "rollout": {"policy.path": "policy", "group_size": "G", "sampling.temperature": "temperature"},
+    "select": {"pass_rate": "pass rate", "budget": "budget"},
     "annotate": {
         "annotator.engine": "engine",
         "annotator.name": "by",

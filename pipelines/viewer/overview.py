@@ -18,7 +18,8 @@ ANNOTATED = {
     AnnotationStatus.EMPTY: "nothing marked",
     AnnotationStatus.ABSTAINED: "the annotator declined",
     AnnotationStatus.INVALID: "the answer can't be read",
-    AnnotationStatus.SKIPPED: "not asked (no reward, λ was 0, or the routing needs no annotation)",
+    AnnotationStatus.SKIPPED: "not asked (no reward, not selected, λ was 0, or the routing needs "
+    "no annotation)",
     AnnotationStatus.FAILED: "no answer",
 }
 VERIFIED = {
@@ -94,9 +95,24 @@ def overview(tables: Tables) -> Overview:
         tiles.append(_cost_tile(annotations.to_pylist()))
         counts = _statuses(tables, "annotations")
         bars.append(Bars("Annotation", "status", counts, _meanings(counts, ANNOTATED)))
+    if (selected := _selection_tile(tables.by_role["verdicts"])) is not None:
+        tiles.append(selected)
     counts = _statuses(tables, "verdicts")
     bars.append(Bars("Verdict", "verdict", counts, _meanings(counts, VERIFIED)))
     return Overview(lead.rows, tiles, [bar for bar in bars if bar.counts], route_tokens)
+
+
+def _selection_tile(verdicts: Dataset) -> tuple[str, str, str] | None:
+    """What stage select left out and why; None for verdicts that it did not see."""
+    if verdicts.stage != "select":
+        return None
+    figures = verdicts.summary
+    reasons = ", ".join(f"{count:,} {why}" for why, count in figures["left_out"].items())
+    return (
+        "selected",
+        f"{figures['selected']:,}",
+        f"of {verdicts.rows:,}; left out: {reasons or 'none'}",
+    )
 
 
 def _cost_tile(rows: list[dict[str, Any]]) -> tuple[str, str, str]:

@@ -59,7 +59,7 @@ def _left_out(
         out.append(
             (
                 f"{missing:,} sampled rollouts that table {lead.ref} leaves out: without a score, "
-                "or of a group that was replaced.",
+                "not selected, or of a group that was replaced.",
                 f"trace-opd view {tables.by_role['annotations'].ref}"
                 if "annotations" in tables.by_role
                 else "",

@@ -46,6 +46,7 @@ from .rollout import (
     VllmSampler,
     template_fields,
 )
+from .select import SelectConfig
 from .study import ArmConfig, ReportedConfig, StudyConfig, TuningConfig
 from .train import (
     CollapseConfig,
@@ -110,6 +111,7 @@ __all__ = [
     "SamplingConfig",
     "ScheduleConfig",
     "SegmentConfig",
+    "SelectConfig",
     "SelfAnnotator",
     "Source",
     "StudyConfig",

@@ -14,6 +14,7 @@ from .rollout import (
     SamplingConfig,
     TransformersSampler,
 )
+from .select import SelectConfig
 from .train import TrainConfig
 
 
@@ -68,6 +69,9 @@ class PipelineConfig(Config):
     eval_problems: ProblemsConfig = Field(description="Held-out problems for evaluation.")
     rollout: RolloutConfig = Field(default=RolloutConfig(), description="Rollout stage.")
     verify: VerifyConfig = Field(default=VerifyConfig(), description="Verify stage.")
+    select: SelectConfig | None = Field(
+        default=None, description="Select stage; null: every response is annotated."
+    )
     annotate: AnnotateConfig | None = Field(
         default=None, description="Annotate stage; offline steps need it."
     )

@@ -70,13 +70,16 @@ CONFIGS = (
     configs.ProblemsConfig,
     configs.RolloutConfig,
     configs.VerifyConfig,
+    configs.SelectConfig,
     configs.AnnotateConfig,
     configs.ConvertConfig,
     configs.TrainConfig,
     configs.EvaluateConfig,
     configs.ReportConfig,
 )
-SECTIONS = ("problems", "rollout", "verify", "annotate", "convert", "train", "evaluate", "report")
+SECTIONS = (
+    "problems", "rollout", "verify", "select", "annotate", "convert", "train", "evaluate", "report",
+)  # fmt: skip
 _PAID = OpenAIAnnotator(
     engine="openai",
     model="m",

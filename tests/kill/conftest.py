@@ -33,6 +33,7 @@ STAGES = {
     "problems": ["problems", CONFIG, "limit=72", "rows_per_part=3"],
     "rollout": ["rollout", CONFIG, "group_size=4"],
     "verify": ["verify", CONFIG],
+    "select": ["select", CONFIG, "budget=100"],
     "annotate": ["annotate", CONFIG],
     "annotate-openai": [
         "annotate", "annotator.engine=openai", "annotator.model=m", "annotator.api_key_env=null",

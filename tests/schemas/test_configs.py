@@ -17,6 +17,7 @@ from trace_opd.schemas.configs import (
     ProblemsConfig,
     PromptConfig,
     RolloutConfig,
+    SelectConfig,
     RoutingConfig,
     SamplingConfig,
     TrainConfig,
@@ -39,6 +40,7 @@ STAGES = {
     "problems": ProblemsConfig,
     "rollout": RolloutConfig,
     "verify": VerifyConfig,
+    "select": SelectConfig,
     "annotate": AnnotateConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
@@ -254,6 +256,7 @@ SEMANTIC = {
     "problems": ["limit=3", "seed=3", "source.max_digits=6", "rows_per_part=3"],
     "rollout": ["sampling.temperature=0.5", "group_size=3", "policy.path=other", "seed=3"],
     "verify": ["timeout_s=1.5", "truncated=mask"],
+    "select": ["mixed=false", "pass_rate=[0, 0.5]", "per_source=3", "budget=9", "others=plain"],
     "annotate": ["annotator.name=again", "segment.min_chars=9", "annotator.match=value"],
     "train": [
         "optim.lr=0.5",

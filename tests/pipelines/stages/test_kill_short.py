@@ -37,6 +37,7 @@ STAGES = {
     "problems": ["problems", CONFIG, "limit=6", "rows_per_part=2"],
     "rollout": ["rollout", CONFIG, "group_size=2"],
     "verify": ["verify", CONFIG],
+    "select": ["select", CONFIG, "mixed=false", "budget=9"],
     "annotate": ["annotate", CONFIG],
     "convert": ["convert", CONFIG],
     "train": [
@@ -115,7 +116,7 @@ def test_of_two_runs_at_once_one_works_and_the_other_waits(runs, undisturbed, tm
     first, second = together(runs, STAGES["verify"], root)
     assert (first.wait(), second.wait()) == (0, 0)
     assert_no_leftovers(root)
-    assert_same_datasets(root, undisturbed.before["annotate"])
+    assert_same_datasets(root, undisturbed.before["select"])
 
 
 def test_an_annotation_killed_asks_again_only_for_what_was_in_flight(
@@ -146,6 +147,7 @@ SIGNALS = {
     "problems": (2, "what is finished is kept"),
     "rollout": (3, "what is finished is kept"),
     "verify": (3, "what is finished is kept"),
+    "select": (3, "what is finished is kept"),
     "annotate": (3, "what is finished is kept"),
     "convert": (3, "what is finished is kept"),
     "train": (24, "steps; a checkpoint is written"),

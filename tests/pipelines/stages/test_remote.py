@@ -32,7 +32,7 @@ CONFIG: PipelineConfig = load_config(
         *("evaluate.problems=problems", "evaluate.trained=train"),
     ],
 )
-STAGES = ("problems", "rollout", "verify", "annotate", "convert", "train", "evaluate")
+STAGES = ("problems", "rollout", "verify", "select", "annotate", "convert", "train", "evaluate")
 
 
 @pytest.fixture(autouse=True, scope="module")
