@@ -62,6 +62,8 @@ ROWS: dict[str, dict] = {
         "verifier": "test 1",
         "seconds": 0.0,
         "feedback": "by a reward of one's own",
+        "selection": "plain",
+        "left_out": "budget",
     },
     "annotations": {
         **_ids,
