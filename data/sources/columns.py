@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...schemas.configs import Columns
+from ...schemas.configs import Columns, template_fields
 from ...schemas.errors import InputError
 
 # The first name is the role's own: it wins. Two others of a role are refused.
@@ -44,11 +44,13 @@ _WRONG_CHOICES = ("incorrect_answer", "wrong_answer", "distractor")
 @dataclass(frozen=True)
 class Found:
     """What a table holds. names: of its columns, nested ones with a dot; hashed: those with a text
-    that has `#### ` before a final answer; lists: those that hold lists or mappings."""
+    that has `#### ` before a final answer; lists: those that hold lists or mappings; images: those
+    that hold files such as images."""
 
     names: tuple[str, ...]
     hashed: frozenset[str] = frozenset()
     lists: frozenset[str] = frozenset()
+    images: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class ColumnMap:
 
     choices: columns of wrong choices, or the column of a list of all choices. final: the answer
     column holds a longer text; its answer follows `####` ("hashes"), or is in a box or follows
-    `####` ("solution").
+    `####` ("solution"). template, answer_template: stand for an empty problem or answer. images:
+    columns whose rows are refused if they are filled.
     """
 
     problem: str
@@ -68,19 +71,25 @@ class ColumnMap:
     subject: str | None = None
     level: str | None = None
     final: Literal["hashes", "solution"] | None = None
+    template: str | None = None
+    answer_template: str | None = None
+    images: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
-        """What a dataset id hashes; ids are older than the last four fields."""
-        late = {name: getattr(self, name) for name in ("id", "subject", "level", "final")}
+        """What a dataset id hashes; ids are older than the fields that are left out if empty."""
+        names = ("id", "subject", "level", "final", "template", "answer_template")
+        late = {name: getattr(self, name) for name in names}
         first = {name: getattr(self, name) for name in ("problem", "answer", "solution", "choices")}
         return first | {name: value for name, value in late.items() if value is not None}
 
     def names(self) -> list[str]:
-        """Names of the columns that are read, without duplicates."""
+        """Names of the columns that are read as text, without duplicates."""
         choices = self.choices if isinstance(self.choices, list) else [self.choices]
         about = (self.id, self.subject, self.level)
         names = [self.problem, self.answer, self.solution, *choices, *about]
-        return list(dict.fromkeys(name for name in names if name is not None))
+        for template in filter(None, (self.template, self.answer_template)):
+            names += sorted(template_fields(template))
+        return list(dict.fromkeys(filter(None, names)))
 
 
 def shown(columns: dict[str, Any]) -> dict[str, str]:
@@ -91,7 +100,8 @@ def shown(columns: dict[str, Any]) -> dict[str, str]:
         if name and role != "final"
     }
     how = {"hashes": " (after ####)", "solution": " (in \\boxed{} or after ####)"}
-    return found | {"answer": f"{columns['answer']}{how.get(columns.get('final', ''), '')}"}
+    answer = columns["answer"] or columns.get("answer_template", "")
+    return found | {"answer": f"{answer}{how.get(columns.get('final', ''), '')}"}
 
 
 def root(name: str, present: Iterable[str]) -> str:
@@ -106,10 +116,17 @@ def resolve(found: Found, columns: Columns, where: str) -> ColumnMap:
         InputError: a configured column is missing, no column is recognised for the problem or the
             answer, or several are.
     """
-    problem = _column("problem", found, columns, where)
+    fields = _template_columns(columns.template, found, where)
+    problem = "" if fields else _column("problem", found, columns, where)
     solution = _column("solution", found, columns, where)
     choices = _choices(found, columns, where)
-    answer = _column("answer", found, columns, where)
+    shown = _template_columns(columns.answer_template, found, where)
+    answer = "" if shown else _column("answer", found, columns, where)
+    if shown and isinstance(choices, str):
+        raise InputError(
+            f"{where}: column {choices!r} holds all choices, of which the answer names one; set "
+            "source.columns.answer to its column instead of answer_template, or choices to ''"
+        )
     if answer is None and choices is not None:
         answer = _first(found.names, _CHOICE_ANSWERS)
     if problem is None:
@@ -119,13 +136,36 @@ def resolve(found: Found, columns: Columns, where: str) -> ColumnMap:
         answer, final = solution, "solution"
     if answer is None:
         raise _unknown("answer", found, where)
+    if answer in fields or fields & shown:
+        raise InputError(
+            f"{where}: source.columns.template shows the answer's column "
+            f"{answer or min(fields & shown)!r} to the student; leave it out, or set "
+            "source.columns.answer to another column"
+        )
+    if solution in fields and columns.solution is None:
+        solution = None  # its name alone made it one
     if final is None and answer in found.hashed:
         final = "hashes"
         if solution is None and columns.solution is None:
             solution = answer
-    used = {problem, solution, answer}
+    used = {problem, solution, answer, *fields, *shown}
     about = [_about(role, found, columns, where, used) for role in KNOWN_ABOUT]
-    return ColumnMap(problem, answer, solution, choices, *about, final=final)
+    return ColumnMap(
+        problem,
+        answer,
+        solution,
+        choices,
+        *about,
+        final=final,
+        template=columns.template,
+        answer_template=columns.answer_template,
+        images=tuple(sorted(found.images)),
+    )
+
+
+def _template_columns(template: str | None, found: Found, where: str) -> set[str]:
+    """The columns that a template names; empty without one."""
+    return {_required(name, found, where) for name in template_fields(template or "")}
 
 
 def _column(role: str, found: Found, columns: Columns, where: str) -> str | None:

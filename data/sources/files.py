@@ -99,4 +99,5 @@ def _roots(file: Any, name: str, columns: ColumnMap) -> list[str] | None:
     if not _is_parquet(name):
         return None
     present = parquet_schema(file, name).names
-    return list(dict.fromkeys(root(column, present) for column in columns.names()))
+    names = [*columns.names(), *columns.images]
+    return list(dict.fromkeys(root(column, present) for column in names))

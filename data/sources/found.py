@@ -22,6 +22,7 @@ def found_in_rows(rows: Iterable[dict[str, Any] | BadRow]) -> Found | None:
     names: dict[str, None] = {}
     hashed: set[str] = set()
     lists: set[str] = set()
+    images: set[str] = set()
     for row in rows:
         if isinstance(row, BadRow):
             continue
@@ -31,9 +32,19 @@ def found_in_rows(rows: Iterable[dict[str, Any] | BadRow]) -> Found | None:
                 names.update(dict.fromkeys(f"{key}.{inner}" for inner in value))
             if isinstance(value, dict | list):
                 lists.add(key)
+                if _is_file(value):
+                    images.add(key)
             elif isinstance(value, str) and HASHED.search(value):
                 hashed.add(key)
-    return Found(tuple(names), frozenset(hashed), frozenset(lists)) if names else None
+    found = map(frozenset, (hashed, lists, images))
+    return Found(tuple(names), *found) if names else None
+
+
+def _is_file(value: Any) -> bool:
+    """Whether a JSON value is a file as `datasets` exports it, or a list of them."""
+    if isinstance(value, list):
+        return bool(value) and _is_file(value[0])
+    return isinstance(value, dict) and set(value) == {"bytes", "path"}
 
 
 def likely_texts(schema: pa.Schema, columns: Columns) -> list[str]:
@@ -50,12 +61,24 @@ def found_in_batches(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Fo
     """schema: of the table; batches: of its likely texts."""
     names = [name for field in schema for name in _names(field.name, field.type)]
     lists = (field.name for field in schema if pa.types.is_nested(field.type))
+    images = (field.name for field in schema if _is_file_type(field.type))
     hashed: set[str] = set()
     for batch in batches:
         for name in set(batch.schema.names) - hashed:
             if pc.any(pc.match_substring_regex(batch[name], HASHED.pattern)).as_py():
                 hashed.add(name)
-    return Found(tuple(names), frozenset(hashed), frozenset(lists))
+    return Found(tuple(names), frozenset(hashed), frozenset(lists), frozenset(images))
+
+
+def _is_file_type(kind: pa.DataType) -> bool:
+    """Whether a column holds files: images and sounds of `datasets` are structs with their
+    bytes."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_file_type(kind.value_type)
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        return False
+    held = kind.field("bytes").type
+    return pa.types.is_binary(held) or pa.types.is_large_binary(held)
 
 
 def _names(name: str, kind: pa.DataType) -> Iterator[str]:

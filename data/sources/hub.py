@@ -8,12 +8,15 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import datasets
 import fsspec
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets.exceptions import DatasetsError
 
 from ...schemas.configs import HubSource
@@ -25,7 +28,7 @@ from ..parquet_reader import require_bounded
 from ..row_files import BadRow
 from .columns import ColumnMap, resolve, root
 from .found import found_in_batches, likely_texts
-from .problem_rows import problem_row
+from .problem_rows import image_row, problem_row
 
 _LOCAL = fsspec.filesystem("file")
 
@@ -91,15 +94,18 @@ def rows(source: HubSource, seed: int) -> Iterator[dict[str, Any] | BadRow]:
             f"{preset.dataset}: column {missing[0]!r} is missing; set source.columns to names out "
             f"of {', '.join(table.column_names)}"
         )
-    count = 0
+    count, images = 0, _image_rows(table, columns)
     for row, foreign in enumerate(table.select_columns(list(dict.fromkeys(kept)))):
         if preset.keep and foreign[preset.keep[0]] != preset.keep[1]:
+            continue
+        count += 1
+        if row in images:
+            yield image_row(f"{name}, row {row}", images[row])
             continue
         # The parser of gold answers decides about a preset's row without one.
         yield problem_row(
             foreign, columns, preset.answer_kind, name, row, keep_unread=source.preset is not None
         )
-        count += 1
     if not count:
         raise InputError(f"{preset.dataset}: split {preset.split} holds no rows; name another one")
 
@@ -140,6 +146,22 @@ def _table(source: HubSource, preset: Preset) -> Any:
         )
 
 
+def _image_rows(table: Any, columns: ColumnMap) -> dict[int, str]:
+    """The rows with a filled image, and its column, from Arrow: reading the rows would decode
+    it."""
+    found: dict[int, str] = {}
+    for name in columns.images:
+        values = table.data.table[name]
+        if pa.types.is_struct(values.type):
+            inner = [pc.struct_field(values, key.name) for key in values.type]
+            filled = reduce(pc.or_, map(pc.is_valid, inner))
+        else:
+            filled = pc.greater(pc.fill_null(pc.list_value_length(values), 0), 0)
+        rows = np.flatnonzero(filled.to_numpy())
+        found |= dict.fromkeys(rows.tolist(), name)
+    return found
+
+
 def _column_map(table: Any, source: HubSource, preset: Preset) -> ColumnMap:
     data: pa.Table = table.data.table
     texts = data.select(likely_texts(data.schema, source.columns)).to_batches()
@@ -171,8 +193,13 @@ def _preset(source: HubSource) -> tuple[str, Preset]:
     named: dict[str, Any] = source.columns.model_dump(exclude_none=True)
     # Full configs of older releases hold the former default, which left the preset's columns.
     if preset.columns is not None and named and named != {"problem": "problem", "answer": "answer"}:
-        named |= {"final": None} if "answer" in named else {}
-        changed["columns"] = replace(preset.columns, **{k: v or None for k, v in named.items()})
+        named |= {"final": None} if named.keys() & {"answer", "answer_template"} else {}
+        named |= {"problem": ""} if "template" in named else {}
+        named |= {"answer": ""} if "answer_template" in named else {}
+        changed["columns"] = replace(
+            preset.columns,
+            **{k: v or ("" if k in ("problem", "answer") else None) for k, v in named.items()},
+        )
     return source.preset, replace(preset, **changed)
 
 

@@ -6,7 +6,9 @@ Sources `files` and `hub` call `problem_row` with the table's column map (column
 import json
 import random
 import re
-from string import ascii_uppercase
+from collections.abc import Callable
+from functools import lru_cache
+from string import Formatter, ascii_uppercase
 from typing import Any
 
 from ...schemas.labels import AnswerKind
@@ -66,7 +68,13 @@ def _row(
     keep_unread: bool,
 ) -> dict[str, Any]:
     where = f"{source}, row {row}"
-    problem = _filled(_problem_text(foreign, columns.problem, where), columns.problem, where)
+    for name in columns.images:
+        if holds_file(cell(foreign, name)):
+            raise image_row(where, name)
+    if columns.template is not None:
+        problem = _rendered(foreign, columns.template, where, _problem_text)
+    else:
+        problem = _filled(_problem_text(foreign, columns.problem, where), columns.problem, where)
     if isinstance(columns.choices, str):
         answer_kind = AnswerKind.CHOICE
         problem, answer = _given_choices(foreign, columns, problem, where)
@@ -94,6 +102,8 @@ def _row(
 
 
 def _answer(foreign: dict[str, Any], columns: ColumnMap, where: str, keep_unread: bool) -> str:
+    if columns.answer_template is not None:
+        return _rendered(foreign, columns.answer_template, where, _text)
     name = columns.answer
     text = _text(foreign, name, where)
     if columns.final == "hashes":
@@ -108,6 +118,39 @@ def _answer(foreign: dict[str, Any], columns: ColumnMap, where: str, keep_unread
     if name.endswith(".ground_truth") and text.startswith('["'):
         text = _only_entry(text)
     return _filled(text, name, where)
+
+
+def _rendered(foreign: dict[str, Any], template: str, where: str, text: Callable[..., str]) -> str:
+    """A template with the cells of its columns, some of which may be empty."""
+    cells = {name: text(foreign, name, where) for _, name in _pieces(template) if name is not None}
+    if not any(cells.values()):
+        what = f"columns {', '.join(map(repr, cells))} of a template are all empty"
+        raise bad_row(where, what, _LEAVE)
+    return "".join(
+        literal + ("" if name is None else cells[name]) for literal, name in _pieces(template)
+    ).strip()
+
+
+@lru_cache(maxsize=64)
+def _pieces(template: str) -> list[tuple[str, str | None]]:
+    """Literal texts of a template, each with the column after it."""
+    return [(literal, name) for literal, name, _, _ in Formatter().parse(template)]
+
+
+def holds_file(value: Any) -> bool:
+    """Whether a cell holds an image, a sound or another file, as `datasets` writes them."""
+    if isinstance(value, list):
+        return any(map(holds_file, value))
+    return isinstance(value, dict) and bool(value.get("bytes") or value.get("path"))
+
+
+def image_row(where: str, name: str) -> BadRow:
+    return bad_row(
+        where,
+        f"column {name!r} holds an image or another file",
+        "models read the text alone here: drop the column if problems need no image, or leave such "
+        "rows out by on_bad_rows=skip",
+    )
 
 
 def _only_entry(text: str) -> str:

@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag, model_validator
 
 from ..labels import AnswerKind, Operation
-from .base import Config
+from .base import Config, added
 from .own import NAMED, OWN, OwnSource, named_or_own
+from .rollout import template_fields
 
 
 class Columns(Config):
@@ -26,6 +27,30 @@ class Columns(Config):
     id: str | None = Field(default=None, description="Column of the row's own id.")
     subject: str | None = Field(default=None, description="Column of the subject.")
     level: str | None = Field(default=None, description="Column of the difficulty.")
+    template: str | None = added(
+        None,
+        "Text of the problem with columns in braces, instead of one column: "
+        '"{question}\\n\\n{context}".',
+    )
+    answer_template: str | None = added(
+        None, "Text of the gold answer with columns in braces, instead of one column."
+    )
+
+    @model_validator(mode="after")
+    def _templates(self) -> "Columns":
+        for column, name in (("problem", "template"), ("answer", "answer_template")):
+            template = getattr(self, name)
+            if template is None:
+                continue
+            try:
+                fields = template_fields(template)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}; write {{{{ for a brace") from None
+            if not fields - {""}:
+                raise ValueError(f"{name} names no column; write one in braces: {{{column}}}")
+            if getattr(self, column) is not None:
+                raise ValueError(f"{column} and {name} are both set; give one of them")
+        return self
 
 
 class FilesSource(Config):
