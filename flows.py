@@ -311,7 +311,10 @@ def pipeline(
 
     def made() -> dict[str, str]:
         checked = requested_config(PipelineConfig, config, overrides)
-        plan_pipeline(checked, Store(root)).require()
+        plan = plan_pipeline(checked, Store(root))
+        plan.require()
+        for warning in plan.warnings:
+            get_run_logger().warning("%s", warning)
         return run_pipeline(checked, run)
 
     return _state_of(made)

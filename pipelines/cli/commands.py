@@ -27,6 +27,7 @@ from ...schemas.template import template
 from ..stages import REGISTRY, StageEntry
 from ..terminal import console, log_to_terminal, print_config, print_json
 from . import removal_commands
+from .contamination_command import contamination
 from .ending import exit_code, log_thread_failures, stop_by_signals
 from .export import export
 from .store_commands import COMMANDS, StoreRoot, open_store
@@ -145,7 +146,9 @@ def _report(
 for _entry in REGISTRY.values():
     _command = _report if _entry.name == "report" else _stage_command(_entry)
     app.command(_entry.name, help=_entry.summary)(_command)
-for _name, _command in (COMMANDS | removal_commands.COMMANDS | {"export": export}).items():
+for _name, _command in (
+    COMMANDS | removal_commands.COMMANDS | {"export": export, "contamination": contamination}
+).items():
     app.command(_name)(_command)
 
 

@@ -129,6 +129,8 @@ def _hidden(dataset: Dataset) -> bool:
 def _with_inputs(dataset: Dataset) -> dict[str, Any]:
     """The manifest's config with ids of inputs in place of aliases, which may move."""
     config, inputs = deepcopy(dataset.manifest["config"]), dataset.manifest["inputs"]
+    if against := [ref for role, ref in inputs.items() if role.startswith("against_")]:
+        config["against"] = against
     train = dataset.stage == "train"
     for section in (config["offline"], config["online"]) if train else (config,):
         section |= {role: inputs[role] for role in inputs.keys() & section.keys()}

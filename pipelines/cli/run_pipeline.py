@@ -22,8 +22,10 @@ def plan_and_run(config: PipelineConfig, store: Store, dry_run: bool) -> None:
         console.print(_plan_table(plan))
     for line in plan.notes if dry_run else ():
         console.print(line, soft_wrap=True, highlight=False)
+    errors = Terminal(stderr=True)
+    for warning in plan.warnings:
+        errors.print(f"trace-opd: {warning}", soft_wrap=True, highlight=False)
     if plan.faults:
-        errors = Terminal(stderr=True)
         for fault in plan.faults:
             errors.print(f"trace-opd: {fault}", soft_wrap=True, highlight=False)
         raise typer.Exit(2)

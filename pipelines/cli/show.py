@@ -126,6 +126,11 @@ def figure(key: str, value: Any) -> str:
         return "\n".join(f"{role}: {_column(name)}" for role, name in value.items())
     if key == "left_out":
         return ", ".join(f"{number:,} {why}" for why, number in value.items()) or "none"
+    if key == "overlap":
+        return "\n".join(
+            f"{found['shared']:,} of {found['problems']:,} problems of {ref}"
+            for ref, found in value.items()
+        )
     if key == "requests":
         return ", ".join(f"{number:,} {what}" for what, number in value.items())
     return "–" if value is None else str(value)
@@ -137,9 +142,10 @@ def _column(name: Any) -> str:
 
 
 def reading_notes(dataset: Dataset) -> Iterator[str]:
-    """How problems were read from files: the columns, and the rows that were skipped."""
+    """How problems were read from files: the columns, the rows that were skipped, and the wording
+    that they share with others."""
     with suppress(LookupError, TypeError, AttributeError):
-        for key in ("columns", "skipped"):
+        for key in ("columns", "skipped", "overlap"):
             if key in dataset.summary:
                 yield f"{key}: {figure(key, dataset.summary[key])}".replace("\n", "; ")
 

@@ -37,6 +37,7 @@ from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
 from ..annotators.prices import find_price
 from ..annotators.prompting import prompt_of
+from ..contamination import overlap
 from ..endpoint import FAILURES, read_key, sentence
 from ..models import resolve_policy, served_model
 from ..samplers import sampling_engine
@@ -215,6 +216,28 @@ def shared_problems(training: pa.Table | None, held_out: pa.Table | None) -> lis
         f"eval_problems: {len(shared)} of {len(asked)} are training problems too, e.g. "
         f"{shared[0]!r:.80}; take another split, source or seed. To measure on training problems, "
         "run stage evaluate by itself"
+    ]
+
+
+def shared_wording(
+    training: pa.Table | None, held_out: pa.Table | None, name: str, held_out_name: str
+) -> list[str]:
+    """Whether problems of the evaluation share long runs of words with those of the training.
+
+    name, held_out_name: of the datasets, for the command that lists them.
+    """
+    if training is None or held_out is None:
+        return []
+    found = overlap(training["problem"].to_pylist(), held_out["problem"].to_pylist())
+    if not found.shared:
+        return []
+    row, _, _, share = found.pairs.row(0)
+    text = str(held_out["problem"][row])
+    return [
+        f"eval_problems: {found.shared} of {found.problems} ({found.share:.1%}) share 13 words in "
+        f"a row with training problems, e.g. {text!r:.80} ({share:.0%} of its runs); after the run "
+        f"`trace-opd contamination {name} {held_out_name}` lists them, and problems.against with "
+        "problems.drop_overlap leaves such training problems out"
     ]
 
 

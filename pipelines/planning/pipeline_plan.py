@@ -47,10 +47,12 @@ class Planned:
 
 @dataclass
 class PipelinePlan:
-    """stages in order. faults: what a run would end with. notes: what is worth knowing."""
+    """stages in order. faults: what a run would end with. warnings: what a run says, and goes on.
+    notes: what is worth knowing."""
 
     stages: list[Planned] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def require(self) -> None:
@@ -74,7 +76,11 @@ def plan_pipeline(config: PipelineConfig, store: Store, download: bool = True) -
             "each online step does their work with the current policy"
         )
     tables = [planner.problems.get(role) for role in ("problems", "eval_problems")]
-    plan.faults += faults.shared_problems(*tables)
+    if same := faults.shared_problems(*tables):
+        plan.faults += same
+    else:
+        names = [f"{config.name}-{role}" for role in ("problems", "eval_problems")]
+        plan.warnings += faults.shared_wording(*tables, *names)
     plan.faults = list(dict.fromkeys(plan.faults))
     plan.notes = list(dict.fromkeys(plan.notes))
     return plan

@@ -16,13 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data import sources
+from ...data.dataset import get_dataset
 from ...data.row_files import BadRow, SkippedRows, bad_row
 from ...data.sources.columns import shown as shown_columns
 from ...data.store import Dataset, Draft, Store, content_hash
+from ...data.store_files import StoreFiles
 from ...schemas.configs import ProblemsConfig, VerifyConfig, located
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind, VerdictStatus
 from ...schemas.tables import PROBLEMS
+from ..contamination import Overlap, overlap
 from ..progress import progress_bar
 from ..verifiers.pool import Job, VerifierPool
 from ..verifiers.reading import gold_parses
@@ -33,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 # An endless source counts as exhausted after so many rows without a new problem.
 _BARREN_ROWS = 10_000
+_LISTED = 20  # pairs of problems with shared wording, in the summary
 
 
 def _resolve(config: ProblemsConfig, store: Store) -> Plan:
@@ -40,26 +44,38 @@ def _resolve(config: ProblemsConfig, store: Store) -> Plan:
 
     Raises:
         InputError: an endless source without a limit, a missing or empty source, a gold answer that
-            does not parse.
+            does not parse, no dataset of a name in `against`.
     """
     config = located(config)
+    named = dict.fromkeys(store.get(ref, PROBLEMS).ref for ref in config.against)
+    against = {f"against_{number}": store.get(ref) for number, ref in enumerate(named)}
     if config.limit is None and sources.is_endless(config.source):
         raise InputError(
             f"source {config.source.kind} never ends; set limit to the number of problems to make"
         )
     semantic = config.semantic() | {"source": sources.identity(config.source)}
+    semantic.pop("against", None)  # the datasets' ids stand for it
     if config.drop_unparsable or config.on_bad_rows == "skip":
         semantic["math-verify"] = math_matcher()
-    found = store.begin("problems", semantic, {}, PROBLEMS)
+    found = store.begin("problems", semantic, against, PROBLEMS)
     if isinstance(found, Dataset):
-        return Plan(config, {}, semantic, found.parts)
-    table, figures = _collect(config.model_dump_json(), content_hash(semantic))
+        return Plan(config, against, semantic, found.parts)
+    table, figures = _screened(*_request(config, semantic, against))
     parts = math.ceil(table.num_rows / config.rows_per_part)
     columns = semantic["source"].get("columns")
     read = {"columns": _shown(columns)} if columns else {}
     rows = config.rows_per_part
     work = tuple(len(table.slice(part * rows, rows)) for part in range(parts))
-    return Plan(config, {}, semantic, parts, read | figures, work)
+    return Plan(config, against, semantic, parts, read | figures, work)
+
+
+def _request(
+    config: ProblemsConfig, semantic: dict[str, Any], against: dict[str, Dataset]
+) -> tuple[str, str, tuple[str, ...], StoreFiles | None]:
+    """Arguments of `_screened`, which are a key of its cache."""
+    refs = tuple(dataset.ref for dataset in against.values())
+    files = next((dataset.files for dataset in against.values()), None)
+    return config.model_dump_json(), content_hash(semantic), refs, files
 
 
 def _shown(columns: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +87,7 @@ def _shown(columns: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
-    table, _ = _collect(plan.config.model_dump_json(), content_hash(plan.semantic))
+    table, _ = _screened(*_request(plan.config, plan.semantic, plan.inputs))
     rows = plan.config.rows_per_part
     yield lambda part: table.slice(part * rows, rows)
 
@@ -94,6 +110,59 @@ STAGE = Stage(
     _summarize,
     ("solution", "steps"),
 )
+
+
+@lru_cache(maxsize=2)
+def _screened(
+    config_json: str, content: str, against: tuple[str, ...], files: StoreFiles | None
+) -> tuple[pa.Table, dict[str, Any]]:
+    """`_collect`, without the problems that share wording with others if they are to be dropped.
+
+    against: refs of datasets in `files`.
+    """
+    table, figures = _collect(config_json, content)
+    if not against or files is None:
+        return table, figures
+    config = ProblemsConfig.model_validate_json(config_json)
+    shared: set[int] = set()
+    figures = figures | {"overlap": {}}
+    for ref in against:
+        other = get_dataset(files, ref).read(["problem_id", "problem"])
+        found = overlap(
+            table["problem"].to_pylist(), other["problem"].to_pylist(), config.overlap_words
+        )
+        shared |= set(found.training_rows)
+        figures["overlap"][ref] = _overlap_figures(found, table, other)
+    if shared:
+        what = "left out" if config.drop_overlap else "kept"
+        logger.warning(
+            "problems: %d of %d share %d words in a row, or all of their words, with %s; they are "
+            "%s (drop_overlap)",
+            len(shared),
+            len(table),
+            config.overlap_words,
+            ", ".join(against),
+            what,
+        )
+    if not config.drop_overlap:
+        return table, figures
+    kept = [row for row in range(len(table)) if row not in shared]
+    if not kept:
+        raise InputError(
+            f"source {config.source.kind}: all of its {len(table)} problems share wording with "
+            f"{', '.join(against)}; take another source or split, or set drop_overlap=false"
+        )
+    return table.take(kept), figures | {"overlapping": len(shared)}
+
+
+def _overlap_figures(found: Overlap, table: pa.Table, other: pa.Table) -> dict[str, Any]:
+    """For the manifest's summary: numbers, and the pairs that share the most."""
+    first = found.pairs.unique("row", keep="first", maintain_order=True).head(_LISTED)
+    pairs = [
+        [other["problem_id"][row].as_py(), table["problem_id"][own].as_py(), round(share, 3)]
+        for row, own, share in first.select("row", "training_row", "share").iter_rows()
+    ]
+    return {"problems": found.problems, "shared": found.shared, "first": pairs}
 
 
 @lru_cache(maxsize=2)

@@ -149,6 +149,21 @@ class ProblemsConfig(Config):
         default="refuse",
         description="Stop at a row that can't be used, or skip such rows and count them.",
     )
+    against: tuple[str, ...] = added(
+        (),
+        "Problems datasets (alias, id or stage/id) with which these problems should share no "
+        "wording, such as evaluation sets: what they share is counted.",
+    )
+    overlap_words: int = added(
+        13, "Words in a row that count as shared wording; shorter problems count whole.", ge=2
+    )
+    drop_overlap: bool = added(False, "Leave out problems that share wording with `against`.")
+
+    @model_validator(mode="after")
+    def _drops_something(self) -> "ProblemsConfig":
+        if self.drop_overlap and not self.against:
+            raise ValueError("drop_overlap is true, and against names no dataset; give one")
+        return self
 
     def semantic(self) -> dict[str, Any]:
         """As of other configs; the default of `on_bad_rows` keeps the ids of older datasets."""
