@@ -131,6 +131,8 @@ def _with_inputs(dataset: Dataset) -> dict[str, Any]:
     config, inputs = deepcopy(dataset.manifest["config"]), dataset.manifest["inputs"]
     if against := [ref for role, ref in inputs.items() if role.startswith("against_")]:
         config["against"] = against
+    if rates := inputs.get("pool_rates"):
+        config["online"]["pool"]["rates"] = rates
     train = dataset.stage == "train"
     for section in (config["offline"], config["online"]) if train else (config,):
         section |= {role: inputs[role] for role in inputs.keys() & section.keys()}

@@ -41,6 +41,7 @@ from ..training.loop import train_steps
 from ..training.offline import OfflineReader
 from ..training.online_tables import OnlineTables
 from ..training.plan_table import here, memory_line
+from ..training.problem_pool import pool_inputs
 from ..training.tracking import check_tracker
 from ..training.validation import FOLDER
 from ..verifiers.registry import verifier_identity
@@ -105,6 +106,9 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
         context = sampling_engine(config.sampler, config.policy).context()
         for dataset in problems:
             require_room(dataset, config.policy, context, config.prompt, limit)
+    if config.online.steps and config.online.pool is not None:
+        inputs |= pool_inputs(config, store, inputs["problems"])
+        del semantic["online"]["pool"]["rates"]  # the dataset's id stands for it
     store.files.local_root()
     return inputs, store.begin("train", semantic, inputs, None, config.model_dump(mode="json"))
 

@@ -21,6 +21,7 @@ from .annotate import (
 from .base import Config, operational
 from .own import OwnAnnotator, OwnConfig, OwnReward, OwnSampler, OwnSource, located, own_sources
 from .pipeline import EvaluateConfig, PipelineConfig, ReportConfig
+from .pool import PoolBand, PoolConfig
 from .problems import (
     ArithmeticSource,
     ChampSource,
@@ -98,6 +99,8 @@ __all__ = [
     "OwnSource",
     "PipelineConfig",
     "PolicyConfig",
+    "PoolBand",
+    "PoolConfig",
     "Precision",
     "ProblemsConfig",
     "PromptConfig",

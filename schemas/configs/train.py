@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from ..labels import KlClip, Signal
 from .annotate import Annotator, RoutingConfig, SegmentConfig, SelfAnnotator, VerifyConfig
 from .base import Config, added, operational
+from .pool import PoolConfig
 from .rollout import PolicyConfig, PromptConfig, Sampler, SamplingConfig, TransformersSampler
 
 
@@ -276,6 +277,9 @@ class OnlineConfig(Config):
     )
     steps: int = Field(
         default=0, ge=0, description="Optimiser steps on fresh rollouts.", examples=[40]
+    )
+    pool: PoolConfig | None = added(
+        None, "Draw problems by difficulty; null: in shuffled passes over all of them."
     )
     group_size: int = Field(default=8, ge=2, description="Responses per problem, G.")
     refill_rounds: int = Field(
