@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trace_opd.schemas.configs import LossConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.labels import KlClip, Route
+from trace_opd.schemas.labels import KlClip, Route, Signal
 from trace_opd.tests.trace.twin import gradients, made_case, ours
 from trace_opd.trace import fused_kernels, fused_triton, losses
 from trace_opd.trace.fused_call import Call
@@ -42,7 +42,7 @@ def printed(program: str, *arguments: str) -> list[dict]:
 
 @pytest.mark.slow
 def test_random_cases_equal_float64_and_the_pytorch_path():
-    (found,) = printed("cases.py", "--cases", "36")
+    (found,) = printed("cases.py", "--cases", "48")
     covered = found["covered"]
     assert covered["routes"] == sorted(route.label for route in Route)
     assert covered["kl_clip"] == sorted(clip.value for clip in KlClip)
@@ -50,7 +50,13 @@ def test_random_cases_equal_float64_and_the_pytorch_path():
     assert len(covered["temperature"]) == 3
     assert len(covered["masked"]) == 4
     assert covered["states"] == ["torch.bfloat16", "torch.float32", "torch.float64"]
-    assert covered["options"] == ["entropy_beta", "reference_kl", "truncated_importance"]
+    assert covered["options"] == [
+        "contrast", "entropy_beta", "importance_clip", "limits", "reference_kl", "scores",
+        "teacher_temperature", "truncated_importance",
+    ]  # fmt: skip
+    assert covered["gates"] == sorted(signal.value for signal in Signal)
+    assert covered["policy"] == ["cispo", "grpo", "gspo", "sapo"]
+    assert covered["reweight"] == ["bounded", "inverse", "one_sided", "ratio"]
     for axis in ("bias", "fp32_logits", "without a teacher"):
         assert covered[axis] == ["False", "True"]
 
@@ -60,7 +66,10 @@ def test_every_kernel_compiles_for_gpus_without_spills():
     kernels = printed("compile.py", "--quick")
     names = Counter((kernel["kernel"], kernel["sm"]) for kernel in kernels)
     # Two types of logits; statistics of the student's rows and of the teacher's.
-    expected = {"statistics": 4, "gradient": 2, **{f"gradient{term.__name__}": 2 for term in TERMS}}
+    expected = {"statistics": 10, "statistics of the rest": 2, "gradient": 8}
+    for term in TERMS:
+        for stage in ("", " divergence", " slopes"):
+            expected[f"gradient{term.__name__}{stage}"] = 2
     assert names == {(name, sm): n for name, n in expected.items() for sm in (80, 90)}
     for kernel in kernels:
         assert kernel["spilled_bytes"] == 0, kernel
