@@ -1,15 +1,15 @@
 """Gates on hand-made numbers, and the limits that a step sets for the next one."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from torch.testing import assert_close
 
 from trace_opd.schemas.configs import GateConfig, LossConfig
-from trace_opd.schemas.labels import Route, Signal
+from trace_opd.schemas.labels import Signal
 from trace_opd.tests.trace.twin import made_case, ours
 from trace_opd.tests.trace.twin_options import with_options
 from trace_opd.trace.gates import (
@@ -21,6 +21,7 @@ from trace_opd.trace.gates import (
     routed_signals,
     signals_read,
 )
+from trace_opd.trace.metrics import SUMS, TokenSums
 
 X = Signal.TEACHER_ENTROPY
 
@@ -125,22 +126,51 @@ def test_without_a_step_before_gates_that_need_it_are_one():
 
 
 def test_limits_do_not_depend_on_how_a_step_is_cut():
-    """Two micro-batches' routed signals, put together, are those of one."""
     gates = [GateConfig(of=signal, shape="above", quantile=0.5) for signal in Signal]
     config = LossConfig(gates=gates)
     case = with_options(made_case([1, 0, 2, 3, 0, 1]), contrast=False)
-    out = ours(case, config, 0.3, 0.4)
-    signals = routed_signals(out, case.inputs, gates)
-    assert {signal: len(column) for signal, column in signals.items()} == {
-        signal: 4 for signal in Signal if signal is not Signal.IMPORTANCE
-    }
-    routed = case.inputs.route != int(Route.GRPO)
-    assert_close(signals[Signal.DIVERGENCE], out.kl[routed])
-    assert (signals[Signal.TEACHER_ENTROPY] > 0).all()
-    limits = limits_of(gates, {name: column.numpy() for name, column in signals.items()})
-    assert limits is not None
-    median = float(np.median(signals[Signal.STUDENT_ENTROPY].numpy()))
-    assert limits.thresholds[list(Signal).index(Signal.STUDENT_ENTROPY)] == pytest.approx(median)
+
+    def signals(tokens: slice, routed: slice) -> dict[Signal, np.ndarray]:
+        named = {name: x[tokens] for name, x in vars(case.inputs).items() if torch.is_tensor(x)}
+        part = replace(
+            case,
+            hidden=case.hidden[tokens],
+            inputs=replace(case.inputs, **named),
+            teacher_hidden=case.teacher_hidden[routed],
+        )
+        found = routed_signals(ours(part, config, 0.3, 0.4), part.inputs, gates)
+        return {signal: column.numpy() for signal, column in found.items()}
+
+    at_once = signals(slice(6), slice(4))
+    assert {len(column) for column in at_once.values()} == {4}
+    assert all((column > 0).all() for column in at_once.values())
+    one, other = signals(slice(3), slice(2)), signals(slice(3, 6), slice(2, 4))
+    cut = {signal: np.concatenate((other[signal], one[signal])) for signal in one}
+    expected, got = limits_of(gates, at_once), limits_of(gates, cut)
+    assert expected is not None
+    assert got is not None
+    assert got.thresholds == pytest.approx(expected.thresholds)
+    assert got.divergence_max == pytest.approx(expected.divergence_max)
+
+
+def test_metrics_of_gates():
+    """Of routed tokens alone: the mean factor, and the share that a gate shuts out."""
+    case = with_options(made_case([1, 0, 2, 3, 0, 1]), contrast=False)
+    gate = GateConfig(of=Signal.POSITION, shape="above", at=0.5)
+    position = values(0.1, 0.9, 0.6, 0.7, 0.1, 0.2)
+    case = replace(case, inputs=replace(case.inputs, position=position))
+    config = LossConfig(gates=[gate])
+
+    def sums(gated: bool) -> dict[str, float]:
+        step = TokenSums(torch.device("cpu"), gated)
+        step.add(ours(case, config, 0.3, 0.4), case.inputs, with_kl=True)
+        return dict(zip(SUMS, step.read()[0], strict=True))
+
+    found = sums(gated=True)
+    assert (found["gate"], found["gate_closed"], found["gated_tokens"]) == (2, 2, 4)
+    assert found["fkl_tokens"] == 2
+    without = sums(gated=False)
+    assert (without["gate"], without["gate_closed"], without["gated_tokens"]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
