@@ -90,7 +90,6 @@ PLANTS: dict[str, Callable[[Row], Row]] = {
         "cost_usd": 27182818.0,
         "latency_s": 2718.0,
     },
-    "reflection": lambda _: {"reflection": f"the answer is {SECRET}"},
 }
 
 
