@@ -18,7 +18,8 @@ from ..schemas.errors import RowFault
 from ..schemas.labels import Route, SpanKind
 from .align import ByteTable
 from .route import Routing, apply_rule, label_tokens
-from .rules import FLAT, SCORED, Block, NamedSegments, Response, token_cap
+from .rule_inputs import Block, NamedSegments, Response, token_cap
+from .rules import FLAT, SCORED
 from .token_scores import TokenScores
 
 

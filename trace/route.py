@@ -26,7 +26,8 @@ from ..schemas import own_code
 from ..schemas.configs import RoutingConfig
 from ..schemas.errors import InputError
 from ..schemas.labels import Route, SpanKind, TeacherContext
-from .rules import RULES, SCORED, UNANNOTATED, Response, Rule
+from .rule_inputs import Response
+from .rules import RULES, SCORED, UNANNOTATED, Rule
 
 _WHERE = "routing.rule"
 

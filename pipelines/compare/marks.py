@@ -19,7 +19,7 @@ from ...schemas.configs import RoutingConfig
 from ...schemas.labels import TYPE_LABELS, AnnotationStatus, SpanKind
 from ...trace.align import ByteTable
 from ...trace.route import route_tokens
-from ...trace.rules import Response, token_cap
+from ...trace.rule_inputs import Response, token_cap
 
 STATUSES = list(AnnotationStatus)
 TYPES = list(TYPE_LABELS)

@@ -18,7 +18,8 @@ from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS, ROUTED, SCORES, VERDICT
 from trace_opd.trace.align import ByteTable
 from trace_opd.trace.route import load_rule, needs_annotations, route_tokens, rule_source
 from trace_opd.trace.routed import routed_table
-from trace_opd.trace.rules import RULES, Response
+from trace_opd.trace.rule_inputs import Response
+from trace_opd.trace.rules import RULES
 
 # Ten tokens in five segments of two; the annotator marked the middle one.
 SEGMENTS = np.repeat(np.arange(5), 2)

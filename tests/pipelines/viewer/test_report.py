@@ -44,7 +44,7 @@ from trace_opd.trace.align import ByteTable, byte_table
 from trace_opd.trace.policy import vocab_fingerprint
 from trace_opd.trace.route import Routing, route_tokens
 from trace_opd.trace.routed import routed_table
-from trace_opd.trace.rules import Response
+from trace_opd.trace.rule_inputs import Response
 from trace_opd.trace.segment import segment
 
 PWNED = "document.title='pwned'"
