@@ -19,6 +19,11 @@ class ScheduleConfig(Config):
     decay_steps: int | None = Field(
         default=30, ge=0, description="Steps from w0 to 0; null: λ stays at w0."
     )
+    grpo: Literal["fade", "keep"] = added(
+        "fade",
+        "Weight of GRPO on tokens with a divergence: fade, 1 − λ / w0, so that one replaces the "
+        "other; keep: 1, so that they add up.",
+    )
 
 
 class TeacherConfig(Config):
@@ -47,6 +52,22 @@ class TeacherConfig(Config):
         "Divides the teacher's logits; null: the sampling temperature, as the student's.",
         gt=0,
     )
+
+    @model_validator(mode="after")
+    def _own_weights(self) -> "TeacherConfig":
+        if self.model is None:
+            return self
+        if self.sync != "frozen":
+            raise ValueError(
+                f"teacher.model has weights of its own, and sync is {self.sync}; set sync=frozen, "
+                "or model=null"
+            )
+        if (self.model.device, self.model.precision) != ("auto", "auto"):
+            raise ValueError(
+                "teacher.model computes where and how the policy does; leave its device and "
+                "precision at auto"
+            )
+        return self
 
 
 class GateConfig(Config):
@@ -174,6 +195,15 @@ class LossConfig(Config):
         "auto",
         "Implementation of the loss; auto: triton on CUDA where it is installed, else torch.",
     )
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> "LossConfig":
+        if self.truncated_importance is not None and self.policy != "grpo":
+            raise ValueError(
+                f"truncated_importance is a bound of policy grpo, and policy {self.policy} has its "
+                "own; set policy=grpo, or truncated_importance=null"
+            )
+        return self
 
 
 class OptimConfig(Config):
