@@ -239,7 +239,7 @@ class Trainer:
             output.loss.backward()
             if not batch.idle:
                 sums.add(output, inputs, kl > 0)
-                if signals is not None and batch.taught:
+                if signals is not None and kl > 0 and routed:
                     signals.add(output, inputs)
         for frozen in (self.teacher, self.reference):
             if frozen is not None:
