@@ -325,6 +325,8 @@ def four_rollouts() -> tuple[pa.Table, pa.Table, pa.Table]:
     for table in (known.rollouts, known.verdicts, known.annotations):
         rows = table.to_pylist()
         more = [row | {"rollout_id": row["rollout_id"] + "b"} for row in rows]
+        if "spans" in table.column_names:
+            rows, more = ([row | {"reflection": "look again"} for row in x] for x in (rows, more))
         if "sample_index" in table.column_names:
             more = [row | {"sample_index": row["sample_index"] + 2} for row in more]
         twice.append([*rows, *more])
