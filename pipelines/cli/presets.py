@@ -102,9 +102,9 @@ def _teacher(preset: Preset) -> str:
     if not _routed(preset):
         return "none"
     routing = RoutingConfig.model_validate(preset.sets["routing"])
-    teacher = TeacherConfig.model_validate(preset.sets["teacher"])
+    teacher = TeacherConfig.model_validate(preset.sets.get("teacher", {}))
     every = {None: "periodic copy", 1: "copy each step"}
-    steps = preset.sets["teacher"].get("sync_steps")
+    steps = preset.sets.get("teacher", {}).get("sync_steps")
     weights = {
         "frozen": "frozen",
         "ema": f"average, {teacher.ema_rate:g} a step",
