@@ -229,7 +229,7 @@ class Trainer:
         budget = self.config.micro_batch_tokens
         batches = rank_batches(sequences, index, count, budget, with_teacher=kl > 0)
         routed = any(batch.teacher_passes for batch in batches)
-        sums = TokenSums(device)
+        sums = TokenSums(device, gated=bool(self.config.loss.gates))
         # Nothing in the loop waits for a GPU, so the host makes the tensors of the next micro-batch
         # while the GPU computes.
         for batch in batches:
