@@ -1,10 +1,10 @@
 """Strict reading of vLLM's prompt log-probabilities: a policy is trained on them.
 
 vllm.py reads every answer here. An entry of `prompt_logprobs` holds, for a prompt's token, the k
-likeliest tokens at its place with their ranks, and the token itself: k or k + 1 of them, by token
-id. The first is null. A body that is no completion may be a gateway's temporary failure, and is
-asked for again. A completion with impossible values is of a broken server or another model, and the
-stage stops.
+likeliest tokens at its place and the token itself, by token id: k of them if it is among the
+likeliest, else k + 1. The first entry is null. A body that is no completion may be a gateway's
+temporary failure, and is asked for again. A completion with impossible values is of a broken server
+or another model, and the stage stops.
 """
 
 import math
@@ -23,7 +23,8 @@ from .engine import NOTHING, Scored
 _SHOWN_CHARS = 60
 # Sum of the probabilities of the likeliest tokens above 1 by more than rounding.
 _MOST_MASS = 1 + 1e-3
-_MOST_FOREIGN = 0.5
+_MOST_FOREIGN = 0.5  # share of tokens whose text differs from the policy's
+_TIE = 1e-3  # nats
 
 
 class _Choice(BaseModel):
@@ -76,23 +77,23 @@ def read_scores(
         entry, token = entries[place], token_ids[place]
         if not isinstance(entry, dict) or not isinstance(own := entry.get(str(token)), dict):
             raise refuse(f"no log-probability of the prompt's token {token} at its place {place}")
-        ranked: list[tuple[int, int, float]] = []
+        found: list[tuple[float, int]] = []
         for key, one in entry.items():
-            logprob, rank = _number(one, "logprob"), _number(one, "rank")
-            if logprob is None or logprob > MOST_LOGPROB:
+            if (logprob := _logprob(one)) is None:
                 raise refuse("a log-probability that is not finite or above 0", one)
-            if rank is None or rank < 1:
-                raise refuse("a token without its rank", one)
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < size):
                 raise refuse(f"a token id outside the policy's 0 … {size - 1}", key)
-            if rank <= k:
-                ranked.append((int(rank), int(key), logprob))
-        if len(ranked) != k:
-            raise refuse(f"another number of likeliest tokens than the {k} asked for", len(ranked))
-        ranked.sort()
-        ids[row] = [key for _, key, _ in ranked]
-        top[row] = [logprob for *_, logprob in ranked]
+            found.append((-logprob, int(key)))
         sampled[row] = own["logprob"]
+        if len(found) == k + 1:  # the prompt's token is none of the likeliest
+            found.remove((-sampled[row], token))
+        if len(found) != k:
+            raise refuse(f"another number of likeliest tokens than the {k} asked for", len(found))
+        found.sort()
+        ids[row] = [key for _, key in found]
+        top[row] = [-surprise for surprise, _ in found]
+        if sampled[row] > top[row, 0] + _TIE:
+            raise refuse("likeliest tokens that are less likely than the prompt's", entry)
         if isinstance(text := own.get("decoded_token"), str):
             texts.append((token, text))
     mass = np.exp(top).sum(1)
@@ -105,11 +106,11 @@ def read_scores(
     return Scored(ids, *narrow)
 
 
-def _number(one: Any, name: str) -> float | None:
-    """A finite number in an entry, else None."""
-    value = one.get(name) if isinstance(one, dict) else None
-    plain = type(value) in (int, float) and math.isfinite(value)
-    return value if plain else None
+def _logprob(one: Any) -> float | None:
+    """The log-probability in an entry; None if it has none that is possible."""
+    value = one.get("logprob") if isinstance(one, dict) else None
+    possible = type(value) in (int, float) and math.isfinite(value) and value <= MOST_LOGPROB
+    return value if possible else None
 
 
 def _check_texts(

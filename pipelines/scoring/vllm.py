@@ -128,9 +128,13 @@ class VllmScorer:
                 count_rows()
                 return scored
 
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(sequence)) for sequence in sequences]
-            return [task.result() for task in tasks]
+            tasks = [asyncio.create_task(one(sequence)) for sequence in sequences]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:  # the others, after an error of one
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _send(
         self, pool: Pool, clients: dict[str, openai.AsyncOpenAI], sequence: TrainingSequence
