@@ -20,7 +20,7 @@ import torch
 from ..schemas.labels import Route
 from . import fused_kernels
 from .fused_kernels import TERMS, TYPES
-from .fused_torch import Call, chunk_sizes, wide
+from .fused_call import Call, chunk_sizes, wide
 from .losses import LossOutput
 from .policy_losses import policy_loss, reweighted_advantage
 
@@ -104,7 +104,7 @@ class TritonRoutedLoss(torch.autograd.Function):
                     kl_lift[at] *= torch.exp(-config.entropy_beta * teacher_entropy[at])
             if int(Route.REWEIGHT) in present:
                 scaled = reweighted_advantage(
-                    advantage, logprobs, taught_logprobs[at], call.kl_weight, config.reweight_clip
+                    advantage, logprobs, taught_logprobs[at], call.kl_weight, config
                 )
                 advantage = torch.where(inputs.route[at] == Route.REWEIGHT, scaled, advantage)
             out["loss"][at], lift[at], out["ratio_clipped"][at], out["reference_kl"][at] = (

@@ -16,5 +16,10 @@ def kl_weight(step: int, config: ScheduleConfig) -> float:
 
 
 def grpo_weight(kl: float, config: ScheduleConfig) -> float:
-    """Weight of GRPO on routed tokens, 1 − λ_k / w0: they return to GRPO as the KL fades."""
+    """Weight of GRPO on routed tokens, 1 − λ_k / w0: they return to GRPO as the KL fades.
+
+    Under `schedule.grpo: keep` it is 1.
+    """
+    if config.grpo == "keep":
+        return 1.0
     return 1.0 - kl / config.w0 if config.w0 else 1.0

@@ -19,6 +19,11 @@ class ScheduleConfig(Config):
     decay_steps: int | None = Field(
         default=30, ge=0, description="Steps from w0 to 0; null: λ stays at w0."
     )
+    grpo: Literal["fade", "keep"] = added(
+        "fade",
+        "Weight of GRPO on tokens with a divergence: fade, 1 − λ / w0, so that one replaces the "
+        "other; keep: 1, so that they add up.",
+    )
 
 
 class TeacherConfig(Config):
@@ -174,6 +179,15 @@ class LossConfig(Config):
         "auto",
         "Implementation of the loss; auto: triton on CUDA where it is installed, else torch.",
     )
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> "LossConfig":
+        if self.truncated_importance is not None and self.policy != "grpo":
+            raise ValueError(
+                f"truncated_importance is a bound of policy grpo, and policy {self.policy} has its "
+                "own; set policy=grpo, or truncated_importance=null"
+            )
+        return self
 
 
 class OptimConfig(Config):

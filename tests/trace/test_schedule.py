@@ -50,3 +50,8 @@ def test_grpo_returns_to_routed_tokens_as_the_kl_fades(kl, expected):
 
 def test_with_w0_of_0_grpo_weighs_routed_tokens_fully():
     assert grpo_weight(0.0, ScheduleConfig(w0=0.0)) == 1.0
+
+
+@pytest.mark.parametrize("kl", [0.5, 0.25, 0.0])
+def test_kept_grpo_and_the_kl_add_up(kl):
+    assert grpo_weight(kl, ScheduleConfig(grpo="keep")) == 1.0

@@ -23,7 +23,7 @@ from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import KlClip, Route
 from trace_opd.tests.trace.twin import gradients, made_case, ours
 from trace_opd.trace import fused_kernels, fused_triton, losses
-from trace_opd.trace.fused_torch import Call
+from trace_opd.trace.fused_call import Call
 from trace_opd.trace.losses import Head, LossInputs
 
 TERMS = fused_kernels.TERMS.values()

@@ -28,7 +28,7 @@ from trace_opd.schemas.configs import LossConfig
 from trace_opd.schemas.labels import KlClip, Route
 from trace_opd.tests.trace.twin import made_case
 from trace_opd.trace import fused_triton
-from trace_opd.trace.fused_torch import Call
+from trace_opd.trace.fused_call import Call
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS, WARPS = 65_536, 64  # of an SM, on both architectures
