@@ -25,7 +25,7 @@ import numpy as np
 from ..schemas import own_code
 from ..schemas.configs import RoutingConfig
 from ..schemas.errors import InputError
-from ..schemas.labels import Route, SpanKind
+from ..schemas.labels import Route, SpanKind, TeacherContext
 
 
 def token_cap(alpha: float, tokens: Any) -> Any:
@@ -200,10 +200,12 @@ def require_rule(name: str, source_hash: str | None, hash_of: Callable[[str], st
 
 
 def needs_annotations(config: RoutingConfig) -> bool:
-    """Whether routing needs annotations: their spans, or their type label."""
+    """Whether routing needs annotations: their spans, their type label or their reflection."""
     if config.key is Route.GRPO and config.error is Route.GRPO:
         return False
-    return config.teacher_context == "type" or config.rule not in ("all", "random")
+    written = (TeacherContext.TYPE, TeacherContext.REFLECTION)
+    read = config.teacher_context in written or config.contrast_context in written
+    return read or config.rule not in ("all", "random")
 
 
 def _drawn(response: Response, candidates: np.ndarray) -> np.ndarray:

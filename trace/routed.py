@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 from ..schemas.configs import RoutingConfig
 from ..schemas.contract import list_of
 from ..schemas.errors import InputError, RowFault
-from ..schemas.labels import FinishReason, Route
+from ..schemas.labels import FinishReason, Route, TeacherContext
 from ..schemas.tables import ROUTED
 from .align import ByteTable
-from .prompt import TeacherContexts, teacher_contexts
+from .contexts import Known, TeacherContexts, teacher_contexts
 from .responses import aligned, one_chunk, route_responses, to_numpy
 from .route import Routing
 
@@ -29,6 +29,8 @@ _COPIED = (
 )  # fmt: skip
 _READ = [*_COPIED, "response", "sample_index", "finish_reason"]
 _ANNOTATED = ["segments", "spans", "diagnostic_type"]
+# The teacher context reflection: outside TRACE's boundary. No other context reads it.
+_REFLECTION = "reflection"
 # Tokens per block; few enough that their bytes fit a core's cache.
 _BLOCK_TOKENS = 1 << 18
 
@@ -58,13 +60,16 @@ def routed_table(
     scored = scored_rollouts(rollouts, verdicts, config)
     rollouts = rows_of(rollouts.select(_READ), scored.rows)
     verdicts = rows_of(verdicts.select(["correct"]), scored.rows)
-    labels = pa.nulls(len(rollouts), pa.string())
+    labels = reflections = pa.nulls(len(rollouts), pa.string())
     if annotations is not None:
+        if TeacherContext.REFLECTION in (config.teacher_context, config.contrast_context):
+            reflections = _reflections(annotations, scored.rows)
         annotations = rows_of(annotations.select(_ANNOTATED), scored.rows)
         labels = one_chunk(annotations["diagnostic_type"])
-    problems = _problems_of(rollouts, problems)
+    own_problems = _problems_of(rollouts, problems)
     correct = to_numpy(pc.is_in(verdicts["correct"], value_set=pa.array([True])))
-    contexts = teacher_contexts(rollouts, problems, correct, labels, config)
+    known = Known(rollouts, own_problems, problems, correct, labels, reflections)
+    contexts = teacher_contexts(known, config)
     offsets = _token_offsets(rollouts)
     taught = contexts.exists & with_teacher
     routings = [
@@ -82,7 +87,7 @@ def routed_table(
         for rows in _blocks(offsets)
     ]
     columns = {name: rollouts[name] for name in _COPIED} | {
-        "problem": problems["problem"],
+        "problem": own_problems["problem"],
         "reward": pa.array(scored.rewards.astype(np.float32)),
         "advantage": pa.array(scored.advantages),
         "correct": verdicts["correct"],
@@ -241,7 +246,9 @@ def _labels(
     coverage = _joined((one.coverage for one in routings), np.float32)
     dropped = _joined((one.dropped_tokens for one in routings), np.int32)
     routed = np.bitwise_or.reduceat(route, offsets[:-1]) != int(Route.GRPO)
-    return {
+    contrasts = contexts.contrasts
+    optional = {} if contrasts is None else {"contrast_contexts": _where(routed, contrasts)}
+    return optional | {
         "route": lists_of(route, offsets),
         "span_id": lists_of(span_id, offsets),
         "diagnostic_type": _where(coverage > 0, contexts.labels),
@@ -255,8 +262,15 @@ def _joined(arrays: Iterable[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype, casting="same_kind")
 
 
-def _where(mask: np.ndarray, texts: pa.Array) -> pa.Array:
-    return pc.if_else(pa.array(mask), texts, pa.scalar(None, pa.string()))
+def _where(mask: np.ndarray, texts: Any) -> pa.Array:
+    return pc.if_else(pa.array(mask), texts, pa.scalar(None, texts.type))
+
+
+def _reflections(annotations: pa.Table, rows: np.ndarray) -> Any:
+    """Those of some rows; null in tables that are older than the column."""
+    if _REFLECTION not in annotations.column_names:
+        return pa.nulls(len(rows), pa.string())
+    return one_chunk(rows_of(annotations.select([_REFLECTION]), rows)[_REFLECTION])
 
 
 def lists_of(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:

@@ -6,8 +6,8 @@ and, while λ > 0 (schedule.py), the teacher's at routed tokens enter the loss (
 Gradients add up with weights that are global to the step.
 
 The teacher holds the student's weights of some steps ago, their moving average, or the base
-policy's. Once λ is 0 the teacher is dropped and the annotator no longer called: the rest is plain
-GRPO.
+policy's, or another model's. Once λ stays 0 the teacher is dropped and the annotator no longer
+called: the rest is plain GRPO, as are the steps before `schedule.start_step`.
 """
 
 import logging
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -30,20 +29,19 @@ from .losses import Head, LossInputs, LossOutput, token_weights
 from .metrics import SUMS, TokenSums, step_metrics
 from .model_flops import model_flops
 from .optim import check_optimizer, learning_rate, make_optimizer
-from .packing import pack
 from .policy import Policy
 from .ranks import Ranks
-from .schedule import grpo_weight, kl_weight
+from .schedule import grpo_weight, kl_weight, teaches_from
 from .sequences import (
     TrainingSequence,
     loss_inputs,
     signal_groups,
     student_row,
-    teacher_row,
     training_sequences,
 )
 from .sharding import average_weights, copy_weights, reshard
 from .start import start_models
+from .teaching import contrast_logprobs, teacher_states
 from .utilisation import GpuBusy, over_ranks, sampling_rates, throughput
 
 logger = logging.getLogger(__name__)
@@ -168,7 +166,7 @@ class Trainer:
         config = self.config
         kl = kl_weight(self.state.step, config.schedule)
         phase("sync")
-        self._sync_teacher(kl)
+        self._sync_teacher()
         phase("train")
         trained = self._trained_sequences(sequences)
         sums, largest_drift = self.accumulate_gradients(trained, kl)
@@ -218,7 +216,7 @@ class Trainer:
         # while the GPU computes.
         for batch in batches:
             scale = [0.0 if batch.idle else weight_of[row.rollout_id] for row in batch.rows]
-            inputs = loss_inputs(batch.rows, scale, device)
+            inputs = loss_inputs(batch.rows, scale, device, self.config.loss)
             output = self._objective(batch, inputs, kl if routed else 0.0)
             output.loss.backward()
             if not batch.idle:
@@ -232,37 +230,27 @@ class Trainer:
         return totals, self.ranks.most([largest])[0]
 
     def _objective(self, batch: MicroBatch, inputs: LossInputs, kl: float) -> LossOutput:
-        row = student_row(batch.rows)
-        states, head = self._teacher_states(batch)
+        loss, heat = self.config.loss, self.config.teacher.temperature
+        row, states, head = student_row(batch.rows), None, None
+        if batch.teacher_passes:
+            assert self.teacher is not None, "λ > 0 needs a teacher"
+            states, head = teacher_states(self.teacher, batch)
+            contrast = contrast_logprobs(self.teacher, batch, inputs, heat, loss.fp32_logits)
+            inputs = replace(inputs, contrast_logprobs=contrast)
         if self.reference is not None:
 
             def score(states: torch.Tensor, head: Head) -> torch.Tensor:
-                fp32 = self.config.loss.fp32_logits
-                return token_logprobs(states, head, inputs.token_ids, inputs.temperature, fp32)
+                ids, heats = inputs.token_ids, inputs.temperature
+                return token_logprobs(states, head, ids, heats, loss.fp32_logits)
 
             with torch.no_grad():
                 inputs = replace(inputs, reference_logprobs=self.reference(row, score))
         fade = grpo_weight(kl, self.config.schedule)
 
         def objective(hidden: torch.Tensor, own_head: Head) -> LossOutput:
-            return routed_loss(hidden, own_head, inputs, self.config.loss, kl, fade, states, head)
+            return routed_loss(hidden, own_head, inputs, loss, kl, fade, states, head)
 
         return self.student(row, objective)
-
-    @torch.no_grad()
-    def _teacher_states(self, batch: MicroBatch) -> tuple[torch.Tensor | None, Head | None]:
-        """The teacher's states at routed tokens, (routed, hidden), and its head."""
-        states: list[torch.Tensor] = []
-        head = None
-        for index in range(batch.teacher_passes):
-            assert self.teacher is not None, "λ > 0 needs a teacher"
-            if index < len(batch.taught):
-                row = teacher_row(batch.taught[index])
-                own, head = self.teacher(row, lambda states, head: (states, head))
-                states.append(own)
-            else:  # other ranks run their teacher, and passes are collective
-                self.teacher(pack([[0]], [np.array([0])], [np.array([], int)]), lambda *_: None)
-        return (torch.cat(states), head) if states else (None, None)
 
     def _step_optimizer(self) -> tuple[float, float]:
         """Clip and apply the gradients, then clear them; gradients that are not finite are dropped.
@@ -286,9 +274,9 @@ class Trainer:
         """Set the policy's step count, which its next rollouts record."""
         self.policy.info = replace(self.policy.info, step=self.state.step)
 
-    def _sync_teacher(self, kl: float) -> None:
-        """Drop the teacher once λ is 0; else copy the student's weights every `sync_steps`."""
-        if kl == 0:
+    def _sync_teacher(self) -> None:
+        """Drop the teacher once λ stays 0; else copy the student's weights every `sync_steps`."""
+        if not teaches_from(self.state.step, self.config.schedule):
             self.teacher = None
         sync = self.config.teacher
         if (

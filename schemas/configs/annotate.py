@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field, Tag, model_validator
 
 from .. import own_code
 from ..labels import Route, TeacherContext
@@ -257,6 +257,32 @@ class RoutingConfig(Config):
         """With the absolute path of a rule of one's own, for workers in other folders."""
         own = own_code.is_own(self.rule)
         return self.model_copy(update={"rule": own_code.absolute_name(self.rule)} if own else {})
+
+    @model_validator(mode="after")
+    def _contrast(self) -> "RoutingConfig":
+        contrast = self.contrast_context
+        if self.contrasts > 1 and contrast is not TeacherContext.WRONG_PEER:
+            raise ValueError(
+                f"contrasts is {self.contrasts}, and only contrast_context=wrong_peer has several; "
+                "set contrasts=1"
+            )
+        if contrast is None:
+            return self
+        if Route.REWEIGHT not in (self.key, self.error):
+            raise ValueError(
+                f"contrast_context is {contrast.value}, and only the action reweight compares with "
+                "it; set key or error to reweight, or contrast_context=null"
+            )
+        if contrast is TeacherContext.TYPE:
+            raise ValueError(
+                "contrast_context is type, and a contrast has to be a text or none; take another"
+            )
+        if contrast is self.teacher_context:
+            raise ValueError(
+                f"contrast_context and teacher_context are both {contrast.value}, so their gap is "
+                "nil; take another contrast_context"
+            )
+        return self
 
 
 class ConvertConfig(Config):
