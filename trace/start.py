@@ -52,7 +52,9 @@ def start_models(policy: Policy, config: TrainConfig, ranks: Ranks) -> Models:
         InputError: an architecture that the trainer does not know; `fuse_layers`.
     """
     check_architecture(policy.model.config, config.policy.trust_remote_code)
-    taught, averaged = config.schedule.w0 > 0, config.teacher.sync == "ema"
+    # Scores take the teacher's place (scores.py).
+    taught = config.schedule.w0 > 0 and config.teacher.scores is None
+    averaged = config.teacher.sync == "ema"
     referred = config.loss.reference_kl > 0
     if has_adapters(policy.model):
         moves = taught and config.teacher.sync != "frozen"

@@ -11,7 +11,8 @@ import torch
 
 from ...trace.fused_torch import BUFFER_BYTES, buffer_rows, floored, project, wide
 from ...trace.losses import Head
-from .engine import NOTHING, Scored
+from ...trace.scores import NOTHING
+from .engine import Scored
 
 
 def scored(

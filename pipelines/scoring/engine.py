@@ -10,9 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from ...data.store import Dataset
 from ...trace.sequences import TrainingSequence
 
-# A log-probability that the table cannot hold, −∞, as vLLM sends it.
-NOTHING = -9999.0
-
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -29,7 +26,7 @@ class Scored:
 
     token_ids: (tokens, k) int32, likeliest first; top_logprobs: (tokens, k) float32, nats. The
     rest is (tokens,) float32: tail, the log mass of all other tokens; logprobs, of the response's
-    tokens; entropies and divergence, None if unknown. `NOTHING` stands for −∞.
+    tokens; entropies and divergence, None if unknown. trace.scores.NOTHING stands for −∞.
     """
 
     token_ids: np.ndarray

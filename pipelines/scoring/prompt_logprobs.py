@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ...schemas.errors import InputError
 from ...schemas.tables import MOST_LOGPROB
+from ...trace.scores import NOTHING
 from ..endpoint import read_body
 from ..terminal import visible
-from .engine import NOTHING, Scored
+from .engine import Scored
 
 _SHOWN_CHARS = 60
 # Sum of the probabilities of the likeliest tokens above 1 by more than rounding.
