@@ -113,6 +113,18 @@ def _misfit(name: str) -> Callable[[pa.Table], Any]:
     return rows
 
 
+def _uncompared(table: pa.Table) -> Any:
+    """Rows with a reweighted token but no contrast, in a table that has contrasts."""
+    mask = np.zeros(len(table), dtype=bool)
+    if "contrast_contexts" in table.column_names:
+        counts = pc.fill_null(pc.list_value_length(table["contrast_contexts"]), 0)
+        rows = np.flatnonzero(counts.to_numpy() == 0)
+        routes = table["route"].combine_chunks().take(pa.array(rows, pa.int64()))
+        compared = pc.list_flatten(routes).to_numpy() == int(Route.REWEIGHT)
+        mask[rows[pc.list_parent_indices(routes).to_numpy()[compared]]] = True
+    return pa.array(mask)
+
+
 PROBLEMS = make_contract(
     "problems",
     1,
@@ -380,6 +392,12 @@ ROUTED = make_contract(
             "type, "
             "or route 0 to all its tokens",
             _untaught,
+        ),
+        (
+            "contrast_contexts",
+            "is null or empty in a row with reweighted tokens; give the row its contrast, or drop "
+            "the column",
+            _uncompared,
         ),
     ),
 )

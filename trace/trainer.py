@@ -25,6 +25,8 @@ from .batches import MicroBatch, rank_batches
 from .clock import Phase, PhaseClock
 from .device_peak import device_peak
 from .fused import routed_loss, token_logprobs
+from .gate_limits import StepSignals
+from .gates import Limits
 from .losses import Head, LossInputs, LossOutput, token_weights
 from .metrics import SUMS, TokenSums, step_metrics
 from .model_flops import model_flops
@@ -66,25 +68,34 @@ class Online(Protocol):
 class TrainerState:
     """The counters that a checkpoint restores.
 
-    step: steps done; kl_exposure: Σ λ²; skipped_in_a_row, skipped: steps without a finite gradient.
+    step: steps done; kl_exposure: Σ λ²; skipped_in_a_row, skipped: steps without a finite gradient;
+    limits: what `loss.gates` took from the last step that had a teacher and a finite gradient.
     """
 
     step: int = 0
     kl_exposure: float = 0.0
     skipped_in_a_row: int = 0
     skipped: int = 0
+    limits: Limits | None = None
 
 
 class Trainer:
     """Holds the student, its optimiser and its teacher."""
 
-    def __init__(self, policy: Policy, config: TrainConfig, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: TrainConfig,
+        ranks: Ranks | None = None,
+        other_teacher: Any = None,
+    ) -> None:
+        """other_teacher: the model of `teacher.model`, from `load_teacher`; None without."""
         self.policy = policy
         self.config = config
         self.ranks = ranks or Ranks()
         self.state = TrainerState()
         check_optimizer(config.optim, policy.device, self.ranks.shards(policy.compute_dtype))
-        models = start_models(policy, config, self.ranks)
+        models = start_models(policy, config, self.ranks, other_teacher)
         self.student, self.trained = models.student, models.trained
         self.teacher, self.reference = models.teacher, models.reference
         self._flops = model_flops(policy.model)
@@ -173,11 +184,14 @@ class Trainer:
         self._sync_teacher()
         phase("train")
         trained = self._trained_sequences(sequences)
-        sums, largest_drift = self.accumulate_gradients(trained, kl)
+        signals = StepSignals(config.loss.gates)
+        sums, largest_drift = self.accumulate_gradients(trained, kl, signals)
         norm, lr = self._step_optimizer()
         skipped = not math.isfinite(norm)
         if not skipped and self.teacher is not None and config.teacher.sync == "ema":
             average_weights(self.trained, self.teacher, config.teacher.ema_rate)
+        if not skipped:
+            self.state.limits = signals.limits(self.ranks) or self.state.limits
         self.state.step += 1
         self.state.kl_exposure += kl**2
         self.state.skipped += skipped
@@ -201,11 +215,15 @@ class Trainer:
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def accumulate_gradients(
-        self, sequences: Sequence[TrainingSequence], kl: float
+        self,
+        sequences: Sequence[TrainingSequence],
+        kl: float,
+        signals: StepSignals | None = None,
     ) -> tuple[dict[str, float], float]:
         """Add the step's gradients to the student's parameters.
 
-        Returns the sums of metrics.SUMS over all tokens, and the largest drift, over all ranks.
+        signals: gets those of this rank's routed tokens. Returns the sums of metrics.SUMS over all
+        tokens, and the largest drift, over all ranks.
         """
         device, (index, count) = self.policy.device, (self.ranks.index, self.ranks.count)
         weights = token_weights([len(s.token_ids) for s in sequences], self.config.loss)
@@ -226,6 +244,8 @@ class Trainer:
             output.loss.backward()
             if not batch.idle:
                 sums.add(output, inputs, kl > 0)
+                if signals is not None and batch.taught:
+                    signals.add(output, inputs)
         for frozen in (self.teacher, self.reference):
             if frozen is not None:
                 reshard(frozen)
@@ -253,7 +273,8 @@ class Trainer:
         fade = grpo_weight(kl, self.config.schedule)
 
         def objective(hidden: torch.Tensor, own_head: Head) -> LossOutput:
-            return routed_loss(hidden, own_head, inputs, loss, kl, fade, states, head)
+            limits = self.state.limits
+            return routed_loss(hidden, own_head, inputs, loss, kl, fade, states, head, heat, limits)
 
         return self.student(row, objective)
 

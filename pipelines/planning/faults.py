@@ -189,6 +189,7 @@ def _room(config: TrainConfig, store: Store) -> list[str]:
     final = 4 * shape.parameters
     trained = 4 * shape.trainable
     teacher = config.schedule.w0 and config.teacher.sync != "frozen"
+    teacher = teacher and config.teacher.scores is None
     moments = int(MOMENT_BYTES[config.optim.kind] * shape.trainable)
     each = trained + moments + (trained if teacher else 0)
     needed = final + (config.checkpoints_kept + 1) * each

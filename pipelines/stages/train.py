@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import OwnSampler, TrainConfig
 from ...schemas.errors import InputError
-from ...schemas.tables import PROBLEMS, ROUTED
+from ...schemas.tables import PROBLEMS, ROUTED, SCORES
 from ...trace.checkpoint import resume, save_model
 from ...trace.identity import model_revision
+from ...trace.other_teacher import check_teacher, load_teacher
 from ...trace.policy import choose_device, load_policy, load_tokenizer, vocab_fingerprint
 from ...trace.prompt import student_prompt
 from ...trace.ranks import Ranks, join_ranks
@@ -29,7 +30,7 @@ from ...trace.sharding import skeleton
 from ...trace.trained import SamplingCopy, Trained
 from ...trace.trainer import Trainer
 from ..annotators import engine_of
-from ..models import resolve_policy
+from ..models import resolve_policy, teacher_files
 from ..progress import progress_bar
 from ..run_metrics import METRICS, read_metrics
 from ..samplers import sampling_engine
@@ -40,6 +41,7 @@ from ..training.loop import train_steps
 from ..training.offline import OfflineReader
 from ..training.online_tables import OnlineTables
 from ..training.plan_table import here, memory_line
+from ..training.scored import check_scores_fit
 from ..training.tracking import check_tracker
 from ..training.validation import FOLDER
 from ..verifiers.registry import verifier_identity
@@ -64,12 +66,25 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
     sampler = config.sampler.semantic()
     own = isinstance(config.sampler, OwnSampler)
     semantic["sampler"] = sampler if own else {"engine": sampler["engine"]}
+    if config.teacher.model is not None:
+        files = teacher_files(config.teacher.model)
+        trusted = config.teacher.model.trust_remote_code
+        semantic["teacher"]["model"] = check_teacher(files, path, trusted)
     inputs = {}
     if config.offline.steps:
         inputs["routed"] = routed = store.get(config.offline.routed, ROUTED)
         _check_routed(config, routed, vocab_fingerprint(tokenizer))
         require_short_rows(routed, config.policy)
         del semantic["offline"]["routed"]
+        if config.teacher.scores is not None:
+            inputs["scores"] = scores = store.get(config.teacher.scores, SCORES)
+            check_scores_fit(config, routed, scores)
+            del semantic["teacher"]["scores"]
+    elif config.teacher.scores is not None:
+        raise InputError(
+            "teacher.scores: are of a routed dataset, and offline.steps is 0; give offline steps, "
+            "or leave teacher.scores out"
+        )
     if config.online.steps:
         inputs["problems"] = problems = store.get(config.online.problems, PROBLEMS)
         verifier_identity(config.online.verify)  # a reward of one's own is there and fits
@@ -96,7 +111,8 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
             inputs[f"validation_{split}"] = store.get(ref, PROBLEMS)
         semantic["validation"]["problems"] = sorted(config.validation.problems)
     limit = config.online.sampling.max_new_tokens
-    if problems := [dataset for role, dataset in inputs.items() if role != "routed"]:
+    tables = ("routed", "scores")
+    if problems := [dataset for role, dataset in inputs.items() if role not in tables]:
         context = sampling_engine(config.sampler, config.policy).context()
         for dataset in problems:
             require_room(dataset, config.policy, context, config.prompt, limit)
@@ -156,15 +172,19 @@ def _run(
     follows = sampling_engine(config.sampler, config.policy).follows
     if config.online.steps and not follows and ranks.shards(policy.compute_dtype):
         whole = SamplingCopy(policy, skeleton(policy.model))
+    taught_by = None
+    if (other := config.teacher.model) is not None and config.schedule.w0:
+        taught_by = load_teacher(teacher_files(other), policy, ranks, other.trust_remote_code)
     ranks.wait()  # loading takes some longer than others
-    trainer = Trainer(policy, config, ranks)
+    trainer = Trainer(policy, config, ranks, taught_by)
+    del taught_by
     resumed = resume(trainer, target.local_path("checkpoints"))
     if resumed is not None and ranks.first:
         prune_checkpoints(resumed, config.checkpoints_kept)
     offline = online = validation = None
     if config.offline.steps:
         known = policy.model.get_input_embeddings().num_embeddings
-        offline = OfflineReader(inputs["routed"], config, known, ranks)
+        offline = OfflineReader(inputs["routed"], config, known, ranks, inputs.get("scores"))
     if config.online.steps:
         trained = Trained(policy, trainer.student)
         online = OnlineTables(config, store, target, inputs, trained, ranks, whole)
@@ -208,7 +228,7 @@ def _check_routed(config: TrainConfig, routed: Dataset, vocabulary: str) -> None
 def _check_signal(config: TrainConfig, routed: Dataset) -> None:
     """Raises InputError if no offline step could change a weight."""
     rewarded = config.loss.grpo
-    taught = kl_weight(0, config.schedule) > 0
+    taught = any(kl_weight(step, config.schedule) > 0 for step in range(config.offline.steps))
     for part in range(routed.parts):
         table = routed.read_part(part, ["advantage", "route"])
         if rewarded and np.count_nonzero(table["advantage"].to_numpy()):

@@ -48,16 +48,16 @@ def _check_settings(config: TrainConfig) -> None:
             )
     if config.loss.top_k is not None:
         raise InputError(
-            "loss.top_k: is of the student's likeliest tokens, and scores have the teacher's; leave "
-            "it null with teacher.scores"
+            "loss.top_k: is of the student's likeliest tokens, and scores have the teacher's; "
+            "leave it null with teacher.scores"
         )
     last = config.offline.steps + config.online.steps
     taught = [s for s in range(config.offline.steps, last) if kl_weight(s, config.schedule) > 0]
     if taught:
         raise InputError(
-            f"teacher.scores: hold the rollouts of the routed dataset alone, and online step "
-            f"{taught[0]} has λ = {kl_weight(taught[0], config.schedule):.3g} > 0; let λ reach 0 in "
-            f"the {config.offline.steps} offline steps (schedule.hold_steps, decay_steps), or "
+            "teacher.scores: hold the rollouts of the routed dataset alone, and online step "
+            f"{taught[0]} has λ = {kl_weight(taught[0], config.schedule):.3g} > 0; let λ reach 0 "
+            f"in the {config.offline.steps} offline steps (schedule.hold_steps, decay_steps), or "
             "train the online steps in a run of their own"
         )
 

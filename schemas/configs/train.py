@@ -53,6 +53,22 @@ class TeacherConfig(Config):
         gt=0,
     )
 
+    @model_validator(mode="after")
+    def _own_weights(self) -> "TeacherConfig":
+        if self.model is None:
+            return self
+        if self.sync != "frozen":
+            raise ValueError(
+                f"teacher.model has weights of its own, and sync is {self.sync}; set sync=frozen, "
+                "or model=null"
+            )
+        if (self.model.device, self.model.precision) != ("auto", "auto"):
+            raise ValueError(
+                "teacher.model computes where and how the policy does; leave its device and "
+                "precision at auto"
+            )
+        return self
+
 
 class GateConfig(Config):
     """A factor of a routed token's weight, from one signal x of it.
