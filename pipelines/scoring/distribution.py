@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ...trace.fused_torch import BUFFER_BYTES, buffer_rows, floored, project, wide
+from ...trace.fused_call import floored, wide
+from ...trace.fused_torch import BUFFER_BYTES, buffer_rows, project
 from ...trace.losses import Head
 from ...trace.scores import NOTHING
 from .engine import Scored
