@@ -12,9 +12,10 @@ import pyarrow.compute as pc
 
 from .contract import described, list_of, make_contract
 from .labels import (
+    TYPE_LABELS,
     AnnotationStatus,
     AnswerKind,
-    DiagnosticType,
+    ErrorType,
     FinishReason,
     Route,
     SpanKind,
@@ -37,7 +38,10 @@ _CORRECT = described(
     "correct", _bool, "Whether the final answer equals the gold answer; null if unscored.", True
 )
 _TYPE = described(
-    "diagnostic_type", _string, "One label of DiagnosticType; null without spans.", True
+    "diagnostic_type",
+    _string,
+    "One label of DiagnosticType, or of ErrorType for a wrong response; null without spans.",
+    True,
 )
 _POLICY = [
     described("policy_name", _string, "Name of the policy that sampled the response."),
@@ -123,6 +127,33 @@ def _uncompared(table: pa.Table) -> Any:
         compared = pc.list_flatten(routes).to_numpy() == int(Route.REWEIGHT)
         mask[rows[pc.list_parent_indices(routes).to_numpy()[compared]]] = True
     return pa.array(mask)
+
+
+_NO_MISTAKE = (
+    "diagnostic_type",
+    "names a mistake, and the response is right or has key spans; give it a label of "
+    "DiagnosticType",
+)
+
+
+def _mistakes(table: pa.Table) -> Any:
+    """Rows whose label names a mistake."""
+    return pc.is_in(table["diagnostic_type"], value_set=pa.array([str(x) for x in ErrorType]))
+
+
+def _mistake_in_right(table: pa.Table) -> Any:
+    """Rows of right responses whose label names a mistake."""
+    return pc.and_(_mistakes(table), pc.is_in(table["correct"], value_set=pa.array([True])))
+
+
+def _mistake_in_key(table: pa.Table) -> Any:
+    """Rows with a key span whose label names a mistake."""
+    spans: Any = table["spans"].combine_chunks()
+    kinds: Any = pc.struct_field(pc.list_flatten(spans), "kind")
+    keys = pc.is_in(kinds, value_set=pa.array([str(SpanKind.KEY)]))
+    mask = np.zeros(len(table), dtype=bool)
+    mask[pc.list_parent_indices(spans).filter(keys).to_numpy()] = True
+    return pc.and_(_mistakes(table), pa.array(mask))
 
 
 PROBLEMS = make_contract(
@@ -301,7 +332,7 @@ ANNOTATIONS = make_contract(
     ],
     "rollout_id",
     optional=("reflection",),
-    labels={"status": AnnotationStatus, "diagnostic_type": DiagnosticType},
+    labels={"status": AnnotationStatus, "diagnostic_type": TYPE_LABELS},
     nested_labels={("spans", "kind"): SpanKind},
     faults=(
         (
@@ -316,6 +347,8 @@ ANNOTATIONS = make_contract(
             "its segments, or a null",
             misplaced_spans,
         ),
+        (*_NO_MISTAKE, _mistake_in_right),
+        (*_NO_MISTAKE, _mistake_in_key),
     ),
 )
 
@@ -380,7 +413,7 @@ ROUTED = make_contract(
     ],
     "rollout_id",
     optional=("contrast_contexts",),
-    labels={"diagnostic_type": DiagnosticType},
+    labels={"diagnostic_type": TYPE_LABELS},
     codes={"route": Route},
     same_length=(("token_ids", "logprobs", "route", "span_id"),),
     ranges=_TOKEN_RANGES | {"reward": (-_MOST, _MOST), "advantage": (-_MOST, _MOST)},
@@ -399,6 +432,7 @@ ROUTED = make_contract(
             "the column",
             _uncompared,
         ),
+        (*_NO_MISTAKE, _mistake_in_right),
     ),
 )
 

@@ -158,4 +158,3 @@ def buffer_rows(hidden: torch.Tensor, head: Head, budget: dict[str, int]) -> int
     """Rows of logits within a device's budget of bytes."""
     row_bytes = len(head.weight) * torch.finfo(wide(hidden)).bits // 8
     return max(2, budget.get(hidden.device.type, budget["cuda"]) // row_bytes)
-

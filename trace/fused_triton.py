@@ -19,8 +19,8 @@ import torch
 
 from ..schemas.labels import Route
 from . import fused_kernels
-from .fused_kernels import TERMS, TYPES
 from .fused_call import Call, chunk_sizes, wide
+from .fused_kernels import TERMS, TYPES
 from .losses import LossOutput
 from .policy_losses import policy_loss, reweighted_advantage
 

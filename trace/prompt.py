@@ -1,7 +1,7 @@
 """Chat prompts of the student and of the teacher: the privilege boundary.
 
-TRACE's teacher prompt, `teacher_messages`, is a function of the problem and of one member of a
-closed enumeration. It takes no text, no position and no answer, so nothing else can reach the
+TRACE's teacher prompt, `teacher_messages`, is a function of the problem and of one member of
+two closed enumerations. It takes no text, no position and no answer, so nothing else can reach the
 teacher. The baselines whose teacher reads a text (an answer, a solution, a peer's response, an
 annotator's reflection: contexts.py) use `privileged_messages`. The stages that sample call
 `student_prompt`, sequences.py `teacher_chat` and `teacher_turn`.
@@ -10,17 +10,18 @@ annotator's reflection: contexts.py) use `privileged_messages`. The stages that 
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from uuid import uuid4
-
-from transformers import PreTrainedTokenizerBase
 
 from ..schemas.configs import PromptConfig
 from ..schemas.errors import InputError
-from ..schemas.labels import DiagnosticType
+from ..schemas.labels import WORDS, TypeLabel, type_label
 from .chat_template import render_template
 from .contexts import NO_CONTEXT
 from .protocols import Prompt
+
+if TYPE_CHECKING:  # stage convert starts without it
+    from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
 
@@ -30,14 +31,18 @@ def student_messages(config: PromptConfig, problem: str) -> Messages:
     return _messages(config, config.student.format(problem=problem))
 
 
-def teacher_messages(
-    config: PromptConfig, problem: str, diagnostic_type: DiagnosticType
-) -> Messages:
+def teacher_messages(config: PromptConfig, problem: str, diagnostic_type: TypeLabel) -> Messages:
     """The same conversation with the label, which is all that the teacher sees besides the
-    problem.
+    problem: its name, or the words that belong to it.
+
+    Raises:
+        ValueError: no member of DiagnosticType or ErrorType.
     """
-    label = DiagnosticType(diagnostic_type).value
-    return _messages(config, config.teacher.format(problem=problem, diagnostic_type=label))
+    label = type_label(diagnostic_type)
+    user = config.teacher.format(
+        problem=problem, diagnostic_type=label.value, diagnosis=WORDS[label]
+    )
+    return _messages(config, user)
 
 
 def privileged_messages(config: PromptConfig, problem: str, context: str) -> Messages:
@@ -54,17 +59,17 @@ def teacher_chat(
     student's own conversation.
 
     Raises:
-        ValueError: neither a context nor a label of DiagnosticType.
+        ValueError: neither a context nor a label of DiagnosticType or ErrorType.
     """
     if teacher_context == NO_CONTEXT:
         return student_messages(config, problem)
     if teacher_context is not None:
         return privileged_messages(config, problem, teacher_context)
-    return teacher_messages(config, problem, DiagnosticType(diagnostic_type))
+    return teacher_messages(config, problem, type_label(diagnostic_type))
 
 
 def student_prompt(
-    tokenizer: PreTrainedTokenizerBase | None, config: PromptConfig, problem: str
+    tokenizer: "PreTrainedTokenizerBase | None", config: PromptConfig, problem: str
 ) -> Prompt:
     """The student's prompt, with token ids if there is a tokenizer."""
     messages = student_messages(config, problem)
@@ -75,7 +80,7 @@ def student_prompt(
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, thinking: bool | None = None
+    tokenizer: "PreTrainedTokenizerBase", messages: Messages, thinking: bool | None = None
 ) -> list[int]:
     """Token ids of a conversation up to where the assistant's turn begins.
 
@@ -115,7 +120,7 @@ class TeacherTurn(NamedTuple):
     first_token: bool
 
 
-def teacher_turn(tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> TeacherTurn:
+def teacher_turn(tokenizer: "PreTrainedTokenizerBase", config: PromptConfig) -> TeacherTurn:
     """The beginning of the teacher's turn under `prompt.teacher_thinking`.
 
     A response goes on from the student's prompt, so the teacher's prompt has to end where it
@@ -154,7 +159,7 @@ def _cut_spelled(text: str, tokens: Sequence[str], cut: str) -> str:
 
 @lru_cache(maxsize=4)
 def _control_tokens(
-    tokenizer: PreTrainedTokenizerBase, template: str
+    tokenizer: "PreTrainedTokenizerBase", template: str
 ) -> tuple[list[str], list[str]]:
     """The tokens that no message may write, and those that no user's message may write.
 

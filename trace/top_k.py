@@ -40,9 +40,7 @@ def with_rest(logprobs: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
 
 def masses(support: Support) -> tuple[torch.Tensor, torch.Tensor]:
     """p and q of the k + 1 entries, exactly 0 where the logarithm is FLOOR."""
-    p, q = (
-        torch.exp(x).masked_fill(x == FLOOR, 0.0) for x in (support.log_p, support.log_q)
-    )
+    p, q = (torch.exp(x).masked_fill(x == FLOOR, 0.0) for x in (support.log_p, support.log_q))
     return p, q
 
 

@@ -20,11 +20,11 @@ from ...schemas.configs import ConvertConfig
 from ...schemas.errors import InputError, RowFault
 from ...schemas.labels import AnnotationStatus, Route
 from ...schemas.tables import ANNOTATIONS, ROUTED, SCORES
-from ...trace.align import ByteTable, byte_table
-from ...trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
 from ...trace.responses import to_numpy
-from ...trace.route import needs_annotations, require_rule, rule_source
+from ...trace.route import needs_annotations, require_rule, require_scores, rule_source
 from ...trace.routed import routed_table
+from ...trace.rules import RULES, SCORED
+from ...trace.vocabulary import Vocabulary, load_vocabulary
 from ..models import resolve_policy
 from ..samplers.trainable import require_trainable
 from ..samplers.vocabulary import check_token_ids, check_vocabulary
@@ -60,7 +60,9 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
         "problems": rollouts.input("problems"),
     }
     pieces = [piece.hex() for piece in vocabulary.pieces.pieces]
-    if config.scores is not None:
+    if config.scores is None:
+        require_scores(config.routing, None)
+    else:
         inputs["scores"] = _scores(config, store, rollouts)
     semantic: dict[str, Any] = {
         "routing": config.routing.semantic(),
@@ -92,27 +94,11 @@ def _scores(config: ConvertConfig, store: Store, rollouts: Dataset) -> Dataset:
             f"dataset {scores.ref}: scores rollouts {theirs}, and these annotations are of "
             f"{rollouts.ref}; score a routed dataset of the same rollouts"
         )
-    columns = [name for name in SCORES.optional if _has(scores, name)]
-    require_scores(config.routing, columns)
+    require_scores(config.routing, scores.read_part(0).column_names)
     return scores
 
 
-def _has(scores: Dataset, column: str) -> bool:
-    """Whether a scores dataset has an optional column."""
-    return column in scores.read_part(0).column_names
-
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    """What a policy's tokens are: their bytes, the tokenizer's fingerprint, the model's number of
-    ids."""
-
-    pieces: ByteTable
-    fingerprint: str
-    size: int
-
-
-def _vocabulary(config: ConvertConfig) -> _Vocabulary:
+def _vocabulary(config: ConvertConfig) -> Vocabulary:
     path = resolve_policy(config.policy.path, weights=False)
     state = tuple(
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
@@ -123,11 +109,15 @@ def _vocabulary(config: ConvertConfig) -> _Vocabulary:
 
 
 @lru_cache(maxsize=1)
-def _load_vocabulary(path: str, trust_remote_code: bool, state: Any) -> _Vocabulary:
+def _load_vocabulary(path: str, trust_remote_code: bool, state: Any) -> Vocabulary:
     """state: changes with the folder's files."""
-    tokenizer = load_tokenizer(path, trust_remote_code)
-    pieces, size = byte_table(tokenizer), vocab_size(path, trust_remote_code)
-    return _Vocabulary(pieces, vocab_fingerprint(tokenizer), size)
+    vocabulary = load_vocabulary(path, trust_remote_code)
+    if vocabulary.size is None:
+        raise InputError(
+            f"policy {path}: its config.json names no number of token ids (vocab_size); give the "
+            "folder of the model that sampled"
+        )
+    return vocabulary
 
 
 def _check_annotator(annotations: Dataset) -> None:
@@ -207,13 +197,14 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
     config: ConvertConfig = plan.config
     require_rule(config.routing.rule, plan.semantic.get("rule"), content_hash)
     vocabulary = _vocabulary(config)
-    roles = ("problems", "rollouts", "verdicts", "annotations")
+    assert vocabulary.size is not None, "_load_vocabulary checks it"
+    size, roles = vocabulary.size, ("problems", "rollouts", "verdicts", "annotations")
 
     def make(part: int) -> pa.Table:
         problems, rollouts, verdicts, annotations = (
             plan.inputs[role].read_part(part) for role in roles
         )
-        check_token_ids(rollouts, vocabulary.size, f"{plan.inputs['rollouts'].ref}, part {part}")
+        check_token_ids(rollouts, size, f"{plan.inputs['rollouts'].ref}, part {part}")
         scores = plan.inputs.get("scores")
         scored = None if scores is None else scores.read_part(part)
         try:

@@ -186,7 +186,7 @@ def _run(
         known = policy.model.get_input_embeddings().num_embeddings
         offline = OfflineReader(inputs["routed"], config, known, ranks, inputs.get("scores"))
     if config.online.steps:
-        trained = Trained(policy, trainer.student)
+        trained = Trained(policy, trainer.student, config.loss.fp32_logits)
         online = OnlineTables(config, store, target, inputs, trained, ranks, whole)
         if config.validation is not None:
             names = config.validation.problems

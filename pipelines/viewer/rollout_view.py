@@ -5,11 +5,13 @@ view.py and report_page.py send it to the page as JSON; `trace-opd show` prints 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ...data.store import Dataset
+from ...trace.align import ByteTable
+from ...trace.vocabulary import Vocabulary
 from ..terminal import visible
 from .paint import (
     CharPaint,
@@ -24,9 +26,6 @@ from .rollout_index import build_index
 from .rollout_tables import Tables, routing_rule
 from .row_reader import RowReader
 from .side_by_side import ComparedPiece, compare_marks
-
-if TYPE_CHECKING:
-    from ...trace.align import ByteTable
 
 _COLUMNS = {
     "routed": (
@@ -114,7 +113,7 @@ class RolloutReader:
     def __init__(
         self,
         tables: Tables,
-        bytes_of: "tuple[ByteTable, str] | None" = None,
+        vocabulary: Vocabulary | None = None,
         against: Dataset | None = None,
     ) -> None:
         datasets = tables.by_role | ({"against": against} if against is not None else {})
@@ -123,13 +122,13 @@ class RolloutReader:
             for role, dataset in datasets.items()
         }
         self._rule = routing_rule(tables)
-        self._bytes_of = bytes_of
+        self._vocabulary = vocabulary
 
     def read(self, rows: Mapping[str, np.ndarray]) -> list[RolloutView]:
         """Rollouts by their row number in the table of each role; −1 if the table has no row."""
         found = {role: reader.rows(rows[role]) for role, reader in self._readers.items()}
         return [
-            _view({role: column[i] for role, column in found.items()}, self._rule, self._bytes_of)
+            _view({role: column[i] for role, column in found.items()}, self._rule, self._vocabulary)
             for i in range(len(rows["rollouts"]))
         ]
 
@@ -146,21 +145,21 @@ def rollout_data(view: RolloutView) -> dict[str, Any]:
 
 
 def load_rollouts(
-    tables: Tables, ids: Sequence[str], bytes_of: "tuple[ByteTable, str] | None"
+    tables: Tables, ids: Sequence[str], vocabulary: Vocabulary | None
 ) -> list[RolloutView]:
     """The rollouts with these ids, by policy step, then group, then sample."""
-    return RolloutReader(tables, bytes_of).read(build_index(tables, ids=ids).rows)
+    return RolloutReader(tables, vocabulary).read(build_index(tables, ids=ids).rows)
 
 
-def _view(row: dict[str, Any], rule: str, bytes_of: "tuple[ByteTable, str] | None") -> RolloutView:
+def _view(row: dict[str, Any], rule: str, vocabulary: Vocabulary | None) -> RolloutView:
     """row: the rollout's row in each table by role; None if a table has no row."""
     rollout, verdict, problem = row["rollouts"], row["verdicts"], row["problems"]
     # Online steps without a KL term are not annotated.
     annotation = row.get("annotations") or _NO_ANNOTATION
     routed = row.get("routed")
     spans, segments = annotation["spans"], annotation["segments"]
-    known = bytes_of is not None and bytes_of[1] == rollout["vocab_fingerprint"]
-    table = bytes_of[0] if bytes_of and known else None
+    known = vocabulary is not None and vocabulary.fingerprint == rollout["vocab_fingerprint"]
+    table = vocabulary.pieces if vocabulary and known else None
     painted = _paint(rollout, annotation, routed, rule, table)
     return RolloutView(
         id=rollout["rollout_id"],
@@ -226,7 +225,7 @@ def _spans(annotation: dict, span_id: np.ndarray | None) -> list[SpanView]:
 
 
 def _paint(
-    rollout: dict, annotation: dict, routed: dict | None, rule: str, table: "ByteTable | None"
+    rollout: dict, annotation: dict, routed: dict | None, rule: str, table: ByteTable | None
 ) -> CharPaint:
     length, spans = len(rollout["response"]), annotation["spans"]
     segments = annotation["segments"]

@@ -59,6 +59,16 @@ class NoAnnotator(Config):
     engine: Literal["none"] = Field(description="Annotation engine.")
 
 
+ERROR_TYPES = (
+    "Error spans get a label of ErrorType, which names a mistake; false: of DiagnosticType, as key "
+    "spans."
+)
+REFLECTION = (
+    "Also ask for a corrective idea about each wrong response, without the final answer, for "
+    "routing.teacher_context reflection."
+)
+
+
 class RuleAnnotator(Config):
     engine: Literal["rule"] = Field(description="Annotation engine.")
     name: str = Field(default="rule", description="Name recorded with each annotation.")
@@ -78,6 +88,8 @@ class RuleAnnotator(Config):
     wrong_types: float = Field(
         default=0.0, ge=0, le=1, description="Share of type labels replaced by another one."
     )
+    error_types: bool = added(False, ERROR_TYPES)
+    reflection: bool = added(False, REFLECTION)
 
 
 class AnnotatorPrompt(Config):
@@ -94,6 +106,8 @@ class AnnotatorPrompt(Config):
     corrective_turns: int = Field(
         default=1, ge=0, description="Second chances for an invalid answer."
     )
+    error_types: bool = added(False, ERROR_TYPES)
+    reflection: bool = added(False, REFLECTION)
 
 
 class SelfAnnotator(AnnotatorPrompt):

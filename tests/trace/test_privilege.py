@@ -39,7 +39,13 @@ from trace_opd.schemas.configs import (
 )
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.labels import DiagnosticType, TeacherContext
+from trace_opd.schemas.labels import (
+    TYPE_LABELS,
+    WORDS,
+    DiagnosticType,
+    ErrorType,
+    TeacherContext,
+)
 from trace_opd.schemas.tables import (
     ANNOTATIONS,
     PROBLEMS,
@@ -74,6 +80,7 @@ PLANTS: dict[str, Callable[[Row], Row]] = {
     "error": lambda _: {"error": f"the answer is {SECRET}"},
     "annotator's name": lambda _: {"annotator_name": SECRET},
     "annotator's model": lambda _: {"annotator_model": SECRET},
+    "reflection": lambda _: {"reflection": f"the answer is {SECRET}"},
     "prompt version": lambda _: {"prompt_version": SECRET},
     "span text": in_spans(text=SECRET),
     "span offsets": in_spans(start=27182818, end=27182819),
@@ -83,7 +90,6 @@ PLANTS: dict[str, Callable[[Row], Row]] = {
         "cost_usd": 27182818.0,
         "latency_s": 2718.0,
     },
-    "reflection": lambda _: {"reflection": f"the answer is {SECRET}"},
 }
 
 
@@ -286,6 +292,28 @@ def test_the_comparison_detects_what_the_teacher_sees(path, plain, tmp_path):
     assert not any(SECRET in tokenizer.decode(ids) for ids in labelled)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_the_name_of_a_mistake_reaches_the_teacher_and_nothing_else_does(path, plain, tmp_path):
+    rows = [
+        row if row["correct"] else row | {"diagnostic_type": ErrorType.OMITTED_CASE}
+        for row in tables().planted("raw answer", "error", "reflection", "span text").to_pylist()
+    ]
+    named = PATHS[path](ANNOTATIONS.table(rows), tmp_path)
+    tokenizer = load_tokenizer(resolve_policy("micro"))
+    texts = [tokenizer.decode(ids) for ids in named]
+    assert any("hint: omitted_case" in text for text in texts)
+    assert not any(SECRET in text for text in texts)
+    assert len(named) == len(plain[path])
+
+
+@pytest.mark.parametrize("label", TYPE_LABELS)
+def test_the_words_of_a_label_are_all_that_a_diagnosis_adds(label):
+    template = PromptConfig(student="{problem}", teacher="{problem} ({diagnosis})")
+    (message,) = prompt.teacher_messages(template, "1+2", label)
+    assert message["content"] == f"1+2 ({WORDS[label]})"
+    assert prompt.teacher_messages(template, "1+2", label.value) == [message]
+
+
 # --- what a teacher may see, by context ---
 
 
@@ -297,6 +325,8 @@ def four_rollouts() -> tuple[pa.Table, pa.Table, pa.Table]:
     for table in (known.rollouts, known.verdicts, known.annotations):
         rows = table.to_pylist()
         more = [row | {"rollout_id": row["rollout_id"] + "b"} for row in rows]
+        if "spans" in table.column_names:
+            rows, more = ([row | {"reflection": "look again"} for row in x] for x in (rows, more))
         if "sample_index" in table.column_names:
             more = [row | {"sample_index": row["sample_index"] + 2} for row in more]
         twice.append([*rows, *more])
@@ -346,8 +376,12 @@ def plant(column: str) -> Replaced:
 
 
 COLUMNS = ("answer", "solution", "reflection")
-SHOWN = {"answer": "answer", "solution": "solution", "other_solution": "solution",
-         "reflection": "reflection"}
+SHOWN = {
+    "answer": "answer",
+    "solution": "solution",
+    "other_solution": "solution",
+    "reflection": "reflection",
+}
 
 
 @pytest.mark.parametrize("column", COLUMNS)
@@ -358,9 +392,7 @@ def test_a_teacher_sees_a_text_only_if_its_context_names_it(context, column):
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-@pytest.mark.parametrize(
-    "contrast", [c for c in TeacherContext if c != TeacherContext.TYPE]
-)
+@pytest.mark.parametrize("contrast", [c for c in TeacherContext if c != TeacherContext.TYPE])
 def test_the_contrasts_text_reaches_the_contrast_alone(contrast, column):
     """The type's teacher sees none of it; the contrast sees what its own context names."""
     routing = RoutingConfig(key="reweight", error="reweight", contrast_context=contrast)
@@ -385,14 +417,14 @@ def test_under_the_type_no_field_that_annotators_fill_changes_the_teachers_promp
 # --- no other path exists ---
 
 
-def test_the_teachers_label_is_a_member_of_the_enumeration_by_type_and_by_check():
+def test_the_teachers_label_is_a_member_of_an_enumeration_by_type_and_by_check():
     hints = typing.get_type_hints(prompt.teacher_messages)
     assert list(inspect.signature(prompt.teacher_messages).parameters) == [
         "config",
         "problem",
         "diagnostic_type",
     ]
-    assert hints["diagnostic_type"] is DiagnosticType
+    assert typing.get_args(hints["diagnostic_type"]) == (DiagnosticType, ErrorType)
     with pytest.raises(ValueError, match="is not a valid DiagnosticType"):
         prompt.teacher_messages(PROMPT, "1+2", typing.cast(DiagnosticType, SECRET))
     rows = [row | {"diagnostic_type": SECRET} for row in tables().annotations.to_pylist()]

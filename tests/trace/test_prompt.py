@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.schemas.configs import Example, PromptConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.labels import DiagnosticType
+from trace_opd.schemas.labels import DiagnosticType, TypeLabel
 from trace_opd.trace.policy import load_tokenizer
 from trace_opd.trace.prompt import (
     privileged_messages,
@@ -67,7 +67,7 @@ def test_a_text_that_is_no_label_cannot_reach_the_teacher(text):
 def test_the_teachers_prompt_has_no_parameter_for_anything_but_problem_and_label():
     parameters = inspect.signature(teacher_messages).parameters
     assert list(parameters) == ["config", "problem", "diagnostic_type"]
-    assert typing.get_type_hints(teacher_messages)["diagnostic_type"] is DiagnosticType
+    assert typing.get_type_hints(teacher_messages)["diagnostic_type"] == TypeLabel
 
 
 def test_a_template_can_ask_for_nothing_but_problem_and_label():

@@ -33,7 +33,7 @@ from trace_opd.pipelines.viewer.paint import (
     paint_tokens,
     pieces,
 )
-from trace_opd.pipelines.viewer.rollout_tables import choose_groups, load_policy_tokenizer
+from trace_opd.pipelines.viewer.rollout_tables import choose_groups, policy_vocabulary
 from trace_opd.pipelines.viewer.training_curves import charts
 from trace_opd.schemas.configs import ReportConfig, RoutingConfig
 from trace_opd.schemas.errors import InputError
@@ -445,7 +445,7 @@ def test_the_environment_alone_runs_no_code_of_a_tokenizer(tmp_path, tokenizer, 
     run = make_run(tmp_path, tokenizer, [["ab\ncd\n"]], with_code=True)
     policy = run.routed.manifest["config"]["policy"] | {"trust_remote_code": False}
     with pytest.raises(InputError, match="trust_remote_code"):
-        load_policy_tokenizer(policy)
+        policy_vocabulary(policy)
     assert not (tmp_path / "sprung").exists()
 
 
