@@ -381,8 +381,8 @@ ROUTED = make_contract(
         described(
             "span_id",
             list_of(pa.int16()),
-            "Rank of the span that a token is routed for, −1 for none; rules all, random and "
-            "inverted have a single span 0, which is not the annotator's.",
+            "Rank of the span that a token is routed for, −1 for none; rules that follow no span "
+            "have a single span 0, which is not the annotator's.",
         ),
         _TYPE,
         described(
@@ -394,8 +394,8 @@ ROUTED = make_contract(
         described(
             "coverage",
             _float32,
-            "Share of response tokens with a span; at most α except for rule all and your own "
-            "rules.",
+            "Share of response tokens with a span; at most α except for rules all and "
+            "from_first_span and your own.",
         ),
         described(
             "dropped_tokens",
