@@ -41,8 +41,8 @@ class SequenceScores:
 def joined(routed: pa.Table, scores: pa.Table) -> pa.Table:
     """The routed rows with the scores of their routed tokens, as the columns JOINED.
 
-    The scores may hold more rows and more positions, as those of rule all do. They lack a first
-    token that the teacher can't teach (`prompt.teacher_turn`), which is then GRPO's.
+    The scores may hold more rows and more positions, as those of rule all do. Where the teacher
+    can't teach first tokens (`prompt.teacher_turn`) they lack them all, which are then GRPO's.
 
     Raises:
         RowFault: a row with routed tokens that has no scores, or none at one of these tokens, or
@@ -52,6 +52,7 @@ def joined(routed: pa.Table, scores: pa.Table) -> pa.Table:
     positions = ragged(scores["positions"])
     columns = [ragged(scores[name]) for name in _SCORED]
     routes = ragged(routed["route"])
+    teaches_first = bool((positions.values.to_numpy() == 0).any())
     parts: list[list[np.ndarray]] = [[] for _ in JOINED]
     counts, k = [], 0
     for row, rollout_id in enumerate(routed["rollout_id"].to_pylist()):
@@ -61,7 +62,7 @@ def joined(routed: pa.Table, scores: pa.Table) -> pa.Table:
             if (place := places.get(rollout_id)) is None:
                 raise RowFault("has no scores; score the routed dataset itself", "", rollout_id)
             known = _row(positions, place)
-            if wanted[0] == 0 and (not len(known) or known[0] != 0):
+            if wanted[0] == 0 and not teaches_first:
                 wanted = wanted[1:]
             count = len(wanted)
         if count:

@@ -167,11 +167,18 @@ def test_a_first_token_without_scores_is_grpos():
         ([row("a", [1])], "rollout a: its routed token 2 has no scores"),
         ([row("a", [0, 1])], "rollout a: its routed token 2 has no scores"),
         ([row("a", [])], "rollout a: its routed token 1 has no scores"),
+        ([row("a", [2]), row("b", [0])], "rollout a: its routed token 1 has no scores"),
     ],
 )
 def test_a_routed_token_without_scores_is_named(scored, message):
     with pytest.raises(RowFault, match=message):
         joined(routes(a=[0, 1, 1]), SCORES.table(scored))
+
+
+def test_a_first_token_is_missed_where_others_have_theirs():
+    given = SCORES.table([row("a", [1]), row("b", [0])])
+    with pytest.raises(RowFault, match="rollout a: its routed token 0 has no scores"):
+        joined(routes(a=[1, 1], b=[1, 0]), given)
 
 
 def test_two_numbers_of_likeliest_tokens_are_refused():
