@@ -106,6 +106,10 @@ class StudyConfig(Config):
             raise ValueError(f"splits.{taken[0]} is the name of {_OWN[taken[0]]}; give it another")
         if self.train.validation is None:
             raise ValueError("train.validation is null, but a study needs its results; set it")
+        if self.train.stop_on_collapse:
+            raise ValueError(
+                "train.stop_on_collapse is true, but a study compares complete runs; leave it false"
+            )
         if self.tuning is not None and self.tuning.seed in self.seeds:
             raise ValueError("tuning.seed is one of seeds; tuning needs a seed of its own")
         first = next(iter(self.ablations.values()))
