@@ -159,6 +159,7 @@ micro: setup  ## train the bundled micro policy again
 
 docs: setup  ## build the documentation site in site/, strict
 	$(BIN)/python .ci/commands.py
+	$(BIN)/python .ci/presets.py
 	@# Without --quiet, under which mkdocs counts no warnings.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

@@ -64,6 +64,7 @@ def make_case(base_url: str) -> dict[str, Any]:
     from trace_opd.pipelines.annotators.prompting import ask, load_prompt
     from trace_opd.pipelines.annotators.rows import items
     from trace_opd.schemas.configs import SegmentConfig
+    from trace_opd.schemas.labels import SpanKind
 
     prompt = load_prompt()
     responses = [response_of(number) for number in range(WARM_UP + REQUESTS)]
@@ -74,7 +75,7 @@ def make_case(base_url: str) -> dict[str, Any]:
         "concurrency": CONCURRENCY,
         "model": MODEL,
         "max_new_tokens": MAX_NEW_TOKENS,
-        "schema": prompt.schema,
+        "schema": prompt.schemas[SpanKind.ERROR],
         "warm_up": questions[:WARM_UP],
         "measured": questions[WARM_UP:],
     }

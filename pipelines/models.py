@@ -5,10 +5,15 @@ plan.
 import os
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..schemas.configs import PolicyConfig
 from ..schemas.environment import cache_folder
 from ..schemas.errors import InputError
 from ..trace.identity import CHAT_TEMPLATES, MODEL_FILES, TRAINER_FILE, model_revision
+
+if TYPE_CHECKING:
+    from ..trace.other_teacher import TeacherFiles
 
 MICRO = Path(__file__).parents[1] / "data" / "micro"
 
@@ -50,6 +55,20 @@ def resolve_policy(path: str, weights: bool = True, download: bool = True) -> st
             "smollm2"
         )
     return _snapshot(path, weights, download)
+
+
+def teacher_files(model: PolicyConfig) -> "TeacherFiles":
+    """The folders of `teacher.model`: a policy's, or one of adapters with that of their base.
+
+    Raises:
+        InputError: no such path or hub id.
+    """
+    from ..trace.other_teacher import TeacherFiles, adapters_base  # imports torch
+
+    base = adapters_base(model.path)
+    if base is None:
+        return TeacherFiles(resolve_policy(model.path))
+    return TeacherFiles(resolve_policy(base), str(Path(model.path).resolve()))
 
 
 def served_model(name: str) -> tuple[str, str] | None:

@@ -26,18 +26,18 @@ _NO_CAST = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError)
 class TableContract:
     """A table's name, version, Arrow schema and row id, and its rules beyond types.
 
-    labels: string columns with values of an enumeration; codes: the same for lists of integers;
-    nested_labels: for strings in lists of structs, by (column, field); same_length: columns of
-    lists of equal length; ranges: (least, most) of finite numbers, or of lists of them; filled:
-    lists that are never empty; optional: columns that a table may lack; faults: (column, what is
-    wrong, function that returns a mask of wrong rows).
+    labels: string columns with values of an enumeration, or of several; codes: the same for lists
+    of integers; nested_labels: for strings in lists of structs, by (column, field); same_length:
+    columns of lists of equal length; ranges: (least, most) of finite numbers, or of lists of them;
+    filled: lists that are never empty; optional: columns that a table may lack; faults: (column,
+    what is wrong, function that returns a mask of wrong rows).
     """
 
     name: str
     version: int
     schema: pa.Schema
     row_id: str
-    labels: dict[str, type[StrEnum]] = dataclasses.field(default_factory=dict)
+    labels: dict[str, Iterable[StrEnum]] = dataclasses.field(default_factory=dict)
     codes: dict[str, type[IntEnum]] = dataclasses.field(default_factory=dict)
     nested_labels: dict[tuple[str, str], type[StrEnum]] = dataclasses.field(default_factory=dict)
     same_length: tuple[tuple[str, ...], ...] = ()

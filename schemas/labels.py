@@ -1,5 +1,7 @@
 """Closed enumerations: every label in tables, configs and prompts. All rooms use them."""
 
+import hashlib
+import json
 from enum import IntEnum, StrEnum
 from typing import Any
 
@@ -53,7 +55,10 @@ class SpanKind(StrEnum):
 
 
 class DiagnosticType(StrEnum):
-    """The coarse type of a key or error span: the only privileged input of TRACE's teacher."""
+    """The coarse type of a key span, and of an error span in tables without ErrorType.
+
+    A member of this or of ErrorType is the only privileged input of TRACE's teacher.
+    """
 
     CASE_ANALYSIS = "case_analysis"
     ALGEBRA_MANIPULATION = "algebra_manipulation"
@@ -67,6 +72,101 @@ class DiagnosticType(StrEnum):
     SETUP = "setup"
     FINAL_ANSWER = "final_answer"
     OTHER = "other"
+
+
+class ErrorType(StrEnum):
+    """The coarse type of an error span: each member names a mistake.
+
+    The paper's example is an omitted case (arXiv 2605.10194); the other members are our choice. No
+    value is one of DiagnosticType's, so a label says which enumeration it belongs to.
+    """
+
+    OMITTED_CASE = "omitted_case"
+    ALGEBRA_SLIP = "algebra_slip"
+    ARITHMETIC_SLIP = "arithmetic_slip"
+    MISAPPLIED_THEOREM = "misapplied_theorem"
+    MISCOUNT = "miscount"
+    WRONG_SIGN_OR_BOUND = "wrong_sign_or_bound"
+    WRONG_UNIT_OR_DOMAIN = "wrong_unit_or_domain"
+    WRONG_SUBSTITUTION = "wrong_substitution"
+    INVALID_INFERENCE = "invalid_inference"
+    MISREAD_PROBLEM = "misread_problem"
+    WRONG_SETUP = "wrong_setup"
+    WRONG_FINAL_ANSWER = "wrong_final_answer"
+    OTHER_MISTAKE = "other_mistake"
+
+
+TypeLabel = DiagnosticType | ErrorType
+TYPE_LABELS: tuple[TypeLabel, ...] = (*DiagnosticType, *ErrorType)
+
+# The mistake in a step of that type, for annotators that know only the step.
+MISTAKE_IN: dict[DiagnosticType, ErrorType] = {
+    DiagnosticType.CASE_ANALYSIS: ErrorType.OMITTED_CASE,
+    DiagnosticType.ALGEBRA_MANIPULATION: ErrorType.ALGEBRA_SLIP,
+    DiagnosticType.ARITHMETIC: ErrorType.ARITHMETIC_SLIP,
+    DiagnosticType.THEOREM_APPLICATION: ErrorType.MISAPPLIED_THEOREM,
+    DiagnosticType.COUNTING: ErrorType.MISCOUNT,
+    DiagnosticType.SIGN_OR_BOUND: ErrorType.WRONG_SIGN_OR_BOUND,
+    DiagnosticType.UNIT_OR_DOMAIN: ErrorType.WRONG_UNIT_OR_DOMAIN,
+    DiagnosticType.SUBSTITUTION: ErrorType.WRONG_SUBSTITUTION,
+    DiagnosticType.LOGICAL_INFERENCE: ErrorType.INVALID_INFERENCE,
+    DiagnosticType.SETUP: ErrorType.WRONG_SETUP,
+    DiagnosticType.FINAL_ANSWER: ErrorType.WRONG_FINAL_ANSWER,
+    DiagnosticType.OTHER: ErrorType.OTHER_MISTAKE,
+}
+
+# What a label says in words: {diagnosis} of a teacher's prompt, and the annotator's instructions.
+WORDS: dict[TypeLabel, str] = {
+    DiagnosticType.CASE_ANALYSIS: "telling all cases apart",
+    DiagnosticType.ALGEBRA_MANIPULATION: "transforming an expression or equation",
+    DiagnosticType.ARITHMETIC: "calculating with numbers",
+    DiagnosticType.THEOREM_APPLICATION: "applying a theorem or formula",
+    DiagnosticType.COUNTING: "counting each object once",
+    DiagnosticType.SIGN_OR_BOUND: "keeping signs, inequalities and bounds right",
+    DiagnosticType.UNIT_OR_DOMAIN: "minding units and the range of allowed values",
+    DiagnosticType.SUBSTITUTION: "putting values or expressions in for variables",
+    DiagnosticType.LOGICAL_INFERENCE: "drawing a conclusion that follows",
+    DiagnosticType.SETUP: "turning the problem into equations or a model",
+    DiagnosticType.FINAL_ANSWER: "stating the answer that was asked for",
+    DiagnosticType.OTHER: "a decisive step of another sort",
+    ErrorType.OMITTED_CASE: "a case that is left out",
+    ErrorType.ALGEBRA_SLIP: "a wrong transformation of an expression or equation",
+    ErrorType.ARITHMETIC_SLIP: "a wrong calculation with numbers",
+    ErrorType.MISAPPLIED_THEOREM: "a theorem or formula that does not apply or is misquoted",
+    ErrorType.MISCOUNT: "objects that are counted twice or not at all",
+    ErrorType.WRONG_SIGN_OR_BOUND: "a wrong sign, or an inequality or bound the wrong way round",
+    ErrorType.WRONG_UNIT_OR_DOMAIN: "a wrong unit, or a value outside the allowed range",
+    ErrorType.WRONG_SUBSTITUTION: "a wrong value or expression put in for a variable",
+    ErrorType.INVALID_INFERENCE: "a conclusion that does not follow",
+    ErrorType.MISREAD_PROBLEM: "a condition or question of the problem that is misread or ignored",
+    ErrorType.WRONG_SETUP: "equations or a model that do not describe the problem",
+    ErrorType.WRONG_FINAL_ANSWER: "a final answer that is not what was derived or asked for",
+    ErrorType.OTHER_MISTAKE: "a mistake of another sort",
+}
+
+
+def words_sha256() -> str:
+    """SHA-256 of all labels and their words, for ids of what was made with them."""
+    words = {str(label): words for label, words in WORDS.items()}
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+
+
+def type_label(value: str | None) -> TypeLabel:
+    """The member of DiagnosticType or ErrorType with this value.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return ErrorType(value) if value in _ERRORS else DiagnosticType(value)
+
+
+def types_of(kind: SpanKind, error_types: bool) -> tuple[TypeLabel, ...]:
+    """The vocabulary of a span's kind; error_types: whether errors have one of their own."""
+    own = error_types and kind is SpanKind.ERROR
+    return tuple(ErrorType) if own else tuple(DiagnosticType)
+
+
+_ERRORS = frozenset(str(label) for label in ErrorType)
 
 
 class TeacherContext(StrEnum):

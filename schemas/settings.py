@@ -55,7 +55,7 @@ def load_config(
             if not isinstance(data, dict):
                 raise InputError(f"{path}: {section} holds no mapping; write `key: value` lines")
     if preset is not None:
-        data = _laid_over(data, preset_data(preset, model))
+        data = _laid_over(data, preset_data(preset, model, data))
     return validated(model, data, overrides or [], str(path) if path is not None else "config")
 
 

@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 
 from .contract import described, list_of, make_contract
 from .labels import (
+    TYPE_LABELS,
     AnnotationStatus,
     AnswerKind,
-    DiagnosticType,
+    ErrorType,
     FinishReason,
     Route,
     SpanKind,
@@ -36,7 +37,10 @@ _CORRECT = described(
     "correct", _bool, "Whether the final answer equals the gold answer; null if unscored.", True
 )
 _TYPE = described(
-    "diagnostic_type", _string, "One label of DiagnosticType; null without spans.", True
+    "diagnostic_type",
+    _string,
+    "One label of DiagnosticType, or of ErrorType for a wrong response; null without spans.",
+    True,
 )
 _POLICY = [
     described("policy_name", _string, "Name of the policy that sampled the response."),
@@ -80,6 +84,45 @@ def _untaught(table: pa.Table) -> Any:
     routed = np.flatnonzero(pc.list_flatten(routes).to_numpy())
     mask[rows[pc.list_parent_indices(routes).to_numpy()[routed]]] = True
     return pa.array(mask)
+
+
+def _uncompared(table: pa.Table) -> Any:
+    """Rows with a reweighted token but no contrast, in a table that has contrasts."""
+    mask = np.zeros(len(table), dtype=bool)
+    if "contrast_contexts" in table.column_names:
+        counts = pc.fill_null(pc.list_value_length(table["contrast_contexts"]), 0)
+        rows = np.flatnonzero(counts.to_numpy() == 0)
+        routes = table["route"].combine_chunks().take(pa.array(rows, pa.int64()))
+        compared = pc.list_flatten(routes).to_numpy() == int(Route.REWEIGHT)
+        mask[rows[pc.list_parent_indices(routes).to_numpy()[compared]]] = True
+    return pa.array(mask)
+
+
+_NO_MISTAKE = (
+    "diagnostic_type",
+    "names a mistake, and the response is right or has key spans; give it a label of "
+    "DiagnosticType",
+)
+
+
+def _mistakes(table: pa.Table) -> Any:
+    """Rows whose label names a mistake."""
+    return pc.is_in(table["diagnostic_type"], value_set=pa.array([str(x) for x in ErrorType]))
+
+
+def _mistake_in_right(table: pa.Table) -> Any:
+    """Rows of right responses whose label names a mistake."""
+    return pc.and_(_mistakes(table), pc.is_in(table["correct"], value_set=pa.array([True])))
+
+
+def _mistake_in_key(table: pa.Table) -> Any:
+    """Rows with a key span whose label names a mistake."""
+    spans: Any = table["spans"].combine_chunks()
+    kinds: Any = pc.struct_field(pc.list_flatten(spans), "kind")
+    keys = pc.is_in(kinds, value_set=pa.array([str(SpanKind.KEY)]))
+    mask = np.zeros(len(table), dtype=bool)
+    mask[pc.list_parent_indices(spans).filter(keys).to_numpy()] = True
+    return pc.and_(_mistakes(table), pa.array(mask))
 
 
 PROBLEMS = make_contract(
@@ -258,7 +301,7 @@ ANNOTATIONS = make_contract(
     ],
     "rollout_id",
     optional=("reflection",),
-    labels={"status": AnnotationStatus, "diagnostic_type": DiagnosticType},
+    labels={"status": AnnotationStatus, "diagnostic_type": TYPE_LABELS},
     nested_labels={("spans", "kind"): SpanKind},
     faults=(
         (
@@ -273,6 +316,8 @@ ANNOTATIONS = make_contract(
             "its segments, or a null",
             misplaced_spans,
         ),
+        (*_NO_MISTAKE, _mistake_in_right),
+        (*_NO_MISTAKE, _mistake_in_key),
     ),
 )
 
@@ -305,8 +350,8 @@ ROUTED = make_contract(
         described(
             "span_id",
             list_of(pa.int16()),
-            "Rank of the span that a token is routed for, −1 for none; rules all, random and "
-            "inverted have a single span 0, which is not the annotator's.",
+            "Rank of the span that a token is routed for, −1 for none; rules that follow no span "
+            "have a single span 0, which is not the annotator's.",
         ),
         _TYPE,
         described(
@@ -318,8 +363,8 @@ ROUTED = make_contract(
         described(
             "coverage",
             _float32,
-            "Share of response tokens with a span; at most α except for rule all and your own "
-            "rules.",
+            "Share of response tokens with a span; at most α except for rules all and "
+            "from_first_span and your own.",
         ),
         described(
             "dropped_tokens",
@@ -337,7 +382,7 @@ ROUTED = make_contract(
     ],
     "rollout_id",
     optional=("contrast_contexts",),
-    labels={"diagnostic_type": DiagnosticType},
+    labels={"diagnostic_type": TYPE_LABELS},
     codes={"route": Route},
     same_length=(("token_ids", "logprobs", "route", "span_id"),),
     ranges=_TOKEN_RANGES | {"reward": (-_MOST, _MOST), "advantage": (-_MOST, _MOST)},
@@ -350,6 +395,13 @@ ROUTED = make_contract(
             "or route 0 to all its tokens",
             _untaught,
         ),
+        (
+            "contrast_contexts",
+            "is null or empty in a row with reweighted tokens; give the row its contrast, or drop "
+            "the column",
+            _uncompared,
+        ),
+        (*_NO_MISTAKE, _mistake_in_right),
     ),
 )
 

@@ -12,13 +12,15 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
 from ..schemas.errors import InputError
+
+if TYPE_CHECKING:  # stage convert starts without it
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class ByteTable:
 _ESCAPED_BYTES = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
 
 
-def byte_table(tokenizer: PreTrainedTokenizerBase) -> ByteTable:
+def byte_table(tokenizer: "PreTrainedTokenizerBase") -> ByteTable:
     """The byte table of a tokenizer.
 
     Raises:

@@ -7,9 +7,12 @@ the shares nor the cuts change the gradient beyond rounding.
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
-from .sequences import TrainingSequence
+from .sequences import Contrast, TrainingSequence
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,13 +21,16 @@ class MicroBatch:
 
     rows: the sequences of the pass. idle: they only keep the rank in step with ranks that have more
     passes, and count nothing. taught: those with routed tokens, cut into the teacher's rows.
-    teacher_passes: the number of rows in `taught` of the rank that has most.
+    contrasts: those with a contrast, once under each of its prompts, cut alike. teacher_passes,
+    contrast_passes: the number of rows in `taught` and `contrasts` of the rank that has most.
     """
 
     rows: list[TrainingSequence]
     idle: bool
     taught: list[list[TrainingSequence]]
     teacher_passes: int
+    contrasts: list[list[Contrast]] = field(default_factory=list)
+    contrast_passes: int = 0
 
 
 def rank_batches(
@@ -44,11 +50,17 @@ def rank_batches(
     for step in range(max(map(len, cuts))):
         rows = [cut[step] if step < len(cut) else [] for cut in cuts]
         taught = [taught_rows(own, max_tokens) if with_teacher else [] for own in rows]
+        contrasts = [contrast_rows(own, max_tokens) if with_teacher else [] for own in rows]
         idle = not rows[index]
         shortest = min(sequences, key=lambda s: (len(s.token_ids), s.rollout_id))
         batches.append(
             MicroBatch(
-                [shortest] if idle else rows[index], idle, taught[index], max(map(len, taught))
+                [shortest] if idle else rows[index],
+                idle,
+                taught[index],
+                max(map(len, taught)),
+                contrasts[index],
+                max(map(len, contrasts)),
             )
         )
     return batches
@@ -77,26 +89,40 @@ def taught_rows(rows: Sequence[TrainingSequence], max_tokens: int) -> list[list[
     return _cut([(s, s.teacher_prompt_ids or [], s.routed_end) for s in routed], max_tokens)
 
 
-# A sequence, its prompt, and the number of its response's tokens.
-_Item = tuple[TrainingSequence, list[int], int]
+def contrast_rows(rows: Sequence[TrainingSequence], max_tokens: int) -> list[list[Contrast]]:
+    """Cut a micro-batch's sequences with a contrast, under each of its prompts, into rows.
+
+    Ordered by prompt, so that the sequences of one prompt share it.
+    """
+    pairs = [
+        Contrast(row, number)
+        for row in rows
+        if row.contrast_end
+        for number in range(len(row.contrast_prompt_ids))
+    ]
+    pairs.sort(key=lambda pair: pair.prompt_ids)
+    return _cut([(pair, pair.prompt_ids, pair.sequence.contrast_end) for pair in pairs], max_tokens)
 
 
-def _cut(items: list[_Item], max_tokens: int) -> list[list[TrainingSequence]]:
-    """The fewest rows of consecutive items, and among those the shortest longest row."""
+def _cut(items: list[tuple[T, list[int], int]], max_tokens: int) -> list[list[T]]:
+    """The fewest rows of consecutive items, and among those the shortest longest row.
+
+    items: each with its prompt, and the number of its response's tokens.
+    """
     fewest = len(_rows(items, max_tokens))
     even = bisect_left(range(max_tokens), True, key=lambda n: len(_rows(items, n)) <= fewest)
     return _rows(items, even)
 
 
-def _rows(items: list[_Item], max_tokens: int) -> list[list[TrainingSequence]]:
-    rows: list[list[TrainingSequence]] = []
+def _rows(items: list[tuple[T, list[int], int]], max_tokens: int) -> list[list[T]]:
+    rows: list[list[T]] = []
     tokens, before = 0, None
-    for sequence, prompt, length in items:
+    for item, prompt, length in items:
         more = length + (0 if rows and before == prompt else len(prompt))
         if not rows or tokens + more > max_tokens:
             rows.append([])
             tokens, more = 0, len(prompt) + length
-        rows[-1].append(sequence)
+        rows[-1].append(item)
         tokens += more
         before = prompt
     return rows
@@ -114,8 +140,8 @@ def shares(
     Whole groups go to the lightest rank, the longest first. Then sequences move one by one from the
     heaviest rank to the lightest, while that helps and the heaviest is over 2 % above the mean.
     Work is counted in tokens of forward passes: three for the student's forward and backward pass,
-    one for the teacher's; a prompt counts once a rank. The result does not depend on the order of
-    the input.
+    one for the teacher's and each of its contrasts'; a prompt counts once a rank. The result does
+    not depend on the order of the input.
     """
     work = {s.rollout_id: _work(s, with_teacher) for s in sequences}
     groups: dict[str, list[TrainingSequence]] = {}
@@ -153,4 +179,6 @@ def _work(sequence: TrainingSequence, with_teacher: bool) -> int:
     """A sequence's work without its prompt, in tokens of forward passes."""
     taught = with_teacher and sequence.routed_end
     teacher = len(sequence.teacher_prompt_ids or []) + sequence.routed_end if taught else 0
+    if taught and (end := sequence.contrast_end):
+        teacher += sum(len(ids) + end for ids in sequence.contrast_prompt_ids)
     return 3 * len(sequence.token_ids) + teacher

@@ -20,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any, cast
-
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from typing import TYPE_CHECKING, Any, cast
 
 from ..schemas.errors import InputError
+
+if TYPE_CHECKING:  # stage convert starts without it
+    from transformers import PreTrainedTokenizerBase
 
 # SHA-256 of the templates of the bundled models, micro and smollm2.
 _KNOWN = {
@@ -42,7 +42,7 @@ _ATTEMPTS = 2
 
 
 def render_template(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     messages: Sequence[Mapping[str, str]],
     options: Mapping[str, Any],
 ) -> str:
@@ -51,6 +51,8 @@ def render_template(
     Raises:
         InputError: the template fails, or exceeds a limit.
     """
+    from transformers import PreTrainedTokenizerBase
+
     # A tokenizer's own method is code that the user allowed (trust_remote_code).
     own_code = (
         type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
@@ -79,7 +81,7 @@ def _is_known(template: Any) -> bool:
     return hashlib.sha256(str(template).encode("utf-8", "replace")).hexdigest() in _KNOWN
 
 
-def _refused(tokenizer: PreTrainedTokenizerBase, what: str) -> InputError:
+def _refused(tokenizer: "PreTrainedTokenizerBase", what: str) -> InputError:
     return InputError(
         f"tokenizer {tokenizer.name_or_path}: its chat template {what}; mend chat_template.jinja "
         "in "
@@ -158,6 +160,8 @@ atexit.register(_WORKER.close)
 
 def answer(template: str, messages: list[Any], variables: dict[str, Any], most: int) -> bytes:
     """Render one conversation: ["rendered", text] or ["refused", why], as JSON."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     try:
         (text,), _ = render_jinja_template(
             conversations=[messages],
@@ -178,6 +182,8 @@ def answer(template: str, messages: list[Any], variables: dict[str, Any], most: 
 
 def serve(connection: Connection, cpu_s: float, memory_mib: int) -> None:
     """Run the worker: set its limits, and answer until the other end closes."""
+    import transformers.utils.chat_template_utils  # noqa: F401 - no answer's time or memory
+
     limit = memory_mib * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -40,10 +40,11 @@ _RACY_NS = 2_000_000_000
 _READERS = 4
 
 
-def model_revision(path: str, trust_remote_code: bool = False) -> str:
+def model_revision(path: str, trust_remote_code: bool = False, weights: bool = True) -> str:
     """Hash of the files that decide what a model answers, 16 hex digits.
 
-    trust_remote_code: the folder's Python files run, so they count too.
+    trust_remote_code: the folder's Python files run, so they count too. weights: False leaves out
+    the safetensors; what is left decides how text becomes tokens.
 
     Raises:
         InputError: no folder, or a file that cannot be read.
@@ -52,6 +53,7 @@ def model_revision(path: str, trust_remote_code: bool = False) -> str:
     if not folder.is_dir():
         raise InputError(f"policy {path}: is no folder; give a transformers model folder")
     files = _deciding_files(folder, trust_remote_code)
+    files = [file for file in files if weights or file.suffix != ".safetensors"]
     try:
         with ThreadPoolExecutor(_READERS) as pool:
             digests = list(pool.map(cached_sha256, files))

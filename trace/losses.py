@@ -89,19 +89,22 @@ class Scores:
     """A teacher's likeliest tokens, of the routed tokens in their order.
 
     token_ids: (routed, k) int64, distinct; logprobs: (routed, k) float32, nats; an entry without a
-    token has −inf. tail: (routed,) float32, log of the mass of all other tokens, −inf for none.
+    token has −inf, never the first. tail: (routed,) float32, log of the mass of all other tokens,
+    −inf for none. sampled: (routed,) float32, the response's token's, for the action reweight.
     """
 
     token_ids: torch.Tensor
     logprobs: torch.Tensor
     tail: torch.Tensor
+    sampled: torch.Tensor | None = None
 
 
 class LossOutput(NamedTuple):
     """loss: scalar with gradient. The rest is (tokens,) float32 without one.
 
-    logprobs and entropy: the student's, nats. teacher_entropy: of routed tokens, nats, 0 elsewhere.
-    ratio_clipped, kl_clipped: 1 where a bound binds.
+    logprobs and entropy: the student's, nats. teacher_entropy: of routed tokens where a gate or
+    entropy_beta reads it, nats, 0 elsewhere. gate: the product of a routed token's gates where the
+    config has some, 0 elsewhere. ratio_clipped, kl_clipped: 1 where a bound binds.
     kl: the exact divergence of routed tokens, nats, 0 elsewhere. reference_kl: nats.
     """
 
@@ -109,6 +112,7 @@ class LossOutput(NamedTuple):
     logprobs: torch.Tensor
     entropy: torch.Tensor
     teacher_entropy: torch.Tensor
+    gate: torch.Tensor
     ratio_clipped: torch.Tensor
     kl: torch.Tensor
     kl_clipped: torch.Tensor

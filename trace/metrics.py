@@ -21,13 +21,18 @@ SUMS = (
     "loss", "tokens", "entropy", "ratio_clipped", "drift", "drift_kl", "kl_clipped", "reference_kl",
     *(f"{route.label}_kl" for route in DIVERGENCES),
     *(f"{route.label}_tokens" for route in DIVERGENCES),
+    "gate", "gate_closed", "gated_tokens",
 )  # fmt: skip
 
 
 class TokenSums:
-    """The sums of a step's micro-batches, on their device: reading them waits for it."""
+    """The sums of a step's micro-batches, on their device: reading them waits for it.
 
-    def __init__(self, device: torch.device) -> None:
+    gated: whether `loss.gates` has some.
+    """
+
+    def __init__(self, device: torch.device, gated: bool = False) -> None:
+        self._gated = gated
         self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         self._drift = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -43,7 +48,9 @@ class TokenSums:
         # From the host's copy: a mask on the device would have to be counted, which waits for it.
         kinds = inputs.route.cpu().numpy() if inputs.host_route is None else inputs.host_route
         routed = [np.flatnonzero(kinds == int(route)) for route in DIVERGENCES]
-        counts = torch.tensor([len(at) if with_kl else 0 for at in routed], dtype=torch.float64)
+        gated = np.flatnonzero(kinds) if with_kl and self._gated else np.zeros(0, int)
+        gates = output.gate[to_device(torch.from_numpy(gated), device)]
+        counts = [len(at) if with_kl else 0 for at in routed]
         sums = [
             output.loss,
             torch.ones_like(output.entropy).sum(),
@@ -55,8 +62,10 @@ class TokenSums:
             output.reference_kl.sum(),
             *(output.kl[to_device(torch.from_numpy(at), device)].sum() for at in routed),
         ]
-        added = torch.stack([x.double() for x in sums])
-        self._sums += torch.cat((added, to_device(counts, device)))
+        ends = [gates.sum(), (gates == 0).sum()]
+        added, ended = (torch.stack([x.double() for x in part]) for part in (sums, ends))
+        known = to_device(torch.tensor([*counts, len(gated)], dtype=torch.float64), device)
+        self._sums += torch.cat((added, known[:-1], ended, known[-1:]))
         largest = drift.abs().max() if len(drift) else drift.sum()
         self._drift = torch.fmax(self._drift, largest.double())  # NaN counts as nothing
 
@@ -124,4 +133,7 @@ def step_metrics(
         metrics["kl_reference"] = sums["reference_kl"] / trained
     if kl_tokens:
         metrics["kl_clipped"] = sums["kl_clipped"] / kl_tokens
+    if gated := sums["gated_tokens"]:
+        metrics["gate_mean"] = sums["gate"] / gated
+        metrics["gate_closed"] = sums["gate_closed"] / gated
     return metrics

@@ -1,29 +1,27 @@
 """Chat prompts of the student and of the teacher: the privilege boundary.
 
-TRACE's teacher prompt, `teacher_messages`, is a function of the problem and of one member of a
-closed enumeration. It takes no text, no position and no answer, so nothing else can reach the
-teacher. The baselines whose teacher reads an answer, a solution or a peer's response use
-`privileged_messages`. The stages that sample call `student_prompt`, routed.py `teacher_contexts`,
-sequences.py `teacher_chat`.
+TRACE's teacher prompt, `teacher_messages`, is a function of the problem and of one member of
+two closed enumerations. It takes no text, no position and no answer, so nothing else can reach the
+teacher. The baselines whose teacher reads a text (an answer, a solution, a peer's response, an
+annotator's reflection: contexts.py) use `privileged_messages`. The stages that sample call
+`student_prompt`, sequences.py `teacher_chat` and `teacher_turn`.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from uuid import uuid4
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from transformers import PreTrainedTokenizerBase
-
-from ..schemas.configs import PromptConfig, RoutingConfig
+from ..schemas.configs import PromptConfig
 from ..schemas.errors import InputError
-from ..schemas.labels import DiagnosticType
+from ..schemas.labels import WORDS, TypeLabel, type_label
 from .chat_template import render_template
+from .contexts import NO_CONTEXT
 from .protocols import Prompt
+
+if TYPE_CHECKING:  # stage convert starts without it
+    from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
 
@@ -33,14 +31,18 @@ def student_messages(config: PromptConfig, problem: str) -> Messages:
     return _messages(config, config.student.format(problem=problem))
 
 
-def teacher_messages(
-    config: PromptConfig, problem: str, diagnostic_type: DiagnosticType
-) -> Messages:
+def teacher_messages(config: PromptConfig, problem: str, diagnostic_type: TypeLabel) -> Messages:
     """The same conversation with the label, which is all that the teacher sees besides the
-    problem.
+    problem: its name, or the words that belong to it.
+
+    Raises:
+        ValueError: no member of DiagnosticType or ErrorType.
     """
-    label = DiagnosticType(diagnostic_type).value
-    return _messages(config, config.teacher.format(problem=problem, diagnostic_type=label))
+    label = type_label(diagnostic_type)
+    user = config.teacher.format(
+        problem=problem, diagnostic_type=label.value, diagnosis=WORDS[label]
+    )
+    return _messages(config, user)
 
 
 def privileged_messages(config: PromptConfig, problem: str, context: str) -> Messages:
@@ -53,18 +55,21 @@ def teacher_chat(
 ) -> Messages:
     """The teacher's conversation for a row of a routed table.
 
-    It is a baseline's if the row has a teacher_context, else TRACE's.
+    It is a baseline's if the row has a teacher_context, else TRACE's. An empty context is the
+    student's own conversation.
 
     Raises:
-        ValueError: neither a context nor a label of DiagnosticType.
+        ValueError: neither a context nor a label of DiagnosticType or ErrorType.
     """
+    if teacher_context == NO_CONTEXT:
+        return student_messages(config, problem)
     if teacher_context is not None:
         return privileged_messages(config, problem, teacher_context)
-    return teacher_messages(config, problem, DiagnosticType(diagnostic_type))
+    return teacher_messages(config, problem, type_label(diagnostic_type))
 
 
 def student_prompt(
-    tokenizer: PreTrainedTokenizerBase | None, config: PromptConfig, problem: str
+    tokenizer: "PreTrainedTokenizerBase | None", config: PromptConfig, problem: str
 ) -> Prompt:
     """The student's prompt, with token ids if there is a tokenizer."""
     messages = student_messages(config, problem)
@@ -75,7 +80,7 @@ def student_prompt(
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, thinking: bool | None = None
+    tokenizer: "PreTrainedTokenizerBase", messages: Messages, thinking: bool | None = None
 ) -> list[int]:
     """Token ids of a conversation up to where the assistant's turn begins.
 
@@ -98,11 +103,52 @@ def render_chat(
         for message in messages
         for tokens in [written if message["role"] == "user" else special]
     ]
-    options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
     ids: list[int] = []
-    for piece in render_template(tokenizer, safe, options).split(cut):
+    for piece in render_template(tokenizer, safe, _options(thinking)).split(cut):
         ids += cast(list[int], tokenizer(piece, add_special_tokens=False)["input_ids"])
     return ids
+
+
+class TeacherTurn(NamedTuple):
+    """How the assistant's turn begins in the teacher's prompt.
+
+    thinking: enable_thinking of its chat template. first_token: whether the teacher can teach a
+    response's first token.
+    """
+
+    thinking: bool | None
+    first_token: bool
+
+
+def teacher_turn(tokenizer: "PreTrainedTokenizerBase", config: PromptConfig) -> TeacherTurn:
+    """The beginning of the teacher's turn under `prompt.teacher_thinking`.
+
+    A response goes on from the student's prompt, so the teacher's prompt has to end where it
+    begins. A template that opens the think block in a prompt with thinking, where the student's
+    prompt leaves no block open, gets the student's ending: the block closed in the template's own
+    form. Where the two endings differ otherwise (Qwen3's teacher with thinking opens the block with
+    its own first token, the student's response has none), the teacher's first token is that of
+    another turn, so it teaches none (siyan-zhao/OPSD, issue 10).
+    """
+    own, theirs = config.thinking, config.teacher_thinking
+    if theirs == "same" or theirs == own:
+        return TeacherTurn(own, True)
+    messages = student_messages(config, "")
+    student, teacher = (
+        render_template(tokenizer, messages, _options(thinking)) for thinking in (own, theirs)
+    )
+    if _opens(teacher) and not _opens(student):
+        return TeacherTurn(own, True)
+    return TeacherTurn(theirs, student == teacher)
+
+
+def _opens(prompt: str) -> bool:
+    """Whether a prompt ends in a think block that has just been opened."""
+    return prompt.rstrip().endswith("<think>")
+
+
+def _options(thinking: bool | None) -> dict[str, Any]:
+    return {} if thinking is None else {"enable_thinking": thinking}
 
 
 def _cut_spelled(text: str, tokens: Sequence[str], cut: str) -> str:
@@ -113,7 +159,7 @@ def _cut_spelled(text: str, tokens: Sequence[str], cut: str) -> str:
 
 @lru_cache(maxsize=4)
 def _control_tokens(
-    tokenizer: PreTrainedTokenizerBase, template: str
+    tokenizer: "PreTrainedTokenizerBase", template: str
 ) -> tuple[list[str], list[str]]:
     """The tokens that no message may write, and those that no user's message may write.
 
@@ -135,64 +181,3 @@ def _messages(config: PromptConfig, user: str) -> Messages:
         messages.append({"role": "assistant", "content": example.response})
     messages.append({"role": "user", "content": user})
     return messages
-
-
-@dataclass(frozen=True)
-class TeacherContexts:
-    """What each response's teacher sees besides the problem.
-
-    exists: (responses,) bool; a response without context has no teacher. labels: of DiagnosticType,
-    or null; texts: null under the type label.
-    """
-
-    exists: np.ndarray
-    labels: Any
-    texts: Any
-
-
-def teacher_contexts(
-    rollouts: pa.Table,
-    problems: pa.Table,
-    correct: np.ndarray,
-    labels: Any,
-    config: RoutingConfig,
-) -> TeacherContexts:
-    """The context of each response under `routing.teacher_context`.
-
-    rollouts, problems: a response and its problem per row; correct: (responses,) bool;
-    labels: diagnostic types of the responses.
-    """
-    if config.teacher_context == "type":
-        return TeacherContexts(_filled(labels), labels, pa.nulls(len(labels), pa.string()))
-    if config.teacher_context == "peer":
-        peer = peers(rollouts, correct)
-        rows: Any = pa.array(peer, mask=peer < 0)
-        texts = rollouts["response"].take(rows)
-    else:
-        texts = problems[config.teacher_context]
-    return TeacherContexts(_filled(texts), labels, texts)
-
-
-def peers(rollouts: pa.Table, correct: np.ndarray) -> np.ndarray:
-    """The row of each response's peer, (responses,) int64; −1 without one.
-
-    The peer is the first other correct response of the group, by sample index (SDPO, arXiv
-    2601.20802).
-    """
-    group_ids: Any = rollouts["group_id"].combine_chunks()
-    groups = group_ids.dictionary_encode()
-    group = groups.indices.to_numpy()
-    rows = np.arange(len(group))
-    by_index = np.lexsort((rollouts["sample_index"].to_numpy(), group))
-    in_order = by_index[correct[by_index]]
-    starts = np.flatnonzero(np.diff(group[in_order], prepend=-1))
-    first, second = (np.full(len(groups.dictionary), -1) for _ in range(2))
-    first[group[in_order[starts]]] = in_order[starts]
-    after = starts[np.diff(starts, append=len(in_order)) > 1] + 1
-    second[group[in_order[after]]] = in_order[after]
-    return np.where(first[group] == rows, second[group], first[group])
-
-
-def _filled(texts: Any) -> np.ndarray:
-    """(texts,) bool: neither null nor empty."""
-    return np.asarray(pc.binary_length(texts)) > 0  # null is NaN

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from .transfer import to_device
+
 Regime = tuple[int, ...]
 
 
@@ -88,15 +90,14 @@ def _by_group(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A rotary module's cosines and sines, (1, tokens, rotated), of each group of tokens alone."""
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    device = position_ids.device
     for group in groups:
         # transformers replaces buffers, so the module itself stays as it is.
         own = copy.copy(module)
         own._buffers = module._buffers.copy()
         # A short sequence clears what longer ones before it have left.
         forward(own, x, position_ids.new_zeros(1, 1), *args, **kwargs)
-        parts.append(
-            forward(own, x, position_ids[:, group.to(position_ids.device)], *args, **kwargs)
-        )
-    order = torch.argsort(torch.cat(groups)).to(position_ids.device)
+        parts.append(forward(own, x, position_ids[:, to_device(group, device)], *args, **kwargs))
+    order = to_device(torch.argsort(torch.cat(groups)), device)
     cos, sin = (torch.cat(one, dim=1)[:, order] for one in zip(*parts, strict=True))
     return cos, sin

@@ -16,12 +16,13 @@ import pyarrow.compute as pc
 from ..schemas.configs import RoutingConfig
 from ..schemas.contract import list_of
 from ..schemas.errors import InputError, RowFault
-from ..schemas.labels import FinishReason, Route
+from ..schemas.labels import FinishReason, Route, TeacherContext
 from ..schemas.tables import ROUTED
 from .align import ByteTable
-from .prompt import TeacherContexts, teacher_contexts
+from .contexts import Known, TeacherContexts, teacher_contexts
 from .responses import aligned, one_chunk, route_responses, to_numpy
-from .route import Routing
+from .route import Routing, require_scores
+from .token_scores import token_scores
 
 _COPIED = (
     "rollout_id", "problem_id", "group_id", "prompt_token_ids", "token_ids", "logprobs",
@@ -29,6 +30,8 @@ _COPIED = (
 )  # fmt: skip
 _READ = [*_COPIED, "response", "sample_index", "finish_reason"]
 _ANNOTATED = ["segments", "spans", "diagnostic_type"]
+# The teacher context reflection: outside TRACE's boundary. No other context reads it.
+_REFLECTION = "reflection"
 # Tokens per block; few enough that their bytes fit a core's cache.
 _BLOCK_TOKENS = 1 << 18
 
@@ -41,32 +44,39 @@ def routed_table(
     table: ByteTable,
     config: RoutingConfig,
     with_teacher: bool = True,
+    scores: pa.Table | None = None,
 ) -> pa.Table:
     """The routed table of the rollouts that `scored_rollouts` keeps.
 
     rollouts, verdicts, annotations: the same rollouts row by row. annotations None: no spans and no
     type labels. with_teacher: false once λ is 0. Without a teacher, or without a context for it, a
-    response is plain GRPO.
+    response is plain GRPO. scores: of these rollouts, for rules that read them, in any order.
 
     Raises:
-        InputError: tables of different rollouts, a text that its tokens do not spell, or segments
-            that do not tile it.
+        InputError: tables of different rollouts, a text that its tokens do not spell, segments
+            that do not tile it, or a rule that reads scores which are not there.
     """
+    if with_teacher:
+        require_scores(config, None if scores is None else scores.column_names)
     _same_rollouts(rollouts, verdicts, "verdicts")
     if annotations is not None:
         _same_rollouts(rollouts, annotations, "annotations")
     scored = scored_rollouts(rollouts, verdicts, config)
     rollouts = rows_of(rollouts.select(_READ), scored.rows)
     verdicts = rows_of(verdicts.select(["correct"]), scored.rows)
-    labels = pa.nulls(len(rollouts), pa.string())
+    labels = reflections = pa.nulls(len(rollouts), pa.string())
     if annotations is not None:
+        if TeacherContext.REFLECTION in (config.teacher_context, config.contrast_context):
+            reflections = _reflections(annotations, scored.rows)
         annotations = rows_of(annotations.select(_ANNOTATED), scored.rows)
         labels = one_chunk(annotations["diagnostic_type"])
-    problems = _problems_of(rollouts, problems)
+    own_problems = _problems_of(rollouts, problems)
     correct = to_numpy(pc.is_in(verdicts["correct"], value_set=pa.array([True])))
-    contexts = teacher_contexts(rollouts, problems, correct, labels, config)
+    known = Known(rollouts, own_problems, problems, correct, labels, reflections)
+    contexts = teacher_contexts(known, config)
     offsets = _token_offsets(rollouts)
     taught = contexts.exists & with_teacher
+    scored_tokens = None if scores is None else token_scores(scores, rollouts, offsets)
     routings = [
         route_responses(
             aligned(
@@ -75,6 +85,7 @@ def routed_table(
                 correct[rows],
                 table,
                 config.alpha,
+                None if scored_tokens is None else scored_tokens.rows(rows),
             ),
             taught[rows],
             config,
@@ -82,7 +93,7 @@ def routed_table(
         for rows in _blocks(offsets)
     ]
     columns = {name: rollouts[name] for name in _COPIED} | {
-        "problem": problems["problem"],
+        "problem": own_problems["problem"],
         "reward": pa.array(scored.rewards.astype(np.float32)),
         "advantage": pa.array(scored.advantages),
         "correct": verdicts["correct"],
@@ -241,7 +252,9 @@ def _labels(
     coverage = _joined((one.coverage for one in routings), np.float32)
     dropped = _joined((one.dropped_tokens for one in routings), np.int32)
     routed = np.bitwise_or.reduceat(route, offsets[:-1]) != int(Route.GRPO)
-    return {
+    contrasts = contexts.contrasts
+    optional = {} if contrasts is None else {"contrast_contexts": _where(routed, contrasts)}
+    return optional | {
         "route": lists_of(route, offsets),
         "span_id": lists_of(span_id, offsets),
         "diagnostic_type": _where(coverage > 0, contexts.labels),
@@ -255,8 +268,15 @@ def _joined(arrays: Iterable[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype, casting="same_kind")
 
 
-def _where(mask: np.ndarray, texts: pa.Array) -> pa.Array:
-    return pc.if_else(pa.array(mask), texts, pa.scalar(None, pa.string()))
+def _where(mask: np.ndarray, texts: Any) -> pa.Array:
+    return pc.if_else(pa.array(mask), texts, pa.scalar(None, texts.type))
+
+
+def _reflections(annotations: pa.Table, rows: np.ndarray) -> Any:
+    """Those of some rows; null in tables that are older than the column."""
+    if _REFLECTION not in annotations.column_names:
+        return pa.nulls(len(rows), pa.string())
+    return one_chunk(rows_of(annotations.select([_REFLECTION]), rows)[_REFLECTION])
 
 
 def lists_of(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:

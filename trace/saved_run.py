@@ -13,7 +13,7 @@ import base64
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..schemas.configs import GateConfig
 from ..schemas.errors import InputError
 from .folders import FAILURES
+from .gate_limits import read_limits, saved_limits
 from .identity import TRAINER_FILE
 from .lora import AdapterView
 from .packing import PackedModel
@@ -33,6 +35,7 @@ from .trainer import Trainer, TrainerState
 SHARDS = "shards"
 WRAPPER = "model."  # prefix of a PackedModel's parameter names
 MODEL, _OPTIMIZER, _TEACHER = "model.", "optimizer.", "teacher."
+_LIMITS = "limits"  # of the state
 _CHUNK = 1 << 24  # numbers
 
 
@@ -115,7 +118,7 @@ def run_record(trainer: Trainer) -> dict[str, Any]:
         if plain := {key: v for key, v in state.items() if not isinstance(v, torch.Tensor)}:
             numbers[name] = plain
     return {
-        "state": asdict(trainer.state),
+        "state": _saved_state(trainer.state),
         "teacher": trainer.teacher is not None,
         "optimizer": numbers,
         "rng": rng_states(),
@@ -134,7 +137,7 @@ def read_run(trainer: Trainer, checkpoint: Path, step: int) -> SavedRun:
     """
     try:
         saved = json.loads((checkpoint / TRAINER_FILE).read_bytes())
-        state = _state(saved["state"], step)
+        state = _state(saved["state"], step, trainer.config.loss.gates)
         has_teacher, numbers, rng = bool(saved["teacher"]), saved["optimizer"], saved["rng"]
         _check_rng_states(rng)
         stored = described(checkpoint / SHARDS)
@@ -255,8 +258,16 @@ def _require_finite(name: str, tensor: torch.Tensor) -> None:
             raise ValueError(f"{name} holds NaN or infinity")
 
 
-def _state(found: dict[str, Any], step: int) -> TrainerState:
-    expected = asdict(TrainerState())
+def _saved_state(state: TrainerState) -> dict[str, Any]:
+    """The counters, and the gates' limits where there are any: older checkpoints have none."""
+    saved = {name: value for name, value in asdict(state).items() if name != _LIMITS}
+    return saved if state.limits is None else saved | {_LIMITS: saved_limits(state.limits)}
+
+
+def _state(found: dict[str, Any], step: int, gates: Sequence[GateConfig]) -> TrainerState:
+    expected = _saved_state(TrainerState())
+    limits = read_limits(found[_LIMITS], gates) if _LIMITS in found else None
+    found = {name: value for name, value in found.items() if name != _LIMITS}
     if found.keys() != expected.keys():
         raise ValueError(f"its state has {sorted(found)}, not {sorted(expected)}")
     for name, default in expected.items():
@@ -266,7 +277,7 @@ def _state(found: dict[str, Any], step: int) -> TrainerState:
             raise ValueError(f"its {name} is {value!r:.40}")
     if found["step"] != step:
         raise ValueError(f"it is of step {found['step']}, but its folder is of step {step}")
-    return TrainerState(**found)
+    return TrainerState(**found, limits=limits)
 
 
 def rng_states() -> dict[str, Any]:

@@ -6,25 +6,27 @@ teacher's, and the inputs of the loss (losses.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..schemas.configs import PromptConfig
-from ..schemas.labels import Route
+from ..schemas.configs import LossConfig, PromptConfig
+from ..schemas.labels import Route, Signal
+from .contexts import NO_CONTEXT
 from .losses import LossInputs
 from .packing import PackedRow, pack
-from .prompt import render_chat, teacher_chat
+from .prompt import TeacherTurn, render_chat, teacher_chat, teacher_turn
 from .transfer import to_device
 
 # Columns of a routed table that are fields of a sequence, and those that a teacher's prompt needs.
 _FIELDS = ("rollout_id", "group_id", "advantage", "reward", "correct", "temperature", "truncated")
 _TAUGHT = ("problem", "diagnostic_type", "teacher_context")
+_CONTRASTS = "contrast_contexts"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class TrainingSequence:
     """One routed response. Arrays are (response tokens,); prompts are token ids.
 
     token_ids: integers; logprobs: float32; route: uint8. The table's own memory, not to be written.
+    contrast_prompt_ids: the teacher's prompts with `routing.contrast_context`.
     """
 
     rollout_id: str
@@ -46,6 +49,7 @@ class TrainingSequence:
     temperature: float
     truncated: bool
     teacher_prompt_ids: list[int] | None
+    contrast_prompt_ids: tuple[list[int], ...] = ()
 
     @property
     def routed_positions(self) -> np.ndarray:
@@ -58,6 +62,28 @@ class TrainingSequence:
         positions = self.routed_positions
         return int(positions[-1]) + 1 if len(positions) else 0
 
+    @property
+    def contrast_positions(self) -> np.ndarray:
+        """Response positions that a contrast scores: those whose route compares teachers."""
+        return np.flatnonzero(self.route == int(Route.REWEIGHT))
+
+    @property
+    def contrast_end(self) -> int:
+        """One past the last of them, 0 without a contrast."""
+        positions = self.contrast_positions if self.contrast_prompt_ids else ()
+        return int(positions[-1]) + 1 if len(positions) else 0
+
+
+class Contrast(NamedTuple):
+    """A sequence under one of its contrast's prompts; number: which."""
+
+    sequence: TrainingSequence
+    number: int
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.sequence.contrast_prompt_ids[self.number]
+
 
 def training_sequences(
     table: pa.Table,
@@ -65,20 +91,29 @@ def training_sequences(
     prompt: PromptConfig,
     with_teacher: bool = True,
 ) -> list[TrainingSequence]:
-    """The rows of a routed table; those with routed tokens get the teacher's prompt.
+    """The rows of a routed table; those with routed tokens get the prompts of the teacher and of
+    its contrast. A first token that the teacher can't teach is GRPO's (`prompt.teacher_turn`).
 
-    with_teacher: false once λ is 0, when no teacher reads a prompt.
+    with_teacher: false while λ is 0, when no teacher reads a prompt.
     """
     arrays = (_views(table[name]) for name in ("token_ids", "logprobs", "route"))
     prompts = [ids.tolist() for ids in _views(table["prompt_token_ids"])]
+    turn = teacher_turn(tokenizer, prompt) if with_teacher else TeacherTurn(None, True)
+    contrasted = with_teacher and _CONTRASTS in table.column_names
+    rendered = Rendered(tokenizer, prompt, turn)
     sequences = []
     for row, (fields, prompt_ids, token_ids, logprobs, route) in enumerate(
         zip(table.select(_FIELDS).to_pylist(), prompts, *arrays, strict=True)
     ):
-        teacher_prompt_ids = None
+        teacher_prompt_ids, contrasts = None, ()
+        if not turn.first_token and route[0]:
+            route = route.copy()
+            route[0] = int(Route.GRPO)
         if with_teacher and route.any():
-            messages = teacher_chat(prompt, *(table[name][row].as_py() for name in _TAUGHT))
-            teacher_prompt_ids = render_chat(tokenizer, messages, prompt.thinking)
+            problem, label, context = (table[name][row].as_py() for name in _TAUGHT)
+            teacher_prompt_ids = rendered(prompt_ids, problem, label, context)
+            texts = table[_CONTRASTS][row].as_py() or () if contrasted else ()
+            contrasts = tuple(rendered(prompt_ids, problem, label, text) for text in texts)
         sequences.append(
             TrainingSequence(
                 **fields,
@@ -87,9 +122,32 @@ def training_sequences(
                 logprobs=logprobs,
                 route=route,
                 teacher_prompt_ids=teacher_prompt_ids,
+                contrast_prompt_ids=contrasts,
             )
         )
     return sequences
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Renders a row's teacher prompts. A prompt that rows share is rendered once."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt: PromptConfig
+    turn: TeacherTurn
+    known: dict[tuple[str, str | None, str | None], list[int]] = field(default_factory=dict)
+
+    def __call__(
+        self, prompt_ids: list[int], problem: str, label: str | None, context: str | None
+    ) -> list[int]:
+        """prompt_ids: the student's, which is the teacher's without context."""
+        if context == NO_CONTEXT and self.turn.thinking == self.prompt.thinking:
+            return prompt_ids
+        asked = (problem, label if context is None else None, context)
+        if asked not in self.known:
+            messages = teacher_chat(self.prompt, problem, label, context)
+            self.known[asked] = render_chat(self.tokenizer, messages, self.turn.thinking)
+        return self.known[asked]
 
 
 def _views(column: Any) -> list[np.ndarray]:
@@ -128,23 +186,51 @@ def teacher_row(rows: Sequence[TrainingSequence]) -> PackedRow:
     )
 
 
+def contrast_row(rows: Sequence[Contrast]) -> PackedRow:
+    """The teacher's packed row of sequences under a contrast's prompts, as `teacher_row`."""
+    return pack(
+        [row.prompt_ids for row in rows],
+        [row.sequence.token_ids[: row.sequence.contrast_end] for row in rows],
+        [row.sequence.contrast_positions for row in rows],
+    )
+
+
 def loss_inputs(
-    rows: Sequence[TrainingSequence], weights: Sequence[float], device: torch.device
+    rows: Sequence[TrainingSequence],
+    weights: Sequence[float],
+    device: torch.device,
+    config: LossConfig | None = None,
 ) -> LossInputs:
-    """The loss's inputs per token; weights: one per sequence, global to the step."""
+    """The loss's inputs per token, of those that only some configs need the ones of this config.
+
+    weights: one per sequence, global to the step.
+    """
+    config = config or LossConfig()
     lengths = np.array([len(row.token_ids) for row in rows])
     # Samplers report greedy tokens' log-probabilities at temperature 1.
     temperatures = [row.temperature or 1.0 for row in rows]
     route = np.concatenate([row.route for row in rows])
 
     def flat(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
-        return to_device(torch.from_numpy(np.concatenate(parts, dtype=dtype)), device)
+        joined = np.concatenate(parts, dtype=dtype, casting="same_kind")
+        return to_device(torch.from_numpy(joined), device)
 
     def per_token(values: Sequence[float]) -> torch.Tensor:
         spread = np.repeat(np.asarray(values, np.float32), lengths)
         return to_device(torch.from_numpy(spread), device)
 
+    optional: dict[str, torch.Tensor] = {}
+    if any(gate.of is Signal.POSITION for gate in config.gates):
+        places = [(np.arange(n) + 0.5) / n for n in lengths.tolist()]
+        optional["position"] = flat(places, np.float32)
+    if (config.key_weight, config.error_weight) != (1.0, 1.0):
+        sizes = [config.key_weight if row.correct else config.error_weight for row in rows]
+        optional["kl_scale"] = per_token(sizes)
+    if config.policy == "gspo":
+        numbers = np.repeat(np.arange(len(rows)), lengths)
+        optional["sequence"] = to_device(torch.from_numpy(numbers), device)
     return LossInputs(
+        **optional,
         token_ids=flat([row.token_ids for row in rows], np.int64),
         old_logprobs=flat([row.logprobs for row in rows], np.float32),
         advantage=per_token([row.advantage for row in rows]),

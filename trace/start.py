@@ -41,19 +41,36 @@ class Models:
     reference: Frozen | None
 
 
-def start_models(policy: Policy, config: TrainConfig, ranks: Ranks) -> Models:
+def start_models(
+    policy: Policy, config: TrainConfig, ranks: Ranks, other_teacher: Any = None
+) -> Models:
     """Place the policy's model on its device, sharded if `Ranks.shards` says so, and the frozen
     models next to it. Every rank has to call.
 
-    The teacher's and reference's weights are in the compute type. A moving average is in float32,
-    since it moves by less than bfloat16's resolution.
+    other_teacher: of `teacher.model`, from `load_teacher`; None without, and where w0 is 0. The
+    teacher's and reference's weights are in the compute type. A moving average is in float32, since
+    it moves by less than bfloat16's resolution.
 
     Raises:
         InputError: an architecture that the trainer does not know; `fuse_layers`.
     """
     check_architecture(policy.model.config, config.policy.trust_remote_code)
-    taught, averaged = config.schedule.w0 > 0, config.teacher.sync == "ema"
-    referred = config.loss.reference_kl > 0
+    taught, referred = config.schedule.w0 > 0, config.loss.reference_kl > 0
+    other = config.teacher.model if taught else None
+    if other is None:
+        return _own_models(policy, config, ranks, taught, referred)
+    assert other_teacher is not None, "teacher.model is loaded before"
+    check_architecture(other_teacher.config, other.trust_remote_code)
+    models = _own_models(policy, config, ranks, False, referred)
+    models.teacher = _other(other_teacher, policy, ranks, config)
+    return models
+
+
+def _own_models(
+    policy: Policy, config: TrainConfig, ranks: Ranks, taught: bool, referred: bool
+) -> Models:
+    """The student, and a teacher and a reference of its weights where they are wanted."""
+    averaged = config.teacher.sync == "ema"
     if has_adapters(policy.model):
         moves = taught and config.teacher.sync != "frozen"
         if moves:
@@ -71,6 +88,15 @@ def start_models(policy: Policy, config: TrainConfig, ranks: Ranks) -> Models:
         for shape, dtype in zip(shapes, (None if averaged else low, low), strict=True)
     )
     return Models(student, student, teacher, reference)
+
+
+def _other(model: Any, policy: Policy, ranks: Ranks, config: TrainConfig) -> PackedModel:
+    """A teacher of its own weights, which the first rank has read."""
+    if not ranks.shards(policy.compute_dtype):  # on its device already
+        fuse_layers(model, config.layers, policy.device)
+        return PackedModel(model)
+    source = from_first_rank(ranks, policy.device)
+    return _placed(model, source, frozen_types(policy.compute_dtype), policy, ranks, config)
 
 
 def _placed_student(policy: Policy, ranks: Ranks, config: TrainConfig) -> PackedModel:

@@ -22,10 +22,13 @@ from .sharding import from_module, frozen_types, place_whole, remove_weights, re
 
 @dataclass(frozen=True)
 class Trained:
-    """See `TrainedPolicy`. packed: the policy's model as the trainer holds it."""
+    """See `TrainedPolicy`. packed: the policy's model as the trainer holds it; fp32_logits: as in
+    LossConfig.
+    """
 
     policy: Policy
     packed: PackedModel
+    fp32_logits: bool = False
 
     @property
     def info(self) -> PolicyInfo:
@@ -52,7 +55,8 @@ class Trained:
         ids = torch.from_numpy(np.concatenate(following)).to(device)
 
         def score(states: torch.Tensor, head: Head) -> torch.Tensor:
-            return token_logprobs(states, head, ids, torch.ones(len(ids), device=device))
+            heat = torch.ones(len(ids), device=device)
+            return token_logprobs(states, head, ids, heat, self.fp32_logits)
 
         packed = pack([row[:1] for row in rows], following)
         scores = self.packed(packed, score).double().cpu().numpy()

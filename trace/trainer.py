@@ -6,8 +6,8 @@ and, while λ > 0 (schedule.py), the teacher's at routed tokens enter the loss (
 Gradients add up with weights that are global to the step.
 
 The teacher holds the student's weights of some steps ago, their moving average, or the base
-policy's. Once λ is 0 the teacher is dropped and the annotator no longer called: the rest is plain
-GRPO.
+policy's, or another model's. Once λ stays 0 the teacher is dropped and the annotator no longer
+called: the rest is plain GRPO, as are the steps before `schedule.start_step`.
 """
 
 import logging
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -26,24 +25,25 @@ from .batches import MicroBatch, rank_batches
 from .clock import Phase, PhaseClock
 from .device_peak import device_peak
 from .fused import routed_loss, token_logprobs
+from .gate_limits import StepSignals
+from .gates import Limits
 from .losses import Head, LossInputs, LossOutput, token_weights
 from .metrics import SUMS, TokenSums, step_metrics
 from .model_flops import model_flops
 from .optim import check_optimizer, learning_rate, make_optimizer
-from .packing import pack
 from .policy import Policy
 from .ranks import Ranks
-from .schedule import grpo_weight, kl_weight
+from .schedule import grpo_weight, kl_weight, teaches_from
 from .sequences import (
     TrainingSequence,
     loss_inputs,
     signal_groups,
     student_row,
-    teacher_row,
     training_sequences,
 )
 from .sharding import average_weights, copy_weights, reshard
 from .start import start_models
+from .teaching import contrast_logprobs, teacher_states
 from .utilisation import GpuBusy, over_ranks, sampling_rates, throughput
 
 logger = logging.getLogger(__name__)
@@ -68,25 +68,34 @@ class Online(Protocol):
 class TrainerState:
     """The counters that a checkpoint restores.
 
-    step: steps done; kl_exposure: Σ λ²; skipped_in_a_row, skipped: steps without a finite gradient.
+    step: steps done; kl_exposure: Σ λ²; skipped_in_a_row, skipped: steps without a finite gradient;
+    limits: what `loss.gates` took from the last step that had a teacher and a finite gradient.
     """
 
     step: int = 0
     kl_exposure: float = 0.0
     skipped_in_a_row: int = 0
     skipped: int = 0
+    limits: Limits | None = None
 
 
 class Trainer:
     """Holds the student, its optimiser and its teacher."""
 
-    def __init__(self, policy: Policy, config: TrainConfig, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: TrainConfig,
+        ranks: Ranks | None = None,
+        other_teacher: Any = None,
+    ) -> None:
+        """other_teacher: the model of `teacher.model`, from `load_teacher`; None without."""
         self.policy = policy
         self.config = config
         self.ranks = ranks or Ranks()
         self.state = TrainerState()
         check_optimizer(config.optim, policy.device, self.ranks.shards(policy.compute_dtype))
-        models = start_models(policy, config, self.ranks)
+        models = start_models(policy, config, self.ranks, other_teacher)
         self.student, self.trained = models.student, models.trained
         self.teacher, self.reference = models.teacher, models.reference
         self._flops = model_flops(policy.model)
@@ -168,14 +177,17 @@ class Trainer:
         config = self.config
         kl = kl_weight(self.state.step, config.schedule)
         phase("sync")
-        self._sync_teacher(kl)
+        self._sync_teacher()
         phase("train")
         trained = self._trained_sequences(sequences)
-        sums, largest_drift = self.accumulate_gradients(trained, kl)
+        signals = StepSignals(config.loss.gates)
+        sums, largest_drift = self.accumulate_gradients(trained, kl, signals)
         norm, lr = self._step_optimizer()
         skipped = not math.isfinite(norm)
         if not skipped and self.teacher is not None and config.teacher.sync == "ema":
             average_weights(self.trained, self.teacher, config.teacher.ema_rate)
+        if not skipped:
+            self.state.limits = signals.limits(self.ranks) or self.state.limits
         self.state.step += 1
         self.state.kl_exposure += kl**2
         self.state.skipped += skipped
@@ -199,11 +211,15 @@ class Trainer:
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def accumulate_gradients(
-        self, sequences: Sequence[TrainingSequence], kl: float
+        self,
+        sequences: Sequence[TrainingSequence],
+        kl: float,
+        signals: StepSignals | None = None,
     ) -> tuple[dict[str, float], float]:
         """Add the step's gradients to the student's parameters.
 
-        Returns the sums of metrics.SUMS over all tokens, and the largest drift, over all ranks.
+        signals: gets those of this rank's routed tokens. Returns the sums of metrics.SUMS over all
+        tokens, and the largest drift, over all ranks.
         """
         device, (index, count) = self.policy.device, (self.ranks.index, self.ranks.count)
         weights = token_weights([len(s.token_ids) for s in sequences], self.config.loss)
@@ -213,16 +229,18 @@ class Trainer:
         budget = self.config.micro_batch_tokens
         batches = rank_batches(sequences, index, count, budget, with_teacher=kl > 0)
         routed = any(batch.teacher_passes for batch in batches)
-        sums = TokenSums(device)
+        sums = TokenSums(device, gated=bool(self.config.loss.gates))
         # Nothing in the loop waits for a GPU, so the host makes the tensors of the next micro-batch
         # while the GPU computes.
         for batch in batches:
             scale = [0.0 if batch.idle else weight_of[row.rollout_id] for row in batch.rows]
-            inputs = loss_inputs(batch.rows, scale, device)
+            inputs = loss_inputs(batch.rows, scale, device, self.config.loss)
             output = self._objective(batch, inputs, kl if routed else 0.0)
             output.loss.backward()
             if not batch.idle:
                 sums.add(output, inputs, kl > 0)
+                if signals is not None and kl > 0 and routed:
+                    signals.add(output, inputs)
         for frozen in (self.teacher, self.reference):
             if frozen is not None:
                 reshard(frozen)
@@ -232,37 +250,28 @@ class Trainer:
         return totals, self.ranks.most([largest])[0]
 
     def _objective(self, batch: MicroBatch, inputs: LossInputs, kl: float) -> LossOutput:
-        row = student_row(batch.rows)
-        states, head = self._teacher_states(batch)
+        loss, heat = self.config.loss, self.config.teacher.temperature
+        row, states, head = student_row(batch.rows), None, None
+        if batch.teacher_passes:
+            assert self.teacher is not None, "λ > 0 needs a teacher"
+            states, head = teacher_states(self.teacher, batch)
+            contrast = contrast_logprobs(self.teacher, batch, inputs, heat, loss.fp32_logits)
+            inputs = replace(inputs, contrast_logprobs=contrast)
         if self.reference is not None:
 
             def score(states: torch.Tensor, head: Head) -> torch.Tensor:
-                fp32 = self.config.loss.fp32_logits
-                return token_logprobs(states, head, inputs.token_ids, inputs.temperature, fp32)
+                ids, heats = inputs.token_ids, inputs.temperature
+                return token_logprobs(states, head, ids, heats, loss.fp32_logits)
 
             with torch.no_grad():
                 inputs = replace(inputs, reference_logprobs=self.reference(row, score))
         fade = grpo_weight(kl, self.config.schedule)
 
         def objective(hidden: torch.Tensor, own_head: Head) -> LossOutput:
-            return routed_loss(hidden, own_head, inputs, self.config.loss, kl, fade, states, head)
+            limits = self.state.limits
+            return routed_loss(hidden, own_head, inputs, loss, kl, fade, states, head, heat, limits)
 
         return self.student(row, objective)
-
-    @torch.no_grad()
-    def _teacher_states(self, batch: MicroBatch) -> tuple[torch.Tensor | None, Head | None]:
-        """The teacher's states at routed tokens, (routed, hidden), and its head."""
-        states: list[torch.Tensor] = []
-        head = None
-        for index in range(batch.teacher_passes):
-            assert self.teacher is not None, "λ > 0 needs a teacher"
-            if index < len(batch.taught):
-                row = teacher_row(batch.taught[index])
-                own, head = self.teacher(row, lambda states, head: (states, head))
-                states.append(own)
-            else:  # other ranks run their teacher, and passes are collective
-                self.teacher(pack([[0]], [np.array([0])], [np.array([], int)]), lambda *_: None)
-        return (torch.cat(states), head) if states else (None, None)
 
     def _step_optimizer(self) -> tuple[float, float]:
         """Clip and apply the gradients, then clear them; gradients that are not finite are dropped.
@@ -286,9 +295,9 @@ class Trainer:
         """Set the policy's step count, which its next rollouts record."""
         self.policy.info = replace(self.policy.info, step=self.state.step)
 
-    def _sync_teacher(self, kl: float) -> None:
-        """Drop the teacher once λ is 0; else copy the student's weights every `sync_steps`."""
-        if kl == 0:
+    def _sync_teacher(self) -> None:
+        """Drop the teacher once λ stays 0; else copy the student's weights every `sync_steps`."""
+        if not teaches_from(self.state.step, self.config.schedule):
             self.teacher = None
         sync = self.config.teacher
         if (

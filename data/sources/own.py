@@ -30,7 +30,8 @@ class OwnSource(Protocol):
     - answer_kind: math (the default), choice, or text, which is compared as it is and may be
       anything that a reward of your own understands.
     - solution: a reference solution for the annotator.
-    - steps: known steps for the rule annotator, dicts of text, value, type and key.
+    - steps: known steps for the rule annotator, dicts of text, value, type (DiagnosticType) and
+      key.
     - source: a name; by default the class's. With several, an evaluation weighs them equally.
     - source_id, subject, level: texts that are kept with the problem.
 
@@ -119,5 +120,8 @@ def _checked(row: Any, index: int, code: OwnCode) -> dict[str, Any]:
         ):
             raise InputError(f"{where}: a step is no dict of text, value, type and key (a bool)")
         if step["type"] not in list(DiagnosticType):
-            raise InputError(f"{where}: a step's type is none of {', '.join(DiagnosticType)}")
+            raise InputError(
+                f"{where}: a step's type is none of {', '.join(DiagnosticType)}; it names what the "
+                "step takes (annotator.error_types makes a mistake of it)"
+            )
     return row

@@ -11,13 +11,15 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ...schemas.labels import AnnotationStatus, DiagnosticType
+from ...schemas.labels import AnnotationStatus, SpanKind, type_label
+from .answer_schema import MOST_REFLECTION_CHARS
 from .prompting import AnnotationPrompt
 from .rows import Item, Reading
 
 _FENCED = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?\s*```\Z", re.DOTALL)
 _END_OF_THINKING = "</think>"
 _MOST_ERROR_CHARS = 300
+_FEWEST_ANSWER_CHARS = 3
 
 
 class _Span(BaseModel):
@@ -35,6 +37,7 @@ class _Answer(BaseModel):
     spans: list[_Span]
     type: str
     abstain: bool = False
+    reflection: Any = None
 
 
 class _Unusable(Exception):
@@ -47,8 +50,9 @@ def read_answer(text: str, prompt: AnnotationPrompt, item: Item) -> Reading:
     Around the JSON object only thinking before it and one code fence are allowed.
     """
     try:
-        answer = _validated(_loaded(text), prompt)
+        answer = _validated(_loaded(text), prompt.schemas[item.kind])
         marked = _marked(answer, item)
+        idea = _reflection(answer, item) if prompt.reflection else None
     except _Unusable as error:
         return Reading(AnnotationStatus.INVALID, error=str(error)[:_MOST_ERROR_CHARS])
     except RecursionError:
@@ -56,8 +60,8 @@ def read_answer(text: str, prompt: AnnotationPrompt, item: Item) -> Reading:
     if answer.abstain:
         return Reading(AnnotationStatus.ABSTAINED)
     if not marked:
-        return Reading(AnnotationStatus.EMPTY)
-    return Reading(AnnotationStatus.OK, marked, DiagnosticType(answer.type))
+        return Reading(AnnotationStatus.EMPTY, reflection=idea)
+    return Reading(AnnotationStatus.OK, marked, type_label(answer.type), reflection=idea)
 
 
 def _loaded(text: str) -> Any:
@@ -81,8 +85,8 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _validated(value: Any, prompt: AnnotationPrompt) -> _Answer:
-    fault = best_match(Draft202012Validator(prompt.schema).iter_errors(value))
+def _validated(value: Any, schema: dict[str, Any]) -> _Answer:
+    fault = best_match(Draft202012Validator(schema).iter_errors(value))
     if fault is not None:
         raise _Unusable(f"{fault.json_path.removeprefix('$.')}: {fault.message}")
     try:
@@ -125,6 +129,33 @@ def _check_quote(span: _Span, item: Item) -> None:
         raise _Unusable(
             f"the quote of segments {span.segments} stands in segment {elsewhere[0]} instead"
         )
+
+
+def _reflection(answer: _Answer, item: Item) -> str | None:
+    """The corrective idea about a wrong response with marks; none is asked for without them."""
+    if item.kind is SpanKind.KEY or answer.abstain:
+        return None
+    idea = answer.reflection if isinstance(answer.reflection, str) else ""
+    if not idea.strip():
+        if answer.spans:
+            raise _Unusable("reflection is empty, and spans are marked")
+        return None
+    idea = _squeezed(idea)
+    if len(idea) > MOST_REFLECTION_CHARS:
+        raise _Unusable(f"reflection is longer than {MOST_REFLECTION_CHARS} characters")
+    if states_answer(idea, item.problem["answer"]):
+        raise _Unusable("reflection states the final answer")
+    return idea
+
+
+def states_answer(text: str, answer: str) -> bool:
+    """Whether a text contains a gold answer as words of their own.
+
+    An answer of fewer than three characters is found in any text about numbers: it does not count.
+    """
+    gold = re.escape(answer.strip())
+    long = len(answer.strip()) >= _FEWEST_ANSWER_CHARS
+    return long and re.search(rf"(?<![\w.,]){gold}(?![\w]|[.,]\d)", text) is not None
 
 
 def _squeezed(text: str) -> str:

@@ -11,17 +11,29 @@ from typing import Any
 from jsonschema import Draft202012Validator
 
 from ...schemas.errors import InputError
+from ...schemas.labels import SpanKind
+from .answer_schema import REFLECTION
 from .prompting import AnnotationPrompt
 
 _MOST_STRING_BYTES_PER_CHAR = 6  # \u001f; UTF-8 takes up to four
 _END_TOKEN = 1
+# A reflection, structured: printable ASCII, none of which JSON escapes, from a letter on.
+_IDEA_CHARS = 240
+_IDEA = rf"^[A-Za-z][ !#-\[\]-~]{{0,{_IDEA_CHARS - 1}}}$"
 _NEEDED = ("abstain", "spans", "segments", "type")
 
 
 def bounded_schema(
-    prompt: AnnotationPrompt, segments: int, most_spans: int, max_new_tokens: int
+    prompt: AnnotationPrompt,
+    segments: int,
+    most_spans: int,
+    max_new_tokens: int,
+    kind: SpanKind = SpanKind.ERROR,
 ) -> dict[str, Any]:
     """The answer schema for a response of so many segments, which allows valid answers alone.
+
+    kind: of the spans that are asked for; with reflections, an error's is written in plain ASCII
+    without quotes and backslashes, where each character takes one byte.
 
     Spans name existing segments, each at most a quarter of them, without a quote: a quote checks
     freely chosen numbers, and a wrong one would void the answer. An answer that abstains marks
@@ -31,11 +43,15 @@ def bounded_schema(
         InputError: the limit is below the longest answer with one span of one segment; the user's
             schema has a property without a bound.
     """
-    each_span = prompt.schema["properties"]["spans"]["items"]["properties"]["segments"]
+    asked = prompt.schemas[kind]
+    if prompt.reflection and kind is SpanKind.ERROR:
+        idea = {"type": "string", "pattern": _IDEA}
+        asked = asked | {"properties": asked["properties"] | {REFLECTION: idea}}
+    each_span = asked["properties"]["spans"]["items"]["properties"]["segments"]
     named = min(max(segments // 4, 1), each_span.get("maxItems", segments))
     sizes = [(s, n) for s in range(min(most_spans, segments), 0, -1) for n in range(named, 0, -1)]
     for spans, each in sizes or [(0, 0)]:
-        schema = _answer(prompt.schema, segments, spans, each)
+        schema = _answer(asked, segments, spans, each)
         needed = most_bytes(schema, "annotator.answer_schema") + _END_TOKEN
         if needed <= max_new_tokens:
             return schema
@@ -73,6 +89,8 @@ def most_bytes(schema: dict[str, Any], where: str) -> int:
         case {"type": "array", "maxItems": count, "items": child}:
             each = most_bytes(child, f"{where}.items")
             return len("[]") + count * each + len(", ") * (count - 1)
+        case {"type": "string", "pattern": pattern} if pattern == _IDEA:
+            return len('""') + _IDEA_CHARS
         case {"type": "string", "maxLength": length}:
             return len('""') + _MOST_STRING_BYTES_PER_CHAR * length
         case {"type": "integer", "minimum": least, "maximum": most}:
@@ -102,11 +120,13 @@ def _answer(schema: dict[str, Any], segments: int, spans: int, named: int) -> di
     some = {"type": "array", "minItems": fewest, "maxItems": spans, "items": span}
     if "abstain" not in schema["properties"]:
         return _object(schema, {"spans": some})
-    none = {"type": "array", "maxItems": 0}
+    none: dict[str, Any] = {"abstain": {"const": True}, "spans": {"type": "array", "maxItems": 0}}
+    if schema["properties"].get(REFLECTION, {}).get("pattern") == _IDEA:
+        none[REFLECTION] = {"type": "null"}
     return {
         "anyOf": [
             _object(schema, {"abstain": {"const": False}, "spans": some}),
-            _object(schema, {"abstain": {"const": True}, "spans": none}),
+            _object(schema, none),
         ]
     }
 

@@ -60,7 +60,7 @@ def request_body(
     if "temperature" not in refused:
         body["temperature"] = config.temperature
     if config.structured and "response_format" not in refused:
-        schema = {"name": "annotation", "schema": prompt.schema, "strict": True}
+        schema = {"name": "annotation", "schema": question.schema, "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     elif config.structured and "json_object" not in refused:
         body["response_format"] = {"type": "json_object"}
@@ -73,7 +73,7 @@ def question_key(config: OpenAIAnnotator, prompt: AnnotationPrompt, question: Qu
         config.base_url,
         config.model,
         question.messages,
-        prompt.schema if config.structured else None,
+        question.schema if config.structured else None,
         {"temperature": config.temperature, "max_new_tokens": question.max_new_tokens},
         prompt.version,
     )

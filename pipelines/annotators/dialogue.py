@@ -7,6 +7,7 @@ engines that ask a model, and by the estimate.
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ...schemas.configs import AnnotatorPrompt
 from ...schemas.labels import AnnotationStatus
@@ -20,10 +21,11 @@ RAISED_LIMIT = 4
 
 @dataclass(frozen=True)
 class Question:
-    """One request to the annotator."""
+    """One request to the annotator. schema: of the answer."""
 
     messages: Messages
     max_new_tokens: int
+    schema: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def dialogue(prompt: AnnotationPrompt, item: Item, config: AnnotatorPrompt) -> D
     """Ask; once more with a raised limit if the answer was cut; correct an answer that is
     invalid.
     """
-    question = Question(ask(prompt, item), config.max_new_tokens)
+    question = Question(ask(prompt, item), config.max_new_tokens, prompt.schemas[item.kind])
     corrections = 0
     raised = False
     while True:

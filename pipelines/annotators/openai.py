@@ -31,7 +31,7 @@ from .journal import Journal
 from .pace import AskedToWait, Closed
 from .paid_requests import Requests
 from .prices import find_price
-from .prompting import AnnotationPrompt, load_prompt
+from .prompting import AnnotationPrompt, prompt_of
 from .rows import KEPT, NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
 from .spending import Spending, open_spending
 
@@ -55,7 +55,7 @@ class EndpointAnnotator:
     ) -> None:
         self._config, self._prompt, self._segment = config, prompt, segment
         self._spending = spending
-        self._who = Identity(config.name, config.model, prompt.version)
+        self._who = Identity(config.name, config.model, prompt.version, prompt.reflection)
         self._requests = Requests(config, prompt, journal, spending)
         self._pace = self._requests.pace
         # Of a part, by the key of the question: rows that share one count once.
@@ -200,7 +200,7 @@ class EndpointAnnotator:
 
 
 def _identity(config: OpenAIAnnotator, problems: Dataset, in_training: bool) -> dict[str, Any]:
-    identity = load_prompt(config.prompt, config.answer_schema).sha256
+    identity = prompt_of(config).sha256
     endpoint.read_key(config.api_key_env, "annotator.api_key_env")
     find_price(config)
     if in_training and config.batch:
@@ -221,7 +221,7 @@ def _open(
     spending: Spending | None = None,
     **batch: Any,
 ) -> Annotator:
-    prompt = load_prompt(config.prompt, config.answer_schema)
+    prompt = prompt_of(config)
     kept = None
     if journal is not None:
         shared = Claims(claims) if claims is not None else None

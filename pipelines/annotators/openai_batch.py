@@ -68,7 +68,7 @@ class BatchAnnotator:
             config.patience_s,
         )
         self._lock = exclusive(folder / "lock", "asks this dataset's questions in batches")
-        self._who = Identity(config.name, config.model, prompt.version)
+        self._who = Identity(config.name, config.model, prompt.version, prompt.reflection)
         self._refused: set[str] = set()
         self._failed: dict[str, str] = {}  # sentence by journal key, for this run
         remove_unfinished(folder)

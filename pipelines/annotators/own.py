@@ -15,10 +15,11 @@ from ...data.store import Dataset
 from ...schemas.configs import OwnAnnotator as OwnAnnotatorConfig
 from ...schemas.configs import SegmentConfig
 from ...schemas.errors import InputError
-from ...schemas.labels import AnnotationStatus, DiagnosticType
+from ...schemas.labels import TYPE_LABELS, AnnotationStatus, ErrorType, SpanKind, type_label
 from ...schemas.own_code import OwnCode, build, is_text, iterable, require_methods, running
 from ...schemas.tables import ANNOTATIONS
 from . import Engine
+from .answer_schema import MOST_REFLECTION_CHARS
 from .rows import SKIPPED, Identity, Item, Reading, Usage, annotation_row, items
 
 _STATUSES = [status for status in AnnotationStatus if status is not AnnotationStatus.SKIPPED]
@@ -38,7 +39,9 @@ class OwnAnnotator(Protocol):
     It returns, or yields, one `annotators.rows.Reading` per item, in order:
 
     - Reading("ok", [[3], [0, 1]], "setup"): spans of segment indices, the most important first, and
-      a type (`schemas.labels.DiagnosticType`, or its value).
+      a type: a member of `schemas.labels.DiagnosticType`, or of `ErrorType` for a wrong response,
+      or its value. With `annotator.reflection` the field `reflection` of a wrong response's reading
+      says what to do differently, in at most 600 characters.
     - Reading("empty"): nothing to mark. Reading("abstained"): it cannot tell.
     - Reading("failed", error="why"): this response could not be annotated.
 
@@ -56,7 +59,7 @@ class OwnMarks:
         self._own = build(self._code, config.options)
         self._segment = segment
         name = config.name or self._code.value.__name__
-        self._who = Identity(name, "own", self._code.sha256[:16])
+        self._who = Identity(name, "own", self._code.sha256[:16], reflects=config.reflection)
 
     def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
         """See `Annotator`.
@@ -91,9 +94,9 @@ class OwnMarks:
             raise self._fault(f"{where}: returned {type(reading).__name__}, not a Reading")
         try:
             status = AnnotationStatus(reading.status)
-            kind = None if reading.type is None else DiagnosticType(reading.type)
+            kind = None if reading.type is None else type_label(reading.type)
         except ValueError as error:
-            known = _STATUSES if "Status" in str(error) else DiagnosticType
+            known = _STATUSES if "Status" in str(error) else TYPE_LABELS
             raise self._fault(f"{where}: {error}; known: {', '.join(known)}") from None
         if status is AnnotationStatus.SKIPPED:
             raise self._fault(f"{where}: status skipped is for responses without a verdict")
@@ -104,6 +107,8 @@ class OwnMarks:
                 f"{where}: marked is {reading.marked!r:.80}, not a list of spans, each a list of "
                 "segment indices"
             ) from None
+        if isinstance(kind, ErrorType) and item.kind is SpanKind.KEY:
+            raise self._fault(f"{where}: type {kind} names a mistake, and the response is right")
         if reading.error is not None and not is_text(reading.error):
             raise self._fault(f"{where}: error is {reading.error!r:.80}, not text")
         last = len(item.segments) - 1
@@ -117,7 +122,22 @@ class OwnMarks:
                 f"{where}: status {status} with {len(marked)} spans and type {kind}; status ok "
                 "needs spans and a type, any other status has none"
             )
-        return Reading(status, marked, kind if marked else None, reading.error)
+        reflection = self._reflection(reading.reflection, item, where)
+        return Reading(status, marked, kind if marked else None, reading.error, reflection)
+
+    def _reflection(self, text: Any, item: Item, where: str) -> str | None:
+        if text is None:
+            return None
+        if not self._who.reflects:
+            raise self._fault(f"{where}: has a reflection; set annotator.reflection=true")
+        if item.kind is SpanKind.KEY:
+            raise self._fault(f"{where}: has a reflection, and the response is right")
+        if not is_text(text) or not 0 < len(text.strip()) <= MOST_REFLECTION_CHARS:
+            raise self._fault(
+                f"{where}: reflection is {text!r:.80}, not a text of at most "
+                f"{MOST_REFLECTION_CHARS} characters"
+            )
+        return text
 
     def _fault(self, what: str) -> InputError:
         return InputError(f"{self._code.label}: {what}; see OwnAnnotator in {__name__}")

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ...data.store import Dataset, content_hash
 from ...schemas.configs import PolicyConfig, SamplingConfig, SegmentConfig, SelfAnnotator
 from ...schemas.errors import InputError
-from ...schemas.labels import FinishReason
+from ...schemas.labels import FinishReason, SpanKind
 from ...schemas.tables import ANNOTATIONS
 from ...trace.prompt import render_chat
 from ...trace.protocols import PolicyInfo, Prompt, Sampler
@@ -24,7 +24,7 @@ from ..samplers.constrained import require_writable
 from . import Engine
 from .bounds import bounded_schema
 from .dialogue import Answer, Question, replay, usage
-from .prompting import Messages, load_prompt
+from .prompting import Messages, prompt_of
 from .rows import SKIPPED, Identity, Item, Reading, annotation_row, items
 
 logger = logging.getLogger(__name__)
@@ -51,13 +51,14 @@ class PolicyAnnotator:
             InputError: the policy can't write a structured answer within the limit.
         """
         self._config, self._segment = config, segment
-        self._prompt = load_prompt(config.prompt, config.answer_schema)
+        self._prompt = prompt_of(config)
         self._sampler, self._tokenizer, self._closes = sampler, tokenizer, closes
         self._warned = False
         if config.structured:
-            longest = self._schema(segment.max_segments)
-            if tokenizer is not None:
-                require_writable(tokenizer, longest, "annotator.structured=false")
+            for kind in SpanKind:
+                longest = self._schema(kind, segment.max_segments)
+                if tokenizer is not None:
+                    require_writable(tokenizer, longest, "annotator.structured=false")
 
     def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
         """See `Annotator`."""
@@ -82,9 +83,8 @@ class PolicyAnnotator:
             for index, answer in self._ask(work, questions, answers):
                 answers[index].append(answer)
             waiting = list(questions)
-        who = Identity(
-            self._config.name, annotating_model(self._sampler.policy), self._prompt.version
-        )
+        model = annotating_model(self._sampler.policy)
+        who = Identity(self._config.name, model, self._prompt.version, self._prompt.reflection)
         return ANNOTATIONS.table(
             annotation_row(item, who, reading, usage(given), given[-1].text)
             if given
@@ -96,9 +96,9 @@ class PolicyAnnotator:
         if self._closes:
             self._sampler.close()
 
-    def _schema(self, segments: int) -> dict[str, Any]:
+    def _schema(self, kind: SpanKind, segments: int) -> dict[str, Any]:
         config = self._config
-        return bounded_schema(self._prompt, segments, config.max_spans, config.max_new_tokens)
+        return bounded_schema(self._prompt, segments, config.max_spans, config.max_new_tokens, kind)
 
     def _ask(
         self, work: list[Item], questions: dict[int, Question], answers: list[list[Answer]]
@@ -113,7 +113,7 @@ class PolicyAnnotator:
             ]
             schemas = None
             if self._config.structured:
-                schemas = [self._schema(len(work[i].segments)) for i in batch]
+                schemas = [self._schema(work[i].kind, len(work[i].segments)) for i in batch]
             sampling = SamplingConfig(temperature=self._config.temperature, max_new_tokens=limit)
             began = time.monotonic()
             groups = self._sampler.sample(prompts, sampling, seeds, schemas)
@@ -176,7 +176,7 @@ def turn_seed(base: int, rollout_id: str, turn: int) -> int:
 
 
 def _identity(config: SelfAnnotator, problems: Dataset, in_training: bool) -> dict[str, Any]:
-    identity = load_prompt(config.prompt, config.answer_schema).sha256
+    identity = prompt_of(config).sha256
     if config.policy is not None:
         return identity | {"policy": sampling_engine(config.sampler, config.policy).identity()}
     if not in_training:

@@ -2,7 +2,8 @@
 
 Called by the engines that ask a model, and by the estimate. A prompt file is Markdown with a front
 matter that names its version and the sections `# system`, `# user` and `# correction`. `{{name}}`
-is replaced in one pass, so a text that is filled in can't bring placeholders of its own.
+is replaced in one pass, so a text that is filled in can't bring placeholders of its own. A section
+`# reflection` takes the place of `{{reflection}}` where a corrective idea is asked for.
 
 Rollouts are untrusted. A segment's number is at the start of a line and the other lines of a
 segment are indented, so a response can't forge a segment; the tags around each text carry a hash of
@@ -16,28 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonschema import Draft202012Validator, SchemaError
-from referencing import Registry
-from referencing.exceptions import Unresolvable
-from referencing.jsonschema import DRAFT202012
 
-from ...data.input_files import read_json
+from ...schemas.configs import AnnotatorPrompt
 from ...schemas.errors import InputError
-from ...schemas.labels import DiagnosticType
+from ...schemas.labels import WORDS, SpanKind, TypeLabel, words_sha256
 from ...schemas.text_files import read_text_file
 from ...schemas.yaml_text import load_yaml
+from .answer_schema import REFLECTION, labels_of, parse_schema, schema_about
 from .rows import Item
 
 PROMPTS = Path(__file__).parent / "prompts"
 SHIPPED_PROMPT = PROMPTS / "annotate-v1.md"
+SHIPPED_PROMPT_V2 = PROMPTS / "annotate-v2.md"  # for error types and reflections
 SHIPPED_SCHEMA = PROMPTS / "answer.schema.json"
 SECTIONS = ("system", "user", "correction")
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n(.*)\Z", re.DOTALL)
-_SECTION = re.compile(rf"^# ({'|'.join(SECTIONS)})[ \t]*$", re.MULTILINE)
+_SECTION = re.compile(rf"^# ({'|'.join((*SECTIONS, REFLECTION))})[ \t]*$", re.MULTILINE)
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 _FIELDS = {
-    "system": {"types"},  # the same for all rollouts: endpoints cache a common beginning
+    "system": {"types", REFLECTION},  # the same for all rollouts, so endpoints cache it
     "user": {
         "problem", "reference", "segments", "verdict", "kind", "last_segment", "types", "fence",
     },
@@ -53,24 +52,42 @@ Messages = list[dict[str, str]]
 class AnnotationPrompt:
     """A prompt file and an answer schema, checked.
 
-    sections: template by section name. types: the labels that the schema allows. sha256: hashes of
-    both files, which a dataset id hashes in place of their paths.
+    sections: template by section name. schemas, types: by the kind of span that is asked for, an
+    answer's schema and the labels that it allows. reflection: whether wrong responses get a
+    corrective idea. sha256: hashes of both files, and of the labels' words where the annotator
+    reads them, which a dataset id hashes in place of paths.
     """
 
     version: str
     sections: dict[str, str]
-    schema: dict[str, Any]
-    types: tuple[DiagnosticType, ...]
+    schemas: dict[SpanKind, dict[str, Any]]
+    types: dict[SpanKind, tuple[TypeLabel, ...]]
+    error_types: bool
+    reflection: bool
     sha256: dict[str, str]
 
 
-def load_prompt(prompt: str | None = None, answer_schema: str | None = None) -> AnnotationPrompt:
+def prompt_of(config: AnnotatorPrompt) -> AnnotationPrompt:
+    """`load_prompt` of an annotator's config."""
+    return load_prompt(config.prompt, config.answer_schema, config.error_types, config.reflection)
+
+
+def load_prompt(
+    prompt: str | None = None,
+    answer_schema: str | None = None,
+    error_types: bool = False,
+    reflection: bool = False,
+) -> AnnotationPrompt:
     """Read a prompt file and an answer schema; None means the shipped ones.
 
+    error_types: ask for labels of ErrorType about wrong responses, and state each label's words.
+    reflection: ask for a corrective idea about wrong responses.
+
     Raises:
-        InputError: a file is missing or has another content.
+        InputError: a file is missing or has another content, or does not ask for what it should.
     """
-    prompt_path = Path(prompt) if prompt is not None else SHIPPED_PROMPT
+    shipped = SHIPPED_PROMPT_V2 if error_types or reflection else SHIPPED_PROMPT
+    prompt_path = Path(prompt) if prompt is not None else shipped
     schema_path = Path(answer_schema) if answer_schema is not None else SHIPPED_SCHEMA
     advice = (
         "give the path of a prompt or answer-schema file, or leave annotator.prompt and "
@@ -78,24 +95,42 @@ def load_prompt(prompt: str | None = None, answer_schema: str | None = None) -> 
     )
     prompt_text, schema_text = (read_text_file(file, advice) for file in (prompt_path, schema_path))
     version, sections = _parse_prompt(prompt_text, prompt_path)
-    schema = _parse_schema(schema_text, schema_path)
+    idea = sections.pop(REFLECTION, "")
+    sections["system"] = _with_reflection(sections["system"], idea if reflection else "")
+    if reflection and REFLECTION not in sections["system"]:
+        raise InputError(
+            f"{prompt_path}: never asks for a reflection; begin with a copy of the shipped "
+            f"{SHIPPED_PROMPT_V2.name}, or set annotator.reflection=false"
+        )
+    schema = parse_schema(schema_text, schema_path)
+    types = labels_of(schema, error_types, schema_path if answer_schema is not None else None)
+    if reflection and answer_schema is not None and REFLECTION not in schema["properties"]:
+        raise InputError(
+            f"{schema_path}: has no property reflection; add one that may be a string or null, or "
+            "set annotator.reflection=false"
+        )
+    hashes = {
+        "prompt": hashlib.sha256(prompt_text.encode()).hexdigest(),
+        "answer_schema": hashlib.sha256(schema_text.encode()).hexdigest(),
+    }
     return AnnotationPrompt(
         version,
         sections,
-        schema,
-        tuple(DiagnosticType(label) for label in schema["properties"]["type"]["enum"]),
-        {
-            "prompt": hashlib.sha256(prompt_text.encode()).hexdigest(),
-            "answer_schema": hashlib.sha256(schema_text.encode()).hexdigest(),
-        },
+        {kind: schema_about(kind, schema, types[kind], reflection) for kind in SpanKind},
+        types,
+        error_types,
+        reflection,
+        hashes | ({"words": words_sha256()} if error_types else {}),
     )
 
 
 def ask(prompt: AnnotationPrompt, item: Item) -> Messages:
     """The conversation that asks for one rollout's annotation."""
     fields = _fields(prompt, item)
+    # The same for all rollouts: the types of both kinds.
+    for_all = {"types": _listed(prompt)}
     return [
-        {"role": "system", "content": _fill(prompt.sections["system"], fields)},
+        {"role": "system", "content": _fill(prompt.sections["system"], for_all)},
         {"role": "user", "content": _fill(prompt.sections["user"], fields)},
     ]
 
@@ -131,10 +166,21 @@ def _fields(prompt: AnnotationPrompt, item: Item) -> dict[str, str]:
         "verdict": "right" if item.correct else "wrong",
         "kind": item.kind.value,
         "last_segment": str(len(item.segments) - 1),
-        "types": ", ".join(prompt.types),
+        "types": ", ".join(prompt.types[item.kind]),
         # The same for the same response, so that a repeated request is the same request.
         "fence": hashlib.sha256(item.response.encode()).hexdigest()[:12],
     }
+
+
+def _listed(prompt: AnnotationPrompt) -> str:
+    """The labels in the instructions; those of both kinds with their words if they differ."""
+    if not prompt.error_types:
+        return ", ".join(prompt.types[SpanKind.KEY])
+    lines = []
+    for kind, verdict in ((SpanKind.KEY, "right"), (SpanKind.ERROR, "wrong")):
+        lines.append(f"The response is {verdict}, for its {kind.value} segments:")
+        lines += [f"- {label}: {WORDS[label]}" for label in prompt.types[kind]]
+    return "\n".join(lines)
 
 
 def _fill(template: str, fields: dict[str, str]) -> str:
@@ -170,60 +216,13 @@ def _parse_prompt(text: str, path: Path) -> tuple[str, dict[str, str]]:
             )
         if lacking := sorted(_NEEDED[name] - used):
             raise InputError(f"{path}: section {name} lacks {{{{{lacking[0]}}}}}; add it")
+    if _PLACEHOLDER.search(sections.get(REFLECTION, "")):
+        raise InputError(f"{path}: section {REFLECTION} has a placeholder; it takes none")
     return str(header["version"]), sections
 
 
-def _parse_schema(text: str, path: Path) -> dict[str, Any]:
-    """An answer schema with what an annotation needs: spans and one known type."""
-    try:
-        schema = read_json(text)
-        Draft202012Validator.check_schema(schema)
-        _check_references(schema)
-    except SchemaError as error:
-        raise InputError(f"{path}: is not a JSON schema ({error.message})") from None
-    except RecursionError:
-        raise InputError(f"{path}: is nested too deep; write a flat schema") from None
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error})") from None
-    try:
-        properties = schema["properties"]
-        labels = properties["type"]["enum"]
-        properties["spans"]["items"]["properties"]["segments"]
-    except (KeyError, TypeError):
-        labels = []
-    if not labels or not isinstance(labels, list):
-        raise InputError(
-            f"{path}: must describe an object with the properties spans, an array of objects that "
-            "have segments, and type, which has an enum; start from the shipped answer.schema.json"
-        )
-    if unknown := [label for label in labels if label not in list(DiagnosticType)]:
-        raise InputError(
-            f"{path}: type {unknown[0]!r} is no diagnostic type; use some of "
-            f"{', '.join(DiagnosticType)}"
-        )
-    return schema
-
-
-def _check_references(schema: Any) -> None:
-    """Raises SchemaError at a reference to anything but a part of the schema: none is fetched."""
-    resource = DRAFT202012.create_resource(schema)
-    resolver = Registry().with_resource("", resource).resolver()
-    parts = [schema]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, dict):
-            for key in ("$dynamicRef", "$dynamicAnchor", "$anchor", "$id"):
-                if key in part and (key != "$id" or part is not schema):
-                    raise SchemaError(f"{key} is not supported; refer to parts by #/$defs/name")
-            if isinstance(target := part.get("$ref"), str):
-                try:
-                    found = resolver.lookup(target).contents if target.startswith("#") else None
-                except Unresolvable:
-                    found = None
-                if not isinstance(found, dict | bool):
-                    raise SchemaError(
-                        f"$ref {target!r} names no part of the schema, such as #/$defs/name"
-                    )
-            parts += part.values()
-        elif isinstance(part, list):
-            parts += part
+def _with_reflection(system: str, idea: str) -> str:
+    """The instructions with the section on reflections in its place, or without it."""
+    placeholder = f"{{{{{REFLECTION}}}}}"
+    paragraphs = [text for text in system.split("\n\n") if idea or text.strip() != placeholder]
+    return "\n\n".join(paragraphs).replace(placeholder, idea)

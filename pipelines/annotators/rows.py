@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ...schemas.configs import SegmentConfig
 from ...schemas.errors import InputError
-from ...schemas.labels import AnnotationStatus, DiagnosticType, SpanKind
+from ...schemas.labels import AnnotationStatus, SpanKind, TypeLabel
 from ...schemas.tables import ANNOTATIONS
 from ...trace.segment import segment
 
@@ -43,12 +43,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Reading:
-    """An annotator's answer: segment indices per span, most important first, and one type."""
+    """An annotator's answer: segment indices per span, most important first, and one type.
+
+    type: of DiagnosticType, or of ErrorType for a wrong response. reflection: what to do
+    differently, about a wrong response.
+    """
 
     status: AnnotationStatus
     marked: list[list[int]] = field(default_factory=list)
-    type: DiagnosticType | None = None
+    type: TypeLabel | None = None
     error: str | None = None
+    reflection: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,15 @@ class Usage:
 
 @dataclass(frozen=True)
 class Identity:
-    """The annotator: the config's name, the model behind it, the prompt's version."""
+    """The annotator: the config's name, the model behind it, the prompt's version.
+
+    reflects: whether it is asked for reflections, so that its rows have that column.
+    """
 
     name: str
     model: str
     prompt_version: str = ""
+    reflects: bool = False
 
 
 SKIPPED = Reading(AnnotationStatus.SKIPPED)
@@ -146,7 +155,7 @@ def annotation_row(
         "completion_tokens": usage.completion_tokens,
         "cost_usd": usage.cost_usd,
         "latency_s": usage.latency_s,
-    }
+    } | ({"reflection": reading.reflection} if who.reflects else {})
 
 
 def spans(item: Item, marked: Sequence[Sequence[int]]) -> list[dict[str, Any]]:

@@ -2,6 +2,9 @@
 
 match=line: a response writes one step per line, and a line is right if it equals the known step.
 match=value: a response is free text, judged by the equations that it states.
+
+With `error_types` a wrong response's label is the mistake in a step of its type; with `reflection`
+it gets the known step that it lacks.
 """
 
 import re
@@ -16,9 +19,10 @@ import pyarrow as pa
 from ...data.store import Dataset
 from ...schemas.configs import RuleAnnotator, SegmentConfig
 from ...schemas.errors import InputError
-from ...schemas.labels import AnnotationStatus, DiagnosticType
+from ...schemas.labels import MISTAKE_IN, AnnotationStatus, DiagnosticType, SpanKind, TypeLabel
 from ...schemas.tables import ANNOTATIONS
 from . import Engine
+from .answer_schema import MOST_REFLECTION_CHARS
 from .equations import equations, value
 from .rows import SKIPPED, Identity, Item, Reading, Usage, annotation_row, items
 
@@ -31,7 +35,7 @@ class StepsAnnotator:
     def __init__(self, config: RuleAnnotator, segment: SegmentConfig) -> None:
         self._segment = segment
         self._config = config
-        self._who = Identity(config.name, f"steps-{config.match}")
+        self._who = Identity(config.name, f"steps-{config.match}", reflects=config.reflection)
 
     def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
         """See `Annotator`.
@@ -49,10 +53,17 @@ class StepsAnnotator:
         return ANNOTATIONS.table(rows)
 
     def _read(self, item: Item) -> Reading:
-        reading = _RULES[self._config.match](item)
-        if not (self._config.wrong_spans or self._config.wrong_types):
+        config = self._config
+        reading = _RULES[config.match](item)
+        if config.wrong_spans or config.wrong_types:
+            reading = mistaken(reading, item, config.wrong_spans, config.wrong_types)
+        if item.kind is SpanKind.KEY:
             return reading
-        return mistaken(reading, item, self._config.wrong_spans, self._config.wrong_types)
+        if config.error_types and isinstance(reading.type, DiagnosticType):
+            reading = replace(reading, type=MISTAKE_IN[reading.type])
+        if config.reflection:
+            reading = replace(reading, reflection=_IDEAS[config.match](item))
+        return reading
 
     def close(self) -> None:
         """Nothing to release."""
@@ -127,14 +138,39 @@ def mistaken(reading: Reading, item: Item, wrong_spans: float, wrong_types: floa
         moves = others and rng.random() < wrong_spans
         marked.append([others.pop(int(rng.integers(len(others))))] if moves else span)
     kind = reading.type
-    known = {DiagnosticType(step["type"]) for step in item.problem["steps"]}
+    known: set[TypeLabel] = {DiagnosticType(step["type"]) for step in item.problem["steps"]}
     other_kinds = sorted(known - {kind})
     if other_kinds and rng.random() < wrong_types:
         kind = other_kinds[int(rng.integers(len(other_kinds)))]
     return replace(reading, marked=marked, type=kind)
 
 
+def lacking_line(item: Item) -> str:
+    """The corrective idea of `by_line`: the first known step whose line differs."""
+    steps = item.problem["steps"]
+    lines = [item.text(i).strip() for i in range(len(item.segments)) if item.text(i).strip()]
+    pairs = zip(steps, [*lines, *[None] * len(steps)], strict=False)
+    return idea(item, next((step for step, line in pairs if step["text"].strip() != line), None))
+
+
+def lacking_value(item: Item) -> str:
+    """The corrective idea of `by_value`: the first known step whose value is never stated."""
+    texts = map(item.text, range(len(item.segments)))
+    stated = {one.result for text in texts for one in equations(text) if one.holds}
+    steps = item.problem["steps"]
+    return idea(item, next((step for step in steps if value(step["value"]) not in stated), None))
+
+
+def idea(item: Item, step: dict[str, Any] | None) -> str:
+    """What to do differently in words, without the final answer. step: None, all are there."""
+    text = "" if step is None else " ".join(step["text"].split())
+    if step is None or step["value"] == item.problem["answer"] or _FINAL.search(text):
+        return "check that the answer is what the steps give"
+    return f"work out this step: {text}"[:MOST_REFLECTION_CHARS]
+
+
 _RULES: dict[str, Callable[[Item], Reading]] = {"line": by_line, "value": by_value}
+_IDEAS: dict[str, Callable[[Item], str]] = {"line": lacking_line, "value": lacking_value}
 
 
 def _reading(marked: list[tuple[int, str]]) -> Reading:

@@ -14,13 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
 from ...data.atomic import sync, writing
 from ...data.locks import locked
 from ...schemas.errors import InputError
-from ...trace.loading import require_complete, require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +86,11 @@ def _require(module: str, install: str) -> ModuleSpec:
 
 
 def _convert(source: Path, target: Path) -> None:
+    import torch  # a folder that is there needs none of them
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from ...trace.loading import require_complete, require_finite
+
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
     # Without dequantize the model counts as quantised and can't be saved.
     loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -22,7 +22,6 @@ from ...schemas.config_faults import unknown_name
 from ...schemas.configs import Config, PipelineConfig, ReportConfig, StudyConfig, TrainConfig
 from ...schemas.environment import whole_number
 from ...schemas.errors import InputError
-from ...schemas.presets import PRESETS
 from ...schemas.settings import load_config, override
 from ...schemas.template import template
 from ..stages import REGISTRY, StageEntry
@@ -55,7 +54,7 @@ DryRun = Annotated[
 ]
 PresetName = Annotated[
     str | None,
-    typer.Option("--preset", help="TRACE or a baseline by name (trace-opd presets lists them)."),
+    typer.Option("--preset", help="A method by name (trace-opd presets lists them)."),
 ]
 KeepFailed = Annotated[
     bool,
@@ -247,11 +246,19 @@ def config(
 
 
 @app.command()
-def presets() -> None:
-    """List the presets (TRACE and baselines) and what each sets."""
-    for name, preset in PRESETS.items():
-        console.print(f"{name}: {preset.summary} ({preset.source})", soft_wrap=True)
-        console.print(f"    {' '.join(preset.overrides)}", soft_wrap=True)
+def presets(
+    name: Annotated[
+        str | None, typer.Argument(help="Preset to show with its settings and notes.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+) -> None:
+    """List the presets (TRACE and the other methods): tokens, teacher, action, gate, schedule."""
+    from .presets import print_preset, print_presets
+
+    if name is None:
+        print_presets(console, as_json)
+    else:
+        print_preset(name, console, as_json)
 
 
 @app.command()

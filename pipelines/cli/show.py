@@ -22,7 +22,7 @@ from ...schemas.labels import Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
 from ..terminal import named, print_config
 from ..viewer.paint import Paint, Piece
-from ..viewer.rollout_tables import find_byte_table, find_tables
+from ..viewer.rollout_tables import find_tables, find_vocabulary
 from ..viewer.rollout_view import RolloutView, load_rollouts
 
 # Underlines as well as colours: readers must tell routes apart without seeing colour.
@@ -168,7 +168,7 @@ def show_rollout(rollout_id_prefix: str, store: Store, console: Console) -> None
     """
     dataset, rollout_id = _find(rollout_id_prefix, store)
     tables = find_tables(dataset, store)
-    (view,) = load_rollouts(tables, [rollout_id], find_byte_table(dataset, tables))
+    (view,) = load_rollouts(tables, [rollout_id], find_vocabulary(dataset, tables))
     console.print(_panel(view, dataset))
 
 
@@ -224,6 +224,8 @@ def _facts(view: RolloutView) -> list[tuple[str, str]]:
         segments = ", ".join(map(str, span.segments))
         kept = "" if span.kept_tokens is None else f", {span.kept_tokens} tokens kept"
         facts.append((f"{span.kind} {span.rank}", f"segments {segments}{kept}"))
+    if view.reflection:
+        facts.append(("reflection", view.reflection))
     if view.error:
         facts.append(("error", view.error))
     return facts

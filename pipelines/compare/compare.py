@@ -18,7 +18,7 @@ from ...data.store import Dataset, Store
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS
 from ...trace.align import ByteTable
-from ..viewer.rollout_tables import find_tables, made_by, policy_byte_table
+from ..viewer.rollout_tables import find_tables, made_by, policy_vocabulary
 from .agreement import COUNTS, Counts, Side, confusion, own_counts, shared_counts
 from .marks import (
     KINDS,
@@ -151,13 +151,12 @@ def _byte_table(rollouts: Dataset, joined: _Joined) -> tuple[ByteTable | None, s
     config = made_by(rollouts)  # empty while the run that sampled is not finished
     known = None
     with suppress(InputError):
-        known = policy_byte_table(config["policy"]) if config else None
+        known = policy_vocabulary(config["policy"]) if config else None
     if known is None:
         return None, "the policy's tokenizer is not available"
-    table, fingerprint = known
-    if set(pc.unique(header["vocab_fingerprint"]).to_pylist()) != {fingerprint}:
+    if set(pc.unique(header["vocab_fingerprint"]).to_pylist()) != {known.fingerprint}:
         return None, "the token ids are of another vocabulary than the policy's"
-    return table, ""
+    return known.pieces, ""
 
 
 def _chunks(rollouts: Dataset, joined: _Joined, with_tokens: bool) -> Iterator[Chunk]:

@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 
 from ...data.store import Dataset
 from ...schemas.configs import RoutingConfig
-from ...schemas.labels import AnnotationStatus, DiagnosticType, SpanKind
+from ...schemas.labels import TYPE_LABELS, AnnotationStatus, SpanKind
 from ...trace.align import ByteTable
-from ...trace.route import Response, route_tokens, token_cap
+from ...trace.route import route_tokens
+from ...trace.rule_inputs import Response, token_cap
 
 STATUSES = list(AnnotationStatus)
-TYPES = list(DiagnosticType)
+TYPES = list(TYPE_LABELS)
 KINDS = list(SpanKind)
 # `first_error` of a row without an error, and of a row that does not state whether there is one.
 NO_ERROR, UNKNOWN = -1, -2

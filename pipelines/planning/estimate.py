@@ -23,7 +23,7 @@ from ..annotators.completion import is_answer, question_key, read_record
 from ..annotators.dialogue import RAISED_LIMIT, Answer, Question, replay
 from ..annotators.journal import Journal
 from ..annotators.prices import Price, find_price, most_prompt_tokens
-from ..annotators.prompting import AnnotationPrompt, correct, load_prompt
+from ..annotators.prompting import AnnotationPrompt, correct, prompt_of
 from ..annotators.rows import Item, items
 from ..annotators.spending import count, dollars
 from ..progress import progress_bar
@@ -184,7 +184,7 @@ class _Asking:
     @classmethod
     def of(cls, annotator: Any, engine: Engine, draft: Draft) -> "_Asking":
         assert engine.request_body is not None, "engines that ask no model have no estimate"
-        prompt = load_prompt(annotator.prompt, annotator.answer_schema)
+        prompt = prompt_of(annotator)
         if not engine.asks_endpoint:
             return cls(annotator, prompt, engine.request_body, lambda question: None, set(), None)
         key = partial(question_key, annotator, prompt)

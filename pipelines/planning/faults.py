@@ -36,7 +36,7 @@ from ...trace.policy import load_tokenizer, vocab_fingerprint
 from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
 from ..annotators.prices import find_price
-from ..annotators.prompting import load_prompt
+from ..annotators.prompting import prompt_of
 from ..endpoint import FAILURES, read_key, sentence
 from ..models import resolve_policy, served_model
 from ..samplers import sampling_engine
@@ -88,7 +88,7 @@ def of_stage(stage: str, config: Config, store: Store) -> list[str]:
         # `begin` checks the same, and ends with the first.
         found += _faults(
             [
-                lambda: load_prompt(annotator.prompt, annotator.answer_schema),
+                lambda: prompt_of(annotator),
                 lambda: read_key(annotator.api_key_env, "annotator.api_key_env"),
                 lambda: find_price(annotator),
             ]

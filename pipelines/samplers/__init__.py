@@ -8,13 +8,16 @@ needs other packages. own.py is the engine of classes that a config names as `fi
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from ...schemas.configs import PolicyConfig, Sampler
 from ...schemas.own_code import is_own
-from .engine import Engine
+
+if TYPE_CHECKING:  # convert's checks start without torch
+    from .engine import Engine
 
 
-def sampling_engine(config: Sampler, policy: PolicyConfig) -> Engine:
+def sampling_engine(config: Sampler, policy: PolicyConfig) -> "Engine":
     """The engine of a config, for a policy; nothing is opened or checked yet."""
     file = "own" if is_own(config.engine) else config.engine
     return import_module(f".{file}", __name__).ENGINE(config, policy)

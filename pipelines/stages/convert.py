@@ -20,11 +20,10 @@ from ...schemas.configs import ConvertConfig
 from ...schemas.errors import InputError, RowFault
 from ...schemas.labels import AnnotationStatus, Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
-from ...trace.align import ByteTable, byte_table
-from ...trace.policy import load_tokenizer, vocab_fingerprint, vocab_size
 from ...trace.responses import to_numpy
 from ...trace.route import needs_annotations, require_rule, rule_source
 from ...trace.routed import routed_table
+from ...trace.vocabulary import Vocabulary, load_vocabulary
 from ..models import resolve_policy
 from ..samplers.trainable import require_trainable
 from ..samplers.vocabulary import check_token_ids, check_vocabulary
@@ -70,17 +69,7 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
     return Plan(config, inputs, semantic, annotations.parts, work=annotations.part_rows)
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
-    """What a policy's tokens are: their bytes, the tokenizer's fingerprint, the model's number of
-    ids."""
-
-    pieces: ByteTable
-    fingerprint: str
-    size: int
-
-
-def _vocabulary(config: ConvertConfig) -> _Vocabulary:
+def _vocabulary(config: ConvertConfig) -> Vocabulary:
     path = resolve_policy(config.policy.path, weights=False)
     state = tuple(
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
@@ -91,11 +80,15 @@ def _vocabulary(config: ConvertConfig) -> _Vocabulary:
 
 
 @lru_cache(maxsize=1)
-def _load_vocabulary(path: str, trust_remote_code: bool, state: Any) -> _Vocabulary:
+def _load_vocabulary(path: str, trust_remote_code: bool, state: Any) -> Vocabulary:
     """state: changes with the folder's files."""
-    tokenizer = load_tokenizer(path, trust_remote_code)
-    pieces, size = byte_table(tokenizer), vocab_size(path, trust_remote_code)
-    return _Vocabulary(pieces, vocab_fingerprint(tokenizer), size)
+    vocabulary = load_vocabulary(path, trust_remote_code)
+    if vocabulary.size is None:
+        raise InputError(
+            f"policy {path}: its config.json names no number of token ids (vocab_size); give the "
+            "folder of the model that sampled"
+        )
+    return vocabulary
 
 
 def _check_annotator(annotations: Dataset) -> None:
@@ -175,13 +168,14 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
     config: ConvertConfig = plan.config
     require_rule(config.routing.rule, plan.semantic.get("rule"), content_hash)
     vocabulary = _vocabulary(config)
-    roles = ("problems", "rollouts", "verdicts", "annotations")
+    assert vocabulary.size is not None, "_load_vocabulary checks it"
+    size, roles = vocabulary.size, ("problems", "rollouts", "verdicts", "annotations")
 
     def make(part: int) -> pa.Table:
         problems, rollouts, verdicts, annotations = (
             plan.inputs[role].read_part(part) for role in roles
         )
-        check_token_ids(rollouts, vocabulary.size, f"{plan.inputs['rollouts'].ref}, part {part}")
+        check_token_ids(rollouts, size, f"{plan.inputs['rollouts'].ref}, part {part}")
         try:
             return routed_table(
                 problems, rollouts, verdicts, annotations, vocabulary.pieces, config.routing

@@ -19,6 +19,7 @@ from ...schemas.errors import InputError
 from ...schemas.tables import PROBLEMS, ROUTED
 from ...trace.checkpoint import resume, save_model
 from ...trace.identity import model_revision
+from ...trace.other_teacher import check_teacher, load_teacher
 from ...trace.policy import choose_device, load_policy, load_tokenizer, vocab_fingerprint
 from ...trace.prompt import student_prompt
 from ...trace.ranks import Ranks, join_ranks
@@ -29,7 +30,7 @@ from ...trace.sharding import skeleton
 from ...trace.trained import SamplingCopy, Trained
 from ...trace.trainer import Trainer
 from ..annotators import engine_of
-from ..models import resolve_policy
+from ..models import resolve_policy, teacher_files
 from ..progress import progress_bar
 from ..run_metrics import METRICS, read_metrics
 from ..samplers import sampling_engine
@@ -64,6 +65,10 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
     sampler = config.sampler.semantic()
     own = isinstance(config.sampler, OwnSampler)
     semantic["sampler"] = sampler if own else {"engine": sampler["engine"]}
+    if config.teacher.model is not None:
+        files = teacher_files(config.teacher.model)
+        trusted = config.teacher.model.trust_remote_code
+        semantic["teacher"]["model"] = check_teacher(files, path, trusted)
     inputs = {}
     if config.offline.steps:
         inputs["routed"] = routed = store.get(config.offline.routed, ROUTED)
@@ -156,8 +161,12 @@ def _run(
     follows = sampling_engine(config.sampler, config.policy).follows
     if config.online.steps and not follows and ranks.shards(policy.compute_dtype):
         whole = SamplingCopy(policy, skeleton(policy.model))
+    taught_by = None
+    if (other := config.teacher.model) is not None and config.schedule.w0:
+        taught_by = load_teacher(teacher_files(other), policy, ranks, other.trust_remote_code)
     ranks.wait()  # loading takes some longer than others
-    trainer = Trainer(policy, config, ranks)
+    trainer = Trainer(policy, config, ranks, taught_by)
+    del taught_by
     resumed = resume(trainer, target.local_path("checkpoints"))
     if resumed is not None and ranks.first:
         prune_checkpoints(resumed, config.checkpoints_kept)
@@ -166,7 +175,7 @@ def _run(
         known = policy.model.get_input_embeddings().num_embeddings
         offline = OfflineReader(inputs["routed"], config, known, ranks)
     if config.online.steps:
-        trained = Trained(policy, trainer.student)
+        trained = Trained(policy, trainer.student, config.loss.fp32_logits)
         online = OnlineTables(config, store, target, inputs, trained, ranks, whole)
         if config.validation is not None:
             names = config.validation.problems
@@ -208,7 +217,7 @@ def _check_routed(config: TrainConfig, routed: Dataset, vocabulary: str) -> None
 def _check_signal(config: TrainConfig, routed: Dataset) -> None:
     """Raises InputError if no offline step could change a weight."""
     rewarded = config.loss.grpo
-    taught = kl_weight(0, config.schedule) > 0
+    taught = any(kl_weight(step, config.schedule) > 0 for step in range(config.offline.steps))
     for part in range(routed.parts):
         table = routed.read_part(part, ["advantage", "route"])
         if rewarded and np.count_nonzero(table["advantage"].to_numpy()):

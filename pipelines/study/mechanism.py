@@ -33,7 +33,7 @@ from ...schemas.configs import (
     TrainConfig,
 )
 from ...schemas.errors import InputError
-from ...schemas.labels import DiagnosticType, KlClip, Route
+from ...schemas.labels import DiagnosticType, ErrorType, KlClip, Route, TypeLabel, type_label
 from ...schemas.settings import override
 from ...trace.align import byte_table
 from ...trace.packing import response_logits
@@ -80,15 +80,15 @@ class Teachers:
         policy: Policy,
         routed: pa.Table,
         prompt: PromptConfig,
-        kinds: Sequence[DiagnosticType],
+        kinds: Sequence[TypeLabel],
     ) -> None:
         self._policy, self._prompt = policy, prompt
         self._problems = [str(problem) for problem in routed["problem"].to_pylist()]
         self.sequences = training_sequences(routed, policy.tokenizer, prompt, with_teacher=False)
-        self.right_types = [DiagnosticType(x) for x in routed["diagnostic_type"].to_pylist()]
+        self.right_types = [type_label(x) for x in routed["diagnostic_type"].to_pylist()]
         self.wrong_types = [other_kind(kinds, kind) for kind in self.right_types]
 
-    def logprobs(self, types: Sequence[DiagnosticType]) -> torch.Tensor:
+    def logprobs(self, types: Sequence[TypeLabel]) -> torch.Tensor:
         """(routed tokens, vocab) of the teacher with these types, one per row."""
         prompts = [
             render_chat(self._policy.tokenizer, teacher_messages(self._prompt, problem, kind))
@@ -147,7 +147,7 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
     return figures
 
 
-def other_kind(kinds: Sequence[DiagnosticType], kind: DiagnosticType) -> DiagnosticType:
+def other_kind(kinds: Sequence[TypeLabel], kind: DiagnosticType) -> DiagnosticType:
     """The kind before it, cyclically; the first if it is none of them."""
     return kinds[kinds.index(kind) - 1 if kind in kinds else 0]
 
@@ -209,10 +209,12 @@ def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:
     return rows
 
 
-def kinds_in_use(routed: pa.Table) -> list[DiagnosticType]:
-    """The rows' types without `other`, which has no content; all types if fewer than two remain."""
-    named = {DiagnosticType(kind) for kind in pc.drop_null(routed["diagnostic_type"]).to_pylist()}
-    used = sorted(named - {DiagnosticType.OTHER})
+def kinds_in_use(routed: pa.Table) -> list[TypeLabel]:
+    """The rows' types without `other` and `other_mistake`, which have no content; all of
+    DiagnosticType if fewer than two remain.
+    """
+    named = {type_label(kind) for kind in pc.drop_null(routed["diagnostic_type"]).to_pylist()}
+    used = sorted(named - {DiagnosticType.OTHER, ErrorType.OTHER_MISTAKE})
     return used if len(used) > 1 else list(DiagnosticType)
 
 

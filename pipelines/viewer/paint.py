@@ -9,15 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ...schemas.labels import Route
+from ...trace.align import ByteTable
 from ..terminal import visible
-
-if TYPE_CHECKING:
-    from ...trace.align import ByteTable
 
 
 class Paint(IntEnum):
@@ -65,7 +63,7 @@ def paint_spans(length: int, spans: Sequence[dict]) -> CharPaint:
 
 
 def paint_tokens(
-    table: "ByteTable",
+    table: ByteTable,
     length: int,
     segments: Sequence[dict],
     spans: Sequence[dict],

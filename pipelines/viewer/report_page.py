@@ -18,9 +18,9 @@ from .rollout_tables import (
     Tables,
     annotator_labels,
     choose_groups,
-    find_byte_table,
     find_counterpart,
     find_tables,
+    find_vocabulary,
 )
 from .rollout_view import RolloutReader, RolloutView, rollout_data
 from .training_curves import charts, metrics_of
@@ -43,7 +43,7 @@ def run(config: ReportConfig, store: Store, output: Path | None = None) -> Path:
     against = find_counterpart(config.against, tables, store) if config.against else None
     output = output or _default_output(dataset, against, store)
     index = build_index(tables, against, choose_groups(tables.lead, config.limit))
-    views = RolloutReader(tables, find_byte_table(dataset, tables), against).read(index.rows)
+    views = RolloutReader(tables, find_vocabulary(dataset, tables), against).read(index.rows)
     html = _render(dataset, tables, against, index, views, store)
     write_atomic(output, html.encode())
     sweep_siblings(output)

@@ -6,18 +6,15 @@ Called by view.py and report_page.py, by `trace-opd show`, and by compare/.
 import logging
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...data.dataset import find_dataset
 from ...data.store import Dataset, Store
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, ROUTED
+from ...trace.vocabulary import Vocabulary, load_vocabulary
+from ..models import resolve_policy
 from ..terminal import visible
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ...trace.align import ByteTable
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +106,8 @@ def _annotator_name(dataset: Dataset) -> str:
     return visible(name or dataset.id[:8])
 
 
-def find_byte_table(dataset: Dataset, tables: Tables) -> "tuple[ByteTable, str] | None":
-    """Bytes per token id and the vocabulary's fingerprint; None if the tokenizer is not here.
+def find_vocabulary(dataset: Dataset, tables: Tables) -> Vocabulary | None:
+    """The vocabulary of the policy that sampled; None if its tokenizer is not here.
 
     None also for a dataset that is not routed: its tokens have no paint of their own.
     """
@@ -121,28 +118,14 @@ def find_byte_table(dataset: Dataset, tables: Tables) -> "tuple[ByteTable, str] 
     if not policies:
         return None
     try:
-        return policy_byte_table(policies[0])
+        return policy_vocabulary(policies[0])
     except InputError as error:
         logger.info("painting by estimate, not by token: %s", error)
         return None
 
 
-def policy_byte_table(policy: dict[str, Any]) -> "tuple[ByteTable, str]":
-    """Bytes per token id of a manifest's policy, and its vocabulary's fingerprint.
-
-    Raises:
-        InputError: see `load_policy_tokenizer`.
-    """
-    # Imports torch: a viewer of annotations starts without it.
-    from ...trace.align import byte_table
-    from ...trace.policy import vocab_fingerprint
-
-    tokenizer = load_policy_tokenizer(policy)
-    return byte_table(tokenizer), vocab_fingerprint(tokenizer)
-
-
-def load_policy_tokenizer(policy: dict[str, Any]) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a manifest's policy, from files on this machine.
+def policy_vocabulary(policy: dict[str, Any]) -> Vocabulary:
+    """The vocabulary of a manifest's policy, from files on this machine.
 
     Python code that comes with it runs only if policy.trust_remote_code and the environment
     variable TRACE_OPD_TRUST_REMOTE_CODE=1 both allow it: a store may be someone else's work, and
@@ -151,14 +134,11 @@ def load_policy_tokenizer(policy: dict[str, Any]) -> "PreTrainedTokenizerBase":
     Raises:
         InputError: the tokenizer is not on this machine, or needs code that may not run.
     """
-    from ...trace.policy import load_tokenizer
-    from ..models import resolve_policy
-
     folder = resolve_policy(policy["path"], weights=False, download=False)
     wanted = policy.get("trust_remote_code") is True
     allowed = os.environ.get(TRUST) == "1"
     try:
-        return load_tokenizer(folder, trust_remote_code=wanted and allowed)
+        return load_vocabulary(folder, trust_remote_code=wanted and allowed)
     except InputError:
         if wanted and not allowed:
             logger.warning(

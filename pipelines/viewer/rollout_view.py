@@ -4,12 +4,14 @@ view.py and report_page.py send it to the page as JSON; `trace-opd show` prints 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from ...data.store import Dataset
+from ...trace.align import ByteTable
+from ...trace.vocabulary import Vocabulary
 from ..terminal import visible
 from .paint import (
     CharPaint,
@@ -25,9 +27,6 @@ from .rollout_tables import Tables, routing_rule
 from .row_reader import RowReader
 from .side_by_side import ComparedPiece, compare_marks
 
-if TYPE_CHECKING:
-    from ...trace.align import ByteTable
-
 _COLUMNS = {
     "routed": (
         "rollout_id", "route", "span_id", "advantage", "coverage", "dropped_tokens",
@@ -35,7 +34,7 @@ _COLUMNS = {
     ),
     "annotations": (
         "rollout_id", "segments", "spans", "diagnostic_type", "status", "annotator_name",
-        "raw_answer", "error",
+        "raw_answer", "error", "reflection",
     ),
     "verdicts": ("rollout_id", "reward", "correct", "parsed_answer", "status"),
     "rollouts": (
@@ -66,6 +65,7 @@ class SideView:
     status: str | None
     raw: str | None
     error: str | None
+    reflection: str | None
     type: str | None
     spans: list[SpanView]
     pieces: list[ComparedPiece]
@@ -98,6 +98,7 @@ class RolloutView:
     status: str | None
     raw: str | None
     error: str | None
+    reflection: str | None
     type: str | None
     advantage: float | None
     coverage: float | None
@@ -114,7 +115,7 @@ class RolloutReader:
     def __init__(
         self,
         tables: Tables,
-        bytes_of: "tuple[ByteTable, str] | None" = None,
+        vocabulary: Vocabulary | None = None,
         against: Dataset | None = None,
     ) -> None:
         datasets = tables.by_role | ({"against": against} if against is not None else {})
@@ -123,13 +124,13 @@ class RolloutReader:
             for role, dataset in datasets.items()
         }
         self._rule = routing_rule(tables)
-        self._bytes_of = bytes_of
+        self._vocabulary = vocabulary
 
     def read(self, rows: Mapping[str, np.ndarray]) -> list[RolloutView]:
         """Rollouts by their row number in the table of each role; −1 if the table has no row."""
         found = {role: reader.rows(rows[role]) for role, reader in self._readers.items()}
         return [
-            _view({role: column[i] for role, column in found.items()}, self._rule, self._bytes_of)
+            _view({role: column[i] for role, column in found.items()}, self._rule, self._vocabulary)
             for i in range(len(rows["rollouts"]))
         ]
 
@@ -140,27 +141,27 @@ def rollout_data(view: RolloutView) -> dict[str, Any]:
     row["sides"] = [vars(side) | {"spans": [vars(s) for s in side.spans]} for side in view.sides]
     row["problem"] = {name: row.pop(name) for name in ("problem", "answer", "source")}
     if view.sides:  # they hold the response and the first annotator's answer too
-        for name in ("annotator", "status", "raw", "error", "type", "spans", "pieces"):
-            del row[name]
+        for field in fields(SideView):
+            del row[field.name]
     return row
 
 
 def load_rollouts(
-    tables: Tables, ids: Sequence[str], bytes_of: "tuple[ByteTable, str] | None"
+    tables: Tables, ids: Sequence[str], vocabulary: Vocabulary | None
 ) -> list[RolloutView]:
     """The rollouts with these ids, by policy step, then group, then sample."""
-    return RolloutReader(tables, bytes_of).read(build_index(tables, ids=ids).rows)
+    return RolloutReader(tables, vocabulary).read(build_index(tables, ids=ids).rows)
 
 
-def _view(row: dict[str, Any], rule: str, bytes_of: "tuple[ByteTable, str] | None") -> RolloutView:
+def _view(row: dict[str, Any], rule: str, vocabulary: Vocabulary | None) -> RolloutView:
     """row: the rollout's row in each table by role; None if a table has no row."""
     rollout, verdict, problem = row["rollouts"], row["verdicts"], row["problems"]
     # Online steps without a KL term are not annotated.
     annotation = row.get("annotations") or _NO_ANNOTATION
     routed = row.get("routed")
     spans, segments = annotation["spans"], annotation["segments"]
-    known = bytes_of is not None and bytes_of[1] == rollout["vocab_fingerprint"]
-    table = bytes_of[0] if bytes_of and known else None
+    known = vocabulary is not None and vocabulary.fingerprint == rollout["vocab_fingerprint"]
+    table = vocabulary.pieces if vocabulary and known else None
     painted = _paint(rollout, annotation, routed, rule, table)
     return RolloutView(
         id=rollout["rollout_id"],
@@ -182,6 +183,7 @@ def _view(row: dict[str, Any], rule: str, bytes_of: "tuple[ByteTable, str] | Non
         status=annotation.get("status"),
         raw=_visible(annotation.get("raw_answer")),
         error=_visible(annotation.get("error")),
+        reflection=_visible(annotation.get("reflection")),
         type=annotation.get("diagnostic_type"),
         advantage=routed["advantage"] if routed else None,
         coverage=routed["coverage"] if routed else None,
@@ -202,6 +204,7 @@ def _sides(response: str, first: dict, second: dict) -> list[SideView]:
             status=annotation.get("status"),
             raw=_visible(annotation.get("raw_answer")),
             error=_visible(annotation.get("error")),
+            reflection=_visible(annotation.get("reflection")),
             type=annotation.get("diagnostic_type"),
             spans=_spans(annotation, None),
             pieces=drawn,
@@ -226,7 +229,7 @@ def _spans(annotation: dict, span_id: np.ndarray | None) -> list[SpanView]:
 
 
 def _paint(
-    rollout: dict, annotation: dict, routed: dict | None, rule: str, table: "ByteTable | None"
+    rollout: dict, annotation: dict, routed: dict | None, rule: str, table: ByteTable | None
 ) -> CharPaint:
     length, spans = len(rollout["response"]), annotation["spans"]
     segments = annotation["segments"]

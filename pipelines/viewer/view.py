@@ -24,7 +24,7 @@ from .page import content_security_policy, page_data, paint_names, render_page
 from .paint import Paint
 from .rollout_index import RolloutIndex, build_index
 from .rollout_search import Query, next_disagreement, read_query, select
-from .rollout_tables import annotator_labels, find_byte_table, find_counterpart, find_tables
+from .rollout_tables import annotator_labels, find_counterpart, find_tables, find_vocabulary
 from .rollout_view import RolloutReader, rollout_data
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Viewer:
         self._tables = find_tables(dataset, store)
         other = find_counterpart(against, self._tables, store) if against else None
         self._index = build_index(self._tables, other)
-        self._reader = RolloutReader(self._tables, find_byte_table(dataset, self._tables), other)
+        self._reader = RolloutReader(self._tables, find_vocabulary(dataset, self._tables), other)
         labels = annotator_labels(dataset, other) if other is not None else None
         self.page = render_page(
             page_data(self._index, labels),

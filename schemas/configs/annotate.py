@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field, Tag, model_validator
 
 from .. import own_code
 from ..labels import Route, TeacherContext
@@ -59,6 +59,16 @@ class NoAnnotator(Config):
     engine: Literal["none"] = Field(description="Annotation engine.")
 
 
+ERROR_TYPES = (
+    "Error spans get a label of ErrorType, which names a mistake; false: of DiagnosticType, as key "
+    "spans."
+)
+REFLECTION = (
+    "Also ask for a corrective idea about each wrong response, without the final answer, for "
+    "routing.teacher_context reflection."
+)
+
+
 class RuleAnnotator(Config):
     engine: Literal["rule"] = Field(description="Annotation engine.")
     name: str = Field(default="rule", description="Name recorded with each annotation.")
@@ -78,6 +88,8 @@ class RuleAnnotator(Config):
     wrong_types: float = Field(
         default=0.0, ge=0, le=1, description="Share of type labels replaced by another one."
     )
+    error_types: bool = added(False, ERROR_TYPES)
+    reflection: bool = added(False, REFLECTION)
 
 
 class AnnotatorPrompt(Config):
@@ -94,6 +106,8 @@ class AnnotatorPrompt(Config):
     corrective_turns: int = Field(
         default=1, ge=0, description="Second chances for an invalid answer."
     )
+    error_types: bool = added(False, ERROR_TYPES)
+    reflection: bool = added(False, REFLECTION)
 
 
 class SelfAnnotator(AnnotatorPrompt):
@@ -257,6 +271,32 @@ class RoutingConfig(Config):
         """With the absolute path of a rule of one's own, for workers in other folders."""
         own = own_code.is_own(self.rule)
         return self.model_copy(update={"rule": own_code.absolute_name(self.rule)} if own else {})
+
+    @model_validator(mode="after")
+    def _contrast(self) -> "RoutingConfig":
+        contrast = self.contrast_context
+        if self.contrasts > 1 and contrast is not TeacherContext.WRONG_PEER:
+            raise ValueError(
+                f"contrasts is {self.contrasts}, and only contrast_context=wrong_peer has several; "
+                "set contrasts=1"
+            )
+        if contrast is None:
+            return self
+        if Route.REWEIGHT not in (self.key, self.error):
+            raise ValueError(
+                f"contrast_context is {contrast.value}, and only the action reweight compares with "
+                "it; set key or error to reweight, or contrast_context=null"
+            )
+        if contrast is TeacherContext.TYPE:
+            raise ValueError(
+                "contrast_context is type, and a contrast has to be a text or none; take another"
+            )
+        if contrast is self.teacher_context:
+            raise ValueError(
+                f"contrast_context and teacher_context are both {contrast.value}, so their gap is "
+                "nil; take another contrast_context"
+            )
+        return self
 
 
 class ConvertConfig(Config):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Discriminator, Field
 
 from .. import own_code
-from .base import Config, operational
+from .base import Config, added, operational
 
 NAMED, OWN = "", "own"  # tags of the two branches; an error's path omits the empty one
 
@@ -70,6 +70,9 @@ class OwnAnnotator(OwnConfig):
     engine: _OwnName = Field(description="file.py:Class or module:Class of your own.")
     name: str | None = Field(
         default=None, description="Name recorded with each annotation; null: the class's."
+    )
+    reflection: bool = added(
+        False, "Keep the reflections of the class's readings; false: it must return none."
     )
     options: dict[str, Any] = _OPTIONS
     sha256: str | None = _SHA256

@@ -1,9 +1,10 @@
 """Configs of prompts, policies, samplers, and stage rollout."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag, model_validator
 
+from ..labels import words_sha256
 from .base import Config, added, operational
 from .endpoint import EndpointUrls, KeyVariable
 from .own import NAMED, OWN, OwnSampler, named_or_own
@@ -23,7 +24,8 @@ class PromptConfig(Config):
     teacher: str = Field(
         default="{problem}\n\nHint: the difficulty of this problem is of the type "
         "{diagnostic_type}.",
-        description="Template of the teacher's user turn, with the type label.",
+        description="Template of the teacher's user turn, with the type label: {diagnostic_type} "
+        "inserts it, {diagnosis} what it says in words (schemas/labels.py, WORDS).",
     )
     privileged: str = Field(
         default="{problem}\n\nFor reference, a correct solution:\n{context}\n\nNow solve it "
@@ -42,7 +44,7 @@ class PromptConfig(Config):
     def _fields(self) -> "PromptConfig":
         for name, template, allowed in (
             ("student", self.student, {"problem"}),
-            ("teacher", self.teacher, {"problem", "diagnostic_type"}),
+            ("teacher", self.teacher, {"problem", "diagnostic_type", "diagnosis"}),
             ("privileged", self.privileged, {"problem", "context"}),
         ):
             try:
@@ -54,6 +56,11 @@ class PromptConfig(Config):
             if fields - allowed:
                 raise ValueError(f"{name} template has unknown field {sorted(fields - allowed)[0]}")
         return self
+
+    def semantic(self) -> dict[str, Any]:
+        """With a hash of the labels' words if the teacher reads them."""
+        words = {"words": words_sha256()} if "diagnosis" in template_fields(self.teacher) else {}
+        return super().semantic() | words
 
 
 def template_fields(template: str) -> set[str]:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from ..labels import KlClip, Signal
+from ..labels import KlClip, Route, Signal
 from .annotate import Annotator, RoutingConfig, SegmentConfig, SelfAnnotator, VerifyConfig
 from .base import Config, added, operational
 from .rollout import PolicyConfig, PromptConfig, Sampler, SamplingConfig, TransformersSampler
@@ -18,6 +18,11 @@ class ScheduleConfig(Config):
     hold_steps: int = Field(default=10, ge=0, description="Steps at w0.")
     decay_steps: int | None = Field(
         default=30, ge=0, description="Steps from w0 to 0; null: λ stays at w0."
+    )
+    grpo: Literal["fade", "keep"] = added(
+        "fade",
+        "Weight of GRPO on tokens with a divergence: fade, 1 − λ / w0, so that one replaces the "
+        "other; keep: 1, so that they add up.",
     )
 
 
@@ -48,6 +53,22 @@ class TeacherConfig(Config):
         gt=0,
     )
 
+    @model_validator(mode="after")
+    def _own_weights(self) -> "TeacherConfig":
+        if self.model is None:
+            return self
+        if self.sync != "frozen":
+            raise ValueError(
+                f"teacher.model has weights of its own, and sync is {self.sync}; set sync=frozen, "
+                "or model=null"
+            )
+        if (self.model.device, self.model.precision) != ("auto", "auto"):
+            raise ValueError(
+                "teacher.model computes where and how the policy does; leave its device and "
+                "precision at auto"
+            )
+        return self
+
 
 class GateConfig(Config):
     """A factor of a routed token's weight, from one signal x of it.
@@ -77,6 +98,10 @@ class GateConfig(Config):
     def _one_place(self) -> "GateConfig":
         if (self.at is None) == (self.quantile is None):
             raise ValueError("give either at or quantile")
+        if self.shape in ("above", "below") and self.scale != 1:
+            raise ValueError(f"scale has no effect on shape {self.shape}; leave it out")
+        if self.shape == "signed" and self.floor:
+            raise ValueError("floor has no effect on shape signed; leave it out")
         return self
 
 
@@ -174,6 +199,46 @@ class LossConfig(Config):
         "auto",
         "Implementation of the loss; auto: triton on CUDA where it is installed, else torch.",
     )
+
+    @model_validator(mode="after")
+    def _used(self) -> "LossConfig":
+        if self.policy != "grpo" and self.truncated_importance is not None:
+            raise ValueError(
+                f"truncated_importance is a bound of policy grpo, and policy {self.policy} has its "
+                "own; set policy=grpo, or truncated_importance=null"
+            )
+        if self.policy != "grpo" and not self.grpo:
+            raise ValueError(
+                f"policy {self.policy} has no effect with grpo=false; leave one of them out"
+            )
+        if self.policy != "sapo" and (self.sapo_tau_positive, self.sapo_tau_negative) != (1, 1.05):
+            raise ValueError(
+                "sapo_tau_positive and sapo_tau_negative have no effect without policy sapo; "
+                "leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reweight_used(self) -> "LossConfig":
+        if self.reweight in ("ratio", "inverse") and self.reweight_clip > 1:
+            raise ValueError(
+                f"reweight_clip is {self.reweight_clip}, so the factor 1 ± reweight_clip of "
+                f"reweight {self.reweight} could turn the advantage's sign; give at most 1"
+            )
+        if self.reweight != "bounded" and self.reweight_scale != 1:
+            raise ValueError("reweight_scale has no effect without reweight bounded; leave it out")
+        if self.reweight in ("ratio", "inverse") and self.reweight_threshold:
+            raise ValueError(
+                f"reweight_threshold has no effect on reweight {self.reweight}; leave it out, or "
+                "use bounded or one_sided"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _top_k_runs(self) -> "LossConfig":
+        if self.top_k is not None and self.backend == "triton":
+            raise ValueError("top_k has no form in backend triton; use auto or torch")
+        return self
 
 
 class OptimConfig(Config):
@@ -409,6 +474,24 @@ class TrainConfig(Config):
         "null: none.",
         ge=0,
     )
+
+    @model_validator(mode="after")
+    def _routes_have_what_the_loss_reads(self) -> "TrainConfig":
+        routing, read = self.online.routing, {gate.of for gate in self.loss.gates}
+        if (
+            self.online.steps
+            and Route.REWEIGHT in (routing.key, routing.error)
+            and read & {Signal.DIVERGENCE, Signal.IMPORTANCE}
+        ):
+            raise ValueError(
+                "loss.gates reads a divergence, which tokens of the action reweight do not have; "
+                "use another signal, or another action in online.routing"
+            )
+        if self.teacher.scores is not None and self.loss.top_k is not None:
+            raise ValueError(
+                "loss.top_k does not go with teacher.scores, which have their own k; leave one out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _some_steps(self) -> "TrainConfig":

@@ -28,7 +28,9 @@ def requests(config: PipelineConfig) -> dict[str, tuple[str, Config]]:
 def test_annotations_are_paid_for_only_where_the_routing_looks_at_them(name):
     config = load_config(PipelineConfig, MICRO, preset=name)
     asked = {"trace-fkl", "trace-rkl", "trace-both", "random-alpha", "inverted-alpha"}
+    asked |= {"steps-fkl", "steps-rkl"}
     asked |= {"all-token-fkl", "all-token-rkl"}  # their teacher sees the type label
+    asked |= {"rosd", "amr-sd"}  # theirs reads the reflection
     _, annotate = requests(config)["demo-annotations"]
     assert annotate.annotator.engine == ("rule" if name in asked else "none")  # pyright: ignore
     assert config.annotate.annotator.engine == "rule"

@@ -4,15 +4,16 @@ import copy
 from pathlib import Path
 
 import pytest
+import yaml
 
-from trace_opd.schemas.configs import ConvertConfig, PipelineConfig, TrainConfig
+from trace_opd.schemas.configs import Config, ConvertConfig, PipelineConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import Route
-from trace_opd.schemas.presets import PRESETS
+from trace_opd.schemas.presets import ONLINE, PRESETS
 from trace_opd.schemas.settings import load_config
 
 MICRO = Path(__file__).parents[2] / "configs" / "micro.yaml"
-SECTIONS = {"routing", "schedule", "teacher", "loss"}
+SECTIONS = {"routing", "schedule", "teacher", "loss", "prompt", "sampling", "annotator"}
 every_preset = pytest.mark.parametrize("name", PRESETS)
 
 
@@ -22,6 +23,8 @@ def test_a_preset_sets_nothing_but_the_choices_that_make_a_method(name):
     assert preset.sets.keys() <= SECTIONS
     assert preset.summary.endswith(".")
     assert "arXiv" in preset.source
+    assert preset.certain.endswith(".")
+    assert preset.choice.endswith(".")
 
 
 @every_preset
@@ -30,25 +33,27 @@ def test_every_preset_is_a_valid_config_of_each_stage_that_takes_one(name):
     train = load_config(TrainConfig, None, ["online.steps=1"], preset=name)
     convert = load_config(ConvertConfig, None, preset=name)
     pipeline = load_config(PipelineConfig, MICRO, preset=name)
+    assert_sets(convert.routing, sets["routing"])
+    assert_sets(pipeline.convert.routing, sets["routing"])
     for part in (train, pipeline.train):
-        for section in sets.keys() - {"routing"}:
-            found = getattr(part, section).model_dump(mode="json")
-            assert found | sets[section] == found
-    for routing in (
-        train.online.routing,
-        convert.routing,
-        pipeline.convert.routing,
-        pipeline.train.online.routing,
-    ):
-        found = routing.model_dump(mode="json")
-        assert found | sets["routing"] == found
+        for section, values in sets.items():
+            assert_sets(getattr(part.online if section in ONLINE else part, section), values)
+    # The stages before training sample and annotate in the same way.
+    assert pipeline.annotate is not None
+    for part, section in ((pipeline.rollout, "prompt"), (pipeline.rollout, "sampling")):
+        assert_sets(getattr(part, section), sets.get(section, {}))
+    assert_sets(pipeline.annotate.annotator, sets.get("annotator", {}))
+
+
+def assert_sets(config: Config, values: dict) -> None:
+    """The config has these values: laid over it, they change nothing."""
+    assert type(config).model_validate(config.model_dump(mode="json") | values) == config
 
 
 @every_preset
 def test_a_preset_equals_its_overrides(name):
     overrides = [
-        f"online.{text}" if text.startswith("routing.") else text
-        for text in PRESETS[name].overrides
+        f"online.{text}" if text.startswith(ONLINE) else text for text in PRESETS[name].overrides
     ]
     steps = ["online.steps=1"]
     assert load_config(TrainConfig, None, steps + overrides) == load_config(
@@ -93,6 +98,31 @@ def test_overrides_do_not_change_the_preset():
 
 def test_an_unknown_preset_names_the_known_ones():
     with pytest.raises(
-        InputError, match=r"^preset 'sdppo': is none of trace-fkl, .*, opsd; did you mean sdpo\?$"
+        InputError, match=r"^preset 'sdppo': is none of trace-fkl, .*, credit; did you mean sdpo\?$"
     ):
         load_config(ConvertConfig, None, preset="sdppo")
+
+
+@pytest.mark.parametrize(("name", "old"), [("steps-fkl", "trace-fkl"), ("steps-rkl", "trace-rkl")])
+def test_the_papers_second_name_is_the_same_method(name, old):
+    assert PRESETS[name].sets == PRESETS[old].sets
+    assert "STEPS" in PRESETS[name].source
+    assert "STEPS" in PRESETS[old].source
+
+
+@pytest.mark.parametrize("name", ["sdpo", "srpo"])
+def test_the_top_100_twin_differs_in_what_it_is_named_for(name):
+    plain, top = PRESETS[name].sets, PRESETS[f"{name}-top100"].sets
+    added = {"top_k": 100, "importance_clip": 2.0, "aggregation": "token"}
+    assert top == plain | {"loss": plain["loss"] | added}
+
+
+def test_a_pipeline_without_annotations_gets_no_such_stage_from_a_preset(tmp_path):
+    steps = ["train.offline.steps=0", "train.online.steps=1"]
+    data = yaml.safe_load(MICRO.read_text())
+    del data["annotate"]
+    file = tmp_path / "online.yaml"
+    file.write_text(yaml.safe_dump(data))
+    loaded = load_config(PipelineConfig, file, steps, preset="rosd")
+    assert loaded.annotate is None
+    assert loaded.train.online.annotator.reflection is True  # pyright: ignore

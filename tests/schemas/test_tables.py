@@ -385,3 +385,20 @@ def test_a_sequence_without_tokens_is_named_with_its_row(column):
     lists = ("token_ids", "logprobs", "route", "span_id") if column == "token_ids" else (column,)
     with pytest.raises(InputError, match=f"^t, row 1: {column} is empty"):
         validate(table_of(ROUTED, {}, {name: [] for name in lists}), ROUTED, "t")
+
+
+def test_only_the_errors_of_wrong_responses_may_be_named_as_mistakes():
+    (span,) = ROWS["annotations"]["spans"]
+    named = {"diagnostic_type": "omitted_case"}
+    wrong = named | {"correct": False, "spans": [span | {"kind": "error"}]}
+    assert validate(table_of(ANNOTATIONS, {}, wrong), ANNOTATIONS).num_rows == 2
+    plain = wrong | {"diagnostic_type": "case_analysis"}  # as older tables have it
+    assert validate(table_of(ANNOTATIONS, plain), ANNOTATIONS).num_rows == 1
+    sentence = r"^t, row 1: diagnostic_type names a mistake, and the response is right or has key"
+    for bad in (wrong | {"correct": True}, wrong | {"spans": [span]}):
+        with pytest.raises(InputError, match=sentence):
+            validate(table_of(ANNOTATIONS, {}, bad), ANNOTATIONS, "t")
+    routed = named | {"correct": False}
+    assert validate(table_of(ROUTED, {}, routed), ROUTED).num_rows == 2
+    with pytest.raises(InputError, match=sentence):
+        validate(table_of(ROUTED, {}, named), ROUTED, "t")

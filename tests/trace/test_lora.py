@@ -208,7 +208,7 @@ def test_the_teacher_is_the_student_with_other_adapters(sync, precision):
     assert torch.equal(states_of(trainer.student), moved)  # the student's adapters are back
     assert [p.requires_grad for p in trained] == [True] * len(trained)
     if sync == "periodic":
-        trainer._sync_teacher(0.5)
+        trainer._sync_teacher()
         assert torch.equal(states_of(trainer.teacher), moved)
 
 

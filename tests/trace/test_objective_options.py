@@ -121,7 +121,9 @@ def test_jsd_stays_bounded_and_finite_where_student_and_teacher_share_nothing():
     ],
 )
 def test_reweighted_advantage_by_hand(advantage, q, expected):
-    found = reweighted_advantage(double(advantage), double(log(0.5)), double(log(q)), 0.25, 0.2)
+    found = reweighted_advantage(
+        double(advantage), double(log(0.5)), double(log(q)), 0.25, LossConfig()
+    )
     assert found.item() == pytest.approx(expected)
     out, gradient = one_token(LossConfig(), Route.REWEIGHT, 0.25, advantage, q=[q, 1 - q])
     assert out.loss.item() == pytest.approx(-expected)

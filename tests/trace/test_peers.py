@@ -22,6 +22,7 @@ from trace_opd.trace.policy import backbone, load_tokenizer, output_head
 PROMPTS = [[5, 9, 14], [5, 9, 14], [7, 21], [7, 21]]
 COMPLETIONS = [[31, 4, 18, 2, 44], [8, 12, 0], [3, 3, 17, 60, 22, 0], [40, 0]]
 ADVANTAGES = [1.0, -1.0, 0.7, -0.7]
+NARROW = {"epsilon": 0.05, "epsilon_high": 0.06}  # a sequence's mean ratio is near 1
 MAX_COMPLETION, TEMPERATURE, REFERENCE_KL = 6, 0.7, 0.04
 
 
@@ -38,7 +39,7 @@ def near_logprobs(model: Any, seed: int) -> list[torch.Tensor]:
     return rows
 
 
-def trl_trainer(folder: Path, loss_type: str, beta: float) -> Any:
+def trl_trainer(folder: Path, loss_type: str, beta: float, **changes: Any) -> Any:
     trl = pytest.importorskip("trl")
     path = resolve_policy("micro")
     arguments = trl.GRPOConfig(
@@ -47,8 +48,7 @@ def trl_trainer(folder: Path, loss_type: str, beta: float) -> Any:
         beta=beta,
         use_bias_correction_kl=False,
         temperature=TEMPERATURE,
-        epsilon=0.2,
-        epsilon_high=0.28,
+        **{"epsilon": 0.2, "epsilon_high": 0.28} | changes,
         max_completion_length=MAX_COMPLETION,
         num_generations=2,
         per_device_train_batch_size=len(PROMPTS),
@@ -105,6 +105,7 @@ def our_loss(
     ]
     lengths = torch.tensor([len(ids) for ids in COMPLETIONS])
     tokens = int(lengths.sum())
+    sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
     inputs = LossInputs(
         token_ids=torch.tensor([token for ids in COMPLETIONS for token in ids]),
         old_logprobs=torch.cat(old),
@@ -113,6 +114,7 @@ def our_loss(
         temperature=torch.full((tokens,), TEMPERATURE),
         route=torch.zeros(tokens, dtype=torch.uint8),
         reference_logprobs=torch.cat(reference) if config.reference_kl else None,
+        sequence=sequence if config.policy == "gspo" else None,
     )
     output = routed_loss(torch.cat(states), Head(*output_head(model)), inputs, config)
     return output.loss, output.ratio_clipped
@@ -130,24 +132,49 @@ def our_loss(
 def test_grpo_without_routed_tokens_is_trls(
     tmp_path: Path, loss_type: str, aggregation: str, beta: float
 ):
-    trainer = trl_trainer(tmp_path, loss_type, beta)
+    config = LossConfig.model_validate(
+        {"aggregation": aggregation, "constant_length": MAX_COMPLETION, "reference_kl": beta}
+    )
+    clipped = assert_trls(trl_trainer(tmp_path, loss_type, beta), config)
+    assert 0 < clipped.sum() < len(clipped)
+
+
+@pytest.mark.parametrize(
+    ("policy", "arguments", "config"),
+    [
+        # TRL's upper bound of cispo is the cap itself, and it has no lower one.
+        ("cispo", {"loss_type": "cispo", "epsilon_high": 1.28}, {"clip_low": 1.0}),
+        ("sapo", {"loss_type": "sapo"}, {}),
+        (
+            "gspo",
+            {"loss_type": "grpo", "importance_sampling_level": "sequence", **NARROW},
+            {"clip_low": 0.05, "clip_high": 0.06},
+        ),
+    ],
+)
+def test_the_relatives_of_grpo_are_trls(tmp_path: Path, policy: str, arguments: dict, config: dict):
+    trainer = trl_trainer(tmp_path, beta=0.0, **arguments)
+    aggregation = "token" if policy == "cispo" else "sequence"
+    ours = LossConfig.model_validate({"policy": policy, "aggregation": aggregation} | config)
+    clipped = assert_trls(trainer, ours)
+    assert clipped.sum() < len(clipped)
+    assert (clipped.sum() > 0) == (policy != "sapo")
+
+
+def assert_trls(trainer: Any, config: LossConfig) -> torch.Tensor:
+    """The loss and every parameter's gradient are TRL's; returns the mask of clipped ratios."""
     model = trainer.model
     old, reference = near_logprobs(model, 0), near_logprobs(model, 1)
     theirs = trl_loss(trainer, old, reference)
     theirs.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-
-    config = LossConfig.model_validate(
-        {"aggregation": aggregation, "constant_length": MAX_COMPLETION, "reference_kl": beta}
-    )
     ours, clipped = our_loss(model, old, reference, config)
     ours.backward()
-
-    assert 0 < clipped.sum() < len(clipped)
     assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
+    return clipped
 
 
 @dataclass(frozen=True)

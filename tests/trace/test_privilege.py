@@ -39,7 +39,13 @@ from trace_opd.schemas.configs import (
 )
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.labels import DiagnosticType
+from trace_opd.schemas.labels import (
+    TYPE_LABELS,
+    WORDS,
+    DiagnosticType,
+    ErrorType,
+    TeacherContext,
+)
 from trace_opd.schemas.tables import (
     ANNOTATIONS,
     PROBLEMS,
@@ -74,6 +80,7 @@ PLANTS: dict[str, Callable[[Row], Row]] = {
     "error": lambda _: {"error": f"the answer is {SECRET}"},
     "annotator's name": lambda _: {"annotator_name": SECRET},
     "annotator's model": lambda _: {"annotator_model": SECRET},
+    "reflection": lambda _: {"reflection": f"the answer is {SECRET}"},
     "prompt version": lambda _: {"prompt_version": SECRET},
     "span text": in_spans(text=SECRET),
     "span offsets": in_spans(start=27182818, end=27182819),
@@ -170,17 +177,25 @@ def read_by_models() -> Iterator[list[list[int]]]:
 # --- the paths from annotations to models ---
 
 
-def offline(annotations: pa.Table, folder: Path) -> list[list[int]]:
+def offline(
+    annotations: pa.Table, folder: Path, routing: RoutingConfig = ROUTING
+) -> list[list[int]]:
     known = tables()
     policy = fresh_policy()
     pieces = byte_table(policy.tokenizer)
     routed = routed_table(
-        known.problems, known.rollouts, known.verdicts, annotations, pieces, ROUTING
+        known.problems, known.rollouts, known.verdicts, annotations, pieces, routing
     )
     config = TrainConfig(prompt=PROMPT, offline=OfflineConfig(steps=2))
     with read_by_models() as read:
         assert len(list(Trainer(policy, config).run(lambda _: routed, None))) == 2
     return read
+
+
+def contrast(annotations: pa.Table, folder: Path) -> list[list[int]]:
+    """The type's teacher against one that reads a solution."""
+    routing = {"key": "reweight", "error": "reweight", "contrast_context": "solution"}
+    return offline(annotations, folder, RoutingConfig(**routing))
 
 
 class PlantedAnnotator:
@@ -248,7 +263,7 @@ def stages(annotations: pa.Table, folder: Path) -> list[list[int]]:
     return read
 
 
-PATHS = {"offline": offline, "online": online, "stages": stages}
+PATHS = {"offline": offline, "contrast": contrast, "online": online, "stages": stages}
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +275,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-@pytest.mark.parametrize("path", ["offline", "online"])
+@pytest.mark.parametrize("path", ["offline", "contrast", "online"])
 def test_no_model_reads_what_an_annotator_writes(path, plant, plain, tmp_path):
     assert PATHS[path](tables().planted(plant), tmp_path) == plain[path]
 
@@ -285,48 +300,142 @@ def test_the_comparison_detects_what_the_teacher_sees(path, plain, tmp_path):
     assert not any(SECRET in tokenizer.decode(ids) for ids in labelled)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_the_name_of_a_mistake_reaches_the_teacher_and_nothing_else_does(path, plain, tmp_path):
+    rows = [
+        row if row["correct"] else row | {"diagnostic_type": ErrorType.OMITTED_CASE}
+        for row in tables().planted("raw answer", "error", "reflection", "span text").to_pylist()
+    ]
+    named = PATHS[path](ANNOTATIONS.table(rows), tmp_path)
+    tokenizer = load_tokenizer(resolve_policy("micro"))
+    texts = [tokenizer.decode(ids) for ids in named]
+    assert any("hint: omitted_case" in text for text in texts)
+    assert not any(SECRET in text for text in texts)
+    assert len(named) == len(plain[path])
+
+
+@pytest.mark.parametrize("label", TYPE_LABELS)
+def test_the_words_of_a_label_are_all_that_a_diagnosis_adds(label):
+    template = PromptConfig(student="{problem}", teacher="{problem} ({diagnosis})")
+    (message,) = prompt.teacher_messages(template, "1+2", label)
+    assert message["content"] == f"1+2 ({WORDS[label]})"
+    assert prompt.teacher_messages(template, "1+2", label.value) == [message]
+
+
 # --- what a teacher may see, by context ---
 
 
-def prompts(context: str, **columns: str) -> list[str]:
-    """Teacher prompts of all rows that have one, with columns of the problems replaced."""
+@cache
+def four_rollouts() -> tuple[pa.Table, pa.Table, pa.Table]:
+    """The rollouts, their verdicts and annotations, each twice: a peer of either kind for all.
+
+    All annotations have a reflection.
+    """
     known = tables()
-    problems = PROBLEMS.table(row | columns for row in known.problems.to_pylist())
-    tokenizer = load_tokenizer(resolve_policy("micro"))
-    routed = routed_table(
-        problems,
-        known.rollouts,
-        known.verdicts,
-        known.planted(*PLANTS),
-        byte_table(tokenizer),
-        ROUTING.model_copy(update={"teacher_context": context}),
+    twice = []
+    for table in (known.rollouts, known.verdicts, known.annotations):
+        rows = table.to_pylist()
+        more = [row | {"rollout_id": row["rollout_id"] + "b"} for row in rows]
+        if "spans" in table.column_names:
+            rows, more = ([r | {"reflection": "1+1"} for r in one] for one in (rows, more))
+        if "sample_index" in table.column_names:
+            more = [row | {"sample_index": row["sample_index"] + 2} for row in more]
+        twice.append([*rows, *more])
+    contracts = (ROLLOUTS, VERDICTS, ANNOTATIONS)
+    rollouts, verdicts, annotations = (
+        contract.table(rows) for contract, rows in zip(contracts, twice, strict=True)
     )
-    ids = [s.teacher_prompt_ids for s in training_sequences(routed, tokenizer, PROMPT)]
-    return [tokenizer.decode(prompt_ids) for prompt_ids in ids if prompt_ids is not None]
+    return rollouts, verdicts, annotations
 
 
-@pytest.mark.parametrize(
-    ("context", "shown"),
-    [("type", []), ("answer", ["answer"]), ("solution", ["solution"]), ("peer", [])],
-)
-def test_a_teacher_sees_answer_or_solution_only_if_its_context_names_it(context, shown):
-    for column in ("answer", "solution"):
-        found = prompts(context, **{column: SECRET})
-        assert found
-        assert all((SECRET in text) == (column in shown) for text in found), column
+Replaced = Callable[[str, Row], Row]  # (table's name, row) -> changed fields
+
+
+def texts_of(
+    routing: RoutingConfig, replaced: Replaced = lambda name, row: {}
+) -> tuple[list[str], list[str]]:
+    """The prompts of all rows' teachers and of their contrasts, with fields of tables replaced."""
+    rollouts, verdicts, annotations = four_rollouts()
+    tables_of = {
+        "problems": (PROBLEMS, tables().problems),
+        "rollouts": (ROLLOUTS, rollouts),
+        "verdicts": (VERDICTS, verdicts),
+        "annotations": (ANNOTATIONS, annotations),
+    }
+    changed = [
+        contract.table(row | replaced(name, row) for row in table.to_pylist())
+        for name, (contract, table) in tables_of.items()
+    ]
+    tokenizer = load_tokenizer(resolve_policy("micro"))
+    routed = routed_table(*changed, byte_table(tokenizer), routing)
+    sequences = [s for s in training_sequences(routed, tokenizer, PROMPT) if s.teacher_prompt_ids]
+    assert sequences
+    contrasts = [ids for s in sequences for ids in s.contrast_prompt_ids]
+    return (
+        [tokenizer.decode(s.teacher_prompt_ids or []) for s in sequences],
+        [tokenizer.decode(ids) for ids in contrasts],
+    )
+
+
+def plant(column: str) -> Replaced:
+    """A secret in one column."""
+
+    def replaced(name: str, row: Row) -> Row:
+        return {column: SECRET} if column in row else {}
+
+    return replaced
+
+
+COLUMNS = ("answer", "solution", "reflection")
+SHOWN = {
+    "answer": "answer",
+    "solution": "solution",
+    "other_solution": "solution",
+    "reflection": "reflection",
+}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("context", list(TeacherContext))
+def test_a_teacher_sees_a_text_only_if_its_context_names_it(context, column):
+    planted, _ = texts_of(ROUTING.model_copy(update={"teacher_context": context}), plant(column))
+    assert all((SECRET in text) == (SHOWN.get(context) == column) for text in planted)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("contrast", [c for c in TeacherContext if c != TeacherContext.TYPE])
+def test_the_contrasts_text_reaches_the_contrast_alone(contrast, column):
+    """The type's teacher sees none of it; the contrast sees what its own context names."""
+    routing = RoutingConfig(key="reweight", error="reweight", contrast_context=contrast)
+    own, others = texts_of(routing, plant(column))
+    assert others
+    assert not any(SECRET in text for text in own)
+    assert all((SECRET in text) == (SHOWN.get(contrast) == column) for text in others)
+
+
+@pytest.mark.parametrize("contrast", [None, TeacherContext.NONE, TeacherContext.SOLUTION])
+def test_under_the_type_no_field_that_annotators_fill_changes_the_teachers_prompt(contrast):
+    action = "fkl" if contrast is None else "reweight"
+    routing = RoutingConfig(key=action, error=action, contrast_context=contrast)
+
+    def replaced(name: str, row: Row) -> Row:
+        plants = PLANTS.values() if name == "annotations" else ()
+        return {field: value for plant in plants for field, value in plant(row).items()}
+
+    assert texts_of(routing, replaced) == texts_of(routing)
 
 
 # --- no other path exists ---
 
 
-def test_the_teachers_label_is_a_member_of_the_enumeration_by_type_and_by_check():
+def test_the_teachers_label_is_a_member_of_an_enumeration_by_type_and_by_check():
     hints = typing.get_type_hints(prompt.teacher_messages)
     assert list(inspect.signature(prompt.teacher_messages).parameters) == [
         "config",
         "problem",
         "diagnostic_type",
     ]
-    assert hints["diagnostic_type"] is DiagnosticType
+    assert typing.get_args(hints["diagnostic_type"]) == (DiagnosticType, ErrorType)
     with pytest.raises(ValueError, match="is not a valid DiagnosticType"):
         prompt.teacher_messages(PROMPT, "1+2", typing.cast(DiagnosticType, SECRET))
     rows = [row | {"diagnostic_type": SECRET} for row in tables().annotations.to_pylist()]
@@ -359,7 +468,8 @@ def test_the_trainers_room_names_no_column_that_annotators_fill_freely():
         for file in (ROOT / "trace").glob("*.py")
         for name in constants(file) & free
     }
-    assert not named
+    # The context of that name, which is outside TRACE's boundary.
+    assert named == {("routed.py", "reflection")}
 
 
 def test_only_sequences_asks_for_a_teachers_prompt():

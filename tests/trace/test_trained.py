@@ -80,3 +80,16 @@ def test_log_probabilities_are_transformers_own():
     policy = load_policy(resolve_policy("micro"), "cpu", trainable=True)
     for row, scores in zip(ROWS, trained(policy).logprobs(ROWS), strict=True):
         np.testing.assert_allclose(scores, logprobs(plain_model(), row), atol=1e-5)
+
+
+@torch.no_grad()
+def test_scores_follow_the_losss_fp32_logits():
+    policy = load_policy(resolve_policy("micro"), "cpu", "bfloat16")
+    states = policy.model.model(torch.tensor([ROWS[0]])).last_hidden_state[0, :-1].float()
+    logits = states @ policy.model.lm_head.weight.float().T
+    exact = logits.log_softmax(-1).gather(1, torch.tensor(ROWS[0][1:])[:, None])[:, 0].numpy()
+    packed = PackedModel(policy.model)
+    (ours,) = Trained(policy, packed, fp32_logits=True).logprobs(ROWS[:1])
+    (rounded,) = Trained(policy, packed).logprobs(ROWS[:1])
+    np.testing.assert_allclose(ours, exact, atol=1e-5)
+    assert np.abs(rounded - exact).max() > 1e-4

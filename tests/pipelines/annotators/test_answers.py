@@ -170,7 +170,7 @@ def test_the_shipped_prompt_shows_problem_reference_verdict_and_every_type():
         assert text in user["content"]
     assert "Mark its key segments" in ask(PROMPT, item(correct=True))[1]["content"]
     assert PROMPT.version == "annotate-v1"
-    assert set(PROMPT.types) == set(DiagnosticType)
+    assert [set(types) for types in PROMPT.types.values()] == [set(DiagnosticType)] * 2
 
 
 def test_own_prompt_and_schema_files_replace_the_shipped_ones(tmp_path: Path):

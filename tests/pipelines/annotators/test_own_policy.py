@@ -39,7 +39,7 @@ from trace_opd.schemas.configs import (
 )
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.labels import FinishReason
+from trace_opd.schemas.labels import FinishReason, SpanKind
 from trace_opd.schemas.settings import load_config
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.trace.identity import model_revision
@@ -333,6 +333,8 @@ def test_a_small_model_behind_a_real_server_keeps_to_the_answer_schema(smollm2_u
     annotator.close()
     (row,) = validate(table, ANNOTATIONS).to_pylist()
     assert row["status"] in ("ok", "empty", "abstained", "invalid")
-    Draft202012Validator(load_prompt().schema).validate(json.loads(row["raw_answer"]))
+    Draft202012Validator(load_prompt().schemas[SpanKind.ERROR]).validate(
+        json.loads(row["raw_answer"])
+    )
     assert row["prompt_tokens"] > 300
     assert row["completion_tokens"] > 0

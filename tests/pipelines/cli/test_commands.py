@@ -1,6 +1,7 @@
 """The command line: bad input stops early with one sentence; commands show a store."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from trace_opd import __version__
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.cli import main
+from trace_opd.pipelines.cli.presets import COLUMNS
 from trace_opd.pipelines.cli.store_commands import listing
 from trace_opd.pipelines.models import MICRO
 from trace_opd.pipelines.terminal import Terminal
@@ -432,11 +434,45 @@ def test_a_stage_runs_on_a_printed_config(run, own, tmp_path):
 # --- presets and rules ---
 
 
-def test_presets_lists_each_with_what_it_sets(run):
-    lines = run("presets").out.splitlines()
-    assert [line.partition(":")[0] for line in lines[::2]] == list(PRESETS)
-    sets = dict(zip(PRESETS, (line.split() for line in lines[1::2]), strict=True))
-    assert sets == {name: preset.overrides for name, preset in PRESETS.items()}
+def test_presets_is_a_line_for_each_with_the_columns_of_its_settings(run):
+    heading, *lines = run("presets").out.splitlines()
+    assert heading.split() == ["preset", *COLUMNS]
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    by_name = {line.split()[0]: re.split(r" {2,}", line.strip()) for line in lines}
+    paper = "TRACE, arXiv 2605.10194 (v2: STEPS)"
+    assert by_name["trace-rkl"] == [
+        "trace-rkl", "annotated spans of wrong responses", "periodic copy; type", "rkl",
+        "the file's λ", paper,
+    ]  # fmt: skip
+    assert by_name["antisd"][3:] == [
+        "GRPO + −jsd", "teacher_entropy above 0.1", "λ 0.5 from step 5 on",
+        "AntiSD, arXiv 2605.11609",
+    ]  # fmt: skip
+    assert by_name["grpo"][1:4] == ["none", "none", "GRPO"]
+
+
+def test_presets_as_json_has_all_that_each_sets(run):
+    listed = json.loads(run("presets", "--json").out)
+    assert {one["name"]: one["sets"] for one in listed} == {
+        name: preset.sets for name, preset in PRESETS.items()
+    }
+    assert json.loads(run("presets", "rlsd", "--json").out) in listed
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_one_preset_shows_its_notes_and_what_reproduces_it(run, name):
+    preset = PRESETS[name]
+    lines = run("presets", name).out.splitlines()
+    assert lines[0] == f"{name}: {preset.summary} ({preset.source})"
+    assert f"  certain:    {preset.certain}" in lines
+    assert f"  our choice: {preset.choice}" in lines
+    assert lines[lines.index("  sets:") + 1 :] == [f"    {text}" for text in preset.overrides]
+
+
+def test_an_unknown_preset_is_a_sentence(run):
+    result = run("presets", "rlsdd")
+    assert result.code == 2
+    assert "did you mean rlsd?" in result.err
 
 
 @pytest.mark.parametrize("stage", ["convert", "train"])

@@ -40,7 +40,7 @@ from trace_opd.schemas.configs import (
     RoutingConfig,
 )
 from trace_opd.schemas.contract import validate
-from trace_opd.schemas.labels import DiagnosticType
+from trace_opd.schemas.labels import DiagnosticType, SpanKind
 from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.trace.align import byte_table
 from trace_opd.trace.policy import vocab_fingerprint
@@ -79,7 +79,11 @@ def hostile_rollouts() -> list[Hostile]:
         *found,
         Hostile("the prompt itself", system["content"] + "\n" + user["content"], "all"),
         Hostile("the tags of another response", echo, "all"),
-        Hostile("the answer schema", json.dumps(PROMPT.schema), json.dumps(PROMPT.schema)),
+        Hostile(
+            "the answer schema",
+            json.dumps(PROMPT.schemas[SpanKind.ERROR]),
+            json.dumps(PROMPT.schemas[SpanKind.ERROR]),
+        ),
     ]
 
 

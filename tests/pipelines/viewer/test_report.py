@@ -33,7 +33,7 @@ from trace_opd.pipelines.viewer.paint import (
     paint_tokens,
     pieces,
 )
-from trace_opd.pipelines.viewer.rollout_tables import choose_groups, load_policy_tokenizer
+from trace_opd.pipelines.viewer.rollout_tables import choose_groups, policy_vocabulary
 from trace_opd.pipelines.viewer.training_curves import charts
 from trace_opd.schemas.configs import ReportConfig, RoutingConfig
 from trace_opd.schemas.errors import InputError
@@ -42,8 +42,9 @@ from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.schemas.tables import ROUTED as ROUTED_TABLE
 from trace_opd.trace.align import ByteTable, byte_table
 from trace_opd.trace.policy import vocab_fingerprint
-from trace_opd.trace.route import Response, Routing, route_tokens
+from trace_opd.trace.route import Routing, route_tokens
 from trace_opd.trace.routed import routed_table
+from trace_opd.trace.rule_inputs import Response
 from trace_opd.trace.segment import segment
 
 PWNED = "document.title='pwned'"
@@ -445,7 +446,7 @@ def test_the_environment_alone_runs_no_code_of_a_tokenizer(tmp_path, tokenizer, 
     run = make_run(tmp_path, tokenizer, [["ab\ncd\n"]], with_code=True)
     policy = run.routed.manifest["config"]["policy"] | {"trust_remote_code": False}
     with pytest.raises(InputError, match="trust_remote_code"):
-        load_policy_tokenizer(policy)
+        policy_vocabulary(policy)
     assert not (tmp_path / "sprung").exists()
 
 
