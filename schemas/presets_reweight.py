@@ -114,19 +114,18 @@ PRESETS: dict[str, Preset] = {
         "AMR-SD, arXiv 2605.18529",
         _reweight(
             "one_sided",
-            _both("reflection"),
-            {"w0": 0.2, "hold_steps": 0, "decay_steps": 50},
+            every_token("none", "reweight", "reflection"),
+            {"w0": 0.1, "hold_steps": 0, "decay_steps": 50},
             _LIVE,
             reweight_clip=5.0,
             reweight_threshold=0.5,
-            error_weight=0.5,
         )
         | {"prompt": {"privileged": _ADVICE}, "annotator": {"reflection": True}},
-        certain="The policy's own reflection is the teacher's context; raised tokens of correct "
-        "responses and lowered ones of wrong responses count more, the rest is unchanged.",
-        choice="By one reader: form, λ 0.2 and 0.1, bound 5 and the decay over 50 steps. The "
-        "threshold of 0.5 nats is ours. The annotator reflects on wrong responses alone, so "
-        "correct ones are GRPO. Wording of the prompt ours.",
+        certain="The policy's own reflection is the teacher's context. What it raises in correct "
+        "responses and lowers in wrong ones counts more, the rest is unchanged.",
+        choice="By one reader: form, λ 0.1 (0.2 on correct responses), bound 5, decay over 50 "
+        "steps. The threshold of 0.5 nats is ours. The annotator reflects on wrong responses "
+        "alone, so correct ones are GRPO. Wording of the prompt ours.",
     ),
     "credit": Preset(
         "GRPO plus what the problem's own solution adds over another problem's, sign kept.",
