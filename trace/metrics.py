@@ -12,6 +12,7 @@ import torch
 
 from ..schemas.labels import Route
 from .losses import DIVERGENCES, LossInputs, LossOutput
+from .repetition import ends_in_loop
 from .sequences import TrainingSequence, signal_groups
 from .transfer import to_device
 
@@ -80,16 +81,18 @@ def step_metrics(
     largest_drift: float,
     with_reference: bool = False,
 ) -> dict[str, float]:
-    """A step's means. Units: nats, tokens, shares.
+    """A step's means. Units: nats, tokens, shares. `pass_rate_se` is the standard error of
+    `pass_rate` over the step's problems, and `looping` the share of responses that end in a loop
+    (repetition.py).
 
     sums: TokenSums of the step, over all ranks. A step without sequences (no rollout could be
     scored) changes nothing and has no means; one that trains no token has none over trained tokens.
     """
     if not sequences:
         return {"sequences": 0.0, "tokens": 0.0}
-    groups: dict[str, list[float]] = defaultdict(list)
+    groups: dict[str, list[bool]] = defaultdict(list)
     for sequence in sequences:
-        groups[sequence.group_id].append(sequence.reward)
+        groups[sequence.group_id].append(sequence.correct)
     lengths = [len(sequence.token_ids) for sequence in sequences]
     tokens, trained = sum(lengths), sums["tokens"]
     routes = np.bincount(np.concatenate([s.route for s in sequences]), minlength=len(Route))
@@ -101,8 +104,13 @@ def step_metrics(
         "groups_without_signal": 1 - len(signal_groups(sequences)) / len(groups),
         "response_tokens": float(np.mean(lengths)),
         "truncated": float(np.mean([sequence.truncated for sequence in sequences])),
+        "looping": float(np.mean(ends_in_loop([sequence.token_ids for sequence in sequences]))),
         "tokens": float(tokens),
     }
+    if len(groups) > 1:
+        # Over groups, because responses to one problem go together.
+        rates = [np.mean(own) for own in groups.values()]
+        metrics["pass_rate_se"] = float(np.std(rates, ddof=1) / len(rates) ** 0.5)
     if trained:
         metrics |= {
             "entropy": sums["entropy"] / trained,

@@ -92,7 +92,7 @@ def _held(where: Setting) -> dict[str, int]:
     if not config.optim.offload:
         held["weights"] = (low if config.lora else 4) * shape.parameters + 4 * adapters
         held[STATES] = int(MOMENT_BYTES[config.optim.kind] * shape.trainable)
-    if config.schedule.w0:
+    if where.taught:
         # With adapters the teacher is the base, or a second adapter on it.
         averaged = 4 if config.teacher.sync == "ema" else low
         second = 4 * adapters if config.teacher.sync != "frozen" else 0
@@ -113,7 +113,7 @@ def _start(where: Setting) -> dict[str, int]:
     files = shape.stored_bytes * shape.parameters if where.device == "cpu" else 0
     student = (low if config.lora else 4) * shape.ends + files
     teacher = 0
-    if config.schedule.w0 and not config.lora:
+    if where.taught and not config.lora:
         each = 4 if config.teacher.sync == "ema" else low
         copied, gathered = each * shape.parameters, 4 * shape.head if where.gpus > 1 else 0
         # Its own shard of embeddings and head is made after the last tensor is gathered.
@@ -128,7 +128,7 @@ def _training(where: Setting) -> dict[str, dict[str, int]]:
     tokens, per_layer = where.row_tokens, activation_bytes(where)
     # FSDP gathers embeddings and head for a whole pass, other layers one by one; the teacher's
     # remain gathered until the step's last micro-batch.
-    frozen = sum(bool(x) for x in (config.schedule.w0, config.loss.reference_kl))
+    frozen = sum(bool(x) for x in (where.taught, config.loss.reference_kl))
     copies = 1 + (0 if config.lora else frozen)
     layer = low * (shape.layer + (shape.trainable // shape.layers if config.lora else 0))
     gathered = {"gathered embeddings and head": low * shape.ends * copies} if where.sharded else {}

@@ -74,6 +74,11 @@ class Setting:
         return min(chosen, self.shape.layers)
 
     @property
+    def taught(self) -> bool:
+        """Whether a run loads a teacher: scores take its place."""
+        return self.config.schedule.w0 > 0 and self.config.teacher.scores is None
+
+    @property
     def sharded(self) -> bool:
         """See `Ranks.shards`."""
         return self.gpus > 1 or self.bfloat16

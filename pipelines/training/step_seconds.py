@@ -19,7 +19,7 @@ def predict_seconds(where: Setting, flops: float, bandwidth: float) -> dict[str,
     passes = (2 if config.lora else 3) + where.recomputed_layers / shape.layers
     head_passes = 2 if config.lora else 3
     seconds = {"training": tokens * (passes * forward + head_passes * 2 * shape.head) / flops}
-    if config.schedule.w0:
+    if where.taught:
         share = config.online.routing.alpha if config.online.routing.rule != "all" else 1.0
         # At most: the teacher stops at a response's last routed token.
         seconds["teacher, while λ > 0"] = tokens * (forward + share * 2 * shape.head) / flops

@@ -351,26 +351,42 @@ class ValidationConfig(Config):
 
 
 class CollapseConfig(Config):
-    """Limits of the figures that fall apart when a policy collapses."""
+    """When a run counts as collapsed: limits of what falls apart first.
 
-    baseline_steps: int = Field(default=5, ge=1, description="First steps, the others' measure.")
-    window_steps: int = Field(default=3, ge=1, description="Steps whose median is compared.")
+    Steps are compared with the first ones by the median over `window_steps`. Entropy has no lower
+    limit, because GRPO lowers it while it learns.
+    """
+
+    baseline_steps: int = Field(
+        default=5, description="First steps, which the later ones are compared with.", ge=1
+    )
+    window_steps: int = Field(
+        default=3, description="Latest steps that are compared with them.", ge=1
+    )
     length_ratio: float = Field(
-        default=0.5, gt=0, lt=1, description="Mean length below this share of the first steps'."
+        default=0.6, description="Response tokens below this share of the first steps'.", gt=0, lt=1
     )
     entropy_ratio: float = Field(
-        default=3.0,
-        gt=1,
-        description="Entropy above this multiple of the first steps', or below its inverse.",
+        default=2.0, description="Entropy above this multiple of the first steps'.", gt=1
     )
-    repetition: float = Field(
-        default=0.2,
+    looping: float = Field(
+        default=0.1,
+        description="Share of responses that end in a loop, this much above the first steps'.",
         gt=0,
-        le=1,
-        description="Share of responses that end in a loop, above the first steps'.",
+        lt=1,
+    )
+    pass_rate_ratio: float = Field(
+        default=0.5,
+        description="Pass rate below this share of the first steps', beyond 3 standard errors.",
+        gt=0,
+        lt=1,
     )
     validation_drop: float = Field(
-        default=0.1, gt=0, le=1, description="Fall of a validation figure below its best."
+        default=0.1,
+        description="Pass rate of a validation this much below the best one, and beyond 3 standard "
+        "errors.",
+        gt=0,
+        lt=1,
     )
 
 
@@ -423,11 +439,10 @@ class TrainConfig(Config):
         "openai (vLLM servers) receive a copy before each step.",
     )
     stop_on_collapse: bool = operational(
-        False, "End with a checkpoint, as on Ctrl-C, when the run collapses; false: warn."
+        False,
+        "End with a checkpoint and exit code 3 when the run has collapsed; false: warn and go on.",
     )
-    collapse: CollapseConfig = operational(
-        CollapseConfig(), "When a run counts as collapsed, against its first steps."
-    )
+    collapse: CollapseConfig = operational(CollapseConfig(), "When a run counts as collapsed.")
     checkpoint_every: int = operational(50, "Steps between checkpoints.", ge=1)
     checkpoint_minutes: float | None = operational(
         30.0,
