@@ -147,11 +147,12 @@ PRESETS: dict[str, Preset] = {
             gate("divergence", "above", quantile=0.9),
             gate("student_entropy", "above", quantile=0.5),
         ),
-        certain="An external frozen teacher without a hint (give teacher.model), few tokens (5 % in "
-        "the abstract), reverse KL, a threshold over the batch.",
-        choice="At most a tenth of the tokens. Its score is disagreement times the teacher's mass on the student's top 16, which "
-        "no gate reads: high student entropy stands for it. Its disagreement is a forward KL on "
-        "both sides' top 16. IER-OPD's signal-to-noise score has no gate either.",
+        certain="An external frozen teacher without a hint (give teacher.model), few tokens (5 % "
+        "in the abstract), reverse KL, a threshold over the batch.",
+        choice="At most a tenth of the tokens. Its score is disagreement times the teacher's mass "
+        "on the student's top 16, which no gate reads: high student entropy stands for it. Its "
+        "disagreement is a forward KL on both sides' top 16. IER-OPD's signal-to-noise score has "
+        "no gate either.",
     ),
     "sdpg": Preset(
         "GRPO, a reverse KL to the policy that reads the answer, and a KL to the base.",
