@@ -47,6 +47,7 @@ from .rollout import (
     VllmSampler,
     template_fields,
 )
+from .score import LocalTeacher, ScoreConfig, VllmTeacher
 from .select import SelectConfig
 from .study import ArmConfig, ReportedConfig, StudyConfig, TuningConfig
 from .train import (
@@ -84,6 +85,7 @@ __all__ = [
     "GymSource",
     "HubSource",
     "Layers",
+    "LocalTeacher",
     "LoraConfig",
     "LossConfig",
     "NoAnnotator",
@@ -113,6 +115,7 @@ __all__ = [
     "Sampler",
     "SamplingConfig",
     "ScheduleConfig",
+    "ScoreConfig",
     "SegmentConfig",
     "SelectConfig",
     "SelfAnnotator",
@@ -125,6 +128,7 @@ __all__ = [
     "ValidationConfig",
     "VerifyConfig",
     "VllmSampler",
+    "VllmTeacher",
     "WordProblemsSource",
     "located",
     "operational",
