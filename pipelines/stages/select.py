@@ -131,7 +131,7 @@ def _check(config: SelectConfig, dataset: Dataset) -> None:
 def asked_rows(verdicts: Dataset) -> int:
     """How many rows of a verdicts dataset an annotator may be asked about.
 
-    Of a selection that is not made yet: all, or its budget.
+    A selection that is not made yet counts all its rows, or its budget.
     """
     if verdicts.stage != "select":
         return verdicts.rows

@@ -33,7 +33,10 @@ class PoolConfig(Config):
         "number of the problems' column level.",
     )
     bands: list[PoolBand] = Field(
-        min_length=1, description="Bands by ascending from_step; the first one begins at step 0."
+        default=[PoolBand(band=(0.2, 0.8))],
+        min_length=1,
+        description="Bands of pass rate or level; each holds from its from_step on, the first from "
+        "step 0.",
     )
     unmeasured: Literal["keep", "leave_out"] = Field(
         default="keep",
