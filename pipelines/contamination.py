@@ -4,12 +4,13 @@
 The measure is that of GPT-3's report (arXiv 2005.14165, appendix C): 13-grams of normalised words.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
 # Words are runs of letters and digits, and the signs of operations: "3 + 5" is not "3 - 5".
 _WORD = r"[\p{L}\p{N}]+|[-+*/=<>^%]|\p{Sm}"
@@ -20,6 +21,9 @@ _CHUNK = 20_000
 # A gram of more training problems than this is the wording of a template, not a problem's.
 _COMMON, _COMMON_SHARE = 10, 0.05
 _LISTED = 20  # training problems that are listed for one gram
+
+
+Texts = Sequence[str] | pa.ChunkedArray
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,15 @@ class Overlap:
         return self.shared / self.problems if self.problems else 0.0
 
 
-def overlap(training: Iterable[str], held_out: Iterable[str], words: int = _WORDS) -> Overlap:
+def overlap(training: Texts, held_out: Texts, words: int = _WORDS) -> Overlap:
     """Compare two sets of problem texts by their grams of so many words.
 
     A problem of fewer words is one gram: it overlaps with a problem of the same words alone. Texts
     are normalised: NFKC, lower case, without punctuation. Grams are compared by 64-bit hashes.
     """
     asked, known = (
-        pl.Series(list(held_out), dtype=pl.String),
-        pl.Series(list(training), dtype=pl.String),
+        pl.Series("", held_out, dtype=pl.String),
+        pl.Series("", training, dtype=pl.String),
     )
     grams = _grams(asked, words).unique()
     wanted = grams.select("gram").unique()

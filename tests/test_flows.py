@@ -28,7 +28,7 @@ from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from trace_opd import flows
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.pipeline import run_stage
-from trace_opd.schemas.configs import Config, PipelineConfig
+from trace_opd.schemas.configs import Config, PipelineConfig, SelectConfig
 from trace_opd.schemas.environment import PREFECT_DEFAULTS
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config, override
@@ -66,7 +66,8 @@ def own(made, tmp_path) -> Path:
 
 
 def config_of(stage: str, *overrides: str) -> Config:
-    return override(getattr(CONFIG, stage), list(overrides))
+    own = getattr(CONFIG, stage) or SelectConfig()  # the pipeline has no such stage
+    return override(own, list(overrides))
 
 
 def written(root: Path, stage: str = "*") -> dict[str, int]:

@@ -144,7 +144,7 @@ def dropped(verdicts: pa.Table) -> np.ndarray:
     """(rows,) bool: whether stage select leaves a response out of training."""
     if "selection" not in verdicts.column_names:
         return np.zeros(len(verdicts), dtype=bool)
-    return to_numpy(pc.equal(verdicts["selection"], str(Selection.DROP)))
+    return to_numpy(pc.is_in(verdicts["selection"], value_set=pa.array([str(Selection.DROP)])))
 
 
 def truncated(rollouts: pa.Table) -> np.ndarray:

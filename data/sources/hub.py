@@ -151,12 +151,15 @@ def _image_rows(table: Any, columns: ColumnMap) -> dict[int, str]:
     it."""
     found: dict[int, str] = {}
     for name in columns.images:
-        values = table.data.table[name]
+        values: Any = table.data.table[name]
+        filled: Any
         if pa.types.is_struct(values.type):
             inner = [pc.struct_field(values, key.name) for key in values.type]
             filled = reduce(pc.or_, map(pc.is_valid, inner))
         else:
-            filled = pc.greater(pc.fill_null(pc.list_value_length(values), 0), 0)
+            filled = pc.greater(
+                pc.fill_null(pc.list_value_length(values), pa.scalar(0)), pa.scalar(0)
+            )
         rows = np.flatnonzero(filled.to_numpy())
         found |= dict.fromkeys(rows.tolist(), name)
     return found

@@ -100,10 +100,10 @@ def items(
     by_id = {row["problem_id"]: row for row in problems.to_pylist()}
     verdict = verdicts["correct"].to_pylist()
     judged = dict(zip(verdicts["rollout_id"].to_pylist(), verdict, strict=True))
-    unselected: set[str] = set()
+    unselected: set[Any] = set()
     if "selection" in verdicts.column_names:
-        idle = pc.not_equal(verdicts["selection"], str(Selection.ANNOTATE))
-        unselected.update(verdicts["rollout_id"].filter(idle).to_pylist())
+        asked = pc.is_in(verdicts["selection"], value_set=pa.array([str(Selection.ANNOTATE)]))
+        unselected.update(verdicts["rollout_id"].filter(pc.invert(asked)).to_pylist())
     columns = ["rollout_id", "problem_id", "group_id", "response"]
     rows = rollouts.select(columns).to_pylist()
     for index, row in enumerate(rows):

@@ -76,7 +76,7 @@ def _compared(trained: Any, other: Any, words: int) -> "tuple[Any, pl.DataFrame]
     from ..contamination import overlap
 
     own, asked = (dataset.read(["problem_id", "problem"]) for dataset in (trained, other))
-    found = overlap(own["problem"].to_pylist(), asked["problem"].to_pylist(), words)
+    found = overlap(own["problem"], asked["problem"], words)
     rows, training_rows = found.pairs["row"], found.pairs["training_row"]
     columns = {
         "problem_id": pl.Series(asked["problem_id"]).gather(rows),

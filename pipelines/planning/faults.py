@@ -256,7 +256,7 @@ def shared_wording(
     """
     if training is None or held_out is None:
         return []
-    found = overlap(training["problem"].to_pylist(), held_out["problem"].to_pylist())
+    found = overlap(training["problem"], held_out["problem"])
     if not found.shared:
         return []
     row, _, _, share = found.pairs.row(0)

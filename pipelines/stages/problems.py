@@ -128,9 +128,7 @@ def _screened(
     figures = figures | {"overlap": {}}
     for ref in against:
         other = get_dataset(files, ref).read(["problem_id", "problem"])
-        found = overlap(
-            table["problem"].to_pylist(), other["problem"].to_pylist(), config.overlap_words
-        )
+        found = overlap(table["problem"], other["problem"], config.overlap_words)
         shared |= set(found.training_rows)
         figures["overlap"][ref] = _overlap_figures(found, table, other)
     if shared:
@@ -158,8 +156,9 @@ def _screened(
 def _overlap_figures(found: Overlap, table: pa.Table, other: pa.Table) -> dict[str, Any]:
     """For the manifest's summary: numbers, and the pairs that share the most."""
     first = found.pairs.unique("row", keep="first", maintain_order=True).head(_LISTED)
+    asked, known = (one["problem_id"].to_pylist() for one in (other, table))
     pairs = [
-        [other["problem_id"][row].as_py(), table["problem_id"][own].as_py(), round(share, 3)]
+        [asked[row], known[own], round(share, 3)]
         for row, own, share in first.select("row", "training_row", "share").iter_rows()
     ]
     return {"problems": found.problems, "shared": found.shared, "first": pairs}

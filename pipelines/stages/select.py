@@ -14,7 +14,6 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ...data.store import Dataset, Draft, Store
 from ...schemas.configs import SelectConfig
@@ -83,7 +82,7 @@ def _rows(plan: Plan, part: int) -> pl.DataFrame:
     rows: Any = pl.from_arrow(verdicts.select(["problem_id", "group_id", "correct"]))
     rows = rows.with_columns(
         pl.Series("response", rollouts["response"]),
-        truncated=pl.Series(pc.equal(rollouts["finish_reason"], str(FinishReason.LENGTH))),
+        truncated=pl.Series(rollouts["finish_reason"]) == str(FinishReason.LENGTH),
     ).with_columns(
         chars=pl.col("response").str.len_chars(),
         duplicate=pl.int_range(pl.len()).over("group_id", "response") > 0,

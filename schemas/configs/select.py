@@ -60,6 +60,6 @@ class SelectConfig(Config):
         low, high = self.pass_rate
         if low > high:
             raise ValueError(f"pass_rate: {low:g} is above {high:g}; give [least, most]")
-        if None not in (self.min_chars, self.max_chars) and self.min_chars > self.max_chars:  # pyright: ignore[reportOptionalOperand]
+        if self.max_chars is not None and (self.min_chars or 0) > self.max_chars:
             raise ValueError(f"min_chars {self.min_chars} is above max_chars {self.max_chars}")
         return self

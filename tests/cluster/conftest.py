@@ -19,7 +19,9 @@ from trace_opd.schemas.settings import load_config, override
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("problems", "rollout", "verify", "select", "annotate", "convert")
-SMALL = ["problems.limit=6", "problems.rows_per_part=2", "rollout.group_size=4"]
+SMALL = [
+    "problems.limit=6", "problems.rows_per_part=2", "rollout.group_size=4", "select={}"
+]  # fmt: skip
 CONFIG: PipelineConfig = load_config(PipelineConfig, ROOT / "configs" / "micro.yaml", SMALL)
 RULE = """
 import os

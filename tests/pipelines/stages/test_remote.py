@@ -29,7 +29,7 @@ CONFIG: PipelineConfig = load_config(
         *("problems.limit=6", "problems.rows_per_part=3", "rollout.group_size=4"),
         *("train.offline.steps=1", "train.online.steps=1", "train.online.group_size=2"),
         *("train.groups_per_step=3", "evaluate.k=1", "evaluate.bootstrap=100"),
-        *("evaluate.problems=problems", "evaluate.trained=train"),
+        *("evaluate.problems=problems", "evaluate.trained=train", "select={mixed: false}"),
     ],
 )
 STAGES = ("problems", "rollout", "verify", "select", "annotate", "convert", "train", "evaluate")
