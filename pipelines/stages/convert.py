@@ -21,7 +21,13 @@ from ...schemas.errors import InputError, RowFault
 from ...schemas.labels import AnnotationStatus, Route
 from ...schemas.tables import ANNOTATIONS, ROUTED, SCORES
 from ...trace.responses import to_numpy
-from ...trace.route import needs_annotations, require_rule, require_scores, rule_source
+from ...trace.route import (
+    needs_annotations,
+    require_reflections,
+    require_rule,
+    require_scores,
+    rule_source,
+)
 from ...trace.routed import routed_table
 from ...trace.rules import RULES, SCORED
 from ...trace.vocabulary import Vocabulary, load_vocabulary
@@ -40,6 +46,11 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
     annotations = store.get(config.annotations, ANNOTATIONS)
     if needs_annotations(config.routing):
         _check_annotator(annotations)
+        require_reflections(
+            config.routing,
+            "reflection" in annotations.read_part(0).column_names,
+            f"annotate again with annotator.reflection=true ({annotations.ref} has none)",
+        )
     verdicts = annotations.input("verdicts")
     rollouts = verdicts.input("rollouts")
     for dataset in (annotations, verdicts):

@@ -24,7 +24,7 @@ from ...trace.policy import choose_device, load_policy, load_tokenizer, vocab_fi
 from ...trace.prompt import student_prompt
 from ...trace.ranks import Ranks, join_ranks
 from ...trace.retention import prune_checkpoints, remove_checkpoint, unneeded_checkpoints
-from ...trace.route import needs_annotations, rule_source
+from ...trace.route import needs_annotations, require_reflections, require_scores, rule_source
 from ...trace.schedule import kl_weight
 from ...trace.sharding import skeleton
 from ...trace.trained import SamplingCopy, Trained
@@ -88,8 +88,14 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
     if config.online.steps:
         inputs["problems"] = problems = store.get(config.online.problems, PROBLEMS)
         verifier_identity(config.online.verify)  # a reward of one's own is there and fits
+        require_scores(config.online.routing, None)
         if needs_annotations(config.online.routing):
             annotator = config.online.annotator
+            require_reflections(
+                config.online.routing,
+                getattr(annotator, "reflection", False),
+                "set online.annotator.reflection=true",
+            )
             semantic["online"]["annotator"] |= engine_of(annotator).identity(
                 annotator, problems, True
             )
