@@ -112,7 +112,7 @@ def _misfit(name: str) -> Callable[[pa.Table], Any]:
         if name not in table.column_names:
             return pa.array(np.zeros(len(table), dtype=bool))
         lengths = (pc.list_value_length(table[column]) for column in ("positions", name))
-        return pc.fill_null(pc.not_equal(*lengths), False)
+        return pc.fill_null(pc.not_equal(*lengths), pa.scalar(False))
 
     return rows
 

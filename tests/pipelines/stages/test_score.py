@@ -71,7 +71,9 @@ def test_there_is_a_row_per_routed_row_and_scores_at_its_routed_tokens(root):
         empty += not one["positions"]
     assert 0 < empty < len(table)
     assert scores.summary["k"] == 64
-    assert scores.summary["scored_tokens"] == sum(map(len, table["positions"].to_pylist()))
+    assert scores.summary["scored_tokens"] == sum(
+        len(row["positions"]) for row in table.to_pylist()
+    )
     assert "divergence" not in table.column_names
 
 
