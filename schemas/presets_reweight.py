@@ -39,9 +39,10 @@ PRESETS: dict[str, Preset] = {
             {"sync": "periodic"},
             reweight_clip=0.2,
         ),
-        certain="Form, ε, λ and its decay over 50 steps (60 in its script).",
-        choice="The teacher is copied every teacher.sync_steps, 10 by default; its script has 20. "
-        "Its context is the answer field of its data: here the reference solution.",
+        certain="Form, ε and λ by its code, whose script decays λ over 60 steps.",
+        choice="50 steps are the paper's by two readers. The teacher is copied every "
+        "teacher.sync_steps, 10 by default; the script has 20. Its context is the answer field of "
+        "its data: here the reference solution.",
     ),
     "rlrt": Preset(
         "RLSD's ratio inverted on correct responses: what the teacher did not expect counts more.",

@@ -3,6 +3,7 @@
 Each stage writes one; `contract.validate` checks a table against it. See results.py for results.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,36 @@ def _untaught(table: pa.Table) -> Any:
     routed = np.flatnonzero(pc.list_flatten(routes).to_numpy())
     mask[rows[pc.list_parent_indices(routes).to_numpy()[routed]]] = True
     return pa.array(mask)
+
+
+def _uneven_scores(table: pa.Table) -> Any:
+    """Rows whose likeliest tokens are not equally many at each position."""
+    places, top = (
+        pc.list_value_length(table[name]).to_numpy() for name in ("positions", "top_token_ids")
+    )
+    share = top // np.maximum(places, 1)
+    return pa.array((share * places != top) | ((places > 0) & (top == 0)))
+
+
+def _unordered_positions(table: pa.Table) -> Any:
+    """Rows whose positions do not ascend."""
+    lists = table["positions"].combine_chunks()
+    values, rows = pc.list_flatten(lists).to_numpy(), pc.list_parent_indices(lists).to_numpy()
+    mask = np.zeros(len(table), dtype=bool)
+    mask[rows[1:][(np.diff(values) <= 0) & (np.diff(rows) == 0)]] = True
+    return pa.array(mask)
+
+
+def _misfit(name: str) -> Callable[[pa.Table], Any]:
+    """Rows in which an optional list has another length than the positions."""
+
+    def rows(table: pa.Table) -> Any:
+        if name not in table.column_names:
+            return pa.array(np.zeros(len(table), dtype=bool))
+        lengths = (pc.list_value_length(table[column]) for column in ("positions", name))
+        return pc.fill_null(pc.not_equal(*lengths), pa.scalar(False))
+
+    return rows
 
 
 def _uncompared(table: pa.Table) -> Any:
@@ -418,11 +449,15 @@ SCORES = make_contract(
             list_of(_int32),
             "The teacher's k likeliest tokens at each of them, likeliest first, k a position.",
         ),
-        described("top_logprobs", list_of(_float32), "Their log-probabilities, nats."),
+        described(
+            "top_logprobs",
+            list_of(_float32),
+            "Their log-probabilities, nats; −9999 for a token without probability.",
+        ),
         described(
             "tail_logprobs",
             list_of(_float32),
-            "Log-probability of all other tokens together, one a position, nats.",
+            "Log-probability of all other tokens together, one a position, nats; −9999 for none.",
         ),
         described(
             "logprobs", list_of(_float32), "Log-probability of the response's token, a position."
@@ -449,7 +484,24 @@ SCORES = make_contract(
         "tail_logprobs": (-_MOST, MOST_LOGPROB),
         "logprobs": (-_MOST, MOST_LOGPROB),
         "temperature": (0, _MOST),
+        "teacher_entropy": (-MOST_LOGPROB, _MOST),
+        "student_entropy": (-MOST_LOGPROB, _MOST),
+        "divergence": (-MOST_LOGPROB, _MOST),
     },
+    faults=(
+        (
+            "top_token_ids",
+            "has not equally many tokens at each position; make the table again",
+            _uneven_scores,
+        ),
+        ("positions", "does not ascend; make the table again", _unordered_positions),
+        *(
+            (name, "has another length than positions", _misfit(name))
+            for name in ("teacher_entropy", "student_entropy", "divergence")
+        ),
+    ),
 )
 
-CONTRACTS = {c.name: c for c in (PROBLEMS, ROLLOUTS, VERDICTS, ANNOTATIONS, ROUTED, EVALUATIONS)}
+CONTRACTS = {
+    c.name: c for c in (PROBLEMS, ROLLOUTS, VERDICTS, ANNOTATIONS, ROUTED, SCORES, EVALUATIONS)
+}

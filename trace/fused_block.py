@@ -150,7 +150,8 @@ def _teaching(
     route: Route,
     call: Call,
 ) -> Teaching:
-    """The divergence of a block. Overwrites the student's logits, teacher_logits and log_q."""
+    """The divergence of a block. Overwrites teacher_logits and log_q; of the student, the logits,
+    or with a support p there."""
     reads = Signal.TEACHER_ENTROPY in call.reads
     if taught is not None or call.config.top_k is not None:
         support, entropy = _support(student, teacher_logits, log_q, taught, reads, call)
@@ -185,7 +186,10 @@ def _support(
     reads: bool,
     call: Call,
 ) -> tuple[Support, torch.Tensor | None]:
-    """The entries of a block's divergence, and where q is known its entropy if `reads` it."""
+    """The entries of a block's divergence, and where q is known its entropy if `reads` it.
+
+    Overwrites the student's p, teacher_logits and log_q.
+    """
     logits, p, most, log_most, _ = student
     scores, entropy = call.inputs.scores, None
     if taught is not None:
@@ -204,9 +208,8 @@ def _support(
         rest_q = q.scatter_(1, token_ids, 0.0).sum(-1).log()
     own_p = logits.gather(1, token_ids) - most[:, None] + log_most[:, None]
     # The rest is summed, not 1 minus the support: where that is small, rounding would be all of it.
-    kept = p.gather(1, token_ids)
+    # p is lost at the support, whose slopes do not come from it.
     rest_p = p.scatter_(1, token_ids, 0.0).sum(-1).log()
-    p.scatter_(1, token_ids, kept)
     log_p = with_rest(own_p.masked_fill(~real, -torch.inf), rest_p)
     return Support(token_ids, real, log_p, with_rest(own_q.to(log_p.dtype), rest_q)), entropy
 

@@ -82,6 +82,20 @@ def needs_annotations(config: RoutingConfig) -> bool:
     return read or config.rule not in UNANNOTATED
 
 
+def require_reflections(config: RoutingConfig, there: bool, how: str) -> None:
+    """Raises InputError if the teacher reads reflections that no annotation has.
+
+    there: whether annotations have them; how: what to do where they do not.
+    """
+    contexts = (config.teacher_context, config.contrast_context)
+    if needs_annotations(config) and TeacherContext.REFLECTION in contexts and not there:
+        raise InputError(
+            f"routing.teacher_context is {config.teacher_context}, contrast_context "
+            f"{config.contrast_context}, and there are no reflections: every response would be "
+            f"plain GRPO; {how}"
+        )
+
+
 def require_scores(config: RoutingConfig, columns: Collection[str] | None) -> None:
     """Raises InputError if the rule reads scores that are not there.
 

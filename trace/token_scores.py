@@ -1,4 +1,4 @@
-"""A scores table beside the responses that rules choose tokens from: one value per token.
+"""Scores of the responses that rules choose tokens from: one value per token.
 
 routed.py calls `token_scores`; responses.py passes the values to rules. The table's rows may be in
 any order, and hold some tokens alone; only a response with all of its tokens has scores here.

@@ -95,7 +95,7 @@ def _tokens(preset: Preset) -> str:
         return "none"
     rule = preset.sets["routing"]["rule"]
     which = f" of {next(iter(routed))} responses" if len(routed) == 1 else ""
-    return _RULES.get(rule, rule) + which
+    return f"{_RULES.get(rule, rule)}{which}"
 
 
 def _teacher(preset: Preset) -> str:

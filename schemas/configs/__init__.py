@@ -46,6 +46,7 @@ from .rollout import (
     VllmSampler,
     template_fields,
 )
+from .score import LocalTeacher, ScoreConfig, VllmTeacher
 from .study import ArmConfig, ReportedConfig, StudyConfig, TuningConfig
 from .train import (
     CollapseConfig,
@@ -82,6 +83,7 @@ __all__ = [
     "GymSource",
     "HubSource",
     "Layers",
+    "LocalTeacher",
     "LoraConfig",
     "LossConfig",
     "NoAnnotator",
@@ -109,6 +111,7 @@ __all__ = [
     "Sampler",
     "SamplingConfig",
     "ScheduleConfig",
+    "ScoreConfig",
     "SegmentConfig",
     "SelfAnnotator",
     "Source",
@@ -120,6 +123,7 @@ __all__ = [
     "ValidationConfig",
     "VerifyConfig",
     "VllmSampler",
+    "VllmTeacher",
     "WordProblemsSource",
     "located",
     "operational",

@@ -119,7 +119,7 @@ def test_ssopd_adds_a_forward_kl_on_the_first_tokens_of_wrong_responses(step_of)
 
 
 def test_ssopds_witness_is_the_shortest_correct_peer(example):
-    made = rows_of(example(RIGHT, RIGHT | {"text": "mn"}, WRONG), "ssopd")
+    made = rows_of(example(RIGHT, RIGHT | {"text": "mn", "marked": ([0],)}, WRONG), "ssopd")
     assert [row["teacher_context"] for row in made] == [None, None, "mn"]
 
 

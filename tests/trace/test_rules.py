@@ -411,6 +411,8 @@ def test_other_values_than_a_span_id_per_token_are_refused(own_module, body):
 
 # --- rules that need the annotator ---
 
+CONTRAST = {"rule": "all", "teacher_context": "peer", "key": "reweight", "error": "reweight"}
+
 
 @pytest.mark.parametrize(
     ("config", "needed"),
@@ -431,11 +433,8 @@ def test_other_values_than_a_span_id_per_token_are_refused(own_module, body):
         ),
         ({"rule": "all", "teacher_context": "reflection"}, True),
         ({"rule": "all", "teacher_context": "none"}, False),
-        (
-            {"rule": "all", "teacher_context": "peer", "contrast_context": "reflection"},
-            True,
-        ),
-        ({"rule": "all", "teacher_context": "peer", "contrast_context": "wrong_peer"}, False),
+        (CONTRAST | {"contrast_context": "reflection"}, True),
+        (CONTRAST | {"contrast_context": "wrong_peer"}, False),
     ],
 )
 def test_the_annotator_is_needed_for_spans_and_for_the_type_label(config, needed):

@@ -84,6 +84,10 @@ def drawn(index: int, device: str) -> tuple[dict, dict, dict, dict | None]:
     }  # fmt: skip
     options = None
     if index % 2:  # else the plain objective and its first baselines
+        if index % 4 == 3:  # what scores can teach
+            shape |= {"routes": at.choices((0, 1, 1, 4), k=6), "softcap": at.choice([None, 2.0])}
+        elif index % 8 == 1:  # what has a divergence
+            shape["routes"] = at.choices((0, 1, 2, 3), k=6)
         more, options = drawn_options(at, shape["routes"])
         more.pop("top_k", None)  # the PyTorch path's alone
         loss |= more
