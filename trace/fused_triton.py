@@ -24,7 +24,7 @@ import torch
 
 from ..schemas.labels import Route, Signal
 from . import fused_kernels
-from .fused_call import Call, chunk_sizes, wide
+from .fused_call import TRITON_BUFFER_BYTES, Call, chunk_sizes, wide
 from .fused_kernels import TERMS, TYPES
 from .fused_scored import ScoredRows
 from .losses import LossOutput
@@ -34,8 +34,7 @@ from .policy_losses import policy_loss, reweighted_advantage
 statistics: Any = fused_kernels.statistics
 gradient: Any = fused_kernels.gradient
 
-# Bytes of a chunk's logits: 2,048 tokens of a vocabulary of 151,936 with a quarter routed.
-BUFFER_BYTES = 768 << 20
+BUFFER_BYTES = TRITON_BUFFER_BYTES
 # Vocabulary entries per step of a kernel: one load of 16 bytes in bfloat16 by each of its threads.
 BLOCK, WARPS = 2048, 8
 _ALIGN = 64  # entries: rows start at multiples of 128 bytes whatever the vocabulary
