@@ -38,6 +38,7 @@ def commands(variant: Variant, url: str, budget_usd: float | None = None) -> dic
         ],
         "rollout": ["rollout", CONFIG, f"group_size={variant.group_size}"],
         "verify": ["verify", CONFIG, "workers=1"],
+        "select": ["select", CONFIG, "mixed=false"],
         "annotate": annotate,
         "convert": ["convert", CONFIG],
         "train": [

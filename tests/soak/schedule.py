@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import Literal
 
-STAGES = ("problems", "rollout", "verify", "annotate", "convert", "train", "evaluate")
+STAGES = ("problems", "rollout", "verify", "select", "annotate", "convert", "train", "evaluate")
 
 What = Literal["run", "twins", "rivals", "damage", "stale", "link"]
 
