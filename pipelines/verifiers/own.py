@@ -76,7 +76,7 @@ class OwnRewards:
             )
             for row in rows
         ]
-        return pa.Table.from_pylist(judged, schema=VERDICTS.schema)  # with column feedback
+        return pa.Table.from_pylist(judged, schema=VERDICTS.schema_of({"feedback"}))
 
     def close(self) -> None:
         self._pool.close()
