@@ -52,7 +52,7 @@ class ChatClient:
         Raises:
             InputError: the environment names a proxy that cannot be used.
         """
-        self._transport = _Transport(base_url, key)
+        self._transport = _Transport(base_url, key, MOST_BYTES)
         self._url = httpx2.URL(f"{base_url.rstrip('/')}/chat/completions")
         headers = async_client(base_url, key, timeout_s).default_headers.items()
         self._headers = [(n, text) for n, text in headers if n.lower().encode() in _SENT and text]
