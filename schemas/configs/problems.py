@@ -41,6 +41,14 @@ class Columns(Config):
         None, "Column of a mapping, also as JSON text, that rewards of your own see."
     )
 
+    @model_validator(mode="after")
+    def _one_kind_of_tests(self) -> "Columns":
+        if self.tests and self.cases:
+            raise ValueError("tests and cases are both given; a problem has one of them")
+        if self.entry_point and not self.tests:
+            raise ValueError("entry_point is given without tests; name their column too")
+        return self
+
 
 class FilesSource(Config):
     kind: Literal["files"] = Field(description="Kind of source.")
