@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-triton test-vllm check deployments audit fuzz bench-annotate bench-clip bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
+.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-triton test-vllm check deployments audit fuzz bench-annotate bench-clip bench-collapse bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -106,6 +106,9 @@ bench-annotate: setup peers  ## compare the annotator client with distilabel's a
 bench-clip: setup  ## compare the forms of the KL clip on the micro policy
 	$(BIN)/python benchmarks/clip_forms.py
 
+bench-collapse: setup  ## record what the watch on collapse sees in the micro study's methods
+	$(BIN)/python benchmarks/collapse.py
+
 bench-data: setup  ## measure convert and the trainer's reader at up to a million rollouts
 	$(BIN)/python benchmarks/data.py
 
@@ -156,6 +159,7 @@ micro: setup  ## train the bundled micro policy again
 
 docs: setup  ## build the documentation site in site/, strict
 	$(BIN)/python .ci/commands.py
+	$(BIN)/python .ci/presets.py
 	@# Without --quiet, under which mkdocs counts no warnings.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

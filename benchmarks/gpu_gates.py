@@ -152,7 +152,8 @@ def _step(rows: list[Row]) -> Iterator[Gate]:
         *_, how = row.get("implementation", "").split(":")
         yield _least(f"step, {name}: MFU", share, least, ".1%", f" {how}".rstrip())
     over = []
-    for trace in (row for row in steps if row.get("teacher_seconds") and row["shape"] == SMALL):
+    own = (row for row in steps if row["implementation"].startswith("ours_trace"))
+    for trace in (row for row in own if row.get("teacher_seconds") and row["shape"] == SMALL):
         grpo = grpo_of(trace, steps[::-1])
         if grpo is not None:
             bound = 1 + trace["teacher_seconds"] / grpo

@@ -5,7 +5,9 @@
 
 One model, the same rollouts, AdamW, float32 on CPU (on CUDA float32 weights computed in bfloat16).
 TRACE runs with λ at full weight and α = 25 % of every response routed, FKL in correct responses and
-RKL in wrong ones; `--error none` leaves wrong responses to GRPO (TRACE-FKL).
+RKL in wrong ones; `--error none` leaves wrong responses to GRPO (TRACE-FKL). `ours_rlsd` reweights
+all tokens by a teacher that reads a correct response of the group, `ours_rlcsd` compares it with
+one that reads a wrong response: the difference is what one more context costs.
 
 Without --lengths a bundled model samples the rollouts, and steps are measured without generation
 and with it, by each trainer's own sampler over transformers; those rollouts differ, so the table
@@ -35,9 +37,9 @@ from machine import cuda_here, peak_of, processor, stamp
 from results import append, console, write_rows
 from shapes import NAMES, lengths_of, shape_of
 from step_measure import measure, prepare
-from step_table import rows_of, table_of, teachers_share
+from step_table import contrasts_share, rows_of, table_of, teachers_share
 
-IMPLEMENTATIONS = ("ours_grpo", "ours_trace", "plain", "trl_grpo")
+IMPLEMENTATIONS = ("ours_grpo", "ours_trace", "ours_rlsd", "ours_rlcsd", "plain", "trl_grpo")
 SAMPLED_MODELS = ("smollm2", "micro")
 # micro_batch_tokens of sampled rollouts on CPU, and of all others.
 FEW_TOKENS, MANY_TOKENS = 384, 16_384
@@ -91,7 +93,7 @@ def main() -> None:
             rows += found
     peak = peak_of(stamp(device)["card"])
     out.print(table_of(rows, f"{processor(device)}; {options.shape}", peak))
-    for line in teachers_share(rows):
+    for line in (*teachers_share(rows), *contrasts_share(rows)):
         out.print(line, highlight=False)
     if not options.log:
         write_rows("step.json", rows, same=("device", "shape"))

@@ -109,11 +109,16 @@ class _Job:
     def _key(self) -> str:
         return f"{self.name} {self.indices}"
 
+    @property
+    def _teaches(self) -> bool:
+        return self.name.startswith("ours") and not self.name.startswith("ours_grpo")
+
     def start(self, workers: Workers, batches: list[Batch], micro_batch_tokens: int) -> None:
         single = [index for index in self.indices if batches[index].group_size == 1]
-        if self.name.startswith("trl") and single:
+        if self.name.startswith(("trl", "ours_rl")) and single:
             self._give_up(single, "a group needs two responses")
-            return
+            if not self._alive():
+                return
         own = [batches[index].case for index in self.indices]
         workers.start(self._key, step_process, self.name, own, micro_batch_tokens)
 
@@ -128,7 +133,8 @@ class _Job:
             if measured is None:
                 return
             norm, objective = measured.grad_norm, self.name.partition(":")[0].rpartition("_")[2]
-            key = f"{'trace' if objective == 'trace' else 'grpo'}, {batches[index].lengths}"
+            kind = objective if self._teaches else "grpo"
+            key = f"{kind}, {batches[index].lengths}"
             other, expected = norms.setdefault(key, (self.name, norm))
             if not math.isclose(norm, expected, rel_tol=TOLERANCE[self.device]):
                 reason = f"its gradient norm {norm:.6g} is not {other}'s, {expected:.6g}"
@@ -141,7 +147,7 @@ class _Job:
             modes: list[Mode] = ["training"]
             if batches[index].lengths == "sampled":
                 modes += ["generation"] * (not self.name.startswith("plain"))
-            if self.name.startswith("ours_trace"):
+            if self._teaches:
                 modes += ["teacher"]
             for mode in modes:
                 if (measured := self._turn(workers, index, mode)) is None:
@@ -175,7 +181,7 @@ def step_process(name: str, cases: list[bytes], micro_batch_tokens: int, pipe: C
     if base.startswith("ours"):
         from step_ours import ours
 
-        ours(own, turns, micro_batch_tokens, base == "ours_trace", overrides)
+        ours(own, turns, micro_batch_tokens, base, overrides)
         return
     recompute = overrides == ["gradient_checkpointing=true"]
     if overrides and not recompute:

@@ -1,4 +1,4 @@
-"""Our trainer, one optimiser step per turn: step.py's rows `ours_grpo` and `ours_trace`."""
+"""Our trainer, one optimiser step per turn: step.py's rows of `ours_`, see METHODS."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,33 +27,49 @@ from trace_opd.schemas.configs import (
     OnlineConfig,
     OptimConfig,
     PolicyConfig,
+    RoutingConfig,
     ScheduleConfig,
     TrainConfig,
 )
 from trace_opd.schemas.settings import override
 from trace_opd.trace.align import byte_table
-from trace_opd.trace.batches import micro_batches, taught_rows
+from trace_opd.trace.batches import contrast_rows, micro_batches, taught_rows
 from trace_opd.trace.losses import Head
 from trace_opd.trace.model_flops import model_flops
 from trace_opd.trace.packing import PackedModel
 from trace_opd.trace.policy import load_policy
-from trace_opd.trace.sequences import TrainingSequence, teacher_row, training_sequences
+from trace_opd.trace.sequences import (
+    TrainingSequence,
+    contrast_row,
+    teacher_row,
+    training_sequences,
+)
 from trace_opd.trace.trained import Trained
 from trace_opd.trace.trainer import Trainer
 
 HEAD_ROWS = 512  # rows of logits at once in the teacher's forward passes
 MIB = 1 << 20
 WITHOUT_CUDNN = "attention=flash"
+# What each row routes; None: plain GRPO without a teacher. {}: the case's own, TRACE.
+_ALL = {"rule": "all", "key": "reweight", "error": "reweight", "teacher_context": "peer"}
+METHODS: dict[str, dict[str, str] | None] = {
+    "ours_grpo": None,
+    "ours_trace": {},
+    # A correct response of the group as context of all tokens, and a wrong one for comparison.
+    "ours_rlsd": _ALL,
+    "ours_rlcsd": _ALL | {"contrast_context": "wrong_peer"},
+}
 
 
 def ours(
     cases: list[Case],
     turns: Turns,
     micro_batch_tokens: int,
-    with_teacher: bool,
+    method: str,
     overrides: list[str],
 ) -> None:
-    """Take turns until the process is terminated. overrides: of TrainConfig, and WITHOUT_CUDNN.
+    """Take turns until the process is terminated. method: of METHODS; overrides: of TrainConfig,
+    and WITHOUT_CUDNN.
 
     Raises:
         InputError: TrainConfig has no such field.
@@ -61,6 +77,9 @@ def ours(
     if WITHOUT_CUDNN in overrides:
         overrides.remove(WITHOUT_CUDNN)
         leave_out_cudnn()
+    routing, with_teacher = METHODS[method], METHODS[method] is not None
+    if routing:
+        cases = [replace(case, routing=RoutingConfig.model_validate(routing)) for case in cases]
     config = configured(cases[0], micro_batch_tokens, with_teacher, overrides)
     settings = [plan_setting(config, case) for case in cases]
     longest = max(settings, key=lambda where: where.row_tokens)
@@ -154,8 +173,8 @@ def with_logprobs(
 def teacher_alone(
     teacher: PackedModel, sequences: list[TrainingSequence], micro_batch_tokens: int
 ) -> None:
-    """The minimum of every TRACE step: the backbone up to each last routed token, the head at
-    routed tokens.
+    """The minimum of every step with a teacher: the backbone up to each last routed token, the
+    head at routed tokens, and the same under each contrast.
     """
 
     def logits(states: torch.Tensor, head: Head) -> None:
@@ -165,3 +184,5 @@ def teacher_alone(
     for rows in micro_batches(sequences, micro_batch_tokens):
         for taught in taught_rows(rows, micro_batch_tokens):
             teacher(teacher_row(taught), logits)
+        for compared in contrast_rows(rows, micro_batch_tokens):
+            teacher(contrast_row(compared), logits)

@@ -140,15 +140,37 @@ def teachers_share(rows: list[Row]) -> Iterator[str]:
         yield (
             f"{row['lengths']}: {row['implementation']} takes {trace:.2f} × our GRPO's time. The "
             f"teacher's forward passes alone are {alone:.2f} of it, so {1 + alone:.2f} × is the "
-            f"bound, which TRACE exceeds by {trace / (1 + alone) - 1:.0%}."
+            f"bound, which it exceeds by {trace / (1 + alone) - 1:.0%}."
         )
 
 
+def contrasts_share(rows: list[Row]) -> Iterator[str]:
+    """A sentence for each size where the step with a contrast and the one without were measured."""
+    for row in rows:
+        if row["with_generation"] or not row.get("teacher_seconds"):
+            continue
+        plain = _like(row, rows, "ours_rlcsd", "ours_rlsd")
+        if row["implementation"].startswith("ours_rlcsd") and plain:
+            more = row["seconds"] - plain["seconds"]
+            passes = row["teacher_seconds"] - plain["teacher_seconds"]
+            yield (
+                f"{row['lengths']}: the contrast of {row['implementation']} adds {more:.2f} s to "
+                f"{plain['seconds']:.2f} s; its forward passes alone take {passes:.2f} s."
+            )
+
+
 def grpo_of(row: Row, rows: list[Row]) -> float | None:
-    """Seconds of our GRPO with the settings of a row of TRACE."""
-    wanted = row["implementation"].replace("ours_trace", "ours_grpo")
+    """Seconds of our GRPO with the settings of a row of ours with a teacher."""
+    base = row["implementation"].partition(":")[0]
+    other = _like(row, rows, base, "ours_grpo")
+    return other and other["seconds"]
+
+
+def _like(row: Row, rows: list[Row], base: str, wanted: str) -> Row | None:
+    """The row of another implementation with the settings of a row of `base`."""
+    name = row["implementation"].replace(base, wanted)
     for other in rows:
         same = all(other[name] == row[name] for name in ("shape", "lengths", "with_generation"))
-        if same and other["implementation"] == wanted:
-            return other["seconds"]
+        if same and other["implementation"] == name and other["seconds"]:
+            return other
     return None

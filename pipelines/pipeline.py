@@ -64,7 +64,7 @@ def run_pipeline(config: PipelineConfig, run: RunStage) -> dict[str, str]:
         return out[role]
 
     problems = step("problems", "problems", config.problems)
-    offline = config.train.offline
+    offline, teacher = config.train.offline, config.train.teacher
     if config.annotate is not None and offline.steps:
         rollouts = step("rollouts", "rollout", config.rollout, problems=problems)
         verdicts = step("verdicts", "verify", config.verify, rollouts=rollouts)
@@ -76,8 +76,12 @@ def run_pipeline(config: PipelineConfig, run: RunStage) -> dict[str, str]:
         )
         routed = step("routed", "convert", config.convert, annotations=annotations)
         offline = offline.model_copy(update={"routed": routed})
+        if config.score is not None:
+            scores = step("scores", "score", config.score, routed=routed)
+            teacher = teacher.model_copy(update={"scores": scores})
     online = config.train.online.model_copy(update={"problems": problems})
-    trained = step("train", "train", config.train, offline=offline, online=online)
+    models: dict[str, Any] = {"offline": offline, "online": online, "teacher": teacher}
+    trained = step("train", "train", config.train, **models)
     held_out = step("eval_problems", "problems", config.eval_problems)
     step("evaluation", "evaluate", config.evaluate, problems=held_out, trained=trained)
     step("report", "report", config.report, dataset=trained)

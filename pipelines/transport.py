@@ -29,13 +29,15 @@ _SENT = {
 }  # fmt: skip
 
 
-def async_client(base_url: str, key: str | None, timeout_s: float) -> openai.AsyncOpenAI:
-    """A client for one endpoint. timeout_s: for each complete answer.
+def async_client(
+    base_url: str, key: str | None, timeout_s: float, most_bytes: int = MOST_BYTES
+) -> openai.AsyncOpenAI:
+    """A client for one endpoint. timeout_s: for each complete answer; most_bytes: its size limit.
 
     Raises:
         InputError: the environment names a proxy that cannot be used.
     """
-    http = httpx2.AsyncClient(transport=_Transport(base_url, key))
+    http = httpx2.AsyncClient(transport=_Transport(base_url, key, most_bytes))
     return openai.AsyncOpenAI(**_options(base_url, key, timeout_s), http_client=http)
 
 
@@ -103,12 +105,13 @@ def _options(base_url: str, key: str | None, timeout_s: float) -> dict[str, Any]
 class _Transport(httpx2.AsyncBaseTransport):
     """Reads each answer to its end."""
 
-    def __init__(self, base_url: str, key: str | None) -> None:
+    def __init__(self, base_url: str, key: str | None, most_bytes: int = MOST_BYTES) -> None:
         self._inner, self._key = connections(base_url), key
+        self._most_bytes = most_bytes
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         limit_s = request.extensions["timeout"]["read"]
-        parts = _exchange(self._inner, request, self._key, MOST_BYTES)
+        parts = _exchange(self._inner, request, self._key, self._most_bytes)
         try:
             async with asyncio.timeout(limit_s), contextlib.aclosing(parts):
                 head = await anext(parts)

@@ -43,6 +43,12 @@ class TooManyFailed(InputError):
     exit_code = 1
 
 
+class Collapsed(InputError):
+    """A training whose policy collapsed ended early, as its config asks; a checkpoint is kept."""
+
+    exit_code = 3
+
+
 class RowFault(InputError):
     """A row that its table's contract allows and other tables do not.
 

@@ -12,7 +12,6 @@ _WORKED = (
 _ADVICE = "{problem}\n\nAdvice on an earlier attempt:\n{context}\n\nNow solve it yourself."
 # SDPO as published: the student's 100 likeliest tokens with a tail, a bounded ratio, a token mean.
 _TOP_100 = {"top_k": 100, "importance_clip": 2.0, "aggregation": "token"}
-_SDPO_NOTE = "Constants by its code. Thoughts are not cut from the peer's response."
 _EMA = {"sync": "ema", "ema_rate": 0.05}
 
 
@@ -70,8 +69,9 @@ PRESETS: dict[str, Preset] = {
         "sdpo over the student's 100 likeliest tokens and a tail, its ratio bounded by 2.",
         "SDPO, arXiv 2601.20802",
         _sdpo(**_TOP_100),
-        certain=_SDPO_NOTE,
-        choice="No feedback from an environment: only responses with a correct peer are taught.",
+        certain="Context, average, divergence, support and bound by its code.",
+        choice="No feedback from an environment: only responses with a correct peer are taught. "
+        "Thoughts are not cut from the peer's response. Wording of the prompt ours.",
     ),
     "srpo": Preset(
         "GRPO on correct responses; on wrong ones with a correct peer SDPO, weighted exp(−βH).",
@@ -93,7 +93,8 @@ PRESETS: dict[str, Preset] = {
         _opsd(),
         certain="Clip, temperature, thinking and the token mean by its code (8B: clip 0.06, from "
         "forks).",
-        choice="Sampling by temperature alone: its top-p 0.95 and top-k 20 are left out. LoRA, "
+        choice="Forward KL by forks of its scripts. Sampling by temperature alone: its top-p 0.95 "
+        "and top-k 20 are left out. LoRA, "
         "learning rate and the limit of 1,024 tokens are the file's.",
     ),
     "opsd-v1": Preset(
@@ -115,8 +116,9 @@ PRESETS: dict[str, Preset] = {
         _opsd("other_solution")
         | {"prompt": {"thinking": False, "teacher_thinking": True, "privileged": _WORKED}},
         certain="Only the teacher's context differs from OPSD's.",
-        choice="Its clips are OPSD's (for 4B and 8B its code has 1e-6 and 1e-7). The other problem "
-        "is the next by id, not drawn; its own text is not shown; wording of the prompt ours.",
+        choice="Clip and thinking are those of its 1.7B runs (for 4B and 8B its code has 1e-6 and "
+        "1e-7, and no thinking). The other problem is the next by id, not drawn, and its own text "
+        "is not shown. Wording of the prompt ours.",
     ),
     "pw-opsd": Preset(
         "opsd whose later tokens weigh more.",
@@ -145,9 +147,9 @@ PRESETS: dict[str, Preset] = {
             gate("divergence", "above", quantile=0.9),
             gate("student_entropy", "above", quantile=0.5),
         ),
-        certain="An external frozen teacher without a hint (give teacher.model), about a tenth of "
-        "the tokens, a threshold over the batch.",
-        choice="Its score is disagreement times the teacher's mass on the student's top 16, which "
+        certain="An external frozen teacher without a hint (give teacher.model), few tokens (5 % in "
+        "the abstract), reverse KL, a threshold over the batch.",
+        choice="At most a tenth of the tokens. Its score is disagreement times the teacher's mass on the student's top 16, which "
         "no gate reads: high student entropy stands for it. Its disagreement is a forward KL on "
         "both sides' top 16. IER-OPD's signal-to-noise score has no gate either.",
     ),

@@ -39,9 +39,10 @@ PRESETS: dict[str, Preset] = {
             {"sync": "periodic"},
             reweight_clip=0.2,
         ),
-        certain="Form, ε, λ and its decay over 50 steps (60 in its script).",
-        choice="The teacher is copied every teacher.sync_steps, 10 by default; its script has 20. "
-        "Its context is the answer field of its data: here the reference solution.",
+        certain="Form, ε and λ by its code, whose script decays λ over 60 steps.",
+        choice="50 steps are the paper's by two readers. The teacher is copied every "
+        "teacher.sync_steps, 10 by default; the script has 20. Its context is the answer field of "
+        "its data: here the reference solution.",
     ),
     "rlrt": Preset(
         "RLSD's ratio inverted on correct responses: what the teacher did not expect counts more.",
@@ -114,19 +115,18 @@ PRESETS: dict[str, Preset] = {
         "AMR-SD, arXiv 2605.18529",
         _reweight(
             "one_sided",
-            _both("reflection"),
-            {"w0": 0.2, "hold_steps": 0, "decay_steps": 50},
+            every_token("none", "reweight", "reflection"),
+            {"w0": 0.1, "hold_steps": 0, "decay_steps": 50},
             _LIVE,
             reweight_clip=5.0,
             reweight_threshold=0.5,
-            error_weight=0.5,
         )
         | {"prompt": {"privileged": _ADVICE}, "annotator": {"reflection": True}},
-        certain="The policy's own reflection is the teacher's context; raised tokens of correct "
-        "responses and lowered ones of wrong responses count more, the rest is unchanged.",
-        choice="By one reader: form, λ 0.2 and 0.1, bound 5 and the decay over 50 steps. The "
-        "threshold of 0.5 nats is ours. The annotator reflects on wrong responses alone, so "
-        "correct ones are GRPO. Wording of the prompt ours.",
+        certain="The policy's own reflection is the teacher's context. What it raises in correct "
+        "responses and lowers in wrong ones counts more, the rest is unchanged.",
+        choice="By one reader: form, λ 0.1 (0.2 on correct responses), bound 5, decay over 50 "
+        "steps. The threshold of 0.5 nats is ours. The annotator reflects on wrong responses "
+        "alone, so correct ones are GRPO. Wording of the prompt ours.",
     ),
     "credit": Preset(
         "GRPO plus what the problem's own solution adds over another problem's, sign kept.",

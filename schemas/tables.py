@@ -3,6 +3,7 @@
 Each stage writes one; `contract.validate` checks a table against it. See results.py for results.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,36 @@ def _untaught(table: pa.Table) -> Any:
     routed = np.flatnonzero(pc.list_flatten(routes).to_numpy())
     mask[rows[pc.list_parent_indices(routes).to_numpy()[routed]]] = True
     return pa.array(mask)
+
+
+def _uneven_scores(table: pa.Table) -> Any:
+    """Rows whose likeliest tokens are not equally many at each position."""
+    places, top = (
+        pc.list_value_length(table[name]).to_numpy() for name in ("positions", "top_token_ids")
+    )
+    share = top // np.maximum(places, 1)
+    return pa.array((share * places != top) | ((places > 0) & (top == 0)))
+
+
+def _unordered_positions(table: pa.Table) -> Any:
+    """Rows whose positions do not ascend."""
+    lists = table["positions"].combine_chunks()
+    values, rows = pc.list_flatten(lists).to_numpy(), pc.list_parent_indices(lists).to_numpy()
+    mask = np.zeros(len(table), dtype=bool)
+    mask[rows[1:][(np.diff(values) <= 0) & (np.diff(rows) == 0)]] = True
+    return pa.array(mask)
+
+
+def _misfit(name: str) -> Callable[[pa.Table], Any]:
+    """Rows in which an optional list has another length than the positions."""
+
+    def rows(table: pa.Table) -> Any:
+        if name not in table.column_names:
+            return pa.array(np.zeros(len(table), dtype=bool))
+        lengths = (pc.list_value_length(table[column]) for column in ("positions", name))
+        return pc.fill_null(pc.not_equal(*lengths), False)
+
+    return rows
 
 
 def _uncompared(table: pa.Table) -> Any:
@@ -382,8 +413,8 @@ ROUTED = make_contract(
         described(
             "span_id",
             list_of(pa.int16()),
-            "Rank of the span that a token is routed for, −1 for none; rules all, random and "
-            "inverted have a single span 0, which is not the annotator's.",
+            "Rank of the span that a token is routed for, −1 for none; rules that follow no span "
+            "have a single span 0, which is not the annotator's.",
         ),
         _TYPE,
         described(
@@ -395,8 +426,8 @@ ROUTED = make_contract(
         described(
             "coverage",
             _float32,
-            "Share of response tokens with a span; at most α except for rule all and your own "
-            "rules.",
+            "Share of response tokens with a span; at most α except for rules all and "
+            "from_first_span and your own.",
         ),
         described(
             "dropped_tokens",
@@ -450,11 +481,15 @@ SCORES = make_contract(
             list_of(_int32),
             "The teacher's k likeliest tokens at each of them, likeliest first, k a position.",
         ),
-        described("top_logprobs", list_of(_float32), "Their log-probabilities, nats."),
+        described(
+            "top_logprobs",
+            list_of(_float32),
+            "Their log-probabilities, nats; −9999 for a token without probability.",
+        ),
         described(
             "tail_logprobs",
             list_of(_float32),
-            "Log-probability of all other tokens together, one a position, nats.",
+            "Log-probability of all other tokens together, one a position, nats; −9999 for none.",
         ),
         described(
             "logprobs", list_of(_float32), "Log-probability of the response's token, a position."
@@ -481,7 +516,24 @@ SCORES = make_contract(
         "tail_logprobs": (-_MOST, MOST_LOGPROB),
         "logprobs": (-_MOST, MOST_LOGPROB),
         "temperature": (0, _MOST),
+        "teacher_entropy": (-MOST_LOGPROB, _MOST),
+        "student_entropy": (-MOST_LOGPROB, _MOST),
+        "divergence": (-MOST_LOGPROB, _MOST),
     },
+    faults=(
+        (
+            "top_token_ids",
+            "has not equally many tokens at each position; make the table again",
+            _uneven_scores,
+        ),
+        ("positions", "does not ascend; make the table again", _unordered_positions),
+        *(
+            (name, "has another length than positions", _misfit(name))
+            for name in ("teacher_entropy", "student_entropy", "divergence")
+        ),
+    ),
 )
 
-CONTRACTS = {c.name: c for c in (PROBLEMS, ROLLOUTS, VERDICTS, ANNOTATIONS, ROUTED, EVALUATIONS)}
+CONTRACTS = {
+    c.name: c for c in (PROBLEMS, ROLLOUTS, VERDICTS, ANNOTATIONS, ROUTED, SCORES, EVALUATIONS)
+}

@@ -251,6 +251,19 @@ def test_utilisation_is_that_of_the_batch_whoever_trains_it():
     assert step_table.mfu(plain, [plain], 1e15) is None
 
 
+def test_a_contrast_is_compared_with_the_same_step_without_it():
+    rows = [
+        step_row("ours_rlsd", 2.0, teacher_seconds=0.5),
+        step_row("ours_rlcsd", 2.75, teacher_seconds=1.0),
+        step_row("ours_trace", 1.5, teacher_seconds=0.25),
+    ]
+    (line,) = step_table.contrasts_share(rows)
+    assert "adds 0.75 s to 2.00 s; its forward passes alone take 0.50 s" in line
+    assert list(step_table.contrasts_share(rows[1:])) == []
+    of_grpo = [*rows, step_row("ours_grpo", 1.0)]
+    assert [line.count("takes") for line in step_table.teachers_share(of_grpo)] == [1, 1, 1]
+
+
 def test_the_busy_share_counts_overlaps_once():
     assert gpu_profile.busy_share([(0, 4), (2, 3), (3, 5), (9, 10)]) == pytest.approx(0.6)
     assert gpu_profile.busy_share([(1, 2)]) == 1

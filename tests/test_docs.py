@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from trace_opd.pipelines.cli.commands import app
 
@@ -82,3 +83,10 @@ def test_the_command_page_is_what_the_command_line_says():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) < 1200
+
+
+def test_the_citation_names_both_titles_of_the_paper():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    assert cited["title"] == "STEPS: Selective On-Policy Self-Distillation for Reasoning"
+    assert "TRACE: Distilling Where It Matters" in cited["notes"]
+    assert [one["value"] for one in cited["identifiers"]] == ["arXiv:2605.10194"]

@@ -128,9 +128,10 @@ def logits_to_gradient(
         lift, kl_lift = lift / temperature, kl_lift / temperature
     if teaching is not None and teaching.support is not None:
         assert teaching.p is not None
-        own, pull = logit_slopes(teaching.p, teaching.slope, lift[:, 0], kl_lift[:, 0])
+        token_ids, real, *_ = teaching.support
+        own, pull = logit_slopes(real, teaching.p, teaching.slope, lift[:, 0], kl_lift[:, 0])
         gradient = torch.mul(p, -pull[:, None], out=logits)
-        gradient.scatter_(1, teaching.support.token_ids, own).scatter_add_(1, ids, lift)
+        gradient.scatter_(1, token_ids, own).scatter_add_(1, ids, lift)
     else:
         kl_slope = None if teaching is None else teaching.slope
         pull = lift if kl_slope is None else lift + kl_lift * kl_slope.sum(-1, keepdim=True)
@@ -149,7 +150,8 @@ def _teaching(
     route: Route,
     call: Call,
 ) -> Teaching:
-    """The divergence of a block. Overwrites the student's logits, teacher_logits and log_q."""
+    """The divergence of a block. Overwrites teacher_logits and log_q; of the student, the logits,
+    or with a support p there."""
     reads = Signal.TEACHER_ENTROPY in call.reads
     if taught is not None or call.config.top_k is not None:
         support, entropy = _support(student, teacher_logits, log_q, taught, reads, call)
@@ -184,7 +186,10 @@ def _support(
     reads: bool,
     call: Call,
 ) -> tuple[Support, torch.Tensor | None]:
-    """The entries of a block's divergence, and where q is known its entropy if `reads` it."""
+    """The entries of a block's divergence, and where q is known its entropy if `reads` it.
+
+    Overwrites the student's p, teacher_logits and log_q.
+    """
     logits, p, most, log_most, _ = student
     scores, entropy = call.inputs.scores, None
     if taught is not None:
@@ -192,22 +197,21 @@ def _support(
         own_q, rest_q = scores.logprobs[taught], scores.tail[taught]
         token_ids, real = distinct(scores.token_ids[taught], own_q)
     else:
-        assert call.config.top_k is not None and teacher_logits is not None
+        assert call.config.top_k is not None
+        assert teacher_logits is not None
         token_ids = logits.topk(min(call.config.top_k, logits.shape[-1]), -1).indices
-        own_q, real = log_q.gather(1, token_ids), None
+        own_q = log_q.gather(1, token_ids)
+        real = torch.ones_like(token_ids, dtype=torch.bool)
         q = torch.exp(log_q, out=teacher_logits)
         if reads:
             entropy = -torch.linalg.vecdot(q, floored(log_q, out=log_q))
         rest_q = q.scatter_(1, token_ids, 0.0).sum(-1).log()
     own_p = logits.gather(1, token_ids) - most[:, None] + log_most[:, None]
     # The rest is summed, not 1 minus the support: where that is small, rounding would be all of it.
-    kept = p.gather(1, token_ids)
+    # p is lost at the support, whose slopes do not come from it.
     rest_p = p.scatter_(1, token_ids, 0.0).sum(-1).log()
-    p.scatter_(1, token_ids, kept)
-    if real is not None:
-        own_p = own_p.masked_fill(~real, -torch.inf)
-    own_q = own_q.to(own_p.dtype)
-    return Support(token_ids, with_rest(own_p, rest_p), with_rest(own_q, rest_q)), entropy
+    log_p = with_rest(own_p.masked_fill(~real, -torch.inf), rest_p)
+    return Support(token_ids, real, log_p, with_rest(own_q.to(log_p.dtype), rest_q)), entropy
 
 
 def _sampled(
@@ -220,7 +224,8 @@ def _sampled(
     """The teacher's log-probabilities of the sampled tokens, and its entropy if it is read."""
     reads, scores = Signal.TEACHER_ENTROPY in call.reads, call.inputs.scores
     if teacher_logits is None:
-        assert scores is not None and scores.sampled is not None and taught is not None
+        assert scores is not None
+        assert scores.sampled is not None
         logprobs = floored(scores.sampled[taught])
         own = with_rest(scores.logprobs[taught], scores.tail[taught])
         return logprobs, -(own.exp() * own).sum(-1) if reads else None

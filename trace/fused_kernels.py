@@ -18,7 +18,7 @@ _LOW = tl.constexpr(-1e30)  # a maximum of nothing, finite so that no difference
 _INF = tl.constexpr(float("inf"))
 _VECTORS = (
     "bias", "teacher_bias", "token_ids", "heat", "rows", "lse", "entropy", "logprobs", "route",
-    "teacher_lse", "lift", "kl_lift", "value", "exact", "clipped",
+    "teacher_lse", "lift", "kl_lift", "value", "exact", "clipped", "teacher_heat", "pulls",
 )  # fmt: skip
 
 
@@ -50,14 +50,20 @@ TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 def _shaped(
     row, bias, columns, heat,
     STRIDE: tl.constexpr, VOCAB: tl.constexpr, CAP: tl.constexpr, WIDE: tl.constexpr,
+    HOLES: tl.constexpr = False,
 ):  # fmt: skip
-    """Logits with bias, soft cap and temperature; −inf past the vocabulary."""
+    """Logits with bias, soft cap and temperature; −inf past the vocabulary, and at HOLES, raw
+    logits of −inf that the soft cap would make finite."""
     # Up to the stride, which keeps the widest loads for a vocabulary of any size.
     z = tl.load(row + columns, mask=columns < STRIDE, other=0.0).to(WIDE)
+    if HOLES:
+        hole = z == -_INF
     if bias is not None:
         z += tl.load(bias + columns, mask=columns < VOCAB, other=0.0).to(WIDE)
     if CAP is not None:  # tanh x = 2 σ(2x) − 1
         z = CAP * (2 * tl.sigmoid(z * (2 / CAP)) - 1)
+    if HOLES:
+        z = tl.where(hole, -_INF, z)
     return tl.where(columns < VOCAB, z * heat, -_INF)
 
 
@@ -73,7 +79,7 @@ def _probabilities(z, lse):
 def statistics(
     logits, bias, token_ids, heat, rows, lse, entropy, logprobs, first, base,
     STRIDE: tl.constexpr, VOCAB: tl.constexpr, CAP: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, HOLES: tl.constexpr = False,
 ):  # fmt: skip
     """Log-sum-exp, entropy and log-probability of the token; one program per token.
 
@@ -94,7 +100,7 @@ def statistics(
     moment = tl.zeros([BLOCK], WIDE)  # Σ exp(z − most) (z − most)
     for start in range(0, VOCAB, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = _shaped(logits, bias, columns, warmth, STRIDE, VOCAB, CAP, WIDE)
+        z = _shaped(logits, bias, columns, warmth, STRIDE, VOCAB, CAP, WIDE, HOLES)
         gap = tl.where(z == -_INF, _LOW, z - most)
         e = tl.exp(-tl.abs(gap))  # one exponential an entry, of whichever is less
         higher = gap > 0
@@ -116,17 +122,19 @@ def statistics(
 
 @triton.jit(do_not_specialize=["first", "base", "ROUTE"], do_not_specialize_on_alignment=_VECTORS)
 def gradient(
-    logits, bias, slopes, teacher, teacher_bias, token_ids, heat, rows, route, lse, teacher_lse,
-    logprobs, lift, kl_lift, value, exact, clipped, first, base, ROUTE,
-    TERM: tl.constexpr, CLIP: tl.constexpr, BOUND: tl.constexpr, BETA: tl.constexpr,
-    STRIDE: tl.constexpr, NARROW: tl.constexpr, VOCAB: tl.constexpr, CAP: tl.constexpr,
-    TEACHER_CAP: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    logits, bias, slopes, teacher, teacher_bias, token_ids, heat, teacher_heat, rows, route, lse,
+    teacher_lse, logprobs, lift, kl_lift, value, exact, clipped, pulls, first, base, ROUTE,
+    STAGE: tl.constexpr, TERM: tl.constexpr, CLIP: tl.constexpr, BOUND: tl.constexpr,
+    BETA: tl.constexpr, STRIDE: tl.constexpr, NARROW: tl.constexpr, VOCAB: tl.constexpr,
+    CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d loss / d raw logits of the tokens of one route, and their divergence.
 
     lift: the loss's slope in log p(y); kl_lift: the divergence's weight; with respect to logits
     after the temperature. slopes: the logits' own memory; NARROW: in a narrower type, each row at
-    the start of its logits' row.
+    the start of its logits' row. STAGE "divergence" stores the divergence and the sum of its slopes
+    in `pulls`, and "slopes" takes it from there: so kl_lift may depend on the divergence. "both"
+    does both. Without a TERM, `pulls` adds to the lift that every entry loses its share p of.
     """
     index = tl.program_id(0)
     token = first + index
@@ -141,40 +149,52 @@ def gradient(
         own_lift *= 0.0
     chosen = tl.load(token_ids + token)
     pull = own_lift
+    if TERM is None and pulls is not None:
+        pull += tl.load(pulls + token).to(WIDE)
     if TERM is not None:
         teacher += (tl.load(rows + token) - base) * STRIDE
         log_zq = tl.load(teacher_lse + token)
+        teacher_warmth = tl.load(teacher_heat + token).to(WIDE)
         weight = tl.load(kl_lift + token).to(WIDE)
-        sums = tl.zeros([BLOCK], WIDE)
-        bounded = tl.zeros([BLOCK], WIDE)
-        pulls = tl.zeros([BLOCK], WIDE)
-        binds = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, VOCAB, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            term, slope, _ = _divergence(
-                logits, bias, teacher, teacher_bias, columns, warmth, log_z, log_zq,
-                TERM, BETA, STRIDE, VOCAB, CAP, TEACHER_CAP, WIDE,
-            )  # fmt: skip
-            kept, limited = _clip(term, CLIP, BOUND)
-            sums += term
-            bounded += limited
-            pulls += tl.where(kept, slope, 0.0)
-            binds |= tl.where(kept, 0, 1)
-        whole = tl.sum(sums, 0)
-        limited, bound = tl.sum(bounded, 0), tl.max(binds, 0)
+        if STAGE == "slopes":
+            whole, pulled = tl.load(exact + token), tl.load(pulls + token)
+        else:
+            sums = tl.zeros([BLOCK], WIDE)
+            bounded = tl.zeros([BLOCK], WIDE)
+            slopes_of_all = tl.zeros([BLOCK], WIDE)
+            binds = tl.zeros([BLOCK], tl.int32)
+            for start in range(0, VOCAB, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                term, slope, _ = _divergence(
+                    logits, bias, teacher, teacher_bias, columns, warmth, teacher_warmth, log_z,
+                    log_zq, TERM, BETA, STRIDE, VOCAB, CAP, TEACHER_CAP, WIDE,
+                )  # fmt: skip
+                kept, limited = _clip(term, CLIP, BOUND)
+                sums += term
+                bounded += limited
+                slopes_of_all += tl.where(kept, slope, 0.0)
+                binds |= tl.where(kept, 0, 1)
+            whole = tl.sum(sums, 0)
+            pulled = tl.sum(slopes_of_all, 0)
+            limited, bound = tl.sum(bounded, 0), tl.max(binds, 0)
+            if CLIP == "token":
+                limited, bound = _at_most(whole, BOUND), (whole > BOUND).to(tl.int32)
+            tl.store(exact + token, whole)
+            tl.store(value + token, limited)
+            tl.store(clipped + token, bound.to(WIDE))
+        if STAGE == "divergence":
+            tl.store(pulls + token, pulled)
         if CLIP == "token":
-            limited, bound = _at_most(whole, BOUND), (whole > BOUND).to(tl.int32)
             weight = tl.where(whole > BOUND, 0.0, weight)
-        tl.store(exact + token, whole)
-        tl.store(value + token, limited)
-        tl.store(clipped + token, bound.to(WIDE))
-        pull += weight * tl.sum(pulls, 0)
+        pull += weight * pulled
+    if STAGE == "divergence":
+        return
     for start in range(0, VOCAB, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         if TERM is not None:
             term, slope, z = _divergence(
-                logits, bias, teacher, teacher_bias, columns, warmth, log_z, log_zq,
-                TERM, BETA, STRIDE, VOCAB, CAP, TEACHER_CAP, WIDE,
+                logits, bias, teacher, teacher_bias, columns, warmth, teacher_warmth, log_z,
+                log_zq, TERM, BETA, STRIDE, VOCAB, CAP, TEACHER_CAP, WIDE,
             )  # fmt: skip
             kept, _ = _clip(term, CLIP, BOUND)
             p, _ = _probabilities(z, log_z)
@@ -194,14 +214,14 @@ def gradient(
 
 @triton.jit
 def _divergence(
-    logits, bias, teacher, teacher_bias, columns, warmth, log_z, log_zq,
+    logits, bias, teacher, teacher_bias, columns, warmth, teacher_warmth, log_z, log_zq,
     TERM: tl.constexpr, BETA: tl.constexpr, STRIDE: tl.constexpr, VOCAB: tl.constexpr,
     CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A step's divergence terms and slopes (losses.DIVERGENCES), and the student's logits."""
     z = _shaped(logits, bias, columns, warmth, STRIDE, VOCAB, CAP, WIDE)
     p, log_p = _probabilities(z, log_z)
-    zq = _shaped(teacher, teacher_bias, columns, warmth, STRIDE, VOCAB, TEACHER_CAP, WIDE)
+    zq = _shaped(teacher, teacher_bias, columns, teacher_warmth, STRIDE, VOCAB, TEACHER_CAP, WIDE)
     q, log_q = _probabilities(zq, log_zq)
     term, slope = TERM(p, log_p, q, log_q, BETA)
     return term, tl.where(z == -_INF, 0.0, slope), z

@@ -103,7 +103,7 @@ class TorchRoutedLoss(torch.autograd.Function):
 
 
 def _chunks(call: Call, scored: bool, with_teacher: bool, rows: int):
-    """(token positions, rows of teacher_hidden or scores, parts) of chunks of at most `rows` logits.
+    """(token positions, rows of teacher_hidden or scores, parts) of chunks of at most `rows` rows.
 
     Positions are sorted by route, routed ones first, so that a chunk's i-th teacher row belongs to
     its i-th token. parts: (route, first, last) of each route's tokens; all GRPO without a teacher.

@@ -12,6 +12,7 @@ import torch
 
 from ..schemas.labels import Route
 from .losses import DIVERGENCES, LossInputs, LossOutput
+from .repetition import ends_in_loop
 from .sequences import TrainingSequence, signal_groups
 from .transfer import to_device
 
@@ -20,13 +21,18 @@ SUMS = (
     "loss", "tokens", "entropy", "ratio_clipped", "drift", "drift_kl", "kl_clipped", "reference_kl",
     *(f"{route.label}_kl" for route in DIVERGENCES),
     *(f"{route.label}_tokens" for route in DIVERGENCES),
+    "gate", "gate_closed", "gated_tokens",
 )  # fmt: skip
 
 
 class TokenSums:
-    """The sums of a step's micro-batches, on their device: reading them waits for it."""
+    """The sums of a step's micro-batches, on their device: reading them waits for it.
 
-    def __init__(self, device: torch.device) -> None:
+    gated: whether `loss.gates` has some.
+    """
+
+    def __init__(self, device: torch.device, gated: bool = False) -> None:
+        self._gated = gated
         self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         self._drift = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -42,7 +48,9 @@ class TokenSums:
         # From the host's copy: a mask on the device would have to be counted, which waits for it.
         kinds = inputs.route.cpu().numpy() if inputs.host_route is None else inputs.host_route
         routed = [np.flatnonzero(kinds == int(route)) for route in DIVERGENCES]
-        counts = torch.tensor([len(at) if with_kl else 0 for at in routed], dtype=torch.float64)
+        gated = np.flatnonzero(kinds) if with_kl and self._gated else np.zeros(0, int)
+        gates = output.gate[to_device(torch.from_numpy(gated), device)]
+        counts = [len(at) if with_kl else 0 for at in routed]
         sums = [
             output.loss,
             torch.ones_like(output.entropy).sum(),
@@ -54,8 +62,10 @@ class TokenSums:
             output.reference_kl.sum(),
             *(output.kl[to_device(torch.from_numpy(at), device)].sum() for at in routed),
         ]
-        added = torch.stack([x.double() for x in sums])
-        self._sums += torch.cat((added, to_device(counts, device)))
+        ends = [gates.sum(), (gates == 0).sum()]
+        added, ended = (torch.stack([x.double() for x in part]) for part in (sums, ends))
+        known = to_device(torch.tensor([*counts, len(gated)], dtype=torch.float64), device)
+        self._sums += torch.cat((added, known[:-1], ended, known[-1:]))
         largest = drift.abs().max() if len(drift) else drift.sum()
         self._drift = torch.fmax(self._drift, largest.double())  # NaN counts as nothing
 
@@ -71,16 +81,18 @@ def step_metrics(
     largest_drift: float,
     with_reference: bool = False,
 ) -> dict[str, float]:
-    """A step's means. Units: nats, tokens, shares.
+    """A step's means. Units: nats, tokens, shares. `pass_rate_se` is the standard error of
+    `pass_rate` over the step's problems, and `looping` the share of responses that end in a loop
+    (repetition.py).
 
     sums: TokenSums of the step, over all ranks. A step without sequences (no rollout could be
     scored) changes nothing and has no means; one that trains no token has none over trained tokens.
     """
     if not sequences:
         return {"sequences": 0.0, "tokens": 0.0}
-    groups: dict[str, list[float]] = defaultdict(list)
+    groups: dict[str, list[bool]] = defaultdict(list)
     for sequence in sequences:
-        groups[sequence.group_id].append(sequence.reward)
+        groups[sequence.group_id].append(sequence.correct)
     lengths = [len(sequence.token_ids) for sequence in sequences]
     tokens, trained = sum(lengths), sums["tokens"]
     routes = np.bincount(np.concatenate([s.route for s in sequences]), minlength=len(Route))
@@ -92,8 +104,13 @@ def step_metrics(
         "groups_without_signal": 1 - len(signal_groups(sequences)) / len(groups),
         "response_tokens": float(np.mean(lengths)),
         "truncated": float(np.mean([sequence.truncated for sequence in sequences])),
+        "looping": float(np.mean(ends_in_loop([sequence.token_ids for sequence in sequences]))),
         "tokens": float(tokens),
     }
+    if len(groups) > 1:
+        # Over groups, because responses to one problem go together.
+        rates = [np.mean(own) for own in groups.values()]
+        metrics["pass_rate_se"] = float(np.std(rates, ddof=1) / len(rates) ** 0.5)
     if trained:
         metrics |= {
             "entropy": sums["entropy"] / trained,
@@ -116,4 +133,7 @@ def step_metrics(
         metrics["kl_reference"] = sums["reference_kl"] / trained
     if kl_tokens:
         metrics["kl_clipped"] = sums["kl_clipped"] / kl_tokens
+    if gated := sums["gated_tokens"]:
+        metrics["gate_mean"] = sums["gate"] / gated
+        metrics["gate_closed"] = sums["gate_closed"] / gated
     return metrics

@@ -15,9 +15,12 @@ import pyarrow.compute as pc
 
 from ..schemas.configs import RoutingConfig
 from ..schemas.errors import RowFault
-from ..schemas.labels import SpanKind
+from ..schemas.labels import Route, SpanKind
 from .align import ByteTable
-from .route import NamedSegments, Response, Routing, apply_rule, label_tokens, token_cap, within_cap
+from .route import Routing, apply_rule, label_tokens
+from .rule_inputs import Block, NamedSegments, Response, token_cap
+from .rules import FLAT, SCORED
+from .token_scores import TokenScores
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Responses:
     rollouts: the rows; token_ids: flat; segment_offsets: (rows + 1,), where a row's segments begin
     among all; segment_tokens: (segments,), tokens of each; token_segment: (tokens,) int32, index
     among all segments, −1 for none; spans: lists of segment indices within the row, flat; correct:
-    (rows,) bool; alpha: `routing.alpha`.
+    (rows,) bool; alpha: `routing.alpha`; scores: of the tokens, None without any.
     """
 
     rollouts: pa.Table
@@ -82,6 +85,21 @@ class Responses:
     spans: Ragged
     correct: np.ndarray
     alpha: float
+    scores: TokenScores | None = None
+
+    def block(self, named: NamedSegments) -> Block:
+        """What a rule for many responses sees."""
+        scores = self.scores
+        return Block(
+            offsets=self.token_ids.offsets,
+            token_segment=self.token_segment,
+            segment_tokens=self.segment_tokens,
+            named=named,
+            room=token_cap(self.alpha, self.token_ids.lengths),
+            logprobs=ragged(self.rollouts["logprobs"]).values.to_numpy(),
+            entropy=None if scores is None else scores.entropy,
+            divergence=None if scores is None else scores.divergence,
+        )
 
     def named_segments(self) -> NamedSegments:
         """The segments that the spans name, row by row, in the annotator's order."""
@@ -106,6 +124,9 @@ class Responses:
             here = slice(*self.token_ids.offsets[row : row + 2].tolist())
             segment = self.token_segment[here].astype(np.int64)
             first, end = self.spans.offsets[row : row + 2]
+            scores = self.scores if self.scores is not None and self.scores.exist[row] else None
+            entropy = None if scores is None else scores.entropy
+            divergence = None if scores is None else scores.divergence
             yield (
                 here,
                 Response(
@@ -116,6 +137,8 @@ class Responses:
                     spans=spans[first:end],
                     kind=SpanKind.KEY if self.correct[row] else SpanKind.ERROR,
                     alpha=self.alpha,
+                    entropy=None if entropy is None else entropy[here],
+                    divergence=None if divergence is None else divergence[here],
                 ),
             )
 
@@ -126,10 +149,12 @@ def aligned(
     correct: np.ndarray,
     table: ByteTable,
     alpha: float,
+    scores: TokenScores | None = None,
 ) -> Responses:
     """Assign the tokens of each response to the segments of its annotation.
 
     rollouts, annotations: the same rollouts row by row; annotations None: no segments, no spans.
+    scores: of the same rollouts' tokens.
 
     Raises:
         InputError: a text that its tokens do not spell, or segments that do not tile it.
@@ -143,7 +168,9 @@ def aligned(
         bounds = _segment_bounds(rollouts, annotations, text, table)
         offsets, spans = bounds.offsets, _spans(annotations, bounds)
         segment, tokens = _token_segments(text, bounds)
-    return Responses(rollouts, text.token_ids, offsets, tokens, segment, spans, correct, alpha)
+    return Responses(
+        rollouts, text.token_ids, offsets, tokens, segment, spans, correct, alpha, scores
+    )
 
 
 def route_responses(responses: Responses, taught: np.ndarray, config: RoutingConfig) -> Routing:
@@ -152,13 +179,16 @@ def route_responses(responses: Responses, taught: np.ndarray, config: RoutingCon
     taught: (responses,) bool, whether a response has a teacher.
 
     Raises:
-        InputError: a user's own rule that does not return a span id per token.
+        InputError: a user's own rule that does not return a span id per token, a response without
+            scores under a rule that reads them.
     """
     offsets, lengths = responses.token_ids.offsets, responses.token_ids.lengths
     tokens, segment = responses.segment_tokens, responses.token_segment
     named = responses.named_segments()
-    if config.rule == "spans":
-        span_id = within_cap(segment, tokens, named, token_cap(config.alpha, lengths))
+    if config.rule in SCORED:
+        taught = taught & _scored(responses, taught, config)
+    if config.rule in FLAT and taught.any():
+        span_id = FLAT[config.rule](responses.block(named))
         if not taught.all():
             span_id[np.repeat(~taught, lengths)] = -1
     else:
@@ -168,6 +198,26 @@ def route_responses(responses: Responses, taught: np.ndarray, config: RoutingCon
     marked = np.zeros(len(tokens) + 1, dtype=bool)  # the last entry is for no segment
     marked[named.segment] = True
     return label_tokens(span_id, marked[segment], responses.correct, offsets, config)
+
+
+def _scored(responses: Responses, taught: np.ndarray, config: RoutingConfig) -> np.ndarray:
+    """(responses,) bool: whether all tokens of a response have scores.
+
+    A response that the rule leaves to GRPO whatever they are needs none.
+    """
+    if responses.scores is None:  # no response has a teacher or an action, see require_scores
+        return np.zeros(len(taught), dtype=bool)
+    exist = responses.scores.exist
+    actions = np.where(responses.correct, int(config.key), int(config.error))
+    lacking = np.flatnonzero(taught & ~exist & (actions != int(Route.GRPO)))
+    if len(lacking):
+        raise RowFault(
+            "the scores do not cover all of its tokens; score a dataset that was converted with "
+            "routing.rule=all and an action for its responses",
+            "scores",
+            responses.rollouts["rollout_id"][int(lacking[0])].as_py(),
+        )
+    return exist
 
 
 @dataclass(frozen=True)

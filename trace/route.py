@@ -1,7 +1,7 @@
 """Routes: which tokens of a response leave plain GRPO. A rule is one function.
 
-responses.py calls `within_cap` and `label_tokens` for the responses of a part; `trace-opd compare`
-calls `route_tokens` for one. `routing.rule` names one of RULES, or `file.py:function` or
+responses.py calls `apply_rule` and `label_tokens` for the responses of a part; `trace-opd compare`
+calls `route_tokens` for one. `routing.rule` names one of RULES (rules.py), or `file.py:function` or
 `module:function` of your own (schemas/own_code.py):
 
     # my_rules.py
@@ -16,7 +16,7 @@ calls `route_tokens` for one. `routing.rule` names one of RULES, or `file.py:fun
 `routing.key` and `routing.error`, not the rule, choose the loss of the routed tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,136 +26,10 @@ from ..schemas import own_code
 from ..schemas.configs import RoutingConfig
 from ..schemas.errors import InputError
 from ..schemas.labels import Route, SpanKind, TeacherContext
-
-
-def token_cap(alpha: float, tokens: Any) -> Any:
-    """⌊α · tokens⌋, of a number or of an array: the coverage cap (METHOD.md, step 4).
-
-    The 1e-9 keeps floating-point products such as 0.29 · 100 = 28.999… from losing a token.
-    """
-    return np.floor(alpha * tokens + 1e-9).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Response:
-    """What a rule sees of one response.
-
-    token_ids: (tokens,) int64; logprobs: (tokens,) float32, nats, under the sampling policy;
-    token_segment: (tokens,) segment of each token, −1 for none; spans: segment indices of each
-    span, in the annotator's order; kind: KEY if the response is correct, else ERROR;
-    alpha: `routing.alpha`.
-    """
-
-    rollout_id: str
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    token_segment: np.ndarray
-    spans: Sequence[Sequence[int]]
-    kind: SpanKind
-    alpha: float
-
-    @property
-    def tokens(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def room(self) -> int:
-        """⌊α · tokens⌋: the most tokens that the coverage cap allows."""
-        return int(token_cap(self.alpha, self.tokens))
-
-    @property
-    def marked(self) -> np.ndarray:
-        """(tokens,) bool: inside the annotator's spans, before the cap."""
-        return np.isin(self.token_segment, [segment for span in self.spans for segment in span])
-
-    def generator(self) -> np.random.Generator:
-        """A generator seeded by the rollout id, so that a repeated run draws the same tokens."""
-        return np.random.default_rng(list(self.rollout_id.encode()))
-
-
-@dataclass(frozen=True)
-class NamedSegments:
-    """The segments that spans name, row by row, within a row in the annotator's order.
-
-    segment: (named,) index; rank: (named,) of the span that names it; row: (named,).
-    """
-
-    segment: np.ndarray
-    rank: np.ndarray
-    row: np.ndarray
-
+from .rule_inputs import Response
+from .rules import RULES, SCORED, UNANNOTATED, Rule
 
 _WHERE = "routing.rule"
-
-# Returns (tokens,) integers: the rank of the span that a token belongs to, −1: not routed.
-Rule = Callable[[Response], np.ndarray]
-
-
-def spans(response: Response) -> np.ndarray:
-    """The annotator's spans under the cap (METHOD.md, step 4).
-
-    Takes full segments in the annotator's order until the next one would exceed the cap; a first
-    segment that alone exceeds the cap is cut to it.
-    """
-    named = [(segment, rank) for rank, span in enumerate(response.spans) for segment in span]
-    segment, rank = np.array(named, dtype=np.int64).reshape(-1, 2).T
-    count = max(response.token_segment.max(initial=-1), segment.max(initial=-1)) + 1
-    segments = NamedSegments(segment, rank, np.zeros_like(rank))
-    tokens = np.bincount(response.token_segment + 1, minlength=int(count) + 1)[1:]
-    return within_cap(response.token_segment, tokens, segments, np.array([response.room]))
-
-
-def within_cap(
-    token_segment: np.ndarray, tokens: np.ndarray, named: NamedSegments, room: np.ndarray
-) -> np.ndarray:
-    """Rule `spans` for many responses, flat: (tokens,) int16.
-
-    token_segment: (tokens,) index into the segments of all rows, −1 for none; tokens: (segments,)
-    tokens of each; named: indices into them; room: (rows,) `token_cap` of each row.
-    """
-    first = np.sort(np.unique(named.segment, return_index=True)[1])  # repeated names count once
-    segment, rank, row = named.segment[first], named.rank[first], named.row[first]
-    room = room[row]
-    total = np.cumsum(tokens[segment])
-    before = total - tokens[segment]
-    used = total - before[np.searchsorted(row, row)]  # within the row, this segment included
-    # Sums grow along a row, so nothing fits after the first segment that does not.
-    fits, cut = used <= room, (used > room) & (used == tokens[segment])
-    rank_of = np.full(len(tokens) + 1, -1, dtype=np.int16)  # the last entry is for no segment
-    rank_of[segment[fits | cut]] = rank[fits | cut]
-    span_id = rank_of[token_segment]
-    if cut.any():
-        room_of = np.full(len(tokens) + 1, -1)
-        room_of[segment[cut]] = room[cut]
-        at = np.flatnonzero(room_of[token_segment] >= 0)
-        at = at[np.argsort(token_segment[at], kind="stable")]
-        own = token_segment[at]
-        place = np.arange(len(at)) - np.searchsorted(own, own)  # within its segment
-        span_id[at[place >= room_of[own]]] = -1
-    return span_id
-
-
-def every_token(response: Response) -> np.ndarray:
-    """All tokens regardless of the cap: plain self-distillation."""
-    return np.zeros(response.tokens, dtype=np.int16)
-
-
-def random_tokens(response: Response) -> np.ndarray:
-    """As many tokens as the cap allows, drawn from all tokens."""
-    return _drawn(response, np.arange(response.tokens))
-
-
-def inverted(response: Response) -> np.ndarray:
-    """As many tokens as the cap allows, drawn from outside the annotator's spans."""
-    return _drawn(response, np.flatnonzero(~response.marked))
-
-
-RULES: dict[str, Rule] = {
-    "spans": spans,
-    "all": every_token,
-    "random": random_tokens,
-    "inverted": inverted,
-}
 
 
 def load_rule(name: str) -> Rule:
@@ -200,20 +74,44 @@ def require_rule(name: str, source_hash: str | None, hash_of: Callable[[str], st
 
 
 def needs_annotations(config: RoutingConfig) -> bool:
-    """Whether routing needs annotations: their spans, their type label or their reflection."""
+    """Whether routing needs annotations: their spans, their type label, or their reflection."""
     if config.key is Route.GRPO and config.error is Route.GRPO:
         return False
-    written = (TeacherContext.TYPE, TeacherContext.REFLECTION)
-    read = config.teacher_context in written or config.contrast_context in written
-    return read or config.rule not in ("all", "random")
+    contexts = {config.teacher_context, config.contrast_context}
+    read = not contexts.isdisjoint((TeacherContext.TYPE, TeacherContext.REFLECTION))
+    return read or config.rule not in UNANNOTATED
 
 
-def _drawn(response: Response, candidates: np.ndarray) -> np.ndarray:
-    """At most `room` of the candidates, without replacement, as span 0."""
-    span_id = np.full(response.tokens, -1, dtype=np.int16)
-    count = min(response.room, len(candidates))
-    span_id[response.generator().choice(candidates, count, replace=False)] = 0
-    return span_id
+def require_reflections(config: RoutingConfig, there: bool, how: str) -> None:
+    """Raises InputError if the teacher reads reflections that no annotation has.
+
+    there: whether annotations have them; how: what to do where they do not.
+    """
+    contexts = (config.teacher_context, config.contrast_context)
+    if needs_annotations(config) and TeacherContext.REFLECTION in contexts and not there:
+        raise InputError(
+            f"routing.teacher_context is {config.teacher_context}, contrast_context "
+            f"{config.contrast_context}, and there are no reflections: every response would be "
+            f"plain GRPO; {how}"
+        )
+
+
+def require_scores(config: RoutingConfig, columns: Collection[str] | None) -> None:
+    """Raises InputError if the rule reads scores that are not there.
+
+    columns: of the scores table; None: there is none.
+    """
+    if config.key is Route.GRPO and config.error is Route.GRPO:
+        return
+    lacking = [name for name in SCORED.get(config.rule, ()) if name not in (columns or ())]
+    if not lacking:
+        return
+    found = "there are no scores" if columns is None else f"the scores have no {lacking[0]}"
+    raise InputError(
+        f"routing.rule {config.rule}: reads {' and '.join(SCORED[config.rule])} of every token, "
+        f"and {found}; convert with routing.rule=all, run `trace-opd score` on that with "
+        "score.student, then convert with scores= set to its dataset (not in online training)"
+    )
 
 
 @dataclass(frozen=True)

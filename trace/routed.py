@@ -21,7 +21,8 @@ from ..schemas.tables import ROUTED
 from .align import ByteTable
 from .contexts import Known, TeacherContexts, teacher_contexts
 from .responses import aligned, one_chunk, route_responses, to_numpy
-from .route import Routing
+from .route import Routing, require_scores
+from .token_scores import token_scores
 
 _COPIED = (
     "rollout_id", "problem_id", "group_id", "prompt_token_ids", "token_ids", "logprobs",
@@ -43,17 +44,20 @@ def routed_table(
     table: ByteTable,
     config: RoutingConfig,
     with_teacher: bool = True,
+    scores: pa.Table | None = None,
 ) -> pa.Table:
     """The routed table of the rollouts that `scored_rollouts` keeps.
 
     rollouts, verdicts, annotations: the same rollouts row by row. annotations None: no spans and no
     type labels. with_teacher: false once λ is 0. Without a teacher, or without a context for it, a
-    response is plain GRPO.
+    response is plain GRPO. scores: of these rollouts, for rules that read them, in any order.
 
     Raises:
-        InputError: tables of different rollouts, a text that its tokens do not spell, or segments
-            that do not tile it.
+        InputError: tables of different rollouts, a text that its tokens do not spell, segments
+            that do not tile it, or a rule that reads scores which are not there.
     """
+    if with_teacher:
+        require_scores(config, None if scores is None else scores.column_names)
     _same_rollouts(rollouts, verdicts, "verdicts")
     if annotations is not None:
         _same_rollouts(rollouts, annotations, "annotations")
@@ -72,6 +76,7 @@ def routed_table(
     contexts = teacher_contexts(known, config)
     offsets = _token_offsets(rollouts)
     taught = contexts.exists & with_teacher
+    scored_tokens = None if scores is None else token_scores(scores, rollouts, offsets)
     routings = [
         route_responses(
             aligned(
@@ -80,6 +85,7 @@ def routed_table(
                 correct[rows],
                 table,
                 config.alpha,
+                None if scored_tokens is None else scored_tokens.rows(rows),
             ),
             taught[rows],
             config,

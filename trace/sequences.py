@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from ..schemas.configs import LossConfig, PromptConfig
 from ..schemas.labels import Route, Signal
 from .contexts import NO_CONTEXT
-from .losses import LossInputs
+from .losses import LossInputs, Scores
 from .packing import PackedRow, pack
 from .prompt import TeacherTurn, render_chat, teacher_chat, teacher_turn
+from .scores import JOINED, NOTHING, SequenceScores, sequence_scores
 from .transfer import to_device
 
 # Columns of a routed table that are fields of a sequence, and those that a teacher's prompt needs.
@@ -34,7 +35,8 @@ class TrainingSequence:
     """One routed response. Arrays are (response tokens,); prompts are token ids.
 
     token_ids: integers; logprobs: float32; route: uint8. The table's own memory, not to be written.
-    contrast_prompt_ids: the teacher's prompts with `routing.contrast_context`.
+    contrast_prompt_ids: the teacher's prompts with `routing.contrast_context`. scores: those of the
+    routed tokens, if the table has some (scores.py).
     """
 
     rollout_id: str
@@ -50,6 +52,7 @@ class TrainingSequence:
     truncated: bool
     teacher_prompt_ids: list[int] | None
     contrast_prompt_ids: tuple[list[int], ...] = ()
+    scores: SequenceScores | None = None
 
     @property
     def routed_positions(self) -> np.ndarray:
@@ -101,12 +104,16 @@ def training_sequences(
     turn = teacher_turn(tokenizer, prompt) if with_teacher else TeacherTurn(None, True)
     contrasted = with_teacher and _CONTRASTS in table.column_names
     rendered = Rendered(tokenizer, prompt, turn)
+    scored: Any = [None] * len(table)
+    if JOINED[0] in table.column_names:
+        scored = list(map(sequence_scores, *(_views(table[name]) for name in JOINED)))
     sequences = []
-    for row, (fields, prompt_ids, token_ids, logprobs, route) in enumerate(
-        zip(table.select(_FIELDS).to_pylist(), prompts, *arrays, strict=True)
+    for row, (fields, prompt_ids, token_ids, logprobs, route, scores) in enumerate(
+        zip(table.select(_FIELDS).to_pylist(), prompts, *arrays, scored, strict=True)
     ):
         teacher_prompt_ids, contrasts = None, ()
-        if not turn.first_token and route[0]:
+        left_out = scores is not None and len(scores.tail) < np.count_nonzero(route)
+        if (left_out or not turn.first_token) and route[0]:
             route = route.copy()
             route[0] = int(Route.GRPO)
         if with_teacher and route.any():
@@ -123,6 +130,7 @@ def training_sequences(
                 route=route,
                 teacher_prompt_ids=teacher_prompt_ids,
                 contrast_prompt_ids=contrasts,
+                scores=scores,
             )
         )
     return sequences
@@ -219,7 +227,7 @@ def loss_inputs(
         spread = np.repeat(np.asarray(values, np.float32), lengths)
         return to_device(torch.from_numpy(spread), device)
 
-    optional: dict[str, torch.Tensor] = {}
+    optional: dict[str, Any] = {}
     if any(gate.of is Signal.POSITION for gate in config.gates):
         places = [(np.arange(n) + 0.5) / n for n in lengths.tolist()]
         optional["position"] = flat(places, np.float32)
@@ -229,6 +237,13 @@ def loss_inputs(
     if config.policy == "gspo":
         numbers = np.repeat(np.arange(len(rows)), lengths)
         optional["sequence"] = to_device(torch.from_numpy(numbers), device)
+    if scored := [row.scores for row in rows if row.scores is not None]:
+        optional["scores"] = Scores(
+            token_ids=flat([one.token_ids for one in scored], np.int64),
+            logprobs=_mapped(flat([one.logprobs for one in scored], np.float32)),
+            tail=_mapped(flat([one.tail for one in scored], np.float32)),
+            sampled=_mapped(flat([one.sampled for one in scored], np.float32)),
+        )
     return LossInputs(
         **optional,
         token_ids=flat([row.token_ids for row in rows], np.int64),
@@ -240,3 +255,8 @@ def loss_inputs(
         host_route=route,
         heated=any(temperature != 1 for temperature in temperatures),
     )
+
+
+def _mapped(logprobs: torch.Tensor) -> torch.Tensor:
+    """A scores table's log-probabilities with −∞ for NOTHING."""
+    return logprobs.masked_fill(logprobs <= NOTHING, -torch.inf)

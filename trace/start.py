@@ -55,7 +55,9 @@ def start_models(
         InputError: an architecture that the trainer does not know; `fuse_layers`.
     """
     check_architecture(policy.model.config, config.policy.trust_remote_code)
-    taught, referred = config.schedule.w0 > 0, config.loss.reference_kl > 0
+    # Scores take the teacher's place (scores.py).
+    taught = config.schedule.w0 > 0 and config.teacher.scores is None
+    referred = config.loss.reference_kl > 0
     other = config.teacher.model if taught else None
     if other is None:
         return _own_models(policy, config, ranks, taught, referred)

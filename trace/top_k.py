@@ -18,10 +18,11 @@ _TINY = 1e-37  # a rest with less has no gradient: its share of the rest's slope
 class Support(NamedTuple):
     """token_ids: (rows, k) int64; log_p, log_q: (rows, k + 1), the rest last, FLOOR for −∞.
 
-    A repeated token of `token_ids` repeats the first one and has no mass.
+    real: (rows, k) bool; an entry without a token repeats the first one's id and has no mass.
     """
 
     token_ids: torch.Tensor
+    real: torch.Tensor
     log_p: torch.Tensor
     log_q: torch.Tensor
 
@@ -45,16 +46,20 @@ def masses(support: Support) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def logit_slopes(
-    p: torch.Tensor, slope: torch.Tensor, lift: torch.Tensor, kl_lift: torch.Tensor
+    real: torch.Tensor,
+    p: torch.Tensor,
+    slope: torch.Tensor,
+    lift: torch.Tensor,
+    kl_lift: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """d loss / d logits of the support, (rows, k), and the rest's as a factor of −p, (rows,).
 
-    p, slope: (rows, k + 1), see losses.DIVERGENCES. lift: slope of the loss in log p(y), (rows,),
-    whose own entry is not added; kl_lift: the divergence's weight, (rows,). A rest's entry has its
-    share p_v / p_R of the rest's slope.
+    real: see Support. p, slope: (rows, k + 1), see losses.DIVERGENCES. lift: slope of the loss in
+    log p(y), (rows,), whose own entry is not added; kl_lift: the divergence's weight, (rows,). An
+    entry of the rest has its share p_v / p_R of the rest's slope.
     """
     pull = lift + kl_lift * slope.sum(-1)
     rest = torch.where(p[:, -1] > _TINY, slope[:, -1] / p[:, -1].clamp(min=_TINY), 0.0)
     own = kl_lift[:, None] * slope[:, :-1] - pull[:, None] * p[:, :-1]
     # A repeated token is written twice, with one value.
-    return own, pull - kl_lift * rest
+    return torch.where(real, own, own[:, :1]), pull - kl_lift * rest

@@ -147,7 +147,7 @@ class Trainer:
             (table, counts), phase = online.collect(step, kl > 0, clock), "online"
         clock("prepare")
         sequences = training_sequences(
-            table, self.policy.tokenizer, self.config.prompt, with_teacher=kl > 0
+            table, self.policy.tokenizer, self.config.prompt, self._asks_teacher(kl)
         )
         metrics = self.train_step(sequences, clock)
         timed = over_ranks(self.ranks.gather(clock.metrics() | busy.metrics()))
@@ -157,6 +157,10 @@ class Trainer:
         ahead = {name: s for name, s in counts.items() if name.startswith("seconds_")}
         rates |= sampling_rates(timed, ahead)
         return {"step": step, "phase": phase} | metrics | rates | counts | timed
+
+    def _asks_teacher(self, kl: float) -> bool:
+        """Whether a step at this λ runs the teacher: scores take its place."""
+        return kl > 0 and self.config.teacher.scores is None
 
     def _trained_sequences(
         self, sequences: Sequence[TrainingSequence]
@@ -227,9 +231,10 @@ class Trainer:
         weights = (weights * count).tolist()
         weight_of = {s.rollout_id: w for s, w in zip(sequences, weights, strict=True)}
         budget = self.config.micro_batch_tokens
-        batches = rank_batches(sequences, index, count, budget, with_teacher=kl > 0)
+        batches = rank_batches(sequences, index, count, budget, self._asks_teacher(kl))
         routed = any(batch.teacher_passes for batch in batches)
-        sums = TokenSums(device)
+        routed |= any(sequence.scores is not None for sequence in sequences)
+        sums = TokenSums(device, gated=bool(self.config.loss.gates))
         # Nothing in the loop waits for a GPU, so the host makes the tensors of the next micro-batch
         # while the GPU computes.
         for batch in batches:
@@ -239,7 +244,7 @@ class Trainer:
             output.loss.backward()
             if not batch.idle:
                 sums.add(output, inputs, kl > 0)
-                if signals is not None and batch.taught:
+                if signals is not None and kl > 0 and routed:
                     signals.add(output, inputs)
         for frozen in (self.teacher, self.reference):
             if frozen is not None:

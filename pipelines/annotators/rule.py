@@ -57,11 +57,11 @@ class StepsAnnotator:
         reading = _RULES[config.match](item)
         if config.wrong_spans or config.wrong_types:
             reading = mistaken(reading, item, config.wrong_spans, config.wrong_types)
-        wrong = item.kind is SpanKind.ERROR and reading.status is AnnotationStatus.OK
-        if wrong and config.error_types:
-            assert isinstance(reading.type, DiagnosticType)
+        if item.kind is SpanKind.KEY:
+            return reading
+        if config.error_types and isinstance(reading.type, DiagnosticType):
             reading = replace(reading, type=MISTAKE_IN[reading.type])
-        if wrong and config.reflection:
+        if config.reflection:
             reading = replace(reading, reflection=_IDEAS[config.match](item))
         return reading
 

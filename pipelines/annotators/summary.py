@@ -48,12 +48,14 @@ def summarize(tables: Iterator[pa.Table]) -> dict[str, Any]:
     costs: list[float | None] = []
     parts: list[dict[str, Any]] = []
     total = Usage()
-    marked = judged = unanswered = shared = 0
+    marked = judged = unanswered = shared = reflected = 0
     for table in tables:
         rows, usage = part_usage(table)
         unanswered += table.filter(pc.starts_with(table["error"], NO_ANSWER)).num_rows
         parts.append({"rows": rows} | _tokens_and_cost(usage))
         total = plus(total, usage)
+        if "reflection" in table.column_names:
+            reflected += pc.count(table["reflection"]).as_py()
         sharing = _sharing(table)
         shared += sum(sharing)
         rest = table.drop_columns(["raw_answer", "error"]).to_pylist()
@@ -78,6 +80,8 @@ def summarize(tables: Iterator[pa.Table]) -> dict[str, Any]:
         "latency_s_median": round(median(latencies), 4) if latencies else None,
         "per_part": parts,
     }
+    if reflected:
+        summary["reflections"] = reflected
     if unanswered:
         summary[UNANSWERED] = unanswered
     if shared:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...schemas.configs import LossConfig, RoutingConfig, ScheduleConfig, TeacherConfig
-from ...schemas.labels import KlClip, Route
+from ...schemas.labels import KlClip, Route, TeacherContext
 from ...schemas.preset import Preset
 from ...schemas.presets import PRESETS, preset_named
 from ..terminal import Terminal, print_json
@@ -95,7 +95,7 @@ def _tokens(preset: Preset) -> str:
         return "none"
     rule = preset.sets["routing"]["rule"]
     which = f" of {next(iter(routed))} responses" if len(routed) == 1 else ""
-    return _RULES.get(rule, rule) + which
+    return f"{_RULES.get(rule, rule)}{which}"
 
 
 def _teacher(preset: Preset) -> str:
@@ -103,12 +103,15 @@ def _teacher(preset: Preset) -> str:
         return "none"
     routing = RoutingConfig.model_validate(preset.sets["routing"])
     teacher = TeacherConfig.model_validate(preset.sets.get("teacher", {}))
+    every = {None: "periodic copy", 1: "copy each step"}
+    steps = preset.sets.get("teacher", {}).get("sync_steps")
     weights = {
         "frozen": "frozen",
         "ema": f"average, {teacher.ema_rate:g} a step",
-        "periodic": f"copy every {teacher.sync_steps} steps".replace("every 1 steps", "each step"),
+        "periodic": every.get(steps, f"copy every {steps} steps"),
     }[teacher.sync]
-    context = f"{weights}; {routing.teacher_context.value}"
+    alone = routing.teacher_context is TeacherContext.NONE
+    context = f"{weights}; {'problem alone' if alone else routing.teacher_context.value}"
     if routing.contrast_context is None:
         return context
     several = f" (at most {routing.contrasts})" if routing.contrasts > 1 else ""

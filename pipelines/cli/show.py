@@ -224,6 +224,8 @@ def _facts(view: RolloutView) -> list[tuple[str, str]]:
         segments = ", ".join(map(str, span.segments))
         kept = "" if span.kept_tokens is None else f", {span.kept_tokens} tokens kept"
         facts.append((f"{span.kind} {span.rank}", f"segments {segments}{kept}"))
+    if view.reflection:
+        facts.append(("reflection", view.reflection))
     if view.error:
         facts.append(("error", view.error))
     return facts

@@ -18,7 +18,8 @@ from ...data.store import Dataset
 from ...schemas.configs import RoutingConfig
 from ...schemas.labels import TYPE_LABELS, AnnotationStatus, SpanKind
 from ...trace.align import ByteTable
-from ...trace.route import Response, route_tokens, token_cap
+from ...trace.route import route_tokens
+from ...trace.rule_inputs import Response, token_cap
 
 STATUSES = list(AnnotationStatus)
 TYPES = list(TYPE_LABELS)

@@ -89,7 +89,10 @@ def default_parameters(path: str | None) -> dict[str, dict[str, Any]]:
         return {name: {} for name in (*REGISTRY, "pipeline")}
     loaded = pipeline_config(path)
     sections = {name: getattr(loaded, name) for name in REGISTRY} | {"pipeline": loaded}
-    return {name: {"config": one.model_dump(mode="json")} for name, one in sections.items()}
+    return {
+        name: {} if one is None else {"config": one.model_dump(mode="json")}
+        for name, one in sections.items()
+    }
 
 
 def arguments(description: str | None) -> argparse.Namespace:

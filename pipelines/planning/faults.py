@@ -21,14 +21,17 @@ from ...schemas.configs import (
     Config,
     ConvertConfig,
     EvaluateConfig,
+    LocalTeacher,
     OpenAIAnnotator,
     OpenAISampler,
     OwnSampler,
     PolicyConfig,
     RolloutConfig,
     Sampler,
+    ScoreConfig,
     TrainConfig,
     VllmSampler,
+    VllmTeacher,
 )
 from ...schemas.errors import InputError
 from ...trace.optim import MOMENT_BYTES
@@ -57,16 +60,37 @@ def missing_weights(config: Config) -> str | None:
     policy: PolicyConfig | None = getattr(config, "policy", None)
     if policy is None or isinstance(config, ConvertConfig):
         return None
+    if isinstance(config, ScoreConfig):
+        return next(filter(_not_here, _scoring_models(config)), None)
     sampler: Sampler = config.sampler  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(config, TrainConfig) and sampling_engine(sampler, policy).served:
         return None
-    if isinstance(sampler, OwnSampler) or policy.path in _NAMED or Path(policy.path).is_dir():
+    if isinstance(sampler, OwnSampler):
         return None
+    return policy.path if _not_here(policy.path) else None
+
+
+def _scoring_models(config: ScoreConfig) -> Iterator[str]:
+    """The models that stage score loads."""
+    if isinstance(config.teacher, LocalTeacher):
+        yield config.teacher.policy.path
+    if config.student is not None:
+        yield config.student.path
+
+
+def _not_here(path: str) -> bool:
+    """Whether a model's weights must be fetched from the hub first.
+
+    Raises:
+        InputError: they are not on the hub either.
+    """
+    if path in _NAMED or Path(path).is_dir():
+        return False
     try:
-        folder = Path(resolve_policy(policy.path, download=False))
+        folder = Path(resolve_policy(path, download=False))
     except InputError:
-        folder = Path(resolve_policy(policy.path, weights=False))
-    return None if any(folder.glob("*.safetensors")) else policy.path
+        folder = Path(resolve_policy(path, weights=False))
+    return not any(folder.glob("*.safetensors"))
 
 
 def vocabulary_of(sampler: Sampler, policy: PolicyConfig) -> str:
@@ -126,6 +150,9 @@ def _endpoints(config: Config) -> Iterator[tuple[str, str | None, str]]:
     if isinstance(sampler, OpenAISampler):
         for url in sampler.servers:
             yield url, sampler.api_key_env, "sampler.base_url"
+    if isinstance(config, ScoreConfig) and isinstance(config.teacher, VllmTeacher):
+        for url in config.teacher.servers:
+            yield url, config.teacher.api_key_env, "teacher.base_url"
     if (annotator := _paid_annotator(config)) is not None:
         yield annotator.base_url, annotator.api_key_env, "annotator.base_url"
 
@@ -189,6 +216,7 @@ def _room(config: TrainConfig, store: Store) -> list[str]:
     final = 4 * shape.parameters
     trained = 4 * shape.trainable
     teacher = config.schedule.w0 and config.teacher.sync != "frozen"
+    teacher = teacher and config.teacher.scores is None
     moments = int(MOMENT_BYTES[config.optim.kind] * shape.trainable)
     each = trained + moments + (trained if teacher else 0)
     needed = final + (config.checkpoints_kept + 1) * each

@@ -164,7 +164,7 @@ class _Planner:
         if planned.stage == "train":
             return [], []
         config, inputs = plan.config, plan.inputs
-        source = inputs.get("problems") or inputs["rollouts"]
+        source = inputs.get("problems") or inputs.get("rollouts") or inputs["routed"]
         rows = [part["rows"] for part in source.manifest["parts"]]
         known = pa.table({})
         if planned.stage == "rollout":
@@ -173,7 +173,7 @@ class _Planner:
             known = known_row(config.policy.path, fingerprint, untrainable(config) is None)
         elif planned.stage == "evaluate":
             rows = rows * (2 if "trained" in inputs else 1)
-        else:
+        elif planned.stage != "score":
             rollouts = inputs["rollouts"]
             rows = [part["rows"] for part in rollouts.manifest["parts"]]
             if rows:
@@ -205,6 +205,7 @@ _INPUTS = {
     "verify": ("rollouts",),
     "annotate": ("verdicts", "rollouts", "problems"),
     "convert": ("annotations", "verdicts", "rollouts", "problems"),
+    "score": ("routed",),
 }
 
 

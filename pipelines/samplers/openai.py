@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx2
 import openai
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
+from tenacity import RetryCallState
 from transformers import PreTrainedTokenizerBase
 
 from ...schemas.configs import OpenAISampler, PolicyConfig, SamplingConfig
@@ -33,13 +33,11 @@ from ..runtime.signals import announce, drained
 from .chat_request import explanation, extra_fields, request_fields, response_format
 from .engine import Engine, Training, require_ratios
 from .kept import KeptAnswers
-from .pool import Pool, server_failed
+from .pool import Pool, error_of, retrying
 from .reply import read_completion
 from .weights import hands_adapters
 
 logger = logging.getLogger(__name__)
-
-_UNREACHABLE_ATTEMPTS = 5
 
 
 class OpenAIEngine:
@@ -253,33 +251,7 @@ class OpenAIPolicySampler:
         return await self._send(call, request, prompt)
 
     async def _send(self, call: _Call, request: dict[str, Any], prompt: Prompt) -> Completion:
-        """Retry transient failures (rate limits, server and connection errors) for `timeout_s`; a
-        request that a server failed to answer goes to another server at once.
-        """
-
-        def elsewhere(state: RetryCallState) -> bool:
-            return bool(call.pool.up) and server_failed(_error(state))
-
-        def give_up(state: RetryCallState) -> bool:
-            """Whether the next attempt would be after `timeout_s`; earlier if no server is
-            reachable, rather than busy.
-            """
-            if elsewhere(state):
-                return False
-            absent = isinstance(_error(state), openai.APIConnectionError)
-            if absent and state.attempt_number >= _UNREACHABLE_ATTEMPTS:
-                return True
-            next_s = (state.seconds_since_start or 0.0) + state.upcoming_sleep
-            return next_s >= self._config.timeout_s
-
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(endpoint.may_pass),
-            wait=lambda state: 0.0 if elsewhere(state) else endpoint.wait_s(state),
-            stop=give_up,
-            before_sleep=self._log_retry,
-            sleep=call.sleep,
-            reraise=True,
-        )
+        """A response; transient failures are retried (pool.py)."""
 
         async def attempt() -> Completion:
             async with call.pool.server() as server:
@@ -297,10 +269,11 @@ class OpenAIPolicySampler:
                 )
             return reply
 
-        return await retrying(attempt)
+        again = retrying(call.pool, self._config.timeout_s, self._log_retry, call.sleep)
+        return await again(attempt)
 
     def _log_retry(self, state: RetryCallState) -> None:
-        error = _error(state)
+        error = error_of(state)
         if error is not None and state.next_action is not None:
             sentence, pause_s = endpoint.sentence(error, self._key), state.next_action.sleep
             logger.warning("%s: %s; again in %.1f s", self._where, sentence, pause_s)
@@ -314,10 +287,6 @@ class OpenAIPolicySampler:
         if reply.token_ids is not None and self._bytes is not None:
             text = self._bytes.text(reply.token_ids)
         return replace(reply, text=text, logprobs=reply.logprobs if plain else None)
-
-
-def _error(state: RetryCallState) -> BaseException | None:
-    return state.outcome.exception() if state.outcome else None
 
 
 def _local_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:

@@ -1,10 +1,16 @@
-"""Load balancing for engine openai: which of several servers gets the next request."""
+"""Load balancing over several servers: which of them gets the next request, and when it is
+repeated. Engine openai and the scoring of stage score use it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import openai
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
+
+from .. import endpoint
+
+_UNREACHABLE_ATTEMPTS = 5
 
 
 def server_failed(error: BaseException | None) -> bool:
@@ -76,3 +82,42 @@ class Pool:
         if not admitted:
             raise next(error for error in errors.values() if error is not None)
         return admitted
+
+
+def retrying(
+    pool: Pool,
+    timeout_s: float,
+    log: Callable[[RetryCallState], None],
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> AsyncRetrying:
+    """Repeat a request of the pool after transient failures (rate limits, server and connection
+    errors) for `timeout_s`; one that a server failed to answer goes to another server at once.
+    """
+
+    def elsewhere(state: RetryCallState) -> bool:
+        return bool(pool.up) and server_failed(error_of(state))
+
+    def give_up(state: RetryCallState) -> bool:
+        """Whether the next attempt would be after `timeout_s`; earlier if no server is reachable,
+        rather than busy.
+        """
+        if elsewhere(state):
+            return False
+        absent = isinstance(error_of(state), openai.APIConnectionError)
+        if absent and state.attempt_number >= _UNREACHABLE_ATTEMPTS:
+            return True
+        return (state.seconds_since_start or 0.0) + state.upcoming_sleep >= timeout_s
+
+    return AsyncRetrying(
+        retry=retry_if_exception(endpoint.may_pass),
+        wait=lambda state: 0.0 if elsewhere(state) else endpoint.wait_s(state),
+        stop=give_up,
+        before_sleep=log,
+        sleep=sleep,
+        reraise=True,
+    )
+
+
+def error_of(state: RetryCallState) -> BaseException | None:
+    """The error of the last attempt."""
+    return state.outcome.exception() if state.outcome else None

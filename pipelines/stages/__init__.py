@@ -61,6 +61,13 @@ REGISTRY: dict[str, StageEntry] = {
             "convert", configs.ConvertConfig, "Spans to routed training sequences.", "routed"
         ),
         StageEntry(
+            "score",
+            configs.ScoreConfig,
+            "A teacher's likeliest tokens at the routed tokens.",
+            "scores",
+            gpu=True,
+        ),
+        StageEntry(
             "train", configs.TrainConfig, "Offline steps, then online steps.", "train", gpu=True
         ),
         StageEntry(

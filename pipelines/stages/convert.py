@@ -19,10 +19,17 @@ from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import ConvertConfig
 from ...schemas.errors import InputError, RowFault
 from ...schemas.labels import AnnotationStatus, Route
-from ...schemas.tables import ANNOTATIONS, ROUTED
+from ...schemas.tables import ANNOTATIONS, ROUTED, SCORES
 from ...trace.responses import to_numpy
-from ...trace.route import needs_annotations, require_rule, rule_source
+from ...trace.route import (
+    needs_annotations,
+    require_reflections,
+    require_rule,
+    require_scores,
+    rule_source,
+)
 from ...trace.routed import routed_table
+from ...trace.rules import RULES, SCORED
 from ...trace.vocabulary import Vocabulary, load_vocabulary
 from ..models import resolve_policy
 from ..samplers.trainable import require_trainable
@@ -39,6 +46,11 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
     annotations = store.get(config.annotations, ANNOTATIONS)
     if needs_annotations(config.routing):
         _check_annotator(annotations)
+        require_reflections(
+            config.routing,
+            "reflection" in annotations.read_part(0).column_names,
+            f"annotate again with annotator.reflection=true ({annotations.ref} has none)",
+        )
     verdicts = annotations.input("verdicts")
     rollouts = verdicts.input("rollouts")
     for dataset in (annotations, verdicts):
@@ -59,6 +71,10 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
         "problems": rollouts.input("problems"),
     }
     pieces = [piece.hex() for piece in vocabulary.pieces.pieces]
+    if config.scores is None:
+        require_scores(config.routing, None)
+    else:
+        inputs["scores"] = _scores(config, store, rollouts)
     semantic: dict[str, Any] = {
         "routing": config.routing.semantic(),
         "tokens": content_hash(pieces),  # which segment a token belongs to follows from its bytes
@@ -67,6 +83,30 @@ def _resolve(config: ConvertConfig, store: Store) -> Plan:
         semantic["rule"] = content_hash(source)
     config = config.model_copy(update={"routing": config.routing.located()})
     return Plan(config, inputs, semantic, annotations.parts, work=annotations.part_rows)
+
+
+def _scores(config: ConvertConfig, store: Store, rollouts: Dataset) -> Dataset:
+    """The scores that the rule reads: of any routed dataset of these rollouts, whose parts are the
+    rollouts' parts.
+
+    Raises:
+        InputError: scores of other rollouts, or a rule that reads none.
+    """
+    scores = store.get(str(config.scores), SCORES)
+    rule = config.routing.rule
+    if rule in RULES and rule not in SCORED:
+        raise InputError(
+            f"scores: routing.rule {rule} reads none; leave scores out, or use one of the rules "
+            f"{', '.join(SCORED)}"
+        )
+    theirs = scores.input("routed").manifest["inputs"].get("rollouts")
+    if theirs != rollouts.ref or scores.parts != rollouts.parts:
+        raise InputError(
+            f"dataset {scores.ref}: scores rollouts {theirs}, and these annotations are of "
+            f"{rollouts.ref}; score a routed dataset of the same rollouts"
+        )
+    require_scores(config.routing, scores.read_part(0).column_names)
+    return scores
 
 
 def _vocabulary(config: ConvertConfig) -> Vocabulary:
@@ -176,13 +216,21 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
             plan.inputs[role].read_part(part) for role in roles
         )
         check_token_ids(rollouts, size, f"{plan.inputs['rollouts'].ref}, part {part}")
+        scores = plan.inputs.get("scores")
+        scored = None if scores is None else scores.read_part(part)
         try:
             return routed_table(
-                problems, rollouts, verdicts, annotations, vocabulary.pieces, config.routing
+                problems,
+                rollouts,
+                verdicts,
+                annotations,
+                vocabulary.pieces,
+                config.routing,
+                scores=scored,
             )
         except RowFault as fault:
             file = f"{plan.inputs[fault.table].ref}/{part_name(part)}"
-            if not fault.rollout_id:
+            if not fault.rollout_id or fault.table == "scores":  # it has rows of its own
                 raise InputError(f"{file}: {fault}") from None
             row = rollouts["rollout_id"].to_pylist().index(fault.rollout_id)
             raise InputError(

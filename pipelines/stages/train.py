@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import OwnSampler, TrainConfig
 from ...schemas.errors import InputError
-from ...schemas.tables import PROBLEMS, ROUTED
+from ...schemas.tables import PROBLEMS, ROUTED, SCORES
 from ...trace.checkpoint import resume, save_model
 from ...trace.identity import model_revision
 from ...trace.other_teacher import check_teacher, load_teacher
@@ -24,7 +24,7 @@ from ...trace.policy import choose_device, load_policy, load_tokenizer, vocab_fi
 from ...trace.prompt import student_prompt
 from ...trace.ranks import Ranks, join_ranks
 from ...trace.retention import prune_checkpoints, remove_checkpoint, unneeded_checkpoints
-from ...trace.route import needs_annotations, rule_source
+from ...trace.route import needs_annotations, require_reflections, require_scores, rule_source
 from ...trace.schedule import kl_weight
 from ...trace.sharding import skeleton
 from ...trace.trained import SamplingCopy, Trained
@@ -41,6 +41,7 @@ from ..training.loop import train_steps
 from ..training.offline import OfflineReader
 from ..training.online_tables import OnlineTables
 from ..training.plan_table import here, memory_line
+from ..training.scored import check_scores_fit
 from ..training.tracking import check_tracker
 from ..training.validation import FOLDER
 from ..verifiers.registry import verifier_identity
@@ -75,11 +76,26 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
         _check_routed(config, routed, vocab_fingerprint(tokenizer))
         require_short_rows(routed, config.policy)
         del semantic["offline"]["routed"]
+        if config.teacher.scores is not None:
+            inputs["scores"] = scores = store.get(config.teacher.scores, SCORES)
+            check_scores_fit(config, routed, scores)
+            del semantic["teacher"]["scores"]
+    elif config.teacher.scores is not None:
+        raise InputError(
+            "teacher.scores: are of a routed dataset, and offline.steps is 0; give offline steps, "
+            "or leave teacher.scores out"
+        )
     if config.online.steps:
         inputs["problems"] = problems = store.get(config.online.problems, PROBLEMS)
         verifier_identity(config.online.verify)  # a reward of one's own is there and fits
+        require_scores(config.online.routing, None)
         if needs_annotations(config.online.routing):
             annotator = config.online.annotator
+            require_reflections(
+                config.online.routing,
+                getattr(annotator, "reflection", False),
+                "set online.annotator.reflection=true",
+            )
             semantic["online"]["annotator"] |= engine_of(annotator).identity(
                 annotator, problems, True
             )
@@ -101,7 +117,8 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
             inputs[f"validation_{split}"] = store.get(ref, PROBLEMS)
         semantic["validation"]["problems"] = sorted(config.validation.problems)
     limit = config.online.sampling.max_new_tokens
-    if problems := [dataset for role, dataset in inputs.items() if role != "routed"]:
+    tables = ("routed", "scores")
+    if problems := [dataset for role, dataset in inputs.items() if role not in tables]:
         context = sampling_engine(config.sampler, config.policy).context()
         for dataset in problems:
             require_room(dataset, config.policy, context, config.prompt, limit)
@@ -173,7 +190,7 @@ def _run(
     offline = online = validation = None
     if config.offline.steps:
         known = policy.model.get_input_embeddings().num_embeddings
-        offline = OfflineReader(inputs["routed"], config, known, ranks)
+        offline = OfflineReader(inputs["routed"], config, known, ranks, inputs.get("scores"))
     if config.online.steps:
         trained = Trained(policy, trainer.student, config.loss.fp32_logits)
         online = OnlineTables(config, store, target, inputs, trained, ranks, whole)

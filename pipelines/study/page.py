@@ -175,11 +175,16 @@ def _choices(config: StudyConfig, results: pl.DataFrame, tuning: pl.DataFrame) -
 
 
 def _reported(reported: ReportedConfig) -> str:
-    columns = list(dict.fromkeys(column for row in reported.rows.values() for column in row))
-    rows = [
-        [name, *(f"{row[column]:g}" if column in row else "–" for column in columns)]
+    cells = {
+        name: {
+            column: f"{value:g} †" for column, value in reported.second_hand.get(name, {}).items()
+        }
+        | {column: f"{value:g}" for column, value in row.items()}
         for name, row in reported.rows.items()
-    ]
+    }
+    # In the order of the row with most figures.
+    columns = list(dict.fromkeys(c for row in sorted(cells.values(), key=len)[::-1] for c in row))
+    rows = [[name, *(row.get(column, "–") for column in columns)] for name, row in cells.items()]
     return _table(["", *columns], rows)
 
 

@@ -11,11 +11,12 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 
 from ...data.store import Draft
 from ...schemas.configs import TrainConfig
-from ...schemas.errors import EngineEnded, InputError, Interrupted, Stopped
+from ...schemas.errors import Collapsed, EngineEnded, InputError, Interrupted, Stopped
 from ...trace.checkpoint import CheckpointWriter
 from ...trace.trainer import Metrics, OfflineSource, Online, Trainer
 from ..progress import Meter
 from ..runtime.signals import announce, handled, stop_of
+from .collapse import CollapseGuard
 from .profiling import profiled
 from .tracking import Tracker
 from .validation import BASE_EVALUATIONS, Validation
@@ -33,6 +34,7 @@ def train_steps(
 
     Raises:
         Stopped, Interrupted: SIGTERM or Ctrl-C; a checkpoint of the last finished step is on disk.
+        Collapsed: the policy did, and stop_on_collapse is set; such a checkpoint is on disk.
         EngineEnded: a sampler's engine died; on one rank such a checkpoint is on disk too.
     """
     config = trainer.config
@@ -63,6 +65,7 @@ def train_steps(
             if validation is not None and trainer.state.step == 0:
                 base = trainer.policy.info.revision
                 validation.evaluate_base(base, target.files.local_path(BASE_EVALUATIONS))
+            guard = CollapseGuard(config, target.local_path(), trainer.state.step, trainer.ranks)
             steps = trainer.run(offline, online, lambda: bool(stopping()))
             for metrics in profiled(steps, trainer, target.local_path()):
                 done = trainer.state.step
@@ -70,10 +73,11 @@ def train_steps(
                     metrics |= validation.evaluate(done)
                 if tracker is not None:
                     tracker.log(metrics)
+                guard.check(metrics)
                 if due():
                     save()
                 progress.advance(1, **_shown(metrics), checkpoint=writer.written)
-        except (Stopped, Interrupted, EngineEnded) as ended:
+        except (Stopped, Interrupted, Collapsed, EngineEnded) as ended:
             engine = isinstance(ended, EngineEnded)
             if engine and trainer.ranks.count > 1:
                 raise  # on one rank only, and a checkpoint takes all of them
@@ -82,6 +86,8 @@ def train_steps(
             writer.wait()
             # Torchrun kills all ranks 30 s after one has ended, and the first may still write.
             trainer.ranks.wait()
+            if isinstance(ended, Collapsed):
+                raise
             if engine and not stopping():  # a signal to all processes of a run ends its engine too
                 raise
             raise stop_of(

@@ -256,7 +256,9 @@ class OnlineTables:
         skipped = skipped_annotations(
             tables["problems"], rollouts, verdicts, self._config.online.segment
         )
-        tables = tables | {"annotations": pa.concat_tables([annotated, skipped])}
+        tables = tables | {
+            "annotations": pa.concat_tables([annotated, skipped], promote_options="default")
+        }
         for role, draft in self._drafts.items():
             # Finished if the same run was made before and its own folder was removed.
             if isinstance(draft, Draft):

@@ -11,6 +11,7 @@ from math import ceil
 from ...schemas.configs import VllmSampler
 from ...trace.fused_torch import BLOCK_BYTES, BUFFER_BYTES
 from ...trace.optim import MOMENT_BYTES
+from .model_shape import ModelShape
 from .plan_setting import Setting
 
 # By (adapters, computing in bfloat16): bytes that autograd keeps per token and layer for each unit
@@ -92,7 +93,9 @@ def _held(where: Setting) -> dict[str, int]:
     if not config.optim.offload:
         held["weights"] = (low if config.lora else 4) * shape.parameters + 4 * adapters
         held[STATES] = int(MOMENT_BYTES[config.optim.kind] * shape.trainable)
-    if config.schedule.w0:
+    if where.taught and where.teacher is not None:
+        held["teacher"] = low * where.teacher.parameters
+    elif where.taught:
         # With adapters the teacher is the base, or a second adapter on it.
         averaged = 4 if config.teacher.sync == "ema" else low
         second = 4 * adapters if config.teacher.sync != "frozen" else 0
@@ -107,13 +110,19 @@ def _held(where: Setting) -> dict[str, int]:
 
 def _start(where: Setting) -> dict[str, int]:
     """Of the last weights that are placed, embeddings and head, which are whole before they are
-    split: the student's, or the teacher's, one tensor at a time gathered from the student.
+    split: the student's, or the teacher's, one tensor at a time gathered from the student, or read
+    from the files of a model of its own.
     """
     config, shape, low = where.config, where.shape, where.computed
     files = shape.stored_bytes * shape.parameters if where.device == "cpu" else 0
     student = (low if config.lora else 4) * shape.ends + files
     teacher = 0
-    if config.schedule.w0 and not config.lora:
+    if where.taught and (other := where.teacher) is not None:
+        read = low * other.parameters
+        on_cpu = read if where.device == "cpu" else 0
+        teacher = low * other.ends + on_cpu
+        student += on_cpu - read // where.gpus  # its files are read, and it is placed later
+    elif where.taught and not config.lora:
         each = 4 if config.teacher.sync == "ema" else low
         copied, gathered = each * shape.parameters, 4 * shape.head if where.gpus > 1 else 0
         # Its own shard of embeddings and head is made after the last tensor is gathered.
@@ -128,10 +137,13 @@ def _training(where: Setting) -> dict[str, dict[str, int]]:
     tokens, per_layer = where.row_tokens, activation_bytes(where)
     # FSDP gathers embeddings and head for a whole pass, other layers one by one; the teacher's
     # remain gathered until the step's last micro-batch.
-    frozen = sum(bool(x) for x in (config.schedule.w0, config.loss.reference_kl))
+    other = where.teacher if where.taught else None
+    frozen = sum(bool(x) for x in (where.taught and not other, config.loss.reference_kl))
     copies = 1 + (0 if config.lora else frozen)
+    others = low * other.ends if other else 0
     layer = low * (shape.layer + (shape.trainable // shape.layers if config.lora else 0))
-    gathered = {"gathered embeddings and head": low * shape.ends * copies} if where.sharded else {}
+    whole_ends = low * shape.ends * copies + others
+    gathered = {"gathered embeddings and head": whole_ends} if where.sharded else {}
     # With several ranks one layer's flat buffer lives until the next one is gathered.
     flat = layer if shards > 1 else 0
     trained = 4 * shape.trainable
@@ -153,6 +165,8 @@ def _training(where: Setting) -> dict[str, dict[str, int]]:
     loss = gradients | gathered | forward | {"gathered layer": flat, "logits of a chunk": chunk}
     back = gradients | gathered | backward
     phases = {"loss": loss | {"head gradient": head}, "backward": back}
+    if other is not None:
+        phases["teacher"] = gradients | _teacher_pass(where, other, whole_ends - low * shape.ends)
     if where.sharded:
         trained_layer = shape.layer if full else shape.trainable // shape.layers
         back["gathered layers"] = layer + flat
@@ -165,13 +179,27 @@ def _training(where: Setting) -> dict[str, dict[str, int]]:
         copied = 4 if where.device == "cpu" and shards > 1 else 0  # by gloo
         reduced = (4 + copied) * shape.ends + 4 * shape.ends // shards
         phases["reduction"] = gradients | {
-            "gathered embeddings and head": low * shape.ends * (copies - 1),
+            "gathered embeddings and head": whole_ends - low * shape.ends,
             "gradients of embeddings and head": low * shape.ends + reduced,
         }
     # Fused on CUDA; elsewhere one tensor after another.
     largest = 8 * shape.head // shards if full and where.device == "cpu" else 0
     phases["update"] = gradients | {"AdamW temporaries": largest}
     return phases
+
+
+def _teacher_pass(where: Setting, other: ModelShape, gathered: int) -> dict[str, int]:
+    """A forward pass of a teacher of its own shape: a layer's stream, its norm, and the MLP.
+
+    gathered: bytes of the frozen models' embeddings and heads.
+    """
+    low = where.computed
+    kept = low * where.row_tokens * (2 * other.hidden + 3 * other.intermediate)
+    parts = {"activations of a layer": kept}
+    if where.sharded:
+        parts["gathered embeddings and head"] = gathered
+        parts["gathered layers"] = low * other.layer * (2 if where.gpus > 1 else 1)
+    return parts
 
 
 def _chunk_bytes(where: Setting) -> int:
@@ -188,11 +216,13 @@ def _host(where: Setting) -> dict[str, int]:
     config, shape = where.config, where.shape
     # Weights, gradients and two moments.
     offloaded = 16 * shape.trainable if config.optim.offload else 0
-    left_out = ("reference", *ENGINE)
+    left_out = ("reference", *ENGINE, *(["teacher"] if where.teacher else []))
     copied = sum(size for name, size in _held(where).items() if name not in left_out)
     copied *= where.gpus
     copied += 12 * shape.trainable if offloaded else 0
     files = shape.stored_bytes * shape.parameters
+    if where.teacher is not None and where.taught:
+        files += where.computed * where.teacher.parameters
     parts = {"weights and optimiser": offloaded}
     if files > copied:
         parts["the model's files at the start"] = files

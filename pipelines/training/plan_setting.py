@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 
-from ...schemas.configs import TrainConfig
+from ...schemas.configs import PolicyConfig, TrainConfig
+from ...trace.other_teacher import adapters_base
 from ..models import resolve_policy
 from ..samplers import sampling_engine
 from ..samplers.engine import Engine
@@ -20,7 +21,8 @@ _SHAPES = Path(__file__).parent / "shapes"
 class Setting:
     """A config, its model's shape, and the hardware.
 
-    prompt_tokens, response_tokens: mean lengths that the plan assumes.
+    prompt_tokens, response_tokens: mean lengths that the plan assumes. teacher: the shape of
+    teacher.model; None: the teacher is the policy's own.
     """
 
     config: TrainConfig
@@ -30,6 +32,7 @@ class Setting:
     bfloat16: bool
     prompt_tokens: int
     response_tokens: int
+    teacher: ModelShape | None = None
 
     @property
     def step_tokens(self) -> int:
@@ -74,6 +77,11 @@ class Setting:
         return min(chosen, self.shape.layers)
 
     @property
+    def taught(self) -> bool:
+        """Whether a run loads a teacher: scores take its place."""
+        return self.config.schedule.w0 > 0 and self.config.teacher.scores is None
+
+    @property
     def sharded(self) -> bool:
         """See `Ranks.shards`."""
         return self.gpus > 1 or self.bfloat16
@@ -95,9 +103,9 @@ def setting(
     response_tokens: mean length; None: the limit, online.sampling.max_new_tokens.
 
     Raises:
-        InputError: the policy's config cannot be read.
+        InputError: the policy's config cannot be read, or the teacher's.
     """
-    policy = config.policy
+    policy, other = config.policy, config.teacher.model
     here = "cuda" if torch.cuda.is_available() or gpus is not None else "cpu"
     device = here if policy.device == "auto" else policy.device
     return Setting(
@@ -109,7 +117,13 @@ def setting(
         or (policy.precision == "auto" and device == "cuda"),
         prompt_tokens=prompt_tokens,
         response_tokens=response_tokens or config.online.sampling.max_new_tokens,
+        teacher=other and _teacher_shape(other),
     )
+
+
+def _teacher_shape(model: PolicyConfig) -> ModelShape:
+    base = adapters_base(model.path) or model.path
+    return model_shape(_config_folder(base), None, model.trust_remote_code)
 
 
 def _config_folder(path: str) -> str:

@@ -114,7 +114,7 @@ class Validation:
                 asked = sum(row["k"] for row in rows)
                 right = sum(row["correct"] for row in rows)
                 if asked:
-                    figures[f"validation_{split}_{decoding}"] = right / asked
+                    figures[_figure(split, decoding)] = right / asked
         if self._ranks.first:
             buffer = io.BytesIO()
             pq.write_table(pa.concat_tables(tables), buffer)
@@ -125,6 +125,25 @@ class Validation:
         with writing(self._folder):
             self._folder.mkdir(exist_ok=True)
         write_atomic(self._folder / _file(step), table)
+
+
+def base_scores(run: Path) -> dict[str, tuple[float, int]]:
+    """Pass rate before the first step and number of answers, by the names that `evaluate` gives
+    them; {} for a run that has not been validated.
+    """
+    path = run / FOLDER / _file(0)
+    if not path.exists():
+        return {}
+    counts: dict[str, list[int]] = {}
+    for row in pq.read_table(path, columns=["split", "decoding", "k", "correct"]).to_pylist():
+        own = counts.setdefault(_figure(row["split"], row["decoding"]), [0, 0])
+        own[0] += row["correct"]
+        own[1] += row["k"]
+    return {name: (right / asked, asked) for name, (right, asked) in counts.items() if asked}
+
+
+def _figure(split: str, decoding: str) -> str:
+    return f"validation_{split}_{decoding}"
 
 
 def _file(step: int) -> str:

@@ -24,6 +24,12 @@ _FACTS = {
         "routing.key": "key →",
         "routing.error": "error →",
     },
+    "score": {
+        "teacher.engine": "engine",
+        "teacher.policy.path": "teacher",
+        "teacher.model": "teacher",
+        "k": "k",
+    },
     "train": {"offline.steps": "offline steps", "online.steps": "online steps", "optim.lr": "lr"},
     "evaluate": {"k": "samples", "sampling.temperature": "temperature"},
 }

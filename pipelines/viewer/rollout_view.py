@@ -4,7 +4,7 @@ view.py and report_page.py send it to the page as JSON; `trace-opd show` prints 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ _COLUMNS = {
     ),
     "annotations": (
         "rollout_id", "segments", "spans", "diagnostic_type", "status", "annotator_name",
-        "raw_answer", "error",
+        "raw_answer", "error", "reflection",
     ),
     "verdicts": ("rollout_id", "reward", "correct", "parsed_answer", "status"),
     "rollouts": (
@@ -65,6 +65,7 @@ class SideView:
     status: str | None
     raw: str | None
     error: str | None
+    reflection: str | None
     type: str | None
     spans: list[SpanView]
     pieces: list[ComparedPiece]
@@ -97,6 +98,7 @@ class RolloutView:
     status: str | None
     raw: str | None
     error: str | None
+    reflection: str | None
     type: str | None
     advantage: float | None
     coverage: float | None
@@ -139,8 +141,8 @@ def rollout_data(view: RolloutView) -> dict[str, Any]:
     row["sides"] = [vars(side) | {"spans": [vars(s) for s in side.spans]} for side in view.sides]
     row["problem"] = {name: row.pop(name) for name in ("problem", "answer", "source")}
     if view.sides:  # they hold the response and the first annotator's answer too
-        for name in ("annotator", "status", "raw", "error", "type", "spans", "pieces"):
-            del row[name]
+        for field in fields(SideView):
+            del row[field.name]
     return row
 
 
@@ -181,6 +183,7 @@ def _view(row: dict[str, Any], rule: str, vocabulary: Vocabulary | None) -> Roll
         status=annotation.get("status"),
         raw=_visible(annotation.get("raw_answer")),
         error=_visible(annotation.get("error")),
+        reflection=_visible(annotation.get("reflection")),
         type=annotation.get("diagnostic_type"),
         advantage=routed["advantage"] if routed else None,
         coverage=routed["coverage"] if routed else None,
@@ -201,6 +204,7 @@ def _sides(response: str, first: dict, second: dict) -> list[SideView]:
             status=annotation.get("status"),
             raw=_visible(annotation.get("raw_answer")),
             error=_visible(annotation.get("error")),
+            reflection=_visible(annotation.get("reflection")),
             type=annotation.get("diagnostic_type"),
             spans=_spans(annotation, None),
             pieces=drawn,

@@ -14,14 +14,14 @@ from ..run_metrics import METRICS, parse_metrics
 _ROUTES = "|".join(route.name.lower() for route in Route)
 # Title, unit, pattern of the names in metrics.jsonl. Every other metric gets a chart of its own.
 _CHARTS = (
-    ("Reward", "share", "reward|pass_rate"),
+    ("Reward", "share", "reward|pass_rate(_se)?"),
     ("Entropy", "nats / token", "entropy"),
     ("Response length", "tokens", "response_tokens"),
     ("KL weight λ", "", "kl_weight"),
     ("KL on routed tokens", "nats / token", f"kl_({_ROUTES})"),
     ("Routed tokens", "share", "coverage(_.+)?"),
     ("Exposure Σλ²", "", "kl_exposure"),
-    ("Truncated, no signal", "share", "truncated|groups_without_signal"),
+    ("Truncated, looping, no signal", "share", "truncated|looping|groups_without_signal"),
     ("Clipped", "share of tokens", "ratio_clipped|kl_clipped"),
     # A chart of its own: the largest drift of a step's tokens would flatten their mean.
     ("Sampler drift", "nats / token", "sampler_drift|sampler_kl"),

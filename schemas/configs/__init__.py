@@ -58,6 +58,7 @@ from .rollout import (
     VllmSampler,
     template_fields,
 )
+from .score import LocalTeacher, ScoreConfig, VllmTeacher
 from .study import ArmConfig, ReportedConfig, StudyConfig, TuningConfig
 from .train import (
     CollapseConfig,
@@ -100,6 +101,7 @@ __all__ = [
     "HubSource",
     "Layers",
     "LengthPart",
+    "LocalTeacher",
     "LoraConfig",
     "LossConfig",
     "NoAnnotator",
@@ -130,6 +132,7 @@ __all__ = [
     "Sampler",
     "SamplingConfig",
     "ScheduleConfig",
+    "ScoreConfig",
     "SegmentConfig",
     "SelfAnnotator",
     "Source",
@@ -141,6 +144,7 @@ __all__ = [
     "ValidationConfig",
     "VerifyConfig",
     "VllmSampler",
+    "VllmTeacher",
     "WordProblemsSource",
     "located",
     "operational",

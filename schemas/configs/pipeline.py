@@ -14,6 +14,7 @@ from .rollout import (
     SamplingConfig,
     TransformersSampler,
 )
+from .score import ScoreConfig
 from .train import TrainConfig
 
 
@@ -72,6 +73,11 @@ class PipelineConfig(Config):
         default=None, description="Annotate stage; offline steps need it."
     )
     convert: ConvertConfig = Field(default=ConvertConfig(), description="Convert stage.")
+    score: ScoreConfig | None = Field(
+        default=None,
+        description="Score stage: its dataset takes the teacher's place in the offline steps "
+        "(train.teacher.scores); null: none.",
+    )
     train: TrainConfig = Field(description="Train stage.")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="Evaluate stage.")
     report: ReportConfig = Field(default=ReportConfig(), description="Report stage.")
@@ -83,5 +89,10 @@ class PipelineConfig(Config):
                 "annotate is missing, and train.offline.steps is "
                 f"{self.train.offline.steps}: give it an annotator, or set train.offline.steps=0 "
                 "to train on fresh rollouts from the first step"
+            )
+        if self.score is not None and not self.train.offline.steps:
+            raise ValueError(
+                "score has no routed dataset while train.offline.steps is 0: give offline steps, "
+                "or leave score out"
             )
         return self

@@ -50,6 +50,21 @@ class ReportedConfig(Config):
 
     source: str = Field(description="Source of the figures.")
     rows: dict[str, dict[str, float]] = Field(description="Figures by column, by row.")
+    second_hand: dict[str, dict[str, float]] = Field(
+        default={},
+        description="More figures of these rows, read in another text than the paper; marked.",
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "ReportedConfig":
+        for name, figures in self.second_hand.items():
+            if name not in self.rows:
+                raise ValueError(
+                    f"second_hand {name!r} is none of rows; add it there, e.g. as {{}}"
+                )
+            if both := sorted(figures.keys() & self.rows[name].keys()):
+                raise ValueError(f"{both[0]} of {name!r} is in rows and in second_hand; drop one")
+        return self
 
 
 class StudyConfig(Config):
@@ -106,6 +121,10 @@ class StudyConfig(Config):
             raise ValueError(f"splits.{taken[0]} is the name of {_OWN[taken[0]]}; give it another")
         if self.train.validation is None:
             raise ValueError("train.validation is null, but a study needs its results; set it")
+        if self.train.stop_on_collapse:
+            raise ValueError(
+                "train.stop_on_collapse is true, but a study compares complete runs; leave it false"
+            )
         if self.tuning is not None and self.tuning.seed in self.seeds:
             raise ValueError("tuning.seed is one of seeds; tuning needs a seed of its own")
         first = next(iter(self.ablations.values()))

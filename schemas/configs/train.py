@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from ..labels import KlClip, Signal
+from ..labels import KlClip, Route, Signal
 from .annotate import Annotator, RoutingConfig, SegmentConfig, SelfAnnotator, VerifyConfig
 from .base import Config, added, operational
 from .rollout import PolicyConfig, PromptConfig, Sampler, SamplingConfig, TransformersSampler
@@ -98,6 +98,10 @@ class GateConfig(Config):
     def _one_place(self) -> "GateConfig":
         if (self.at is None) == (self.quantile is None):
             raise ValueError("give either at or quantile")
+        if self.shape in ("above", "below") and self.scale != 1:
+            raise ValueError(f"scale has no effect on shape {self.shape}; leave it out")
+        if self.shape == "signed" and self.floor:
+            raise ValueError("floor has no effect on shape signed; leave it out")
         return self
 
 
@@ -197,12 +201,43 @@ class LossConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _one_bound(self) -> "LossConfig":
-        if self.truncated_importance is not None and self.policy != "grpo":
+    def _used(self) -> "LossConfig":
+        if self.policy != "grpo" and self.truncated_importance is not None:
             raise ValueError(
                 f"truncated_importance is a bound of policy grpo, and policy {self.policy} has its "
                 "own; set policy=grpo, or truncated_importance=null"
             )
+        if self.policy != "grpo" and not self.grpo:
+            raise ValueError(
+                f"policy {self.policy} has no effect with grpo=false; leave one of them out"
+            )
+        if self.policy != "sapo" and (self.sapo_tau_positive, self.sapo_tau_negative) != (1, 1.05):
+            raise ValueError(
+                "sapo_tau_positive and sapo_tau_negative have no effect without policy sapo; "
+                "leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reweight_used(self) -> "LossConfig":
+        if self.reweight in ("ratio", "inverse") and self.reweight_clip > 1:
+            raise ValueError(
+                f"reweight_clip is {self.reweight_clip}, so the factor 1 ± reweight_clip of "
+                f"reweight {self.reweight} could turn the advantage's sign; give at most 1"
+            )
+        if self.reweight != "bounded" and self.reweight_scale != 1:
+            raise ValueError("reweight_scale has no effect without reweight bounded; leave it out")
+        if self.reweight in ("ratio", "inverse") and self.reweight_threshold:
+            raise ValueError(
+                f"reweight_threshold has no effect on reweight {self.reweight}; leave it out, or "
+                "use bounded or one_sided"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _top_k_runs(self) -> "LossConfig":
+        if self.top_k is not None and self.backend == "triton":
+            raise ValueError("top_k has no form in backend triton; use auto or torch")
         return self
 
 
@@ -316,26 +351,42 @@ class ValidationConfig(Config):
 
 
 class CollapseConfig(Config):
-    """Limits of the figures that fall apart when a policy collapses."""
+    """When a run counts as collapsed: limits of what falls apart first.
 
-    baseline_steps: int = Field(default=5, ge=1, description="First steps, the others' measure.")
-    window_steps: int = Field(default=3, ge=1, description="Steps whose median is compared.")
+    Steps are compared with the first ones by the median over `window_steps`. Entropy has no lower
+    limit, because GRPO lowers it while it learns.
+    """
+
+    baseline_steps: int = Field(
+        default=5, description="First steps, which the later ones are compared with.", ge=1
+    )
+    window_steps: int = Field(
+        default=3, description="Latest steps that are compared with them.", ge=1
+    )
     length_ratio: float = Field(
-        default=0.5, gt=0, lt=1, description="Mean length below this share of the first steps'."
+        default=0.6, description="Response tokens below this share of the first steps'.", gt=0, lt=1
     )
     entropy_ratio: float = Field(
-        default=3.0,
-        gt=1,
-        description="Entropy above this multiple of the first steps', or below its inverse.",
+        default=2.0, description="Entropy above this multiple of the first steps'.", gt=1
     )
-    repetition: float = Field(
-        default=0.2,
+    looping: float = Field(
+        default=0.1,
+        description="Share of responses that end in a loop, this much above the first steps'.",
         gt=0,
-        le=1,
-        description="Share of responses that end in a loop, above the first steps'.",
+        lt=1,
+    )
+    pass_rate_ratio: float = Field(
+        default=0.5,
+        description="Pass rate below this share of the first steps', beyond 3 standard errors.",
+        gt=0,
+        lt=1,
     )
     validation_drop: float = Field(
-        default=0.1, gt=0, le=1, description="Fall of a validation figure below its best."
+        default=0.1,
+        description="Pass rate of a validation this much below the best one, and beyond 3 standard "
+        "errors.",
+        gt=0,
+        lt=1,
     )
 
 
@@ -388,11 +439,10 @@ class TrainConfig(Config):
         "openai (vLLM servers) receive a copy before each step.",
     )
     stop_on_collapse: bool = operational(
-        False, "End with a checkpoint, as on Ctrl-C, when the run collapses; false: warn."
+        False,
+        "End with a checkpoint and exit code 3 when the run has collapsed; false: warn and go on.",
     )
-    collapse: CollapseConfig = operational(
-        CollapseConfig(), "When a run counts as collapsed, against its first steps."
-    )
+    collapse: CollapseConfig = operational(CollapseConfig(), "When a run counts as collapsed.")
     checkpoint_every: int = operational(50, "Steps between checkpoints.", ge=1)
     checkpoint_minutes: float | None = operational(
         30.0,
@@ -424,6 +474,24 @@ class TrainConfig(Config):
         "null: none.",
         ge=0,
     )
+
+    @model_validator(mode="after")
+    def _routes_have_what_the_loss_reads(self) -> "TrainConfig":
+        routing, read = self.online.routing, {gate.of for gate in self.loss.gates}
+        if (
+            self.online.steps
+            and Route.REWEIGHT in (routing.key, routing.error)
+            and read & {Signal.DIVERGENCE, Signal.IMPORTANCE}
+        ):
+            raise ValueError(
+                "loss.gates reads a divergence, which tokens of the action reweight do not have; "
+                "use another signal, or another action in online.routing"
+            )
+        if self.teacher.scores is not None and self.loss.top_k is not None:
+            raise ValueError(
+                "loss.top_k does not go with teacher.scores, which have their own k; leave one out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _some_steps(self) -> "TrainConfig":

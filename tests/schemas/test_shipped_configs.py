@@ -1,5 +1,10 @@
-"""The YAML files in configs/: each loads, and the configs of the paper have its settings."""
+"""The YAML files in configs/: each loads, and the configs of the paper have its settings.
 
+Only configs that are on-policy from step 0 claim the paper's settings; the offline-first ones have
+its constants.
+"""
+
+import re
 from pathlib import Path
 
 import pytest
@@ -39,7 +44,7 @@ def test_every_shipped_config_loads(file):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_paper_s_settings(name):
+def test_what_the_paper_gives(name):
     config, (path, key, error) = load(name), PAPER[name]
     train, routing = config.train, config.train.online.routing
     assert (train.offline.steps == 0) is (name in ON_POLICY)
@@ -60,6 +65,23 @@ def test_the_paper_s_settings(name):
     assert (evaluation.sampling.temperature, evaluation.sampling.top_p) == (0.6, 0.95)
     assert evaluation.sampling.top_k == 20
     assert train.sampler.engine == config.evaluate.sampler.engine == "vllm"
+
+
+@pytest.mark.parametrize("name", ON_POLICY)
+def test_the_twin_without_a_clip_differs_in_the_clip_alone(name):
+    paper, twin = load(name), load(f"{name}-no-clip")
+    assert twin.train.loss.kl_clip == KlClip.NONE
+    loss = paper.train.loss.model_copy(update={"kl_clip": KlClip.NONE})
+    train = paper.train.model_copy(update={"loss": loss})
+    assert paper.model_copy(update={"name": f"{name}-no-clip", "train": train}) == twin
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_only_a_config_on_policy_from_step_0_is_called_the_paper_s(file):
+    claims = re.search("as in the paper|the paper's settings", file.read_text())
+    train = load_config(PipelineConfig, file).train
+    assert bool(claims) is (file.stem in ON_POLICY)
+    assert not claims or train.offline.steps == 0
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -14,6 +14,7 @@ from trace_opd.schemas.tables import (
     PROBLEMS,
     ROLLOUTS,
     ROUTED,
+    SCORES,
     VERDICTS,
 )
 
@@ -98,6 +99,19 @@ ROWS: dict[str, dict] = {
         "coverage": 0.5,
         "dropped_tokens": 0,
         "contrast_contexts": ["a wrong response"],
+    },
+    "scores": {
+        "positions": [1, 4],
+        "top_token_ids": [5, 6, 7, 5],
+        "top_logprobs": [-0.25, -2.0, -0.5, -1.5],
+        "tail_logprobs": [-2.5, -3.0],
+        "logprobs": [-0.25, -6.0],
+        "temperature": 1.0,
+        "teacher_name": "micro",
+        "teacher_revision": "0",
+        "teacher_entropy": [0.5, 0.75],
+        "student_entropy": [0.25, 1.0],
+        "divergence": [0.0, 0.5],
     },
     "evaluations": {
         "problem_id": "p",
@@ -281,14 +295,39 @@ def test_an_unknown_span_kind_is_named_with_its_row():
 
 
 @pytest.mark.parametrize(
-    ("contract", "column"),
-    [(c, name) for c in CONTRACTS.values() for names in c.same_length for name in names[1:]],
+    ("contract", "first", "column"),
+    [
+        (c, names[0], name)
+        for c in CONTRACTS.values()
+        for names in c.same_length
+        for name in names[1:]
+    ],
 )
-def test_lists_of_unequal_length_are_named_with_their_row(contract, column):
+def test_lists_of_unequal_length_are_named_with_their_row(contract, first, column):
     values = ROWS[contract.name][column]
     table = table_of(contract, {}, {column: [*values, values[-1]]})
-    with pytest.raises(InputError, match=f"^t, row 1: {column} has another length than token_ids"):
+    with pytest.raises(InputError, match=f"^t, row 1: {column} has another length than {first}"):
         validate(table, contract, "t")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_token_ids": [1, 2, 3], "top_logprobs": [-1.0] * 3}, "top_token_ids has not equally"),
+        ({"top_token_ids": [], "top_logprobs": []}, "top_token_ids has not equally many tokens"),
+        ({"positions": [4, 1]}, "positions does not ascend"),
+        ({"positions": [1, 1]}, "positions does not ascend"),
+        ({"student_entropy": [0.5]}, "student_entropy has another length than positions"),
+        ({"divergence": [-0.5, 0.5]}, "divergence has a number that is not finite, or not in"),
+        ({"tail_logprobs": [-math.inf, -1.0]}, "tail_logprobs has a number that is not finite"),
+    ],
+)
+def test_scores_that_fit_no_positions_are_named_with_their_row(change, message):
+    nothing = {name: [] for name, value in ROWS["scores"].items() if isinstance(value, list)}
+    unknown = dict.fromkeys(("teacher_entropy", "student_entropy", "divergence"))
+    validate(table_of(SCORES, {}, nothing, unknown), SCORES, "t")
+    with pytest.raises(InputError, match=f"^t, row 2: {message}"):
+        validate(table_of(SCORES, nothing, {}, change), SCORES, "t")
 
 
 @pytest.mark.parametrize(
@@ -385,3 +424,20 @@ def test_a_sequence_without_tokens_is_named_with_its_row(column):
     lists = ("token_ids", "logprobs", "route", "span_id") if column == "token_ids" else (column,)
     with pytest.raises(InputError, match=f"^t, row 1: {column} is empty"):
         validate(table_of(ROUTED, {}, {name: [] for name in lists}), ROUTED, "t")
+
+
+def test_only_the_errors_of_wrong_responses_may_be_named_as_mistakes():
+    (span,) = ROWS["annotations"]["spans"]
+    named = {"diagnostic_type": "omitted_case"}
+    wrong = named | {"correct": False, "spans": [span | {"kind": "error"}]}
+    assert validate(table_of(ANNOTATIONS, {}, wrong), ANNOTATIONS).num_rows == 2
+    plain = wrong | {"diagnostic_type": "case_analysis"}  # as older tables have it
+    assert validate(table_of(ANNOTATIONS, plain), ANNOTATIONS).num_rows == 1
+    sentence = r"^t, row 1: diagnostic_type names a mistake, and the response is right or has key"
+    for bad in (wrong | {"correct": True}, wrong | {"spans": [span]}):
+        with pytest.raises(InputError, match=sentence):
+            validate(table_of(ANNOTATIONS, {}, bad), ANNOTATIONS, "t")
+    routed = named | {"correct": False}
+    assert validate(table_of(ROUTED, {}, routed), ROUTED).num_rows == 2
+    with pytest.raises(InputError, match=sentence):
+        validate(table_of(ROUTED, {}, named), ROUTED, "t")

@@ -7,8 +7,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trace_opd.trace.batches import micro_batches, rank_batches, shares, taught_rows
-from trace_opd.trace.sequences import TrainingSequence, student_row, teacher_row
+from trace_opd.schemas.labels import Route
+from trace_opd.trace.batches import contrast_rows, micro_batches, rank_batches, shares, taught_rows
+from trace_opd.trace.sequences import TrainingSequence, contrast_row, student_row, teacher_row
 
 
 def sequence_of(index: int, prompt: int, tokens: int, group: str = "g") -> TrainingSequence:
@@ -151,3 +152,54 @@ def test_ranks_have_the_same_passes_and_every_sequence_counts_once(sizes, count,
             assert batch.rows
             routed = [s.rollout_id for s in batch.rows if s.routed_end]
             assert list(chain(*ids(batch.taught))) == (routed if teach and not batch.idle else [])
+
+
+# --- contrasts ---
+
+
+def with_contrasts(sequence: TrainingSequence, *prompts: list[int]) -> TrainingSequence:
+    route = np.zeros_like(sequence.route)
+    route[1] = int(Route.REWEIGHT)
+    return replace(sequence, route=route, teacher_prompt_ids=[9], contrast_prompt_ids=prompts)
+
+
+def test_contrasts_of_one_prompt_come_together_and_count_it_once():
+    one, two = [5] * 6, [7] * 6
+    rows = [
+        with_contrasts(sequence_of(0, 4, 3), one, two),
+        with_contrasts(sequence_of(1, 4, 3), two),
+        with_contrasts(sequence_of(2, 4, 3), one, two),
+        sequence_of(3, 4, 3),
+    ]
+    # A response is read up to its last reweighted token: 6 + 2 · 2, and 6 + 3 · 2 tokens.
+    cut = contrast_rows(rows, 12)
+    assert [[(c.sequence.rollout_id, c.number) for c in row] for row in cut] == [
+        [("r000", 0), ("r002", 0)], [("r000", 1), ("r001", 0), ("r002", 1)],
+    ]  # fmt: skip
+    assert [contrast_row(row).input_ids.shape[1] for row in cut] == [10, 12]
+    assert len(contrast_rows(rows, 22)) == 1
+    assert len(contrast_rows(rows, 10)) == 3
+    assert contrast_rows(rows[3:], 10) == []
+
+
+def test_every_rank_makes_the_contrast_passes_of_the_one_with_most():
+    sequences = [
+        with_contrasts(sequence_of(0, 2, 9, "a"), [5] * 9, [6] * 9),
+        with_contrasts(sequence_of(1, 2, 9, "b"), [5] * 9),
+    ]
+    ranks = [rank_batches(sequences, rank, 2, 12, True) for rank in range(2)]
+    for batches in zip(*ranks, strict=True):
+        assert sorted(len(batch.contrasts) for batch in batches) == [1, 2]
+        assert {batch.contrast_passes for batch in batches} == {2}
+        assert {batch.teacher_passes for batch in batches} == {1}
+    without = rank_batches(sequences, 0, 2, 12, False)
+    assert [(batch.contrasts, batch.contrast_passes) for batch in without] == [([], 0)]
+
+
+def test_a_contrast_counts_in_the_balance_of_ranks():
+    """Three sequences of equal length; one also has two long contrasts."""
+    heavy = with_contrasts(sequence_of(0, 2, 10, "a"), [5] * 40, [6] * 40)
+    sequences = [heavy, sequence_of(1, 2, 10, "b"), sequence_of(2, 2, 10, "c")]
+    assert sorted(map(len, shares(sequences, 2, with_teacher=True))) == [1, 2]
+    (alone,) = [share for share in shares(sequences, 2, with_teacher=True) if len(share) == 1]
+    assert alone == [heavy]

@@ -22,6 +22,7 @@ from trace_opd.trace.policy import backbone, load_tokenizer, output_head
 PROMPTS = [[5, 9, 14], [5, 9, 14], [7, 21], [7, 21]]
 COMPLETIONS = [[31, 4, 18, 2, 44], [8, 12, 0], [3, 3, 17, 60, 22, 0], [40, 0]]
 ADVANTAGES = [1.0, -1.0, 0.7, -0.7]
+NARROW = {"epsilon": 0.05, "epsilon_high": 0.06}  # a sequence's mean ratio is near 1
 MAX_COMPLETION, TEMPERATURE, REFERENCE_KL = 6, 0.7, 0.04
 
 
@@ -144,7 +145,11 @@ def test_grpo_without_routed_tokens_is_trls(
         # TRL's upper bound of cispo is the cap itself, and it has no lower one.
         ("cispo", {"loss_type": "cispo", "epsilon_high": 1.28}, {"clip_low": 1.0}),
         ("sapo", {"loss_type": "sapo"}, {}),
-        ("gspo", {"loss_type": "grpo", "importance_sampling_level": "sequence"}, {}),
+        (
+            "gspo",
+            {"loss_type": "grpo", "importance_sampling_level": "sequence", **NARROW},
+            {"clip_low": 0.05, "clip_high": 0.06},
+        ),
     ],
 )
 def test_the_relatives_of_grpo_are_trls(tmp_path: Path, policy: str, arguments: dict, config: dict):
@@ -152,6 +157,7 @@ def test_the_relatives_of_grpo_are_trls(tmp_path: Path, policy: str, arguments: 
     aggregation = "token" if policy == "cispo" else "sequence"
     ours = LossConfig.model_validate({"policy": policy, "aggregation": aggregation} | config)
     clipped = assert_trls(trainer, ours)
+    assert clipped.sum() < len(clipped)
     assert (clipped.sum() > 0) == (policy != "sapo")
 
 

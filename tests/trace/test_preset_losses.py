@@ -1,62 +1,19 @@
 """Each preset's gradient, token by token, from its routed table to its closed form.
 
-At ratio 1 and weight 1 a token's gradient in its logits is one of, or a mixture of:
-GRPO −A (onehot − p), forward KL p − q, reverse KL p (log p/q − KL(p‖q)), and at β = ½ the
-Jensen-Shannon divergence ½ p (log p/m − KL(p‖m)) with m between p and q.
+At ratio 1 and weight 1 a token's gradient in its logits is one of, or a mixture of, the closed
+forms of preset_step.py. This file has TRACE and the first baselines, test_preset_methods.py the
+methods since.
 """
-
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from trace_opd.schemas.configs import ConvertConfig, TrainConfig
-from trace_opd.schemas.labels import DiagnosticType
 from trace_opd.schemas.settings import load_config
-from trace_opd.trace.fused import routed_loss
-from trace_opd.trace.losses import Head, LossInputs
-from trace_opd.trace.schedule import grpo_weight, kl_weight
+from trace_opd.tests.trace.preset_step import RIGHT, TOKENS, WRONG, Response, gradients_of
 
-# Nine tokens each, the end token included; α = 1/4 of them is two.
-TOKENS, VOCAB = 9, 5
-RIGHT = {"text": "ab\ncd\nef", "correct": True, "label": DiagnosticType.COUNTING, "marked": ([1],)}
-WRONG = {"text": "AB\nCD\nEF", "correct": False, "label": DiagnosticType.SETUP, "marked": ([0],)}
 KEY, ERROR, ALL, NONE = [3, 4], [0, 1], list(range(TOKENS)), []
-
-
-@dataclass(frozen=True)
-class Response:
-    """One row of a routed table: the loss's gradient and the parts of the closed forms."""
-
-    gradient: torch.Tensor  # (tokens, vocab)
-    routed: list[int]
-    p: torch.Tensor  # (tokens, vocab)
-    q: torch.Tensor  # (tokens, vocab)
-    onehot: torch.Tensor  # (tokens, vocab)
-    advantage: float
-
-    @property
-    def grpo(self) -> torch.Tensor:
-        return -self.advantage * (self.onehot - self.p)
-
-    @property
-    def forward_kl(self) -> torch.Tensor:
-        return self.p - self.q
-
-    @property
-    def reverse_kl(self) -> torch.Tensor:
-        return pull(self.p, self.q)
-
-    @property
-    def jsd(self) -> torch.Tensor:
-        return pull(self.p, (self.p + self.q) / 2) / 2
-
-
-def pull(p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The gradient of KL(p‖target) in p's logits, with the target constant."""
-    log_ratio = (p / target).log()
-    return p * (log_ratio - (p * log_ratio).sum(-1, keepdim=True))
 
 
 @pytest.fixture(name="step_of")
@@ -70,34 +27,6 @@ def _step_of(example):
         return [gradients_of(row, config, step) for row in rows]
 
     return step_of
-
-
-def gradients_of(row: dict, config: TrainConfig, step: int) -> Response:
-    generator = torch.Generator().manual_seed(int(row["rollout_id"][1:]))
-    logits = torch.randn(TOKENS, VOCAB, generator=generator, dtype=torch.float64)
-    taught = logits + torch.randn(TOKENS, VOCAB, generator=generator, dtype=torch.float64)
-    ids = torch.randint(VOCAB, (TOKENS,), generator=generator)
-    one, route = torch.ones(TOKENS, dtype=torch.float64), torch.tensor(row["route"])
-    log_p = torch.log_softmax(logits, -1)
-    inputs = LossInputs(
-        token_ids=ids,
-        old_logprobs=log_p.gather(1, ids[:, None]).squeeze(1),
-        advantage=row["advantage"] * one,
-        weight=one,
-        temperature=one,
-        route=route.to(torch.uint8),
-    )
-    lam = kl_weight(step, config.schedule)
-    fade = grpo_weight(lam, config.schedule)
-    head = Head(torch.eye(VOCAB, dtype=torch.float64))
-    teacher = (taught[route != 0], head) if lam > 0 else (None, None)
-    variable = logits.requires_grad_()
-    loss = routed_loss(variable, head, inputs, config.loss, lam, fade, *teacher).loss
-    (gradient,) = torch.autograd.grad(loss, variable)
-    onehot = torch.nn.functional.one_hot(ids, VOCAB).double()
-    routed = torch.nonzero(route).squeeze(1).tolist()
-    q = torch.softmax(taught, -1)
-    return Response(gradient, routed, log_p.detach().exp(), q, onehot, row["advantage"])
 
 
 def assert_split(response: Response, inside: torch.Tensor, outside: torch.Tensor) -> None:
@@ -144,7 +73,7 @@ def test_self_distillation_mixes_its_kl_with_grpo_along_the_schedule(step_of, pr
         ("sdpo", ALL, ALL),
         ("srpo", NONE, ALL),
         ("rlsd", ALL, ALL),
-        ("opsd", ALL, ALL),
+        ("opsd-v1", ALL, ALL),
     ],
 )
 def test_the_tokens_that_a_preset_routes(step_of, preset, right, wrong):
@@ -159,8 +88,8 @@ def test_sdpo_is_jsd_on_every_token_without_grpo_at_any_step(step_of, step):
 
 
 @pytest.mark.parametrize("step", [0, 40, 100_000])
-def test_opsd_is_p_minus_q_on_every_token_without_grpo_at_any_step(step_of, step):
-    for response in step_of("opsd", step):
+def test_the_first_opsd_is_p_minus_q_on_every_token_without_grpo_at_any_step(step_of, step):
+    for response in step_of("opsd-v1", step):
         assert response.advantage != 0
         assert_close(response.gradient, response.p - response.q)
 

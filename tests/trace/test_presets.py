@@ -36,10 +36,12 @@ def every_token(route: Route) -> list[int]:
 PLAIN = every_token(Route.GRPO)
 
 
-def test_the_list_holds_every_baseline_of_the_method():
+def test_the_list_holds_the_paper_its_baselines_and_the_methods_since():
     assert set(PRESETS) == {
-        "trace-fkl", "trace-rkl", "trace-both", "grpo", "all-token-fkl", "all-token-rkl",
-        "random-alpha", "inverted-alpha", "sdpo", "srpo", "rlsd", "opsd",
+        "trace-fkl", "trace-rkl", "trace-both", "steps-fkl", "steps-rkl", "grpo", "all-token-fkl",
+        "all-token-rkl", "random-alpha", "inverted-alpha", "sdpo", "sdpo-top100", "srpo",
+        "srpo-top100", "rlsd", "opsd", "opsd-v1", "foreign-solution", "pw-opsd", "tip", "ta-opd",
+        "sdpg", "ssopd", "rosd", "antisd", "rlrt", "rlcsd", "dasd", "egrsd", "amr-sd", "credit",
     }  # fmt: skip
 
 
@@ -118,7 +120,7 @@ def test_opsd_routes_every_token_to_a_teacher_that_reads_the_solution(example):
     assert [row["teacher_context"] for row in found] == ["solution g"] * 2
 
 
-@pytest.mark.parametrize("preset", ["rlsd", "opsd"])
+@pytest.mark.parametrize("preset", ["rlsd", "opsd", "opsd-v1", "pw-opsd", "dasd", "egrsd"])
 def test_without_a_solution_such_presets_are_grpo(example, preset):
     made = example(RIGHT, WRONG).with_problems(solution=None)
     assert [row["route"] for row in made.routed(routing(preset))] == [PLAIN] * 2
@@ -136,6 +138,13 @@ STEPS = ["online.steps=1"]
         ("srpo", True, "ema", True),
         ("rlsd", True, "periodic", False),
         ("opsd", False, "frozen", True),
+        ("opsd-v1", False, "frozen", True),
+        ("rosd", False, "frozen", True),
+        ("tip", False, "frozen", True),
+        ("antisd", True, "periodic", True),
+        ("ssopd", True, "frozen", True),
+        ("rlcsd", True, "periodic", True),
+        ("amr-sd", True, "periodic", False),
     ],
 )
 def test_objective_teacher_and_schedule_are_the_presets(preset, grpo, sync, constant):

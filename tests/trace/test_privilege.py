@@ -177,17 +177,25 @@ def read_by_models() -> Iterator[list[list[int]]]:
 # --- the paths from annotations to models ---
 
 
-def offline(annotations: pa.Table, folder: Path) -> list[list[int]]:
+def offline(
+    annotations: pa.Table, folder: Path, routing: RoutingConfig = ROUTING
+) -> list[list[int]]:
     known = tables()
     policy = fresh_policy()
     pieces = byte_table(policy.tokenizer)
     routed = routed_table(
-        known.problems, known.rollouts, known.verdicts, annotations, pieces, ROUTING
+        known.problems, known.rollouts, known.verdicts, annotations, pieces, routing
     )
     config = TrainConfig(prompt=PROMPT, offline=OfflineConfig(steps=2))
     with read_by_models() as read:
         assert len(list(Trainer(policy, config).run(lambda _: routed, None))) == 2
     return read
+
+
+def contrast(annotations: pa.Table, folder: Path) -> list[list[int]]:
+    """The type's teacher against one that reads a solution."""
+    routing = {"key": "reweight", "error": "reweight", "contrast_context": "solution"}
+    return offline(annotations, folder, RoutingConfig(**routing))
 
 
 class PlantedAnnotator:
@@ -255,7 +263,7 @@ def stages(annotations: pa.Table, folder: Path) -> list[list[int]]:
     return read
 
 
-PATHS = {"offline": offline, "online": online, "stages": stages}
+PATHS = {"offline": offline, "contrast": contrast, "online": online, "stages": stages}
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +275,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-@pytest.mark.parametrize("path", ["offline", "online"])
+@pytest.mark.parametrize("path", ["offline", "contrast", "online"])
 def test_no_model_reads_what_an_annotator_writes(path, plant, plain, tmp_path):
     assert PATHS[path](tables().planted(plant), tmp_path) == plain[path]
 
@@ -319,14 +327,17 @@ def test_the_words_of_a_label_are_all_that_a_diagnosis_adds(label):
 
 @cache
 def four_rollouts() -> tuple[pa.Table, pa.Table, pa.Table]:
-    """The rollouts, their verdicts and annotations, each twice: a peer of either kind for all."""
+    """The rollouts, their verdicts and annotations, each twice: a peer of either kind for all.
+
+    All annotations have a reflection.
+    """
     known = tables()
     twice = []
     for table in (known.rollouts, known.verdicts, known.annotations):
         rows = table.to_pylist()
         more = [row | {"rollout_id": row["rollout_id"] + "b"} for row in rows]
         if "spans" in table.column_names:
-            rows, more = ([row | {"reflection": "look again"} for row in x] for x in (rows, more))
+            rows, more = ([r | {"reflection": "1+1"} for r in one] for one in (rows, more))
         if "sample_index" in table.column_names:
             more = [row | {"sample_index": row["sample_index"] + 2} for row in more]
         twice.append([*rows, *more])

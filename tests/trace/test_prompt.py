@@ -18,6 +18,7 @@ from trace_opd.trace.prompt import (
     student_prompt,
     teacher_chat,
     teacher_messages,
+    teacher_turn,
 )
 
 CONFIG = PromptConfig(
@@ -127,6 +128,54 @@ def test_the_thinking_mode_is_handed_to_the_chat_template_only_if_set(tokenizer)
         for mode in (True, False, None)
     }
     assert endings == {True: "T", False: "F", None: ">"}
+
+
+# How the assistant's turn begins; the first is the end of Qwen3's template.
+TURNS = {
+    "the model opens the block": (
+        "{% if enable_thinking is defined and enable_thinking is false %}"
+        "<think>\n\n</think>\n\n{% endif %}"
+    ),
+    "the prompt opens the block": (
+        "<think>{% if enable_thinking is defined and enable_thinking is false %}"
+        "</think>{% else %}\n{% endif %}"
+    ),
+    "the prompt always opens the block": "<think>\n",
+    "no thinking": "",
+}
+
+
+@pytest.mark.parametrize(
+    ("turn", "student", "teacher", "expected"),
+    [
+        # The teacher's first token would be <think>, the response's is none.
+        ("the model opens the block", False, True, (True, False)),
+        ("the model opens the block", None, False, (False, False)),
+        ("the model opens the block", None, True, (True, True)),
+        ("the model opens the block", True, "same", (True, True)),
+        ("the model opens the block", False, "same", (False, True)),
+        # Closed as in the student's prompt.
+        ("the prompt opens the block", False, True, (False, True)),
+        ("the prompt opens the block", False, None, (False, True)),
+        ("the prompt opens the block", True, None, (None, True)),
+        # The response is a thought, and the teacher's prompt leaves none open.
+        ("the prompt opens the block", True, False, (False, False)),
+        ("the prompt always opens the block", False, True, (True, True)),
+        ("no thinking", False, True, (True, True)),
+    ],
+)
+def test_the_teachers_turn_begins_where_the_response_does(turn, student, teacher, expected):
+    tokenizer = load_tokenizer(resolve_policy("micro"))
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}<|assistant|>"
+        + TURNS[turn]
+    )
+    config = PromptConfig(thinking=student, teacher_thinking=teacher)
+    assert teacher_turn(tokenizer, config) == expected
+
+
+def test_an_empty_context_is_the_students_conversation():
+    assert teacher_chat(CONFIG, "2+2", "counting", "") == student_messages(CONFIG, "2+2")
 
 
 def test_a_tokenizer_without_a_chat_template_is_an_input_error():

@@ -29,11 +29,15 @@ from trace_opd.tests.kill.harness import Launcher
 from trace_opd.tests.ranks.torchrun import forked
 from trace_opd.trace.align import byte_table
 from trace_opd.trace.batches import rank_batches, shares
+from trace_opd.trace.identity import TRAINER_FILE
 from trace_opd.trace.policy import load_policy
 from trace_opd.trace.routed import routed_table
 from trace_opd.trace.sequences import training_sequences
 
-PROMPT = PromptConfig(student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE)
+PROMPT = PromptConfig(
+    student=STUDENT_TEMPLATE, teacher=TEACHER_TEMPLATE, privileged="{problem}\n{context}"
+)
+CONTRAST = "contrast"
 LONG = PromptConfig(student=STUDENT_TEMPLATE, teacher="\n".join(8 * [TEACHER_TEMPLATE]))
 # Trains each given run to its last step, from the newest checkpoint if there is one, and leaves a
 # checkpoint.
@@ -48,11 +52,11 @@ from trace_opd.trace.policy import load_policy
 from trace_opd.trace.ranks import join_ranks
 from trace_opd.trace.trainer import Trainer
 
-table, policy, runs = sys.argv[1:]
+policy, runs = sys.argv[1:]
 torch.set_num_threads(1)
 ranks = join_ranks("cpu")
-routed = pq.read_table(table)
-for folder, config, until in json.loads(runs):
+for table, folder, config, until in json.loads(runs):
+    routed = pq.read_table(table)
     folder, config = Path(folder), TrainConfig.model_validate(config)
     precision = config.policy.precision
     loaded = load_policy(policy, "cpu", precision, trainable=True, lora=config.lora)
@@ -136,6 +140,19 @@ CASES = {
     "lora": {"lora": {"rank": 4}},
     # The teacher has several passes within one of the student's.
     "long contexts": {"prompt": LONG.model_dump(), "micro_batch_tokens": 250},
+    # With routes and contexts of its own: see `routed`. It has more passes than the teacher alone.
+    CONTRAST: {
+        "micro_batch_tokens": 250,
+        "schedule": {"start_step": 1, "hold_steps": 3},
+        "teacher": {"temperature": 1.3},
+        "loss": {
+            "reweight": "bounded",
+            "gates": [
+                {"of": "teacher_entropy", "shape": "below", "quantile": 0.7, "floor": 0.2},
+                {"of": "student_entropy", "shape": "rising", "quantile": 0.5},
+            ],
+        },
+    },
 }
 PLAIN, LORA = CASES["plain"], CASES["lora"]
 BFLOAT16 = {"policy": {"precision": "bfloat16"}}
@@ -155,8 +172,13 @@ def routed(tmp_path_factory) -> Path:
     annotations = annotator.annotate(problems, rollouts, verdicts)
     routing = RoutingConfig(key=Route.FKL, error=Route.RKL)
     path = tmp_path_factory.mktemp("routed") / "routed.parquet"
-    bytes_of = byte_table(policy.tokenizer)
-    pq.write_table(routed_table(problems, rollouts, verdicts, annotations, bytes_of, routing), path)
+    tables = (problems, rollouts, verdicts, annotations, byte_table(policy.tokenizer))
+    pq.write_table(routed_table(*tables, routing), path)
+    routing = RoutingConfig(
+        rule="all", key="reweight", error="reweight",
+        teacher_context="solution", contrast_context="wrong_peer", contrasts=2,
+    )  # fmt: skip
+    pq.write_table(routed_table(*tables, routing), path.with_stem(CONTRAST))
     return path
 
 
@@ -164,8 +186,14 @@ def train(forks: Launcher, ranks: int, routed: Path, *runs: tuple[Path, dict, in
     """Runs on `ranks` ranks, one after another in the same processes: folder, config, last step."""
     for folder, _, _ in runs:
         folder.mkdir(exist_ok=True)
-    plan = json.dumps([(str(folder), SETTINGS | config, until) for folder, config, until in runs])
-    launch(forks, ranks, PROGRAM, routed, resolve_policy("micro"), plan)
+    tables = {CONTRAST: routed.with_stem(CONTRAST)}
+    plan = json.dumps(
+        [
+            (str(tables.get(folder.name, routed)), str(folder), SETTINGS | config, until)
+            for folder, config, until in runs
+        ]
+    )
+    launch(forks, ranks, PROGRAM, resolve_policy("micro"), plan)
 
 
 def launch(forks: Launcher, ranks: int, text: str, *arguments: str | Path) -> None:
@@ -231,6 +259,12 @@ def test_two_ranks_split_a_group_here_and_have_unequal_rows_of_the_teacher(route
     pairs = list(zip(first, second, strict=True))
     assert any(min(len(one.taught), len(other.taught)) > 1 for one, other in pairs)
     assert any(len(one.taught) != len(other.taught) for one, other in pairs)
+    contrasted = training_sequences(pq.read_table(routed.with_stem(CONTRAST)), tokenizer, PROMPT)
+    first, second = (rank_batches(contrasted, rank, 2, 250, with_teacher=True) for rank in range(2))
+    pairs = list(zip(first, second, strict=True))
+    assert any(len(one.contrasts) != len(other.contrasts) for one, other in pairs)
+    assert any(one.contrast_passes > one.teacher_passes for one in first)
+    assert {len(s.contrast_prompt_ids) for s in contrasted} >= {0, 1, 2}
 
 
 @pytest.mark.slow
@@ -241,6 +275,15 @@ def test_two_ranks_give_the_metrics_and_weights_of_one(case, one, two):
             if isinstance(value, float) and not MEASURED.search(name):
                 assert together[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
     assert largest_difference(one / case, two / case) < 2e-6
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_limits_of_gates_from_all_tokens(one, two):
+    alone, together = (
+        json.loads((root / CONTRAST / "step-00003" / TRAINER_FILE).read_text())["state"]["limits"]
+        for root in (one, two)
+    )
+    assert together["thresholds"] == pytest.approx(alone["thresholds"], rel=1e-4)
 
 
 def resumed_copies(

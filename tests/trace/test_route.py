@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from trace_opd.schemas.configs import RoutingConfig
 from trace_opd.schemas.labels import Route, SpanKind
-from trace_opd.trace.route import Response, Routing, route_tokens
+from trace_opd.trace.route import Routing, route_tokens
+from trace_opd.trace.rule_inputs import Response
 
 # Twelve tokens in four segments of three; a quarter of them is one segment.
 SEGMENTS = np.repeat(np.arange(4), 3)

@@ -85,7 +85,7 @@ def _routed(
     marked = [one in {index for span in spans for index in span} for one in segment]
     span_id = [-1] * len(segment)
     if context and with_teacher:
-        span_id = _span_ids(row["rollout_id"], segment, spans, marked, config)
+        span_id = _span_ids(row, segment, spans, marked, config)
     action = config.key if row["correct"] else config.error
     route = [int(action) if rank >= 0 else int(Route.GRPO) for rank in span_id]
     shown = config.teacher_context != "type" and any(route)
@@ -108,19 +108,37 @@ def _context(row: dict, rows: list[dict], config: RoutingConfig) -> str | None:
 
 
 def _span_ids(
-    rollout_id: str, segment: list[int], spans: list, marked: list[bool], config: RoutingConfig
+    row: dict, segment: list[int], spans: list, marked: list[bool], config: RoutingConfig
 ) -> list[int]:
     rule = config.rule.removeprefix(OWN)
     room = math.floor(config.alpha * len(segment) + 1e-9)
     span_id = [-1] * len(segment)
     if rule in ("random", "inverted"):
         free = [at for at, inside in enumerate(marked) if rule == "random" or not inside]
-        draw = np.random.default_rng(list(rollout_id.encode()))
+        draw = np.random.default_rng(list(row["rollout_id"].encode()))
         for at in draw.choice(np.array(free, int), min(room, len(free)), replace=False).tolist():
             span_id[at] = 0
         return span_id
     if rule == "all":
         return [0] * len(segment)
+    if rule in ("prefix", "surprise"):
+        order = range(len(segment))
+        if rule == "surprise":
+            order = sorted(order, key=lambda at: row["logprobs"][at])
+        for at in list(order)[:room]:
+            span_id[at] = 0
+        return span_id
+    if rule in ("first_span", "from_first_span"):
+        first = min((one for one in set(segment) for span in spans if one in span), default=None)
+        if first is None:
+            return span_id
+        begin = segment.index(first)
+        rank = next(rank for rank, span in enumerate(spans) if first in span)
+        if rule == "from_first_span":
+            return [-1] * begin + [rank] * (len(segment) - begin)
+        for at in [i for i, own in enumerate(segment) if own == first][:room]:
+            span_id[at] = rank
+        return span_id
     kept, full = 0, False
     for rank, index in ((rank, index) for rank, span in enumerate(spans) for index in span):
         at = [i for i, own in enumerate(segment) if own == index and span_id[i] < 0]
@@ -165,7 +183,7 @@ def table_of(kind: str) -> ByteTable:
 
 KINDS = ["byte level", "byte fallback", "characters"]
 # Under this name a rule counts as the user's own: it sees one response at a time.
-OWN = "trace_opd.trace.route:"
+OWN = "trace_opd.trace.rules:"
 
 
 @st.composite
@@ -246,9 +264,13 @@ def rows(draw: st.DrawFn, table: ByteTable, index: int) -> tuple[dict, dict, dic
     return rollout, verdict, annotation
 
 
+RULES_DRAWN = [
+    "spans", "spans", "all", "random", "inverted", "first_span", "from_first_span", "prefix",
+    "surprise", f"{OWN}spans", f"{OWN}from_first_span", f"{OWN}surprise",
+]  # fmt: skip
 configs = st.builds(
     RoutingConfig,
-    rule=st.sampled_from(["spans", "spans", "all", "random", "inverted", f"{OWN}spans"]),
+    rule=st.sampled_from(RULES_DRAWN),
     alpha=st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 1.0]),
     key=st.sampled_from(list(Route)),
     error=st.sampled_from(list(Route)),

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from trace_opd.schemas.configs import ScheduleConfig
-from trace_opd.trace.schedule import grpo_weight, kl_weight
+from trace_opd.trace.schedule import grpo_weight, kl_weight, teaches_from
 
 PAPER = ScheduleConfig()  # w0 = 0.5 for 10 steps, then linear to 0 over 30
 
@@ -55,3 +55,29 @@ def test_with_w0_of_0_grpo_weighs_routed_tokens_fully():
 @pytest.mark.parametrize("kl", [0.5, 0.25, 0.0])
 def test_kept_grpo_and_the_kl_add_up(kl):
     assert grpo_weight(kl, ScheduleConfig(grpo="keep")) == 1.0
+
+
+def test_the_schedule_begins_at_the_start_step():
+    later = ScheduleConfig(start_step=7)
+    assert [kl_weight(step, later) for step in range(7)] == [0.0] * 7
+    assert [kl_weight(step + 7, later) for step in range(50)] == [
+        kl_weight(step, PAPER) for step in range(50)
+    ]
+    assert grpo_weight(0.0, later) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("config", "last"),
+    [
+        (ScheduleConfig(start_step=5, hold_steps=2, decay_steps=3), 9),
+        (ScheduleConfig(hold_steps=2, decay_steps=0), 1),
+        (ScheduleConfig(start_step=5, hold_steps=0, decay_steps=0), -1),
+        (ScheduleConfig(start_step=5, w0=0.0), -1),
+        (ScheduleConfig(start_step=5, decay_steps=None), 99),
+    ],
+)
+def test_a_teacher_is_kept_until_no_later_step_has_a_weight(config, last):
+    weighted = [kl_weight(step, config) > 0 for step in range(100)]
+    kept = [teaches_from(step, config) for step in range(100)]
+    assert kept == [any(weighted[step:]) for step in range(100)]
+    assert kept == [step <= last for step in range(100)]

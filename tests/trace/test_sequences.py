@@ -1,5 +1,7 @@
 """Routed tables to sequences, and logits at response tokens."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -7,7 +9,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from trace_opd.pipelines.models import resolve_policy
-from trace_opd.schemas.configs import PromptConfig
+from trace_opd.schemas.configs import GateConfig, LossConfig, PromptConfig
 from trace_opd.schemas.labels import DiagnosticType
 from trace_opd.schemas.tables import ROUTED
 from trace_opd.trace.packing import response_logits
@@ -151,3 +153,59 @@ def test_a_models_final_softcap_is_applied():
     got = response_logits(model, [[1, 2]], [response], [np.arange(3)])
     assert got.abs().max() <= 0.05
     torch.testing.assert_close(got, naive_logits(model, [1, 2], response))
+
+
+# --- the teacher's prompts beyond TRACE's ---
+
+
+def contrasted(row: dict, texts: list[str] | None) -> dict:
+    return row | {"contrast_contexts": texts}
+
+
+def test_a_rows_contrasts_are_prompts_of_their_texts(policy):
+    asked = PromptConfig(privileged="{problem} {context}")
+    rows = table(
+        contrasted(routed_row("a", [0, 4, 1], "counting"), ["3", ""]),
+        contrasted(routed_row("b", [0, 0, 0], None), None),
+    )
+    first, second = training_sequences(rows, policy.tokenizer, asked)
+    shown = render_chat(policy.tokenizer, [{"role": "user", "content": "1+2 3"}])
+    assert first.contrast_prompt_ids == (shown, [5, 6])  # none: the student's own ids
+    assert first.contrast_positions.tolist() == [1]
+    assert (first.contrast_end, first.routed_end) == (2, 3)
+    assert (second.contrast_prompt_ids, second.contrast_end) == ((), 0)
+    (without, _) = training_sequences(rows, policy.tokenizer, asked, with_teacher=False)
+    assert without.contrast_prompt_ids == ()
+
+
+def test_no_context_is_rendered_anew_if_the_teacher_alone_thinks(policy):
+    tokenizer = load_policy(resolve_policy("micro"), "cpu").tokenizer
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}{% if enable_thinking %}={% endif %}"
+    row = routed_row("a", [1, 1, 0], "counting") | {"teacher_context": ""}
+    config = PromptConfig(thinking=False, teacher_thinking=True)
+    (sequence,) = training_sequences(table(row), tokenizer, config)
+    assert tokenizer.decode(sequence.teacher_prompt_ids) == "1+2="
+    # The turns begin differently, so the first token is GRPO's; the table keeps its own.
+    assert sequence.route.tolist() == [0, 1, 0]
+    (same,) = training_sequences(table(row), tokenizer, PromptConfig(thinking=False))
+    assert (same.teacher_prompt_ids, same.route.tolist()) == ([5, 6], [1, 1, 0])
+
+
+def test_inputs_that_only_some_configs_need_are_made_for_them_alone(policy):
+    rows = training_sequences(
+        table(routed_row("a", [0, 1], "counting"), routed_row("b", [1, 1, 1, 0], "counting")),
+        policy.tokenizer,
+        PROMPT,
+    )
+    rows[1] = replace(rows[1], correct=False)
+    cpu = torch.device("cpu")
+    plain = loss_inputs(rows, [1.0, 1.0], cpu, LossConfig())
+    assert (plain.position, plain.kl_scale, plain.sequence, plain.contrast_logprobs) == (None,) * 4
+    gate = GateConfig(of="position", shape="below", at=0.5)
+    asked = LossConfig(gates=[gate], key_weight=2.0, error_weight=-1.0, policy="gspo")
+    made = loss_inputs(rows, [1.0, 1.0], cpu, asked)
+    assert made.position.tolist() == [0.25, 0.75, 0.125, 0.375, 0.625, 0.875]
+    assert made.kl_scale.tolist() == [2, 2, -1, -1, -1, -1]
+    assert made.sequence.tolist() == [0, 0, 1, 1, 1, 1]
+    assert (made.position.dtype, made.kl_scale.dtype) == (torch.float32, torch.float32)
+    assert made.sequence.dtype == torch.int64

@@ -578,8 +578,9 @@ def test_a_steps_metrics_by_hand():
         fkl_tokens=2, fkl_kl=0.5, rkl_tokens=1, rkl_kl=0.25, kl_clipped=1,
     )  # fmt: skip
     assert step_metrics(made_up, sums, 0.7) == {
-        "reward": 0.75, "pass_rate": 0.75, "groups_without_signal": 0.5, "response_tokens": 2.5,
-        "truncated": 0.25, "coverage_fkl": 0.2, "coverage_rkl": 0.1, "entropy": 0.5,
+        "reward": 0.75, "pass_rate": 0.75, "pass_rate_se": 0.25, "groups_without_signal": 0.5,
+        "response_tokens": 2.5, "truncated": 0.25, "looping": 0.0, "coverage_fkl": 0.2,
+        "coverage_rkl": 0.1, "entropy": 0.5,
         "ratio_clipped": 0.2, "sampler_drift": 0.1, "sampler_drift_max": 0.7, "sampler_kl": 0.05,
         "tokens": 10.0, "kl_fkl": 0.25, "sequences": 4.0, "kl_rkl": 0.25,
         "kl_clipped": pytest.approx(1 / 3),
@@ -589,7 +590,7 @@ def test_a_steps_metrics_by_hand():
 def test_a_step_that_trains_no_token_has_no_means_over_tokens():
     """Groups without signal are left out, or all responses are empty: no data, and not 0."""
     overall = {"sequences", "reward", "pass_rate", "groups_without_signal", "response_tokens"}
-    overall |= {"truncated", "tokens"}
+    overall |= {"truncated", "looping", "tokens"}
     base = sequences()[0]
     left_out = step_metrics([base], Counter(), 0.0, with_reference=True)
     assert left_out.keys() == overall | {"coverage_fkl", "coverage_rkl"}

@@ -18,13 +18,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trace_opd.schemas.configs import LossConfig
+from trace_opd.schemas.configs import GateConfig, LossConfig
 from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.labels import KlClip, Route
+from trace_opd.schemas.labels import KlClip, Route, Signal
 from trace_opd.tests.trace.twin import gradients, made_case, ours
 from trace_opd.trace import fused_kernels, fused_triton, losses
 from trace_opd.trace.fused_call import Call
-from trace_opd.trace.losses import Head, LossInputs
+from trace_opd.trace.losses import Head, LossInputs, Scores
 
 TERMS = fused_kernels.TERMS.values()
 PROGRAMS = Path(__file__).parent / "triton"
@@ -42,7 +42,7 @@ def printed(program: str, *arguments: str) -> list[dict]:
 
 @pytest.mark.slow
 def test_random_cases_equal_float64_and_the_pytorch_path():
-    (found,) = printed("cases.py", "--cases", "36")
+    (found,) = printed("cases.py", "--cases", "48")
     covered = found["covered"]
     assert covered["routes"] == sorted(route.label for route in Route)
     assert covered["kl_clip"] == sorted(clip.value for clip in KlClip)
@@ -50,7 +50,13 @@ def test_random_cases_equal_float64_and_the_pytorch_path():
     assert len(covered["temperature"]) == 3
     assert len(covered["masked"]) == 4
     assert covered["states"] == ["torch.bfloat16", "torch.float32", "torch.float64"]
-    assert covered["options"] == ["entropy_beta", "reference_kl", "truncated_importance"]
+    assert covered["options"] == [
+        "contrast", "entropy_beta", "importance_clip", "limits", "reference_kl", "scores",
+        "teacher_temperature", "truncated_importance",
+    ]  # fmt: skip
+    assert covered["gates"] == sorted(signal.value for signal in Signal)
+    assert covered["policy"] == ["cispo", "grpo", "gspo", "sapo"]
+    assert covered["reweight"] == ["bounded", "inverse", "one_sided", "ratio"]
     for axis in ("bias", "fp32_logits", "without a teacher"):
         assert covered[axis] == ["False", "True"]
 
@@ -60,7 +66,10 @@ def test_every_kernel_compiles_for_gpus_without_spills():
     kernels = printed("compile.py", "--quick")
     names = Counter((kernel["kernel"], kernel["sm"]) for kernel in kernels)
     # Two types of logits; statistics of the student's rows and of the teacher's.
-    expected = {"statistics": 4, "gradient": 2, **{f"gradient{term.__name__}": 2 for term in TERMS}}
+    expected = {"statistics": 10, "statistics of the rest": 2, "gradient": 8}
+    for term in TERMS:
+        for stage in ("", " divergence", " slopes"):
+            expected[f"gradient{term.__name__}{stage}"] = 2
     assert names == {(name, sm): n for name, n in expected.items() for sm in (80, 90)}
     for kernel in kernels:
         assert kernel["spilled_bytes"] == 0, kernel
@@ -94,7 +103,13 @@ class Launches(TorchDispatchMode):
         return lambda *args, **kwargs: self.counts.update(["kernel"])
 
 
-def launches(routes: list[int], rows: int, monkeypatch) -> Launches:
+def launches(
+    routes: list[int],
+    rows: int,
+    monkeypatch,
+    config: LossConfig = LossConfig(),  # noqa: B008 - frozen
+    k: int | None = None,
+) -> Launches:
     """Of the forward and backward pass on tensors without data, which fail where one is asked."""
     tokens, vocab, width = len(routes), 512, 64
     counted = Launches()
@@ -102,7 +117,7 @@ def launches(routes: list[int], rows: int, monkeypatch) -> Launches:
         monkeypatch.setattr(fused_triton, kernel, counted)
     monkeypatch.setattr(fused_triton, "BUFFER_BYTES", rows * vocab * 2)
     host = np.array(routes, np.uint8)
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
 
         def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(*shape, dtype=dtype)
@@ -120,8 +135,12 @@ def launches(routes: list[int], rows: int, monkeypatch) -> Launches:
         hidden = made(tokens, width, dtype=torch.bfloat16).requires_grad_()
         weight = made(vocab, width, dtype=torch.bfloat16).requires_grad_()
         teacher = made(vocab, width, dtype=torch.bfloat16)
-        call = Call(inputs, LossConfig(), 0.3, 0.4, Head(weight), Head(teacher))
-        taught = made(int((host != 0).sum()), width, dtype=torch.bfloat16)
+        routed = int((host != 0).sum())
+        if k is not None:
+            ids = made(routed, k, dtype=torch.int64)
+            inputs = replace(inputs, scores=Scores(ids, made(routed, k), made(routed)))
+        call = Call(inputs, config, 0.3, 0.4, Head(weight), Head(teacher))
+        taught = made(routed, width, dtype=torch.bfloat16)
         with counted:
             loss, *_ = fused_triton.TritonRoutedLoss.apply(hidden, weight, None, taught, call)
             loss.backward()
@@ -135,6 +154,31 @@ def test_a_chunk_has_few_launches_and_none_waits_for_the_device(monkeypatch):
     assert chunk["aten.addmm"] == 4  # logits of student and teacher, gradients of states and head
     assert chunk["kernel"] == 4  # statistics of both, gradients of the two routes
     assert chunk.total() <= 50
+
+
+def test_a_gate_of_the_divergence_takes_one_launch_more(monkeypatch):
+    routes = [0, int(Route.FKL), 0, 0] * 10
+    gates = [GateConfig(of=Signal.DIVERGENCE, shape="above", at=0.1)]
+    one, two = (
+        launches(routes, rows, monkeypatch, LossConfig(gates=gates)).counts for rows in (100, 40)
+    )
+    chunk = two - one
+    assert chunk["aten.addmm"] == 4
+    assert chunk["kernel"] == 5
+    # A gate of anything else takes none.
+    gates = [GateConfig(of=Signal.TEACHER_ENTROPY, shape="above", at=0.1)]
+    one, two = (
+        launches(routes, rows, monkeypatch, LossConfig(gates=gates)).counts for rows in (100, 40)
+    )
+    assert (two - one)["kernel"] == 4
+
+
+def test_scores_take_no_product_of_a_teacher(monkeypatch):
+    routes = [0, int(Route.FKL), 0, 0] * 10
+    one, two = (launches(routes, rows, monkeypatch, k=8).counts for rows in (100, 21))
+    chunk = two - one
+    assert chunk["aten.addmm"] == 3
+    assert chunk["kernel"] == 4  # statistics twice, gradients of the two routes
 
 
 def test_a_token_without_a_teacher_costs_three_products_and_two_kernels(monkeypatch):

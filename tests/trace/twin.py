@@ -4,25 +4,32 @@ The reference of both implementations of the loss: test_fused.py and triton/case
 with it in float64.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
-from trace_opd.schemas.configs import LossConfig
-from trace_opd.schemas.labels import KlClip, Route
+from trace_opd.schemas.configs import GateConfig, LossConfig
+from trace_opd.schemas.labels import KlClip, Route, Signal
 from trace_opd.trace.fused import routed_loss
-from trace_opd.trace.losses import FLOOR, Head, LossInputs, LossOutput
+from trace_opd.trace.gates import Limits
+from trace_opd.trace.losses import FLOOR, Head, LossInputs, LossOutput, Scores
 
 
 @dataclass(frozen=True)
 class Case:
-    """A micro-batch and two heads; teacher_hidden has one row per routed token, in order."""
+    """A micro-batch and two heads; teacher_hidden has one row per routed token, in order.
+
+    teacher_temperature, limits: arguments of `routed_loss`.
+    """
 
     hidden: torch.Tensor
     head: Head
     inputs: LossInputs
     teacher_hidden: torch.Tensor
     teacher_head: Head
+    teacher_temperature: float | None = None
+    limits: Limits | None = None
 
     def to(
         self, states: torch.dtype, device: str = "cpu", weights: torch.dtype | None = None
@@ -44,12 +51,17 @@ class Case:
         inputs = {
             name: cast(x, wide) for name, x in vars(self.inputs).items() if torch.is_tensor(x)
         }
-        return Case(
-            cast(self.hidden, states),  # type: ignore[arg-type]
-            head(self.head),
-            replace(self.inputs, **inputs),  # type: ignore[arg-type]
-            cast(self.teacher_hidden, states),  # type: ignore[arg-type]
-            head(self.teacher_head),
+        scores = self.inputs.scores
+        if scores is not None:
+            named = {name: cast(x, wide) for name, x in vars(scores).items()}
+            inputs["scores"] = Scores(**named)  # type: ignore[arg-type,assignment]
+        return replace(
+            self,
+            hidden=cast(self.hidden, states),
+            head=head(self.head),
+            inputs=replace(self.inputs, **inputs),  # type: ignore[arg-type]
+            teacher_hidden=cast(self.teacher_hidden, states),
+            teacher_head=head(self.teacher_head),
         )
 
     @property
@@ -135,46 +147,175 @@ def twin(case: Case, config: LossConfig, lam: float, fade: float) -> LossOutput:
     x = case.inputs
     student = shaped_log_softmax(case.hidden, case.head, x.temperature)
     routed = x.route != 0
-    teacher = iter(
-        shaped_log_softmax(case.teacher_hidden, case.teacher_head, x.temperature[routed])
-    )
-    rows = []
+    heat = x.temperature[routed]
+    if case.teacher_temperature is not None:
+        heat = torch.full_like(heat, case.teacher_temperature)
+    teacher = iter(shaped_log_softmax(case.teacher_hidden, case.teacher_head, heat))
+    sampled = floored(student.gather(1, x.token_ids[:, None]).squeeze(1)).detach()
+    rows, taught = [], -1
     for t, log_p in enumerate(student):
         route, kl, exact, kl_clipped = Route(int(x.route[t])), 0.0, 0.0, False
         logprob, advantage, share = floored(log_p[x.token_ids[t]]), x.advantage[t], 1.0
+        entropy, teacher_entropy, gate = entropy_of(log_p), 0.0, 0.0
         if route is not Route.GRPO:
-            log_q = next(teacher)
-            if lam > 0 and route is Route.REWEIGHT:
-                taught = floored(log_q[x.token_ids[t]])
-                log_evidence = torch.sign(advantage) * (taught - logprob.detach())
-                eps = config.reweight_clip
-                advantage = advantage * (1 - lam + lam * log_evidence.exp().clamp(1 - eps, 1 + eps))
-            elif lam > 0:
+            log_q, taught = next(teacher), taught + 1
+        if route is not Route.GRPO and lam > 0:
+            terms, factor = torch.zeros(()), 1.0
+            if route is Route.REWEIGHT:
+                taught_logprob, full = floored(log_q[x.token_ids[t]]), entropy_of(log_q)
+            if x.scores is not None:
+                one = Scores(*(column[taught] for column in vars(x.scores).values()))
+                log_p_k, log_q_k = scored_entries(log_p, one)
+                taught_logprob, full = floored(one.sampled), entropy_of(log_q_k)
+            elif route is not Route.REWEIGHT:
+                full = entropy_of(log_q)
+                log_p_k, log_q_k = support_entries(log_p, log_q, config.top_k)
+            if route is not Route.REWEIGHT:
                 share = fade
-                terms = divergence_terms(route, log_p, log_q, config.jsd_beta)
+                terms = divergence_terms(route, log_p_k, log_q_k, config.jsd_beta)
                 exact, kl_clipped = terms.sum(), clipped(terms, config) != terms.sum()
-                kl = torch.exp(-config.entropy_beta * entropy_of(log_q)) * clipped(terms, config)
-        ratio = torch.exp(logprob - x.old_logprobs[t])
-        if config.truncated_importance is None:
-            bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-            gain = torch.minimum(ratio * advantage, bounded * advantage)
-            binds = bounded * advantage < ratio * advantage
-        else:
-            importance = ratio.detach().clamp(max=config.truncated_importance)
-            gain = importance * advantage * torch.exp(logprob - logprob.detach())
-            binds = ratio > config.truncated_importance
+            if config.entropy_beta or any(g.of is Signal.TEACHER_ENTROPY for g in config.gates):
+                teacher_entropy = full.detach()
+            if x.kl_scale is not None:
+                factor = factor * x.kl_scale[t]
+            if config.gates:
+                read = {
+                    Signal.TEACHER_ENTROPY: float(full.detach()),
+                    Signal.STUDENT_ENTROPY: float(entropy.detach()),
+                    Signal.DIVERGENCE: float(torch.as_tensor(exact).detach()),
+                    Signal.POSITION: 0.0 if x.position is None else float(x.position[t]),
+                }
+                gate = math.prod(
+                    gate_of(gate, n, read, case.limits) for n, gate in enumerate(config.gates)
+                )
+                factor = factor * gate
+            if route is Route.REWEIGHT:
+                other = sampled[t] if x.contrast_logprobs is None else x.contrast_logprobs[t]
+                gap = taught_logprob - other
+                advantage = reweighted(advantage, gap, lam * factor, config)
+            else:
+                if config.importance_clip is not None:
+                    ratio = torch.exp(sampled[t] - x.old_logprobs[t])
+                    factor = factor * ratio.clamp(max=config.importance_clip)
+                factor = factor * torch.exp(-config.entropy_beta * full.detach())
+                kl = factor * clipped(terms, config)
+        gain, binds = policy_gain(case, config, t, logprob, advantage, sampled)
         loss = -share * gain * config.grpo + lam * kl
         to_base = torch.zeros(())
         if x.reference_logprobs is not None:
             log_r = x.reference_logprobs[t] - logprob
             to_base = log_r.exp() - log_r - 1
             loss = loss + config.reference_kl * to_base
-        entropy = entropy_of(log_p)
-        rows.append((x.weight[t] * loss, logprob, entropy, binds, exact, kl_clipped, to_base))
+        rows.append(
+            [
+                x.weight[t] * loss, logprob, entropy, teacher_entropy, gate, binds, exact,
+                kl_clipped, to_base,
+            ]
+        )  # fmt: skip
     loss, *statistics = (
-        torch.stack([torch.as_tensor(v).double() for v in c]) for c in zip(*rows, strict=True)
+        torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in c])
+        for c in zip(*rows, strict=True)
     )
     return LossOutput(loss.sum(), *(column.detach() for column in statistics))
+
+
+def policy_gain(
+    case: Case,
+    config: LossConfig,
+    t: int,
+    logprob: torch.Tensor,
+    advantage: torch.Tensor,
+    sampled: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What GRPO's term and its relatives maximise, and whether a bound binds."""
+    x = case.inputs
+    ratio = torch.exp(logprob - x.old_logprobs[t])
+    if config.policy == "gspo":
+        own = x.sequence == x.sequence[t]
+        mean = (sampled - x.old_logprobs)[own].mean()
+        ratio = torch.exp(mean) * torch.exp(logprob - logprob.detach())
+    if config.truncated_importance is not None:
+        importance = ratio.detach().clamp(max=config.truncated_importance)
+        gain = importance * advantage * torch.exp(logprob - logprob.detach())
+        return gain, ratio > config.truncated_importance
+    bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    if config.policy == "cispo":
+        return bounded.detach() * advantage * logprob, bounded != ratio
+    if config.policy == "sapo":
+        tau = config.sapo_tau_positive if advantage > 0 else config.sapo_tau_negative
+        return advantage * 4 / tau * torch.sigmoid(tau * (ratio - 1)), torch.tensor(False)
+    gain = torch.minimum(ratio * advantage, bounded * advantage)
+    return gain, bounded * advantage < ratio * advantage
+
+
+def reweighted(
+    advantage: torch.Tensor, gap: torch.Tensor, lam: torch.Tensor | float, config: LossConfig
+) -> torch.Tensor:
+    """The advantage of the action reweight; lam: λ times the token's factor."""
+    sign, eps, threshold = torch.sign(advantage), config.reweight_clip, config.reweight_threshold
+    if config.reweight in ("ratio", "inverse"):
+        turned = sign if config.reweight == "ratio" else -sign
+        evidence = torch.exp(turned * gap).clamp(1 - eps, 1 + eps)
+        return advantage * (1 - lam + lam * evidence)
+    if config.reweight == "one_sided":
+        evidence = (sign * gap.clamp(-eps, eps) - threshold).clamp(min=0)
+        return advantage * (1 + lam * evidence)
+    change = lam * torch.tanh(gap / config.reweight_scale)
+    if abs(float(change)) <= threshold:
+        return advantage
+    moved = advantage + change
+    return moved if moved * advantage > 0 else torch.zeros_like(advantage)
+
+
+def gate_of(
+    gate: GateConfig, index: int, read: dict[Signal, float], limits: Limits | None
+) -> float:
+    """One gate's factor of one token."""
+    at = gate.at if gate.at is not None else limits and limits.thresholds[index]
+    if at is None or (gate.of is Signal.IMPORTANCE and limits is None):
+        return 1.0
+    if gate.of is Signal.IMPORTANCE:
+        assert limits is not None
+        h = min(1.0, read[Signal.STUDENT_ENTROPY] / limits.entropy_max)
+        d = min(1.0, max(0.0, read[Signal.DIVERGENCE] / limits.divergence_max))
+        value = h + d - h * d
+    else:
+        value = read[gate.of]
+    if gate.shape == "signed":
+        return math.tanh((at - value) / gate.scale)
+    if gate.shape in ("rising", "falling"):
+        z = (value - at) / gate.scale if gate.shape == "rising" else (at - value) / gate.scale
+        return gate.floor + (1 - gate.floor) / (1 + math.exp(-z))
+    inside = value >= at if gate.shape == "above" else value <= at
+    return 1.0 if inside else gate.floor
+
+
+def support_entries(
+    log_p: torch.Tensor, log_q: torch.Tensor, k: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p and log q of the student's k likeliest tokens and of all others together."""
+    if k is None:
+        return log_p, log_q
+    inside = torch.zeros_like(log_p, dtype=torch.bool)
+    inside[log_p.topk(min(k, len(log_p))).indices] = True
+    return tuple(torch.cat((x[inside], log_sum(x[~inside]))) for x in (log_p, log_q))
+
+
+def scored_entries(log_p: torch.Tensor, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p and log q of a teacher's tokens and of all others together."""
+    real = scores.logprobs > -torch.inf
+    ids = scores.token_ids[real]
+    inside = torch.zeros_like(log_p, dtype=torch.bool)
+    inside[ids] = True
+    own_q = torch.cat((scores.logprobs[real], scores.tail[None]))
+    return torch.cat((log_p[ids], log_sum(log_p[~inside]))), own_q
+
+
+def log_sum(log_p: torch.Tensor) -> torch.Tensor:
+    """log Σ p, (1,), −∞ for nothing."""
+    if not len(log_p) or bool((log_p == -torch.inf).all()):
+        return torch.full((1,), -torch.inf, dtype=log_p.dtype)
+    return torch.logsumexp(log_p, 0, keepdim=True)
 
 
 def divergence_terms(
@@ -201,7 +342,8 @@ def clipped(terms: torch.Tensor, config: LossConfig) -> torch.Tensor:
 
 def ours(case: Case, config: LossConfig, lam: float, fade: float) -> LossOutput:
     taught = (case.teacher_hidden, case.teacher_head) if lam > 0 else (None, None)
-    return routed_loss(case.hidden, case.head, case.inputs, config, lam, fade, *taught)
+    inputs, options = case.inputs, (case.teacher_temperature, case.limits)
+    return routed_loss(case.hidden, case.head, inputs, config, lam, fade, *taught, *options)
 
 
 def gradients(case: Case, loss: torch.Tensor) -> dict[str, torch.Tensor]:

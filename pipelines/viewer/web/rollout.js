@@ -149,7 +149,7 @@ function spanList(spans) {
 }
 
 function onDemand(side) {
-  return [["annotator's answer", side.raw], ["why invalid", side.error]]
+  return [["corrective idea", side.reflection], ["annotator's answer", side.raw], ["why invalid", side.error]]
     .filter(([, text]) => text)
     .map(([name, text]) => el("details", {}, el("summary", {}, name), el("pre", {}, text)));
 }

@@ -441,7 +441,7 @@ def test_presets_is_a_line_for_each_with_the_columns_of_its_settings(run):
     by_name = {line.split()[0]: re.split(r" {2,}", line.strip()) for line in lines}
     paper = "TRACE, arXiv 2605.10194 (v2: STEPS)"
     assert by_name["trace-rkl"] == [
-        "trace-rkl", "annotated spans of wrong responses", "copy every 10 steps; type", "rkl",
+        "trace-rkl", "annotated spans of wrong responses", "periodic copy; type", "rkl",
         "the file's λ", paper,
     ]  # fmt: skip
     assert by_name["antisd"][3:] == [

@@ -29,7 +29,8 @@ from trace_opd.pipelines.compare.marks import (
 from trace_opd.schemas.configs import RoutingConfig
 from trace_opd.schemas.labels import SpanKind
 from trace_opd.schemas.tables import ANNOTATIONS
-from trace_opd.trace.route import Response, route_tokens
+from trace_opd.trace.route import route_tokens
+from trace_opd.trace.rule_inputs import Response
 
 BILLS = ("prompt_tokens", "completion_tokens", "cost_usd")
 

@@ -179,6 +179,43 @@ def test_with_adapters_there_is_no_copy_of_the_base(sync, teacher, tmp_path):
     assert "reduction" not in memory.phases  # embeddings and head are not trained
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 1}])
+def test_another_teacher_is_counted_by_its_own_shape(lora, tmp_path):
+    if lora:
+        pytest.importorskip("peft")
+    path = folder_of(tmp_path / "student")
+    other = folder_of(tmp_path / "teacher", hidden_size=128, num_hidden_layers=3)
+    shape, theirs = model_shape(path), model_shape(other)
+    teacher = {"sync": "frozen", "model": {"path": other}}
+    memory = low(path, lora=lora, teacher=teacher)
+    assert memory.held["teacher"] == 2 * theirs.parameters
+    ends = (2 * 300 + 1) * 128
+    loss, own = memory.phases["loss"], memory.phases["teacher"]
+    assert loss["gathered embeddings and head"] == 2 * (shape.ends + ends)
+    assert own["gathered embeddings and head"] == 2 * ends  # the student's are freed
+    assert own["gathered layers"] == 2 * theirs.layer
+    # Both are read on this machine's CPU, the student is placed first.
+    start = memory.phases["start"]["whole embeddings and head"]
+    read = 2 * theirs.parameters
+    student = (2 if lora else 4) * shape.ends + shape.stored_bytes * shape.parameters
+    assert start == max(student, read + 2 * ends)
+    assert (
+        low(path, schedule={"w0": 0.0}, teacher=teacher).held
+        == low(path, schedule={"w0": 0.0}).held
+    )
+    held = low(path, teacher=teacher).host["a checkpoint while it is written"]
+    assert held == 12 * shape.parameters
+
+
+def test_adapters_teach_with_the_shape_of_their_base(tmp_path):
+    path = folder_of(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": path}))
+    teacher = {"sync": "frozen", "model": {"path": str(adapter)}}
+    assert setting(train_config(path, teacher=teacher)).teacher == model_shape(path)
+
+
 def test_eight_bits_and_offloading_take_optimiser_states_away(tmp_path):
     path = folder_of(tmp_path)
     weights = model_shape(path).parameters
@@ -254,6 +291,19 @@ def test_seconds_follow_from_operations(tmp_path):
     checkpointed = config.model_copy(update={"gradient_checkpointing": True})
     more = predict_seconds(setting(checkpointed, None, 10, 90), 1e9, 1e9)["training"]
     assert more - expected == pytest.approx(740 * forward / 1e9)
+
+
+def test_a_contrast_costs_a_teachers_pass_for_each_of_its_texts(tmp_path):
+    routing = {"key": "reweight", "error": "reweight", "teacher_context": "peer"}
+    several = {"contrast_context": "wrong_peer", "contrasts": 3}
+
+    def seconds(**fields):
+        config = train_config(folder_of(tmp_path), online={"routing": routing | fields})
+        return predict_seconds(setting(config), 1e9, 1e9)
+
+    one = seconds()["teacher, while λ > 0"]
+    assert "contrast, while λ > 0" not in seconds()
+    assert seconds(**several)["contrast, while λ > 0"] == pytest.approx(3 * one)
 
 
 def test_online_steps_have_a_cache_and_decoding_reads_the_weights_once_per_token(tmp_path):

@@ -42,8 +42,9 @@ from trace_opd.schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.schemas.tables import ROUTED as ROUTED_TABLE
 from trace_opd.trace.align import ByteTable, byte_table
 from trace_opd.trace.policy import vocab_fingerprint
-from trace_opd.trace.route import Response, Routing, route_tokens
+from trace_opd.trace.route import Routing, route_tokens
 from trace_opd.trace.routed import routed_table
+from trace_opd.trace.rule_inputs import Response
 from trace_opd.trace.segment import segment
 
 PWNED = "document.title='pwned'"

@@ -1,5 +1,6 @@
 """Two annotators side by side, and `view`: what is compared, served, drawn and reached by keys."""
 
+import io
 import json
 import re
 import socket
@@ -18,8 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from trace_opd.data.store import Dataset, Store, content_hash
+from trace_opd.pipelines.cli.show import show_rollout
 from trace_opd.pipelines.terminal import visible
 from trace_opd.pipelines.viewer import report_page
 from trace_opd.pipelines.viewer.row_reader import RowReader
@@ -310,6 +313,44 @@ def test_rows_come_from_their_row_groups_in_the_order_asked_for(tmp_path):
     reader = RowReader(dataset, ["rollout_id"], keep_bytes=0)
     rows = reader.rows([5, 0, -1, 3, 4])
     assert [row and row["rollout_id"] for row in rows] == [IDS[5], IDS[0], None, IDS[3], IDS[4]]
+
+
+def test_an_optional_column_is_read_from_the_parts_that_have_it(tmp_path):
+    store = Store(tmp_path)
+    draft = store.begin("verify", {}, {}, VERDICTS)
+    rows = [verdict(i) for i in range(4)]
+    draft.write_part(0, VERDICTS.table(rows[:2]))
+    draft.write_part(1, VERDICTS.table(row | {"feedback": "near"} for row in rows[2:]))
+    reader = RowReader(draft.finish(2), ["rollout_id", "feedback"])
+    assert reader.rows([0, 3]) == [
+        {"rollout_id": IDS[0]},
+        {"rollout_id": IDS[3], "feedback": "near"},
+    ]
+
+
+def test_a_corrective_idea_is_shown_beside_its_response_and_its_markup_is_not_run(tmp_path):
+    pair = make_pair(tmp_path)
+    inputs = {"verdicts": pair.a.input("verdicts")}
+    draft = pair.store.begin("annotate", {"n": 3}, inputs, ANNOTATIONS)
+    idea = "Count <script>the</script> boxes.\u202e"
+    for part in range(pair.a.parts):
+        rows = pair.a.read_part(part).to_pylist()
+        for row in rows:
+            row["reflection"] = None if row["correct"] else idea
+        draft.write_part(part, ANNOTATIONS.table(rows))
+    dataset = draft.finish(pair.a.parts)
+    page = report_page.run(ReportConfig(dataset=dataset.ref), pair.store).read_text("utf-8")
+    ideas = {row["id"]: row["reflection"] for row in page_data(page)["rollouts"]}
+    assert ideas[IDS[0]] is None
+    assert ideas[IDS[1]] == "Count <script>the</script> boxes.⟨U+202E⟩"
+    assert "<script>the" not in page
+    both = ReportConfig(dataset=pair.a.ref, against=dataset.ref)
+    data = page_data(report_page.run(both, pair.store).read_text("utf-8"))
+    sides = {row["id"]: row["sides"] for row in data["rollouts"]}[IDS[1]]
+    assert [side["reflection"] for side in sides] == [None, ideas[IDS[1]]]
+    out = io.StringIO()
+    show_rollout(IDS[1], pair.store, Console(file=out, width=100))
+    assert "Count <script>the</script> boxes." in out.getvalue()
 
 
 # --- over HTTP -----------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ import torch  # noqa: E402
 from trace_opd.schemas.configs import LossConfig  # noqa: E402
 from trace_opd.schemas.labels import KlClip, Route  # noqa: E402
 from trace_opd.tests.trace.twin import Case, gradients, made_case, ours, twin  # noqa: E402
+from trace_opd.tests.trace.twin_options import drawn_options, valid, with_options  # noqa: E402
 from trace_opd.trace import fused_triton  # noqa: E402
 from trace_opd.trace.losses import LossOutput  # noqa: E402
 
@@ -43,9 +44,10 @@ LAYOUTS = (
 MASKS = ((0.0, 0.0), (0.0, 0.0), (0.4, 0.0), (0.0, 0.4), (0.3, 0.5))
 
 
-def drawn(index: int, device: str) -> tuple[dict, dict, dict]:
-    """A case's shape, its loss, and how it is computed. The first axes take turns, so that few
-    cases cover each of their values; the rest is random.
+def drawn(index: int, device: str) -> tuple[dict, dict, dict, dict | None]:
+    """A case's shape, its loss, how it is computed, and arguments of `with_options`.
+
+    The first axes take turns, so that few cases cover each of their values; the rest is random.
     """
     at = random.Random(f"{ARGUMENTS.seed}-{index}")
     small = device == "cpu"
@@ -80,7 +82,16 @@ def drawn(index: int, device: str) -> tuple[dict, dict, dict]:
         "lam": 0.0 if index % 7 == 5 else at.uniform(0.05, 0.5),
         "rows": at.choice([3, 6, 100]), "block": 32 if small else fused_triton.BLOCK,
     }  # fmt: skip
-    return shape, loss, how
+    options = None
+    if index % 2:  # else the plain objective and its first baselines
+        if index % 4 == 3:  # what scores can teach
+            shape |= {"routes": at.choices((0, 1, 1, 4), k=6), "softcap": at.choice([None, 2.0])}
+        elif index % 8 == 1:  # what has a divergence
+            shape["routes"] = at.choices((0, 1, 2, 3), k=6)
+        more, options = drawn_options(at, shape["routes"])
+        more.pop("top_k", None)  # the PyTorch path's alone
+        loss |= more
+    return shape, loss, how, options
 
 
 def share(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -104,14 +115,17 @@ def differences(
 
 def run(index: int) -> tuple[dict[str, float], dict[str, float], dict]:
     """Differences of case `index` from the twin and from the PyTorch path, and what it covers."""
-    shape, loss, how = drawn(index, ARGUMENTS.device)
+    shape, loss, how, options = drawn(index, ARGUMENTS.device)
     states, lam = how["states"], how["lam"]
     fused_triton.BLOCK = how["block"]
     stride = -(-shape["vocab"] // 64) * 64
     size = 4 if how["fp32_logits"] else states.itemsize
     fused_triton.BUFFER_BYTES = how["rows"] * stride * size
-    case = made_case(**shape).to(states, ARGUMENTS.device, how["weights"])
-    config = LossConfig(backend="triton", fp32_logits=how["fp32_logits"], **loss)
+    case = made_case(**shape)
+    if options is not None:
+        case = with_options(case, shape["seed"], **options)
+    case = case.to(states, ARGUMENTS.device, how["weights"])
+    config = valid({"backend": "triton", "fp32_logits": how["fp32_logits"], **loss})
 
     def computed(case: Case, config: LossConfig) -> tuple[LossOutput, dict]:
         out = ours(case, config, lam, 1 - lam)
@@ -127,7 +141,7 @@ def run(index: int) -> tuple[dict[str, float], dict[str, float], dict]:
     return (
         differences(mine, (expected, gradients(double, expected.loss)), exact),
         differences(mine, torch_path, exact),
-        shape | loss | how | {"routes": shape["routes"]},
+        shape | config.model_dump() | how | (options or {}),
     )
 
 
@@ -146,11 +160,15 @@ def covered(cases: list[dict]) -> dict[str, list[str]]:
     kinds = {str(Route(int(r)).label) for case in cases if case["lam"] for r in case["routes"]}
     axes = ("kl_clip", "softcap", "temperature", "bias", "masked", "states", "fp32_logits", "rows")
     found = {axis: sorted({str(case[axis]) for case in cases}) for axis in axes}
-    options = Counter(
-        name for case in cases for name in ("truncated_importance", "reference_kl", "entropy_beta")
-        if case[name]
+    names = (
+        "truncated_importance", "reference_kl", "entropy_beta", "importance_clip", "contrast",
+        "teacher_temperature", "limits", "scores",
     )  # fmt: skip
+    options = Counter(name for case in cases for name in names if case.get(name))
     return found | {
+        "gates": sorted({str(gate["of"].value) for case in cases for gate in case["gates"]}),
+        "reweight": sorted({case["reweight"] for case in cases}),
+        "policy": sorted({case["policy"] for case in cases}),
         "routes": sorted(kinds),
         "options": sorted(options),
         "without a teacher": sorted({str(not case["lam"]) for case in cases}),

@@ -5,8 +5,9 @@
 The loss runs on tensors in the host's memory under a driver that only names the target, and each
 launch compiles its kernel with the arguments that it would have on a GPU: for sm_80 (A100) and
 sm_90 (H100, H200), vocabularies of 151,936 (Qwen3) and 49,152 (SmolLM2), logits in bfloat16 and
-float32, every clip, with and without bias and soft cap. One line of JSON a kernel: registers and
-bytes of spills of a thread, and the warps that fit an SM.
+float32, every clip, with and without bias and soft cap, with a gate of the divergence, and with
+scores in the teacher's place. One line of JSON a kernel: registers and bytes of spills of a thread,
+and the warps that fit an SM.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from trace_opd.schemas.configs import LossConfig
-from trace_opd.schemas.labels import KlClip, Route
+from trace_opd.schemas.configs import GateConfig, LossConfig
+from trace_opd.schemas.labels import KlClip, Route, Signal
 from trace_opd.tests.trace.twin import made_case
+from trace_opd.tests.trace.twin_options import scores_of
 from trace_opd.trace import fused_triton
 from trace_opd.trace.fused_call import Call
 
@@ -62,6 +65,10 @@ class Compiling:
             made = self.kernel.warmup(*args, grid=grid, **options)
             term = options.get("TERM")
             name = f"{self.kernel.__name__}{term.__name__ if term else ''}"
+            if options.get("STAGE", "both") != "both":
+                name += f" {options['STAGE']}"
+            if options.get("HOLES"):
+                name += " of the rest"
             self.made.setdefault(made.hash, (name, made))
 
         return launch
@@ -97,18 +104,28 @@ def main() -> None:
         "fp32_logits": [False, True],
         "kl_clip": [KlClip.ENTRY_SYMMETRIC] if quick else list(KlClip),
         "capped": [False] if quick else [False, True],
-        "taught": [True] if quick else [True, False],
+        "taught": ["all routes", "gate", "scores", *([] if quick else ["none"])],
     }
     for values in product(*axes.values()):
         at = dict(zip(axes, values, strict=True))
         Target.sm = at["sm"]
-        routes = [int(route) for route in Route] if at["taught"] else [0]
+        routes = {
+            "all routes": [int(route) for route in Route], "none": [0], "scores": [0, 1, 4],
+            "gate": [0, 1, 2, 3],
+        }[at["taught"]]  # fmt: skip
         case = made_case(
             routes, vocab=at["vocab"], bias=at["capped"], softcap=30.0 if at["capped"] else None
-        ).to(torch.bfloat16)
-        config = LossConfig(kl_clip=at["kl_clip"], fp32_logits=at["fp32_logits"])
+        )
+        if at["taught"] == "scores":
+            case = replace(case, inputs=replace(case.inputs, scores=scores_of(case, 64)))
+        case = case.to(torch.bfloat16)
+        gates = [GateConfig(of=Signal.DIVERGENCE, shape="above", at=0.1)]
+        config = LossConfig(
+            kl_clip=at["kl_clip"], fp32_logits=at["fp32_logits"],
+            gates=gates if at["taught"] == "gate" else [],
+        )  # fmt: skip
         call = Call(case.inputs, config, 0.3, 0.4, case.head, case.teacher_head)
-        taught = case.teacher_hidden if at["taught"] else None
+        taught = case.teacher_hidden if at["taught"] in ("all routes", "gate") else None
         for kernel in kernels:
             kernel.made = {}
         fused_triton.TritonRoutedLoss.apply(
