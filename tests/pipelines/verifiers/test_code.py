@@ -6,6 +6,8 @@ Without namespaces on a machine only the tests of `rlimits` run there.
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -233,6 +235,30 @@ def test_code_is_refused_where_nothing_isolates(monkeypatch):
             open_verifier(VerifyConfig(rewards=[{"name": "code"}]))
     finally:
         sandbox.find_sandbox.cache_clear()
+
+
+def test_a_program_ends_soon_after_a_verifier_that_was_killed(isolation, tmp_path):
+    if isolation != (found := sandbox.find_sandbox(True).name):
+        pytest.skip(f"the killed process takes {found}")
+    name = f"loop{os.urandom(4).hex()}"
+    program = f"open('/proc/self/comm', 'w').write({name!r})\nwhile True: pass"
+    job = {"program": program, "tests": "", "entry_point": "", "cases": [], "stop": True}
+    job |= {"timeout_s": 4.0, "memory_mib": 512, "processes": 16, "file_mib": 1}
+    code = (
+        "from trace_opd.pipelines.verifiers.sandbox import find_sandbox\n"
+        f"find_sandbox(True).run({job!r})\n"
+    )
+    with subprocess.Popen([sys.executable, "-P", "-c", code], cwd=tmp_path) as verifier:
+        _wait_until(lambda: bool(_called(name)), 60)
+        verifier.kill()
+    _wait_until(lambda: not _called(name), 30)
+
+
+def _wait_until(holds, seconds):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
