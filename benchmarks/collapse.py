@@ -2,10 +2,10 @@
 
     make bench-collapse
 
-Trains arms of studies/micro.yaml again, each at the learning rate that the study chose for it, some
-also at a rate that breaks them, and writes the watched figures of every step to
-benchmarks/results/collapse.json. Prints a line per run
-with its first warning. tests/trace/test_collapse.py runs the watch over the file.
+Trains arms of studies/micro.yaml again, each at the learning rate that the study chose for it, and
+some also at a rate that breaks them. Prints the warnings of each run, and writes the watched
+figures of every step to benchmarks/results/collapse.json, over which tests/trace/test_collapse.py
+runs the watch.
 """
 
 import json

@@ -94,8 +94,8 @@ PRESETS: dict[str, Preset] = {
         certain="Clip, temperature, thinking and the token mean by its code (8B: clip 0.06, from "
         "forks).",
         choice="Forward KL by forks of its scripts. Sampling by temperature alone: its top-p 0.95 "
-        "and top-k 20 are left out. LoRA, "
-        "learning rate and the limit of 1,024 tokens are the file's.",
+        "and top-k 20 are left out. LoRA, learning rate and the limit of 1,024 tokens are the "
+        "file's. The clip reverses the gradient of clipped entries (docs/decisions/kl-clip.md).",
     ),
     "opsd-v1": Preset(
         "Forward KL to the frozen base that reads the reference solution; no GRPO.",
@@ -106,9 +106,9 @@ PRESETS: dict[str, Preset] = {
             "teacher": {"sync": "frozen"},
             "loss": {"grpo": False, "entropy_beta": 0.0},
         },
-        certain="A frozen teacher with the solution on every token.",
-        choice="Forward KL without a clip: by a reader's history of the paper; the first code "
-        "release took a Jensen-Shannon divergence.",
+        certain="A teacher with the solution on every token.",
+        choice="Forward KL without a clip to the first weights: by a reader's history of the "
+        "paper. The first code release took a Jensen-Shannon divergence.",
     ),
     "foreign-solution": Preset(
         "opsd whose teacher reads the solution of another problem: a control.",
@@ -147,11 +147,12 @@ PRESETS: dict[str, Preset] = {
             gate("divergence", "above", quantile=0.9),
             gate("student_entropy", "above", quantile=0.5),
         ),
-        certain="An external frozen teacher without a hint (give teacher.model), few tokens (5 % in "
-        "the abstract), reverse KL, a threshold over the batch.",
-        choice="At most a tenth of the tokens. Its score is disagreement times the teacher's mass on the student's top 16, which "
-        "no gate reads: high student entropy stands for it. Its disagreement is a forward KL on "
-        "both sides' top 16. IER-OPD's signal-to-noise score has no gate either.",
+        certain="An external frozen teacher without a hint (give teacher.model), few tokens (5 % "
+        "in the abstract), reverse KL, a threshold over the batch.",
+        choice="At most a tenth of the tokens. Its score is disagreement times the teacher's mass "
+        "on the student's top 16, which no gate reads: high student entropy stands for it. Its "
+        "disagreement is a forward KL on both sides' top 16. IER-OPD's signal-to-noise score has "
+        "no gate either.",
     ),
     "sdpg": Preset(
         "GRPO, a reverse KL to the policy that reads the answer, and a KL to the base.",

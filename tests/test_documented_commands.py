@@ -70,7 +70,10 @@ EXCUSED = {
     r"trace-opd problems configs/qwen3-8b.yaml": "needs problems from the hub",
     r"torchrun .*": GPU,
     r"python -m trace_opd\.pipelines\.cli\.torchrun .*": GPU,
-    r"\w+=1 vllm serve .*": GPU,
+    r"(\w+=1 )?vllm serve .*": GPU,
+    r"trace-opd score .*teacher\.engine=vllm .*": (
+        "needs a vLLM server; tests/pipelines/scoring/test_vllm.py"
+    ),
     r"(dask|ray) .*": CLUSTER,
     r"(docker build|sbatch) .*": CLUSTER,
     r"aws s3api .*": "needs a bucket of yours",

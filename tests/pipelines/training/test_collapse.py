@@ -14,8 +14,9 @@ from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.run_metrics import METRICS, read_metrics
 from trace_opd.pipelines.study.runs import arms, datasets
 from trace_opd.pipelines.training.collapse import CollapseGuard, method_name
+from trace_opd.pipelines.viewer.training_curves import charts
 from trace_opd.schemas.configs import StudyConfig, TrainConfig
-from trace_opd.schemas.errors import Collapsed
+from trace_opd.schemas.errors import Collapsed, InputError
 from trace_opd.schemas.presets import PRESETS, preset_data
 from trace_opd.schemas.settings import load_config, overlaid, override
 from trace_opd.tests.kill.ends import untimed_metrics
@@ -121,3 +122,15 @@ def test_a_method_that_is_no_preset_is_named_by_its_routing():
     assert method_name(config) == "rule=all, key=fkl, error=rkl, teacher_context=type"
     offline = TrainConfig(offline={"steps": 1, "routed": "mine"})  # type: ignore[arg-type]
     assert method_name(offline) == "training on mine"
+
+
+def test_the_report_draws_the_loops():
+    drawn = charts([{"step": 0, "looping": 0.1, "truncated": 0.2, "pass_rate_se": 0.3}])
+    series = {chart["title"]: [one["name"] for one in chart["series"]] for chart in drawn}
+    assert series["Truncated, looping, no signal"] == ["looping", "truncated"]
+    assert series["Reward"] == ["pass_rate_se"]
+
+
+def test_a_study_refuses_to_stop_an_arm():
+    with pytest.raises(InputError, match="a study compares complete runs"):
+        load_config(StudyConfig, CONFIG, ["train.stop_on_collapse=true"])
