@@ -68,6 +68,9 @@ def _metadata(source: GymSource, entry: dict[str, Any], seed: int, index: int) -
     """What the scorer needs, as JSON. An entry that JSON changes (tuples, sets, dates) is left out:
     the scorer then makes it again from seed and index.
     """
+    # No scorer reads it, and it has tuples in most tasks.
+    about = {key: value for key, value in entry["metadata"].items() if key != "difficulty"}
+    entry = entry | {"metadata": about}
     try:
         text = json.dumps(entry)
         kept = entry if _same(json.loads(text), entry) else None

@@ -52,7 +52,7 @@ def test_parts_are_kept_weighed_and_summed_up_in_every_stage(example):
     figures = verdicts.summary["parts"]
     assert list(figures) == ["math", "reward:closeness", "length", "format"]
     assert all(0 <= figure["mean"] <= 1 for figure in figures.values())
-    shown = overview(find_tables(verdicts, store)).tiles
+    shown = overview(find_tables(store.get("rewards-routed"), store)).tiles
     assert [label for label, _, _ in shown if label.startswith("reward: ")] == [
         f"reward: {name}" for name in figures
     ]
