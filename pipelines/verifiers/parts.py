@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ...schemas.configs import VerifyConfig, part_labels
 from ...schemas.errors import InputError
@@ -58,7 +57,8 @@ class PartsVerifier:
                 f"rollouts, row {row}: problem {rollouts['problem_id'][row]} is not among the "
                 "problems; verify rollouts with the problems that they were sampled for"
             )
-        ended = pc.not_equal(rollouts["finish_reason"], FinishReason.LENGTH).to_numpy()
+        reasons = rollouts["finish_reason"].to_pylist()
+        ended = np.array([reason != FinishReason.LENGTH for reason in reasons], dtype=bool)
         shown = np.flatnonzero(ended)
         batch = Batch(
             problems.to_pylist(),
@@ -105,8 +105,9 @@ class PartsVerifier:
         for weight, row in zip(self._weights, values, strict=True):
             if weight:  # a part of weight 0 may lack its value
                 total, mean = total + weight, mean + weight * row
-        first = np.where(missing.any(0), missing.argmax(0), deciding).tolist()
-        rewards = [None if m else r for m, r in zip(missing.any(0), mean / total, strict=True)]
+        lacking: Any = missing.any(0)
+        first = np.where(lacking, missing.argmax(0), deciding).tolist()
+        rewards = [None if m else r for m, r in zip(lacking, mean / total, strict=True)]
         right = (values[deciding] >= config.correct_at).tolist()
         own = found[deciding].correct or [None] * len(right)
         return {

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 _MOST_STDERR = 4096  # bytes read from its end
 _STDERR = "stderr.txt"
@@ -86,8 +87,6 @@ def check_program(job):
             redirect(os.devnull, os.devnull)
             run_tests(job, compiled, secret, writing)
         except BaseException:
-            import traceback
-
             traceback.print_exc()
         finally:
             sys.stderr.flush()
@@ -101,46 +100,45 @@ def check_program(job):
     os.waitpid(child, 0)
     if not answered:
         return {"passed": 0, "tests": max(counted.found, 1), "late": True}
-    # Without assertions the tests are one: they end without an exception.
     try:
-        answer, passed, failed = written.decode().split()
-        passed, failed = int(passed), int(failed)
+        answer, *numbers = written.decode().split()
+        passed, failed, ended = map(int, numbers)
     except ValueError:
-        answer, passed, failed = "", 0, 0
+        answer, passed, failed, ended = "", 0, 0, 0
     if answer != secret:
-        passed = failed = 0
-    return {"passed": passed, "tests": max(counted.found, passed + failed, 1)}
+        passed = failed = ended = 0
+    # Tests that ended early have assertions that were not reached.
+    tests = passed + failed if ended else max(counted.found, passed + failed)
+    return {"passed": passed, "tests": max(tests, 1)}
 
 
 def run_tests(job, tests, secret, pipe):
-    counts = [0, 0]  # passed, failed
+    counts, ended = [0, 0], 0  # passed, failed
 
     def count(error):
         counts[error is not None] += 1
         if error is not None and counts[1] <= 3:
             print(f"{type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
 
-    space = {"__name__": "program", secret + "count": count}
+    space: dict = {"__name__": "program"}
     report = os.write
     try:
         exec(compile(job["program"], "program", "exec"), space)
         entry = job["entry_point"]
         if entry and entry not in space:
             raise NameError(f"the program defines no {entry}")
-        space["__name__"] = "tests"
+        space |= {"__name__": "tests", f"{secret}count": count}
         exec(tests, space)
         if entry and callable(space.get("check")):
             space["check"](space[entry])
-        if counts == [0, 0]:
+        if counts == [0, 0]:  # without assertions the tests are one
             counts[0] = 1
+        ended = 1
     except Exception as error:
         count(error)
-        last = error.__traceback__
-        while last.tb_next is not None:
-            last = last.tb_next
-        where = last.tb_frame.f_code.co_filename, last.tb_lineno
-        print(f"in {where[0]}, line {where[1]}", file=sys.stderr)
-    report(pipe, f"{secret} {counts[0]} {counts[1]}".encode())
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        print(f"in {last.filename}, line {last.lineno}", file=sys.stderr)
+    report(pipe, f"{secret} {counts[0]} {counts[1]} {ended}".encode())
     sys.stderr.flush()
     os._exit(0)
 

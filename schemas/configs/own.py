@@ -116,7 +116,7 @@ def own_sources(config: Config) -> list[dict[str, Any]]:
 def _mapped(config: C, change: Callable[[OwnConfig], Any]) -> C:
     if isinstance(config, OwnConfig):
         return change(config)
-    nested = {name: value for name, value in config if isinstance(value, Config)}
+    nested: dict[str, Any] = {name: one for name, one in config if isinstance(one, Config)}
     changes: dict[str, Any] = {name: _mapped(value, change) for name, value in nested.items()}
     for name, value in config:
         if isinstance(value, list) and any(isinstance(one, OwnConfig) for one in value):

@@ -26,7 +26,7 @@ class Batch:
 
     @cached_property
     def responses(self) -> list[str]:
-        return self.rollouts["response"].to_pylist()
+        return [str(response) for response in self.rollouts["response"].to_pylist()]
 
     def problem(self, row: int) -> dict[str, Any]:
         return self.problems[self.of[row]]

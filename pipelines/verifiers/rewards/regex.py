@@ -38,4 +38,4 @@ class Regex(InProcess):
 
 def found(responses: pa.Array, pattern: str) -> list[float]:
     """1 or 0 for each response."""
-    return pc.cast(pc.match_substring_regex(responses, pattern), pa.float64()).to_pylist()
+    return pc.match_substring_regex(responses, pattern).to_numpy(False).astype(float).tolist()

@@ -58,7 +58,9 @@ def ran(programs, tests=HUMAN_EVAL, fence="```python\n{}\n```", timeout_s=5.0, *
     problems, made = rollouts([fence.format(program) for program in programs])
     row = problems.to_pylist()[0] | {"metadata": json.dumps({"code": tests})}
     part = {"name": "code", **options}
-    config = VerifyConfig(rewards=[part], timeout_s=timeout_s, memory_mib=512)
+    config = VerifyConfig.model_validate(
+        {"rewards": [part], "timeout_s": timeout_s, "memory_mib": 512}
+    )
     verifier = open_verifier(config)
     try:
         found = verifier.verify(PROBLEMS.table([row]), made)
@@ -85,6 +87,15 @@ def test_a_program_is_right_if_its_tests_pass(isolation):
     assert "KeyError: 4" in rows[5]["feedback"]
     shares = ran(programs[:2], score="share")
     assert [row["reward"] for row in shares] == [1.0, 0.5]
+
+
+def test_assertions_that_no_run_reaches_count_only_if_the_tests_ended_early(isolation):
+    branches = "if done:\n    assert done\nelse:\n    assert not done\n    assert False"
+    assert ran(["done = True"], FREE | {"tests": branches})[0]["correct"]
+    early = "assert done\n1 / 0\nassert done\nassert done"
+    (row,) = ran(["done = True"], FREE | {"tests": early}, score="share")
+    assert row["reward"] == pytest.approx(1 / 3)
+    assert ran(["done = True"], FREE | {"tests": "x = done"})[0]["correct"]
 
 
 def test_a_program_is_run_on_each_case(isolation):
@@ -170,7 +181,7 @@ def test_a_program_that_ends_or_claims_success_has_not_passed(isolation):
         "import os\n"
         "for number in range(3, 20):\n"
         "    try:\n"
-        "        os.write(number, b'_0 1 0')\n"
+        "        os.write(number, b'_0 1 0 1')\n"
         "    except OSError:\n"
         "        pass\n"
     )
@@ -226,7 +237,7 @@ def test_tests_at_fault_leave_no_reward(isolation):
 def test_a_response_without_a_block_is_wrong_and_a_problem_without_tests_is_refused(isolation):
     (row,) = ran(["def halve(n): return n // 2"], fence="{}")
     assert (row["status"], row["reward"]) == ("pred_unparsed", 0.0)
-    verifier = open_verifier(VerifyConfig(rewards=[{"name": "code"}]))
+    verifier = open_verifier(VerifyConfig.model_validate({"rewards": [{"name": "code"}]}))
     with pytest.raises(InputError, match=r"source\.columns\.tests"):
         verifier.verify(*rollouts(["x"]))
     verifier.close()
@@ -237,7 +248,7 @@ def test_code_is_refused_where_nothing_isolates(monkeypatch):
     sandbox.find_sandbox.cache_clear()
     try:
         with pytest.raises(InputError, match=r"nothing isolates .*allow_unisolated"):
-            open_verifier(VerifyConfig(rewards=[{"name": "code"}]))
+            open_verifier(VerifyConfig.model_validate({"rewards": [{"name": "code"}]}))
     finally:
         sandbox.find_sandbox.cache_clear()
 
@@ -289,7 +300,7 @@ def test_the_last_closed_block_of_python_counts(text, block):
 def problem_rows(tmp_path, rows, **columns):
     path = tmp_path / "problems.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = FilesSource(kind="files", path=str(path), columns=columns)
+    source = FilesSource.model_validate({"kind": "files", "path": str(path), "columns": columns})
     return list(sources.rows(source, 0)), sources.identity(source)["columns"]
 
 

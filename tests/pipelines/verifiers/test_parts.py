@@ -27,7 +27,7 @@ def judged(texts, parts, finish="stop", tokens=None, problem=None, **settings):
         ]
         made = type(made).from_pylist(rows, schema=made.schema)
     settings = {"timeout_s": 5, "memory_mib": 2048, "workers": 1} | settings
-    verifier = open_verifier(VerifyConfig(rewards=parts, **settings))
+    verifier = open_verifier(VerifyConfig.model_validate({"rewards": parts} | settings))
     try:
         return validate(verifier.verify(problems, made), VERDICTS).to_pylist()
     finally:
@@ -110,7 +110,7 @@ def test_a_length_in_tokens_needs_token_ids():
 
 
 def test_a_part_without_a_value_leaves_the_row_without_reward():
-    parts = [{"name": "format"}, {"name": "math"}]
+    parts: list[dict] = [{"name": "format"}, {"name": "math"}]
     problem = {"answer": r"\begin{cases"}
     (row,) = judged([r"\boxed{7}"], parts, problem=problem)
     assert (row["reward"], row["correct"], row["status"]) == (None, None, "gold_unparsed")
@@ -214,7 +214,7 @@ def test_an_own_function_sees_the_metadata_of_the_problem(write):
 
 def test_the_source_of_a_function_is_in_the_identity(write):
     write("def judge(): return 1")
-    config = VerifyConfig(rewards=[{"name": "exact"}, {"name": "own.py:judge"}])
+    config = VerifyConfig.model_validate({"rewards": [{"name": "exact"}, {"name": "own.py:judge"}]})
     first = config.semantic(), verifier_identity(config)
     write("def judge(): return 0")
     assert config.semantic() != first[0]
