@@ -113,7 +113,7 @@ def _misfit(name: str) -> Callable[[pa.Table], Any]:
         if name not in table.column_names:
             return pa.array(np.zeros(len(table), dtype=bool))
         lengths = (pc.list_value_length(table[column]) for column in ("positions", name))
-        return pc.fill_null(pc.not_equal(*lengths), False)
+        return pc.fill_null(pc.not_equal(*lengths), pa.scalar(False))
 
     return rows
 
@@ -122,8 +122,8 @@ def _uncompared(table: pa.Table) -> Any:
     """Rows with a reweighted token but no contrast, in a table that has contrasts."""
     mask = np.zeros(len(table), dtype=bool)
     if "contrast_contexts" in table.column_names:
-        counts = pc.fill_null(pc.list_value_length(table["contrast_contexts"]), 0)
-        rows = np.flatnonzero(counts.to_numpy() == 0)
+        counts = pc.list_value_length(table["contrast_contexts"]).to_numpy()
+        rows = np.flatnonzero(~(counts > 0))  # null is NaN
         routes = table["route"].combine_chunks().take(pa.array(rows, pa.int64()))
         compared = pc.list_flatten(routes).to_numpy() == int(Route.REWEIGHT)
         mask[rows[pc.list_parent_indices(routes).to_numpy()[compared]]] = True

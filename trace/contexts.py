@@ -124,7 +124,7 @@ def _texts(known: Known, context: TeacherContext, count: int) -> list[tuple[Any,
     elif context == TeacherContext.OTHER_SOLUTION:
         others = other_solutions(known.all_problems)
         ids = known.rollouts["problem_id"].to_pylist()
-        taken = [pa.array([others.get(problem) for problem in ids], pa.string())]
+        taken = [pa.array([others.get(str(problem)) for problem in ids], pa.string())]
     elif context == TeacherContext.REFLECTION:
         taken = [known.reflections]
     elif context == TeacherContext.NONE:
@@ -142,10 +142,11 @@ def _lists(texts: list[tuple[Any, np.ndarray]]) -> pa.ListArray:
     rows, places = np.nonzero(exists)
     every: Any = pa.concat_arrays(columns)  # one text's column after another
     values = every.take(pa.array(places * len(exists) + rows))
-    offsets = np.concatenate(([0], np.cumsum(exists.sum(1)))).astype(np.int32)
-    lists: Any = pa.ListArray.from_arrays(pa.array(offsets), values, type=list_of(pa.string()))
-    none = pa.scalar(None, lists.type)
-    return pc.if_else(pa.array(exists.any(1)), lists, none)
+    offsets: Any = pa.array(np.cumsum([0, *exists.sum(1)]), pa.int32())
+    kind: Any = list_of(pa.string())
+    lists: Any = pa.ListArray.from_arrays(offsets, values, type=kind)
+    present: Any = pa.array(np.any(exists, axis=1))
+    return pc.if_else(present, lists, pa.scalar(None, lists.type))
 
 
 def _filled(texts: Any) -> np.ndarray:

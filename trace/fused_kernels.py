@@ -50,7 +50,7 @@ TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 def _shaped(
     row, bias, columns, heat,
     STRIDE: tl.constexpr, VOCAB: tl.constexpr, CAP: tl.constexpr, WIDE: tl.constexpr,
-    HOLES: tl.constexpr = False,
+    HOLES: tl.constexpr,
 ):  # fmt: skip
     """Logits with bias, soft cap and temperature; −inf past the vocabulary, and at HOLES, raw
     logits of −inf that the soft cap would make finite."""
@@ -79,7 +79,7 @@ def _probabilities(z, lse):
 def statistics(
     logits, bias, token_ids, heat, rows, lse, entropy, logprobs, first, base,
     STRIDE: tl.constexpr, VOCAB: tl.constexpr, CAP: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr, HOLES: tl.constexpr = False,
+    BLOCK: tl.constexpr, HOLES: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp, entropy and log-probability of the token; one program per token.
 
@@ -115,7 +115,7 @@ def statistics(
     tl.store(lse + token, greatest + log_total)
     tl.store(entropy + token, log_total - moment / total)
     chosen = tl.load(token_ids + token) + tl.arange(0, 1)
-    z = _shaped(logits, bias, chosen, warmth, STRIDE, VOCAB, CAP, WIDE)
+    z = _shaped(logits, bias, chosen, warmth, STRIDE, VOCAB, CAP, WIDE, False)
     _, log_p = _probabilities(z, greatest + log_total)
     tl.store(logprobs + token + tl.arange(0, 1), log_p)
 
@@ -192,7 +192,7 @@ def gradient(
     for start in range(0, VOCAB, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         if TERM is not None:
-            term, slope, z = _divergence(
+            term, slope, z = _divergence(  # pyright: ignore
                 logits, bias, teacher, teacher_bias, columns, warmth, teacher_warmth, log_z,
                 log_zq, TERM, BETA, STRIDE, VOCAB, CAP, TEACHER_CAP, WIDE,
             )  # fmt: skip
@@ -200,7 +200,7 @@ def gradient(
             p, _ = _probabilities(z, log_z)
             change = tl.where(kept, weight * slope, 0.0) - pull * p
         else:
-            z = _shaped(logits, bias, columns, warmth, STRIDE, VOCAB, CAP, WIDE)
+            z = _shaped(logits, bias, columns, warmth, STRIDE, VOCAB, CAP, WIDE, False)
             p, _ = _probabilities(z, log_z)
             change = -pull * p
         change = (change + tl.where(columns == chosen, own_lift, 0.0)) * warmth
@@ -219,9 +219,11 @@ def _divergence(
     CAP: tl.constexpr, TEACHER_CAP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A step's divergence terms and slopes (losses.DIVERGENCES), and the student's logits."""
-    z = _shaped(logits, bias, columns, warmth, STRIDE, VOCAB, CAP, WIDE)
+    z = _shaped(logits, bias, columns, warmth, STRIDE, VOCAB, CAP, WIDE, False)
     p, log_p = _probabilities(z, log_z)
-    zq = _shaped(teacher, teacher_bias, columns, teacher_warmth, STRIDE, VOCAB, TEACHER_CAP, WIDE)
+    zq = _shaped(
+        teacher, teacher_bias, columns, teacher_warmth, STRIDE, VOCAB, TEACHER_CAP, WIDE, False
+    )
     q, log_q = _probabilities(zq, log_zq)
     term, slope = TERM(p, log_p, q, log_q, BETA)
     return term, tl.where(z == -_INF, 0.0, slope), z

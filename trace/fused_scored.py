@@ -84,17 +84,17 @@ class ScoredRows:
         for column, found in ((value, limited), (out["kl"], exact), (out["kl_clipped"], clipped)):
             column[self.tokens] = torch.where(self.diverges, found.to(column.dtype), 0.0)
 
-    def slopes(
+    def pull(
         self, lift: torch.Tensor, kl_lift: torch.Tensor, pulls: torch.Tensor, logprobs: torch.Tensor
-    ) -> torch.Tensor:
-        """d loss / d raw logits of the scores' tokens, (count, k); fill `pulls` for `gradient`."""
+    ) -> None:
+        """Fill `pulls` for `gradient`, and compute the slopes that replace its own; (tokens,)."""
         own_lift = lift[self.tokens].masked_fill(logprobs[self.tokens] == FLOOR, 0.0)
         own, pull = logit_slopes(self.real, self.p, self.slope, own_lift, kl_lift[self.tokens])
         pulls[self.tokens] = pull - own_lift
         # An entry without a token repeats the first one, so it is the sampled token with it.
         sampled = self.token_ids == self.call.inputs.token_ids[self.tokens, None]
-        return (own + torch.where(sampled, own_lift[:, None], 0.0)) * self.chain
+        self.own = (own + torch.where(sampled, own_lift[:, None], 0.0)) * self.chain
 
-    def write(self, slopes: torch.Tensor, own: torch.Tensor) -> None:
+    def write(self, slopes: torch.Tensor) -> None:
         """Overwrite the slopes (rows, …) of the scores' tokens."""
-        slopes[self.rows, self.token_ids] = own.to(slopes.dtype)
+        slopes[self.rows, self.token_ids] = self.own.to(slopes.dtype)

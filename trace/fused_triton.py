@@ -24,7 +24,7 @@ import torch
 
 from ..schemas.labels import Route, Signal
 from . import fused_kernels
-from .fused_call import Call, chunk_sizes, wide
+from .fused_call import TRITON_BUFFER_BYTES, Call, chunk_sizes, wide
 from .fused_kernels import TERMS, TYPES
 from .fused_scored import ScoredRows
 from .losses import LossOutput
@@ -34,8 +34,7 @@ from .policy_losses import policy_loss, reweighted_advantage
 statistics: Any = fused_kernels.statistics
 gradient: Any = fused_kernels.gradient
 
-# Bytes of a chunk's logits: 2,048 tokens of a vocabulary of 151,936 with a quarter routed.
-BUFFER_BYTES = 768 << 20
+BUFFER_BYTES = TRITON_BUFFER_BYTES
 # Vocabulary entries per step of a kernel: one load of 16 bytes in bfloat16 by each of its threads.
 BLOCK, WARPS = 2048, 8
 _ALIGN = 64  # entries: rows start at multiples of 128 bytes whatever the vocabulary
@@ -78,7 +77,7 @@ class TritonRoutedLoss(torch.autograd.Function):
             rows = torch.where(route != Route.GRPO, (route != Route.GRPO).cumsum(0) - 1, -1)
         # A gate of the divergence needs it before its slopes.
         apart = Signal.DIVERGENCE in reads and scores is None and bool(taught.any())
-        pulls = torch.zeros_like(lse) if apart or scores is not None else None
+        pulls = torch.zeros_like(lse)
         heat = teacher_heat = inputs.temperature.to(kind).reciprocal()
         if call.teacher_temperature is not None:
             teacher_heat = torch.full_like(heat, 1 / call.teacher_temperature)
@@ -105,7 +104,7 @@ class TritonRoutedLoss(torch.autograd.Function):
             count = int(taught[at].sum())
             taught_rows = 0 if scores is not None else count
             logits, teacher = buffer[:size, :vocab], buffer[size : size + taught_rows, :vocab]
-            gate = scored = own = None
+            gate = scored = None
             tensors = (
                 logits, head.bias, slopes, teacher, teacher_head.bias, inputs.token_ids, heat,
                 teacher_heat, rows, route, lse, teacher_lse, out["logprobs"], lift, kl_lift, value,
@@ -114,11 +113,12 @@ class TritonRoutedLoss(torch.autograd.Function):
             with _exact_sums():
                 _product(logits, hidden[at], head.weight.T)
                 if taught_rows:
+                    assert teacher_hidden is not None
                     states = teacher_hidden[base : base + count]
                     _product(teacher, states, teacher_head.weight.T)
             statistics[(size,)](
                 logits, head.bias, inputs.token_ids, heat, None, lse, out["entropy"],
-                out["logprobs"], first, 0, CAP=head.softcap, **shape,
+                out["logprobs"], first, 0, CAP=head.softcap, HOLES=False, **shape,
             )  # fmt: skip
             advantage, logprobs = inputs.advantage[at], out["logprobs"][at]
             if count and scores is not None:
@@ -133,7 +133,7 @@ class TritonRoutedLoss(torch.autograd.Function):
                 statistics[(size,)](
                     teacher, teacher_head.bias, inputs.token_ids, teacher_heat, rows, teacher_lse,
                     teacher_entropy, taught_logprobs, first, base, CAP=teacher_head.softcap,
-                    **shape,
+                    HOLES=False, **shape,
                 )  # fmt: skip
             if count:
                 if apart:
@@ -166,7 +166,7 @@ class TritonRoutedLoss(torch.autograd.Function):
                 )
             )
             if scored is not None:
-                own = scored.slopes(lift, kl_lift, pulls, out["logprobs"])
+                scored.pull(lift, kl_lift, pulls, out["logprobs"])
             for code in sorted(present):
                 term = TERMS.get(Route(code)) if scores is None else None
                 known = pulls if (apart and term) or (scored is not None and code) else None
@@ -175,7 +175,7 @@ class TritonRoutedLoss(torch.autograd.Function):
                     STAGE="slopes" if apart and term else "both", **forms,
                 )  # fmt: skip
             if scored is not None:
-                scored.write(slopes, own)
+                scored.write(slopes)
             slope = slopes[:size, :vocab]
             with _exact_sums():
                 if grad_hidden is not None:

@@ -38,8 +38,10 @@ class Head:
     bias: torch.Tensor | None = None
     softcap: float | None = None
 
-    def shape_(self, logits: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
-        """Apply soft cap and temperature (rows, 1) to raw logits (rows, vocab), in place."""
+    def shape_(
+        self, logits: torch.Tensor, temperature: torch.Tensor | float | None
+    ) -> torch.Tensor:
+        """Apply soft cap and temperature, (rows, 1) or one, to logits (rows, vocab), in place."""
         if self.softcap:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits if temperature is None else logits.div_(temperature)

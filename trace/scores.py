@@ -55,7 +55,8 @@ def joined(routed: pa.Table, scores: pa.Table) -> pa.Table:
     teaches_first = bool((positions.values.to_numpy() == 0).any())
     parts: list[list[np.ndarray]] = [[] for _ in JOINED]
     counts, k = [], 0
-    for row, rollout_id in enumerate(routed["rollout_id"].to_pylist()):
+    rollout_ids: list[Any] = routed["rollout_id"].to_pylist()
+    for row, rollout_id in enumerate(rollout_ids):
         wanted = np.flatnonzero(_row(routes, row) != int(Route.GRPO))
         count = 0
         if len(wanted):

@@ -73,8 +73,8 @@ class TrainingSequence:
     @property
     def contrast_end(self) -> int:
         """One past the last of them, 0 without a contrast."""
-        positions = self.contrast_positions if self.contrast_prompt_ids else ()
-        return int(positions[-1]) + 1 if len(positions) else 0
+        positions = self.contrast_positions
+        return int(positions[-1]) + 1 if self.contrast_prompt_ids and len(positions) else 0
 
 
 class Contrast(NamedTuple):

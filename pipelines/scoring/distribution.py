@@ -72,10 +72,15 @@ def _chunk(
     # Last, because it overwrites: the mass of all other entries, summed as logarithms, since
     # 1 − Σ top would lose all digits of a small one.
     tail = log_q.scatter_(1, ids, -torch.inf).logsumexp(-1)
-    extra = [_numbers(x) for x in (entropy, student_entropy, divergence)]
     return Scored(
-        ids.cpu().numpy().astype(np.int32), *(_numbers(x) for x in (top, tail, logprobs)), *extra
-    )  # pyright: ignore[reportArgumentType]
+        ids.cpu().numpy().astype(np.int32),
+        _numbers(top),
+        _numbers(tail),
+        _numbers(logprobs),
+        _numbers(entropy),
+        None if student_entropy is None else _numbers(student_entropy),
+        None if divergence is None else _numbers(divergence),
+    )
 
 
 def _log_softmax(states: torch.Tensor, head: Head, temperature: torch.Tensor) -> torch.Tensor:
@@ -96,7 +101,6 @@ def _cut(head: Head, size: int, dtype: torch.dtype) -> Head:
     return replace(head.cast(dtype), weight=head.weight[:size].to(dtype), bias=bias)
 
 
-def _numbers(values: torch.Tensor | None) -> np.ndarray | None:
-    if values is None:
-        return None
+def _numbers(values: torch.Tensor) -> np.ndarray:
+    """float32 in the host's memory, with NOTHING for −∞."""
     return values.clamp(min=NOTHING).float().cpu().numpy()

@@ -81,7 +81,7 @@ class LocalScorer:
         info = loaded["teacher"].info
         self.name, self.revision = info.name, info.revision
         with_student = ("student_entropy", "divergence") if "student" in self._models else ()
-        self.extras = ("teacher_entropy", *with_student)
+        self.extras: tuple[str, ...] = ("teacher_entropy", *with_student)
 
     def score(self, sequences: Sequence[TrainingSequence]) -> list[Scored]:
         """See `Scorer`.

@@ -109,7 +109,7 @@ def read_scores(
 
 def _logprob(one: Any) -> float | None:
     """The log-probability in an entry; None if it has none that is possible."""
-    value = one.get("logprob") if isinstance(one, dict) else None
+    value: Any = one.get("logprob") if isinstance(one, dict) else None
     possible = type(value) in (int, float) and math.isfinite(value) and value <= MOST_LOGPROB
     return value if possible else None
 

@@ -147,7 +147,7 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
     return figures
 
 
-def other_kind(kinds: Sequence[TypeLabel], kind: DiagnosticType) -> DiagnosticType:
+def other_kind(kinds: Sequence[TypeLabel], kind: TypeLabel) -> TypeLabel:
     """The kind before it, cyclically; the first if it is none of them."""
     return kinds[kinds.index(kind) - 1 if kind in kinds else 0]
 

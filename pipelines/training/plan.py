@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from ...schemas.configs import VllmSampler
+from ...trace.fused_call import TRITON_BUFFER_BYTES
 from ...trace.fused_torch import BLOCK_BYTES, BUFFER_BYTES
 from ...trace.optim import MOMENT_BYTES
 from .model_shape import ModelShape
@@ -159,7 +160,8 @@ def _training(where: Setting) -> dict[str, dict[str, int]]:
     backward = {"activations": tokens * (inputs + max(whole, 1) * per_layer)}
 
     full = config.lora is None
-    head = 4 * shape.head if full else 0
+    # The kernels sum it in the type in which the weights are gathered, PyTorch in float32.
+    head = (low if where.sharded and _runs_triton(where) else 4) * shape.head if full else 0
     # The chunk is freed when the head's gradient is cast.
     chunk = max(_chunk_bytes(where), low * shape.head if where.sharded and full else 0)
     loss = gradients | gathered | forward | {"gathered layer": flat, "logits of a chunk": chunk}
@@ -202,9 +204,19 @@ def _teacher_pass(where: Setting, other: ModelShape, gathered: int) -> dict[str,
     return parts
 
 
+def _runs_triton(where: Setting) -> bool:
+    """Whether the loss's kernels run (trace/fused.py): PyTorch for CUDA comes with triton."""
+    loss = where.config.loss
+    return where.device == "cuda" and loss.backend != "torch" and loss.top_k is None
+
+
 def _chunk_bytes(where: Setting) -> int:
-    """Of the loss's chunk of logits (trace/fused_torch.py), and of what it computes on."""
+    """Of the loss's chunk of logits, and of what it computes on: in trace/fused_triton.py nothing,
+    in trace/fused_torch.py a block."""
     vocab = where.shape.vocab
+    if _runs_triton(where):
+        stored = 2 if where.bfloat16 and not where.config.loss.fp32_logits else 4
+        return min(2 * where.row_tokens * stored * vocab, TRITON_BUFFER_BYTES)
     rows = min(where.row_tokens, max(2, BUFFER_BYTES[where.device] // (4 * vocab)))
     block = min(rows, max(2, BLOCK_BYTES[where.device] // (4 * vocab)))
     return rows * (4 + (2 if where.bfloat16 else 0)) * vocab + 2 * block * 4 * vocab

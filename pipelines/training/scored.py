@@ -46,11 +46,6 @@ def _check_settings(config: TrainConfig) -> None:
                 f"teacher.{name}: has no effect with teacher.scores, which were made by a teacher "
                 f"that does not change{how}; leave one of the two out"
             )
-    if config.loss.top_k is not None:
-        raise InputError(
-            "loss.top_k: is of the student's likeliest tokens, and scores have the teacher's; "
-            "leave it null with teacher.scores"
-        )
     last = config.offline.steps + config.online.steps
     taught = [s for s in range(config.offline.steps, last) if kl_weight(s, config.schedule) > 0]
     if taught:

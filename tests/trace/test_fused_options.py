@@ -13,7 +13,7 @@ from trace_opd.schemas.configs import GateConfig, LossConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import KlClip, Route, Signal
 from trace_opd.tests.trace.test_fused import MIXED, assert_equals_twin, buffers
-from trace_opd.tests.trace.twin import gradients, made_case, ours
+from trace_opd.tests.trace.twin import gradients, made_case, ours, shaped_log_softmax
 from trace_opd.tests.trace.twin_options import drawn_options, scores_of, valid, with_options
 from trace_opd.trace.losses import Scores
 
@@ -46,8 +46,8 @@ def test_any_options_cut_in_any_chunks_equal_the_twin(
 def test_scores_of_the_vocabulary_equal_the_teacher_itself():
     """k = V is the full KL, with its gradients."""
     case = made_case([1, 0, 4, 1, 1, 4], vocab=9, temperature=1.0, bias=True, scale=3.0)
-    log_q = torch.log_softmax(
-        case.teacher_hidden @ case.teacher_head.weight.T + case.teacher_head.bias, -1
+    log_q = shaped_log_softmax(
+        case.teacher_hidden, case.teacher_head, torch.ones(len(case.teacher_hidden)).double()
     )
     logprobs, token_ids = log_q.sort(descending=True)
     sampled = log_q.gather(1, case.inputs.token_ids[case.inputs.route != 0, None]).squeeze(1)

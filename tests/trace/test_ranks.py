@@ -47,7 +47,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 from trace_opd.schemas.configs import TrainConfig
+from trace_opd.pipelines.models import teacher_files
 from trace_opd.trace.checkpoint import resume, save_checkpoint, save_model
+from trace_opd.trace.other_teacher import load_teacher
 from trace_opd.trace.policy import load_policy
 from trace_opd.trace.ranks import join_ranks
 from trace_opd.trace.trainer import Trainer
@@ -60,7 +62,10 @@ for table, folder, config, until in json.loads(runs):
     folder, config = Path(folder), TrainConfig.model_validate(config)
     precision = config.policy.precision
     loaded = load_policy(policy, "cpu", precision, trainable=True, lora=config.lora)
-    trainer = Trainer(loaded, config, ranks)
+    taught_by, other = None, config.teacher.model
+    if other is not None:
+        taught_by = load_teacher(teacher_files(other), loaded, ranks)
+    trainer = Trainer(loaded, config, ranks, taught_by)
     resume(trainer, folder)
     for metrics in trainer.run(lambda step: routed, None):
         if ranks.first:
@@ -138,6 +143,9 @@ CASES = {
     "reference": {"loss": {"reference_kl": 0.1, "aggregation": "token"}},
     "ema": {"teacher": {"sync": "ema"}},
     "lora": {"lora": {"rank": 4}},
+    "frozen": {"teacher": {"sync": "frozen"}},
+    # Read by the first rank, and micro again, so it is the frozen teacher.
+    "another model": {"teacher": {"sync": "frozen", "model": {"path": "micro"}}},
     # The teacher has several passes within one of the student's.
     "long contexts": {"prompt": LONG.model_dump(), "micro_batch_tokens": 250},
     # With routes and contexts of its own: see `routed`. It has more passes than the teacher alone.
@@ -275,6 +283,12 @@ def test_two_ranks_give_the_metrics_and_weights_of_one(case, one, two):
             if isinstance(value, float) and not MEASURED.search(name):
                 assert together[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
     assert largest_difference(one / case, two / case) < 2e-6
+
+
+@pytest.mark.slow
+def test_a_teacher_read_from_files_is_the_frozen_copy_of_the_same_model(one, two):
+    for root in (one, two):
+        assert largest_difference(root / "frozen", root / "another model") == 0
 
 
 @pytest.mark.slow

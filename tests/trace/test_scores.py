@@ -143,7 +143,7 @@ def test_rows_without_routed_tokens_need_no_scores():
 
 def test_a_first_token_without_scores_is_grpos():
     """The teacher could not teach it (`prompt.teacher_turn`)."""
-    first = next(at for at, r in enumerate(routed()["route"].to_pylist()) if r[0])
+    first = next(at for at, row in enumerate(routed().to_pylist()) if row["route"][0])
     whole = scores(8)
     rows = whole.to_pylist()
     for one in rows:

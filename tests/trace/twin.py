@@ -166,7 +166,9 @@ def twin(case: Case, config: LossConfig, lam: float, fade: float) -> LossOutput:
             if x.scores is not None:
                 one = Scores(*(column[taught] for column in vars(x.scores).values()))
                 log_p_k, log_q_k = scored_entries(log_p, one)
-                taught_logprob, full = floored(one.sampled), entropy_of(log_q_k)
+                full = entropy_of(log_q_k)
+                if one.sampled is not None:
+                    taught_logprob = floored(one.sampled)
             elif route is not Route.REWEIGHT:
                 full = entropy_of(log_q)
                 log_p_k, log_q_k = support_entries(log_p, log_q, config.top_k)
@@ -231,6 +233,7 @@ def policy_gain(
     x = case.inputs
     ratio = torch.exp(logprob - x.old_logprobs[t])
     if config.policy == "gspo":
+        assert x.sequence is not None
         own = x.sequence == x.sequence[t]
         mean = (sampled - x.old_logprobs)[own].mean()
         ratio = torch.exp(mean) * torch.exp(logprob - logprob.detach())
@@ -276,6 +279,8 @@ def gate_of(
         return 1.0
     if gate.of is Signal.IMPORTANCE:
         assert limits is not None
+        assert limits.entropy_max is not None
+        assert limits.divergence_max is not None
         h = min(1.0, read[Signal.STUDENT_ENTROPY] / limits.entropy_max)
         d = min(1.0, max(0.0, read[Signal.DIVERGENCE] / limits.divergence_max))
         value = h + d - h * d
@@ -298,7 +303,8 @@ def support_entries(
         return log_p, log_q
     inside = torch.zeros_like(log_p, dtype=torch.bool)
     inside[log_p.topk(min(k, len(log_p))).indices] = True
-    return tuple(torch.cat((x[inside], log_sum(x[~inside]))) for x in (log_p, log_q))
+    one, other = (torch.cat((x[inside], log_sum(x[~inside]))) for x in (log_p, log_q))
+    return one, other
 
 
 def scored_entries(log_p: torch.Tensor, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Optional inputs and settings of the loss for the twin's cases, chosen at random."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,7 +72,9 @@ def drawn_gate(at: random.Random, signals: list[Signal]) -> GateConfig:
     )
 
 
-def drawn_options(at: random.Random, routes: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+def drawn_options(
+    at: random.Random, routes: Sequence[int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of LossConfig besides those of old, and arguments of `with_options`.
 
     One case in three has scores, without the routes that they can't teach; one in four, `top_k`.

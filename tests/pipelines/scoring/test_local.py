@@ -3,13 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from trace_opd.pipelines.models import resolve_policy
-from trace_opd.pipelines.scoring.engine import Scored
 from trace_opd.pipelines.scoring.local import LocalEngine
 from trace_opd.schemas.configs import LocalTeacher, PolicyConfig, ScoreConfig
 from trace_opd.schemas.errors import InputError
@@ -30,7 +30,7 @@ def other(tmp_path_factory) -> str:
     return str(folder)
 
 
-def score(vocabulary, sequences, **fields) -> list[Scored]:
+def score(vocabulary, sequences, **fields) -> list[Any]:
     return LocalEngine(ScoreConfig(**fields)).open(vocabulary).score(sequences)
 
 
@@ -108,7 +108,9 @@ def test_another_vocabulary_is_one_sentence(vocabulary, sequences, micro, tmp_pa
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(foreign)
     policy = PolicyConfig(path=foreign)
-    given = {"student": policy} if role == "student" else {"teacher": LocalTeacher(policy=policy)}
-    engine = LocalEngine(ScoreConfig(**given))
+    given: dict[str, Any] = (
+        {"student": policy} if role == "student" else {"teacher": LocalTeacher(policy=policy)}
+    )
+    engine: Any = LocalEngine(ScoreConfig(**given))
     with pytest.raises(InputError, match=f"^{role} .*: has another vocabulary than the policy"):
         engine.identity(vocabulary, None)

@@ -233,7 +233,7 @@ def routed(folder, temperature: float):
         "span_id": [-1], "coverage": 0.0, "dropped_tokens": 0, "policy_name": "p",
         "policy_revision": "r", "policy_step": 0, "vocab_fingerprint": "v",
     }  # fmt: skip
-    draft = Store(folder).begin("convert", {}, {}, ROUTED)
+    draft: Any = Store(folder).begin("convert", {}, {}, ROUTED)
     draft.write_part(0, ROUTED.table([row]))
     return draft.finish(1)
 

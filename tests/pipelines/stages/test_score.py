@@ -71,7 +71,9 @@ def test_there_is_a_row_per_routed_row_and_scores_at_its_routed_tokens(root):
         empty += not one["positions"]
     assert 0 < empty < len(table)
     assert scores.summary["k"] == 64
-    assert scores.summary["scored_tokens"] == sum(map(len, table["positions"].to_pylist()))
+    assert scores.summary["scored_tokens"] == sum(
+        len(row["positions"]) for row in table.to_pylist()
+    )
     assert "divergence" not in table.column_names
 
 
@@ -149,7 +151,7 @@ def test_scores_of_all_tokens_serve_any_rule_and_the_rules_that_read_them(own):
         (["teacher.sync_steps=3"], "teacher.sync_steps: has no effect with teacher.scores"),
         (["teacher.temperature=0.5"], r"teacher.temperature: .*score.temperature sets it"),
         (["schedule.w0=0"], "λ is 0 in every step"),
-        (["loss.top_k=5"], "loss.top_k: is of the student's likeliest tokens"),
+        (["loss.top_k=5"], "loss.top_k does not go with teacher.scores"),
         (["online.steps=1"], r"online step 2 has λ = 0.5 > 0; let λ reach 0"),
         (["offline.steps=0", "online.steps=1"], "offline.steps is 0; give offline steps"),
         (["prompt={}"], "its teacher's prompts were made by other templates"),
