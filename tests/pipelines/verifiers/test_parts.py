@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import reasoning_gym
@@ -11,6 +12,7 @@ from trace_opd.pipelines.verifiers.registry import open_verifier, verifier_ident
 from trace_opd.schemas.configs import GymSource, VerifyConfig
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.errors import InputError
+from trace_opd.schemas.settings import load_config
 from trace_opd.schemas.tables import PROBLEMS, VERDICTS
 
 from .test_own_reward import rollouts
@@ -220,6 +222,39 @@ def test_the_source_of_a_function_is_in_the_identity(write):
     assert config.semantic() != first[0]
     assert verifier_identity(config) != first[1]
     assert "rewards" not in VerifyConfig().semantic()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ("rewards=[{name: regx}]", "rewards.0.name 'regx': is none of .*did you mean regex"),
+        ("rewards=[{weight: 1}]", "rewards.0: names no name; .*one of answer, choice, math"),
+        ("rewards=[{name: regex}]", "rewards.0.pattern: is required"),
+        ("rewards=[{name: regex, pattern: '(?=a)'}]", "is no regular expression of RE2"),
+        ("rewards=[{name: regex, pattern: '(?P<answer>a)(b)'}]", "write .* for the other groups"),
+        ("rewards=[{name: format, patterns: ['(']}]", "is no regular expression of RE2"),
+        ("rewards=[{name: length, limit: 0}]", "rewards.0.limit"),
+        ("rewards=[{name: length, limit: 3, slak: 1}]", "slak: unknown key; .*slack"),
+        ("rewards=[{name: math, weight: -1}]", "rewards.0.weight"),
+        ("rewards=[{name: math, weight: 0}]", "all weights are 0"),
+        ("rewards=[math]", "rewards.0: must be a section"),
+        ("correct_by=1", "rewards is empty; give rewards"),
+        ("rewards=[{name: math}] correct_by=exact", "name one of the parts math, or an index"),
+        ("rewards=[{name: math}] correct_by=1", "correct_by is 1"),
+        ("rewards=[{name: math}] correct_at=0", "correct_at"),
+        ("rewards=[{name: math}] reward.engine=own.py:f", "reward and rewards are both given"),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_a_sentence(settings, sentence):
+    changes = re.split(r" (?=correct|reward\.)", settings)
+    with pytest.raises(InputError, match=sentence):
+        load_config(VerifyConfig, None, changes)
+
+
+def test_a_function_that_is_not_there_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"rewards 'none\.py:f': none\.py: No such file"):
+        judged(["x"], [{"name": "none.py:f"}])
 
 
 # --- gym ---
