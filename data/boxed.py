@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 
 # An escaped character ("\{", "\\") is one token, so it neither opens a box nor counts as a brace.
-_BRACES = re.compile(r"(?P<box>\\f?box(?:ed)?\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+# Each alternative begins with a plain character, so `re` skips to those.
+_BRACES = re.compile(r"\\(?P<box>f?box(?:ed)?\s*\{)|\\.|\{|\}", re.DOTALL)
 _VISIBLE = re.compile(r"\S")
 
 # What may stand between two parts of an answer, without delimiters of formulas.
@@ -119,9 +120,9 @@ def _outer_boxes(text: str) -> list[_Box]:
     for match in _BRACES.finditer(text):
         if match["box"]:
             stack.append((match.start(), match.end()))
-        elif match["open"]:
+        elif match[0] == "{":
             stack.append(None)
-        elif match["close"] and stack:
+        elif match[0] == "}" and stack:
             opened = stack.pop()
             if opened is None or not _VISIBLE.search(text, opened[1], match.start()):
                 continue

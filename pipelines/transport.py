@@ -30,14 +30,15 @@ _SENT = {
 
 
 def async_client(
-    base_url: str, key: str | None, timeout_s: float, most_bytes: int = MOST_BYTES
+    base_url: str, key: str | None, timeout_s: float, most_bytes: int | None = None
 ) -> openai.AsyncOpenAI:
-    """A client for one endpoint. timeout_s: for each complete answer; most_bytes: its size limit.
+    """A client for one endpoint. timeout_s: for each complete answer; most_bytes: its size limit,
+    None: MOST_BYTES.
 
     Raises:
         InputError: the environment names a proxy that cannot be used.
     """
-    http = httpx2.AsyncClient(transport=_Transport(base_url, key, most_bytes))
+    http = httpx2.AsyncClient(transport=_Transport(base_url, key, most_bytes or MOST_BYTES))
     return openai.AsyncOpenAI(**_options(base_url, key, timeout_s), http_client=http)
 
 
@@ -51,7 +52,7 @@ class ChatClient:
         Raises:
             InputError: the environment names a proxy that cannot be used.
         """
-        self._transport = _Transport(base_url, key)
+        self._transport = _Transport(base_url, key, MOST_BYTES)
         self._url = httpx2.URL(f"{base_url.rstrip('/')}/chat/completions")
         headers = async_client(base_url, key, timeout_s).default_headers.items()
         self._headers = [(n, text) for n, text in headers if n.lower().encode() in _SENT and text]
@@ -105,7 +106,7 @@ def _options(base_url: str, key: str | None, timeout_s: float) -> dict[str, Any]
 class _Transport(httpx2.AsyncBaseTransport):
     """Reads each answer to its end."""
 
-    def __init__(self, base_url: str, key: str | None, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, base_url: str, key: str | None, most_bytes: int) -> None:
         self._inner, self._key = connections(base_url), key
         self._most_bytes = most_bytes
 

@@ -99,7 +99,7 @@ def _known_keys(
         paths -= {".".join(keys)}  # a key of another member of the union
         meant = sorted(paths, key=lambda path: (path.count("."), path))[:3]
     hint = f"did you mean {' or '.join(meant)}? " if meant else ""
-    tag = next((tag for tag in TAGS if tag in section.model_fields), None)
+    tag = next(iter(_tag_fields(section)), None)
     if tag and ".".join(keys) in _paths(model):  # a key of another member of the union
         hint = f"it belongs to another {tag}; "
     if hint and brief:
@@ -167,17 +167,23 @@ def _tag_values(model: type[BaseModel]) -> set[str]:
     """The values of a model's tag, such as {"rule"}."""
     return {
         str(value)
-        for tag in TAGS
-        if tag in model.model_fields
+        for tag in _tag_fields(model)
         for value in get_args(model.model_fields[tag].annotation)
         if get_origin(model.model_fields[tag].annotation) is Literal
     }
 
 
+def _tag_fields(model: type[BaseModel]) -> list[str]:
+    """The fields that tell a model from others of its union; a name tells it if it is fixed."""
+    fields = model.model_fields
+    named = "name" in fields and get_origin(fields["name"].annotation) is Literal
+    return [tag for tag in TAGS if tag in fields] or ["name"] * named
+
+
 def _tags_of(variants: Sequence[type[BaseModel]]) -> tuple[str, str]:
     """The name of a union's tag, and the values that it may have; empty: it has none."""
     values = [value for one in variants for value in sorted(_tag_values(one)) or [_OWN_CODE]]
-    names = [tag for one in variants for tag in TAGS if tag in one.model_fields]
+    names = [tag for one in variants for tag in _tag_fields(one)]
     return (names[0], ", ".join(values)) if len(variants) > 1 and names else ("", "")
 
 

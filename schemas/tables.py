@@ -24,6 +24,7 @@ from .labels import (
     VerdictStatus,
 )
 from .results import EVALUATIONS
+from .reward_columns import no_json_objects, odd_parts
 from .spans import misplaced_spans, torn_segments
 
 # A log-probability computed as a difference of floats may round to slightly above 0.
@@ -195,10 +196,24 @@ PROBLEMS = make_contract(
         described("source_id", _string, "The row's own id in its source.", True),
         described("subject", _string, "The subject, as the source names it.", True),
         described("level", _string, "The difficulty, as the source gives it.", True),
+        described(
+            "metadata",
+            _string,
+            "What rewards need besides the answer, a JSON object: tests of a program, the settings "
+            "of a task. No prompt shows it.",
+            True,
+        ),
     ],
     "problem_id",
     labels={"answer_kind": AnswerKind},
-    optional=("source_id", "subject", "level"),
+    optional=("source_id", "subject", "level", "metadata"),
+    faults=(
+        (
+            "metadata",
+            "is no JSON object; write a mapping as JSON text, or null",
+            no_json_objects,
+        ),
+    ),
 )
 
 ROLLOUTS = make_contract(
@@ -250,6 +265,22 @@ VERDICTS = make_contract(
         described("seconds", _float32, "Time that the verification took."),
         described("feedback", _string, "What a reward of one's own reports.", True),
         described(
+            "parts",
+            pa.list_(
+                pa.struct(
+                    [
+                        described("name", _string, "The part's name in verify.rewards."),
+                        described("value", _float32, "Its value, 0 … 1; null: it has none.", True),
+                        described("status", _string, "How it ended (VerdictStatus)."),
+                        described("seconds", _float32, "Time that it took."),
+                    ]
+                )
+            ),
+            "The parts of verify.rewards in order, whose weighted mean is the reward; empty for a "
+            "truncated response.",
+            True,
+        ),
+        described(
             "selection",
             _string,
             "What stage select decides (Selection); tables without the column: annotate.",
@@ -259,7 +290,7 @@ VERDICTS = make_contract(
         ),
     ],
     "rollout_id",
-    optional=("feedback", "selection", "left_out"),
+    optional=("feedback", "parts", "selection", "left_out"),
     labels={"status": VerdictStatus, "selection": Selection, "left_out": LeftOut},
     ranges={"reward": (-_MOST, _MOST)},
     faults=(
@@ -268,6 +299,7 @@ VERDICTS = make_contract(
             "is null in a row with a reward; say whether the response is right",
             lambda table: pc.and_(pc.is_valid(table["reward"]), pc.is_null(table["correct"])),
         ),
+        ("parts", "has a value that is not in 0 … 1, or an unknown status", odd_parts),
     ),
 )
 

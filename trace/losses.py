@@ -205,7 +205,9 @@ def clip_kl(
 
     entry_above clamps each vocabulary entry's term from above, entry_symmetric on both sides,
     token the per-token sum. Also returns the mask where the clip does not bind, (tokens, vocab) or
-    (tokens, 1): gradient flows only there. None: the clip is off.
+    (tokens, 1): a term's own gradient flows only there. Through the softmax the logits of clipped
+    entries get one of the other sign (arXiv 2609.38995, proposition 1; docs/decisions/kl-clip.md).
+    None: the clip is off.
     """
     if form is KlClip.ENTRY_ABOVE:
         return terms.clamp(max=bound).sum(-1), terms <= bound

@@ -36,6 +36,9 @@ KNOWN_ABOUT = {
     "subject": ("subject", "topic", "category", "domain", "type"),
     "level": ("level", "difficulty", "grade"),
 }  # fmt: skip
+# HumanEval's columns of a program's tests, taken together where no column holds an answer.
+_CODE = {"tests": "test", "entry_point": "entry_point"}
+_CODE_ABOUT = {"solution": "canonical_solution", "id": "task_id"}
 _CHOICE_LISTS = ("choices", "options")
 _CHOICE_ANSWERS = ("label", "correct", "correct_option", "answer_index", "correct_index")
 _WRONG_CHOICES = ("incorrect_answer", "wrong_answer", "distractor")
@@ -53,14 +56,19 @@ class Found:
     images: frozenset[str] = frozenset()
 
 
+_JUDGING = ("tests", "entry_point", "cases", "metadata")
+_LATE = ("id", "subject", "level", "final", *_JUDGING, "template", "answer_template")
+
+
 @dataclass(frozen=True)
 class ColumnMap:
     """The columns of a table by role.
 
     choices: columns of wrong choices, or the column of a list of all choices. final: the answer
     column holds a longer text; its answer follows `####` ("hashes"), or is in a box or follows
-    `####` ("solution"). template, answer_template: stand for an empty problem or answer. images:
-    columns whose rows are refused if they are filled.
+    `####` ("solution"). answer: empty where a program's tests judge. tests, entry_point, cases: of
+    programs; metadata: a mapping for rewards of one's own. template, answer_template: stand for an
+    empty problem or answer. images: columns whose rows are refused if they are filled.
     """
 
     problem: str
@@ -71,21 +79,28 @@ class ColumnMap:
     subject: str | None = None
     level: str | None = None
     final: Literal["hashes", "solution"] | None = None
+    tests: str | None = None
+    entry_point: str | None = None
+    cases: str | None = None
+    metadata: str | None = None
     template: str | None = None
     answer_template: str | None = None
     images: tuple[str, ...] = ()
 
+    @property
+    def judges_code(self) -> bool:
+        return self.tests is not None or self.cases is not None
+
     def identity(self) -> dict[str, Any]:
         """What a dataset id hashes; ids are older than the fields that are left out if empty."""
-        names = ("id", "subject", "level", "final", "template", "answer_template")
-        late = {name: getattr(self, name) for name in names}
+        late = {name: getattr(self, name) for name in _LATE}
         first = {name: getattr(self, name) for name in ("problem", "answer", "solution", "choices")}
         return first | {name: value for name, value in late.items() if value is not None}
 
     def names(self) -> list[str]:
         """Names of the columns that are read as text, without duplicates."""
         choices = self.choices if isinstance(self.choices, list) else [self.choices]
-        about = (self.id, self.subject, self.level)
+        about = (self.id, self.subject, self.level, *(getattr(self, name) for name in _JUDGING))
         names = [self.problem, self.answer, self.solution, *choices, *about]
         for template in filter(None, (self.template, self.answer_template)):
             names += sorted(template_fields(template))
@@ -100,7 +115,9 @@ def shown(columns: dict[str, Any]) -> dict[str, str]:
         if name and role != "final"
     }
     how = {"hashes": " (after ####)", "solution": " (in \\boxed{} or after ####)"}
-    answer = columns["answer"] or columns.get("answer_template", "")
+    answer = columns["answer"] or columns.get("answer_template")
+    if not answer:
+        return found
     return found | {"answer": f"{answer}{how.get(columns.get('final', ''), '')}"}
 
 
@@ -131,8 +148,17 @@ def resolve(found: Found, columns: Columns, where: str) -> ColumnMap:
         answer = _first(found.names, _CHOICE_ANSWERS)
     if problem is None:
         raise _unknown("problem", found, where)
+    judging = {role: _named(role, found, columns, where) for role in _JUDGING}
+    given = judging["tests"] or judging["cases"]
+    if answer is None and not given and set(_CODE.values()) <= set(found.names):
+        judging = {role: name or _CODE.get(role) for role, name in judging.items()}
+    code = judging["tests"] or judging["cases"]
+    if code and solution is None and columns.solution is None:
+        solution = _first(found.names, [_CODE_ABOUT["solution"]])
     final = None
-    if answer is None:
+    if answer is None and code:
+        answer = ""
+    elif answer is None:
         answer, final = solution, "solution"
     if answer is None:
         raise _unknown("answer", found, where)
@@ -150,6 +176,8 @@ def resolve(found: Found, columns: Columns, where: str) -> ColumnMap:
             solution = answer
     used = {problem, solution, answer, *fields, *shown}
     about = [_about(role, found, columns, where, used) for role in KNOWN_ABOUT]
+    if code and columns.id is None:
+        about[0] = about[0] or _first(found.names, [_CODE_ABOUT["id"]])
     return ColumnMap(
         problem,
         answer,
@@ -157,6 +185,7 @@ def resolve(found: Found, columns: Columns, where: str) -> ColumnMap:
         choices,
         *about,
         final=final,
+        **judging,
         template=columns.template,
         answer_template=columns.answer_template,
         images=tuple(sorted(found.images)),
@@ -187,6 +216,12 @@ def _column(role: str, found: Found, columns: Columns, where: str) -> str | None
     return None
 
 
+def _named(role: str, found: Found, columns: Columns, where: str) -> str | None:
+    """A configured column of a role that no name tells."""
+    named = getattr(columns, role)
+    return _required(named, found, where) if named else None
+
+
 def _choices(found: Found, columns: Columns, where: str) -> list[str] | str | None:
     if columns.choices is not None:
         named = [columns.choices] if isinstance(columns.choices, str) else columns.choices
@@ -213,6 +248,16 @@ def _about(
 def _first(names: Iterable[str], known: Iterable[str]) -> str | None:
     by_plain = {plain(name): name for name in reversed(list(names))}
     return next((by_plain[name] for name in known if name in by_plain), None)
+
+
+def cell(foreign: dict[str, Any], name: str) -> Any:
+    """The value of a column, or at a dotted name in nested ones; None if there is none."""
+    if name in foreign:
+        return foreign[name]
+    value: Any = foreign
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def plain(name: str) -> str:

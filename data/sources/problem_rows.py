@@ -15,7 +15,8 @@ from ...schemas.labels import AnswerKind
 from ..boxed import boxed_answer
 from ..manifest import content_hash
 from ..row_files import BadRow, bad_row
-from .columns import ColumnMap
+from .columns import ColumnMap, cell
+from .program_tests import metadata_of, whole_solution
 
 _MOST_CELL_CHARS = 4 << 20  # more than any model reads
 _MOST_CHOICES = len(ascii_uppercase)
@@ -71,11 +72,17 @@ def _row(
     for name in columns.images:
         if holds_file(cell(foreign, name)):
             raise image_row(where, name)
+    metadata = metadata_of(foreign, columns, where)
     if columns.template is not None:
         problem = _rendered(foreign, columns.template, where, _problem_text)
     else:
         problem = _filled(_problem_text(foreign, columns.problem, where), columns.problem, where)
-    if isinstance(columns.choices, str):
+    solution = (_text(foreign, columns.solution, where) or None) if columns.solution else None
+    if not columns.answer and columns.answer_template is None:
+        answer_kind = AnswerKind.TEXT
+        solution = whole_solution(problem, solution, metadata)
+        answer = solution or "a program that passes the tests"
+    elif isinstance(columns.choices, str):
         answer_kind = AnswerKind.CHOICE
         problem, answer = _given_choices(foreign, columns, problem, where)
     else:
@@ -88,11 +95,13 @@ def _row(
         "problem": problem,
         "answer": answer,
         "answer_kind": answer_kind,
-        "solution": (_text(foreign, columns.solution, where) or None) if columns.solution else None,
+        "solution": solution,
         "steps": None,
         "source": source,
         "row": row,
     }
+    if metadata is not None:
+        out["metadata"] = json.dumps(metadata)
     about = {"source_id": columns.id, "subject": columns.subject, "level": columns.level}
     return out | {
         role: _text(foreign, name, where) or None
@@ -244,16 +253,6 @@ def _problem_text(foreign: dict[str, Any], name: str, where: str) -> str:
             where, f"column {name!r} is a list, and no chat with one message of the user", _LEAVE
         )
     return _plain_text(turns[0][1], name, where)
-
-
-def cell(foreign: dict[str, Any], name: str) -> Any:
-    """The value of a column, or at a dotted name in nested ones; None if there is none."""
-    if name in foreign:
-        return foreign[name]
-    value: Any = foreign
-    for key in name.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def _filled(text: str, name: str, where: str) -> str:

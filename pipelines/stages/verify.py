@@ -17,9 +17,10 @@ from ...schemas.configs import VerifyConfig
 from ...schemas.errors import InputError, TooManyFailed
 from ...schemas.labels import VerdictStatus
 from ...schemas.tables import ROLLOUTS, VERDICTS
-from ..verifiers.registry import open_verifier, verifier_identity
-from ..verifiers.verdicts import JUDGED_COLUMNS
+from ..verifiers.registry import judged_columns, open_verifier, verifier_identity
 from .base import PartMaker, Plan, Stage
+
+_SUMMARIZED = ("status", "correct", "seconds", "parts")
 
 
 def _resolve(config: VerifyConfig, store: Store) -> Plan:
@@ -41,28 +42,44 @@ def _resolve(config: VerifyConfig, store: Store) -> Plan:
 def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
     rollouts = plan.inputs["rollouts"]
     problems = rollouts.input("problems")
+    columns = judged_columns(plan.config)
     with closing(open_verifier(plan.config)) as verifier:
         yield lambda part: verifier.verify(
-            problems.read_part(part), rollouts.read_part(part, JUDGED_COLUMNS)
+            problems.read_part(part), rollouts.read_part(part, columns)
         )
 
 
 def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
-    """Rows per status, pass rate over the rows with a reward, mean seconds per row."""
+    """Rows per status, pass rate over the rows with a reward, mean seconds per row; of each part of
+    `verify.rewards` the mean value and the rows without one.
+    """
     statuses: Counter[str] = Counter()
+    parts: dict[str, list[float | None]] = {}
     rows, scored, right, seconds = 0, 0, 0, 0.0
     for table in tables:
-        for row in table.to_pylist():
+        names = [name for name in _SUMMARIZED if name in table.column_names]
+        for row in table.select(names).to_pylist():
+            for part in row.get("parts") or []:
+                parts.setdefault(part["name"], []).append(part["value"])
             statuses[row["status"]] += 1
             rows += 1
             scored += row["correct"] is not None
             right += row["correct"] is True
             seconds += row["seconds"]
+    means = {name: _mean(values) for name, values in parts.items()}
     return {
         "statuses": dict(sorted(statuses.items())),
         "scored": scored,
         "pass_rate": right / scored if scored else None,
         "mean_seconds": seconds / rows if rows else None,
+    } | ({"parts": means} if means else {})
+
+
+def _mean(values: list[float | None]) -> dict[str, Any]:
+    held = [value for value in values if value is not None]
+    return {
+        "mean": sum(held) / len(held) if held else None,
+        "without_value": len(values) - len(held),
     }
 
 
@@ -85,6 +102,6 @@ STAGE = Stage(
     _resolve,
     _open,
     _summarize,
-    ("status", "correct", "seconds"),
+    None,  # parts is an optional column
     check=_check,
 )

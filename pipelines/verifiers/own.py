@@ -14,23 +14,49 @@ from ...schemas.labels import AnswerKind, FinishReason, VerdictStatus
 from ...schemas.own_code import short_name
 from ...schemas.tables import VERDICTS
 from .own_reward import reward_function
-from .pool import Job, Outcome, VerifierPool
+from .pool import Job, Outcome, VerifierPool, WorkerJudge
 from .reading import choice_letter, final_answer
 from .verdicts import JUDGED_COLUMNS
 
+_WHERE = "reward.engine"
 _ABOUT_PROBLEM = ("problem_id", "source", "split", "answer_kind", "solution", "steps")
 _ABOUT_ROLLOUT = ("rollout_id", "group_id", "finish_reason")
 
 
-def reward_identity(reward: OwnReward) -> str:
-    """What dataset ids hash in place of a verifier's version.
+def own_identity(reward: OwnReward) -> str:
+    """As `reward_identity`, of `verify.reward`."""
+    return reward_identity(reward, _WHERE)
+
+
+def reward_identity(reward: OwnReward, where: str) -> str:
+    """What dataset ids hash in place of a verifier's version. where: the config's field.
 
     Raises:
         InputError: no such function, or one that does not take its options.
     """
-    code = reward.load("reward.engine")
+    code = reward.load(where)
     reward_function(code, reward.options)
     return f"{short_name(reward.engine)} {code.sha256[:16]}"
+
+
+def worker_judge(reward: OwnReward, where: str) -> WorkerJudge:
+    """The judge of a pool's workers. where: the config's field."""
+    return WorkerJudge(
+        "own_reward",
+        json.dumps([where, reward.model_dump(mode="json")]),
+        f"{where} {reward.engine}",
+        "run less when the file is imported, or raise verify.memory_mib",
+    )
+
+
+def reward_job(rollout: dict[str, Any], problem: dict[str, Any]) -> Job:
+    """The arguments of the function."""
+    metadata = {name: problem[name] for name in _ABOUT_PROBLEM}
+    metadata |= {name: rollout[name] for name in _ABOUT_ROLLOUT}
+    if problem.get("metadata") is not None:
+        metadata["metadata"] = json.loads(problem["metadata"])
+    texts = problem["problem"], rollout["response"], problem["answer"]
+    return Job(*texts, json.dumps(metadata))
 
 
 class OwnRewards:
@@ -42,9 +68,13 @@ class OwnRewards:
 
     def __init__(self, config: VerifyConfig, reward: OwnReward) -> None:
         self._config = config
-        self._name = reward_identity(reward)
+        self._name = own_identity(reward)
         self._pool = VerifierPool(
-            config.workers, config.timeout_s, config.memory_mib, config.recycle_every, reward
+            config.workers,
+            config.timeout_s,
+            config.memory_mib,
+            config.recycle_every,
+            worker_judge(reward, _WHERE),
         )
 
     def verify(self, problems: pa.Table, rollouts: pa.Table) -> pa.Table:
@@ -64,7 +94,8 @@ class OwnRewards:
                     "problems; verify rollouts with the problems that they were sampled for"
                 )
         ended = [row for row in rows if row["finish_reason"] != FinishReason.LENGTH]
-        outcomes = iter(self._pool.judge([_job(row, by_id[row["problem_id"]]) for row in ended]))
+        jobs = [reward_job(row, by_id[row["problem_id"]]) for row in ended]
+        outcomes = iter(self._pool.judge(jobs))
         truncated = Outcome(VerdictStatus.TRUNCATED, False, 0.0, 0.0)
         if self._config.truncated == "mask":
             truncated = Outcome(VerdictStatus.TRUNCATED, None, 0.0)
@@ -82,23 +113,19 @@ class OwnRewards:
         self._pool.close()
 
     def _row(self, rollout: dict[str, Any], kind: AnswerKind, outcome: Outcome) -> dict[str, Any]:
+        correct = outcome.correct
+        if correct is None and outcome.reward is not None:
+            correct = outcome.reward == 1
         read = choice_letter if kind == AnswerKind.CHOICE else final_answer
         return {
             "rollout_id": rollout["rollout_id"],
             "problem_id": rollout["problem_id"],
             "group_id": rollout["group_id"],
             "reward": outcome.reward,
-            "correct": outcome.correct,
+            "correct": correct,
             "parsed_answer": read(rollout["response"]),
             "status": outcome.status,
             "verifier": self._name,
             "seconds": outcome.seconds,
             "feedback": outcome.feedback,
         }
-
-
-def _job(rollout: dict[str, Any], problem: dict[str, Any]) -> Job:
-    metadata = {name: problem[name] for name in _ABOUT_PROBLEM}
-    metadata |= {name: rollout[name] for name in _ABOUT_ROLLOUT}
-    texts = problem["problem"], rollout["response"], problem["answer"]
-    return Job(*texts, json.dumps(metadata))

@@ -22,16 +22,19 @@ Judgement = tuple[VerdictStatus, bool | None, str, float | None, str | None]
 
 
 class RewardFunction(Protocol):
-    """Rewards a response: `verify.reward.engine=file.py:function`.
+    """Rewards a response: `verify.reward.engine=file.py:function`, or a part of `verify.rewards`
+    with that name.
 
     Arguments are passed by name, and only those that the function takes; `reward.options` become
     further keyword arguments.
 
     problem, response: texts; answer: the gold answer of table problems, whatever it means to the
     function (answer_kind text is not parsed); metadata: problem_id, group_id, rollout_id, source,
-    split, answer_kind, solution and steps of the problem, finish_reason.
+    split, answer_kind, solution and steps of the problem, finish_reason; and metadata, a dict, of a
+    problem that has one.
 
-    Returns a bool; a number in 0 … 1, which counts as correct at 1; or a dict of `reward`,
+    Returns a bool; a number in 0 … 1, which counts as correct at 1 (in
+    `verify.rewards` at `verify.correct_at`); or a dict of `reward`,
     `correct` and `feedback` (text that is kept in table verdicts), where either of the first two
     follows from the other.
 
@@ -75,13 +78,14 @@ def reward_function(code: OwnCode, options: dict[str, Any]) -> Callable[..., Any
 
 
 def judge_by(config: str) -> Callable[..., Judgement]:
-    """The judge of a worker. config: of `OwnReward`, as JSON.
+    """The judge of a worker. config: where the run's config names it, and `OwnReward`, as JSON.
 
     Raises:
         InputError: the file cannot be imported, or has changed.
     """
-    own = OwnReward.model_validate_json(config)
-    code = own.load("reward.engine")
+    where, reward = json.loads(config)
+    own = OwnReward.model_validate(reward)
+    code = own.load(where)
     function = reward_function(code, own.options)
 
     def judge(problem: str, response: str, answer: str, metadata: str) -> Judgement:
@@ -102,8 +106,10 @@ def _scalar(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _read(returned: Any) -> tuple[float, bool, str | None]:
-    """Reward, whether it is correct, and feedback. Raises TypeError or ValueError."""
+def _read(returned: Any) -> tuple[float, bool | None, str | None]:
+    """Reward, whether it is correct if that was returned, and feedback. Raises TypeError or
+    ValueError.
+    """
     parts = returned if isinstance(returned, dict) else {"reward": returned}
     if unknown := parts.keys() - {"reward", "correct", "feedback"}:
         raise ValueError(f"returned the unknown key {min(map(str, unknown))!r}")
@@ -119,5 +125,4 @@ def _read(returned: Any) -> tuple[float, bool, str | None]:
     reward = float(reward)
     if not 0 <= reward <= 1:
         raise ValueError(f"returned the reward {reward}, which is not in 0 … 1")
-    correct = reward == 1 if correct is None else bool(correct)
     return reward, correct, None if feedback is None else feedback[:_MOST_FEEDBACK_CHARS]

@@ -20,7 +20,6 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from ...schemas.configs import OwnReward
 from ...schemas.errors import InputError
 from ...schemas.labels import VerdictStatus
 from ..progress import count_rows
@@ -55,6 +54,20 @@ class Job(tuple[str, ...]):
     @property
     def chars(self) -> int:
         return sum(map(len, self))
+
+
+@dataclass(frozen=True)
+class WorkerJudge:
+    """What judges in a worker in place of math-verify.
+
+    module: of this package, whose `judge_by(config)` returns the judge; config: text; label: names
+    it in messages; hint: what to do where a worker does not start.
+    """
+
+    module: str
+    config: str
+    label: str
+    hint: str
 
 
 @dataclass(frozen=True)
@@ -98,8 +111,8 @@ class VerifierPool:
     """Up to `workers` processes, started when there is work for them, ended by `close`.
 
     timeout_s: deadline per job, start-up not counted; memory_mib: address space per worker;
-    recycle_every: jobs after which a worker is replaced, because sympy's caches only grow; reward:
-    the user's own, which judges in place of math-verify.
+    recycle_every: jobs after which a worker is replaced, because sympy's caches only grow; judge:
+    in place of math-verify.
     """
 
     def __init__(
@@ -108,13 +121,13 @@ class VerifierPool:
         timeout_s: float,
         memory_mib: int,
         recycle_every: int = 2000,
-        reward: OwnReward | None = None,
+        judge: WorkerJudge | None = None,
     ) -> None:
         self._limit = workers
         self._timeout_s = timeout_s
         self._memory_mib = memory_mib
         self._recycle_every = recycle_every
-        self._reward = reward
+        self._judge = judge
         self._workers: list[_Worker] = []
         self._known: OrderedDict[Job, Outcome] = OrderedDict()
 
@@ -125,7 +138,7 @@ class VerifierPool:
         verdict is tried again by a later call.
 
         Raises:
-            RuntimeError: a worker does not start; InputError: nor does it with the user's reward.
+            RuntimeError: a worker does not start; InputError: nor does it with a judge of its own.
         """
         fresh = [job for job in dict.fromkeys(jobs) if job not in self._known]
         judged = dict(zip(fresh, self._judge_unique(fresh), strict=True))
@@ -238,7 +251,7 @@ class VerifierPool:
             logger.warning("verification worker ended with exit code %d", code)
             return (VerdictStatus.TIMEOUT, None) if code == -signal.SIGALRM else None
         if error:
-            judge = f"reward {self._reward.engine}" if self._reward else "math-verify"
+            judge = "math-verify" if self._judge is None else self._judge.label
             logger.warning("%s failed on a response: %s", judge, visible(error))
         worker.since = time.monotonic()
         worker.jobs_done += 1
@@ -253,7 +266,7 @@ class VerifierPool:
 
     def _await_ready(self, worker: _Worker) -> None:
         """Raises RuntimeError if the worker ended, or has not started in time; InputError if the
-        user's reward is the reason.
+        judge of its own is the reason.
         """
         if not worker.connection.poll():
             raise self._no_start(f"did not start in {_START_LIMIT_S} s")
@@ -267,11 +280,10 @@ class VerifierPool:
         worker.ready = True
 
     def _no_start(self, what: str) -> Exception:
-        if self._reward is None:
+        if self._judge is None:
             return RuntimeError(f"a verification worker {what}")
         return InputError(
-            f"reward.engine {self._reward.engine}: its worker {what}; run less when the file is "
-            f"imported, or raise verify.memory_mib ({self._memory_mib})"
+            f"{self._judge.label}: its worker {what}; {self._judge.hint} ({self._memory_mib})"
         )
 
     def _start_worker(self) -> _Worker:
@@ -281,9 +293,9 @@ class VerifierPool:
         # folder would shadow the standard library's module. A session of its own keeps Ctrl-C away.
         command = [sys.executable, "-P", "-W", "ignore", "-m", f"{__package__}.worker"]
         limits = [str(self._memory_mib), str(self._timeout_s + _ORPHAN_GRACE_S)]
-        reward = [] if self._reward is None else [self._reward.model_dump_json()]
+        judge = [] if self._judge is None else [self._judge.module, self._judge.config]
         process = subprocess.Popen(
-            [*command, str(theirs.fileno()), *limits, *reward],
+            [*command, str(theirs.fileno()), *limits, *judge],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -1,6 +1,6 @@
 """Which verifier a config names. Stages, online training and evaluations call this."""
 
-from ...schemas.configs import OwnReward, VerifyConfig
+from ...schemas.configs import LengthPart, OwnReward, VerifyConfig
 from ...trace.protocols import Verifier
 
 
@@ -8,8 +8,12 @@ def open_verifier(config: VerifyConfig) -> Verifier:
     """The verifier of a config; it holds worker processes until it is closed.
 
     Raises:
-        InputError: no such function of one's own.
+        InputError: no such function of one's own, or a part of the rewards can't run here.
     """
+    if config.rewards:
+        from .parts import PartsVerifier
+
+        return PartsVerifier(config)
     if isinstance(config.reward, OwnReward):
         from .own import OwnRewards
 
@@ -25,10 +29,22 @@ def verifier_identity(config: VerifyConfig) -> list[str]:
     Raises:
         InputError: no such function of one's own.
     """
-    if isinstance(config.reward, OwnReward):
-        from .own import reward_identity
+    if config.rewards:
+        from .rewards import part_identity
 
-        return [reward_identity(config.reward)]
+        return [part_identity(part) for part in config.rewards]
+    if isinstance(config.reward, OwnReward):
+        from .own import own_identity
+
+        return [own_identity(config.reward)]
     from .verdicts import CHOICE_MATCHER, math_matcher
 
     return [math_matcher(), CHOICE_MATCHER]
+
+
+def judged_columns(config: VerifyConfig) -> list[str]:
+    """The columns of rollouts that the verifier of a config reads."""
+    from .verdicts import JUDGED_COLUMNS
+
+    tokens = any(isinstance(part, LengthPart) and part.unit == "tokens" for part in config.rewards)
+    return [*JUDGED_COLUMNS, "token_ids"] if tokens else JUDGED_COLUMNS

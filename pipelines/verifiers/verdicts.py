@@ -3,6 +3,7 @@
 `MathVerifier` judges for stage verify, for online training and for evaluations.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -88,21 +89,8 @@ class MathVerifier:
 
     def _read(self, rollout: dict[str, Any], gold: str, kind: AnswerKind) -> "_Reading":
         """Find the response's answer, and the verdict if it takes no computer algebra."""
-        if kind == AnswerKind.CHOICE:
-            answer = choice_letter(rollout["response"])
-            verdict = _choice_verdict(letter_of(gold), answer)
-            matcher = CHOICE_MATCHER
-        elif kind == AnswerKind.TEXT:
-            answer = final_answer(rollout["response"])
-            status = VerdictStatus.PRED_UNPARSED if answer is None else VerdictStatus.OK
-            verdict = Outcome(status, answer is not None and answer == gold.strip(), 0.0)
-            matcher = TEXT_MATCHER
-        else:
-            answer = final_answer(rollout["response"])
-            if answer is not None and len(answer) > self._config.max_answer_chars:
-                answer = None
-            verdict = _math_verdict(gold, answer)
-            matcher = self._math
+        most = self._config.max_answer_chars
+        answer, matcher, verdict = _read_answer(rollout["response"], gold, kind, most, self._math)
         if rollout["finish_reason"] == FinishReason.LENGTH:
             verdict = Outcome(VerdictStatus.TRUNCATED, False, 0.0)
         return _Reading(rollout, answer, matcher, verdict)
@@ -124,6 +112,30 @@ class MathVerifier:
         }
 
 
+class AnswerJudge:
+    """Compares final answers as `MathVerifier` does, for parts of a reward: without truncation."""
+
+    def __init__(self, config: VerifyConfig) -> None:
+        self._most = config.max_answer_chars
+        self._pool = VerifierPool(
+            config.workers, config.timeout_s, config.memory_mib, config.recycle_every
+        )
+
+    def judge(
+        self, items: Sequence[tuple[str, str, AnswerKind]]
+    ) -> tuple[list[str | None], list[Outcome]]:
+        """The answers that were read, and the outcomes. items: response, gold answer, its kind."""
+        readings = [_read_answer(*item, self._most, "") for item in items]
+        jobs = [verdict for _, _, verdict in readings if isinstance(verdict, Job)]
+        outcomes = iter(self._pool.judge(jobs))
+        return [answer for answer, _, _ in readings], [
+            next(outcomes) if isinstance(verdict, Job) else verdict for _, _, verdict in readings
+        ]
+
+    def close(self) -> None:
+        self._pool.close()
+
+
 @dataclass(frozen=True)
 class _Reading:
     """A rollout, the answer read from it, and its verdict or the job that will give it."""
@@ -132,6 +144,26 @@ class _Reading:
     answer: str | None
     matcher: str
     verdict: Outcome | Job
+
+
+def _read_answer(
+    response: str, gold: str, kind: AnswerKind, most_chars: int, math: str
+) -> tuple[str | None, str, Outcome | Job]:
+    """The response's answer, what compares it, and the verdict or the job that will give it.
+
+    math: name of what compares mathematics.
+    """
+    if kind == AnswerKind.CHOICE:
+        answer = choice_letter(response)
+        return answer, CHOICE_MATCHER, _choice_verdict(letter_of(gold), answer)
+    answer = final_answer(response)
+    if kind == AnswerKind.TEXT:
+        status = VerdictStatus.PRED_UNPARSED if answer is None else VerdictStatus.OK
+        equal = answer is not None and answer == gold.strip()
+        return answer, TEXT_MATCHER, Outcome(status, equal, 0.0)
+    if answer is not None and len(answer) > most_chars:
+        answer = None
+    return answer, math, _math_verdict(gold, answer)
 
 
 def _choice_verdict(gold: str | None, answer: str | None) -> Outcome:

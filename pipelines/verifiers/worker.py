@@ -1,10 +1,11 @@
 """One verification worker: a process that judges until its pipe closes.
 
 Started by pool.py as `python -m trace_opd.pipelines.verifiers.worker <fd> <memory MiB> <seconds>
-[<config of a reward of one's own>]`, so it imports neither the parent's main module nor torch. A
-job is (gold, answer), or the arguments of that reward.
+[<module> <config>]`, so it imports neither the parent's main module nor torch. A job is (gold,
+answer), or the arguments of the judge that the module makes of its config.
 """
 
+import importlib
 import resource
 import signal
 import sys
@@ -60,20 +61,19 @@ def peak_mib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // _UNITS_PER_MIB
 
 
-def serve(
-    connection: Connection, memory_mib: int, orphan_s: float, reward: str | None = None
-) -> None:
-    """Answer jobs until the other end closes. reward: the config of the user's own, as JSON."""
+def serve(connection: Connection, memory_mib: int, orphan_s: float, *judging: str) -> None:
+    """Answer jobs until the other end closes. judging: a module of this package, whose `judge_by`
+    makes the judge, and its config; none: math-verify judges.
+    """
     limit = memory_mib * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     judge_job: Callable[..., tuple[Any, ...]] = judge
-    if reward is None:
+    if not judging:
         judge("\\frac{1}{2}", "0.25+x")  # the first comparison fills sympy's tables
     else:
-        from .own_reward import judge_by
-
+        module, config = judging
         try:
-            judge_job = judge_by(reward)
+            judge_job = importlib.import_module(f".{module}", __package__).judge_by(config)
         except InputError as error:
             connection.send(str(error))
             return
@@ -90,7 +90,7 @@ def serve(
         judgement = judge_job(*job)
         # sympy and math-verify swallow MemoryError and return "not equal", which proves nothing.
         # Half of the limit is far above the memory of any honest comparison.
-        if reward is None and not judgement[1] and peak_mib() > suspicious_mib:
+        if not judging and not judgement[1] and peak_mib() > suspicious_mib:
             judgement = (VerdictStatus.OOM, None, "")
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(judgement)

@@ -69,6 +69,14 @@ def overview(tables: Tables) -> Overview:
         ("pass rate", _share(sum(judged), len(judged)), f"{sum(judged):,} of {len(judged):,}"),
         ("tokens per response", f"{np.mean(lengths):,.0f}" if len(lengths) else "–", "mean"),
     ]
+    tiles += [
+        (
+            f"reward: {name}",
+            "–" if figure["mean"] is None else f"{figure['mean']:.3f}",
+            f"mean value; {figure['without_value']:,} without",
+        )
+        for name, figure in tables.by_role["verdicts"].summary.get("parts", {}).items()
+    ]
     bars = [Bars("Diagnostic type", "type", _counts(rows["diagnostic_type"].to_pylist()))]
     route_tokens = None
     if "routed" in tables.by_role:

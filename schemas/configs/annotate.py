@@ -9,6 +9,7 @@ from ..labels import Route, TeacherContext
 from .base import Config, added, operational
 from .endpoint import EndpointUrl, KeyVariable
 from .own import NAMED, OWN, OwnAnnotator, OwnReward, named_or_own
+from .rewards import Part, deciding
 from .rollout import PolicyConfig, Sampler, TransformersSampler
 
 
@@ -32,6 +33,15 @@ class VerifyConfig(Config):
     reward: Reward = added(
         AnswerReward(), "What rewards a response: its final answer, or a function of your own."
     )
+    rewards: list[Part] = added(
+        [],
+        "Parts whose weighted mean is the reward, by name or as functions of your own; empty: "
+        "`reward` judges.",
+    )
+    correct_by: str | int = added(
+        0, "The part of `rewards` that decides whether a response is right: its name or index."
+    )
+    correct_at: float = added(1.0, "Least value of that part that counts as right.", gt=0, le=1)
     timeout_s: float = Field(default=10.0, gt=0, description="Deadline per verification.")
     memory_mib: int = Field(default=2048, ge=256, description="Address-space limit per worker.")
     truncated: Literal["zero", "mask"] = Field(
@@ -42,6 +52,35 @@ class VerifyConfig(Config):
     )
     workers: int = operational(2, "Worker processes.", ge=1)
     recycle_every: int = operational(2000, "Jobs before a worker is replaced.", ge=1)
+
+    @property
+    def decides(self) -> int:
+        """The index of the part that decides `correct`."""
+        return deciding(self.rewards, self.correct_by)
+
+    def semantic(self) -> dict[str, Any]:
+        """With the source's hash of each part of one's own."""
+        parts = {"rewards": [part.semantic() for part in self.rewards]} if self.rewards else {}
+        return super().semantic() | parts
+
+    @model_validator(mode="after")
+    def _parts(self) -> "VerifyConfig":
+        if not self.rewards:
+            for name in ("correct_by", "correct_at"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name} says which part of rewards decides, and rewards is empty; give "
+                        f"rewards, or leave {name} out"
+                    )
+            return self
+        if self.reward != AnswerReward():
+            raise ValueError(
+                "reward and rewards are both given; make reward one of the parts of rewards"
+            )
+        if not any(part.weight for part in self.rewards):
+            raise ValueError("rewards: all weights are 0; give one part a weight above 0")
+        deciding(self.rewards, self.correct_by)
+        return self
 
 
 class SegmentConfig(Config):

@@ -13,11 +13,11 @@ from .base import Config, added, operational
 
 NAMED, OWN = "", "own"  # tags of the two branches; an error's path omits the empty one
 
-_OwnName = Annotated[str, Field(pattern=":")]
-_OPTIONS: Any = Field(
+OwnName = Annotated[str, Field(pattern=":")]
+OPTIONS: Any = Field(
     default={}, description="Options of the class, or keyword arguments of the function."
 )
-_SHA256 = operational(
+SHA256 = operational(
     None, "SHA-256 of the file; another content is refused. A run sets it for its workers."
 )
 
@@ -57,37 +57,37 @@ class OwnConfig(Config):
         return self.model_copy(update={self._tag(): name, "sha256": code.sha256})
 
     def _tag(self) -> str:
-        return "kind" if "kind" in type(self).model_fields else "engine"
+        return next(tag for tag in ("kind", "engine", "name") if tag in type(self).model_fields)
 
 
 class OwnSampler(OwnConfig):
-    engine: _OwnName = Field(description="file.py:Class or module:Class of your own.")
-    options: dict[str, Any] = _OPTIONS
-    sha256: str | None = _SHA256
+    engine: OwnName = Field(description="file.py:Class or module:Class of your own.")
+    options: dict[str, Any] = OPTIONS
+    sha256: str | None = SHA256
 
 
 class OwnAnnotator(OwnConfig):
-    engine: _OwnName = Field(description="file.py:Class or module:Class of your own.")
+    engine: OwnName = Field(description="file.py:Class or module:Class of your own.")
     name: str | None = Field(
         default=None, description="Name recorded with each annotation; null: the class's."
     )
     reflection: bool = added(
         False, "Keep the reflections of the class's readings; false: it must return none."
     )
-    options: dict[str, Any] = _OPTIONS
-    sha256: str | None = _SHA256
+    options: dict[str, Any] = OPTIONS
+    sha256: str | None = SHA256
 
 
 class OwnSource(OwnConfig):
-    kind: _OwnName = Field(description="file.py:Class or module:Class of your own.")
-    options: dict[str, Any] = _OPTIONS
-    sha256: str | None = _SHA256
+    kind: OwnName = Field(description="file.py:Class or module:Class of your own.")
+    options: dict[str, Any] = OPTIONS
+    sha256: str | None = SHA256
 
 
 class OwnReward(OwnConfig):
-    engine: _OwnName = Field(description="file.py:function or file.py:Class of your own.")
-    options: dict[str, Any] = _OPTIONS
-    sha256: str | None = _SHA256
+    engine: OwnName = Field(description="file.py:function or file.py:Class of your own.")
+    options: dict[str, Any] = OPTIONS
+    sha256: str | None = SHA256
 
 
 C = TypeVar("C", bound=Config)
@@ -116,8 +116,14 @@ def own_sources(config: Config) -> list[dict[str, Any]]:
 def _mapped(config: C, change: Callable[[OwnConfig], Any]) -> C:
     if isinstance(config, OwnConfig):
         return change(config)
-    nested = {name: value for name, value in config if isinstance(value, Config)}
-    changes = {name: _mapped(value, change) for name, value in nested.items()}
+    nested: dict[str, Any] = {name: one for name, one in config if isinstance(one, Config)}
+    changes: dict[str, Any] = {name: _mapped(value, change) for name, value in nested.items()}
+    for name, value in config:
+        if isinstance(value, list) and any(isinstance(one, OwnConfig) for one in value):
+            nested[name] = value
+            changes[name] = [
+                _mapped(one, change) if isinstance(one, Config) else one for one in value
+            ]
     if all(changes[name] is value for name, value in nested.items()):
         return config
     return config.model_copy(update=changes)

@@ -27,6 +27,21 @@ class Columns(Config):
     id: str | None = Field(default=None, description="Column of the row's own id.")
     subject: str | None = Field(default=None, description="Column of the subject.")
     level: str | None = Field(default=None, description="Column of the difficulty.")
+    tests: str | None = added(
+        None,
+        "Column of a program's tests, for the reward code: source that defines check(candidate), "
+        "or asserts.",
+    )
+    entry_point: str | None = added(None, "Column of the name of the function that tests call.")
+    cases: str | None = added(
+        None,
+        "Column of a program's cases, for the reward code: a list of {stdin, stdout}, or "
+        "{inputs, outputs} of lists, also as JSON text.",
+    )
+    metadata: str | None = added(
+        None, "Column of a mapping, also as JSON text, that rewards of your own see."
+    )
+
     template: str | None = added(
         None,
         "Text of the problem with columns in braces, instead of one column: "
@@ -35,6 +50,14 @@ class Columns(Config):
     answer_template: str | None = added(
         None, "Text of the gold answer with columns in braces, instead of one column."
     )
+
+    @model_validator(mode="after")
+    def _one_kind_of_tests(self) -> "Columns":
+        if self.tests and self.cases:
+            raise ValueError("tests and cases are both given; a problem has one of them")
+        if self.entry_point and not self.tests:
+            raise ValueError("entry_point is given without tests; name their column too")
+        return self
 
     @model_validator(mode="after")
     def _templates(self) -> "Columns":
@@ -98,6 +121,11 @@ class GymSource(Config):
     settings: dict[str, Any] = Field(default={}, description="The task's own settings.")
     instructions: bool = Field(
         default=True, description="Append a line that asks for a boxed answer."
+    )
+    scored: bool = added(
+        False,
+        "Keep with each problem what the task's own scorer needs, for the reward gym; its answers "
+        "are then text, and none is left out as unparsable.",
     )
 
 

@@ -39,6 +39,7 @@ ROWS: dict[str, dict] = {
         "source_id": "a/1",
         "subject": "Algebra",
         "level": "3",
+        "metadata": '{"limit": 3}',
     },
     "rollouts": {
         **_ids,
@@ -65,6 +66,7 @@ ROWS: dict[str, dict] = {
         "feedback": "by a reward of one's own",
         "selection": "plain",
         "left_out": "budget",
+        "parts": [{"name": "math", "value": 1.0, "status": "ok", "seconds": 0.0}],
     },
     "annotations": {
         **_ids,
@@ -443,3 +445,13 @@ def test_only_the_errors_of_wrong_responses_may_be_named_as_mistakes():
     assert validate(table_of(ROUTED, {}, routed), ROUTED).num_rows == 2
     with pytest.raises(InputError, match=sentence):
         validate(table_of(ROUTED, {}, named), ROUTED, "t")
+
+
+@pytest.mark.parametrize(
+    "change", [{"value": 1.5}, {"value": float("nan")}, {"value": -0.5}, {"status": "fine"}]
+)
+def test_a_part_of_a_reward_has_a_value_from_0_to_1_and_a_known_status(change):
+    row = ROWS["verdicts"] | {"rollout_id": "a"}
+    table = VERDICTS.table([row, row | {"rollout_id": "b", "parts": [row["parts"][0] | change]}])
+    with pytest.raises(InputError, match="row 1: parts has a value"):
+        validate(table, VERDICTS)

@@ -1,0 +1,50 @@
+"""The parts of `verify.rewards`: which file implements which name.
+
+registry.py calls `open_part` and `part_identity`. A part is added by a config in
+schemas/configs/rewards.py, a file here with `identity(part)` and a class of part.py's protocol, and
+a line in `_FILES`. A file is imported when its part is first used.
+"""
+
+from importlib import import_module
+
+from ....schemas.configs import Part as PartConfig
+from ....schemas.configs import VerifyConfig
+from ....schemas.own_code import is_own
+from .part import Part
+
+# Name in the config: file, class.
+_FILES = {
+    "answer": ("answer", "Answer"),
+    "math": ("answer", "Answer"),
+    "choice": ("answer", "Answer"),
+    "exact": ("exact", "Exact"),
+    "regex": ("regex", "Regex"),
+    "format": ("format", "Format"),
+    "length": ("length", "Length"),
+    "gym": ("gym", "Gym"),
+    "code": ("code", "Code"),
+}
+_OWN = ("own", "Own")
+
+
+def open_part(part: PartConfig, config: VerifyConfig) -> Part:
+    """The part; it may hold processes until it is closed.
+
+    Raises:
+        InputError: it can't run here.
+    """
+    file, name = _named(part)
+    return getattr(import_module(f".{file}", __package__), name)(part, config)
+
+
+def part_identity(part: PartConfig) -> str:
+    """Name and version of what judges, for dataset ids and table verdicts.
+
+    Raises:
+        InputError: no such function of one's own.
+    """
+    return import_module(f".{_named(part)[0]}", __package__).identity(part)
+
+
+def _named(part: PartConfig) -> tuple[str, str]:
+    return _OWN if is_own(part.name) else _FILES[part.name]
