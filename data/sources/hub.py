@@ -161,7 +161,7 @@ def _image_rows(table: Any, columns: ColumnMap) -> dict[int, str]:
                 pc.fill_null(pc.list_value_length(values), pa.scalar(0)), pa.scalar(0)
             )
         rows = np.flatnonzero(filled.to_numpy())
-        found |= dict.fromkeys(rows.tolist(), name)
+        found.update({int(row): name for row in rows})
     return found
 
 

@@ -247,12 +247,10 @@ def shared_problems(training: pa.Table | None, held_out: pa.Table | None) -> lis
     ]
 
 
-def shared_wording(
-    training: pa.Table | None, held_out: pa.Table | None, name: str, held_out_name: str
-) -> list[str]:
+def shared_wording(training: pa.Table | None, held_out: pa.Table | None, name: str) -> list[str]:
     """Whether problems of the evaluation share long runs of words with those of the training.
 
-    name, held_out_name: of the datasets, for the command that lists them.
+    name: of the pipeline, for the command that lists them.
     """
     if training is None or held_out is None:
         return []
@@ -264,8 +262,8 @@ def shared_wording(
     return [
         f"eval_problems: {found.shared} of {found.problems} ({found.share:.1%}) share 13 words in "
         f"a row with training problems, e.g. {text!r:.80} ({share:.0%} of its runs); after the run "
-        f"`trace-opd contamination {name} {held_out_name}` lists them, and problems.against with "
-        "problems.drop_overlap leaves such training problems out"
+        f"`trace-opd contamination {name}-problems {name}-eval_problems` lists them, and "
+        "problems.against with problems.drop_overlap leaves such training problems out"
     ]
 
 

@@ -75,12 +75,11 @@ def plan_pipeline(config: PipelineConfig, store: Store, download: bool = True) -
             "train.offline.steps is 0: stages rollout, verify, annotate and convert are left out; "
             "each online step does their work with the current policy"
         )
-    tables = [planner.problems.get(role) for role in ("problems", "eval_problems")]
-    if same := faults.shared_problems(*tables):
+    training, held_out = (planner.problems.get(role) for role in ("problems", "eval_problems"))
+    if same := faults.shared_problems(training, held_out):
         plan.faults += same
     else:
-        names = [f"{config.name}-{role}" for role in ("problems", "eval_problems")]
-        plan.warnings += faults.shared_wording(*tables, *names)
+        plan.warnings += faults.shared_wording(training, held_out, config.name)
     plan.faults = list(dict.fromkeys(plan.faults))
     plan.notes = list(dict.fromkeys(plan.notes))
     return plan
