@@ -10,12 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ...schemas.columns import MOST_LOGPROB
 from ...schemas.configs import OwnSampler as OwnSamplerConfig
 from ...schemas.configs import PolicyConfig, SamplingConfig
 from ...schemas.errors import InputError
 from ...schemas.labels import FinishReason
 from ...schemas.own_code import OwnCode, build, is_text, iterable, require_methods, running
-from ...schemas.tables import MOST_LOGPROB
 from ...trace.align import byte_table
 from ...trace.clock import Phase
 from ...trace.identity import model_revision

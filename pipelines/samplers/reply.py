@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from ...schemas.columns import MOST_LOGPROB, MOST_TOKEN_ID
 from ...schemas.errors import InputError
 from ...schemas.labels import FinishReason
-from ...schemas.tables import MOST_LOGPROB, MOST_TOKEN_ID
 from ...trace.protocols import Completion
 from ..endpoint import NotACompletion, read_body
 from ..terminal import visible

@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerBase
 
+from ...schemas.columns import MOST_LOGPROB
 from ...schemas.errors import InputError
-from ...schemas.tables import MOST_LOGPROB
 from ...trace.scores import NOTHING
 from ..endpoint import read_body
 from ..terminal import visible

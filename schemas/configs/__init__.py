@@ -19,6 +19,7 @@ from .annotate import (
     VerifyConfig,
 )
 from .base import Config, operational
+from .loss import GateConfig, LossConfig, ScheduleConfig, TeacherConfig
 from .own import OwnAnnotator, OwnConfig, OwnReward, OwnSampler, OwnSource, located, own_sources
 from .pipeline import EvaluateConfig, PipelineConfig, ReportConfig
 from .pool import PoolBand, PoolConfig
@@ -64,15 +65,11 @@ from .select import SelectConfig
 from .study import ArmConfig, ReportedConfig, StudyConfig, TuningConfig
 from .train import (
     CollapseConfig,
-    GateConfig,
     Layers,
     LoraConfig,
-    LossConfig,
     OfflineConfig,
     OnlineConfig,
     OptimConfig,
-    ScheduleConfig,
-    TeacherConfig,
     TrainConfig,
     ValidationConfig,
 )

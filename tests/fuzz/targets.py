@@ -47,13 +47,14 @@ from trace_opd.pipelines.samplers.reply import read_completion
 from trace_opd.pipelines.terminal import Terminal
 from trace_opd.pipelines.viewer import view
 from trace_opd.schemas import configs
+from trace_opd.schemas.columns import MOST_LOGPROB
 from trace_opd.schemas.configs import FilesSource, OpenAIAnnotator, SegmentConfig
 from trace_opd.schemas.contract import TableContract, validate
 from trace_opd.schemas.errors import DamagedFile, InputError
 from trace_opd.schemas.labels import AnnotationStatus
 from trace_opd.schemas.settings import dump_config
 from trace_opd.schemas.settings import load_config as load_settings
-from trace_opd.schemas.tables import ANNOTATIONS, MOST_LOGPROB
+from trace_opd.schemas.tables import ANNOTATIONS
 from trace_opd.schemas.yaml_text import load_yaml
 from trace_opd.trace.align import ByteTable, byte_table
 from trace_opd.trace.chat_template import render_template
