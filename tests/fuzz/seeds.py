@@ -49,6 +49,7 @@ def valid_table(contract: TableContract, rows: int = 2) -> pa.Table:
     """A table of a contract with a value in every column."""
     labels = {name: str(next(iter(kind))) for name, kind in contract.labels.items()}
     labels |= {f"{a}.{b}": str(next(iter(kind))) for (a, b), kind in contract.nested_labels.items()}
+    labels |= {"metadata": "{}", "parts.status": "ok"}
     made = [
         {field.name: _value(field.type, field.name, row, labels) for field in contract.schema}
         for row in range(rows)
@@ -72,14 +73,15 @@ def _value(kind: pa.DataType, path: str, row: int, labels: dict[str, str]) -> An
         return labels.get(path, f"{path} {row}")
     if pa.types.is_boolean(kind):
         return True
-    return 0 if pa.types.is_integer(kind) else -0.5 if path == "logprobs" else 0.5
+    return 0 if pa.types.is_integer(kind) else -0.5 if path.endswith("logprobs") else 0.5
 
 
 def _configs() -> list[bytes]:
     content = (ROOT / "configs" / "micro.yaml").read_bytes()
-    found = [bytes([which, 0]) + content for which in (0, 6)]  # the pipeline, and its section train
+    found = [bytes([which, 0]) + content for which in (0, 8)]  # the pipeline, and its section train
     sections = ["source: {kind: arithmetic}\nlimit: 3", "policy: {path: micro}", "timeout_s: 3",
-                "annotator: {engine: openai, model: m}", "routing: {alpha: 0.5}",
+                "max_chars: 9", "annotator: {engine: openai, model: m}", "routing: {alpha: 0.5}",
+                "k: 8",
                 "online: {steps: 1}", "k: 2", "limit: 3"]  # fmt: skip
     assert len(sections) == len(SECTIONS)
     found += [bytes([1 + i, 1]) + text.encode() + b"\xffseed=3" for i, text in enumerate(sections)]

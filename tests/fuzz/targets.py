@@ -74,12 +74,14 @@ CONFIGS = (
     configs.SelectConfig,
     configs.AnnotateConfig,
     configs.ConvertConfig,
+    configs.ScoreConfig,
     configs.TrainConfig,
     configs.EvaluateConfig,
     configs.ReportConfig,
 )
 SECTIONS = (
-    "problems", "rollout", "verify", "select", "annotate", "convert", "train", "evaluate", "report",
+    "problems", "rollout", "verify", "select", "annotate", "convert", "score", "train", "evaluate",
+    "report",
 )  # fmt: skip
 _PAID = OpenAIAnnotator(
     engine="openai",
@@ -111,8 +113,8 @@ def _file(name: str, content: bytes) -> str:
 
 def config(content: bytes, overrides: list[str], which: int) -> None:
     """A config is refused, or prints as a config that loads as itself."""
-    kind = CONFIGS[which % len(CONFIGS)]
-    section = SECTIONS[which % len(SECTIONS)] if kind is not configs.PipelineConfig else None
+    which %= len(CONFIGS)
+    kind, section = CONFIGS[which], SECTIONS[which - 1] if which else None
     path = _file("config.yaml", content)
     try:
         loaded = load_settings(kind, path, overrides, section)

@@ -88,9 +88,9 @@ def test_transient_failures_are_retried(vocabulary, sequences, served, caplog):
 
 def test_a_server_that_fails_leaves_its_requests_to_another(vocabulary, sequences, served, second):
     served.answer = lambda n, body: (500, {"error": {"message": "broken"}})
-    both = score(vocabulary, sequences, served, second, concurrency=1)
-    alone = score(vocabulary, sequences, second, concurrency=1)
+    both = score(vocabulary, sequences, served, second, concurrency=2)  # the first to each
     assert len(served.requests) == 1
+    alone = score(vocabulary, sequences, second, concurrency=1)
     for left, right in zip(both, alone, strict=True):
         np.testing.assert_array_equal(left.top_logprobs, right.top_logprobs)
 
