@@ -49,12 +49,15 @@ def unneeded_checkpoints(folder: Path) -> list[Path]:
     found = checkpoints(folder)
     if found and (found[0] / _ADAPTERS).exists():
         found = found[1:]
-    return [*found, *folder.glob(f"{DAMAGED}step-*")]
+    removed = temporary_folder(folder / "step-*")  # by a run that was killed meanwhile
+    return [*found, *folder.glob(f"{DAMAGED}step-*"), *folder.glob(removed.name)]
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Renamed first: a kill during the removal leaves no partial checkpoint under its name."""
-    shutil.rmtree(checkpoint.rename(temporary_folder(checkpoint)))
+    if not checkpoint.name.startswith("."):
+        checkpoint = checkpoint.rename(temporary_folder(checkpoint))
+    shutil.rmtree(checkpoint)
 
 
 def difference(checkpoint: Path, read: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:

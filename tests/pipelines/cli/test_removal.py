@@ -189,13 +189,16 @@ def test_a_damaged_manifest_stops_both(run, store, chain):
     assert chain.a.ref in refs(store)
 
 
+HALF_REMOVED = ".tmp-step-00001"  # its removal was killed
+
+
 def test_gc_takes_checkpoints_of_finished_runs_and_old_unfinished_work(tmp_path, monkeypatch):
     store = Store(tmp_path / "store")
     kept = {"final", "step-00004"}
     for name, config in (("a", {}), ("b", {"keep_checkpoints": True}), ("lora", {})):
         draft = store.begin("train", {"run": name}, {}, None, config)
         assert isinstance(draft, Draft)
-        for folder in ("final", "step-00002", "step-00004", "damaged-step-00003"):
+        for folder in ("final", "step-00002", "step-00004", "damaged-step-00003", HALF_REMOVED):
             (draft.local_path(f"checkpoints/{folder}") / "x").write_text("1234")
         if name == "lora":
             draft.local_path("checkpoints/step-00004/adapter")
@@ -208,7 +211,8 @@ def test_gc_takes_checkpoints_of_finished_runs_and_old_unfinished_work(tmp_path,
     aged(leftover, 8)
     found = {one.what: one.bytes for one in find_garbage(store, 7 * DAY, False)}
     checkpoints = {
-        f"{store.get('a').ref}/checkpoints/{name}" for name in ("step-00002", "step-00004")
+        f"{store.get('a').ref}/checkpoints/{name}"
+        for name in ("step-00002", "step-00004", HALF_REMOVED)
     }
     assert checkpoints < found.keys()
     monkeypatch.setattr(sys, "argv", ["trace-opd", "gc", "--yes", "--store", store.root])
@@ -218,7 +222,11 @@ def test_gc_takes_checkpoints_of_finished_runs_and_old_unfinished_work(tmp_path,
     assert not leftover.exists()
     assert not old.exists()
     assert len(list(tmp_path.glob("store/verify/*"))) == 1
-    for name, left in (("a", {"final"}), ("lora", kept), ("b", kept | {"step-00002"})):
+    for name, left in (
+        ("a", {"final"}),
+        ("lora", kept),
+        ("b", kept | {"step-00002", HALF_REMOVED}),
+    ):
         folder = store.files.local_path(f"{store.get(name).ref}/checkpoints")
         assert {path.name for path in folder.iterdir()} - {"damaged-step-00003"} == left
 
