@@ -198,11 +198,14 @@ def test_gc_takes_checkpoints_of_finished_runs_and_old_unfinished_work(tmp_path,
     for name, config in (("a", {}), ("b", {"keep_checkpoints": True}), ("lora", {})):
         draft = store.begin("train", {"run": name}, {}, None, config)
         assert isinstance(draft, Draft)
-        for folder in ("final", "step-00002", "step-00004", "damaged-step-00003", HALF_REMOVED):
+        for folder in ("final", "step-00002", "step-00004", "damaged-step-00003"):
             (draft.local_path(f"checkpoints/{folder}") / "x").write_text("1234")
         if name == "lora":
             draft.local_path("checkpoints/step-00004/adapter")
         store.set_alias(name, draft.finish(0))
+        half = Path(store.get(name).path()) / "checkpoints" / HALF_REMOVED
+        half.mkdir()
+        (half / "x").write_text("1234")
     begun(store, "verify", new=1).local_path()
     old = begun(store, "verify", old=1).local_path()
     leftover = Path(store.get("a").path()) / "part-00000.parquet.tmp-1-2"
