@@ -13,7 +13,7 @@ from ...schemas.configs import Columns, FilesSource
 from ...schemas.errors import InputError
 from ..input_files import digest, find_files, opened
 from ..parquet_reader import read_batches
-from ..row_files import KINDS, BadRow, file_rows, is_known, parquet_schema
+from ..row_files import KINDS, BadRow, bad_row, file_rows, is_known, parquet_schema
 from .columns import ColumnMap, resolve, root
 from .found import found_in_batches, found_in_rows, likely_texts
 from .problem_rows import problem_row
@@ -32,8 +32,11 @@ def rows(source: FilesSource, seed: int) -> Iterator[dict[str, Any] | BadRow]:
         with opened(fs, path) as file:
             for row, foreign in file_rows(file, name, columns and _roots(file, name, columns)):
                 count += 1
-                if columns is None or isinstance(foreign, BadRow):
+                if isinstance(foreign, BadRow):
                     yield foreign
+                elif columns is None:
+                    what = "has no columns"
+                    yield bad_row(f"{name}, row {row}", what, "fill it in, or leave the row out")
                 else:
                     yield problem_row(foreign, columns, source.answer_kind, name, row)
     if not count:

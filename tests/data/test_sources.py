@@ -114,6 +114,8 @@ def test_an_answer_that_is_a_list_is_an_error(tmp_path):
         ("p.jsonl", "", "holds no rows"),
         ("p.jsonl", '{"problem": "a", "answer": 1}\n{"problem"', "row 1: is not JSON"),
         ("p.jsonl", "[1]\n", "row 0: is not a JSON object"),
+        ("p.jsonl", "{}\n", "p.jsonl, row 0: has no columns"),
+        ("p.json", "[{}]", "p.json, row 0: has no columns"),
         ("p.parquet", "no parquet", "is no complete Parquet file"),
         ("p.csv", "problem,answer\n", "holds no rows"),
         ("p.txt", "problem,answer\n", "ends in '.txt'; give a file that ends in .parquet, .json"),
