@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -142,3 +143,11 @@ assert not {"torch", "transformers"} & set(sys.modules)
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_wheel_holds_every_package():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    rooms = ("schemas", "data", "trace", "pipelines")
+    folders = {file.parent for room in rooms for file in (ROOT / room).rglob("__init__.py")}
+    found = {"trace_opd", *(".".join(("trace_opd", *f.relative_to(ROOT).parts)) for f in folders)}
+    assert set(settings["tool"]["setuptools"]["packages"]) == found

@@ -73,7 +73,7 @@ def _compared(trained: Any, other: Any, words: int) -> "tuple[Any, pl.DataFrame]
     """The overlap of two datasets, and its pairs with ids and texts."""
     import polars as pl
 
-    from ..contamination import overlap
+    from ..choice.contamination import overlap
 
     own, asked = (dataset.read(["problem_id", "problem"]) for dataset in (trained, other))
     found = overlap(own["problem"], asked["problem"], words)

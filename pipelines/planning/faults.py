@@ -40,7 +40,7 @@ from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
 from ..annotators.prices import find_price
 from ..annotators.prompting import prompt_of
-from ..contamination import overlap
+from ..choice.contamination import overlap
 from ..endpoint import FAILURES, read_key, sentence
 from ..models import resolve_policy, served_model
 from ..samplers import sampling_engine

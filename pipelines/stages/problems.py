@@ -25,7 +25,7 @@ from ...schemas.configs import ProblemsConfig, VerifyConfig, located
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind, VerdictStatus
 from ...schemas.tables import PROBLEMS
-from ..contamination import Overlap, overlap
+from ..choice.contamination import Overlap, overlap
 from ..progress import progress_bar
 from ..verifiers.pool import Job, VerifierPool
 from ..verifiers.reading import gold_parses

@@ -20,7 +20,7 @@ from ...schemas.configs import SelectConfig
 from ...schemas.errors import InputError
 from ...schemas.labels import FinishReason, LeftOut, Selection
 from ...schemas.tables import VERDICTS
-from ..selection import counts_of, selection_of
+from ..choice.selection import counts_of, selection_of
 from .base import PartMaker, Plan, Stage
 
 _READ = ["rollout_id", "problem_id", "group_id", "correct"]

@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trace_opd.data.store import Dataset, Store
+from trace_opd.pipelines.choice.contamination import overlap
 from trace_opd.pipelines.cli import main
-from trace_opd.pipelines.contamination import overlap
 from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.planning.pipeline_plan import plan_pipeline
 from trace_opd.schemas.configs import PipelineConfig, ProblemsConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config
 
-CONFIG = Path(__file__).parents[2] / "configs" / "micro.yaml"
+CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
 LONG = "A farmer has 17 sheep and buys 5 more on Monday, then sells 9 of them on Friday."
 MOVED = "Question: a farmer has 17 sheep, and buys 5 more on Monday! Then sells 9 of them."
 OTHER = "A baker has 17 loaves and bakes 5 more on Monday, then sells 9 of them on Friday."

@@ -8,9 +8,9 @@ from typing import Any
 
 import polars as pl
 
-from ..schemas.configs import SelectConfig
-from ..schemas.errors import InputError
-from ..schemas.labels import LeftOut, Selection
+from ...schemas.configs import SelectConfig
+from ...schemas.errors import InputError
+from ...schemas.labels import LeftOut, Selection
 
 # p(1 - p) of the pass rate p, from whole numbers: p and 1 - p get the same value, so that ties are
 # ties.

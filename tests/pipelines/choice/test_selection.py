@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trace_opd.pipelines.selection import selection_of
+from trace_opd.pipelines.choice.selection import selection_of
 from trace_opd.schemas.configs import SelectConfig
 from trace_opd.schemas.errors import InputError
 

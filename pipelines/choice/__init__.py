@@ -1,0 +1,1 @@
+"""Which responses are annotated, and which problems are trained on: selection, contamination."""
