@@ -1,6 +1,6 @@
 """Annotation by a model behind any OpenAI-compatible chat endpoint, engine `openai`.
 
-Rows are made here, requests are sent by paid_requests.py. `batch=true` asks through the Batch API
+Rows are made here, requests are sent by paid/requests.py. `batch=true` asks through the Batch API
 instead (openai_batch.py).
 """
 
@@ -20,20 +20,21 @@ from ...schemas.labels import AnnotationStatus
 from ...schemas.tables import ANNOTATIONS
 from ...trace.protocols import Annotator
 from .. import endpoint
+from ..paid.budget import BudgetSpent
+from ..paid.claims import Claims
+from ..paid.completion import is_answer, request_body
+from ..paid.journal import Journal
+from ..paid.pace import AskedToWait, Closed
+from ..paid.prices import find_price
+from ..paid.questions import Answer, Question
+from ..paid.requests import Requests
+from ..paid.spending import Spending, open_spending
 from ..runtime.event_loop import EventLoop
 from ..runtime.signals import announce, drained
 from . import Engine
-from .budget import BudgetSpent
-from .claims import Claims
-from .completion import is_answer, request_body
-from .dialogue import Answer, Question, dialogue, replay
-from .journal import Journal
-from .pace import AskedToWait, Closed
-from .paid_requests import Requests
-from .prices import find_price
+from .dialogue import dialogue, replay
 from .prompting import AnnotationPrompt, prompt_of
 from .rows import KEPT, NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
-from .spending import Spending, open_spending
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class EndpointAnnotator:
         self._config, self._prompt, self._segment = config, prompt, segment
         self._spending = spending
         self._who = Identity(config.name, config.model, prompt.version, prompt.reflection)
-        self._requests = Requests(config, prompt, journal, spending)
+        self._requests = Requests(config, journal, spending)
         self._pace = self._requests.pace
         # Of a part, by the key of the question: rows that share one count once.
         self._known: set[str] = set()  # the journal had the answer

@@ -117,7 +117,7 @@ def _figures_table(figures: dict[str, Any]) -> Table:
 def figure(key: str, value: Any) -> str:
     """A figure of a summary; an unknown cost shows as unknown, not as none."""
     if "usd" in key:
-        from ..annotators.spending import dollars
+        from ..paid.spending import dollars
 
         return dollars(value)
     if key == "skipped":

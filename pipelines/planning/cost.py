@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from ...data.store import Dataset, Draft, Store
 from ..annotators import engine_of
-from ..annotators.prices import find_price
-from ..annotators.spending import dollars
+from ..paid.prices import find_price
+from ..paid.spending import dollars
 from ..stages.base import Plan
 from ..stages.select import asked_rows
 from .estimate import Estimate, Tokens, estimate

@@ -19,13 +19,14 @@ from ...schemas.labels import AnnotationStatus
 from ..annotators import Engine, engine_of
 from ..annotators.attempts import first_attempt
 from ..annotators.batch_jobs import read_jobs
-from ..annotators.completion import is_answer, question_key, read_record
-from ..annotators.dialogue import RAISED_LIMIT, Answer, Question, replay
-from ..annotators.journal import Journal
-from ..annotators.prices import Price, find_price, most_prompt_tokens
+from ..annotators.dialogue import replay
 from ..annotators.prompting import AnnotationPrompt, correct, prompt_of
 from ..annotators.rows import Item, items
-from ..annotators.spending import count, dollars
+from ..paid.completion import is_answer, question_key, read_record
+from ..paid.journal import Journal
+from ..paid.prices import Price, find_price, most_prompt_tokens
+from ..paid.questions import RAISED_LIMIT, Answer, Question
+from ..paid.spending import count, dollars
 from ..progress import progress_bar
 from ..stages.base import Plan
 
@@ -176,7 +177,7 @@ class _Asking:
 
     config: Any
     prompt: AnnotationPrompt
-    body: Callable[[Any, AnnotationPrompt, Question], dict[str, Any]]
+    body: Callable[[Any, Question], dict[str, Any]]
     known: Callable[[Question], Answer | None]
     keys: set[str]  # of the open questions so far
     key: Callable[[Question], str] | None  # None: each row asks for itself
@@ -187,7 +188,7 @@ class _Asking:
         prompt = prompt_of(annotator)
         if not engine.asks_endpoint:
             return cls(annotator, prompt, engine.request_body, lambda question: None, set(), None)
-        key = partial(question_key, annotator, prompt)
+        key = partial(question_key, annotator)
         folders = draft.files.local_folders(draft.stage, "journal")
         # Read, not written.
         journal = Journal(folders[0], lambda: folders[1:], is_answer) if folders else None
@@ -222,7 +223,7 @@ def _see_item(out: Estimate, item: Item, asking: _Asking) -> None:
     sizes: list[int] = []
 
     def known(question: Question) -> Answer | None:
-        sizes.append(most_prompt_tokens(asking.body(asking.config, asking.prompt, question)))
+        sizes.append(most_prompt_tokens(asking.body(asking.config, question)))
         return asking.known(question)
 
     answers, outcome = replay(asking.prompt, item, asking.config, known)

@@ -38,11 +38,11 @@ from ...trace.optim import MOMENT_BYTES
 from ...trace.policy import load_tokenizer, vocab_fingerprint
 from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
-from ..annotators.prices import find_price
 from ..annotators.prompting import prompt_of
 from ..choice.contamination import overlap
 from ..endpoint import FAILURES, read_key, sentence
 from ..models import resolve_policy, served_model
+from ..paid.prices import find_price
 from ..samplers import sampling_engine
 from ..training.model_shape import model_shape
 from ..transport import sync_client

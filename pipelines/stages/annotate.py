@@ -21,10 +21,10 @@ from ...schemas.tables import ANNOTATIONS, VERDICTS
 from ..annotators import engine_of, open_annotator
 from ..annotators.attempts import UNANSWERED, attempt_figures, current_attempt, first_attempt
 from ..annotators.batch_jobs import read_jobs
-from ..annotators.bill import read_bill
-from ..annotators.prices import find_price
-from ..annotators.spending import Spending, count, dollars, open_spending
 from ..annotators.summary import bearing, part_usage, summarize
+from ..paid.bill import read_bill
+from ..paid.prices import find_price
+from ..paid.spending import Spending, count, dollars, open_spending
 from ..progress import show_fields
 from .base import Plan, Stage
 

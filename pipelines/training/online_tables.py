@@ -23,10 +23,10 @@ from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
 from ...trace.trained import SamplingCopy, Trained
 from ..annotators import engine_of, open_annotator
-from ..annotators.bill import read_bill
-from ..annotators.prices import find_price
 from ..annotators.rows import skipped_annotations
 from ..annotators.summary import bearing, summarize
+from ..paid.bill import read_bill
+from ..paid.prices import find_price
 from ..samplers import sampling_engine
 from ..samplers.engine import Follower, Training
 from ..samplers.probe import Probe

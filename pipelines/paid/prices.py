@@ -22,7 +22,7 @@ from ...schemas.configs import OpenAIAnnotator
 from ...schemas.errors import InputError
 from ...schemas.text_files import read_text_file
 from ...schemas.yaml_text import load_yaml
-from .dialogue import Answer
+from .questions import Answer
 
 SHIPPED_PRICES = Path(__file__).with_name("prices.yaml")
 

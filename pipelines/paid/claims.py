@@ -1,6 +1,6 @@
 """Locks on questions in flight, so that processes on one store ask each question once.
 
-`Journal` holds a `Claims`; engine `openai` claims each question before it asks. A claim locks one
+`Journal` holds a `Claims`; requests.py claims each question before it asks. A claim locks one
 byte of a file, at an offset derived from the question's key. The kernel releases it when its
 process ends, so no claim is ever stale. A task holds one claim at a time and waits for none while
 it holds one, so there are no deadlocks. The file grows by a byte per write to any journal: an

@@ -1,4 +1,4 @@
-"""What the annotation of one dataset costs: price, budget and running totals, for all engines.
+"""What the answers of one dataset cost: price, budget and running totals, for all engines.
 
 async with spending.reserve(body) as reservation:   # before sending; waits, or BudgetSpent
     answer = …
@@ -26,9 +26,8 @@ from ...schemas.errors import InputError
 from ..progress import count_rows
 from .bill import read_bill
 from .budget import Budget, Reservation
-from .dialogue import Answer, usage
 from .prices import Price, find_price
-from .rows import Usage
+from .questions import Answer, Usage, usage
 
 logger = logging.getLogger(__name__)
 
