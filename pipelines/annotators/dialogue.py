@@ -1,16 +1,17 @@
 """The conversation with an annotator, without the sending: one engine awaits answers, two batch
 them.
 
-`dialogue` yields the next question, is sent the answer and returns the reading. Called by the
-engines that ask a model, and by the estimate.
+Called by the engines that ask a model, and by the estimate.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from ...schemas.configs import AnnotatorPrompt
 from ...schemas.labels import AnnotationStatus
-from ..paid.questions import RAISED_LIMIT, Answer, Dialogue, Question
+from ..paid.dialogue import Unusable
+from ..paid.dialogue import dialogue as converse
+from ..paid.dialogue import replay as replay_talk
+from ..paid.questions import Answer, Dialogue, Question
 from .answers import read_answer
 from .prompting import AnnotationPrompt, ask, correct
 from .rows import Item, Reading
@@ -25,30 +26,29 @@ def dialogue(prompt: AnnotationPrompt, item: Item, config: AnnotatorPrompt) -> D
     question = Question(
         ask(prompt, item),
         config.max_new_tokens,
+        config.temperature,
         prompt.schemas[item.kind],
         prompt.version,
         _SCHEMA_NAME,
     )
-    corrections = 0
-    raised = False
-    while True:
-        answer = yield question
-        if answer.refused:
-            return Reading(AnnotationStatus.ABSTAINED, error="the annotator refused")
-        if answer.cut and not raised:
-            raised = True
-            question = replace(question, max_new_tokens=question.max_new_tokens * RAISED_LIMIT)
-            continue
-        reading = read_answer(answer.text, prompt, item)
-        if reading.status is AnnotationStatus.INVALID and answer.cut:
-            reading = replace(
-                reading, error=f"it was cut at the limit of {question.max_new_tokens} tokens"
-            )
-        if reading.status is not AnnotationStatus.INVALID or corrections == config.corrective_turns:
-            return reading
-        corrections += 1
-        correction = correct(prompt, item, answer.text, reading.error or "")
-        question = replace(question, messages=[*question.messages, *correction])
+
+    def read(text: str) -> Reading:
+        reading = read_answer(text, prompt, item)
+        if reading.status is AnnotationStatus.INVALID:
+            raise Unusable(reading.error or "")
+        return reading
+
+    outcome = yield from converse(
+        question,
+        read,
+        lambda answer, error: correct(prompt, item, answer, error),
+        config.corrective_turns,
+    )
+    if isinstance(outcome, Reading):
+        return outcome
+    if outcome.refused:
+        return Reading(AnnotationStatus.ABSTAINED, error="the annotator refused")
+    return Reading(AnnotationStatus.INVALID, error=outcome.error)
 
 
 def replay(
@@ -61,13 +61,4 @@ def replay(
 
     Returns the answers, and their reading or the question that is still open.
     """
-    talk = dialogue(prompt, item, config)
-    answers: list[Answer] = []
-    question = next(talk)
-    try:
-        while (answer := known(question)) is not None:
-            answers.append(answer)
-            question = talk.send(answer)
-    except StopIteration as done:
-        return answers, done.value
-    return answers, question
+    return replay_talk(dialogue(prompt, item, config), known)

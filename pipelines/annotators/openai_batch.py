@@ -21,15 +21,17 @@ from ...schemas.tables import ANNOTATIONS
 from .. import endpoint
 from ..paid.budget import BudgetSpent
 from ..paid.completion import bounded, question_key, read_record, request_body
+from ..paid.conversations import KEPT
 from ..paid.journal import Journal
 from ..paid.journal_lines import Answered, Record, Reserved, Unanswered
 from ..paid.questions import Answer, Question
 from ..paid.spending import Spending, exclusive
+from ..progress import count_rows
 from .batch_client import Batch, BatchClient, RequestFailed
 from .batch_jobs import FINAL, JobFile, RequestFile, read_jobs, remove_unfinished
 from .dialogue import replay
 from .prompting import AnnotationPrompt
-from .rows import KEPT, NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
+from .rows import NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +112,7 @@ class BatchAnnotator:
     def _row(self, item: Item) -> dict[str, Any]:
         if item.correct is None:
             self._spending.row({})
+            count_rows()
             return annotation_row(item, self._who, SKIPPED)
         answers, outcome = self._replayed(item)
         if isinstance(outcome, Question):
@@ -117,6 +120,7 @@ class BatchAnnotator:
             outcome = Reading(AnnotationStatus.FAILED, error=error)
         raw = list(answers.values())[-1].text if answers else None
         self._spending.row(answers)
+        count_rows()
         used = self._spending.charge(item.rollout_id, answers)
         return annotation_row(item, self._who, outcome, used, raw)
 

@@ -19,7 +19,6 @@ from ..paid.questions import Usage
 
 # Begins the error of a failed row that another attempt may mend: time-outs, server errors.
 NO_ANSWER = "unanswered: "
-KEPT = "answers that arrived are kept and not paid again"
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,7 @@ def read_bill(journal: Path, price: Price | None, known: bool = False) -> Bill:
                     if usd is None and known:
                         raise InputError(
                             f"{entry.path}: holds an answer whose tokens the endpoint did not "
-                            "state, so what has been spent is unknown; leave annotator.budget_usd "
-                            "out"
+                            "state, so what has been spent is unknown; leave budget_usd out"
                         )
                     bill.spent_usd = _plus(bill.spent_usd, usd)
     lost = [usd for name, usd in reserved.items() if name not in settled]

@@ -38,7 +38,7 @@ class Claims:
                 if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                     raise
                 raise InputError(
-                    f"{path}: {error.strerror}; remove it, annotators share their questions there"
+                    f"{path}: {error.strerror}; remove it, runs share their questions there"
                 ) from error
         self._ours = self._theirs = 0
 

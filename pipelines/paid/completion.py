@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import from_json
 
-from ...schemas.configs import OpenAIAnnotator
+from ...schemas.configs import PaidEndpoint
 from .. import endpoint
 from .journal import request_key
 from .questions import Answer, Question, token_count
@@ -39,7 +39,7 @@ class _Body(BaseModel):
 
 
 def request_body(
-    config: OpenAIAnnotator,
+    config: PaidEndpoint,
     question: Question,
     refused: Collection[str] = (),
 ) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def request_body(
         limit: question.max_new_tokens,
     }
     if "temperature" not in refused:
-        body["temperature"] = config.temperature
+        body["temperature"] = question.temperature
     if config.structured and "response_format" not in refused:
         schema = {"name": question.schema_name, "schema": question.schema, "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -65,14 +65,14 @@ def request_body(
     return body
 
 
-def question_key(config: OpenAIAnnotator, question: Question) -> str:
+def question_key(config: PaidEndpoint, question: Question) -> str:
     """The journal's key of a question, the same for single requests and batches."""
     return request_key(
         config.base_url,
         config.model,
         question.messages,
         question.schema if config.structured else None,
-        {"temperature": config.temperature, "max_new_tokens": question.max_new_tokens},
+        {"temperature": question.temperature, "max_new_tokens": question.max_new_tokens},
         question.prompt_version,
         question.sample_index,
     )

@@ -26,6 +26,7 @@ class Question:
 
     messages: Messages
     max_new_tokens: int
+    temperature: float
     schema: dict[str, Any]
     prompt_version: str
     schema_name: str

@@ -12,7 +12,7 @@ import openai
 from pydantic_core import to_json
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
-from ...schemas.configs import OpenAIAnnotator
+from ...schemas.configs import PaidEndpoint
 from .. import endpoint, transport
 from .budget import Reservation
 from .completion import bounded, checked_body, question_key, read_record, request_body
@@ -33,13 +33,13 @@ class Requests:
 
     def __init__(
         self,
-        config: OpenAIAnnotator,
+        config: PaidEndpoint,
         journal: Journal | None,
         spending: Spending,
     ) -> None:
         self._config, self._journal, self._spending = config, journal, spending
         self._commit = GroupCommit(journal) if journal is not None else None
-        self._key = endpoint.read_key(config.api_key_env, "annotator.api_key_env")
+        self._key = endpoint.read_key(config.api_key_env, f"{config.role}.api_key_env")
         self._refused: frozenset[str] = frozenset()
         self._asking: dict[str, asyncio.Task[Record]] = {}
         self.stopped: str | None = None  # why nothing more is sent
