@@ -232,6 +232,7 @@ def _facts(view: RolloutView) -> list[tuple[str, str]]:
         segments = ", ".join(map(str, span.segments))
         kept = "" if span.kept_tokens is None else f", {span.kept_tokens} tokens kept"
         facts.append((f"{span.kind} {span.rank}", f"segments {segments}{kept}"))
+    facts += [(name, text) for name in ("feedback", "grades") if (text := getattr(view, name))]
     if view.reflection:
         facts.append(("reflection", view.reflection))
     if view.error:

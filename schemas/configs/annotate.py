@@ -9,7 +9,7 @@ from ..labels import Route, TeacherContext
 from .base import Config, added, operational
 from .endpoint import PaidEndpoint
 from .own import NAMED, OWN, OwnAnnotator, OwnReward, named_or_own
-from .rewards import Part, deciding
+from .rewards import JudgePart, Part, deciding, part_labels
 from .rollout import PolicyConfig, Sampler, TransformersSampler
 
 
@@ -57,6 +57,13 @@ class VerifyConfig(Config):
     def decides(self) -> int:
         """The index of the part that decides `correct`."""
         return deciding(self.rewards, self.correct_by)
+
+    @property
+    def judges(self) -> dict[str, JudgePart]:
+        """The parts that ask an endpoint, by their labels."""
+        labels = part_labels(self.rewards)
+        pairs = zip(labels, self.rewards, strict=True)
+        return {label: part for label, part in pairs if isinstance(part, JudgePart)}
 
     def semantic(self) -> dict[str, Any]:
         """With the source's hash of each part of one's own."""
