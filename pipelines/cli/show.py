@@ -16,7 +16,7 @@ from rich.text import Text
 from ...data.nearby import absent_dataset
 from ...data.row_files import skipped_faults
 from ...data.store import MANIFEST, Dataset, Store
-from ...schemas.configs import Config, TrainConfig
+from ...schemas.configs import Config, TrainConfig, VerifyConfig
 from ...schemas.errors import DamagedFile, InputError
 from ...schemas.labels import Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
@@ -47,6 +47,7 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
         InputError: the stage would refuse the request before its work.
     """
     from ..planning.estimate import estimate, estimate_view
+    from ..planning.judge_estimate import judge_estimates, judge_view
     from ..stages import REGISTRY
     from ..stages.base import Stage
 
@@ -72,6 +73,10 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
         found = estimate(plan, target)
         if found is not None:
             console.print(estimate_view(found, plan, target))
+    if isinstance(config, VerifyConfig) and not isinstance(target, Dataset):
+        for label, grades in judge_estimates(plan, target).items():
+            console.print(f"# {label}")
+            console.print(judge_view(grades, config.judges[label]))
 
 
 def show_dataset(dataset: Dataset, console: Console, names: Sequence[str] = ()) -> None:

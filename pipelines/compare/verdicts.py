@@ -4,7 +4,7 @@
 the table. So a judge is measured against exact verdicts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -126,22 +126,13 @@ def _parts(
     name: str, dataset: Dataset, correct_at: float | None
 ) -> tuple[dict[str, Dataset], dict[str, pa.Table], float]:
     """The parts of one dataset as if each were a dataset."""
-    table = (
-        pa.concat_tables(
-            part.select(["rollout_id", "problem_id", "parts"])
-            for number in range(dataset.parts)
-            if "parts" in (part := dataset.read_part(number)).column_names
-        )
-        if _has_parts(dataset)
-        else None
-    )
     found: dict[str, np.ndarray] = {}
-    if table is not None:
-        for row, parts in enumerate(table["parts"].to_pylist()):
-            for part in parts or []:
-                values = found.setdefault(part["name"], np.full(len(table), np.nan))
-                values[row] = np.nan if part["value"] is None else part["value"]
-    if table is None or len(found) < 2:
+    ids = dataset.read(["rollout_id", "problem_id"])
+    for row, parts in enumerate(_part_values(dataset)):
+        for part in parts or []:
+            values = found.setdefault(part["name"], np.full(len(ids), np.nan))
+            values[row] = np.nan if part["value"] is None else part["value"]
+    if len(found) < 2:
         raise InputError(
             f"{name}: has fewer than two parts of rewards; give two or more verdicts datasets, or "
             "one of `verify.rewards` with several parts"
@@ -149,14 +140,18 @@ def _parts(
     least = dataset.manifest["config"].get("correct_at", 1.0) if correct_at is None else correct_at
     tables = {}
     for part, values in found.items():
-        right = np.where(np.isnan(values), np.nan, (values >= least).astype(float))
-        ids = table.select(["rollout_id", "problem_id"])
+        reached = (values.astype(np.float32) >= np.float32(least)).astype(float)  # as stored
+        right = np.where(np.isnan(values), np.nan, reached)
         tables[part] = ids.append_column("right", pa.array(right))
     return dict.fromkeys(found, dataset), tables, float(least)
 
 
-def _has_parts(dataset: Dataset) -> bool:
-    return dataset.parts > 0 and "parts" in dataset.read_part(0).column_names
+def _part_values(dataset: Dataset) -> Iterator[list[dict[str, Any]] | None]:
+    """The parts of each row; none where the dataset has no such column."""
+    for number in range(dataset.parts):
+        table = dataset.read_part(number)
+        if "parts" in table.column_names:
+            yield from table["parts"].to_pylist()
 
 
 def _sums(first: np.ndarray, second: np.ndarray, problem: np.ndarray, problems: int) -> np.ndarray:
