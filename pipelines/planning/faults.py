@@ -21,6 +21,7 @@ from ...schemas.configs import (
     Config,
     ConvertConfig,
     EvaluateConfig,
+    JudgePart,
     LocalTeacher,
     OpenAIAnnotator,
     OpenAISampler,
@@ -30,6 +31,7 @@ from ...schemas.configs import (
     Sampler,
     ScoreConfig,
     TrainConfig,
+    VerifyConfig,
     VllmSampler,
     VllmTeacher,
 )
@@ -156,6 +158,16 @@ def _endpoints(config: Config) -> Iterator[tuple[str, str | None, str]]:
             yield url, config.teacher.api_key_env, "teacher.base_url"
     if (annotator := _paid_annotator(config)) is not None:
         yield annotator.base_url, annotator.api_key_env, "annotator.base_url"
+    for judge in _judges(config):
+        yield judge.base_url, judge.api_key_env, "judge.base_url"
+
+
+def _judges(config: Config) -> list[JudgePart]:
+    """The judges of a stage's rewards."""
+    if isinstance(config, TrainConfig):
+        return list(config.online.verify.judges.values()) if config.online.steps else []
+    verify = config.verify if isinstance(config, EvaluateConfig) else config
+    return list(verify.judges.values()) if isinstance(verify, VerifyConfig) else []
 
 
 def _paid_annotator(config: Config) -> OpenAIAnnotator | None:
