@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from trace_opd.data.removal import remove_dataset
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.cli.show import show_dataset, show_plan
 from trace_opd.pipelines.pipeline import run_stage
@@ -216,6 +217,28 @@ def test_a_fault_costs_its_own_row_and_is_its_status(
     assert sorted("it is not one JSON object" in text for text in corrections) == [False, True]
     assert dataset.summary["statuses"] == {"failed": 1, "invalid": 1, "ok": 6, "refused": 1}
     assert dataset.summary["grades"]["judge"] == {"given": 6, "missing": 3}
+
+
+def test_after_its_removal_a_dataset_asks_again_for_the_rows_that_failed_alone(
+    tmp_path: Path, paid_server: PaidServer, make_verdicts
+):
+    down = True
+
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        if number_of(body) == 2 and down:
+            return 503, {"error": {"message": "down"}}
+        return graded(body, 5)
+
+    paid_server.answer = answer
+    store = make_verdicts(tmp_path, parts=1, count=5)
+    request = config(paid_server.url, store, max_attempts=1)
+    first = STAGE.run(request, store)
+    assert [row["status"] for row in rows_of(first)] == ["ok", "ok", "failed", "ok", "ok"]
+    down = False
+    remove_dataset(store, first.ref, False, lambda: None)
+    again = STAGE.run(request, store)
+    assert {row["status"] for row in rows_of(again)} == {"ok"}
+    assert len(paid_server.answered) == 5
 
 
 def test_an_answer_that_was_cut_is_asked_for_with_a_raised_limit(
