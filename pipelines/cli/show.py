@@ -136,9 +136,23 @@ def figure(key: str, value: Any) -> str:
             f"{found['shared']:,} of {found['problems']:,} problems of {ref}"
             for ref, found in value.items()
         )
+    if key == "bills":
+        return "\n".join(
+            f"{label}: " + "; ".join(f"{name} {figure(name, own)}" for name, own in bill.items())
+            for label, bill in value.items()
+        )
+    if key == "grades":
+        return "\n".join(
+            f"{label}: " + ", ".join(f"{name} {_plain(own)}" for name, own in found.items())
+            for label, found in value.items()
+        )
     if key == "requests":
         return ", ".join(f"{number:,} {what}" for what, number in value.items())
     return "–" if value is None else str(value)
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:z.3f}"
 
 
 def _column(name: Any) -> str:

@@ -170,7 +170,7 @@ def open_spending(
         return Spending(price, Budget(config.budget_usd), rows, tell)
     lock = exclusive(journal / "budget.lock", f"spends this dataset's {config.role}.budget_usd")
     try:
-        bill = read_bill(journal, price, known=True)
+        bill = read_bill(journal, price, f"{config.role}.budget_usd")
         budget = Budget(config.budget_usd, bill.spent_usd or 0.0, bill.possibly_usd or 0.0)
     except BaseException:
         lock.close()

@@ -115,34 +115,30 @@ class PartsVerifier:
         rewards = [None if m else r for m, r in zip(lacking, mean / total, strict=True)]
         right = (values[deciding] >= config.correct_at).tolist()
         own = found[deciding].correct or [None] * len(right)
-        return (
-            {
-                "reward": rewards,
-                "correct": [
-                    None if reward is None else passes if said is None else said
-                    for reward, passes, said in zip(rewards, right, own, strict=True)
-                ],
-                "parsed_answer": found[deciding].answers or _answers(batch),
-                "status": [found[part].status[row] for row, part in enumerate(first)],
-                "seconds": [sum(row) for row in zip(*(one.seconds for one in found), strict=True)],
-                "feedback": self._feedback(found, len(right)),
-            }
-            | self._grades(found)
-            | {
-                "parts": [
-                    [
-                        {"name": name, "value": value, "status": status, "seconds": seconds}
-                        for name, value, status, seconds in zip(self._labels, *row, strict=True)
-                    ]
-                    for row in zip(
-                        zip(*(one.values for one in found), strict=True),
-                        zip(*(one.status for one in found), strict=True),
-                        zip(*(one.seconds for one in found), strict=True),
-                        strict=True,
-                    )
-                ],
-            }
-        )
+        return {
+            "reward": rewards,
+            "correct": [
+                None if reward is None else passes if said is None else said
+                for reward, passes, said in zip(rewards, right, own, strict=True)
+            ],
+            "parsed_answer": found[deciding].answers or _answers(batch),
+            "status": [found[part].status[row] for row, part in enumerate(first)],
+            "seconds": [sum(row) for row in zip(*(one.seconds for one in found), strict=True)],
+            "feedback": self._feedback(found, len(right)),
+            "parts": [
+                [
+                    {"name": name, "value": value, "status": status, "seconds": seconds}
+                    for name, value, status, seconds in zip(self._labels, *row, strict=True)
+                ]
+                for row in zip(
+                    zip(*(one.values for one in found), strict=True),
+                    zip(*(one.status for one in found), strict=True),
+                    zip(*(one.seconds for one in found), strict=True),
+                    strict=True,
+                )
+            ],
+            **self._grades(found),
+        }
 
     def _grades(self, found: list[Values]) -> dict[str, list[Any]]:
         """Column `grades`, where there are judges."""

@@ -148,13 +148,12 @@ def test_the_command_writes_a_table_and_a_page_and_prints_both(store, tmp_path, 
         (["exact", "judge"], ["--reference", "x"], "--reference x: is none of exact, judge"),
         (["exact", "judge"], ["--correct-at", "0.5"], "--correct-at: is for the parts of one"),
         (["exact", "verdicts-of-others"], [], "have no rollout in common"),
-        (["exact", "rollout/{rollouts}"], [], "holds rollouts, not verdicts"),
+        (["exact", "rollout/{rollouts}"], [], "holds rollouts, this stage needs table verdicts"),
     ],
 )
 def test_what_cannot_be_compared_is_one_sentence(store, capsys, names, more, why):
     rollouts = store.get("exact").input("rollouts")
-    others = written(Store(store.root), [("elsewhere", True)], "another")
-    rows = [row | {"rollout_id": "z"} for row in others.read().to_pylist()]
+    rows = [store.get("exact").read().to_pylist()[0] | {"rollout_id": "z"}]
     other = dataset(store, "verify", VERDICTS, rows, {"rollouts": rollouts}, "z")
     store.set_alias("verdicts-of-others", other)
     names = [name.format(rollouts=rollouts.id) for name in names]
