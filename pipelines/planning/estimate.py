@@ -99,10 +99,11 @@ def estimate(plan: Plan, draft: Draft) -> Estimate | None:
     Sends nothing and writes nothing. None for an engine that asks no model.
     """
     config: AnnotateConfig = plan.config
-    engine = engine_of(config.annotator)
+    annotator: Any = config.annotator
+    engine = engine_of(annotator)
     if engine.request_body is None:
         return None
-    asking, prompt = Asking.of(config.annotator, engine, draft), prompt_of(config.annotator)
+    asking, prompt = Asking.of(annotator, engine, draft), prompt_of(annotator)
     out = Estimate()
     with progress_bar("dry run", plan.parts) as progress:
         for part in range(plan.parts):

@@ -289,8 +289,8 @@ def test_a_budget_stops_the_stage_and_a_raised_one_goes_on(
 ):
     paid_server.answer = by_number
     store = make_verdicts(tmp_path, parts=2, count=5)
-    request = config(paid_server.url, store, budget_usd=0.006, concurrency=1)
-    with pytest.raises(InputError, match=r"budget of \$0.006 .*raise judge.budget_usd"):
+    request = config(paid_server.url, store, budget_usd=0.005, concurrency=1)
+    with pytest.raises(InputError, match=r"budget of \$0.005 .*raise judge.budget_usd"):
         STAGE.run(request, store)
     answered = len(paid_server.answered)
     assert 0 < answered < 10
