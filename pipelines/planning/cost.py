@@ -67,8 +67,10 @@ def _of_judges(config: Any, plan: Plan, draft: Draft) -> Cost:
     rollouts = plan.inputs["rollouts"]
     if not config.judges:
         return _NOTHING
-    estimates, share = [judge_estimates(plan, draft)] * 2, 1.0
-    if isinstance(rollouts, ExpectedDataset):
+    share = 1.0
+    if not isinstance(rollouts, ExpectedDataset):
+        estimates = [judge_estimates(plan, draft)] * 2
+    else:
         problems = rollouts.input("problems").read_part(0).slice(0, _SAMPLED)
         if problems.num_rows == 0:
             return _NOTHING
