@@ -140,7 +140,7 @@ VERDICTS = make_contract(
         described("status", STRING, "How the verification ended (VerdictStatus)."),
         described("verifier", STRING, "Verifier and version."),
         described("seconds", FLOAT32, "Time that the verification took."),
-        described("feedback", STRING, "What a reward of one's own reports.", True),
+        described("feedback", STRING, "What a reward says: a judge's reason, say.", True),
         described(
             "parts",
             pa.list_(
@@ -158,6 +158,23 @@ VERDICTS = make_contract(
             True,
         ),
         described(
+            "grades",
+            pa.list_(
+                pa.struct(
+                    [
+                        described("name", STRING, "The judge's name in verify.rewards."),
+                        described("repeat", INT32, "Which of its repeats, from 0."),
+                        described("order", STRING, "Which text came first (Order)."),
+                        described("grade", INT32, "The grade; null: there is none.", True),
+                        described("status", STRING, "How it ended (VerdictStatus)."),
+                        described("reason", STRING, "The judge's reason, or the error.", True),
+                    ]
+                )
+            ),
+            "Every grade that judges of verify.rewards gave; empty for a truncated response.",
+            True,
+        ),
+        described(
             "selection",
             STRING,
             "What stage select decides (Selection); tables without the column: annotate.",
@@ -167,7 +184,7 @@ VERDICTS = make_contract(
         ),
     ],
     "rollout_id",
-    optional=("feedback", "parts", "selection", "left_out"),
+    optional=("feedback", "parts", "grades", "selection", "left_out"),
     labels={"status": VerdictStatus, "selection": Selection, "left_out": LeftOut},
     ranges={"reward": (-MOST, MOST)},
     faults=(

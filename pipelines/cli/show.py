@@ -16,7 +16,7 @@ from rich.text import Text
 from ...data.nearby import absent_dataset
 from ...data.row_files import skipped_faults
 from ...data.store import MANIFEST, Dataset, Store
-from ...schemas.configs import Config, TrainConfig
+from ...schemas.configs import Config, TrainConfig, VerifyConfig
 from ...schemas.errors import DamagedFile, InputError
 from ...schemas.labels import Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
@@ -47,6 +47,7 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
         InputError: the stage would refuse the request before its work.
     """
     from ..planning.estimate import estimate, estimate_view
+    from ..planning.judge_estimate import judge_estimates, judge_view
     from ..stages import REGISTRY
     from ..stages.base import Stage
 
@@ -72,6 +73,10 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
         found = estimate(plan, target)
         if found is not None:
             console.print(estimate_view(found, plan, target))
+    if isinstance(config, VerifyConfig) and not isinstance(target, Dataset):
+        for label, grades in judge_estimates(plan, target).items():
+            console.print(f"# {label}")
+            console.print(judge_view(grades, config.judges[label]))
 
 
 def show_dataset(dataset: Dataset, console: Console, names: Sequence[str] = ()) -> None:
@@ -117,7 +122,7 @@ def _figures_table(figures: dict[str, Any]) -> Table:
 def figure(key: str, value: Any) -> str:
     """A figure of a summary; an unknown cost shows as unknown, not as none."""
     if "usd" in key:
-        from ..annotators.spending import dollars
+        from ..paid.spending import dollars
 
         return dollars(value)
     if key == "skipped":
@@ -131,9 +136,23 @@ def figure(key: str, value: Any) -> str:
             f"{found['shared']:,} of {found['problems']:,} problems of {ref}"
             for ref, found in value.items()
         )
+    if key == "bills":
+        return "\n".join(
+            f"{label}: " + "; ".join(f"{name} {figure(name, own)}" for name, own in bill.items())
+            for label, bill in value.items()
+        )
+    if key == "grades":
+        return "\n".join(
+            f"{label}: " + ", ".join(f"{name} {_plain(own)}" for name, own in found.items())
+            for label, found in value.items()
+        )
     if key == "requests":
         return ", ".join(f"{number:,} {what}" for what, number in value.items())
     return "–" if value is None else str(value)
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:z.3f}"
 
 
 def _column(name: Any) -> str:
@@ -232,6 +251,7 @@ def _facts(view: RolloutView) -> list[tuple[str, str]]:
         segments = ", ".join(map(str, span.segments))
         kept = "" if span.kept_tokens is None else f", {span.kept_tokens} tokens kept"
         facts.append((f"{span.kind} {span.rank}", f"segments {segments}{kept}"))
+    facts += [(name, text) for name in ("feedback", "grades") if (text := getattr(view, name))]
     if view.reflection:
         facts.append(("reflection", view.reflection))
     if view.error:

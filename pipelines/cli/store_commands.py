@@ -246,14 +246,27 @@ def import_(
 
 
 def compare(
-    datasets: Annotated[list[str], typer.Argument(help="Annotations datasets (alias or id).")],
+    datasets: Annotated[
+        list[str],
+        typer.Argument(
+            help="Annotations or verdicts datasets (alias or id); one verdicts dataset: its parts."
+        ),
+    ],
     reference: Annotated[
         str | None,
-        typer.Option(help="Dataset that the others are measured against; default: the first."),
+        typer.Option(
+            help="Dataset or part that the others are measured against; default: the first."
+        ),
     ] = None,
     alpha: Annotated[
         float, typer.Option(min=0, max=1, help="Coverage cap of the capped figures.")
     ] = RoutingConfig().alpha,
+    correct_at: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Least value of a part that is right; default: the dataset's own."
+        ),
+    ] = None,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     output: Annotated[
@@ -262,12 +275,25 @@ def compare(
     ] = None,
     store: StoreRoot = "store",
 ) -> None:
-    """Compare annotations of the same rollouts: agreement, coverage, types, first errors."""
-    from ..compare import page
+    """Compare annotations of the same rollouts (agreement, coverage, types, first errors), or
+    verdicts of them (accuracy, kappa).
+    """
+    from ...schemas.tables import VERDICTS
+    from ..compare import page, verdicts_page
     from ..compare.compare import compare_annotations
     from ..compare.table import comparison_table
+    from ..compare.verdicts import compare_verdicts, verdicts_table
 
     opened = open_store(store)
+    if opened.get(datasets[0]).contract is VERDICTS:
+        judged = compare_verdicts(datasets, opened, reference, correct_at)
+        table = verdicts_table(judged, resamples, seed)
+        folder = output or verdicts_page.default_output(judged, opened)
+        paths = verdicts_page.write(judged, table, folder)
+        verdicts_page.show(judged, table, console)
+        for path in paths:
+            console.print(path, soft_wrap=True, highlight=False)
+        return
     compared = compare_annotations(datasets, opened, reference, alpha)
     table = comparison_table(compared, resamples, seed)
     paths = page.write(compared, table, opened, output or page.default_output(compared, opened))

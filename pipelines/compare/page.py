@@ -28,8 +28,8 @@ from .marks import TYPES
 Row = dict[str, Any]
 
 _HERE = Path(__file__).parent
-_PROBLEMS_SHOWN = 20
-_PROBLEM_CHARS = 240
+PROBLEMS_SHOWN = 20
+PROBLEM_CHARS = 240
 # Figure: label and a short explanation.
 LABELS = {
     "kappa": ("κ", "Cohen's kappa over {unit}"),
@@ -192,7 +192,7 @@ def _pair(
     )
     overlaps = problems.filter(pc.is_valid(problems["iou"]))
     least = overlaps.sort_by([("iou", "ascending"), ("units", "descending")])
-    worst = least.slice(0, _PROBLEMS_SHOWN).to_pylist()
+    worst = least.slice(0, PROBLEMS_SHOWN).to_pylist()
     texts = _problem_texts(comparison, store, [row["problem_id"] for row in worst])
     return {
         "scopes": scopes,
@@ -227,4 +227,4 @@ def _problem_texts(comparison: Comparison, store: Store, ids: list[str]) -> dict
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _PROBLEM_CHARS else text[:_PROBLEM_CHARS].rstrip() + "…"
+    return text if len(text) <= PROBLEM_CHARS else text[:PROBLEM_CHARS].rstrip() + "…"

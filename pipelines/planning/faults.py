@@ -21,6 +21,7 @@ from ...schemas.configs import (
     Config,
     ConvertConfig,
     EvaluateConfig,
+    JudgePart,
     LocalTeacher,
     OpenAIAnnotator,
     OpenAISampler,
@@ -30,6 +31,7 @@ from ...schemas.configs import (
     Sampler,
     ScoreConfig,
     TrainConfig,
+    VerifyConfig,
     VllmSampler,
     VllmTeacher,
 )
@@ -38,11 +40,11 @@ from ...trace.optim import MOMENT_BYTES
 from ...trace.policy import load_tokenizer, vocab_fingerprint
 from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
-from ..annotators.prices import find_price
 from ..annotators.prompting import prompt_of
 from ..choice.contamination import overlap
 from ..endpoint import FAILURES, read_key, sentence
 from ..models import resolve_policy, served_model
+from ..paid.prices import find_price
 from ..samplers import sampling_engine
 from ..training.model_shape import model_shape
 from ..transport import sync_client
@@ -156,6 +158,16 @@ def _endpoints(config: Config) -> Iterator[tuple[str, str | None, str]]:
             yield url, config.teacher.api_key_env, "teacher.base_url"
     if (annotator := _paid_annotator(config)) is not None:
         yield annotator.base_url, annotator.api_key_env, "annotator.base_url"
+    for judge in _judges(config):
+        yield judge.base_url, judge.api_key_env, "judge.base_url"
+
+
+def _judges(config: Config) -> list[JudgePart]:
+    """The judges of a stage's rewards."""
+    if isinstance(config, TrainConfig):
+        return list(config.online.verify.judges.values()) if config.online.steps else []
+    verify = config.verify if isinstance(config, EvaluateConfig) else config
+    return list(verify.judges.values()) if isinstance(verify, VerifyConfig) else []
 
 
 def _paid_annotator(config: Config) -> OpenAIAnnotator | None:

@@ -93,6 +93,8 @@ class Stage:
     summarized: columns that `digest` reads; None: all.
     check: raises InputError if a finished dataset must stop the next stage; the dataset stays.
     measure: further figures, from what the engine keeps with the draft.
+    one_process: whether an engine of a config keeps journal, budget and pace in one process, so
+        that other workers make no part.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Stage:
     digest: Callable[[pa.Table], Any] | None = None
     check: Callable[[Any, Dataset], None] = lambda config, dataset: None
     measure: Callable[[Plan, Draft], dict[str, Any]] = lambda plan, draft: {}
+    one_process: Callable[[Any], bool] = lambda config: False
 
     def begin(self, config: Config, store: Store) -> tuple[Plan, Draft | Dataset]:
         """Check the request and open its dataset, finished or as a draft."""

@@ -88,7 +88,9 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
         )
     if config.online.steps:
         inputs["problems"] = problems = store.get(config.online.problems, PROBLEMS)
-        verifier_identity(config.online.verify)  # a reward of one's own is there and fits
+        judges = verifier_identity(config.online.verify)  # each reward is there and fits
+        if config.online.verify.judges:
+            semantic["online"]["verifiers"] = judges
         require_scores(config.online.routing, None)
         if needs_annotations(config.online.routing):
             annotator = config.online.annotator

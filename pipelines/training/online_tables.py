@@ -23,16 +23,16 @@ from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
 from ...trace.trained import SamplingCopy, Trained
 from ..annotators import engine_of, open_annotator
-from ..annotators.bill import read_bill
-from ..annotators.prices import find_price
 from ..annotators.rows import skipped_annotations
 from ..annotators.summary import bearing, summarize
+from ..paid.bill import read_bill
+from ..paid.prices import find_price
 from ..samplers import sampling_engine
 from ..samplers.engine import Follower, Training
 from ..samplers.probe import Probe
 from ..samplers.rollouts import rollouts_table
 from ..samplers.weights import hands_adapters, take_part
-from ..verifiers.registry import open_verifier
+from ..verifiers.registry import judges_bills, keep_answers, open_verifier
 from .problem_pool import ProblemPool
 from .validation import Validation
 
@@ -72,7 +72,7 @@ class OnlineTables:
         """
         ranks = ranks or Ranks()
         online = config.online
-        self._config, self._trained, self._whole = config, trained, whole
+        self._config, self._run, self._trained, self._whole = config, run, trained, whole
         self._policy = policy = trained.policy if whole is None else whole.policy
         self._ranks = ranks
         self._first = config.offline.steps
@@ -115,7 +115,7 @@ class OnlineTables:
             self._adapters = hands_adapters(config.sampler, policy.model)
             texts = [str(text) for text in self._problems["problem"].slice(0, _PROBES).to_pylist()]
             self._probe = Probe(policy.tokenizer, config.prompt, texts)
-        self._verifier = open_verifier(online.verify)
+        self._verifier = open_verifier(online.verify, keep_answers(online.verify, run))
         self._annotator: Any = None
         self._journal = run.local_path("journal")
         self._resumed = False
@@ -278,11 +278,16 @@ class OnlineTables:
         for role, draft in self._drafts.items():
             # A run killed between here and its own manifest finds some of them finished.
             if isinstance(draft, Draft):
-                draft = draft.finish(steps, self._summary(draft) if role == "annotations" else {})
+                draft = draft.finish(steps, self._summary(role, draft))
             refs[role] = draft.ref
         return refs
 
-    def _summary(self, annotations: Draft) -> dict[str, Any]:
+    def _summary(self, role: str, draft: Draft) -> dict[str, Any]:
+        if role == "verdicts":
+            return judges_bills(self._config.online.verify, self._run)
+        return self._annotated(draft) if role == "annotations" else {}
+
+    def _annotated(self, annotations: Draft) -> dict[str, Any]:
         annotator = self._config.online.annotator
         summary = summarize(
             annotations.read_part(part) for part in range(self._config.online.steps)

@@ -26,6 +26,7 @@ from ...schemas.results import VALIDATIONS
 from ...trace.protocols import Verifier
 from ...trace.ranks import Ranks
 from ..statistics import answers_by_problem
+from ..verifiers.registry import verifier_identity
 
 FOLDER = "validation"
 BASE_EVALUATIONS = ".looks"  # in the store's root
@@ -66,6 +67,8 @@ class Validation:
         asked = {split: ids.to_pylist() for split, ids in self._splits.items()}
         self._identity = [same, online, own, asked, version("trace-opd")]
         self._identity += own_sources(config)
+        if config.online.verify.judges:
+            self._identity += verifier_identity(config.online.verify)
         sampling = config.online.sampling
         self._decodings = {SAMPLED: (sampling, self._config.k)}
         if self._config.greedy:

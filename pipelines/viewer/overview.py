@@ -29,6 +29,9 @@ VERIFIED = {
     VerdictStatus.TIMEOUT: "the verifier took too long",
     VerdictStatus.OOM: "the verifier ran out of memory",
     VerdictStatus.ERROR: "the verifier failed",
+    VerdictStatus.REFUSED: "the judge declined",
+    VerdictStatus.INVALID: "the judge's answer has no grade that can be used",
+    VerdictStatus.FAILED: "the judge did not answer",
 }
 
 

@@ -36,7 +36,9 @@ _COLUMNS = {
         "rollout_id", "segments", "spans", "diagnostic_type", "status", "annotator_name",
         "raw_answer", "error", "reflection",
     ),
-    "verdicts": ("rollout_id", "reward", "correct", "parsed_answer", "status"),
+    "verdicts": (
+        "rollout_id", "reward", "correct", "parsed_answer", "status", "feedback", "grades",
+    ),
     "rollouts": (
         "rollout_id", "problem_id", "group_id", "sample_index", "token_ids", "response",
         "finish_reason", "policy_name", "policy_step", "vocab_fingerprint",
@@ -94,6 +96,8 @@ class RolloutView:
     correct: bool | None
     parsed: str | None
     verdict: str
+    feedback: str | None
+    grades: str | None
     annotator: str | None
     status: str | None
     raw: str | None
@@ -179,6 +183,8 @@ def _view(row: dict[str, Any], rule: str, vocabulary: Vocabulary | None) -> Roll
         correct=verdict["correct"],
         parsed=_visible(verdict["parsed_answer"]),
         verdict=verdict["status"],
+        feedback=_visible(verdict.get("feedback")),
+        grades=_visible(_grades(verdict.get("grades") or [])),
         annotator=_visible(annotation.get("annotator_name")),
         status=annotation.get("status"),
         raw=_visible(annotation.get("raw_answer")),
@@ -195,6 +201,17 @@ def _view(row: dict[str, Any], rule: str, vocabulary: Vocabulary | None) -> Roll
         if "against" in row
         else [],
     )
+
+
+def _grades(grades: Sequence[dict]) -> str | None:
+    """A line for each grade that judges gave: the grade, or why there is none, and the reason."""
+    lines = []
+    for one in grades:
+        found = one["status"] if one["grade"] is None else one["grade"]
+        order = one["order"].replace("_", " ")
+        reason = f": {one['reason']}" if one["reason"] else ""
+        lines.append(f"{one['name']}, {order}, repeat {one['repeat']}: {found}{reason}")
+    return "\n".join(lines) or None
 
 
 def _sides(response: str, first: dict, second: dict) -> list[SideView]:

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save as safetensors_bytes
 from targets import SECTIONS
 
-from trace_opd.pipelines.annotators.prices import SHIPPED_PRICES
 from trace_opd.pipelines.annotators.prompting import PROMPTS, SHIPPED_SCHEMA
+from trace_opd.pipelines.paid.prices import SHIPPED_PRICES
 from trace_opd.schemas.configs import PipelineConfig
 from trace_opd.schemas.contract import TableContract
 from trace_opd.schemas.settings import load_config

@@ -31,18 +31,18 @@ from trace_opd.data.sources import files
 from trace_opd.data.step_labels import json_rows, prm800k, processbench
 from trace_opd.data.store import MANIFEST, Dataset, Store
 from trace_opd.pipelines.annotators.answers import read_answer
-from trace_opd.pipelines.annotators.completion import checked_body, is_answer, read_record
-from trace_opd.pipelines.annotators.dialogue import usage as dialogue_usage
-from trace_opd.pipelines.annotators.journal import Journal
-from trace_opd.pipelines.annotators.journal_lines import Answered, read_lines
-from trace_opd.pipelines.annotators.prices import load_prices
 from trace_opd.pipelines.annotators.prompting import ask, load_prompt
 from trace_opd.pipelines.annotators.rows import SKIPPED, Identity, Item, annotation_row
-from trace_opd.pipelines.annotators.spending import open_spending
 from trace_opd.pipelines.cli.check_store import check_store
 from trace_opd.pipelines.cli.show import show_dataset
 from trace_opd.pipelines.endpoint import NotACompletion
 from trace_opd.pipelines.models import MICRO, resolve_policy
+from trace_opd.pipelines.paid.completion import checked_body, is_answer, read_record
+from trace_opd.pipelines.paid.journal import Journal
+from trace_opd.pipelines.paid.journal_lines import Answered, read_lines
+from trace_opd.pipelines.paid.prices import load_prices
+from trace_opd.pipelines.paid.questions import usage as dialogue_usage
+from trace_opd.pipelines.paid.spending import open_spending
 from trace_opd.pipelines.samplers.reply import read_completion
 from trace_opd.pipelines.terminal import Terminal
 from trace_opd.pipelines.viewer import view

@@ -29,6 +29,7 @@ ONLINE = [
     f"online.annotator.prompt={STUDIES / 'micro-annotate.md'}",
     f"online.annotator.answer_schema={STUDIES / 'micro-answer.schema.json'}",
 ]  # fmt: skip
+PAID = ("annotate-openai", "verify-judge")  # ask the server of a test, whose address is ENDPOINT
 STAGES = {
     "problems": ["problems", CONFIG, "limit=72", "rows_per_part=3"],
     "rollout": ["rollout", CONFIG, "group_size=4"],
@@ -37,7 +38,11 @@ STAGES = {
     "annotate": ["annotate", CONFIG],
     "annotate-openai": [
         "annotate", "annotator.engine=openai", "annotator.model=m", "annotator.api_key_env=null",
-        f"annotator.concurrency={CONCURRENCY}", "--alias", "paid",
+        f"annotator.concurrency={CONCURRENCY}", "annotator.base_url=ENDPOINT", "--alias", "paid",
+    ],
+    "verify-judge": [
+        "verify", CONFIG, "rewards=[{name: math}, {name: judge, base_url: 'ENDPOINT', model: m, "
+        f"api_key_env: null, concurrency: {CONCURRENCY}}}]", "--alias", "judged",
     ],
     "convert": ["convert", CONFIG],
     "train-offline": ["train", CONFIG, *TRAIN, "offline.steps=10", "online.steps=0"],
@@ -77,7 +82,7 @@ def slow_paid_server(paid_server: PaidServer) -> PaidServer:
 
 @pytest.fixture(scope="session")
 def undisturbed(runs, tmp_path_factory) -> dict[str, Undisturbed]:
-    """Every stage by name. The test of the paid stage makes its store with its own server."""
+    """Every stage by name. The tests of paid stages make their stores with their own servers."""
     folder = tmp_path_factory.mktemp("undisturbed")
     before = folder / "0"
     before.mkdir()
@@ -85,7 +90,7 @@ def undisturbed(runs, tmp_path_factory) -> dict[str, Undisturbed]:
     for number, (name, args) in enumerate(STAGES.items(), start=1):
         after = Path(shutil.copytree(before, folder / str(number)))
         began = time.monotonic()
-        if name != "annotate-openai":
+        if name not in PAID:
             runs.done(*args, store=after)
         out[name] = Undisturbed(args, before, after, time.monotonic() - began)
         before = after

@@ -67,6 +67,16 @@ ROWS: dict[str, dict] = {
         "selection": "plain",
         "left_out": "budget",
         "parts": [{"name": "math", "value": 1.0, "status": "ok", "seconds": 0.0}],
+        "grades": [
+            {
+                "name": "judge",
+                "repeat": 0,
+                "order": "reference_first",
+                "grade": 7,
+                "status": "ok",
+                "reason": "One step is missing.",
+            }
+        ],
     },
     "annotations": {
         **_ids,

@@ -33,6 +33,7 @@ PAID = [
     "annotate", "annotator.engine=openai", "annotator.model=m", "annotator.api_key_env=null",
     f"annotator.concurrency={CONCURRENCY}",
 ]  # fmt: skip
+JUDGE = ["verify", CONFIG]
 STAGES = {
     "problems": ["problems", CONFIG, "limit=6", "rows_per_part=2"],
     "rollout": ["rollout", CONFIG, "group_size=2"],
@@ -119,19 +120,20 @@ def test_of_two_runs_at_once_one_works_and_the_other_waits(runs, undisturbed, tm
     assert_same_datasets(root, undisturbed.before["select"])
 
 
-def test_an_annotation_killed_asks_again_only_for_what_was_in_flight(
-    paid_server: PaidServer, runs, undisturbed, tmp_path
+@pytest.mark.parametrize("name", ["annotate", "verify"])
+def test_a_paid_stage_killed_asks_again_only_for_what_was_in_flight(
+    paid_server: PaidServer, runs, undisturbed, tmp_path, name
 ):
     def answer(body):
         time.sleep(0.02)  # so that a kill finds requests in flight
         return completion(body)
 
     paid_server.answer = answer
-    args = [*PAID, f"annotator.base_url={paid_server.url}"]
-    killer, kills = Killer(runs, undisturbed.before["annotate"], tmp_path), 0
+    args = asking(name, paid_server.url)
+    killer, kills = Killer(runs, undisturbed.before[name], tmp_path), 0
     for root in killer.rounds(args, 3, 0.6):
         assert_no_leftovers(root)
-        (made,) = Store(root).datasets("annotate")
+        (made,) = Store(root).datasets(name)
         assert made.rows == Store(root).get("rollouts").rows
         answered = Counter(map(json.dumps, paid_server.answered))
         keys = journalled(Path(made.path("journal")))
@@ -183,13 +185,19 @@ ASKING = {"annotate": PAID, "rollout": SERVED}
 
 
 def asking(name: str, url: str) -> list[str]:
+    if name == "verify":
+        about = f"base_url: '{url}', model: m, api_key_env: null, concurrency: {CONCURRENCY}"
+        return [*JUDGE, f"rewards=[{{name: judge, {about}}}]"]
     return [*ASKING[name], f"{'annotator' if name == 'annotate' else 'sampler'}.base_url={url}"]
 
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [("annotate", signal.SIGTERM), ("annotate", signal.SIGINT), ("rollout", signal.SIGINT)],
-)
+    [
+        ("annotate", signal.SIGTERM), ("annotate", signal.SIGINT), ("rollout", signal.SIGINT),
+        ("verify", signal.SIGINT),
+    ],
+)  # fmt: skip
 def test_a_signal_waits_for_the_answers_in_flight_and_keeps_them(
     paid_server: PaidServer, runs, undisturbed, tmp_path, name, number
 ):
@@ -265,7 +273,7 @@ def journalled(folder: Path) -> Counter[bytes]:
     """Complete records in a journal's files, by key."""
     complete = [
         line
-        for path in folder.glob("*.jsonl")
+        for path in folder.rglob("*.jsonl")
         for line in path.read_bytes().splitlines(keepends=True)
         if line.endswith(b"\n")
     ]

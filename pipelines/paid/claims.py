@@ -1,6 +1,6 @@
 """Locks on questions in flight, so that processes on one store ask each question once.
 
-`Journal` holds a `Claims`; engine `openai` claims each question before it asks. A claim locks one
+`Journal` holds a `Claims`; requests.py claims each question before it asks. A claim locks one
 byte of a file, at an offset derived from the question's key. The kernel releases it when its
 process ends, so no claim is ever stale. A task holds one claim at a time and waits for none while
 it holds one, so there are no deadlocks. The file grows by a byte per write to any journal: an
@@ -38,7 +38,7 @@ class Claims:
                 if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                     raise
                 raise InputError(
-                    f"{path}: {error.strerror}; remove it, annotators share their questions there"
+                    f"{path}: {error.strerror}; remove it, runs share their questions there"
                 ) from error
         self._ours = self._theirs = 0
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from trace_opd.pipelines.annotators.journal import GroupCommit, Journal, request_key
-from trace_opd.pipelines.annotators.journal_lines import Answered, Reserved, Settled, read_lines
+from trace_opd.pipelines.paid.journal import GroupCommit, Journal, request_key
+from trace_opd.pipelines.paid.journal_lines import Answered, Reserved, Settled, read_lines
 from trace_opd.schemas.errors import InputError
 from trace_opd.tests.soak.file_faults import damage
 from trace_opd.tests.soak.schedule import DAMAGES

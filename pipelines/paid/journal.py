@@ -1,4 +1,4 @@
-"""The journal of paid answers. Engines `openai` and `openai_batch` write it; the estimate reads it.
+"""The journal of paid answers. requests.py and openai_batch.py write it; the estimate reads it.
 
 An answer is durable in the journal before it counts, under a key of everything that decides it, so
 a killed stage pays for nothing twice. Each process appends to a file of its own. Writers therefore

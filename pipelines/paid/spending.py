@@ -1,4 +1,4 @@
-"""What the annotation of one dataset costs: price, budget and running totals, for all engines.
+"""What the answers of one dataset cost: price, budget and running totals, for all engines.
 
 async with spending.reserve(body) as reservation:   # before sending; waits, or BudgetSpent
     answer = …
@@ -21,14 +21,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ...schemas.configs import OpenAIAnnotator
+from ...schemas.configs import PaidEndpoint
 from ...schemas.errors import InputError
-from ..progress import count_rows
 from .bill import read_bill
 from .budget import Budget, Reservation
-from .dialogue import Answer, usage
 from .prices import Price, find_price
-from .rows import Usage
+from .questions import Answer, Usage, usage
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +82,6 @@ class Spending:
             fresh = [answer for key, answer in answers.items() if key not in self._shown]
             self._shown.update(answers)
         self.count(1, self._usage(fresh))
-        count_rows()
 
     def charge(self, rollout_id: str, answers: Answers) -> Usage:
         """What a row bears of its answers. To be called for all rows in the dataset's order; a row
@@ -151,7 +148,7 @@ class Spending:
 
 
 def open_spending(
-    config: OpenAIAnnotator,
+    config: PaidEndpoint,
     journal: Path | None = None,
     rows: int | None = None,
     tell: Callable[..., None] | None = None,
@@ -171,9 +168,9 @@ def open_spending(
         return Spending(price, rows=rows, tell=tell)
     if journal is None:
         return Spending(price, Budget(config.budget_usd), rows, tell)
-    lock = exclusive(journal / "budget.lock", "spends this dataset's annotator.budget_usd")
+    lock = exclusive(journal / "budget.lock", f"spends this dataset's {config.role}.budget_usd")
     try:
-        bill = read_bill(journal, price, known=True)
+        bill = read_bill(journal, price, f"{config.role}.budget_usd")
         budget = Budget(config.budget_usd, bill.spent_usd or 0.0, bill.possibly_usd or 0.0)
     except BaseException:
         lock.close()

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trace_opd.pipelines.annotators.dialogue import Answer
-from trace_opd.pipelines.annotators.prices import (
+from trace_opd.pipelines.paid.prices import (
     CATALOGUE,
     SHIPPED_PRICES,
     Price,
@@ -18,7 +17,8 @@ from trace_opd.pipelines.annotators.prices import (
     load_prices,
     most_prompt_tokens,
 )
-from trace_opd.pipelines.annotators.spending import Spending, dollars
+from trace_opd.pipelines.paid.questions import Answer
+from trace_opd.pipelines.paid.spending import Spending, dollars
 from trace_opd.schemas.configs import OpenAIAnnotator
 from trace_opd.schemas.errors import InputError
 

@@ -7,8 +7,8 @@ from email.utils import format_datetime
 
 import pytest
 
-from trace_opd.pipelines.annotators.pace import Closed, Pace
 from trace_opd.pipelines.endpoint import refill_s, seconds_asked
+from trace_opd.pipelines.paid.pace import Closed, Pace
 
 
 async def rounds(pace: Pace, outcomes: str) -> None:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_opd.pipelines.annotators.budget import Budget, BudgetSpent
-from trace_opd.pipelines.annotators.dialogue import Answer
-from trace_opd.pipelines.annotators.prices import Price
-from trace_opd.pipelines.annotators.spending import Spending, open_spending
+from trace_opd.pipelines.paid.budget import Budget, BudgetSpent
+from trace_opd.pipelines.paid.prices import Price
+from trace_opd.pipelines.paid.questions import Answer
+from trace_opd.pipelines.paid.spending import Spending, open_spending
 from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator

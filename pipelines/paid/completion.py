@@ -10,11 +10,10 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import from_json
 
-from ...schemas.configs import OpenAIAnnotator
+from ...schemas.configs import PaidEndpoint
 from .. import endpoint
-from .dialogue import Answer, Question, token_count
 from .journal import request_key
-from .prompting import AnnotationPrompt
+from .questions import Answer, Question, token_count
 
 _SHOWN_BYTES = 1000  # of a body that is none: more than an error's sentence shows
 
@@ -40,8 +39,7 @@ class _Body(BaseModel):
 
 
 def request_body(
-    config: OpenAIAnnotator,
-    prompt: AnnotationPrompt,
+    config: PaidEndpoint,
     question: Question,
     refused: Collection[str] = (),
 ) -> dict[str, Any]:
@@ -58,24 +56,25 @@ def request_body(
         limit: question.max_new_tokens,
     }
     if "temperature" not in refused:
-        body["temperature"] = config.temperature
+        body["temperature"] = question.temperature
     if config.structured and "response_format" not in refused:
-        schema = {"name": "annotation", "schema": question.schema, "strict": True}
+        schema = {"name": question.schema_name, "schema": question.schema, "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     elif config.structured and "json_object" not in refused:
         body["response_format"] = {"type": "json_object"}
     return body
 
 
-def question_key(config: OpenAIAnnotator, prompt: AnnotationPrompt, question: Question) -> str:
+def question_key(config: PaidEndpoint, question: Question) -> str:
     """The journal's key of a question, the same for single requests and batches."""
     return request_key(
         config.base_url,
         config.model,
         question.messages,
         question.schema if config.structured else None,
-        {"temperature": config.temperature, "max_new_tokens": question.max_new_tokens},
-        prompt.version,
+        {"temperature": question.temperature, "max_new_tokens": question.max_new_tokens},
+        question.prompt_version,
+        question.sample_index,
     )
 
 

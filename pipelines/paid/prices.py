@@ -1,7 +1,7 @@
 """What an endpoint's tokens cost. Called by the openai engines, their budget and the cost estimate.
 
 The first source that lists the model at its host gives the price: two numbers in the config, the
-user's file (`annotator.prices`), the dated prices.yaml, the catalogue of the package genai-prices.
+user's file (setting `prices`), the dated prices.yaml, the catalogue of the package genai-prices.
 A price that no source gives is unknown, which is never the same as zero. No source is updated over
 the network at run time.
 """
@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ...schemas.configs import OpenAIAnnotator
+from ...schemas.configs import PaidEndpoint
 from ...schemas.errors import InputError
 from ...schemas.text_files import read_text_file
 from ...schemas.yaml_text import load_yaml
-from .dialogue import Answer
+from .questions import Answer
 
 SHIPPED_PRICES = Path(__file__).with_name("prices.yaml")
 
@@ -122,7 +122,7 @@ class _Host(BaseModel):
 _FILE = TypeAdapter(dict[str, _Host])
 
 
-def find_price(config: OpenAIAnnotator) -> Price | None:
+def find_price(config: PaidEndpoint) -> Price | None:
     """The price of a config's model at its endpoint, None if unknown.
 
     Raises:
@@ -133,8 +133,8 @@ def find_price(config: OpenAIAnnotator) -> Price | None:
     if (prompt is None) != (completion is None):
         missing = "prompt" if prompt is None else "completion"
         raise InputError(
-            f"annotator.usd_per_million_{missing}_tokens is not set and the other price is; give "
-            "both (0 for a server without a bill) or none"
+            f"{config.role}.usd_per_million_{missing}_tokens is not set and the other price is; "
+            "give both (0 for a server without a bill) or none"
         )
     price = _listed(config) or _catalogued(config)
     if prompt is not None and completion is not None:
@@ -143,9 +143,10 @@ def find_price(config: OpenAIAnnotator) -> Price | None:
         return Price(prompt=prompt, completion=completion, batch=batch, source="the config")
     if price is None and config.budget_usd is not None:
         raise InputError(
-            f"annotator.budget_usd is {config.budget_usd:g} and the price of model {config.model} "
-            f"at {config.base_url} is unknown; set annotator.usd_per_million_prompt_tokens and "
-            "annotator.usd_per_million_completion_tokens, or annotator.prices"
+            f"{config.role}.budget_usd is {config.budget_usd:g} and the price of model "
+            f"{config.model} at {config.base_url} is unknown; set "
+            f"{config.role}.usd_per_million_prompt_tokens and usd_per_million_completion_tokens, "
+            "or prices"
         )
     return price
 
@@ -156,7 +157,7 @@ def load_prices(path: str | Path) -> dict[str, _Host]:
     Raises:
         InputError: the file is missing or has another content.
     """
-    text = read_text_file(path, "give a file of prices in annotator.prices, or leave it out")
+    text = read_text_file(path, "give a file of prices in setting prices, or leave it out")
     try:
         return _FILE.validate_python(load_yaml(text))
     except yaml.YAMLError as error:
@@ -170,7 +171,7 @@ def load_prices(path: str | Path) -> dict[str, _Host]:
         ) from None
 
 
-def _listed(config: OpenAIAnnotator) -> Price | None:
+def _listed(config: PaidEndpoint) -> Price | None:
     """The price in the user's file, else in the shipped one."""
     where = urlsplit(config.base_url)
     for path in filter(None, (config.prices, SHIPPED_PRICES)):
@@ -183,7 +184,7 @@ def _listed(config: OpenAIAnnotator) -> Price | None:
     return None
 
 
-def _catalogued(config: OpenAIAnnotator) -> Price | None:
+def _catalogued(config: PaidEndpoint) -> Price | None:
     """The price in the catalogue that is installed, for a model that it lists by this very name.
 
     None too for prices that depend on the time of day or on the prompt's length, or that include

@@ -12,16 +12,15 @@ import openai
 from pydantic_core import to_json
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
-from ...schemas.configs import OpenAIAnnotator
+from ...schemas.configs import PaidEndpoint
 from .. import endpoint, transport
 from .budget import Reservation
 from .completion import bounded, checked_body, question_key, read_record, request_body
-from .dialogue import Answer, Question
 from .journal import GroupCommit, Journal, Record
 from .journal_lines import Unanswered
 from .pace import Pace
 from .prices import most_tokens
-from .prompting import AnnotationPrompt
+from .questions import Answer, Question
 from .spending import Spending
 
 logger = logging.getLogger(__name__)
@@ -34,15 +33,13 @@ class Requests:
 
     def __init__(
         self,
-        config: OpenAIAnnotator,
-        prompt: AnnotationPrompt,
+        config: PaidEndpoint,
         journal: Journal | None,
         spending: Spending,
     ) -> None:
-        self._config, self._prompt = config, prompt
-        self._journal, self._spending = journal, spending
+        self._config, self._journal, self._spending = config, journal, spending
         self._commit = GroupCommit(journal) if journal is not None else None
-        self._key = endpoint.read_key(config.api_key_env, "annotator.api_key_env")
+        self._key = endpoint.read_key(config.api_key_env, f"{config.role}.api_key_env")
         self._refused: frozenset[str] = frozenset()
         self._asking: dict[str, asyncio.Task[Record]] = {}
         self.stopped: str | None = None  # why nothing more is sent
@@ -71,7 +68,7 @@ class Requests:
 
     def key(self, question: Question) -> str:
         """The journal's key of a question: equal responses of a group are one question."""
-        return question_key(self._config, self._prompt, question)
+        return question_key(self._config, question)
 
     def journalled(self, key: str) -> Answer | None:
         """The answer that the journal has."""
@@ -147,7 +144,7 @@ class Requests:
 
     async def _send(self, key: str, question: Question, refused: frozenset[str]) -> Record:
         """One attempt. Returns when the answer is in the journal."""
-        body = request_body(self._config, self._prompt, question, refused)
+        body = request_body(self._config, question, refused)
         size = sum(len(message["content"].encode()) for message in question.messages)
         tokens = size / _BYTES_PER_TOKEN + question.max_new_tokens
         async with (

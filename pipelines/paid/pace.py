@@ -1,5 +1,5 @@
 """How fast to ask an endpoint: requests and tokens per minute, adaptive concurrency, cool-down,
-circuit breaker. paid_requests.py sends every request through it, so closing the pace stops sending.
+circuit breaker. requests.py sends every request through it, so closing the pace stops sending.
 """
 
 import asyncio

@@ -45,10 +45,10 @@ class Bill:
         return out
 
 
-def read_bill(journal: Path, price: Price | None, known: bool = False) -> Bill:
+def read_bill(journal: Path, price: Price | None, budget: str | None = None) -> Bill:
     """The bill of a journal's folder; an empty one if there is none.
 
-    known: refuse an answer of unknown cost.
+    budget: the setting of a budget, for which an answer of unknown cost is refused.
 
     Raises:
         InputError: an answer of which neither cost nor worst case is known.
@@ -74,11 +74,10 @@ def read_bill(journal: Path, price: Price | None, known: bool = False) -> Bill:
                     sent[key] += 1
                     bill.answers += 1
                     usd = None if price is None else price.billed_usd(read_record(record))
-                    if usd is None and known:
+                    if usd is None and budget is not None:
                         raise InputError(
                             f"{entry.path}: holds an answer whose tokens the endpoint did not "
-                            "state, so what has been spent is unknown; leave annotator.budget_usd "
-                            "out"
+                            f"state, so what has been spent is unknown; leave {budget} out"
                         )
                     bill.spent_usd = _plus(bill.spent_usd, usd)
     lost = [usd for name, usd in reserved.items() if name not in settled]
