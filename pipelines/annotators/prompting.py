@@ -6,7 +6,8 @@ is replaced in one pass, so a text that is filled in can't bring placeholders of
 `# reflection` takes the place of `{{reflection}}` where a corrective idea is asked for.
 
 Rollouts are untrusted. A segment's number is at the start of a line and the other lines of a
-segment are indented, so a response can't forge a segment; the tags around each text carry a hash of
+segment are indented, so a response can't forge a segment, nor a problem that is a conversation a
+turn; the tags around each text carry a hash of
 the response, so it can't close them.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 
 from ...schemas.configs import AnnotatorPrompt
+from ...schemas.conversation import shown_row
 from ...schemas.errors import InputError
 from ...schemas.labels import WORDS, SpanKind, TypeLabel, words_sha256
 from ...schemas.text_files import read_text_file
@@ -160,7 +162,7 @@ def _fields(prompt: AnnotationPrompt, item: Item) -> dict[str, str]:
     if problem["solution"]:
         reference += f"\nSolution:\n{problem['solution']}"
     return {
-        "problem": problem["problem"],
+        "problem": shown_row(problem),
         "reference": reference,
         "segments": numbered(item),
         "verdict": "right" if item.correct else "wrong",
