@@ -62,8 +62,8 @@ def odd_turns(table: pa.Table) -> pa.Array:
         turns, rows = pc.list_flatten(lists), pc.list_parent_indices(lists).to_numpy()
         role, content = (_field(turns, name) for name in ("role", "content"))
         first = np.diff(rows, prepend=-1) != 0
-        bad = _true(pc.equal(role, str(TurnRole.SYSTEM))) & ~first
-        bad |= _true(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(content)), 0))
+        bad = _true(pc.equal(role, pa.scalar(str(TurnRole.SYSTEM)))) & ~first
+        bad |= _true(pc.equal(pc.utf8_trim_whitespace(content), pa.scalar("")))
         bad |= ~_true(pc.is_valid(content)) | ~_true(pc.is_valid(role))
         mask[rows[bad]] = True
     return pa.array(mask)

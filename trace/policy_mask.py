@@ -5,6 +5,7 @@ as if they held the policy's tokens alone, and the routes are spread over all to
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -75,7 +76,7 @@ def _only_policy(responses: Responses, mask: np.ndarray) -> Responses:
     rollouts = responses.rollouts
     for name in ("token_ids", "logprobs"):
         flat = ragged(rollouts[name]).values.filter(pa.array(mask))
-        lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, list_of(flat.type))
+        lists = _lists(offsets, flat)
         rollouts = rollouts.set_column(rollouts.column_names.index(name), name, lists)
     return replace(
         responses,
@@ -92,13 +93,17 @@ def _renumbered(
     """Scores with positions among the policy's tokens; −1 for others, and of other rollouts."""
     lists = ragged(scores["positions"])
     own = pc.index_in(scores["rollout_id"], value_set=one_chunk(rollouts["rollout_id"]))
-    row = np.repeat(pc.fill_null(own, pa.scalar(-1, pa.int32())).to_numpy(), lists.lengths)
+    known: Any = pc.fill_null(own, pa.scalar(-1, pa.int32()))
+    row = np.repeat(known.to_numpy(), lists.lengths)
     place = lists.values.to_numpy()
     there = (row >= 0) & (place < np.diff(offsets)[row])
     at = np.where(there, offsets[row] + place, 0)
     among = _among(mask, at) - _among(mask, offsets)[row]
-    new = pa.array(np.where(there & mask[at], among, -1).astype(np.int32))
-    positions = pa.ListArray.from_arrays(
-        pa.array(lists.offsets, pa.int32()), new, list_of(pa.int32())
-    )
+    new = np.where(there & mask[at], among, -1).astype(np.int32)
+    positions = _lists(lists.offsets, pa.array(new))
     return scores.set_column(scores.column_names.index("positions"), "positions", positions)
+
+
+def _lists(offsets: np.ndarray, flat: Any) -> pa.ListArray:
+    kind: Any = list_of(flat.type)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, type=kind)

@@ -440,7 +440,8 @@ def test_every_teacher_sees_the_turns_before_the_problem_and_no_more_of_the_prob
     asked, _ = texts_of(routing, replaced)
     before = f"<|user|>{SECRET}<|assistant|>1<|end|>"
     assert [text.replace(before, "", 1) for text in asked] == plain
-    assert all(text.startswith(before) for text in asked)
+    # Without a context it reads the student's prompt as it was sampled, which is given here.
+    assert all(text.startswith(before) != (context == TeacherContext.NONE) for text in asked)
 
 
 # --- no other path exists ---
