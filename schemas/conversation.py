@@ -1,8 +1,8 @@
 """Turns before a problem: their column, their faults, and the problem's text with them.
 
 Tables problems and routed have the column `history`. Sources check conversations with `fault_of`;
-whoever shows a problem to a person or to an annotator calls `shown`. docs/decisions/turns.md says
-what a conversation may hold.
+the viewer, the terminal and the annotators' prompt show problems by `shown`.
+docs/decisions/turns.md says what a conversation may hold.
 """
 
 from collections.abc import Mapping, Sequence
