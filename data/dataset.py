@@ -134,6 +134,8 @@ class Dataset:
     def read_part(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """One part, checked against the table's contract unless columns are picked.
 
+        Optional columns are left out where the part lacks them.
+
         Raises:
             InputError: it is gone; DamagedFile: its content is damaged.
         """

@@ -247,6 +247,14 @@ class Operation(StrEnum):
         return "+" if self is Operation.ADD else "-"
 
 
+class TurnRole(StrEnum):
+    """Whose turn of a conversation it is."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+
+
 class FinishReason(StrEnum):
     """Why sampling ended: STOP at an end token, LENGTH at the token limit."""
 

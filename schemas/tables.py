@@ -14,6 +14,7 @@ from .columns import (
     INT32,
     MOST,
     POLICY,
+    POLICY_MASK,
     PROBLEM_ID,
     ROLLOUT_ID,
     STRING,
@@ -22,6 +23,7 @@ from .columns import (
     TYPE,
 )
 from .contract import described, make_contract
+from .conversation import HISTORY, ODD_TURNS, odd_turns
 from .labels import (
     TYPE_LABELS,
     AnnotationStatus,
@@ -30,12 +32,19 @@ from .labels import (
     LeftOut,
     Selection,
     SpanKind,
+    TurnRole,
     VerdictStatus,
 )
 from .results import EVALUATIONS
 from .reward_columns import no_json_objects, odd_parts
 from .spans import misplaced_spans, torn_segments
-from .table_faults import NO_MISTAKE, mistake_in_key, mistake_in_right
+from .table_faults import (
+    NO_MISTAKE,
+    UNWRITTEN,
+    mistake_in_key,
+    mistake_in_right,
+    unwritten,
+)
 from .training_tables import ROUTED, SCORES
 
 PROBLEMS = make_contract(
@@ -82,11 +91,14 @@ PROBLEMS = make_contract(
             "of a task. No prompt shows it.",
             True,
         ),
+        HISTORY,
     ],
     "problem_id",
     labels={"answer_kind": AnswerKind},
-    optional=("source_id", "subject", "level", "metadata"),
+    nested_labels={("history", "role"): TurnRole},
+    optional=("source_id", "subject", "level", "metadata", "history"),
     faults=(
+        (*ODD_TURNS, odd_turns),
         (
             "metadata",
             "is no JSON object; write a mapping as JSON text, or null",
@@ -120,11 +132,14 @@ ROLLOUTS = make_contract(
             "Whether ids and log-probabilities are the sampler's own; rows without them can be "
             "annotated and evaluated but not trained on.",
         ),
+        POLICY_MASK,
     ],
     "rollout_id",
+    optional=("policy_mask",),
     labels={"finish_reason": FinishReason},
-    same_length=(("token_ids", "logprobs"),),
+    same_length=(("token_ids", "logprobs", "policy_mask"),),
     ranges=TOKEN_RANGES,
+    faults=((*UNWRITTEN, unwritten),),
 )
 
 VERDICTS = make_contract(

@@ -197,7 +197,7 @@ def _preset(source: HubSource) -> tuple[str, Preset]:
     # Full configs of older releases hold the former default, which left the preset's columns.
     if preset.columns is not None and named and named != {"problem": "problem", "answer": "answer"}:
         named |= {"final": None} if named.keys() & {"answer", "answer_template"} else {}
-        named |= {"problem": ""} if "template" in named else {}
+        named |= {"problem": ""} if named.keys() & {"template", "messages"} else {}
         named |= {"answer": ""} if "answer_template" in named else {}
         changed["columns"] = replace(
             preset.columns,

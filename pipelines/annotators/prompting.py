@@ -5,7 +5,8 @@ the sections `# system`, `# user` and `# correction`. A section `# reflection` t
 `{{reflection}}` where a corrective idea is asked for.
 
 Rollouts are untrusted. A segment's number is at the start of a line and the other lines of a
-segment are indented, so a response can't forge a segment.
+segment are indented, so a response can't forge a segment, nor a problem that is a conversation a
+turn.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.configs import AnnotatorPrompt
+from ...schemas.conversation import shown_row
 from ...schemas.errors import InputError
 from ...schemas.labels import WORDS, SpanKind, TypeLabel, words_sha256
 from ...schemas.text_files import read_text_file
@@ -150,7 +152,7 @@ def _fields(prompt: AnnotationPrompt, item: Item) -> dict[str, str]:
     if problem["solution"]:
         reference += f"\nSolution:\n{problem['solution']}"
     return {
-        "problem": problem["problem"],
+        "problem": shown_row(problem),
         "reference": reference,
         "segments": numbered(item),
         "verdict": "right" if item.correct else "wrong",

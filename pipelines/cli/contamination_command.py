@@ -73,10 +73,11 @@ def _compared(trained: Any, other: Any, words: int) -> "tuple[Any, pl.DataFrame]
     """The overlap of two datasets, and its pairs with ids and texts."""
     import polars as pl
 
+    from ...schemas.conversation import COLUMN, wording
     from ..choice.contamination import overlap
 
-    own, asked = (dataset.read(["problem_id", "problem"]) for dataset in (trained, other))
-    found = overlap(own["problem"], asked["problem"], words)
+    own, asked = (dataset.read(["problem_id", "problem", COLUMN]) for dataset in (trained, other))
+    found = overlap(wording(own), wording(asked), words)
     rows, training_rows = found.pairs["row"], found.pairs["training_row"]
     columns = {
         "problem_id": pl.Series(asked["problem_id"]).gather(rows),

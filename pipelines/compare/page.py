@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ...data.atomic import write_atomic
 from ...data.store import Store, content_hash
+from ...schemas.conversation import COLUMN, shown_row
 from ...schemas.labels import AnnotationStatus
 from ..terminal import visible
 from ..viewer.page import csp_hash, page_template
@@ -220,9 +221,9 @@ def _problem_texts(comparison: Comparison, store: Store, ids: list[str]) -> dict
     wanted = pa.array(ids, pa.string())
     texts: dict[Any, Any] = {}
     for part in range(problems.parts):
-        rows = problems.read_part(part, ["problem_id", "problem"])
+        rows = problems.read_part(part, ["problem_id", "problem", COLUMN])
         rows = rows.filter(pc.is_in(rows["problem_id"], value_set=wanted))
-        texts |= dict(zip(rows["problem_id"].to_pylist(), rows["problem"].to_pylist(), strict=True))
+        texts |= {row["problem_id"]: shown_row(row) for row in rows.to_pylist()}
     return {key: visible(_cut(text)) for key, text in texts.items()}
 
 

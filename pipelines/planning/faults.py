@@ -35,6 +35,7 @@ from ...schemas.configs import (
     VllmSampler,
     VllmTeacher,
 )
+from ...schemas.conversation import wording
 from ...schemas.errors import InputError
 from ...trace.optim import MOMENT_BYTES
 from ...trace.policy import load_tokenizer, vocab_fingerprint
@@ -248,8 +249,8 @@ def shared_problems(training: pa.Table | None, held_out: pa.Table | None) -> lis
     """Whether the evaluation asks problems of the training."""
     if training is None or held_out is None:
         return []
-    asked = [str(text) for text in held_out["problem"].to_pylist()]
-    known = {_plain(str(text)) for text in training["problem"].to_pylist()}
+    asked = [str(text) for text in wording(held_out).to_pylist()]
+    known = {_plain(str(text)) for text in wording(training).to_pylist()}
     if not (shared := [text for text in asked if _plain(text) in known]):
         return []
     return [
@@ -266,7 +267,7 @@ def shared_wording(training: pa.Table | None, held_out: pa.Table | None, name: s
     """
     if training is None or held_out is None:
         return []
-    found = overlap(training["problem"], held_out["problem"])
+    found = overlap(wording(training), wording(held_out))
     if not found.shared:
         return []
     row, _, _, share = found.pairs.row(0)

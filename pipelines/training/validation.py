@@ -58,7 +58,7 @@ class Validation:
         self._sample, self._verifier = sample, verifier
         self._ranks = ranks or Ranks()
         # All splits are sampled together: few large batches are faster than many small ones.
-        self._problems = _distinct(pa.concat_tables(splits.values()))
+        self._problems = _distinct(pa.concat_tables(splits.values(), promote_options="default"))
         self._splits = {split: pc.unique(table["problem_id"]) for split, table in splits.items()}
         self._folder = run / FOLDER
         same = config.model_dump(include={"policy", "prompt", "sampler"}, mode="json")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...data.store import Dataset
+from ...schemas.conversation import shown_row
 from ...trace.align import ByteTable
 from ...trace.vocabulary import Vocabulary
 from ..terminal import visible
@@ -43,7 +44,7 @@ _COLUMNS = {
         "rollout_id", "problem_id", "group_id", "sample_index", "token_ids", "response",
         "finish_reason", "policy_name", "policy_step", "vocab_fingerprint",
     ),
-    "problems": ("problem_id", "problem", "answer", "source"),
+    "problems": ("problem_id", "problem", "answer", "source", "history"),
 }  # fmt: skip
 _NO_ANNOTATION: dict[str, Any] = {"segments": [], "spans": []}
 
@@ -170,7 +171,7 @@ def _view(row: dict[str, Any], rule: str, vocabulary: Vocabulary | None) -> Roll
     return RolloutView(
         id=rollout["rollout_id"],
         problem_id=rollout["problem_id"],
-        problem=visible(problem["problem"]),
+        problem=visible(shown_row(problem)),
         answer=visible(problem["answer"]),
         source=visible(problem["source"]),
         group=rollout["group_id"],

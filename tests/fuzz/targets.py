@@ -48,8 +48,9 @@ from trace_opd.pipelines.terminal import Terminal
 from trace_opd.pipelines.viewer import view
 from trace_opd.schemas import configs
 from trace_opd.schemas.columns import MOST_LOGPROB
-from trace_opd.schemas.configs import FilesSource, OpenAIAnnotator, SegmentConfig
+from trace_opd.schemas.configs import Columns, FilesSource, OpenAIAnnotator, SegmentConfig
 from trace_opd.schemas.contract import TableContract, validate
+from trace_opd.schemas.conversation import fault_of
 from trace_opd.schemas.errors import DamagedFile, InputError
 from trace_opd.schemas.labels import AnnotationStatus
 from trace_opd.schemas.settings import dump_config
@@ -461,12 +462,17 @@ def foreign_parquet(content: bytes) -> None:
 
 
 # Suffixes by the first byte of a seed.
-PROBLEMS_FILES = {b"J": ".jsonl", b"P": ".parquet", b"A": ".json", b"C": ".csv", b"Z": ".jsonl.gz"}
+PROBLEMS_FILES = {
+    **{b"J": ".jsonl", b"P": ".parquet", b"A": ".json", b"C": ".csv", b"Z": ".jsonl.gz"},
+    b"M": ".messages.jsonl",
+}
 
 
 def problems_file(content: bytes, suffix: str) -> None:
     """A file of problems is refused, or its rows are problems with text in them."""
-    source = FilesSource(kind="files", path=_file(f"problems{suffix}", content))
+    columns = Columns(messages="messages" if suffix == PROBLEMS_FILES[b"M"] else None)
+    path = _file(f"problems{suffix}", content)
+    source = FilesSource(kind="files", path=path, columns=columns)
     try:
         for row in files.rows(source, 0):
             if isinstance(row, BadRow):
@@ -475,6 +481,9 @@ def problems_file(content: bytes, suffix: str) -> None:
             assert row["problem"]
             assert row["answer"]
             pa.array([row["problem"], row["answer"], row["solution"]], pa.string())
+            roles = [turn["role"] for turn in row.get("history") or ()]
+            assert fault_of([*roles, "user"]) is None
+            pa.array([turn["content"] for turn in row.get("history") or ()], pa.string())
     except InputError as error:
         _names(error, f"problems{suffix}")
 

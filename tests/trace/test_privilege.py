@@ -465,6 +465,25 @@ def test_under_the_type_no_field_that_others_fill_changes_the_teachers_prompt(co
     assert texts_of(routing, replaced) == texts_of(routing)
 
 
+@pytest.mark.parametrize("context", list(TeacherContext))
+def test_every_teacher_sees_the_turns_before_the_problem_and_no_more_of_the_problems_row(context):
+    """The history is a part of the problem. The student reads it too."""
+    routing = ROUTING.model_copy(update={"teacher_context": context})
+    turns = [{"role": "user", "content": SECRET}, {"role": "assistant", "content": "1"}]
+
+    def replaced(name: str, row: Row) -> Row:
+        if name != "problems":
+            return {}
+        return {"history": turns, "subject": "314159", "level": "314159", "metadata": "{}"}
+
+    plain, _ = texts_of(routing)
+    asked, _ = texts_of(routing, replaced)
+    before = f"<|user|>{SECRET}<|assistant|>1<|end|>"
+    assert [text.replace(before, "", 1) for text in asked] == plain
+    # Without a context it reads the student's prompt as it was sampled, which is given here.
+    assert all(text.startswith(before) != (context == TeacherContext.NONE) for text in asked)
+
+
 # --- no other path exists ---
 
 
@@ -474,6 +493,7 @@ def test_the_teachers_label_is_a_member_of_an_enumeration_by_type_and_by_check()
         "config",
         "problem",
         "diagnostic_type",
+        "history",
     ]
     assert typing.get_args(hints["diagnostic_type"]) == (DiagnosticType, ErrorType)
     with pytest.raises(ValueError, match="is not a valid DiagnosticType"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ....schemas.configs import JudgePart
+from ....schemas.conversation import shown_row
 from ....schemas.labels import Order
 from ....schemas.text_files import read_text_file
 from ...paid.answer_text import read_object
@@ -132,7 +133,7 @@ def _ask(
             reference += f"\nSolution:\n{problem['solution']}"
         shown = fill(sections["reference"], fields | {"reference": reference})
         texts.insert(0 if order is Order.REFERENCE_FIRST else 1, shown)
-    fields |= {"problem": problem["problem"], "texts": "\n\n".join(texts)}
+    fields |= {"problem": shown_row(problem), "texts": "\n\n".join(texts)}
     return [
         {"role": "system", "content": fill(sections["system"], {"highest": highest})},
         {"role": "user", "content": fill(sections["user"], fields)},
