@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ...schemas.aliases import require_alias
+from ...schemas.errors import InputError
 from ..terminal import console
 from .store_commands import StoreRoot, open_store
 
@@ -57,12 +58,20 @@ def import_(
     annotator: Annotated[
         str | None, typer.Option(help="Only this annotator; default: a dataset for each.")
     ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="An annotator's name, as 1=anna or anna@example.org=anna; repeatable."),
+    ] = None,
     store: StoreRoot = "store",
 ) -> None:
     """Make an annotations dataset of each annotator's marks."""
     from ..labelling.import_marks import import_marks
 
-    made = import_marks(file, open_store(store), alias, annotator)
+    pairs = [one.partition("=") for one in name or []]
+    if odd := [who for who, sign, given in pairs if not (who and sign and given)]:
+        raise InputError(f"--name {odd[0]}: is no pair; write 1=anna")
+    names = {who: given for who, _, given in pairs}
+    made = import_marks(file, open_store(store), alias, annotator, names)
     for name, dataset in made.items():
         status = "  ".join(f"{key} {count}" for key, count in dataset.summary["status"].items())
         console.print(f"{name}: {dataset.ref}  {status}", soft_wrap=True, markup=False)

@@ -10,7 +10,7 @@ Rollouts that a person did not answer have status skipped.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from itertools import filterfalse
@@ -39,20 +39,26 @@ _SPACE = re.compile(r"\s+|\\n")  # Label Studio writes a line end in a mark's te
 
 
 def import_marks(
-    path: str, store: Store, alias: str, annotator: str | None = None
+    path: str,
+    store: Store,
+    alias: str,
+    annotator: str | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, Dataset]:
     """An annotations dataset per person of an export, by alias.
 
     path: Label Studio's export, JSON or JSON-MIN, of tasks that `export_tasks` wrote; alias: the
     prefix of the datasets' names; annotator: import only this person's answers, by their name in
-    the file or in the alias.
+    the file or in the alias; names: a name for each person that the file knows by number or e-mail
+    address.
 
     Raises:
         InputError: names the file and the row at fault: not such an export, an unknown dataset or
             rollout, a changed text, a mark that is not where its text is.
     """
     tasks = read_export(path)
-    aliases = _aliases(list(people(tasks)), alias)
+    _rename(tasks, names or {})
+    aliases = _aliases(sorted(people(tasks)), alias)
     if annotator is not None:
         known = {name: full for name, full in aliases.items() if annotator in (name, full)}
         if not known:
@@ -83,6 +89,21 @@ def import_marks(
     for name, dataset in made.items():
         give_name(store, name, dataset)
     return made
+
+
+def _rename(tasks: list[LabelledTask], names: Mapping[str, str]) -> None:
+    """Give people their names. Raises InputError for a name of nobody in the file."""
+    known = set(people(tasks))
+    full = {next((k for k in (key, f"annotator-{key}") if k in known), key): key for key in names}
+    if absent := [key for key in full if key not in known]:
+        raise InputError(f"--name {quoted(absent[0])}: is none of {', '.join(sorted(known))}")
+    for task in tasks:
+        task.answers[:] = [
+            replace(answer, annotator=names[full[answer.annotator]])
+            if answer.annotator in full
+            else answer
+            for answer in task.answers
+        ]
 
 
 def _aliases(names: list[str], prefix: str) -> dict[str, str]:
@@ -160,7 +181,7 @@ def _check_mark(mark: Mark, place: str, response: str) -> None:
     if mark.text is None:
         return
     there = shown(response[mark.start : mark.end])
-    if _SPACE.sub("", mark.text) != _SPACE.sub("", there):
+    if _SPACE.sub("", shown(mark.text)) != _SPACE.sub("", there):
         raise InputError(
             f"{place}: text is {quoted(mark.text)}, the response has {quoted(there)} at characters "
             f"{mark.start} to {mark.end}; count in Unicode code points, from 0"

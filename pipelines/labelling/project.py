@@ -41,7 +41,7 @@ def config_xml(fields: Iterable[str]) -> str:
         lines.append(f'    <Label value="{kind}" background="{colour}"/>')
     lines.append("  </Labels>")
     lines.append(f'  <HyperText name="{RESPONSE}" value="${RESPONSE}" inline="true"/>')
-    lines.append(f'  <Choices name="{TYPE}" toName="{RESPONSE}" choice="single">')
+    lines.append(f'  <Choices name="{TYPE}" toName="{RESPONSE}" choice="single" showInline="true">')
     for header, labels in _GROUPS.items():
         lines.append(f"    <Header value={quoteattr(header)}/>")
         lines += [

@@ -5,7 +5,6 @@ predictions and results of other tags than ours are not read.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,6 +194,6 @@ def _seconds(row: dict[str, Any]) -> float:
     return float(seconds) if known else 0.0
 
 
-def people(tasks: list[LabelledTask]) -> Iterator[str]:
-    """Each annotator once, in order of appearance."""
-    yield from dict.fromkeys(answer.annotator for task in tasks for answer in task.answers)
+def people(tasks: list[LabelledTask]) -> set[str]:
+    """The annotators who answered."""
+    return {answer.annotator for task in tasks for answer in task.answers}

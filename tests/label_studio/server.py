@@ -18,8 +18,7 @@ OWNER, PASSWORD, TOKEN = "anna@example.org", "a-long-password", "0" * 40
 _START_S = 600  # the first start migrates an empty database
 # The page's text, counted as Label Studio counts: code points, 1 for a line break.
 _POINT = """((start, end) => {
-  const root = document.querySelector('[class*="richtext__container"].htx-richtext, .htx-richtext'
-    + ':has(.trace-opd-segment)');
+  const root = document.querySelector('.trace-opd-segment').closest('div');
   const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   const chars = [];
   for (let node; (node = walker.nextNode());) {
@@ -103,18 +102,29 @@ class Labeller:
     def open_task(self, project: int, task: int) -> None:
         url = f"{self.studio.url}/projects/{project}/data?task={task}"
         self.browser.open(url, ready=".trace-opd-segment")
+        # The page draws the task again while it loads: wait until a node stays for a second.
+        while True:
+            self.browser.js("window.first = document.querySelector('.trace-opd-segment')")
+            time.sleep(1)
+            if self.browser.js("Boolean(window.first?.isConnected)"):
+                return
 
     def mark(self, label: str, start: int, end: int) -> None:
         """Choose a label and drag over the characters start … end, in code points."""
-        self.click(
-            f"[...document.querySelectorAll('[class*=label]')].find(n => "
-            f"n.offsetParent && n.textContent.trim().startsWith({label!r}))"
-        )
+        self.browser.press("Escape")  # else the label goes to the mark before
+        self.click(_button(".lsf-label", label))
         x, y, to_x, to_y = self.browser.js(f"{_POINT}({start}, {end})")
         self._mouse("mousePressed", x, y)
         self._mouse("mouseMoved", (x + to_x) / 2, (y + to_y) / 2)
         self._mouse("mouseMoved", to_x, to_y)
         self._mouse("mouseReleased", to_x, to_y)
+
+    def choose(self, choice: str) -> None:
+        self.click(_button(".lsf-choices *", choice))
+
+    def submit(self) -> None:
+        self.click("document.querySelector('[aria-label^=\"Submit\"]')")
+        self.browser.until("!document.querySelector('[aria-label^=\"Submit\"]')")
 
     def click(self, node: str) -> None:
         """Click on the node that an expression finds."""
@@ -132,6 +142,14 @@ class Labeller:
             "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=buttons,
             clickCount=1,
         )  # fmt: skip
+
+
+def _button(selector: str, text: str) -> str:
+    """An expression that finds the innermost element whose text begins with a text."""
+    return (
+        f"[...document.querySelectorAll({selector!r})].findLast(n => n.offsetParent "
+        f"&& n.textContent.trim().startsWith({text!r}))"
+    )
 
 
 @contextlib.contextmanager

@@ -3,9 +3,11 @@
 The tests against a real Label Studio and those of its recorded exports share them.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.schemas.configs import SegmentConfig
@@ -103,19 +105,86 @@ def places(case: Case) -> list[tuple[int, int]]:
     return [(start, start + len(text)) for start, text in zip(found, case.marks, strict=True)]
 
 
-def check_marks(made: Dataset) -> None:
-    """The dataset holds what was marked: raw offsets, segments, order and type of each case."""
+def result(case: Case) -> list[dict[str, Any]]:
+    """What a person answers about a case, as results of Label Studio."""
+    xpath = {"start": "/span[1]/text()[1]", "startOffset": 0, "endOffset": 1}
+    common = {"to_name": "response_html"}
+    found: list[dict[str, Any]] = [
+        common
+        | {"id": f"m{index}", "from_name": "marks", "type": "labels",
+           "value": xpath | {"end": xpath["start"], "labels": ["key" if case.correct else "error"],
+                             "globalOffsets": {"start": start, "end": end}}}
+        for index, (start, end) in enumerate(places(case))
+    ]  # fmt: skip
+    if case.type is not None:
+        chosen = {"choices": [case.type]}
+        found.append(common | {"id": "t", "from_name": "type", "type": "choices", "value": chosen})
+    return found
+
+
+def written(store: Store) -> list[dict[str, Any]]:
+    """An export as another tool writes it: only what docs/labelling.md requires."""
+    tasks = []
+    for index, case in enumerate(CASES):
+        entries: list[dict[str, Any]] = [
+            {"from_name": "marks",
+             "value": {"start": start, "end": end, "text": case.response[start:end],
+                       "labels": ["key" if case.correct else "error"]}}
+            for start, end in places(case)
+        ]  # fmt: skip
+        if case.type is not None:
+            entries.append({"from_name": "type", "value": {"choices": [case.type]}})
+        sha256 = hashlib.sha256(case.response.encode()).hexdigest()
+        data = {"verdicts": store.get("verdicts").ref, "rollout_id": f"r{index}"}
+        tasks.append(
+            {
+                "data": data | {"response_sha256": sha256},
+                "annotations": [{"completed_by": "rule", "result": entries}],
+            }
+        )
+    return tasks
+
+
+def drawn(row: dict[str, Any]) -> list[tuple[int, int]]:
+    """The offsets of a row's marks as they were drawn."""
+    values = [entry.get("value", entry) for entry in _entries(json.loads(row["raw_answer"]))]
+    offsets = [value.get("globalOffsets", value) for value in values if "labels" in value]
+    return [(one["start"], one["end"]) for one in offsets]
+
+
+def _entries(raw: Any) -> list[dict[str, Any]]:
+    return raw.get("marks", []) if isinstance(raw, dict) else raw  # JSON-MIN, JSON
+
+
+def check_marks(made: Dataset, rounded: bool = False) -> None:
+    """The dataset holds what was marked: offsets, segments, order and type of each case.
+
+    rounded: the marks were drawn around segments.
+    """
     rows = made.read().to_pylist()
     assert [row["rollout_id"] for row in rows] == [f"r{index}" for index in range(len(CASES))]
     for row, case in zip(rows, CASES, strict=True):
-        drawn = [
-            (value["globalOffsets"]["start"], value["globalOffsets"]["end"])
-            for value in (entry["value"] for entry in json.loads(row["raw_answer"]))
-            if "globalOffsets" in value
-        ]
-        assert drawn == places(case), case.name
-        assert row["status"] == "ok"
-        assert row["diagnostic_type"] == case.type
-        assert {span["kind"] for span in row["spans"]} == {"key" if case.correct else "error"}
-        covered = [(span["start"], span["end"]) for span in row["spans"]]
-        assert covered == case.spans(), case.name
+        check_row(row, case, rounded)
+
+
+def check_row(row: dict[str, Any], case: Case, rounded: bool = False) -> None:
+    assert drawn(row) == (case.spans() if rounded else places(case)), case.name
+    assert row["status"] == "ok", case.name
+    assert row["diagnostic_type"] == case.type, case.name
+    assert {span["kind"] for span in row["spans"]} == {"key" if case.correct else "error"}
+    assert [(span["start"], span["end"]) for span in row["spans"]] == case.spans(), case.name
+    assert all(span["text"] == case.response[span["start"] : span["end"]] for span in row["spans"])
+
+
+def check_two_people(made: dict[str, Dataset]) -> None:
+    """Anna marked everything, with an earlier answer each. Ben marked nothing in r0, skipped r1,
+    left a draft about r2, and marked the rest."""
+    assert list(made) == ["human-anna", "human-ben"]
+    check_marks(made["human-anna"])
+    assert made["human-anna"].summary["replaced"] == len(CASES)
+    rows = made["human-ben"].read().to_pylist()
+    assert rows[0]["status"] == "empty"
+    assert [row["status"] for row in rows[1:3]] == ["skipped", "skipped"]
+    for row, case in zip(rows[3:], CASES[3:], strict=True):
+        check_row(row, case)
+    assert {row["annotator_name"] for row in rows} == {"ben"}
