@@ -58,20 +58,22 @@ def import_(
     annotator: Annotated[
         str | None, typer.Option(help="Only this annotator; default: a dataset for each.")
     ] = None,
-    name: Annotated[
+    names: Annotated[
         list[str] | None,
-        typer.Option(help="An annotator's name, as 1=anna or anna@example.org=anna; repeatable."),
+        typer.Option(
+            "--name", help="An annotator's name, as 1=anna or anna@example.org=anna; repeatable."
+        ),
     ] = None,
     store: StoreRoot = "store",
 ) -> None:
     """Make an annotations dataset of each annotator's marks."""
     from ..labelling.import_marks import import_marks
 
-    pairs = [one.partition("=") for one in name or []]
+    pairs = [one.partition("=") for one in names or []]
     if odd := [who for who, sign, given in pairs if not (who and sign and given)]:
         raise InputError(f"--name {odd[0]}: is no pair; write 1=anna")
-    names = {who: given for who, _, given in pairs}
-    made = import_marks(file, open_store(store), alias, annotator, names)
+    given_names = {who: given for who, _, given in pairs}
+    made = import_marks(file, open_store(store), alias, annotator, given_names)
     for name, dataset in made.items():
         status = "  ".join(f"{key} {count}" for key, count in dataset.summary["status"].items())
         console.print(f"{name}: {dataset.ref}  {status}", soft_wrap=True, markup=False)

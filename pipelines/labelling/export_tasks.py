@@ -98,7 +98,8 @@ def _chosen(verdicts: Dataset, choice: Choice) -> pa.Array:
             asked = pa.array([str(Selection.ANNOTATE)])
             table = table.filter(pc.is_in(table["selection"], value_set=asked))
         wanted = [choice.correct] if choice.correct is not None else [True, False]
-        ids += table["rollout_id"].filter(pc.is_in(table["correct"], pa.array(wanted))).to_pylist()
+        kept: Any = table["rollout_id"].filter(pc.is_in(table["correct"], pa.array(wanted)))
+        ids += kept.to_pylist()
     if choice.limit is not None:
         ids.sort(key=lambda one: sha256(f"{choice.seed} {one}".encode()).digest())
     return pa.array(ids[: choice.limit], pa.string())

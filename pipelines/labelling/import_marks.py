@@ -197,7 +197,8 @@ def _maker(
     def complete(draft: Draft) -> Dataset:
         parts = inputs["verdicts"].parts
         for part in filterfalse(draft.has_sound_part, range(parts)):
-            work = items(*tables(part), SegmentConfig())
+            problems, rollouts, verdicts = tables(part)
+            work = items(problems, rollouts, verdicts, SegmentConfig())
             rows = [_row(item, name, answers.get(item.rollout_id)) for item in work]
             draft.write_part(part, ANNOTATIONS.table(rows))
         figures = summarize(draft.read_part(part) for part in range(parts))
@@ -212,7 +213,8 @@ def _faults(draft: Draft, parts: int) -> dict[str, Any]:
     """How many rows are invalid, by reason."""
     found: Counter[str] = Counter()
     for part in range(parts):
-        found.update(draft.read_part(part, ["error"])["error"].drop_null().to_pylist())
+        errors: Any = draft.read_part(part, ["error"])["error"].drop_null()
+        found.update(errors.to_pylist())
     return {"left_out": dict(found)} if found else {}
 
 

@@ -23,7 +23,9 @@ _STYLE = f"""\
     .{SEGMENT_CLASS} {{ white-space: pre-wrap; }}
     .{SEGMENT_CLASS}:nth-child(even) {{ background: rgba(128, 128, 128, 0.14); }}
 """
-_HEADERS = dict(zip(FIELDS, ("Earlier turns", "Problem", "Reference", "Verdict"), strict=True))
+_HEADERS: dict[str, str] = dict(
+    zip(FIELDS, ("Earlier turns", "Problem", "Reference", "Verdict"), strict=True)
+)
 
 
 def config_xml(fields: Iterable[str]) -> str:

@@ -80,9 +80,9 @@ def _task(row: dict[str, Any] | BadRow, place: str) -> LabelledTask:
     minimal = "data" not in row and "annotation_id" in row
     data = row if minimal else take(row, "data", dict, place)
     names = ("verdicts", "rollout_id", "response_sha256")
-    ids = [take(data, name, str, place) for name in names]
+    verdicts, rollout_id, sha256 = (take(data, name, str, place) for name in names)
     texts = {name: take(data, name, str, place) for name in ("response", RESPONSE) if name in data}
-    task = LabelledTask(place, *ids, texts)
+    task = LabelledTask(place, verdicts, rollout_id, sha256, texts)
     if minimal:
         task.answers.append(_minimal_answer(row, place))
     else:
@@ -190,8 +190,9 @@ def _updated(row: dict[str, Any]) -> str:
 
 def _seconds(row: dict[str, Any]) -> float:
     seconds = row.get("lead_time")
-    known = isinstance(seconds, int | float) and 0 <= seconds < float("inf")
-    return float(seconds) if known else 0.0
+    if isinstance(seconds, int | float) and 0 <= seconds < 1e9:
+        return float(seconds)
+    return 0.0
 
 
 def people(tasks: list[LabelledTask]) -> set[str]:

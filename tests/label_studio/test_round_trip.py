@@ -34,8 +34,8 @@ def exported(store: Store, folder: Path, **more) -> tuple[str, list[dict]]:
 def record(name: str, content: bytes, studio: LabelStudio, store: Store, request) -> None:
     """Keep an export if that is asked for; a dataset's id depends on the tables' contracts."""
     if request.config.getoption("--record"):
-        ref = store.get("verdicts").ref.encode()
-        (RECORDED / name).write_bytes(content.replace(ref, b"verify/RECORDED"))
+        own = store.get("verdicts").id.encode()
+        (RECORDED / name).write_bytes(content.replace(own, b"RECORDED"))
         (RECORDED / "VERSION").write_text(studio.version + "\n")
 
 

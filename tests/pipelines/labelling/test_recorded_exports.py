@@ -23,7 +23,7 @@ def recorded(name: str, store: Store, folder: Path) -> str:
     """A recorded export as one of this store, whose dataset ids follow the tables' contracts."""
     text = (RECORDED / name).read_text()
     path = folder / name
-    path.write_text(text.replace("verify/RECORDED", store.get("verdicts").ref))
+    path.write_text(text.replace("RECORDED", store.get("verdicts").id))
     return str(path)
 
 
