@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from trace_opd.tests.pipelines.browser import Browser
+from trace_opd.tests.pipelines.browser import Browser, wait_for
 
 PROGRAM = Path(os.environ.get("LABEL_STUDIO", ".venv-label-studio/bin/label-studio"))
 OWNER, PASSWORD, TOKEN = "anna@example.org", "a-long-password", "0" * 40
@@ -100,6 +100,7 @@ class Labeller:
         browser.until("!location.pathname.includes('login') && document.readyState == 'complete'")
 
     def open_task(self, project: int, task: int) -> None:
+        self.task = task
         url = f"{self.studio.url}/projects/{project}/data?task={task}"
         self.browser.open(url, ready=".trace-opd-segment")
         # The page draws the task again while it loads: wait until a node stays for a second.
@@ -124,7 +125,9 @@ class Labeller:
 
     def submit(self) -> None:
         self.click("document.querySelector('[aria-label^=\"Submit\"]')")
-        self.browser.until("!document.querySelector('[aria-label^=\"Submit\"]')")
+        # The page says so before the server has it.
+        path = f"/api/tasks/{self.task}/annotations/"
+        wait_for(lambda: self.studio.call("GET", path), seconds=60)
 
     def click(self, node: str) -> None:
         """Click on the node that an expression finds."""
