@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+LABEL_STUDIO_VENV ?= .venv-label-studio
 MODEL ?= micro
 TORCH ?= cpu
 SECONDS ?= 120
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-triton test-vllm check deployments audit fuzz bench-annotate bench-clip bench-collapse bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
+.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-triton test-vllm test-label-studio check deployments audit fuzz bench-annotate bench-clip bench-collapse bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -79,6 +80,14 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
 test-vllm: $(VLLM_VENV)/.installed  ## train online with real vLLM, in process and as servers
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm --durations=10
 	$(VLLM_VENV)/bin/python -m pytest tests/pipelines/samplers/test_vllm.py
+
+$(LABEL_STUDIO_VENV)/.installed:
+	$(PYTHON) -m venv $(LABEL_STUDIO_VENV)
+	$(LABEL_STUDIO_VENV)/bin/pip install --quiet --disable-pip-version-check label-studio==1.23.2
+	touch $@
+
+test-label-studio: setup $(LABEL_STUDIO_VENV)/.installed  ## label in a real Label Studio, by its API and by mouse
+	LABEL_STUDIO=$(LABEL_STUDIO_VENV)/bin/label-studio $(BIN)/python -m pytest tests/label_studio
 
 deployments: setup  ## write the stages' deployments into prefect.yaml and deploy/kubernetes/prefect.yaml
 	$(BIN)/python .ci/deployments.py

@@ -238,7 +238,20 @@ def scratch(tmp_path_factory) -> Iterator[Path]:
         patch.syspath_prepend(str(folder))
         code, said = run(["pipeline", "configs/micro.yaml", "--store", "runs/demo/store"])
         assert code == 0, said
+        _label(folder)
         yield folder
+
+
+def _label(folder: Path) -> None:
+    """export.json, as two people would have labelled the demo's tasks."""
+    command = ["label", "export", "demo-verdicts", "tasks", "--store", "runs/demo/store"]
+    code, said = run(command)
+    assert code == 0, said
+    tasks = json.loads((folder / "tasks" / "tasks.json").read_text())
+    mark = {"from_name": "marks", "value": {"start": 0, "end": 3, "labels": ["error"]}}
+    for task in tasks:
+        task["annotations"] = [{"completed_by": who, "result": [mark]} for who in (1, 2)]
+    (folder / "export.json").write_text(json.dumps(tasks))
 
 
 @pytest.fixture(scope="module")

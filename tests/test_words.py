@@ -32,6 +32,7 @@ ROOMS = [
     "tests/fuzz",
     "tests/golden",
     "tests/kill",
+    "tests/label_studio",
     "tests/pipelines",
     "tests/schemas",
     "tests/soak",

@@ -30,6 +30,7 @@ from . import removal_commands
 from .contamination_command import contamination
 from .ending import exit_code, log_thread_failures, stop_by_signals
 from .export import export
+from .label_command import label
 from .store_commands import COMMANDS, StoreRoot, open_store
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ for _name, _command in (
     COMMANDS | removal_commands.COMMANDS | {"export": export, "contamination": contamination}
 ).items():
     app.command(_name)(_command)
+app.add_typer(label, name="label")
 
 
 def _print_version(asked: bool) -> None:

@@ -36,6 +36,7 @@ from trace_opd.pipelines.annotators.rows import SKIPPED, Identity, Item, annotat
 from trace_opd.pipelines.cli.check_store import check_store
 from trace_opd.pipelines.cli.show import show_dataset
 from trace_opd.pipelines.endpoint import NotACompletion
+from trace_opd.pipelines.labelling.read_export import read_export
 from trace_opd.pipelines.models import MICRO, resolve_policy
 from trace_opd.pipelines.paid.completion import checked_body, is_answer, read_record
 from trace_opd.pipelines.paid.journal import Journal
@@ -494,6 +495,7 @@ def labelled_file(content: bytes) -> None:
         json_rows,
         processbench.labelled_responses,
         lambda path: prm800k.labelled_responses(path, Counter()),
+        read_export,
     ):
         with suppress(InputError):
             for row in read(path):
