@@ -60,7 +60,8 @@ class RowReader:
     def _part(self, part: int) -> pa.Table:
         table = self._kept.pop(part, None)
         if table is None:
-            table = self._dataset.read_part(part, self._there(part))
+            columns = present(self._dataset, part, self._columns)
+            table = self._dataset.read_part(part, columns)
             if table.num_rows != self._sizes[part]:
                 raise DamagedFile(
                     f"{self._dataset.ref}: part {part} holds {table.num_rows:,} rows, its manifest "
@@ -71,18 +72,19 @@ class RowReader:
             self._kept.popitem(last=False)
         return table
 
-    def _there(self, part: int) -> list[str]:
-        """The columns without optional ones that the part lacks."""
-        contract = self._dataset.contract
-        asked = set(self._columns).intersection(() if contract is None else contract.optional)
-        if not asked:
-            return self._columns
-        with self._dataset.files.open(f"{self._dataset.ref}/{part_name(part)}") as file:
-            try:
-                names = pq.read_schema(file).names
-            except pa.ArrowException:  # reading the part names the damage
-                names = []
-        return [name for name in self._columns if name not in asked or name in names]
+
+def present(dataset: Dataset, part: int, columns: Sequence[str]) -> list[str]:
+    """The columns without optional ones that the part lacks."""
+    contract = dataset.contract
+    asked = set(columns).intersection(() if contract is None else contract.optional)
+    if not asked:
+        return list(columns)
+    with dataset.files.open(f"{dataset.ref}/{part_name(part)}") as file:
+        try:
+            names = pq.read_schema(file).names
+        except pa.ArrowException:  # reading the part names the damage
+            names = []
+    return [name for name in columns if name not in asked or name in names]
 
 
 def _dictionaries(table: pa.Table) -> list[dict[str, Any]]:

@@ -40,6 +40,8 @@ function single(rollout) {
           ["coverage", rollout.coverage === null ? null : percent(rollout.coverage)],
           ["annotator", rollout.annotator],
           ["annotation", rollout.status === "ok" ? null : rollout.status],
+          ["selection", rollout.selection],
+          ...rollout.parts.map(({ name, value, status }) => [name, value === null ? `none (${status})` : number(value)]),
           ...ofResponse(rollout),
         ]),
         spanList(rollout.spans),
@@ -149,7 +151,7 @@ function spanList(spans) {
 }
 
 function onDemand(side) {
-  return [["corrective idea", side.reflection], ["annotator's answer", side.raw], ["why invalid", side.error]]
+  return [["feedback", side.feedback], ["corrective idea", side.reflection], ["annotator's answer", side.raw], ["why invalid", side.error]]
     .filter(([, text]) => text)
     .map(([name, text]) => el("details", {}, el("summary", {}, name), el("pre", {}, text)));
 }
