@@ -5,10 +5,10 @@
 ROWS responses of about CHARS characters, GROUP to a problem. All are different, so that no outcome
 is repeated; half of the final answers are right, of reasoning-gym's tasks one of a group. Each part
 is judged as stage verify judges it (`open_verifier`), in tables of TABLE rows, by one worker where
-it has workers. Parent and worker
-are pinned to one core. The median of ROUNDS counts, after some rows that warm up. A second is a CPU
-second of all processes (Linux), so that other load on the machine counts little; `wall_seconds` is
-wall time. Programs (`code`) are few, and equal but for a comment: each starts a sandbox.
+it has workers. Parent and worker are pinned to one core. The median of ROUNDS counts, after some
+rows that warm up. A second is a CPU second of all processes (Linux), so that other load on the
+machine counts little; `wall_seconds` is wall time. Programs (`code`) are few, and equal but for a
+comment: each starts a sandbox.
 
 Prints a table and writes benchmarks/results/rewards.json.
 """

@@ -40,8 +40,8 @@ SELECTED = {
 }
 LEFT_OUT = {
     LeftOut.UNSCORED: "no verdict",
-    LeftOut.ALL_RIGHT: "the group's responses are",
-    LeftOut.ALL_WRONG: "the group's responses are",
+    LeftOut.ALL_RIGHT: "no response of the group is wrong",
+    LeftOut.ALL_WRONG: "no response of the group is right",
     LeftOut.PASS_RATE: "the group's is outside select.pass_rate",
     LeftOut.TRUNCATED: "the response hit the token limit",
     LeftOut.LENGTH: "outside select.min_chars and max_chars",

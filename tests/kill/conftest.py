@@ -76,6 +76,7 @@ PREPARED = {
         ],
         [
             "rollout", "problems=programs", "policy.path=micro", "group_size=2",
+            "sampling.max_new_tokens=96",
             f"sampler.engine={OWN}:Programs", "--alias", "programs-sampled",
         ],
     ],
