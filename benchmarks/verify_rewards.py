@@ -3,10 +3,10 @@
     make bench-verify ARGUMENTS=--rewards
 
 ROWS responses of about CHARS characters, GROUP to a problem. All are different, so that no outcome
-is repeated; half of the final answers are right, of reasoning-gym's tasks one of a group. Each part
-is judged as stage verify judges it (`open_verifier`), in tables of TABLE rows, by one worker where
-it has workers. Parent and worker are pinned to one core. The median of ROUNDS counts, after some
-rows that warm up. A second is a CPU second of all processes (Linux), so that other load on the
+is repeated; half of the final answers are right, of reasoning-gym's tasks one of GYM_GROUP. Each
+part is judged as stage verify judges it (`open_verifier`), in tables of TABLE rows, by one worker
+where it has workers. Parent and worker are pinned to one core. The median of ROUNDS counts, after
+some rows that warm up. A second is a CPU second of all processes (Linux), so that other load on the
 machine counts little; `wall_seconds` is wall time. Programs (`code`) are few, and equal but for a
 comment: each starts a sandbox.
 
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from machine import processor_name
 from results import console, write_rows
@@ -37,6 +38,8 @@ from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS
 
 ROOT = Path(__file__).parents[1]
 ROWS, PROGRAMS, GROUP, TABLE, CHARS, ROUNDS = 50_000, 200, 20, 5_000, 800, 3
+GYM_GROUP = 200  # responses to a problem of reasoning-gym: some tasks take long to make problems
+TOKENS = 220
 OWN = ROOT / "examples" / "own-code" / "reward.py"
 TARGETS = {"in process": 50_000, "workers": 1_000}  # rows a second
 FILLER = "First I write the numbers below each other and add them from the right. "
@@ -53,6 +56,7 @@ class Case:
     problems: list[Row]
     answer: Callable[[Row, int], str]
     rows: int = ROWS
+    group: int = GROUP
     box: str = "\\boxed{{{}}}"
 
 
@@ -74,12 +78,13 @@ def cases() -> Iterator[Case]:
     own = {"name": f"{OWN}:closeness"}
     yield Case("a function of yours", "workers", own, sums, _number)
     for task in ("chain_sum", "sudoku", "countdown"):
-        yield Case(f"gym, {task}", "workers", {"name": "gym"}, _gym(task), _gym_answer)
+        made, gym = _gym(task), {"name": "gym"}
+        yield Case(f"gym, {task}", "workers", gym, made, _gym_answer, group=GYM_GROUP)
     program = {"name": "code", "allow_unisolated": True}
     code = "```python\ndef total(a, b):\n    return a + {}\n```"
     tests = json.dumps({"code": {"tests": "assert total(1, 2) == 3", "entry_point": ""}})
     tested = [row | {"metadata": tests} for row in sums]
-    yield Case("code", "a sandbox", program, tested, _program, PROGRAMS, code)
+    yield Case("code", "a sandbox", program, tested, _program, PROGRAMS, box=code)
 
 
 def _program(problem: Row, number: int) -> str:
@@ -92,13 +97,13 @@ def _number(problem: Row, number: int) -> str:
 
 def _gym(task: str) -> list[Row]:
     source = GymSource(kind="reasoning-gym", task=task, scored=True)
-    made = [row for row, _ in zip(sources.rows(source, 0), range(ROWS // GROUP), strict=False)]
+    made = [row for row, _ in zip(sources.rows(source, 0), range(ROWS // GYM_GROUP), strict=False)]
     return [row | {"problem_id": f"p{n}", "split": "train"} for n, row in enumerate(made)]
 
 
 def _gym_answer(problem: Row, number: int) -> str:
     """The right answer once in a group, else different wrong ones."""
-    return f"{problem['answer']} {number}" if number % GROUP else problem["answer"]
+    return f"{problem['answer']} {number}" if number % GYM_GROUP else problem["answer"]
 
 
 def _problem(number: int, text: str, answer: str, kind: str = "math") -> Row:
@@ -112,26 +117,36 @@ def tables(case: Case) -> list[tuple[pa.Table, pa.Table]]:
     """Problems and rollouts, TABLE rollouts each, the responses to a problem together."""
     draw = random.Random(0)
     rollout = {
-        "prompt_token_ids": [1], "token_ids": [7] * 220, "logprobs": [-1.0] * 220,
+        "prompt_token_ids": [1], "token_ids": [], "logprobs": [],
         "finish_reason": "stop", "policy_name": "made", "policy_revision": "0", "policy_step": 0,
         "vocab_fingerprint": "", "temperature": 1.0, "top_p": 1.0, "top_k": 0,
         "max_new_tokens": 512, "seed": 0, "on_policy": False,
     }  # fmt: skip
     rows = []
     for number in range(case.rows):
-        problem = case.problems[number // GROUP]
+        problem = case.problems[number // case.group]
         lead = f"Response {number}. " + FILLER * draw.randint(8, 14)
         text = lead + case.box.format(case.answer(problem, number))
         ids = {"rollout_id": f"r{number}", "problem_id": problem["problem_id"]}
-        own = {"group_id": f"g{problem['problem_id']}", "sample_index": number % GROUP}
+        own = {"group_id": f"g{problem['problem_id']}", "sample_index": number % case.group}
         rows.append(rollout | ids | own | {"response": text})
     by_id = {problem["problem_id"]: problem for problem in case.problems}
     out = []
     for first in range(0, len(rows), TABLE):
         some = rows[first : first + TABLE]
         asked = {row["problem_id"]: by_id[row["problem_id"]] for row in some}
-        out.append((PROBLEMS.table(asked.values()), ROLLOUTS.table(some)))
+        out.append((PROBLEMS.table(asked.values()), _with_tokens(ROLLOUTS.table(some))))
     return out
+
+
+def _with_tokens(rollouts: pa.Table) -> pa.Table:
+    """TOKENS token ids a response."""
+    place = rollouts.column_names.index("token_ids")
+    offsets = pa.array(range(0, (len(rollouts) + 1) * TOKENS, TOKENS), pa.int32())
+    ids = pa.array(np.ones(len(rollouts) * TOKENS, np.int32))
+    field = rollouts.schema.field(place)
+    column = pa.ListArray.from_arrays(offsets, ids).cast(field.type)
+    return rollouts.set_column(place, field, column)
 
 
 def measure(case: Case) -> Row:
@@ -180,6 +195,7 @@ def main() -> None:
     for case in cases():
         with shown.status(case.name):
             rows.append(measure(case))
+            write_rows("rewards.json", rows, ("part",))
     os.sched_setaffinity(0, cores)
     table = Table(title="Rows per second of CPU on one core")
     for column in ("part", "where", "rows", "a second", "goal", "by wall time"):
@@ -195,7 +211,6 @@ def main() -> None:
             f"{row['rows'] / row['wall_seconds']:,.0f}",
         )
     shown.print(table)
-    write_rows("rewards.json", rows, ("part",))
 
 
 if __name__ == "__main__":
