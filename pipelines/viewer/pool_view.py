@@ -69,7 +69,7 @@ def _bands(run: Dataset, tables: Tables) -> list[Band]:
         correct: list[bool | None] = []
         for step in steps:  # the table has a part per step
             rows = verdicts.read_part(step - first, ["problem_id", "correct"])
-            drawn.update(rows["problem_id"].to_pylist())
+            drawn.update(map(str, rows["problem_id"].to_pylist()))
             correct += rows["correct"].to_pylist()
         low, high = one["band"]
         out.append(
