@@ -145,8 +145,8 @@ bench-overlap: $(VLLM_VENV)/.installed  ## compare online steps with and without
 bench-step: setup peers  ## compare time and memory of an optimiser step with the peers' (ARGUMENTS)
 	$(BIN)/python benchmarks/step.py $(ARGUMENTS)
 
-bench-verify: setup  ## compare verifications per second with math-verify
-	$(BIN)/python benchmarks/verify.py
+bench-verify: setup  ## compare verifications per second with math-verify; the parts of a reward (ARGUMENTS=--rewards)
+	$(BIN)/python benchmarks/verify.py $(ARGUMENTS)
 
 peers:
 	@# The peers are optional: benchmarks skip and name the missing ones.

@@ -23,7 +23,7 @@ from ...schemas.tables import ANNOTATIONS, ROUTED
 from ..terminal import named, print_config
 from ..viewer.paint import Paint, Piece
 from ..viewer.rollout_tables import find_tables, find_vocabulary
-from ..viewer.rollout_view import RolloutView, load_rollouts
+from ..viewer.rollout_view import PartView, RolloutView, load_rollouts
 
 # Underlines as well as colours: readers must tell routes apart without seeing colour.
 _ROUTE_STYLES = (
@@ -146,6 +146,11 @@ def figure(key: str, value: Any) -> str:
             f"{label}: " + ", ".join(f"{name} {_plain(own)}" for name, own in found.items())
             for label, found in value.items()
         )
+    if key == "pool":
+        return "\n".join(
+            f"from step {one['from_step']}: {one['problems']:,} problems of {one['band']}"
+            for one in value
+        )
     if key == "requests":
         return ", ".join(f"{number:,} {what}" for what, number in value.items())
     return "–" if value is None else str(value)
@@ -231,6 +236,10 @@ def _panel(view: RolloutView, dataset: Dataset) -> Panel:
     )
 
 
+def _value(part: PartView) -> str:
+    return f"none ({part.status})" if part.value is None else f"{part.value:.3g}"
+
+
 def _facts(view: RolloutView) -> list[tuple[str, str]]:
     verdict = {True: "right", False: "wrong", None: "unscored"}[view.correct]
     reward = "none" if view.reward is None else f"{view.reward:g}"
@@ -240,6 +249,9 @@ def _facts(view: RolloutView) -> list[tuple[str, str]]:
         ("gold answer", view.answer),
         ("answer read", view.parsed if view.parsed is not None else "none"),
         ("reward", f"{reward}, {verdict} ({view.verdict})"),
+        *((part.name, _value(part)) for part in view.parts),
+        *([("feedback", view.feedback)] if view.feedback else []),
+        *([("selection", view.selection)] if view.selection else []),
         ("type", view.type or "none"),
         ("annotator", f"{view.annotator} ({view.status})" if view.annotator else "none"),
         ("policy", f"{view.policy}, step {view.step}; {view.finish} after {tokens} tokens"),

@@ -132,7 +132,7 @@ def show(
 
 
 def view(
-    ref: Annotated[str, typer.Argument(help="Routed or annotations dataset, or a train run.")],
+    ref: Annotated[str, typer.Argument(help="Dataset of rollouts, or a train run.")],
     against: Annotated[
         str | None,
         typer.Option(help="Annotations dataset of the same rollouts, shown side by side."),

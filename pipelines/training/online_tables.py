@@ -77,9 +77,9 @@ class OnlineTables:
         self._ranks = ranks
         self._first = config.offline.steps
         self._problems = inputs["problems"].read()
-        self._pool = None
+        self.pool: ProblemPool | None = None
         if online.pool is not None:
-            self._pool = ProblemPool(config, self._problems, inputs, inputs["problems"].ref)
+            self.pool = ProblemPool(config, self._problems, inputs, inputs["problems"].ref)
         if ranks.first and len(self._problems) < config.groups_per_step:
             logger.warning(
                 "groups_per_step is %d, dataset %s has %d problems: each step samples all of them",
@@ -192,8 +192,8 @@ class OnlineTables:
         Stateless in step and round, so a resumed run asks the same problems.
         """
         self._recall(step)
-        if self._pool is not None:
-            return self._problems.take(self._pool.draw(step, refill))
+        if self.pool is not None:
+            return self._problems.take(self.pool.draw(step, refill))
         count = min(self._config.groups_per_step, len(self._problems))
         steps_per_epoch = len(self._problems) // count
         epoch, at = divmod(step - self._first, steps_per_epoch)

@@ -38,6 +38,9 @@ def page_template(file: Path) -> Template:
     return environment.get_template(file.name)
 
 
+_TITLES = {"annotations": "Annotated rollouts", "routed": "Routed rollouts", "verdicts": "Verdicts"}
+_TITLES_OF_STAGES = {"train": "Train run", "select": "Selection", "score": "Teacher's scores"}
+
 STYLE = "\n".join(page_template(_HERE / name).render(routes=ROUTES) for name in _STYLES)
 SCRIPT = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
 
@@ -47,8 +50,11 @@ def render_page(data: dict[str, Any], served: bool, **context: Any) -> str:
 
     data: what the page's script reads, see `page_data`; context: the template's other variables.
     """
+    dataset = context["dataset"]
+    table = _TITLES.get(dataset.manifest["table"], "Rollouts")
     return page_template(_HERE / "page.html.j2").render(
         data=data,
+        title=_TITLES_OF_STAGES.get(dataset.stage, table),
         served=served,
         style=Markup(STYLE),  # noqa: S704 - our own file
         script=Markup(SCRIPT),  # noqa: S704 - our own files

@@ -39,6 +39,7 @@ _COLUMNS = {
     ),
     "verdicts": (
         "rollout_id", "reward", "correct", "parsed_answer", "status", "feedback", "grades",
+        "parts", "selection", "left_out",
     ),
     "rollouts": (
         "rollout_id", "problem_id", "group_id", "sample_index", "token_ids", "response",
@@ -57,6 +58,15 @@ class SpanView:
     kind: str
     segments: list[int]
     kept_tokens: int | None
+
+
+@dataclass(frozen=True)
+class PartView:
+    """A part of the reward. value: None if it has none, for which the status is the reason."""
+
+    name: str
+    value: float | None
+    status: str
 
 
 @dataclass(frozen=True)
@@ -97,8 +107,10 @@ class RolloutView:
     correct: bool | None
     parsed: str | None
     verdict: str
+    parts: list[PartView]
     feedback: str | None
     grades: str | None
+    selection: str | None
     annotator: str | None
     status: str | None
     raw: str | None
@@ -143,6 +155,7 @@ class RolloutReader:
 def rollout_data(view: RolloutView) -> dict[str, Any]:
     """A rollout as the page draws it, as JSON-able data."""
     row: dict[str, Any] = vars(view) | {"spans": [vars(span) for span in view.spans]}
+    row["parts"] = [vars(part) for part in view.parts]
     row["sides"] = [vars(side) | {"spans": [vars(s) for s in side.spans]} for side in view.sides]
     row["problem"] = {name: row.pop(name) for name in ("problem", "answer", "source")}
     if view.sides:  # they hold the response and the first annotator's answer too
@@ -184,8 +197,13 @@ def _view(row: dict[str, Any], rule: str, vocabulary: Vocabulary | None) -> Roll
         correct=verdict["correct"],
         parsed=_visible(verdict["parsed_answer"]),
         verdict=verdict["status"],
+        parts=[
+            PartView(visible(part["name"]), part["value"], part["status"])
+            for part in verdict.get("parts") or ()
+        ],
         feedback=_visible(verdict.get("feedback")),
         grades=_visible(_grades(verdict.get("grades") or [])),
+        selection=_selection(verdict),
         annotator=_visible(annotation.get("annotator_name")),
         status=annotation.get("status"),
         raw=_visible(annotation.get("raw_answer")),
@@ -265,6 +283,13 @@ def _paint(
 def _needs_no_offsets(route: np.ndarray, spans: Sequence[dict]) -> bool:
     """Whether no offset can change the paint: one route for all tokens, no span visible in it."""
     return len(np.unique(route)) <= 1 and (bool(route.any()) or not spans)
+
+
+def _selection(verdict: dict[str, Any]) -> str | None:
+    """What becomes of the rollout after stage select, and why it is not selected."""
+    if (selection := verdict.get("selection")) is None:
+        return None
+    return selection if verdict["left_out"] is None else f"{selection} ({verdict['left_out']})"
 
 
 def _visible(text: str | None) -> str | None:

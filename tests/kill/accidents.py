@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from trace_opd.data.store import Store
-from trace_opd.tests.kill.conftest import PAID, STAGES
+from trace_opd.tests.kill.conftest import PAID, PREPARED, STAGES
 from trace_opd.tests.kill.disk import disk
 from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets
 from trace_opd.tests.kill.harness import Launcher, assert_refused, launcher, together
@@ -137,7 +137,8 @@ def test_a_clock_that_jumps_changes_nothing(undisturbed, tmp_path):
     root = tmp_path / "store"
     with launcher(tmp_path / "output", LD_PRELOAD=str(library)) as runs:
         for name in TABLES:
-            runs.done(*STAGES[name], store=root)
+            for args in [*PREPARED.get(name, ()), STAGES[name]]:
+                runs.done(*args, store=root)
     assert_no_leftovers(root)
     assert_same_datasets(root, undisturbed["evaluate"].after)
     times = [dataset.manifest for dataset in Store(root).datasets()]

@@ -54,7 +54,10 @@ def test_killed_at_random_moments(name: str, runs: Launcher, undisturbed, tmp_pa
     report_toll(name, "at random moments", killer.toll)
 
 
-@pytest.mark.parametrize(("name", "step"), [("problems", 3), ("convert", 3), ("train-online", 6)])
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("problems", 3), ("verify-rewards", 3), ("convert", 3), ("score", 3), ("train-online", 6)],
+)
 def test_killed_before_each_change_of_a_file(
     name: str, step: int, runs: Launcher, undisturbed, tmp_path, report_toll
 ):

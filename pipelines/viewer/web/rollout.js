@@ -40,6 +40,8 @@ function single(rollout) {
           ["coverage", rollout.coverage === null ? null : percent(rollout.coverage)],
           ["annotator", rollout.annotator],
           ["annotation", rollout.status === "ok" ? null : rollout.status],
+          ["selection", rollout.selection],
+          ...rollout.parts.map(({ name, value, status }) => [name, value === null ? `none (${status})` : number(value)]),
           ...ofResponse(rollout),
         ]),
         spanList(rollout.spans),

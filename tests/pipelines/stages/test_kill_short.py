@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from trace_opd.data.store import Store
+from trace_opd.tests.kill.conftest import PARTS, PROMPT
 from trace_opd.tests.kill.disk import disk
 from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets
 from trace_opd.tests.kill.harness import (
@@ -47,6 +48,8 @@ STAGES = {
         "checkpoint_every=1",
     ],
     "evaluate": ["evaluate", CONFIG, "k=1", "bootstrap=100"],
+    "score": ["score", CONFIG, PROMPT, "k=8"],
+    "verify-rewards": ["verify", CONFIG, f"rewards={PARTS}", "--alias", "rewarded"],
 }  # fmt: skip
 
 
@@ -94,6 +97,52 @@ def test_killed_just_before_a_change_of_a_file_a_stage_goes_on(runs, undisturbed
         assert_no_leftovers(root)
         assert_same_datasets(root, undisturbed.before["train"])
     assert killer.toll.kills >= 3
+
+
+def test_checkpoints_left_by_a_kill_after_the_manifest_go_with_the_next_start(
+    runs, undisturbed, tmp_path
+):
+    made = undisturbed.before["evaluate"]
+    for number, options in enumerate(([], ["keep_checkpoints=true"])):
+        root = Path(shutil.copytree(made, tmp_path / str(number)))
+        (run,) = root.glob("train/*")
+        for name in ("step-00003", ".tmp-step-00002"):
+            (run / "checkpoints" / name).mkdir()
+            (run / "checkpoints" / name / "x").touch()
+        runs.done(*STAGES["train"], *options, store=root)
+        kept = {path.name for path in (run / "checkpoints").iterdir()} - {"final"}
+        assert kept == ({"step-00003", ".tmp-step-00002"} if options else set())
+    with disk(tmp_path / "disk") as frozen:
+        shutil.copytree(root, frozen.root)
+        frozen.writable(False)
+        done = runs.done(*STAGES["train"], store=frozen.root)
+        assert "not all of its checkpoints could be removed" in " ".join(done.err.split())
+
+
+DEADLY = """
+import os, signal
+from pathlib import Path
+
+def judge(response):
+    deaths = Path(__file__).with_name("deaths")
+    if deaths.exists():
+        deaths.unlink()
+        os.kill(os.getppid(), signal.SIGKILL)
+    return 1.0
+"""
+
+
+def test_a_reward_that_kills_its_run_costs_a_start_and_no_row(runs, undisturbed, tmp_path):
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    (tmp_path / "deaths").touch()
+    root = Path(shutil.copytree(undisturbed.before["verify"], tmp_path / "store"))
+    args = ["verify", CONFIG, f"rewards=[{{name: '{tmp_path}/deadly.py:judge'}}]"]
+    assert runs.start(*args, store=root).wait() == -signal.SIGKILL
+    runs.assert_nobody_is_left()
+    runs.done(*args, store=root)
+    assert_no_leftovers(root)
+    verdicts = Store(root).get("verdicts").read()
+    assert verdicts["reward"].to_pylist() == [1.0] * Store(root).get("rollouts").rows
 
 
 def test_the_same_training_ends_with_the_same_bytes_each_time(runs, undisturbed, tmp_path):
@@ -154,6 +203,8 @@ SIGNALS = {
     "convert": (3, "what is finished is kept"),
     "train": (24, "steps; a checkpoint is written"),
     "evaluate": (3, "what is finished is kept"),
+    "score": (3, "what is finished is kept"),
+    "verify-rewards": (3, "what is finished is kept"),
 }
 
 
