@@ -250,7 +250,6 @@ def _facts(view: RolloutView) -> list[tuple[str, str]]:
         ("answer read", view.parsed if view.parsed is not None else "none"),
         ("reward", f"{reward}, {verdict} ({view.verdict})"),
         *((part.name, _value(part)) for part in view.parts),
-        *([("feedback", view.feedback)] if view.feedback else []),
         *([("selection", view.selection)] if view.selection else []),
         ("type", view.type or "none"),
         ("annotator", f"{view.annotator} ({view.status})" if view.annotator else "none"),
