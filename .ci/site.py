@@ -19,7 +19,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("schemas", "data", "trace", "pipelines")
+ROOMS = ("schemas", "data", "trace", "pipelines", "integrations")
 PAGES = {
     "README.md": "index.md",
     "ARCHITECTURE.md": "architecture.md",

@@ -78,8 +78,11 @@ EXCUSED = {
     r"(docker build|sbatch) .*": CLUSTER,
     r"aws s3api .*": "needs a bucket of yours",
     r"trace-opd rollout …": "stands for any command",
-    r"trace-opd export store/train/<id> .*": "a run of yours; tests/pipelines/cli/test_export.py",
+    r"trace-opd export model store/train/<id> .*": (
+        "a run of yours; tests/pipelines/cli/test_export.py"
+    ),
     r"trace-opd batches STORE": "stands for any store",
+    r"python examples/trl/train\.py": "minutes; tests/integrations/test_example.py runs it",
 }
 # What a reader replaces, and with what it is replaced here.
 REPLACED = {
