@@ -29,7 +29,11 @@ def trl_dataset(problems: pa.Table, prompt: PromptConfig | None = None) -> Datas
     problems: a problems table (`store.get("problems").read()`); prompt: that of the settings.
     """
     config = prompt or PromptConfig()
-    messages = [student_messages(config, str(text)) for text in problems["problem"].to_pylist()]
+    read = [name for name in ("problem", "history") if name in problems.column_names]
+    messages = [
+        student_messages(config, row["problem"], row.get("history"))
+        for row in problems.select(read).to_pylist()
+    ]
     table: Any = problems.append_column("prompt", pa.array(messages, _MESSAGES))
     return Dataset(table.replace_schema_metadata(None))
 

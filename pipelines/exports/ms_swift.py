@@ -24,7 +24,7 @@ def _files(source: RoutedSource, options: Options) -> Iterator[File]:
             if rows:
                 yield File(f"gkd-{route.label}/{name}", json_lines(rows), len(rows))
         prompts = [
-            {"messages": source.student(row["problem"]), "solution": row["answer"]}
+            {"messages": source.student(row), "solution": row["answer"]}
             for row in asked_problems(part)
         ]
         yield File(f"grpo/{name}", json_lines(prompts), len(prompts))
@@ -37,7 +37,7 @@ def _gkd(source: RoutedSource, part: Part, route: Route, pieces: ByteTable) -> l
         turns = assistant_turns(row["token_ids"], routed, pieces)
         if not any(turn["loss"] for turn in turns):
             continue
-        made: dict[str, Any] = {"messages": [*source.student(row["problem"]), *turns]}
+        made: dict[str, Any] = {"messages": [*source.student(row), *turns]}
         if row["teacher_context"] != NO_CONTEXT:
             made["teacher_prompt"] = source.teacher_turn(row)
         rows.append(made)

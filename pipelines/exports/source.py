@@ -79,15 +79,15 @@ class RoutedSource:
             )
         return found
 
-    def student(self, problem: str) -> list[dict[str, str]]:
-        """The conversation that the student answers."""
-        return student_messages(self.prompt, problem)
+    def student(self, row: dict[str, Any]) -> list[dict[str, str]]:
+        """The conversation that the student answers, of a problem or of a routed row."""
+        return student_messages(self.prompt, row["problem"], row.get("history"))
 
     def teacher_turn(self, row: dict[str, Any]) -> str:
         """The teacher's user turn for a routed row; the rest of its conversation is the
         student's."""
         told = row["diagnostic_type"], row["teacher_context"]
-        return teacher_chat(self.prompt, row["problem"], *told)[-1]["content"]
+        return teacher_chat(self.prompt, row["problem"], *told, row.get("history"))[-1]["content"]
 
     def parts(self, with_texts: bool = True) -> Iterator[Part]:
         """The parts in their order. with_texts: also the responses and problems."""

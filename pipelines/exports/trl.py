@@ -38,7 +38,7 @@ def _prompts(source: RoutedSource, part: Part) -> pa.Table:
     rows = asked_problems(part)
     problems = source.dataset.input("problems").read_part(part.index)
     table = pa.Table.from_pylist(rows, schema=problems.schema.remove_metadata())
-    messages = [source.student(row["problem"]) for row in rows]
+    messages = [source.student(row) for row in rows]
     return table.append_column("prompt", pa.array(messages, MESSAGES))
 
 

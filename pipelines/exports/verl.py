@@ -49,7 +49,7 @@ def _files(source: RoutedSource, options: Options) -> Iterator[File]:
 def _rl_row(source: RoutedSource, problem: dict[str, Any], index: int) -> dict[str, Any]:
     return {
         "data_source": problem["source"],
-        "prompt": source.student(problem["problem"]),
+        "prompt": source.student(problem),
         "ability": problem["answer_kind"],
         "reward_model": {"style": "rule", "ground_truth": problem["answer"]},
         "extra_info": {
@@ -67,7 +67,7 @@ def _answered(source: RoutedSource, part: Part) -> list[dict[str, Any]]:
     return [
         {
             "messages": [
-                *source.student(row["problem"]),
+                *source.student(row),
                 {"role": "assistant", "content": part.responses[row["rollout_id"]]},
             ],
             "rollout_id": row["rollout_id"],
