@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ...data.dataset import find_dataset
 from ...data.store import Dataset, Store
 from ...data.written_tables import KINDS
 from ...schemas.configs import TrainConfig
@@ -143,21 +144,25 @@ def _steps(dataset: Dataset) -> list[dict[str, Any]]:
 
 
 def _paid(dataset: Dataset) -> list[dict[str, Any]]:
-    """Who annotated or judged, with tokens and cost, of every table that a model answered for."""
-    found = []
-    for _, _, node in dataset.lineage():
-        summary, by = node.summary, node.manifest["config"].get("annotator") or {}
-        if "cost_usd" not in summary:
-            continue
-        found.append(
-            {
-                "ref": node.ref,
-                "by": by.get("model") or by.get("name") or by.get("engine") or "unknown",
-                "tokens": [summary.get(f"{name}_tokens") for name in ("prompt", "completion")],
-                "cost": summary["cost_usd"],
-            }
-        )
-    return found
+    """Who annotated or judged, with tokens and cost, of every table that a model answered for.
+
+    Those of a training's online steps are listed in its summary.
+    """
+    config = dataset.manifest["config"]
+    made = [(node, node.manifest["config"].get("annotator")) for _, _, node in dataset.lineage()]
+    for ref in dataset.summary.get("tables", {}).values():
+        node = find_dataset(dataset.files, ref)
+        made += [] if node is None else [(node, config["online"]["annotator"])]
+    return [
+        {
+            "ref": node.ref,
+            "by": (by or {}).get("model") or (by or {}).get("name") or (by or {}).get("engine"),
+            "tokens": [node.summary.get(f"{name}_tokens") for name in ("prompt", "completion")],
+            "cost": node.summary["cost_usd"],
+        }
+        for node, by in made
+        if "cost_usd" in node.summary
+    ]
 
 
 def _method(config: dict[str, Any]) -> str:

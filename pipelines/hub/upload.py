@@ -150,5 +150,5 @@ def _of_status(error: HfHubHTTPError, token: str) -> str:
         return _SENTENCES[status]
     said = shortened((error.server_message or error.response.reason_phrase).replace(token, "***"))
     if status >= 500:
-        return f"the hub fails ({status} {said}); {_AGAIN} later"
-    return f"the hub refuses the upload ({status} {said}); mend it, then give the command again"
+        return f"the hub fails ({status}: {said}); later {_AGAIN}"
+    return f"the hub refuses the upload ({status}: {said}); mend it, then give the command again"

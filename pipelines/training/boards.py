@@ -77,6 +77,7 @@ def _tensorboard(run: BoardRun) -> Board:
 
     # Steps that a resumed run repeats replace the earlier ones.
     writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.first_step)
+    # JSON in Markdown's form of code: each line begins with blanks.
     recorded = json.dumps(run.facts | {"config": run.config}, indent=2, ensure_ascii=False)
     writer.add_text("run", _indented(recorded), run.first_step)
 

@@ -81,6 +81,8 @@ def completion_rows(routed: pa.Table, table: ByteTable) -> list[Row]:
 def marked_response(table: ByteTable, token_ids: Sequence[int], route: Sequence[int]) -> str:
     """A response's text with each run of routed tokens as ⟦route text⟧: `a ⟦fkl 4+9=13⟧ b`."""
     text = table.text(token_ids)
+    if not text:
+        return text
     starts, ends = table.char_ranges(token_ids)
     routes = np.asarray(route)
     edges = [0, *(np.flatnonzero(np.diff(routes)) + 1).tolist(), len(routes)]

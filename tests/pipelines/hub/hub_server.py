@@ -25,6 +25,9 @@ _LFS_SUFFIXES = (".parquet", ".safetensors")
 _LFS_BYTES = 10_000
 _FIRST = "initial commit"
 Handler = Callable[[web.Request], Any]
+# What a route of a repository knows of its request.
+KIND, REPO = web.RequestKey("kind", str), web.RequestKey("repo", str)
+HELD, AT = web.RequestKey("held", dict), web.RequestKey("at", dict)
 
 
 def error(status: int, code: str, message: str, **headers: str) -> web.Response:
@@ -113,7 +116,8 @@ class HubServer:
             add("GET", f"{api}/refs", self._refs)
             add("GET", api, self._info)
             add("POST", f"{repo}.git/info/lfs/objects/batch", self._lfs_batch)
-            add("GET", f"{repo}/resolve/{{revision}}/{{path:.*}}", self._resolve)
+            for method in ("HEAD", "GET"):
+                add(method, f"{repo}/resolve/{{revision}}/{{path:.*}}", self._resolve)
         app.router.add_post("/api/repos/create", self._create)
         app.router.add_post("/api/validate-yaml", self._validate_yaml)
         app.router.add_put("/lfs/{sha256}", self._lfs_put)
@@ -138,12 +142,12 @@ class HubServer:
             held = self.read(kind, repo)
             if held is None or (held["private"] and not _rights(request)):
                 return error(404 if sent else 401, "RepoNotFound", "Repository not found")
-            request["kind"], request["repo"], request["held"] = kind, repo, held
+            request[KIND], request[REPO], request[HELD] = kind, repo, held
             revision = unquote(request.match_info.get("revision", "main"))
             known = {one["oid"]: one for one in held["commits"]} | {"main": held["commits"][-1]}
             if revision not in known:
                 return error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            request["at"] = known[revision]
+            request[AT] = known[revision]
             return await handler(request)
 
         return handle
@@ -162,8 +166,8 @@ class HubServer:
         return web.json_response({"url": f"{self.url}/{prefix}{repo}"})
 
     async def _info(self, request: web.Request) -> web.Response:
-        siblings = [{"rfilename": name} for name in request["at"]["files"]]
-        repo, held, at = request["repo"], request["held"], request["at"]
+        siblings = [{"rfilename": name} for name in request[AT]["files"]]
+        repo, held, at = request[REPO], request[HELD], request[AT]
         found = {
             "_id": "0", "id": repo, "author": "me", "sha": at["oid"], "private": held["private"],
             "lastModified": "2026-01-01T00:00:00.000Z", "createdAt": "2026-01-01T00:00:00.000Z",
@@ -173,7 +177,7 @@ class HubServer:
         return web.json_response(found)
 
     async def _refs(self, request: web.Request) -> web.Response:
-        oid = request["held"]["commits"][-1]["oid"]
+        oid = request[HELD]["commits"][-1]["oid"]
         main = {"name": "main", "ref": "refs/heads/main", "targetCommit": oid}
         return web.json_response({"branches": [main], "tags": [], "converts": []})
 
@@ -185,7 +189,7 @@ class HubServer:
         return web.json_response({"errors": [], "warnings": []})
 
     async def _preupload(self, request: web.Request) -> web.Response:
-        held = request["at"]["files"]
+        held = request[AT]["files"]
         files = []
         for file in (await request.json())["files"]:
             path = file["path"]
@@ -225,7 +229,7 @@ class HubServer:
     async def _commit(self, request: web.Request) -> web.Response:
         if "write" not in _rights(request):
             return error(403, "", "no right to write")
-        held, newest = request["held"], request["held"]["commits"][-1]
+        held, newest = request[HELD], request[HELD]["commits"][-1]
         files, title = dict(newest["files"]), ""
         for line in (await request.text()).splitlines():
             key, value = (one := json.loads(line))["key"], one["value"]
@@ -241,12 +245,12 @@ class HubServer:
                 del files[value["path"]]
             else:
                 return error(400, "", f"unknown operation {key}")
-        oid = self.commit(request["kind"], request["repo"], held, files, title)
-        url = f"{self.url}/{request['repo']}/commit/{oid}"
+        oid = self.commit(request[KIND], request[REPO], held, files, title)
+        url = f"{self.url}/{request[REPO]}/commit/{oid}"
         return web.json_response({"success": True, "commitOid": oid, "commitUrl": url})
 
     async def _tree(self, request: web.Request) -> web.Response:
-        folder, files = request.match_info.get("path", ""), request["at"]["files"]
+        folder, files = request.match_info.get("path", ""), request[AT]["files"]
         prefix = f"{folder}/" if folder else ""
         inside = {name: one for name, one in files.items() if name.startswith(prefix)}
         if folder and not inside:
@@ -264,13 +268,13 @@ class HubServer:
         content = request.content_type
         body = await (request.json() if "json" in content else request.post())
         asked = body["paths"] if isinstance(body, dict) else body.getall("paths")
-        files = request["at"]["files"]
+        files = request[AT]["files"]
         found = [_file(path, files[path]) for path in asked if path in files]
         below = [p for p in asked if any(name.startswith(f"{p}/") for name in files)]
         return web.json_response([*found, *map(_folder, below)])
 
     async def _resolve(self, request: web.Request) -> web.StreamResponse:
-        path, at = unquote(request.match_info["path"]), request["at"]
+        path, at = unquote(request.match_info["path"]), request[AT]
         headers = {"X-Repo-Commit": at["oid"]}
         if path not in at["files"]:
             return error(404, "EntryNotFound", "Entry not found", **headers)

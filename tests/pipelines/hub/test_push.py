@@ -203,7 +203,7 @@ def test_an_upload_that_broke_off_sends_only_what_is_missing(hub: HubServer, cli
     assert (first.code, second.code) == (2, 0), second.err
     assert len(hub.uploads) == len(set(hub.uploads)) == store.get("demo-problems").parts
     assert [one["title"] for one in hub.commits("dataset", "me/data")][1:] == [
-        f"{store.get('problems').ref}, by trace-opd push"
+        f"{store.get('demo-problems').ref}, by trace-opd push"
     ]
 
 
