@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-triton test-vllm test-label-studio check deployments audit fuzz bench-annotate bench-clip bench-collapse bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
+.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-trackers test-triton test-vllm test-label-studio check deployments audit fuzz bench-annotate bench-clip bench-collapse bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -65,6 +65,10 @@ test-triton: setup  ## check the loss's Triton kernels in the interpreter on ran
 test-cluster: setup  ## run stages on Ray's and Dask's worker processes
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,dask]'
 	$(BIN)/python -m pytest tests/cluster tests/cluster/killed_and_alone.py
+
+test-trackers: setup  ## write to W&B, trackio and MLflow offline, and read it back
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trackers]'
+	$(BIN)/python -m pytest tests/pipelines/training/test_tracking.py
 
 $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
