@@ -30,6 +30,7 @@ from . import removal_commands
 from .contamination_command import contamination
 from .ending import exit_code, log_thread_failures, stop_by_signals
 from .export import export
+from .plot_command import plot
 from .store_commands import COMMANDS, StoreRoot, open_store
 
 if TYPE_CHECKING:
@@ -147,7 +148,9 @@ for _entry in REGISTRY.values():
     _command = _report if _entry.name == "report" else _stage_command(_entry)
     app.command(_entry.name, help=_entry.summary)(_command)
 for _name, _command in (
-    COMMANDS | removal_commands.COMMANDS | {"export": export, "contamination": contamination}
+    COMMANDS
+    | removal_commands.COMMANDS
+    | {"export": export, "contamination": contamination, "plot": plot}
 ).items():
     app.command(_name)(_command)
 

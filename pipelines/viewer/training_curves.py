@@ -1,6 +1,7 @@
 """Training curves of a run: which metrics share a chart.
 
-report_page.py calls it for a train run; web/curves.js draws the charts.
+report_page.py calls it for a train run; web/curves.js draws the charts. `trace-opd plot` takes
+titles and units from it.
 """
 
 import math
@@ -54,6 +55,12 @@ def metrics_of(dataset: Dataset, store: Store) -> list[dict[str, Any]]:
         }
         for step in steps
     ]
+
+
+def named_metric(name: str) -> tuple[str, str]:
+    """Title and unit of a metric's chart; of one without, its name and no unit."""
+    found = ((title, unit) for title, unit, pattern in _CHARTS if re.fullmatch(pattern, name))
+    return next(found, (name.replace("_", " "), ""))
 
 
 def charts(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

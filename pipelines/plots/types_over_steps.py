@@ -1,0 +1,120 @@
+"""The types that annotations have, step by step of a training: a stacked area per group."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from ...data.dataset import find_dataset
+from ...data.store import Dataset
+from ...schemas.errors import InputError
+from ...schemas.labels import TYPE_LABELS
+from .groups import Group
+from .style import COLOURS, INK, new_figure, percent, whole_steps
+
+_MOST = len(COLOURS) - 1  # types with a colour of their own; the others share the last one
+_OTHERS = "other types"
+
+
+def draw_types(groups: Sequence[Group]) -> Any:
+    """Shares of the responses with a type, at each online step; the seeds of a group together.
+
+    Raises:
+        InputError: no online step has annotations with a type.
+    """
+    counted = [(group, _by_step(group)) for group in groups]
+    total: Counter[str] = Counter()
+    for _, steps in counted:
+        for counts in steps.values():
+            total += counts
+    if not total:
+        labels = ", ".join(group.label for group in groups)
+        raise InputError(
+            f"{labels}: no online step has an annotation with a type; name runs with "
+            "online.steps and a λ above 0"
+        )
+    shown = [name for name, _ in total.most_common(_MOST)]
+    shown.sort(key=[str(label) for label in TYPE_LABELS].index)
+    if len(total) > _MOST:
+        shown.append(_OTHERS)
+    columns = 1 if len(groups) == 1 else 2
+    rows = -(-len(groups) // columns)
+    figure, axes = new_figure(rows, columns, 3.4 if columns == 1 else 2.6)
+    for own, (group, steps) in zip(axes, counted, strict=False):
+        _draw(own, steps, shown)
+        own.set_title(group.label)
+    for number, own in enumerate(axes):
+        if number >= len(groups):
+            own.set_visible(False)
+        elif number + columns >= len(groups):
+            own.set_xlabel("optimiser steps")
+        if number % columns == 0:
+            own.set_ylabel("share of typed responses")
+    _legend(figure, shown)
+    return figure
+
+
+def _by_step(group: Group) -> dict[int, Counter[str]]:
+    """How many responses have each type, by the number of steps done; steps without any left
+    out."""
+    found: dict[int, Counter[str]] = {}
+    for run in group.runs:
+        first = run.manifest["config"]["offline"]["steps"] + 1
+        table = _annotations(run)
+        for part in range(table.parts if table is not None else 0):
+            assert table is not None
+            types = table.read_part(part, ["diagnostic_type"])["diagnostic_type"].drop_null()
+            if len(types):
+                pairs = pc.value_counts(types).to_pylist()
+                own = found.setdefault(first + part, Counter())
+                own += Counter({pair["values"]: pair["counts"] for pair in pairs})
+    return found
+
+
+def _annotations(run: Dataset) -> Dataset | None:
+    """The annotations of a run's online steps, a part per step."""
+    ref = run.summary.get("tables", {}).get("annotations")
+    return None if ref is None else find_dataset(run.files, ref)
+
+
+def _draw(axes: Any, steps: dict[int, Counter[str]], shown: Sequence[str]) -> None:
+    done = sorted(steps)
+    counts = np.zeros((len(shown), len(done)))
+    for column, step in enumerate(done):
+        for name, count in steps[step].items():
+            counts[shown.index(name if name in shown else _OTHERS), column] += count
+    if done:
+        shares = counts / counts.sum(axis=0)
+        # A step is as wide as the next one is far, so that one step alone is seen.
+        edges = np.array([*done, done[-1] + 1]) - 0.5
+        shares = np.concatenate([shares, shares[:, -1:]], axis=1)
+        axes.stackplot(
+            edges, shares, step="post", colors=[_colour(shown, n) for n in range(len(shown))],
+            edgecolor="white", linewidth=0.4,
+        )  # fmt: skip
+    axes.margins(x=0)
+    axes.set_ylim(0, 1)
+    percent(axes.yaxis)
+    whole_steps(axes.xaxis)
+    axes.grid(visible=False)
+    axes.spines["left"].set_visible(False)
+
+
+def _colour(shown: Sequence[str], number: int) -> str:
+    return COLOURS[-1] if shown[number] == _OTHERS else COLOURS[number]
+
+
+def _legend(figure: Any, shown: Sequence[str]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(color=_colour(shown, number), label=name.replace("_", " "))
+        for number, name in enumerate(shown)
+    ]
+    # The order of the stack, from the top.
+    figure.legend(
+        handles=handles[::-1], loc="outside right center", fontsize=8.5, labelcolor=INK,
+        handlelength=1.1, handleheight=1.1,
+    )  # fmt: skip
