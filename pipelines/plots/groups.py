@@ -21,7 +21,7 @@ from ..run_metrics import METRICS, parse_metrics
 from ..training.collapse import method_name
 
 _SHORT = 8  # characters of an id
-_SEED = re.compile(r"([-_. ]*(seed|s))?[-_. /]*$")
+_SEED = re.compile(r"([-_. ]+(seed|s))?[-_. /]*$")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,10 @@ def _common(names: Sequence[str]) -> str:
     """What names begin or end with, without the seed's part; "" if that is nothing."""
     if len(names) == 1:
         return names[0]
-    start = _SEED.sub("", os.path.commonprefix(names))
+    start = os.path.commonprefix(names)
+    if any(name[len(start) : len(start) + 1].isdigit() for name in names):
+        start = start.rstrip("0123456789")  # seeds 10 and 11 share a digit
+    start = _SEED.sub("", start)
     end = os.path.commonprefix([name[::-1] for name in names])[::-1].lstrip("-_. /")
     return max(start, end, key=len) if max(len(start), len(end)) > 1 else ""
 

@@ -426,8 +426,7 @@ def aliases(content: bytes) -> None:
 
 
 def _verified(store: Store) -> None:
-    found, _ = check_store(store)
-    for line in found.renderables:
+    for line in check_store(store).report().renderables:
         if isinstance(line, Text):
             assert line.plain.isprintable()
             if line.plain.startswith("rm -r "):
