@@ -140,7 +140,9 @@ class Meter:
             share = f" ({self.done / self.total:.0%})" if self.total else ""
             words = [f"{self.done:,}/{self.total:,} {self.unit}{share}"]
             if (rate := self.rate) is not None and (remaining := self.remaining_s) is not None:
-                words += [f"{_short(rate)}/s", f"{_clock_time(remaining)} left"]
+                words.append(f"{_short(rate)}/s")
+                if self.done < self.total:
+                    words.append(f"{_clock_time(remaining)} left")
             return words + [f"{key} {value}" for key, value in self.notes().items()]
 
     def due(self) -> bool:

@@ -62,10 +62,10 @@ def draw_coverage(groups: Sequence[Group]) -> Any:
 
 def draw_exposure(groups: Sequence[Group]) -> Any:
     """Σλ² over steps; of validated runs also against the change of their pass rates."""
-    figure, axes = new_figure(1, 2, 3.4) if (splits := _splits(groups)) else (None, [])
     panel = _metric_panel(groups, "kl_exposure")
-    if not splits:
+    if not (splits := _splits(groups)):
         return _with_ranges(groups, [panel])
+    figure, axes = new_figure(1, 2, 3.4)
     labels = [line.label for line in panel.lines]
     for line in panel.lines:
         draw_line(axes[0], line, labels.index(line.label))

@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
-from ...data.dataset import find_dataset
-from ...data.store import Dataset
 from ...schemas.errors import InputError
 from ...schemas.labels import TYPE_LABELS
+from ..viewer.training_curves import types_by_step
 from .groups import Group
 from .style import COLOURS, INK, new_figure, percent, whole_steps
 
@@ -57,26 +55,12 @@ def draw_types(groups: Sequence[Group]) -> Any:
 
 
 def _by_step(group: Group) -> dict[int, Counter[str]]:
-    """How many responses have each type, by the number of steps done; steps without any left
-    out."""
+    """How many responses have each type, by the number of steps done."""
     found: dict[int, Counter[str]] = {}
     for run in group.runs:
-        first = run.manifest["config"]["offline"]["steps"] + 1
-        table = _annotations(run)
-        for part in range(table.parts if table is not None else 0):
-            assert table is not None
-            types = table.read_part(part, ["diagnostic_type"])["diagnostic_type"].drop_null()
-            if len(types):
-                pairs = pc.value_counts(types).to_pylist()
-                own = found.setdefault(first + part, Counter())
-                own += Counter({pair["values"]: pair["counts"] for pair in pairs})
+        for step, counts in types_by_step(run).items():
+            found[step + 1] = found.get(step + 1, Counter()) + counts
     return found
-
-
-def _annotations(run: Dataset) -> Dataset | None:
-    """The annotations of a run's online steps, a part per step."""
-    ref = run.summary.get("tables", {}).get("annotations")
-    return None if ref is None else find_dataset(run.files, ref)
 
 
 def _draw(axes: Any, steps: dict[int, Counter[str]], shown: Sequence[str]) -> None:
