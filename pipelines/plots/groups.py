@@ -4,7 +4,6 @@ training.py and types_over_steps.py draw a line or a panel for each group.
 """
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,12 +144,18 @@ def _common(names: Sequence[str]) -> str:
     """What names begin or end with, without the seed's part; "" if that is nothing."""
     if len(names) == 1:
         return names[0]
-    start = os.path.commonprefix(names)
+    start = _shared_start(names)
     if any(name[len(start) : len(start) + 1].isdigit() for name in names):
         start = start.rstrip("0123456789")  # seeds 10 and 11 share a digit
     start = _SEED.sub("", start)
-    end = os.path.commonprefix([name[::-1] for name in names])[::-1].lstrip("-_. /")
+    end = _shared_start([name[::-1] for name in names])[::-1].lstrip("-_. /")
     return max(start, end, key=len) if max(len(start), len(end)) > 1 else ""
+
+
+def _shared_start(names: Sequence[str]) -> str:
+    columns = enumerate(zip(*names, strict=False))
+    length = next((n for n, letters in columns if len(set(letters)) > 1), min(map(len, names)))
+    return names[0][:length]
 
 
 def _method(run: Dataset) -> str:

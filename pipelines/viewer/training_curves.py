@@ -105,7 +105,12 @@ def charts(
             del left[name]
         if members:
             out.append(_chart(title, unit, members, metrics))
-    return out + _types(metrics, types) + _phases(metrics) + [_chart(name, "", [name], metrics) for name in left]
+    return (
+        out
+        + _types(metrics, types)
+        + _phases(metrics)
+        + [_chart(name, "", [name], metrics) for name in left]
+    )
 
 
 def _types(

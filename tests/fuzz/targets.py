@@ -426,7 +426,8 @@ def aliases(content: bytes) -> None:
 
 
 def _verified(store: Store) -> None:
-    for line in check_store(store).report().renderables:
+    found = check_store(store).report()
+    for line in found.renderables:
         if isinstance(line, Text):
             assert line.plain.isprintable()
             if line.plain.startswith("rm -r "):

@@ -40,11 +40,10 @@ def test_every_module_exists_and_raises_errors(module):
 
 
 def test_an_error_of_another_module_has_no_page():
-    try:
+    with pytest.raises(InputError) as raised:
         raise InputError("x: is bad; mend it")
-    except InputError as error:
-        assert page_of(error) is None
-        assert with_page(error) == "x: is bad; mend it"
+    assert page_of(raised.value) is None
+    assert with_page(raised.value) == "x: is bad; mend it"
 
 
 def test_the_class_counts_before_the_module():

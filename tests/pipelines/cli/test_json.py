@@ -174,15 +174,20 @@ def test_removals_list_what_goes(made, tmp_path, asked):
 def test_contamination_has_all_pairs(made, asked):
     found = asked("contamination", "problems", "problems", "--store", made)
     (other,) = found["held_out"]
-    assert (other["problems"], other["shared"]) == (4, len({p["problem_id"] for p in found["pairs"]}))
+    assert (other["problems"], other["shared"]) == (
+        4,
+        len({p["problem_id"] for p in found["pairs"]}),
+    )
 
 
 def test_a_plan_has_bytes(asked):
     given = ("--gpus", "1", "--memory", "80", "--tflops", "400", "--bandwidth", "3000")
     found = asked("plan", CONFIG, *given)
-    assert found["peak_bytes"] == sum(found["held"].values()) + sum(
-        found["phases"][found["peak_phase"]].values()
-    ) or found["peak_phase"] == "start"
+    assert (
+        found["peak_bytes"]
+        == sum(found["held"].values()) + sum(found["phases"][found["peak_phase"]].values())
+        or found["peak_phase"] == "start"
+    )
     assert found["trained"] == found["parameters"] > 0
 
 
@@ -204,7 +209,9 @@ def test_a_pipeline_has_its_plan_and_its_evaluation(tmp_path, asked):
 
 
 def test_a_bad_request_prints_no_document(made, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["trace-opd", "show", "nothing", "--json", "--store", str(made)])
+    monkeypatch.setattr(
+        sys, "argv", ["trace-opd", "show", "nothing", "--json", "--store", str(made)]
+    )
     with pytest.raises(SystemExit) as ended:
         main()
     said = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Command plot: the figures of real runs and annotations, drawn as the study and compare count them."""
+"""Command plot draws real runs and annotations, with the figures of the study and of compare."""
 
 import json
 import shutil
