@@ -21,7 +21,6 @@ OF_MODULE = {
     "data.sources.columns": "docs/your-own.md#columns",
     "data.sources.own": "docs/your-own.md#code-of-your-own",
     "pipelines.annotators": "docs/annotating.md#an-endpoint",
-    "pipelines.annotators.budget": "docs/annotating.md#money",
     "pipelines.annotators.spending": "docs/annotating.md#money",
     "pipelines.compare.human_labels": "docs/comparing.md#against-people",
     "pipelines.endpoint": "docs/annotating.md#keys",

@@ -59,7 +59,6 @@ def _draw(axes: Any, cells: np.ndarray, names: Sequence[str], first: bool) -> No
     from matplotlib.colors import LinearSegmentedColormap
 
     scale = LinearSegmentedColormap.from_list("agreement", ["#f1f5f9", "#7db2d8", "#00436b"])
-    scale.set_bad("white")
     values, low, high = (np.where(np.tri(len(names), k=-1), one, np.nan)[1:, :-1] for one in cells)
     axes.imshow(values, cmap=scale, vmin=0, vmax=1, aspect="auto")
     for row, column in np.ndindex(values.shape):

@@ -1,6 +1,7 @@
-"""Lines over optimiser steps with bands, each labelled where it ends.
+"""Lines over optimiser steps, each labelled where it ends.
 
-training.py and the study draw with it.
+A few lines have bands. The bands of many would hide each other: these have a bar each, beside the
+last step. training.py and the study draw with it.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ from .style import INK, darker, new_figure, percent, spread, style_of, whole_ste
 
 _LABEL = 8.5  # points
 _GAP = 1.25  # of a label's height from one label to the next
+_MOST_BANDS = 4  # lines of a panel
+_MOST_DOTS = 12  # points of a line that are marked
+_BAR = 0.016  # of the axes' width from one bar to the next
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def draw_panels(panels: Sequence[Panel], xlabel: str = "optimiser steps") -> Any
     labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines))
     for panel, own in zip(panels, axes, strict=False):
         for line in panel.lines:
-            draw_line(own, line, labels.index(line.label))
+            draw_line(own, line, labels.index(line.label), has_bands(panel.lines))
         finish_axes(own, panel.title, panel.unit, panel.share)
     for number, own in enumerate(axes):
         if number >= len(panels):
@@ -58,13 +62,21 @@ def draw_panels(panels: Sequence[Panel], xlabel: str = "optimiser steps") -> Any
     return figure
 
 
-def draw_line(axes: Any, line: Line, index: int) -> None:
-    """A line and its band; a dot where it is a single point."""
+def has_bands(lines: Sequence[Line]) -> bool:
+    """Whether a panel's intervals are bands; else they are bars beside the last step."""
+    return len(lines) <= _MOST_BANDS
+
+
+def draw_line(axes: Any, line: Line, index: int, band: bool = True) -> None:
+    """A line, a dot at each of a few points, and its band."""
     style = style_of(index)
     known = np.isfinite(line.values)
-    alone = {"marker": "o", "markersize": 4} if known.sum() == 1 else {}
-    axes.plot(line.steps[known], line.values[known], **style, **alone, solid_capstyle="round")
-    if line.low is not None and line.high is not None:
+    dots = {"marker": "o", "markersize": 3.2} if known.sum() <= _MOST_DOTS else {}
+    axes.plot(line.steps[known], line.values[known], **style, **dots, clip_on=False, zorder=3)
+    if not band and line.low is not None and line.high is not None and known.any():
+        last = np.flatnonzero(known)[-1]  # where the bar goes
+        axes.update_datalim([(line.steps[last], end[last]) for end in (line.low, line.high)])
+    if band and line.low is not None and line.high is not None:
         axes.fill_between(
             line.steps, line.low, line.high, color=style["color"], alpha=0.13, linewidth=0
         )
@@ -98,16 +110,37 @@ def label_ends(figure: Any, axes: Any, lines: Sequence[Line], labels: Sequence[s
     points = axes.get_window_extent().height * 72 / figure.dpi
     wanted = [(value - low) / (high - low) for _, value in ends]
     places = spread(wanted, _LABEL * _GAP / points, 0.0, 1.0)
+    start = 1.0 if has_bands(lines) else _draw_bars(axes, ends, labels)
     for (line, _), at, place in zip(ends, wanted, places, strict=True):
         style = style_of(labels.index(line.label))
         axes.plot(
-            [1.0, 1.03], [at, place], transform=axes.transAxes, clip_on=False, linewidth=0.8,
-            color=style["color"], solid_capstyle="round",
+            [start + 0.006, start + 0.03], [at, place], transform=axes.transAxes, clip_on=False,
+            linewidth=0.8, **style,
         )  # fmt: skip
         axes.text(
-            1.038, place, line.label, transform=axes.transAxes, va="center", fontsize=_LABEL,
-            color=darker(style["color"]),
+            start + 0.037, place, line.label, transform=axes.transAxes, va="center",
+            fontsize=_LABEL, color=darker(style["color"]),
         )  # fmt: skip
+    for _ in range(3):  # the labels' place depends on the width that they leave
+        figure.draw_without_rendering()
+
+
+def _draw_bars(axes: Any, ends: Sequence[tuple[Line, float]], labels: Sequence[str]) -> float:
+    """The interval of each line's end, the highest first; where the bars end."""
+    from matplotlib.transforms import blended_transform_factory
+
+    beside = blended_transform_factory(axes.transAxes, axes.transData)
+    in_order = sorted(ends, key=lambda end: -end[1])
+    for number, (line, value) in enumerate(in_order):
+        if line.low is None or line.high is None:
+            continue
+        place = 1.0 + _BAR * (number + 1)
+        last = np.flatnonzero(np.isfinite(line.values))[-1]
+        colour = style_of(labels.index(line.label))["color"]
+        how = {"transform": beside, "clip_on": False, "color": colour}
+        axes.plot([place] * 2, [line.low[last], line.high[last]], linewidth=1.6, **how)
+        axes.plot([place], [value], marker="o", markersize=3.2, **how)
+    return 1.0 + _BAR * (len(ends) + 0.5)
 
 
 def shared_legend(figure: Any, labels: Sequence[str]) -> None:

@@ -92,9 +92,9 @@ def darker(colour: str) -> str:
 
 def percent(axis: Any) -> None:
     """Show shares as per cent."""
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter
 
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g} %"))
 
 
 def whole_steps(axis: Any) -> None:

@@ -14,7 +14,7 @@ from ...schemas.errors import InputError
 from ..training.validation import SAMPLED, read_validation
 from ..viewer.training_curves import named_metric
 from .groups import Group
-from .lines import Line, Panel, draw_line, draw_panels, finish_axes, shared_legend
+from .lines import Line, Panel, draw_line, draw_panels, finish_axes, has_bands, shared_legend
 from .rates import Curves, curves
 from .style import MARKERS, MUTED, caption, new_figure, style_of
 
@@ -41,8 +41,17 @@ def draw_curves(groups: Sequence[Group], metrics: Sequence[str] = ()) -> Any:
     figure = draw_panels(panels)
     several = any(len(group.runs) > 1 for group in groups)
     over = "seeds and problems" if several else "problems"
-    caption(figure, f"bands: 95 % intervals, bootstrap over {over}")
+    caption(figure, intervals_caption(panels, over))
     return figure
+
+
+def intervals_caption(panels: Sequence[Panel], over: str) -> str:
+    """What the bands or bars of pass rates are. over: what the bootstrap draws."""
+    if has_bands(panels[0].lines):
+        return f"bands: 95 % intervals, bootstrap over {over}"
+    if len(panels) > 1:
+        return f"means over {over}"
+    return f"bars: 95 % intervals after the last step, bootstrap over {over}"
 
 
 def draw_coverage(groups: Sequence[Group]) -> Any:
@@ -171,7 +180,10 @@ def _number(value: Any) -> float:
 def _with_ranges(groups: Sequence[Group], panels: Sequence[Panel]) -> Any:
     figure = draw_panels(panels)
     if any(len(group.runs) > 1 for group in groups):
-        caption(figure, "lines: means over seeds; bands: from the lowest seed to the highest")
+        bands = has_bands(panels[0].lines)
+        where = "bands" if bands else "bars, after the last step" if len(panels) == 1 else ""
+        range_ = f"; {where}: from the lowest seed to the highest" if where else ""
+        caption(figure, f"lines: means over seeds{range_}")
     return figure
 
 

@@ -17,7 +17,7 @@ from ...schemas.settings import load_config
 from ..plots.lines import Panel, draw_panels
 from ..plots.rates import curves, mean
 from ..plots.style import MARKERS, MUTED, caption, new_figure, style_of, styled, write
-from ..plots.training import rate_line
+from ..plots.training import intervals_caption, rate_line
 from ..training.validation import SAMPLED
 
 CONFIG, _ANSWERS = "study.yaml", "answers.parquet"  # in a study's folder
@@ -49,31 +49,40 @@ def plot_curves(config: StudyConfig, answers: pl.DataFrame, ablation: str, path:
     }
     lines = [rate_line(method, own, config.bootstrap) for method, own in arms.items()]
     title = f"{config.name}: {ablation}"
+    panels = [Panel(title, f"sampled pass rate on {main}", lines, share=True)]
+    seeds = max(len(own.rates) for own in arms.values())
     with styled():
-        figure = draw_panels([Panel(title, f"sampled pass rate on {main}", lines, share=True)])
-        seeds = max(len(own.rates) for own in arms.values())
-        caption(figure, f"bands: 95 % intervals, bootstrap over {seeds} seeds and the problems")
+        figure = draw_panels(panels)
+        over = f"{seeds} seeds and {next(iter(arms.values())).rates.shape[2]} problems"
+        caption(figure, intervals_caption(panels, over))
         write(figure, path)
 
 
 def plot_exposure(config: StudyConfig, answers: pl.DataFrame, ablation: str, path: Path) -> None:
-    """Σλ² against the change of the pass rate on the other splits, a point per run."""
+    """Σλ² against the change of the pass rate on the other splits, a point per run.
+
+    The splits of an exposure stand side by side.
+    """
     with styled():
         figure, (axes,) = new_figure(1, 1, 3.6)
-        for number, split in enumerate(list(config.splits)[1:]):
+        others = list(config.splits)[1:]
+        widest = answers.filter(ablation=ablation)["kl_exposure"].max()
+        apart = 0.012 * widest  # so that splits do not hide each other
+        for number, split in enumerate(others):
             exposures, changes = [], []
             for method in config.ablations[ablation]:
                 own = of_arm(answers, ablation, method)
                 rates = mean(curves(own, split, SAMPLED).rates, 2)  # (seeds, evaluations)
                 changes += (100 * (rates[:, -1] - rates[:, 0])).tolist()
                 exposures += [own["kl_exposure"].max()] * len(rates)
+            places = [exposure + apart * (number - len(others) / 2 + 0.5) for exposure in exposures]
             colour = style_of(number)["color"]
-            axes.plot(exposures, changes, MARKERS[number], alpha=0.75, label=split, color=colour)
+            axes.plot(places, changes, MARKERS[number], alpha=0.75, label=split, color=colour)
         axes.axhline(0, color=MUTED, linewidth=0.8)
         axes.set_title(f"{config.name}: {ablation}")
         axes.set_xlabel("Σλ² of the run")
         axes.set_ylabel("change of the sampled pass rate, points")
-        axes.legend(fontsize=8.5, loc="best")
+        figure.legend(fontsize=8.5, loc="outside right upper")
         write(figure, path)
 
 

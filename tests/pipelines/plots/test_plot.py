@@ -198,7 +198,7 @@ def test_agreement_shows_the_figures_of_compare(store, tmp_path, capsys):
     rows = {row["kind"]: row for row in json.loads(capsys.readouterr().out)["pairs"]}
     with style.styled():
         figure = draw_agreement(["line", "value"], store)
-    shown = {axes.get_title(): axes.texts[0].get_text() for axes in figure.axes}
+    shown = {axes.get_title(loc="left"): axes.texts[0].get_text() for axes in figure.axes}
     expected = {
         "κ, key spans": rows["key"]["kappa"],
         "κ, error spans": rows["error"]["kappa"],

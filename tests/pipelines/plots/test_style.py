@@ -3,14 +3,17 @@
 from itertools import combinations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trace_opd.pipelines.plots.style import COLOURS, DASHES, spread, style_of
 
+# On a loaded machine examples take seconds.
+_LOADED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 _PLACES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 
 
+@_LOADED
 @given(_PLACES)
 def test_labels_are_apart_within_bounds_and_in_order(wanted):
     gap = 0.08
@@ -21,6 +24,7 @@ def test_labels_are_apart_within_bounds_and_in_order(wanted):
     assert max(places) <= 1 + 1e-9
 
 
+@_LOADED
 @given(_PLACES)
 def test_labels_that_have_room_stay_where_they_are(wanted):
     apart = sorted({round(value, 1) for value in wanted})
