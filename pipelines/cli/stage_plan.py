@@ -65,7 +65,7 @@ def show_plan(name: str, config: Config, store: Store, console: Console) -> None
     console.print(f"# {found.target.ref}: {state}{parts}")
     if name == "problems" and found.plan is not None and found.plan.figures:
         console.print(figures_table(found.plan.figures))
-    if found.estimate is not None and isinstance(found.target, Draft):
+    if found.estimate is not None and found.plan and isinstance(found.target, Draft):
         console.print(estimate_view(found.estimate, found.plan, found.target))
 
 

@@ -89,8 +89,8 @@ def _but_for_the_seed(run: Dataset) -> str:
         known = dict(config)
     inputs = run.manifest["inputs"]
     known.pop("seed", None)
-    for section in (known.get("offline"), known.get("online"), known.get("teacher")):
-        for role in inputs.keys() & (section or {}).keys():
+    for section in (known.get(name) or {} for name in ("offline", "online", "teacher")):
+        for role in inputs.keys() & section.keys():
             del section[role]
     if known.get("validation"):
         known["validation"] = known["validation"] | {"problems": None}

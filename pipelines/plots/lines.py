@@ -99,7 +99,7 @@ def finish_axes(axes: Any, title: str, unit: str, share: bool) -> None:
 def label_ends(figure: Any, axes: Any, lines: Sequence[Line], labels: Sequence[str]) -> None:
     """Name each line right of its end; names that would overlap are moved apart."""
     ends = [
-        (line, line.values[np.flatnonzero(np.isfinite(line.values))[-1]])
+        (line, float(line.values[np.flatnonzero(np.isfinite(line.values))[-1]]))
         for line in lines
         if np.isfinite(line.values).any()
     ]

@@ -63,7 +63,9 @@ def styled() -> Iterator[None]:
     """Within the block figures get this look; a caller's own settings stay as they are."""
     import matplotlib as mpl
 
-    with mpl.rc_context({**mpl.rcParamsDefault, **_SETTINGS}):
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_SETTINGS)
         yield
 
 

@@ -60,13 +60,19 @@ def draw_coverage(groups: Sequence[Group]) -> Any:
     Raises:
         InputError: no run has routed tokens.
     """
-    names = [name for name in _names(groups) if name.startswith("coverage_")]
-    if not names:
+    panels = []
+    for name in _names(groups):
+        action = name.removeprefix("coverage_")
+        panel = _metric_panel(groups, name) if action != name else None
+        if panel is not None and any(np.nanmax(line.values) > 0 for line in panel.lines):
+            title, unit = f"Tokens under {action}", "share of response tokens"
+            panels.append(Panel(title, unit, panel.lines, share=True))
+    if not panels:
         raise InputError(
             f"{_all(groups)}: no step has routed tokens, so there is no coverage to draw; name "
             "runs with a divergence"
         )
-    return _with_ranges(groups, [_metric_panel(groups, name) for name in names])
+    return _with_ranges(groups, panels)
 
 
 def draw_exposure(groups: Sequence[Group]) -> Any:

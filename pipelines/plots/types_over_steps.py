@@ -19,10 +19,13 @@ _OTHERS = "other types"
 def draw_types(groups: Sequence[Group]) -> Any:
     """Shares of the responses with a type, at each online step; the seeds of a group together.
 
+    Groups without any, as GRPO's, are left out.
+
     Raises:
         InputError: no online step has annotations with a type.
     """
-    counted = [(group, _by_step(group)) for group in groups]
+    every = [(group, _by_step(group)) for group in groups]
+    counted = [(group, steps) for group, steps in every if steps]
     total: Counter[str] = Counter()
     for _, steps in counted:
         for counts in steps.values():
@@ -37,16 +40,16 @@ def draw_types(groups: Sequence[Group]) -> Any:
     shown.sort(key=[str(label) for label in TYPE_LABELS].index)
     if len(total) > _MOST:
         shown.append(_OTHERS)
-    columns = 1 if len(groups) == 1 else 2
-    rows = -(-len(groups) // columns)
+    columns = 1 if len(counted) == 1 else 2
+    rows = -(-len(counted) // columns)
     figure, axes = new_figure(rows, columns, 3.4 if columns == 1 else 2.6)
     for own, (group, steps) in zip(axes, counted, strict=False):
         _draw(own, steps, shown)
         own.set_title(group.label)
     for number, own in enumerate(axes):
-        if number >= len(groups):
+        if number >= len(counted):
             own.set_visible(False)
-        elif number + columns >= len(groups):
+        elif number + columns >= len(counted):
             own.set_xlabel("optimiser steps")
         if number % columns == 0:
             own.set_ylabel("share of typed responses")
@@ -69,15 +72,14 @@ def _draw(axes: Any, steps: dict[int, Counter[str]], shown: Sequence[str]) -> No
     for column, step in enumerate(done):
         for name, count in steps[step].items():
             counts[shown.index(name if name in shown else _OTHERS), column] += count
-    if done:
-        shares = counts / counts.sum(axis=0)
-        # A step is as wide as the next one is far, so that one step alone is seen.
-        edges = np.array([*done, done[-1] + 1]) - 0.5
-        shares = np.concatenate([shares, shares[:, -1:]], axis=1)
-        axes.stackplot(
-            edges, shares, step="post", colors=[_colour(shown, n) for n in range(len(shown))],
-            edgecolor="white", linewidth=0.4,
-        )  # fmt: skip
+    shares = counts / counts.sum(axis=0)
+    # A step is as wide as the next one is far, so that one step alone is seen.
+    edges = np.array([*done, done[-1] + 1]) - 0.5
+    shares = np.concatenate([shares, shares[:, -1:]], axis=1)
+    axes.stackplot(
+        edges, shares, step="post", colors=[_colour(shown, n) for n in range(len(shown))],
+        edgecolor="white", linewidth=0.4,
+    )  # fmt: skip
     axes.margins(x=0)
     axes.set_ylim(0, 1)
     percent(axes.yaxis)

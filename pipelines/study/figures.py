@@ -66,8 +66,8 @@ def plot_exposure(config: StudyConfig, answers: pl.DataFrame, ablation: str, pat
     with styled():
         figure, (axes,) = new_figure(1, 1, 3.6)
         others = list(config.splits)[1:]
-        widest = answers.filter(ablation=ablation)["kl_exposure"].max()
-        apart = 0.012 * widest  # so that splits do not hide each other
+        widest = answers.filter(ablation=ablation)["kl_exposure"].to_numpy().max()
+        apart = 0.012 * float(widest)  # so that splits do not hide each other
         for number, split in enumerate(others):
             exposures, changes = [], []
             for method in config.ablations[ablation]:
