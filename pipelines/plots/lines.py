@@ -1,6 +1,6 @@
 """Lines over optimiser steps, each labelled where it ends.
 
-A few lines have bands. The bands of many would hide each other: these have a bar each, beside the
+A few lines have bands. The bands of many would hide each other: these have a bar each, right of the
 last step. training.py and the study draw with it.
 """
 
@@ -63,7 +63,7 @@ def draw_panels(panels: Sequence[Panel], xlabel: str = "optimiser steps") -> Any
 
 
 def has_bands(lines: Sequence[Line]) -> bool:
-    """Whether a panel's intervals are bands; else they are bars beside the last step."""
+    """Whether a panel's intervals are bands; else they are bars right of the last step."""
     return len(lines) <= _MOST_BANDS
 
 
@@ -129,7 +129,7 @@ def _draw_bars(axes: Any, ends: Sequence[tuple[Line, float]], labels: Sequence[s
     """The interval of each line's end, the highest first; where the bars end."""
     from matplotlib.transforms import blended_transform_factory
 
-    beside = blended_transform_factory(axes.transAxes, axes.transData)
+    next_to = blended_transform_factory(axes.transAxes, axes.transData)
     in_order = sorted(ends, key=lambda end: -end[1])
     for number, (line, value) in enumerate(in_order):
         if line.low is None or line.high is None:
@@ -137,7 +137,7 @@ def _draw_bars(axes: Any, ends: Sequence[tuple[Line, float]], labels: Sequence[s
         place = 1.0 + _BAR * (number + 1)
         last = np.flatnonzero(np.isfinite(line.values))[-1]
         colour = style_of(labels.index(line.label))["color"]
-        how = {"transform": beside, "clip_on": False, "color": colour}
+        how = {"transform": next_to, "clip_on": False, "color": colour}
         axes.plot([place] * 2, [line.low[last], line.high[last]], linewidth=1.6, **how)
         axes.plot([place], [value], marker="o", markersize=3.2, **how)
     return 1.0 + _BAR * (len(ends) + 0.5)

@@ -1,4 +1,4 @@
-"""Labels beside lines keep apart, and the palette's colours differ for people who see few."""
+"""Labels at the ends of lines keep apart, and the palette's colours differ for people who see few."""
 
 from itertools import combinations
 
