@@ -1,4 +1,4 @@
-"""Labels at the ends of lines keep apart, and the palette's colours differ for people who see few."""
+"""Labels at lines' ends keep apart, and the colours differ for people who see few colours."""
 
 from itertools import combinations
 
