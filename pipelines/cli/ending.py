@@ -20,7 +20,6 @@ from ...schemas.errors import InputError, Stopped, shortened
 from ...schemas.extras import missing_extra
 from ..runtime.signals import STOP_SIGNALS
 from ..terminal import Terminal, visible
-from .error_pages import with_page
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +74,8 @@ def _exit_code(run: Callable[[], object]) -> int:
     except InputError as error:
         if _received:  # as when the interrupt ended a sampler's process too
             raise
+        from .error_pages import with_page  # imports pyarrow
+
         print_error(with_page(error))
         return error.exit_code
     except ModuleNotFoundError as error:  # a command's own imports, which come late
