@@ -21,7 +21,7 @@ MARKERS = "os^Dvp"
 FORMATS = (".png", ".svg")
 WIDTH = 7.2  # inches; a README shows about 115 pixels of each
 
-_SETTINGS = {
+_SETTINGS: Any = {
     "font.size": 9.5,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": MUTED,
