@@ -1,6 +1,6 @@
-"""Plans, datasets' figures and rollouts in the terminal.
+"""Datasets' figures and rollouts in the terminal.
 
-commands.py calls `show_plan` and `show_dataset`, `trace-opd show` also `show_rollout`.
+commands.py calls `show_dataset`, `trace-opd show` also `show_rollout`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,10 @@ from rich.text import Text
 from ...data.nearby import absent_dataset
 from ...data.row_files import skipped_faults
 from ...data.store import MANIFEST, Dataset, Store
-from ...schemas.configs import Config, TrainConfig, VerifyConfig
 from ...schemas.errors import DamagedFile, InputError
 from ...schemas.labels import Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
-from ..terminal import named, print_config
+from ..terminal import named
 from ..viewer.paint import Paint, Piece
 from ..viewer.rollout_tables import find_tables, find_vocabulary
 from ..viewer.rollout_view import PartView, RolloutView, load_rollouts
@@ -38,45 +37,6 @@ _STYLES = {Paint.PLAIN: "", Paint.MARKED: "underline", Paint.DROPPED: "dim strik
     Paint(route): _ROUTE_STYLES[(route - 1) % len(_ROUTE_STYLES)] for route in list(Route)[1:]
 }
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def show_plan(name: str, config: Config, store: Store, console: Console) -> None:
-    """Print a stage's config, and which dataset a run with it would make.
-
-    Raises:
-        InputError: the stage would refuse the request before its work.
-    """
-    from ..planning.estimate import estimate, estimate_view
-    from ..planning.judge_estimate import judge_estimates, judge_view
-    from ..stages import REGISTRY
-    from ..stages.base import Stage
-
-    print_config(config)
-    stage = REGISTRY[name].load()
-    if isinstance(config, TrainConfig):
-        from ..stages import train
-
-        _, target = train.begin(config, store)
-        parts = ""
-    elif isinstance(stage, Stage):
-        plan, target = stage.begin(config, store)
-        parts = f", {plan.parts} part{'s' if plan.parts != 1 else ''}"
-        if not isinstance(target, Dataset):
-            parts += f", {sum(map(target.has_part, range(plan.parts)))} of them there"
-    else:
-        return
-    state = "finished" if isinstance(target, Dataset) else "to be made"
-    console.print(f"# {target.ref}: {state}{parts}")
-    if name == "problems" and plan.figures:
-        console.print(_figures_table(plan.figures))
-    if name == "annotate" and not isinstance(target, Dataset):
-        found = estimate(plan, target)
-        if found is not None:
-            console.print(estimate_view(found, plan, target))
-    if isinstance(config, VerifyConfig) and not isinstance(target, Dataset):
-        for label, grades in judge_estimates(plan, target).items():
-            console.print(f"# {label}")
-            console.print(judge_view(grades, config.judges[label]))
 
 
 def show_dataset(dataset: Dataset, console: Console, names: Sequence[str] = ()) -> None:
@@ -104,7 +64,7 @@ def _summary_tables(dataset: Dataset) -> Iterator[Table]:
     if dataset.stage == "evaluate":
         yield evaluation_table(summary)
     else:
-        yield _figures_table(summary)
+        yield figures_table(summary)
     if parts:
         table = Table("part", *parts[0], box=None)
         for index, part in enumerate(parts):
@@ -112,7 +72,7 @@ def _summary_tables(dataset: Dataset) -> Iterator[Table]:
         yield table
 
 
-def _figures_table(figures: dict[str, Any]) -> Table:
+def figures_table(figures: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False)
     for key, value in figures.items():
         table.add_row(key, Text(figure(key, value)))
@@ -198,10 +158,15 @@ def show_rollout(rollout_id_prefix: str, store: Store, console: Console) -> None
     Raises:
         InputError: not exactly one rollout has an id with that prefix.
     """
-    dataset, rollout_id = _find(rollout_id_prefix, store)
+    console.print(_panel(*find_rollout(rollout_id_prefix, store)))
+
+
+def find_rollout(prefix: str, store: Store) -> tuple[RolloutView, Dataset]:
+    """A rollout as it is drawn, and the dataset it is from; see `show_rollout`."""
+    dataset, rollout_id = _find(prefix, store)
     tables = find_tables(dataset, store)
     (view,) = load_rollouts(tables, [rollout_id], find_vocabulary(dataset, tables))
-    console.print(_panel(view, dataset))
+    return view, dataset
 
 
 def _find(prefix: str, store: Store) -> tuple[Dataset, str]:

@@ -98,6 +98,19 @@ def _annotator_table(comparison: Comparison, table: pa.Table) -> Table:
     return shown
 
 
+def data(comparison: Comparison, table: pa.Table) -> dict[str, Any]:
+    """The overall rows of the table (schemas/results.py) and what they cover, for --json."""
+    return {
+        "unit": comparison.unit,
+        "unit_reason": comparison.unit_reason or None,
+        "rollouts": comparison.common,
+        "problems": len(comparison.problem_ids),
+        "alpha": comparison.alpha,
+        "datasets": {name: dataset.ref for name, dataset in comparison.datasets.items()},
+        "pairs": [row for scopes in pair_rows(comparison, table) for row in scopes.values()],
+    }
+
+
 # --- shared by both ------------------------------------------------------------------------------
 
 

@@ -83,6 +83,17 @@ def show(comparison: VerdictComparison, table: pa.Table, console: Console) -> No
     console.print(judges, highlight=False)
 
 
+def data(comparison: VerdictComparison, table: pa.Table) -> dict[str, Any]:
+    """The overall rows of the table and what they cover, for --json."""
+    return {
+        "rollouts": comparison.common,
+        "problems": len(comparison.problem_ids),
+        "correct_at": comparison.correct_at,
+        "datasets": {name: dataset.ref for name, dataset in comparison.datasets.items()},
+        "pairs": overall_rows(table),
+    }
+
+
 def summary_line(comparison: VerdictComparison) -> str:
     at = comparison.correct_at
     parts = "" if at is None else f"; parts of {_ref(comparison)}, right from {at:g} on"

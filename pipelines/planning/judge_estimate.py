@@ -1,6 +1,6 @@
 """What the judges of a verify config will be asked and cost (`trace-opd verify --dry-run`).
 
-Called by the command line (cli/show.py).
+Called by the command line (cli/stage_plan.py).
 """
 
 from collections.abc import Iterator

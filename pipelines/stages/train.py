@@ -36,7 +36,7 @@ from ..run_metrics import METRICS, read_metrics
 from ..samplers import sampling_engine
 from ..samplers.context_length import require_room, require_short_rows
 from ..samplers.vocabulary import check_vocabulary
-from ..terminal import console
+from ..terminal import say
 from ..training.loop import train_steps
 from ..training.offline import OfflineReader
 from ..training.online_tables import OnlineTables
@@ -289,7 +289,7 @@ def _summary(run: Draft, trainer: Trainer, tables: dict[str, str]) -> dict[str, 
 
 
 def _run_and_print(config: TrainConfig, store: Store) -> Dataset:
-    return run(config, store, lambda line: console.print(line, soft_wrap=True))
+    return run(config, store, say)
 
 
 STAGE = SingleStage("train", TrainConfig, _run_and_print)

@@ -13,9 +13,10 @@ import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ...schemas.configs import ReportedConfig, StudyConfig
+from ..plots.rates import curves, mean
 from ..statistics import Estimate, bootstrap_crossed
 from ..training.validation import GREEDY, SAMPLED
-from .figures import curves, mean, of_arm, pass_rate, tuning_rate
+from .figures import of_arm, pass_rate, tuning_rate
 
 _REFERENCE = "grpo"  # differences are to this arm of the same table, or of the first one
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ...data.store import Dataset, Draft, Store, content_hash
-from ...schemas.configs import SamplingConfig, TrainConfig
+from ...schemas.configs import OpenAIAnnotator, SamplingConfig, TrainConfig
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
 from ...trace.align import byte_table
@@ -27,6 +27,8 @@ from ..annotators.rows import skipped_annotations
 from ..annotators.summary import bearing, summarize
 from ..paid.bill import read_bill
 from ..paid.prices import find_price
+from ..paid.spending import open_spending
+from ..progress import show_fields
 from ..samplers import sampling_engine
 from ..samplers.engine import Follower, Training
 from ..samplers.probe import Probe
@@ -154,12 +156,17 @@ class OnlineTables:
         if not needs_annotations(online.routing):
             return None
         sampler, tokenizer = annotating or (self._sampler, self._policy.tokenizer)
+        paid: dict[str, Any] = {}
+        if engine_of(online.annotator).asks_endpoint:
+            annotator = cast(OpenAIAnnotator, online.annotator)
+            paid["spending"] = open_spending(annotator, self._journal, tell=_show_cost)
         return open_annotator(
             online.annotator,
             online.segment,
             journal=self._journal,
             sampler=sampler,
             tokenizer=tokenizer,
+            **paid,
         )
 
     def _follow(self, phase: Phase = lambda _: None) -> None:
@@ -300,6 +307,11 @@ class OnlineTables:
         for opened in self._open:
             if opened is not None:
                 opened.close()
+
+
+def _show_cost(cost: object = None, **_: object) -> None:
+    """What the annotator has cost so far, on the training's line."""
+    show_fields(cost=cost)
 
 
 def _online_drafts(store: Store, run: Draft, problems: Dataset) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .rollout_tables import (
     find_vocabulary,
 )
 from .rollout_view import RolloutReader, RolloutView, rollout_data
-from .training_curves import charts, metrics_of
+from .training_curves import charts, metrics_of, types_by_step
 
 _MOST_EVALUATIONS = 3
 
@@ -119,7 +119,7 @@ def _render(
         "rollouts": rollouts,
         "steps": [row["step"] for row in metrics],
         "phases": [row.get("phase", "") for row in metrics],
-        "charts": charts(metrics),
+        "charts": charts(metrics, types_by_step(dataset)),
     }
     return render_page(
         data,

@@ -428,7 +428,7 @@ def aliases(content: bytes) -> None:
 
 
 def _verified(store: Store) -> None:
-    found, _ = check_store(store)
+    found = check_store(store).report()
     for line in found.renderables:
         if isinstance(line, Text):
             assert line.plain.isprintable()

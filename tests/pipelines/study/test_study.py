@@ -16,8 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from trace_opd.pipelines.cli.commands import app
+from trace_opd.pipelines.plots.rates import curves
 from trace_opd.pipelines.statistics import bootstrap_crossed
-from trace_opd.pipelines.study.figures import curves, pass_rate, plot_curves, plot_exposure
+from trace_opd.pipelines.study.figures import pass_rate, plot_curves, plot_exposure
 from trace_opd.pipelines.study.page import page
 from trace_opd.pipelines.study.runs import Arm, Run, arms, chosen, results, study_runs
 from trace_opd.schemas.configs import StudyConfig, TrainConfig
