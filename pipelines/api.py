@@ -177,9 +177,8 @@ def _config(
                 "give one of those"
             )
         return override(config, overrides) if overrides else config
-    if isinstance(config, Mapping):
-        config = _with_refs(config)
-    return load_config(kind, config, overrides, stage if stage in REGISTRY else None, preset)
+    given = _with_refs(config) if isinstance(config, Mapping) else config
+    return load_config(kind, given, overrides, stage if stage in REGISTRY else None, preset)
 
 
 def _with_refs(value: Any) -> Any:

@@ -71,12 +71,13 @@ def _rollout_id(lead: Dataset, rollout: int | str) -> str:
             raise InputError(
                 f"row {rollout} is not in {lead.ref}, which has {len(ids):,} rows; count from 0"
             )
-        return ids[rollout].as_py()
-    matches = ids.filter(pc.starts_with(ids, rollout)).to_pylist() if rollout else []
+        return str(ids[rollout].as_py())
+    found = ids.filter(pc.starts_with(ids, rollout)).to_pylist() if rollout else []
+    matches = [str(match) for match in found]
     if len(matches) != 1:
-        found = "is not" if not matches else f"is ambiguous ({', '.join(matches[:3])})"
+        why = "is not" if not matches else f"is ambiguous ({', '.join(matches[:3])})"
         raise InputError(
-            f"rollout {quoted(rollout)} {found} in {lead.ref}; give the first characters of an id "
+            f"rollout {quoted(rollout)} {why} in {lead.ref}; give the first characters of an id "
             "of its column rollout_id, or a row"
         )
     return matches[0]
