@@ -17,7 +17,7 @@ def test_the_notebook_goes_from_rollouts_to_a_trained_policy(tmp_path):
     notebook = jupytext.read(ROOT / "examples" / "notebook" / "walk.py")
     client = NotebookClient(
         notebook,
-        timeout=240,
+        timeout=600,
         kernel_name="python3",
         resources={"metadata": {"path": str(tmp_path)}},
     )
