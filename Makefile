@@ -40,7 +40,7 @@ lock: setup  ## write requirements/*.lock from constraints.txt
 	$(BIN)/python .ci/lock.py
 
 demo: setup  ## run all stages of the method (MODEL=micro, or smollm2: in runs/demo-smollm2), results in runs/demo
-	$(BIN)/python -m trace_opd.pipelines.bundled.demo $(MODEL)
+	$(BIN)/trace-opd demo $(MODEL)
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -56,9 +56,12 @@ NETWORK = "downloads packages"
 # Commands that cannot run here, by a pattern that matches all of the command, and why.
 EXCUSED = {
     r"make (setup|check|test|docs)": CI,
-    r"make demo( MODEL=\w+)?": "minutes; the pipeline of the fixture stands for it",
+    r"make demo( MODEL=\w+)?|trace-opd demo": "minutes; the fixture's pipeline stands for it",
+    r"jupytext .*": "tests/pipelines/test_notebook_example.py",
+    r"trace-opd init": "asks on a terminal; tests/pipelines/cli/test_init.py",
+    r"trace-opd pipeline run\.yaml --dry-run": "needs the hub; pipelines/cli/test_init.py",
     r"make bench-(loss|step) ARGUMENTS=.*": GPU + "; small: tests/test_benchmarks.py",
-    r"pip install .*": NETWORK,
+    r"pip (install|wheel) .*": NETWORK,
     r"trace-opd view .*": SERVER + "; tests/pipelines/viewer/test_view.py",
     r"trace-opd serve( .*)?": SERVER + "; tests/test_flows.py",
     r"prefect server start.*": SERVER,
@@ -101,8 +104,8 @@ REPLACED = {
     "/data/trace-opd": "$PWD/local",
 }
 PROGRAMS = (
-    *("aws", "dask", "docker", "export", "make", "pip", "prefect", "python", "ray", "sbatch"),
-    *("source", "torchrun", "trace-opd", "uv", "vllm"),
+    *("aws", "dask", "docker", "export", "jupytext", "make", "pip", "prefect", "python", "ray"),
+    *("sbatch", "source", "torchrun", "trace-opd", "uv", "vllm"),
 )
 SHELLS = ("sh", "bash", "shell", "console")
 BLOCK = re.compile(r"^ *```([\w-]*)[^\n]*\n(.*?)^ *```|`(trace-opd [^`\n]+)`", re.M | re.S)

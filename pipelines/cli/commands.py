@@ -37,8 +37,10 @@ from ..terminal import (
 )
 from . import removal_commands
 from .contamination_command import contamination
+from .demo_command import demo
 from .ending import exit_code, log_thread_failures, stop_by_signals
 from .export import export
+from .init_command import init
 from .label_command import label
 from .options import QUIET, VERBOSE, App, AsJson
 from .plot_command import plot
@@ -48,11 +50,7 @@ from .store_commands import COMMANDS, StoreRoot, open_store
 if TYPE_CHECKING:
     from ...data.store import Store
 
-app = App(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = App(no_args_is_help=True, pretty_exceptions_enable=False)
 
 ConfigPath = Annotated[
     str | None,  # not Path: the first override may stand here, and Path turns http:// into http:/
@@ -173,11 +171,11 @@ def _report(
 for _entry in REGISTRY.values():
     _command = _report if _entry.name == "report" else _stage_command(_entry)
     app.command(_entry.name, help=_entry.summary)(_command)
-for _name, _command in (
-    COMMANDS
-    | removal_commands.COMMANDS
-    | {"export": export, "contamination": contamination, "push": push, "plot": plot}
-).items():
+_OTHERS = {
+    "export": export, "contamination": contamination, "push": push, "plot": plot, "init": init,
+    "demo": demo,
+}  # fmt: skip
+for _name, _command in (COMMANDS | removal_commands.COMMANDS | _OTHERS).items():
     app.command(_name)(_command)
 app.add_typer(label, name="label")
 
