@@ -29,7 +29,7 @@ OF_MODULE = {
     "pipelines.scoring": "docs/scores.md#score-and-train",
     "pipelines.verifiers.rewards": "docs/rewards.md",
 }
-_PACKAGE = __package__.removesuffix("pipelines.cli")
+_PACKAGE = __name__.removesuffix("pipelines.cli.error_pages")
 
 
 def with_page(error: InputError) -> str:
