@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def tidy(run: Dataset, config: TrainConfig, locked: bool) -> None:
-    """Remove a finished run's checkpoints, unless it was told to keep them.
+    """Remove a finished run's checkpoints, unless its config keeps them.
 
     Also called where the run is found finished: a run may be killed after its manifest and before
     it has removed them. locked: the caller holds the run's lock. A checkpoint that can't be removed

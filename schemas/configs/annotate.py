@@ -1,6 +1,6 @@
 """Configs of stages verify, annotate and convert."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, Tag, model_validator
 
@@ -184,7 +184,7 @@ class _OpenAIName(AnnotatorPrompt):
 
 
 class OpenAIAnnotator(PaidEndpoint, _OpenAIName):
-    role = "annotator"
+    role: ClassVar[str] = "annotator"
 
     batch: bool = operational(False, "Use OpenAI's Batch API: cheaper, with answers within a day.")
     batch_requests: int = operational(

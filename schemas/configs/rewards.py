@@ -3,7 +3,7 @@
 pipelines/verifiers/rewards has one file per class; its `__init__` maps names to files.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, Tag, field_validator, model_validator
 
@@ -110,7 +110,7 @@ class CodePart(RewardPart):
 
 
 class JudgePart(PaidEndpoint, RewardPart):
-    role = "judge"
+    role: ClassVar[str] = "judge"
 
     name: Literal["judge"] = Field(
         description="A model at an endpoint grades the response by a rubric; the value is the mean "
