@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import stat
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -256,7 +257,7 @@ def _module(place: str, label: str) -> tuple[str, ModuleType, Path | None]:
     """The hash of the source, the module, and its file."""
     file = _absolute(place) if _is_file(place) else _file_of_module(place, label)
     try:
-        source = b"" if file is None else file.read_bytes()
+        source = b"" if file is None else _source(file)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(
@@ -283,6 +284,14 @@ def _module(place: str, label: str) -> tuple[str, ModuleType, Path | None]:
             return known
         raise InputError(sentence)
     return known
+
+
+def _source(file: Path) -> bytes:
+    """Raises OSError, or ValueError for a device: /dev/zero has no end."""
+    mode = file.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError("is no regular file")
+    return file.read_bytes()
 
 
 def _executed(file: Path, source: bytes) -> ModuleType:

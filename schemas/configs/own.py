@@ -45,16 +45,20 @@ class OwnConfig(Config):
 
     def semantic(self) -> dict[str, Any]:
         """Raises InputError if there is no such code."""
-        code = self.load(self._tag())
+        code = self.load(self._where())
         return super().semantic() | {
             self._tag(): own_code.short_name(code.name),
             "source": code.sha256,
         }
 
     def located(self) -> "OwnConfig":
-        code = self.load(self._tag())
+        code = self.load(self._where())
         name = own_code.absolute_name(self.code_name)
         return self.model_copy(update={self._tag(): name, "sha256": code.sha256})
+
+    def _where(self) -> str:
+        """The config's field, for errors."""
+        return self._tag()
 
     def _tag(self) -> str:
         return next(tag for tag in ("kind", "engine", "name") if tag in type(self).model_fields)

@@ -164,6 +164,9 @@ class OwnPart(RewardPart, OwnConfig):
     options: dict[str, Any] = OPTIONS
     sha256: str | None = SHA256
 
+    def _where(self) -> str:
+        return "rewards"
+
 
 NamedPart = Annotated[
     AnswerPart | ExactPart | RegexPart | FormatPart | LengthPart | GymPart | CodePart | JudgePart,

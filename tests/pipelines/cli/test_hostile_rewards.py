@@ -121,7 +121,7 @@ def test_a_function_that_cannot_be_a_reward_is_refused(command, refused, part):
     said = [refused("verify", "rollouts=done", change)]
     steps = ["online.problems=made", "offline.steps=0", "online.steps=1"]
     said.append(refused("train", CONFIG, *steps, f"online.verify.{change}"))
-    assert all("rewards" in one for one in said)
+    assert all("rewards" in one for one in said), said
 
 
 VLLM = "teacher={engine: vllm, base_url: 'http://localhost:1/v1', model: m}"
