@@ -21,6 +21,7 @@ _EXTRAS = (
     "vllm",
     "gguf",
     "trackers",
+    "harness",
     "ray",
     "dask",
 )

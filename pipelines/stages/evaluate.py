@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ...data.store import Dataset, Draft, Store, content_hash
 from ...schemas.configs import AnswerReward, EvaluateConfig, VerifyConfig
@@ -143,11 +142,13 @@ def verdicts_of_answers(
     """
     if config.rewards or not isinstance(config.reward, AnswerReward):
         return {}
-    cut = pc.and_kleene(
-        pc.equal(verdicts["status"], VerdictStatus.TRUNCATED.value),
-        pc.and_(pc.is_valid(verdicts["parsed_answer"]), pc.is_valid(verdicts["correct"])),
-    )
-    found = rollouts.filter(cut).select(JUDGED_COLUMNS)
+    cut = [
+        row["status"] == VerdictStatus.TRUNCATED
+        and row["parsed_answer"] is not None
+        and row["correct"] is not None
+        for row in verdicts.select(["status", "parsed_answer", "correct"]).to_pylist()
+    ]
+    found = rollouts.filter(pa.array(cut, pa.bool_())).select(JUDGED_COLUMNS)
     if not found.num_rows:
         return {}
     where = found.schema.get_field_index("finish_reason")
