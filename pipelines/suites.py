@@ -22,8 +22,8 @@ NO_FIGURE = {"value": None, "ci95": None}
 
 @dataclass(frozen=True)
 class Suite:
-    """presets: of source hub, in the table's order. settings: of EvaluateConfig, those of whoever
-    reports figures on the suite."""
+    """presets: of source hub, in the table's order. settings: of EvaluateConfig, by key, as in the
+    source of the suite's reported figures."""
 
     presets: tuple[str, ...]
     settings: dict[str, Any]

@@ -52,7 +52,7 @@ from ..suites import benchmarks, require_suite
 from ..verifiers.registry import open_verifier
 from .inspect_figures import VERDICT, avg_at, estimate, maj_at, pass_at
 
-# Whose servers take vLLM's fields beside OpenAI's own; others refuse them.
+# Providers whose servers take vLLM's fields in addition to OpenAI's; others refuse them.
 _TAKE_EXTRA_FIELDS = {"openai-api", "vllm", "sglang"}
 _MESSAGES = {
     "system": ChatMessageSystem,
