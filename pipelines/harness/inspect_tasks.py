@@ -8,6 +8,8 @@ config as stage evaluate, and ask each response with the seed that the stage wou
 
 import asyncio
 import atexit
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -36,6 +38,7 @@ from inspect_ai.solver import (  # pyright: ignore[reportMissingImports]
     TaskState,
     solver,
 )
+from rich.markup import escape
 
 from ...data.store import Dataset, Store
 from ...schemas.configs import EvaluateConfig
@@ -75,10 +78,11 @@ def problems(
     problems: alias, id or stage/id; None: the config's. config: YAML of stage evaluate, or of a
     pipeline with that section. set: overrides of it, key=value.
     """
-    loaded = _config(config, set)
-    if problems is not None:
-        loaded = loaded.model_copy(update={"problems": problems})
-    return _task(loaded, [Store(store).get(loaded.problems, PROBLEMS)])
+    with _sentences():
+        loaded = _config(config, set)
+        if problems is not None:
+            loaded = loaded.model_copy(update={"problems": problems})
+        return _task(loaded, [Store(store).get(loaded.problems, PROBLEMS)])
 
 
 @task
@@ -93,15 +97,31 @@ def suite(
 
     limit: its --suite-limit. The other parameters are those of `problems`.
     """
-    loaded = _config(config, set)
-    require_suite(name, loaded)
-    found = list(benchmarks(name, Store(store), limit))
-    if missing := [one.preset for one in found if one.problems is None]:
-        raise InputError(
-            f"{', '.join(missing)}: not in store {store}; download with `trace-opd problems` or "
-            f"`trace-opd evaluate --suite {name}`"
-        )
-    return _task(loaded, [one.problems for one in found if one.problems is not None])
+    with _sentences():
+        loaded = _config(config, set)
+        require_suite(name, loaded)
+        found = list(benchmarks(name, Store(store), limit))
+        if missing := [one.preset for one in found if one.problems is None]:
+            raise InputError(
+                f"{', '.join(missing)}: not in store {store}; run `trace-opd evaluate --suite "
+                f"{name}` first, which downloads them"
+            )
+        return _task(loaded, [one.problems for one in found if one.problems is not None])
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Raise a user's mistake as the exception that Inspect prints without a traceback."""
+    try:
+        yield
+    except InputError as error:
+        try:
+            from inspect_ai._util.error import (  # pyright: ignore[reportMissingImports]
+                PrerequisiteError,
+            )
+        except ImportError:  # it is not public
+            raise error from None
+        raise PrerequisiteError(escape(str(error))) from None
 
 
 def _config(path: str | None, overrides: str | list[str] | None) -> EvaluateConfig:

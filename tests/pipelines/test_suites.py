@@ -1,7 +1,5 @@
 """`trace-opd evaluate --suite`: the paper's benchmarks, from local copies of the hub's layouts."""
 
-import csv
-import json
 import re
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ from trace_opd.pipelines.cli import main
 from trace_opd.pipelines.models import MICRO
 from trace_opd.pipelines.suites import SUITES, differences, suite_summary
 from trace_opd.schemas.configs import EvaluateConfig, PolicyConfig, SamplingConfig
+from trace_opd.tests.pipelines.hub_layouts import write_benchmarks
 
 SMALL = [
     f"policy.path={MICRO}", "k=2", "sampling.max_new_tokens=48", "bootstrap=100",
@@ -29,31 +28,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("trace_opd.pipelines.cli.suite.console", Console(width=200))
-    sums = [(f"{n}1+{n}3", str(20 * n + 4)) for n in (1, 2, 3)]
-    jsonl = {
-        "HuggingFaceH4/MATH-500/test.jsonl": "problem",
-        "HuggingFaceH4/aime_2024/data/train-00000-of-00001.jsonl": "problem",
-        "math-ai/aime25/test.jsonl": "problem",
-        "math-ai/amc23/test-00000-of-00001.jsonl": "question",
-    }
-    for path, column in jsonl.items():
-        file = tmp_path / path
-        file.parent.mkdir(parents=True)
-        rows = [{column: text, "answer": answer, "solution": "s"} for text, answer in sums]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = tmp_path / "Idavidrein" / "gpqa"
-    folder.mkdir(parents=True)
-    with (folder / "gpqa_diamond.csv").open("w", newline="") as file:
-        names = [f"Incorrect Answer {number}" for number in (1, 2, 3)]
-        writer = csv.DictWriter(file, ["Question", "Correct Answer", "Explanation", *names])
-        writer.writeheader()
-        for text, answer in sums:
-            wrong = {name: f"{at}" for at, name in enumerate(names)}
-            writer.writerow({"Question": text, "Correct Answer": answer, "Explanation": ""} | wrong)
-    (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: gpqa_diamond\n  data_files:\n  - split: train\n"
-        "    path: gpqa_diamond.csv\n---\n"
-    )
+    write_benchmarks(tmp_path)
     return tmp_path
 
 

@@ -4,12 +4,15 @@ Run where inspect_ai is installed (extra harness), else skipped.
 """
 
 import math
+import re
 
 import pytest
+from datasets import config as datasets_config
 
 pytest.importorskip("inspect_ai")
 
 from inspect_ai import eval as inspect_eval
+from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.log import EvalLog, read_eval_log
 from inspect_ai.scorer import CORRECT, INCORRECT, Score
 
@@ -18,10 +21,11 @@ from trace_opd.pipelines.harness.inspect_figures import VERDICT, avg_at, maj_at,
 from trace_opd.pipelines.harness.inspect_tasks import problems, suite
 from trace_opd.pipelines.models import MICRO
 from trace_opd.pipelines.pipeline import run_stage
+from trace_opd.pipelines.suites import evaluate_benchmark, make_problems, suite_summary
 from trace_opd.schemas.configs import EvaluateConfig, ProblemsConfig
-from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config
 from trace_opd.tests.pipelines.harness.served import serving_micro
+from trace_opd.tests.pipelines.hub_layouts import write_benchmarks
 
 NAMES = ("avg", "pass", "maj")
 
@@ -126,6 +130,46 @@ def test_reducers_follow_the_rules_of_the_stage():
     assert all(math.isnan(value) for value in reduced([unscored, unscored]))
 
 
-def test_a_suite_whose_benchmarks_are_not_there_says_so(tmp_path):
-    with pytest.raises(InputError, match=r"math-500, .*: not in store .*evaluate --suite paper"):
-        suite(store=str(tmp_path))
+def test_a_suite_is_one_task_with_the_mean_of_its_benchmarks(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    write_benchmarks(tmp_path)
+    store = Store(tmp_path / "store")
+    with serving_micro() as (url, _):
+        small = ["k=2", "bootstrap=100", "verify.workers=1", "sampling.max_new_tokens=48"]
+        served = f"sampler={{engine: openai, base_url: {url}, api_key_env: null}}"
+        config = load_config(EvaluateConfig, None, [f"policy.path={MICRO}", served, *small])
+        found = make_problems("paper", store, 2)
+        made = {one.preset: evaluate_benchmark(one, config, store, "ours") for one in found}
+        ours = suite_summary(config, made)["policies"]["base"]
+        monkeypatch.setenv("LOCAL_API_KEY", "none")
+        (log,) = inspect_eval(
+            suite(set=small, store=str(store.root), limit=2),
+            model="openai-api/local/micro",
+            model_base_url=url,
+            log_dir=str(tmp_path / "logs"),
+            display="none",
+        )
+    assert log.status == "success"
+    assert log.results is not None
+    for score in log.results.scores:
+        figure = str(score.reducer).replace("_at_", "@")
+        values = {name: round(metric.value, 6) for name, metric in score.metrics.items()}
+        sources = {name: own[figure]["value"] for name, own in ours["sources"].items()}
+        low, high = ours[figure]["ci95"]
+        assert values == sources | {"mean": ours[figure]["value"], "low": low, "high": high}
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda store: suite(store=store), r"math-500, .*: not in store .*evaluate --suite paper"),
+        (lambda store: suite("papers", store=store), "--suite 'papers' is unknown"),
+        (lambda store: problems("mine", store=store), "dataset 'mine' is not in store"),
+        (lambda store: problems(set="kk=3", store=store), "kk: unknown key"),
+    ],
+)
+def test_a_mistake_is_a_sentence_that_inspect_prints_without_a_traceback(make, expected, tmp_path):
+    with pytest.raises(PrerequisiteError) as raised:
+        make(str(tmp_path))
+    assert re.search(expected, str(raised.value.message))
