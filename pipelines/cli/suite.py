@@ -44,7 +44,9 @@ def run_suite(
     if dry_run:
         console.print(_plan(name, config, store, prefix, limit))
         return
-    found = make_problems(name, store, limit)  # all, so that a fault shows before the sampling
+    found = make_problems(name, store, limit)
+    for one in found:  # faults of all show before the sampling
+        begin(one, config, store)
     made = {}
     for one in found:
         made[one.preset] = evaluate_benchmark(one, config, store, prefix)

@@ -6,12 +6,13 @@ Inspect loads this file by its entry point; nothing of trace_opd imports it. The
 config as stage evaluate, and ask each response with the seed that the stage would ask it with.
 """
 
-import asyncio
 import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import pyarrow as pa
 from inspect_ai import Epochs, Task, task  # pyright: ignore[reportMissingImports] - extra harness
 from inspect_ai.dataset import MemoryDataset, Sample  # pyright: ignore[reportMissingImports]
@@ -192,7 +193,7 @@ def answer_verdict(config: dict[str, Any]) -> Scorer:
     loaded = EvaluateConfig.model_validate(config)
     verifier = open_verifier(loaded.verify)
     atexit.register(verifier.close)  # Inspect does not say when a task ends
-    one_at_a_time = asyncio.Lock()
+    one_at_a_time = anyio.Lock()
 
     def judge(row: dict[str, Any], response: str, cut: bool, name: str) -> dict[str, Any]:
         problem = PROBLEMS.table([row])
@@ -213,11 +214,12 @@ def answer_verdict(config: dict[str, Any]) -> Scorer:
         return verdict | {"answer_correct": judged.get(name)}
 
     async def score(state: TaskState, target: Target) -> Score:
-        response = _text(state)
+        response = response_text(state)
         cut = state.output.stop_reason in _CUT
         name = f"{state.sample_id}-{state.epoch}"
         async with one_at_a_time:
-            verdict = await asyncio.to_thread(judge, state.metadata["row"], response, cut, name)
+            row = state.metadata["row"]
+            verdict = await anyio.to_thread.run_sync(judge, row, response, cut, name)
         about = {"answer": verdict["parsed_answer"], "explanation": f"status {verdict['status']}"}
         about["metadata"] = {VERDICT: verdict}
         if verdict["correct"] is None:
@@ -227,7 +229,7 @@ def answer_verdict(config: dict[str, Any]) -> Scorer:
     return score
 
 
-def _text(state: TaskState) -> str:
+def response_text(state: TaskState) -> str:
     """The response with its thinking, which Inspect takes out of the text."""
     content = state.output.message.content if state.output.choices else ""
     if isinstance(content, str):

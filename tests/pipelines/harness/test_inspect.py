@@ -14,11 +14,19 @@ pytest.importorskip("inspect_ai")
 from inspect_ai import eval as inspect_eval
 from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.log import EvalLog, read_eval_log
+from inspect_ai.model import (
+    ChatMessageAssistant,
+    ContentReasoning,
+    ContentText,
+    ModelName,
+    ModelOutput,
+)
 from inspect_ai.scorer import CORRECT, INCORRECT, Score
+from inspect_ai.solver import TaskState
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.harness.inspect_figures import VERDICT, avg_at, maj_at, pass_at
-from trace_opd.pipelines.harness.inspect_tasks import problems, suite
+from trace_opd.pipelines.harness.inspect_tasks import problems, response_text, suite
 from trace_opd.pipelines.models import MICRO
 from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.suites import evaluate_benchmark, make_problems, suite_summary
@@ -106,6 +114,15 @@ def test_thinking_reaches_the_server_and_the_log(tmp_path, monkeypatch):
     assert log.eval.metadata["thinking"] is False
     for body in (*ours, *theirs):
         assert body["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_the_verifier_sees_a_response_with_its_thinking():
+    thought, answer = "Is it \\boxed{3}?", "So \\boxed{2}."
+    content = [ContentReasoning(reasoning=thought), ContentText(text=answer)]
+    output = ModelOutput.from_message(ChatMessageAssistant(content=content))
+    name = ModelName("openai-api/local/m")
+    state = TaskState(name, sample_id="p", epoch=1, input="", messages=[], output=output)
+    assert response_text(state) == f"<think>\n{thought}\n</think>\n\n{answer}"
 
 
 def score(value: str, answer: str | None, judged: bool | None = None, status: str = "ok") -> Score:
