@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 LABEL_STUDIO_VENV ?= .venv-label-studio
+HARNESS_VENV ?= .venv-harness
 MODEL ?= micro
 TORCH ?= cpu
 SECONDS ?= 120
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-trackers test-triton test-vllm test-label-studio check deployments audit fuzz bench-annotate bench-clip bench-collapse bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
+.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-trackers test-triton test-vllm test-label-studio test-harness check deployments audit fuzz bench-annotate bench-clip bench-collapse bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -92,6 +93,18 @@ $(LABEL_STUDIO_VENV)/.installed:
 
 test-label-studio: setup $(LABEL_STUDIO_VENV)/.installed  ## label in a real Label Studio, by its API and by mouse
 	LABEL_STUDIO=$(LABEL_STUDIO_VENV)/bin/label-studio $(BIN)/python -m pytest tests/label_studio
+
+# Inspect and lm-eval need an older fsspec than constraints.txt; all else is that of $(VENV).
+$(HARNESS_VENV)/.installed:
+	$(PYTHON) -m venv $(HARNESS_VENV)
+	$(HARNESS_VENV)/bin/pip install --quiet --disable-pip-version-check inspect-ai==0.3.285 "lm-eval[api]==0.4.13" openai "transformers<5.20"
+	other=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
+	own=$$($(HARNESS_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])'); \
+	echo "import site; site.addsitedir('$$other')" > $$own/trace_opd.pth
+	touch $@
+
+test-harness: setup $(HARNESS_VENV)/.installed  ## evaluate with real Inspect and real lm-eval
+	$(HARNESS_VENV)/bin/python -m pytest tests/pipelines/harness
 
 deployments: setup  ## write the stages' deployments into prefect.yaml and deploy/kubernetes/prefect.yaml
 	$(BIN)/python .ci/deployments.py

@@ -23,6 +23,7 @@ _EXTRAS = (
     "trackers",
     "trl",
     "prime-rl",
+    "harness",
     "ray",
     "dask",
 )

@@ -28,8 +28,8 @@ EVALUATIONS = make_contract(
         described(
             "majority_correct",
             pa.float32(),
-            "Probability that the majority answer is right; a truncated sample has no vote. Null "
-            "without a scored sample.",
+            "Probability that the majority answer is right; a truncated sample votes for the "
+            "answer found in it. Null without a scored sample.",
             True,
         ),
         described(

@@ -79,6 +79,8 @@ EXCUSED = {
     r"trace-opd score .*teacher\.engine=vllm .*": (
         "needs a vLLM server; tests/pipelines/scoring/test_vllm.py"
     ),
+    r"inspect eval .*": "make test-harness; tests/pipelines/harness/test_inspect_command.py",
+    r"lm_eval run .*": "make test-harness; tests/pipelines/harness/test_lm_eval.py",
     r"(dask|ray) .*": CLUSTER,
     r"(docker build|sbatch) .*": CLUSTER,
     r"aws s3api .*": "needs a bucket of yours",
@@ -104,8 +106,19 @@ REPLACED = {
     "/data/trace-opd": "$PWD/local",
 }
 PROGRAMS = (
-    *("aws", "dask", "docker", "export", "jupytext", "make", "pip", "prefect", "python", "ray"),
-    *("sbatch", "source", "torchrun", "trace-opd", "uv", "vllm"),
+    *(
+        "aws",
+        "dask",
+        "docker",
+        "export",
+        "inspect",
+        "jupytext",
+        "lm_eval",
+        "make",
+        "pip",
+        "prefect",
+    ),
+    *("python", "ray", "sbatch", "source", "torchrun", "trace-opd", "uv", "vllm"),
 )
 SHELLS = ("sh", "bash", "shell", "console")
 BLOCK = re.compile(r"^ *```([\w-]*)[^\n]*\n(.*?)^ *```|`(trace-opd [^`\n]+)`", re.M | re.S)

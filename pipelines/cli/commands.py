@@ -76,8 +76,22 @@ Output = Annotated[
     Path | None, typer.Option(dir_okay=False, help="HTML file; default: in the dataset's folder.")
 ]
 
+SuiteName = Annotated[
+    str | None,
+    typer.Option("--suite", help="Benchmarks by name instead of `problems`: paper."),
+]
+SuiteLimit = Annotated[
+    int | None,
+    typer.Option("--suite-limit", min=1, help="At most this many problems of each benchmark."),
+]
+
 # Options that only the commands of some stages have.
-_STAGE_OPTIONS = {"annotate": "keep_failed", "convert": "preset", "train": "preset"}
+_STAGE_OPTIONS = {
+    "annotate": {"keep_failed"},
+    "convert": {"preset"},
+    "train": {"preset"},
+    "evaluate": {"suite", "suite_limit"},
+}
 
 
 def _stage_command(entry: StageEntry) -> Callable[..., None]:
@@ -87,6 +101,8 @@ def _stage_command(entry: StageEntry) -> Callable[..., None]:
         config: ConfigPath = None,
         overrides: Overrides = None,
         preset: PresetName = None,
+        suite: SuiteName = None,
+        suite_limit: SuiteLimit = None,
         store: StoreRoot = "store",
         alias: Alias = None,
         keep_failed: KeepFailed = False,
@@ -96,9 +112,16 @@ def _stage_command(entry: StageEntry) -> Callable[..., None]:
         kept = ["annotator.keep_failed=true"] if keep_failed else []
         changes = [*(overrides or []), *kept]
         loaded = _load(entry.config_type, config, changes, entry.name, preset)
+        if suite is not None:
+            from .suite import run_suite
+
+            run_suite(suite, loaded, open_store(store), alias, suite_limit, dry_run, as_json)
+            return
+        if suite_limit is not None:
+            raise InputError("--suite-limit is given without --suite; add --suite, or leave it out")
         _run_stage(entry.name, loaded, open_store(store), alias, dry_run, as_json)
 
-    left_out = {"keep_failed", "preset"} - {_STAGE_OPTIONS.get(entry.name)}
+    left_out = set[str]().union(*_STAGE_OPTIONS.values()) - _STAGE_OPTIONS.get(entry.name, set())
     full = inspect.signature(command)
     kept = [one for name, one in full.parameters.items() if name not in left_out]
     command.__signature__ = full.replace(parameters=kept)  # pyright: ignore[reportFunctionMemberAccess]

@@ -6,8 +6,9 @@ figure is the unweighted mean of theirs (METHOD.md, "The paper's settings").
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,20 @@ import polars as pl
 import pyarrow as pa
 
 from ...data.store import Dataset, Draft, Store, content_hash
-from ...schemas.configs import EvaluateConfig
+from ...schemas.configs import AnswerReward, EvaluateConfig, VerifyConfig
 from ...schemas.errors import DamagedFile, InputError
-from ...schemas.labels import VerdictStatus
+from ...schemas.labels import FinishReason, VerdictStatus
 from ...schemas.results import EVALUATIONS
 from ...schemas.tables import PROBLEMS
 from ...trace.identity import cached_sha256
+from ...trace.protocols import Verifier
 from ..samplers import sampling_engine
 from ..samplers.context_length import require_room
 from ..samplers.kept import keeping
 from ..samplers.rollouts import require_planned, rollouts_table
 from ..statistics import answers_by_problem, bootstrap_mean, pass_at_k
 from ..verifiers.registry import judges_bills, keep_answers, open_verifier, verifier_identity
+from ..verifiers.verdicts import JUDGED_COLUMNS
 from .base import PartMaker, Plan, Stage
 
 BASE, TRAINED = "base", "trained"
@@ -119,15 +122,57 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
                     problems, sampler, tokenizer, config.prompt, config.sampling, size, seed
                 )
             verdicts = verifier.verify(problems, rollouts)
-            return evaluation_rows(role, problems, rollouts, verdicts, config.seed)
+            judged = verdicts_of_answers(config.verify, verifier, problems, rollouts, verdicts)
+            return evaluation_rows(role, problems, rollouts, verdicts, config.seed, judged)
 
         yield make
 
 
+def verdicts_of_answers(
+    config: VerifyConfig,
+    verifier: Verifier,
+    problems: pa.Table,
+    rollouts: pa.Table,
+    verdicts: pa.Table,
+) -> dict[str, bool]:
+    """Whether the answers found in truncated responses are right, by rollout id; for maj@k.
+
+    A truncated response has no reward, so its verdict does not say. Rewards of one's own and of
+    several parts are not asked: they are never shown a truncated response.
+    """
+    if config.rewards or not isinstance(config.reward, AnswerReward):
+        return {}
+    cut = [
+        row["status"] == VerdictStatus.TRUNCATED
+        and row["parsed_answer"] is not None
+        and row["correct"] is not None
+        for row in verdicts.select(["status", "parsed_answer", "correct"]).to_pylist()
+    ]
+    found = rollouts.filter(pa.array(cut, pa.bool_())).select(JUDGED_COLUMNS)
+    if not found.num_rows:
+        return {}
+    where = found.schema.get_field_index("finish_reason")
+    field = found.schema.field(where)
+    ended = pa.array([FinishReason.STOP.value] * found.num_rows, pa.string()).cast(field.type)
+    judged = verifier.verify(problems, found.set_column(where, field, ended))
+    return {
+        row["rollout_id"]: bool(row["correct"])
+        for row in judged.select(["rollout_id", "correct"]).to_pylist()
+    }
+
+
 def evaluation_rows(
-    role: str, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table, seed: int
+    role: str,
+    problems: pa.Table,
+    rollouts: pa.Table,
+    verdicts: pa.Table,
+    seed: int,
+    judged: Mapping[str, bool] = MappingProxyType({}),
 ) -> pa.Table:
-    """One evaluations row per problem from its rollouts and their verdicts."""
+    """One evaluations row per problem from its rollouts and their verdicts.
+
+    judged: of `verdicts_of_answers`.
+    """
     answers = answers_by_problem(rollouts.to_pylist(), verdicts.to_pylist())
     rows = []
     for problem in problems.select(["problem_id", "source"]).to_pylist():
@@ -141,7 +186,7 @@ def evaluation_rows(
             | {
                 "evaluation_id": content_hash(key),
                 "policy": role,
-                "majority_correct": majority_correct(own.scored),
+                "majority_correct": majority_correct(own.scored, judged),
                 "mean_tokens": None if own.tokens is None else own.tokens / len(own.rollouts),
                 "unscored": len(own.rollouts) - len(own.scored),
             }
@@ -149,19 +194,26 @@ def evaluation_rows(
     return EVALUATIONS.table(rows)
 
 
-def majority_correct(verdicts: list[dict]) -> float | None:
+def majority_correct(
+    verdicts: list[dict], judged: Mapping[str, bool] = MappingProxyType({})
+) -> float | None:
     """Chance that the commonest answer is right, ties broken at random; None without verdicts.
 
     Right answers count as one, however they are written; wrong ones by their text. No answer is no
-    vote, and neither is what a truncated response has so far.
+    vote. A truncated response votes for the answer found in it: avg@k calls it wrong for having no
+    end, but here the answer counts. It is right by `judged` (whether so, by rollout id), or if a
+    right response has the same text.
     """
     if not verdicts:
         return None
+    given = [verdict for verdict in verdicts if verdict["parsed_answer"] is not None]
+    right = {verdict["parsed_answer"].strip() for verdict in given if verdict["correct"]}
     votes: Counter[str | bool] = Counter()
-    for verdict in verdicts:
-        ended = verdict["status"] != VerdictStatus.TRUNCATED
-        if ended and verdict["parsed_answer"] is not None:
-            votes[True if verdict["correct"] else verdict["parsed_answer"].strip()] += 1
+    for verdict in given:
+        text, correct = verdict["parsed_answer"].strip(), verdict["correct"]
+        if verdict["status"] == VerdictStatus.TRUNCATED:
+            correct = judged.get(verdict["rollout_id"], text in right)
+        votes[True if correct else text] += 1
     if not votes:
         return 0.0
     top = max(votes.values())

@@ -1,5 +1,6 @@
 """Figures of an evaluation: pass@k, majority votes, intervals, the paired difference."""
 
+from contextlib import closing
 from itertools import combinations
 from math import comb
 
@@ -17,9 +18,11 @@ from trace_opd.pipelines.stages.evaluate import (
     evaluation_rows,
     majority_correct,
     summarize,
+    verdicts_of_answers,
 )
 from trace_opd.pipelines.statistics import Estimate, bootstrap_mean, pass_at_k
-from trace_opd.schemas.configs import EvaluateConfig
+from trace_opd.pipelines.verifiers.registry import open_verifier
+from trace_opd.schemas.configs import EvaluateConfig, VerifyConfig
 from trace_opd.schemas.contract import validate
 from trace_opd.schemas.results import EVALUATIONS
 from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS, VERDICTS
@@ -51,11 +54,14 @@ def test_pass_at_k_in_closed_form():
 
 
 def verdict(parsed: str | None, correct: bool, status: str = "ok") -> dict:
-    return {"parsed_answer": parsed, "correct": correct, "status": status}
+    return {"parsed_answer": parsed, "correct": correct, "status": status, "rollout_id": parsed}
 
 
 RIGHT, OTHER_RIGHT = verdict("1/2", True), verdict("0.5", True)
-CUT_RIGHT, CUT_WRONG = (verdict(answer, False, "truncated") for answer in ("1/2", "2"))
+CUT_RIGHT, CUT_ALSO, CUT_WRONG, CUT_SILENT = (
+    verdict(answer, False, "truncated") for answer in ("1/2", "2/4", "2", None)
+)
+JUDGED = {"1/2": True, "2/4": True, "2": False}  # the answers of truncated responses
 WRONG, OTHER_WRONG, SILENT = verdict("2", False), verdict("3", False), verdict(None, False)
 
 
@@ -75,17 +81,25 @@ WRONG, OTHER_WRONG, SILENT = verdict("2", False), verdict("3", False), verdict(N
         # A sample without an answer does not vote.
         ([SILENT, SILENT, SILENT, RIGHT], 1.0),
         ([SILENT, SILENT], 0.0),
-        # Neither does a truncated one, whatever it has found so far.
-        ([CUT_WRONG, CUT_WRONG, RIGHT], 1.0),
-        ([CUT_RIGHT, CUT_RIGHT, RIGHT], 1.0),
-        ([CUT_RIGHT, CUT_RIGHT, CUT_RIGHT, RIGHT, WRONG], 0.5),
-        ([CUT_RIGHT, WRONG], 0.0),
-        ([CUT_WRONG, CUT_RIGHT], 0.0),
+        ([CUT_SILENT, CUT_SILENT, RIGHT], 1.0),
+        # A truncated one votes for the answer found in it, right or wrong.
+        ([CUT_WRONG, CUT_WRONG, RIGHT], 0.0),
+        ([CUT_WRONG, WRONG, RIGHT], 0.0),
+        ([CUT_RIGHT, CUT_ALSO, WRONG], 1.0),
+        ([CUT_RIGHT, WRONG], 0.5),
+        ([CUT_WRONG, CUT_RIGHT, CUT_ALSO], 1.0),
         ([], None),
     ],
 )
 def test_the_majority_answer_by_hand(verdicts, expected):
-    assert majority_correct(verdicts) == (None if expected is None else pytest.approx(expected))
+    found = majority_correct(verdicts, JUDGED)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_without_a_judge_a_truncated_answer_is_right_if_a_right_response_has_its_text():
+    assert majority_correct([CUT_RIGHT, CUT_RIGHT, WRONG]) == 0.0  # "1/2" is right by no verdict
+    assert majority_correct([CUT_RIGHT, RIGHT, WRONG]) == 1.0
+    assert majority_correct([CUT_ALSO, RIGHT]) == 0.5
 
 
 # --- bootstrap ---
@@ -197,10 +211,35 @@ def test_a_problems_row_without_data_is_null_not_0():
     assert row["mean_tokens"] is None
 
 
-def test_a_truncated_sample_has_no_vote():
+def test_a_truncated_sample_votes_for_its_answer_and_is_wrong_in_the_count():
     cut = {"reward": 0.0, "parsed": "3", "tokens": 64, "finish": "length", "status": "truncated"}
     (row,) = evaluated({"p": [cut, cut, {"reward": 1.0, "parsed": "2", "tokens": 9}]}).to_pylist()
-    assert (row["k"], row["correct"], row["majority_correct"]) == (3, 1, 1.0)
+    assert (row["k"], row["correct"], row["majority_correct"]) == (3, 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("truncated", "expected"), [("zero", {"r0": True, "r1": False}), ("mask", {})]
+)
+def test_the_verifier_says_which_answers_of_truncated_responses_are_right(truncated, expected):
+    texts = ["so \\boxed{4/2}. Or is", "so \\boxed{3}. Or is", "so it is", "so \\boxed{2}."]
+    problems = PROBLEMS.table(
+        [{"problem_id": "p", "problem": "1+1", "answer": "2", "answer_kind": "math", "source": "s",
+          "split": "test"}]
+    )  # fmt: skip
+    rollouts = pa.table(
+        {
+            "rollout_id": [f"r{index}" for index in range(4)],
+            "problem_id": ["p"] * 4,
+            "group_id": ["g"] * 4,
+            "response": texts,
+            "finish_reason": ["length", "length", "length", "stop"],
+        }
+    )
+    config = VerifyConfig(workers=1, truncated=truncated)
+    with closing(open_verifier(config)) as verifier:
+        verdicts = verifier.verify(problems, rollouts)
+        found = verdicts_of_answers(config, verifier, problems, rollouts, verdicts)
+    assert found == expected
 
 
 def test_rows_come_in_the_problems_order_with_ids_of_their_own():

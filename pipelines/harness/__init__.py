@@ -1,0 +1,1 @@
+"""Our problems, verifier and figures inside other people's evaluation harnesses."""
