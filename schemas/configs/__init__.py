@@ -73,6 +73,7 @@ from .train import (
     TrainConfig,
     ValidationConfig,
 )
+from .world import WorldConfig
 
 __all__ = [
     "AnnotateConfig",
@@ -148,6 +149,7 @@ __all__ = [
     "VllmSampler",
     "VllmTeacher",
     "WordProblemsSource",
+    "WorldConfig",
     "located",
     "operational",
     "own_sources",
