@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+LABEL_STUDIO_VENV ?= .venv-label-studio
 MODEL ?= micro
 TORCH ?= cpu
 SECONDS ?= 120
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-triton test-vllm check deployments audit fuzz bench-annotate bench-clip bench-collapse bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
+.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-trackers test-triton test-vllm test-label-studio check deployments audit fuzz bench-annotate bench-clip bench-collapse bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -39,7 +40,7 @@ lock: setup  ## write requirements/*.lock from constraints.txt
 	$(BIN)/python .ci/lock.py
 
 demo: setup  ## run all stages of the method (MODEL=micro, or smollm2: in runs/demo-smollm2), results in runs/demo
-	$(BIN)/python -m trace_opd.pipelines.bundled.demo $(MODEL)
+	$(BIN)/trace-opd demo $(MODEL)
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -65,6 +66,10 @@ test-cluster: setup  ## run stages on Ray's and Dask's worker processes
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,dask]'
 	$(BIN)/python -m pytest tests/cluster tests/cluster/killed_and_alone.py
 
+test-trackers: setup  ## write to W&B, trackio and MLflow offline, and read it back
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trackers]'
+	$(BIN)/python -m pytest tests/pipelines/training/test_tracking.py
+
 $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[pipelines,problems,gguf,dev]'
@@ -79,6 +84,14 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
 test-vllm: $(VLLM_VENV)/.installed  ## train online with real vLLM, in process and as servers
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm --durations=10
 	$(VLLM_VENV)/bin/python -m pytest tests/pipelines/samplers/test_vllm.py
+
+$(LABEL_STUDIO_VENV)/.installed:
+	$(PYTHON) -m venv $(LABEL_STUDIO_VENV)
+	$(LABEL_STUDIO_VENV)/bin/pip install --quiet --disable-pip-version-check label-studio==1.23.2
+	touch $@
+
+test-label-studio: setup $(LABEL_STUDIO_VENV)/.installed  ## label in a real Label Studio, by its API and by mouse
+	LABEL_STUDIO=$(LABEL_STUDIO_VENV)/bin/label-studio $(BIN)/python -m pytest tests/label_studio
 
 deployments: setup  ## write the stages' deployments into prefect.yaml and deploy/kubernetes/prefect.yaml
 	$(BIN)/python .ci/deployments.py
@@ -136,8 +149,8 @@ bench-overlap: $(VLLM_VENV)/.installed  ## compare online steps with and without
 bench-step: setup peers  ## compare time and memory of an optimiser step with the peers' (ARGUMENTS)
 	$(BIN)/python benchmarks/step.py $(ARGUMENTS)
 
-bench-verify: setup  ## compare verifications per second with math-verify
-	$(BIN)/python benchmarks/verify.py
+bench-verify: setup  ## compare verifications per second with math-verify; the parts of a reward (ARGUMENTS=--rewards)
+	$(BIN)/python benchmarks/verify.py $(ARGUMENTS)
 
 peers:
 	@# The peers are optional: benchmarks skip and name the missing ones.

@@ -59,7 +59,6 @@ from prefect.types.entrypoint import EntrypointType
 
 from trace_opd.data.remote import require_reachable
 from trace_opd.data.store import Dataset, Draft, Store
-from trace_opd.pipelines.annotators import engine_of
 from trace_opd.pipelines.flow_runs.dead_runs import automation
 from trace_opd.pipelines.flow_runs.reports import (
     lineage_list,
@@ -175,7 +174,7 @@ def run_table_stage(entry: StageEntry, config: Config, root: str, alias: str) ->
         parts = [part for part in range(plan.parts) if not draft.has_sound_part(part)]
         log.info("%s: %d of %d parts to make", draft.ref, len(parts), plan.parts)
         # At an endpoint, one process keeps journal, budget, batches and pace under any runner.
-        here = entry.name == "annotate" and engine_of(plan.config.annotator).asks_endpoint
+        here = stage.one_process(plan.config)
         context = FlowRunContext.get()
         threads = context is not None and isinstance(context.task_runner, ThreadPoolTaskRunner)
         with stage.progress(plan, parts, lines=True) if here or threads else nullcontext():

@@ -3,6 +3,7 @@
 - README.md, ARCHITECTURE.md, CONTRIBUTING.md, CHANGELOG.md and the examples' READMEs become pages.
 - Each package gets a page under api/ with the docstrings of all its modules, from the list of
   files, so that no module is missing.
+- docs/python.md ends with the docstrings of the functions that it names.
 - The notes in docs/decisions/ are listed in the navigation.
 - Links are written for readers of the repository. A link to a file that is no page (a YAML file, a
   figure of a study) becomes a link to a copy of that file in the site.
@@ -19,7 +20,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("schemas", "data", "trace", "pipelines")
+ROOMS = ("schemas", "data", "trace", "pipelines", "integrations")
 PAGES = {
     "README.md": "index.md",
     "ARCHITECTURE.md": "architecture.md",
@@ -30,6 +31,8 @@ PAGES = {
         for folder in sorted((ROOT / "examples").iterdir())
     },
 }
+# Documented on that page; the reference of their modules has them too.
+INTERFACE = ("run", "load", "show")
 _LINKS = tempfile.TemporaryDirectory(prefix="trace-opd-site-")  # removed when mkdocs ends
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
 
@@ -49,7 +52,8 @@ def api_page(package: str, files: list[Path]) -> str:
     modules = [f"{package}.{file.stem}" for file in files if not file.stem.startswith("__")]
     blocks = [f"# {package}", f"::: {package}", *(f"::: {module}" for module in modules)]
     first = next((file for file in files if file.stem == "__init__"), None)
-    if first is not None and "__all__" in first.read_text():  # names of the modules that follow
+    named = first is not None and "__all__" in first.read_text()
+    if named or package == "trace_opd":  # names of the modules that follow, or of other pages
         blocks[1] += "\n    options: {members: false}"
     return "\n\n".join(blocks) + "\n"
 
@@ -89,7 +93,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         uri = _uri(_target(page.file.src_uri, match[1]))
         return os.path.relpath(uri, Path(page.file.src_uri).parent)
 
+    if page.file.src_uri == "python.md":
+        markdown += interface()
     return _LINK.sub(rewritten, markdown)
+
+
+def interface() -> str:
+    """The docstrings of the functions of docs/python.md, without anchors of their own."""
+    options = "{skip_local_inventory: true, show_root_full_path: false, heading_level: 3}"
+    blocks = [f"::: trace_opd.pipelines.api.{name}\n    options: {options}" for name in INTERFACE]
+    return "\n\n".join(["\n## Reference", *blocks]) + "\n"
 
 
 def _target(page: str, link: str) -> Path:

@@ -1,6 +1,7 @@
 """Verifications per second on one core: ours in worker processes, and plain math-verify.
 
     make bench-verify
+    make bench-verify ARGUMENTS=--rewards     the parts of verify.rewards: verify_rewards.py
 
 - Ordinary: pairs of gold and answer, each once, from verify_pairs.py.
 - Repeated: the same pairs again. Ours is the stage's code: plain numbers and words are compared in
@@ -33,6 +34,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+import verify_rewards
 from rich.console import Console
 from rich.table import Table
 from verify_pairs import hostile_rows, ordinary_pairs
@@ -216,6 +218,9 @@ def hostile_naive(rows: list[tuple[Job, bool]], console: Console) -> dict[str, A
 
 def main() -> None:
     logging.disable(logging.CRITICAL)
+    if "--rewards" in sys.argv:
+        verify_rewards.main()
+        return
     console = Console()
     jobs = ordinary_pairs(seed=1)
     cores = os.sched_getaffinity(0)

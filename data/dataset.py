@@ -10,19 +10,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from ..schemas.contract import TableContract, validate
 from ..schemas.errors import InputError
+from ..schemas.extras import require
 from ..schemas.tables import CONTRACTS
 from .atomic import make_folders, sweep, writing
+from .dataset_html import dataset_html
 from .manifest import MANIFEST, content_hash, finished_manifest, is_ref, now, read_manifest
 from .nearby import absent_dataset
 from .owner import claim
 from .parts import count_rows, encoded, part_name, read_part
 from .store_files import StoreFiles, as_json
+
+if TYPE_CHECKING:
+    import polars as pl
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +81,12 @@ class Dataset:
 
     def __repr__(self) -> str:
         return f"Dataset({self.ref}, {self.rows} rows)"
+
+    def _repr_html_(self) -> str:
+        """What a notebook draws: the manifest's figures, and what the dataset was made from."""
+        made_from = [(depth, role, node.ref, node.rows) for depth, role, node in self.lineage()]
+        where = self.glob if self.parts else self.path()
+        return dataset_html(self.manifest, self.rows, made_from[1:], where)
 
     @property
     def ref(self) -> str:
@@ -134,6 +145,8 @@ class Dataset:
     def read_part(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """One part, checked against the table's contract unless columns are picked.
 
+        Optional columns are left out where the part lacks them.
+
         Raises:
             InputError: it is gone; DamagedFile: its content is damaged.
         """
@@ -142,6 +155,24 @@ class Dataset:
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All parts as one table."""
         return pa.concat_tables(self.read_part(i, columns) for i in range(self.parts))
+
+    def to_polars(self, columns: Sequence[str] | None = None) -> "pl.DataFrame":
+        """All parts as one polars frame; `read` gives an Arrow table.
+
+        Raises:
+            InputError: the dataset has no table (a train run), or polars is not installed.
+        """
+        require("polars")
+        import polars as pl
+
+        if not self.parts:
+            raise InputError(
+                f"dataset {self.ref} has no table; its figures are in .summary, its files in "
+                f"{self.path()}"
+            )
+        frame = pl.from_arrow(self.read(columns))
+        assert isinstance(frame, pl.DataFrame)
+        return frame
 
     def input(self, role: str) -> "Dataset":
         """The dataset that was this one's input in a role (problems, rollouts, …)."""

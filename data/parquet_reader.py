@@ -26,8 +26,12 @@ _VALUE_BYTES = 8
 _BATCH_ROWS = 1024
 
 
-def read_table(file: Any, where: str, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(
+    file: Any, where: str, columns: Sequence[str] | None = None, optional: Sequence[str] = ()
+) -> pa.Table:
     """A file's table, or the named columns in their order, with pages checked against their CRC.
+
+    optional: columns that the file may lack.
 
     Raises:
         InputError: not Parquet, a missing column, or above the limit.
@@ -38,8 +42,10 @@ def read_table(file: Any, where: str, columns: Sequence[str] | None = None) -> p
         table = folded.parquet.read(columns=picked)
         folded.check(sum(_unfolded_bytes(chunk) for c in table.columns for chunk in c.chunks))
         if picked is not None:
-            if missing := [name for name in picked if name not in table.column_names]:
-                raise ValueError(f"there is no column {missing[0]}")
+            missing = [name for name in picked if name not in table.column_names]
+            if lacking := [name for name in missing if name not in optional]:
+                raise ValueError(f"there is no column {lacking[0]}")
+            picked = [name for name in picked if name not in missing]
             table = table.select(picked)
         return table.cast(folded.schema_of(table.column_names))
 

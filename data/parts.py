@@ -29,6 +29,8 @@ def read_part(
 ) -> pa.Table:
     """One part of a dataset `ref`, or some columns of it, checked against the contract.
 
+    columns: optional ones are left out where the part lacks them.
+
     Raises:
         InputError: it is gone; DamagedFile: its content is damaged.
     """
@@ -36,7 +38,7 @@ def read_part(
     picked = list(columns) if columns else None
     with files.open(f"{ref}/{name}") as file:
         try:
-            table = read_table(file, name, picked)
+            table = read_table(file, name, picked, () if contract is None else contract.optional)
             table.validate(full=True)  # a damaged or forged file may hold wrong offsets
         except (InputError, pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno == errno.EIO:
@@ -49,7 +51,7 @@ def read_part(
     if contract is None:
         return table
     if picked is not None:
-        check_columns(table, contract, picked, f"{ref}/{name}")
+        check_columns(table, contract, table.column_names, f"{ref}/{name}")
         return table
     return validate(table, contract, f"{ref}/{name}")
 

@@ -11,8 +11,6 @@ Rows are checked against the table's contract and against the dataset that they 
 its order and cut into its parts, which later stages read together. docs/your-own.md shows it.
 """
 
-import json
-import posixpath
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -28,14 +26,9 @@ from ..schemas.contract import TableContract, description, validate
 from ..schemas.errors import InputError
 from ..schemas.labels import FinishReason, VerdictStatus
 from ..schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, VERDICTS
-from .compressed import bare_name
-from .input_files import find_files, opened
-from .parquet_reader import read_table
 from .parts import encoded
-from .row_files import JSON_SUFFIXES, BadRow, file_rows
 from .store import Dataset, Draft, Store
-
-_FILES = "a Parquet, JSONL or JSON file"
+from .written_files import read_written
 
 
 @dataclass(frozen=True)
@@ -88,27 +81,12 @@ KINDS = {
 
 
 def import_file(store: Store, name: str, path: str, of: str, alias: str) -> Dataset:
-    """`import_table` of a Parquet, JSONL or JSON file.
+    """`import_table` of a Parquet, JSONL or JSON file, or of Parquet files that a glob matches.
 
     Raises:
         InputError: names the file, the row (from 0) and the column at fault.
     """
-    fs, (found, *others) = find_files(path, _FILES)
-    if others:
-        raise InputError(f"{path}: matches several files; give one")
-    where = posixpath.basename(found)
-    with opened(fs, found) as file:
-        if found.endswith(".parquet"):
-            table = read_table(file, where)
-        elif posixpath.splitext(bare_name(found))[1].lower() in JSON_SUFFIXES:
-            rows = []
-            for _, row in file_rows(file, where):
-                if isinstance(row, BadRow):
-                    raise row
-                rows.append(row)
-            table = _from_rows(rows, _kind(name).contract, where)
-        else:
-            raise InputError(f"{where}: is not {_FILES}; its columns of lists need one")
+    table, where = read_written(path, _kind(name).contract)
     return import_table(store, name, table, of, alias, where)
 
 
@@ -266,28 +244,3 @@ def _cuts(base: Dataset, place: np.ndarray) -> Iterator[tuple[int, int]]:
     ends = np.cumsum([part["rows"] for part in base.manifest["parts"]])
     cuts = np.searchsorted(place, np.concatenate(([0], ends)))
     return zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)
-
-
-def _from_rows(rows: list[dict[str, Any]], contract: TableContract, where: str) -> pa.Table:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = []
-    for name in names:
-        known = name in contract.schema.names
-        kind = contract.schema.field(name).type if known else None
-        try:
-            columns.append(pa.array([row.get(name) for row in rows], kind))
-        except (pa.ArrowException, TypeError, OverflowError, ValueError):
-            row = next(i for i, row in enumerate(rows) if not _fits(row.get(name), kind))
-            value = json.dumps(rows[row][name], ensure_ascii=False)
-            raise InputError(
-                f"{where}, row {row}: {name} is {value:.80}, table {contract.name} needs {kind}"
-            ) from None
-    return pa.table(dict(zip(names, columns, strict=True)))
-
-
-def _fits(value: Any, kind: pa.DataType | None) -> bool:
-    try:
-        pa.array([value], kind)
-    except (pa.ArrowException, TypeError, OverflowError, ValueError):
-        return False
-    return True

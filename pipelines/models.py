@@ -44,7 +44,7 @@ def resolve_policy(path: str, weights: bool = True, download: bool = True) -> st
         if (Path(path) / TRAINER_FILE).exists():
             raise InputError(
                 f"policy {path}: is a checkpoint of a training, not a model folder; write one with "
-                f"`trace-opd export {shlex.quote(path)} FOLDER` and give that"
+                f"`trace-opd export model {shlex.quote(path)} FOLDER` and give that"
             )
         if not (Path(path) / "config.json").exists():
             raise InputError(f"policy {path}: has no config.json; give a transformers model folder")

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from .terminal import Terminal
+from .terminal import Terminal, is_quiet
 
 # A line is printed at each tenth of the work, and after 30 s without one. Work of a few seconds
 # prints none.
@@ -140,7 +140,9 @@ class Meter:
             share = f" ({self.done / self.total:.0%})" if self.total else ""
             words = [f"{self.done:,}/{self.total:,} {self.unit}{share}"]
             if (rate := self.rate) is not None and (remaining := self.remaining_s) is not None:
-                words += [f"{_short(rate)}/s", f"{_clock_time(remaining)} left"]
+                words.append(f"{_short(rate)}/s")
+                if self.done < self.total:
+                    words.append(f"{_clock_time(remaining)} left")
             return words + [f"{key} {value}" for key, value in self.notes().items()]
 
     def due(self) -> bool:
@@ -162,7 +164,8 @@ def progress_bar(
 ) -> Iterator[Meter]:
     """Progress on standard error. lines: also on a terminal lines, where others log to it."""
     console, meter = Terminal(stderr=True), Meter(total, unit)
-    if _silent or os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first shows it
+    # Of torchrun's processes the first shows it.
+    if _silent or is_quiet() or os.environ.get("RANK", "0") != "0":
         shown = nullcontext()
     elif console.is_terminal and not lines:
         shown = _bar(name, meter, console)

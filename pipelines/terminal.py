@@ -6,10 +6,12 @@ the cursor, set a title, or hide or reverse what is shown.
 
 import json
 import logging
+import math
 import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -73,6 +75,79 @@ class Terminal(Console):
 
 
 console = Terminal()
+
+
+@dataclass
+class _Output:
+    """quiet: --quiet; level: the root logger's before --quiet or --verbose changed it."""
+
+    quiet: bool = False
+    level: int | None = None
+
+
+_output = _Output()
+
+
+def choose_output(quiet: bool, verbose: bool) -> None:
+    """quiet: errors and results alone. verbose: log lines from level DEBUG.
+
+    Raises:
+        InputError: both.
+    """
+    if verbose and (quiet or _output.quiet):
+        raise InputError("--quiet and --verbose: contradict each other; give one of them")
+    _output.quiet |= quiet
+    if quiet or verbose:
+        root = logging.getLogger()
+        _output.level = root.level if _output.level is None else _output.level
+        root.setLevel(logging.ERROR if quiet else logging.DEBUG)
+
+
+def only_json() -> None:
+    """From now on standard output has the JSON document alone: the rest goes to standard error."""
+    console.stderr = True
+
+
+def reset_output() -> None:
+    """As before `choose_output` and `only_json`."""
+    console.stderr = False
+    if _output.level is not None:
+        logging.getLogger().setLevel(_output.level)
+    _output.quiet, _output.level = False, None
+
+
+def is_quiet() -> bool:
+    return _output.quiet
+
+
+def say(line: object) -> None:
+    """Print a line that is no result: nothing with --quiet."""
+    if not _output.quiet:
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def warn(line: str) -> None:
+    """Print a line on standard error that is no error: nothing with --quiet."""
+    if not _output.quiet:
+        Terminal(stderr=True).print(f"trace-opd: {line}", soft_wrap=True, highlight=False)
+
+
+def print_data(data: Any) -> None:
+    """Print the JSON document of a command with --json: the result, on standard output."""
+    print_json(_plain(data), Terminal())
+
+
+def _plain(data: Any) -> Any:
+    """JSON's own types: NaN and infinities become null, enumerations and paths text."""
+    if isinstance(data, dict):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple | set):
+        return [_plain(value) for value in data]
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if data is None or isinstance(data, bool | int | str):
+        return data
+    return str(data)
 
 
 def print_config(config: BaseModel) -> None:

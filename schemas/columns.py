@@ -11,7 +11,9 @@ MOST_LOGPROB = 1e-3
 MOST_TOKEN_ID = 2**31 - 1
 
 STRING, INT32, FLOAT32, BOOL = pa.string(), pa.int32(), pa.float32(), pa.bool_()
-PROBLEM_ID = described("problem_id", STRING, "Hash of source, problem text and answer.")
+PROBLEM_ID = described(
+    "problem_id", STRING, "Hash of source, problem text and answer, and of the turns before."
+)
 ROLLOUT_ID = described(
     "rollout_id", STRING, "Hash of problem, policy, sampling parameters and sample index."
 )
@@ -47,6 +49,13 @@ TOKENS = [
         "temperature, before top-p and top-k.",
     ),
 ]
+
+POLICY_MASK = described(
+    "policy_mask",
+    list_of(BOOL),
+    "Whether the policy wrote a response token; others (a tool's output, a turn of the user) have "
+    "route 0 and no loss. Tables without the column: it wrote all of them.",
+)
 
 ROUTES = ", ".join(f"{route.label} {int(route)}" for route in Route)
 MOST = float(np.finfo(np.float32).max)

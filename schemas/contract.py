@@ -210,6 +210,8 @@ def _check_labels(table: pa.Table, contract: TableContract, where: str) -> None:
         if (row := _first_outside(table.column(name), None, known)) is not None:
             raise InputError(f"{where}, row {row}: {name} is not in 0 … {int(max(codes))}")
     for (name, inner), labels in contract.nested_labels.items():
+        if name not in table.column_names:  # optional
+            continue
         known = pa.array([str(label) for label in labels])
         if (row := _first_outside(table.column(name), inner, known)) is not None:
             raise InputError(
@@ -253,6 +255,8 @@ def _check_lengths(table: pa.Table, contract: TableContract, where: str) -> None
     for first, *others in contract.same_length:
         lengths = pc.list_value_length(table.column(first))
         for other in others:
+            if other not in table.column_names:  # optional
+                continue
             bad = pc.not_equal(lengths, pc.list_value_length(table.column(other)))
             if pc.any(bad).as_py():
                 raise _fault(where, other, bad, f"has another length than {first}")

@@ -21,6 +21,8 @@ _EXTRAS = (
     "vllm",
     "gguf",
     "trackers",
+    "trl",
+    "prime-rl",
     "ray",
     "dask",
 )

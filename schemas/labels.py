@@ -247,6 +247,14 @@ class Operation(StrEnum):
         return "+" if self is Operation.ADD else "-"
 
 
+class TurnRole(StrEnum):
+    """Whose turn of a conversation it is."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+
+
 class FinishReason(StrEnum):
     """Why sampling ended: STOP at an end token, LENGTH at the token limit."""
 
@@ -258,7 +266,9 @@ class VerdictStatus(StrEnum):
     """How a verification ended.
 
     OK: compared; PRED_UNPARSED: no answer found in the response; TRUNCATED: at the token limit;
-    GOLD_UNPARSED: the gold answer does not parse; TIMEOUT, OOM, ERROR: the verifier failed.
+    GOLD_UNPARSED: the gold answer does not parse; TIMEOUT, OOM, ERROR: the verifier failed. Of a
+    judge: REFUSED: it declined; INVALID: its answer has no grade that can be used; FAILED: the call
+    never succeeded.
     """
 
     OK = "ok"
@@ -268,6 +278,16 @@ class VerdictStatus(StrEnum):
     TIMEOUT = "timeout"
     OOM = "oom"
     ERROR = "error"
+    REFUSED = "refused"
+    INVALID = "invalid"
+    FAILED = "failed"
+
+
+class Order(StrEnum):
+    """The order of a reference and a response in a judge's question."""
+
+    REFERENCE_FIRST = "reference_first"
+    RESPONSE_FIRST = "response_first"
 
 
 class AnnotationStatus(StrEnum):

@@ -1,6 +1,7 @@
 """Arrow contracts of results, which no later stage trains on.
 
-Stage evaluate writes EVALUATIONS, stage train VALIDATIONS, and `trace-opd compare` COMPARISONS.
+Stage evaluate writes EVALUATIONS, stage train VALIDATIONS, and `trace-opd compare` COMPARISONS and
+VERDICT_COMPARISONS.
 """
 
 import pyarrow as pa
@@ -163,3 +164,41 @@ def _fields() -> list[pa.Field]:
 
 
 COMPARISONS = make_contract("comparisons", 1, _fields(), "comparison_id")
+
+_AGREEMENTS = {
+    "accuracy": "Share of equal verdicts, of the rollouts that both judge.",
+    "kappa": "Cohen's κ of right and wrong; null where both call all alike.",
+    "right_accuracy": "Of the rollouts right by the reference, the share called right.",
+    "wrong_accuracy": "Of the rollouts wrong by the reference, the share called wrong.",
+}
+VERDICT_COMPARISONS = make_contract(
+    "verdict_comparisons",
+    1,
+    [
+        described("comparison_id", _text, "Both datasets, both names, the problem."),
+        described("reference", _text, "Dataset or part taken as the reference."),
+        described("other", _text, "Dataset or part compared with it."),
+        described("reference_dataset", _text, "The reference's stage/id."),
+        described("other_dataset", _text, "The other's stage/id."),
+        described("problem_id", _text, "The problem; null: all problems.", True),
+        described(
+            "correct_at", _figure, "Least value of a part that is right; null: datasets.", True
+        ),
+        described("problems", _count, "Problems in this row: 1 in a problem's own row."),
+        described("rollouts", _count, "Rollouts that both hold."),
+        described("only_reference", _count, "Scored by the reference alone."),
+        described("only_other", _count, "Scored by the other alone."),
+        described("neither", _count, "Scored by neither."),
+        described("both_right", _count, "Right by both."),
+        described("both_wrong", _count, "Wrong by both."),
+        described("reference_right", _count, "Right by the reference, wrong by the other."),
+        described("other_right", _count, "Right by the other, wrong by the reference."),
+        *(described(name, _figure, text, True) for name, text in _AGREEMENTS.items()),
+        *(
+            described(f"{name}_{end}", _figure, f"{end.title()} end of its 95 % interval.", True)
+            for name in _AGREEMENTS
+            for end in ("low", "high")
+        ),
+    ],
+    "comparison_id",
+)

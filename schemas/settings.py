@@ -1,8 +1,10 @@
 """Configs from YAML files with presets and `key=value` overrides, and back to YAML.
 
-The command line and the flows call `load_config`.
+The command line, the flows and `trace_opd.run` call `load_config`.
 """
 
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,22 +29,25 @@ _MOST_LEVELS = 64
 
 def load_config(
     model: type[C],
-    path: str | Path | None,
+    path: str | Path | Mapping[str, Any] | None,
     overrides: list[str] | None = None,
     section: str | None = None,
     preset: str | None = None,
 ) -> C:
     """Read a YAML file (or nothing), apply a preset, then `a.b=value` overrides, and validate.
 
-    section: the stage whose section is taken if the file is a pipeline's (known by its required
-    sections); empty if the section is missing. Values of overrides are YAML: `3`, `true`, `null`,
-    `[1, 2]`.
+    path: of the file; a mapping stands for its content. section: the stage whose section is taken
+    if the file is a pipeline's (known by its required sections); empty if the section is missing.
+    Values of overrides are YAML: `3`, `true`, `null`, `[1, 2]`.
 
     Raises:
         InputError: unreadable file, unknown preset, malformed override, unknown key or bad value.
     """
     data: Any = {}
-    if path is not None:
+    where = "config" if path is None or isinstance(path, Mapping) else str(path)
+    if isinstance(path, Mapping):
+        data = deepcopy(dict(path))
+    elif path is not None:
         text = read_text_file(path, "give the path of a YAML config")
         try:
             data = load_yaml(text) or {}
@@ -50,13 +55,13 @@ def load_config(
             raise InputError(f"{path}: is not YAML ({shortened(error)})") from None
         if not isinstance(data, dict):
             raise InputError(f"{path}: holds no mapping; write `key: value` lines")
-        if section and data.keys() >= _PIPELINE_SECTIONS:
-            data = data.get(section) or {}
-            if not isinstance(data, dict):
-                raise InputError(f"{path}: {section} holds no mapping; write `key: value` lines")
+    if section and data.keys() >= _PIPELINE_SECTIONS:
+        data = data.get(section) or {}
+        if not isinstance(data, dict):
+            raise InputError(f"{where}: {section} holds no mapping; write `key: value` lines")
     if preset is not None:
         data = _laid_over(data, preset_data(preset, model, data))
-    return validated(model, data, overrides or [], str(path) if path is not None else "config")
+    return validated(model, data, overrides or [], where)
 
 
 def override(config: C, overrides: list[str] | None) -> C:

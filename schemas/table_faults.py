@@ -21,6 +21,39 @@ def untaught(table: pa.Table) -> Any:
     return pa.array(mask)
 
 
+UNWRITTEN = (
+    "policy_mask",
+    "has no true entry; drop the row, nothing of it is the policy's",
+)
+FOREIGN_ROUTE = (
+    "route",
+    "is not 0 at a token that the policy did not write (policy_mask false); set it to 0",
+)
+
+
+def unwritten(table: pa.Table) -> Any:
+    """Rows with tokens of which the policy wrote none."""
+    mask = np.zeros(len(table), dtype=bool)
+    if "policy_mask" in table.column_names:
+        lists = table["policy_mask"].combine_chunks()
+        written = pc.list_parent_indices(lists).filter(pc.list_flatten(lists)).to_numpy()
+        mask = pc.list_value_length(lists).to_numpy() > 0
+        mask[written] = False
+    return pa.array(mask)
+
+
+def routed_foreign(table: pa.Table) -> Any:
+    """Rows with a routed token that the policy did not write."""
+    mask = np.zeros(len(table), dtype=bool)
+    if "policy_mask" in table.column_names:
+        lists = table["route"].combine_chunks()
+        routes = pc.list_flatten(lists).to_numpy()
+        written = pc.list_flatten(table["policy_mask"].combine_chunks())
+        written = written.to_numpy(zero_copy_only=False)
+        mask[pc.list_parent_indices(lists).to_numpy()[(routes != 0) & ~written]] = True
+    return pa.array(mask)
+
+
 def uneven_scores(table: pa.Table) -> Any:
     """Rows whose likeliest tokens are not equally many at each position."""
     places, top = (

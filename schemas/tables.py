@@ -14,6 +14,7 @@ from .columns import (
     INT32,
     MOST,
     POLICY,
+    POLICY_MASK,
     PROBLEM_ID,
     ROLLOUT_ID,
     STRING,
@@ -22,6 +23,7 @@ from .columns import (
     TYPE,
 )
 from .contract import described, make_contract
+from .conversation import HISTORY, ODD_TURNS, odd_turns
 from .labels import (
     TYPE_LABELS,
     AnnotationStatus,
@@ -30,12 +32,19 @@ from .labels import (
     LeftOut,
     Selection,
     SpanKind,
+    TurnRole,
     VerdictStatus,
 )
 from .results import EVALUATIONS
 from .reward_columns import no_json_objects, odd_parts
 from .spans import misplaced_spans, torn_segments
-from .table_faults import NO_MISTAKE, mistake_in_key, mistake_in_right
+from .table_faults import (
+    NO_MISTAKE,
+    UNWRITTEN,
+    mistake_in_key,
+    mistake_in_right,
+    unwritten,
+)
 from .training_tables import ROUTED, SCORES
 
 PROBLEMS = make_contract(
@@ -82,11 +91,14 @@ PROBLEMS = make_contract(
             "of a task. No prompt shows it.",
             True,
         ),
+        HISTORY,
     ],
     "problem_id",
     labels={"answer_kind": AnswerKind},
-    optional=("source_id", "subject", "level", "metadata"),
+    nested_labels={("history", "role"): TurnRole},
+    optional=("source_id", "subject", "level", "metadata", "history"),
     faults=(
+        (*ODD_TURNS, odd_turns),
         (
             "metadata",
             "is no JSON object; write a mapping as JSON text, or null",
@@ -120,11 +132,14 @@ ROLLOUTS = make_contract(
             "Whether ids and log-probabilities are the sampler's own; rows without them can be "
             "annotated and evaluated but not trained on.",
         ),
+        POLICY_MASK,
     ],
     "rollout_id",
+    optional=("policy_mask",),
     labels={"finish_reason": FinishReason},
-    same_length=(("token_ids", "logprobs"),),
+    same_length=(("token_ids", "logprobs", "policy_mask"),),
     ranges=TOKEN_RANGES,
+    faults=((*UNWRITTEN, unwritten),),
 )
 
 VERDICTS = make_contract(
@@ -140,7 +155,7 @@ VERDICTS = make_contract(
         described("status", STRING, "How the verification ended (VerdictStatus)."),
         described("verifier", STRING, "Verifier and version."),
         described("seconds", FLOAT32, "Time that the verification took."),
-        described("feedback", STRING, "What a reward of one's own reports.", True),
+        described("feedback", STRING, "What a reward says: a judge's reason, say.", True),
         described(
             "parts",
             pa.list_(
@@ -158,6 +173,23 @@ VERDICTS = make_contract(
             True,
         ),
         described(
+            "grades",
+            pa.list_(
+                pa.struct(
+                    [
+                        described("name", STRING, "The judge's name in verify.rewards."),
+                        described("repeat", INT32, "Which of its repeats, from 0."),
+                        described("order", STRING, "Which text came first (Order)."),
+                        described("grade", INT32, "The grade; null: there is none.", True),
+                        described("status", STRING, "How it ended (VerdictStatus)."),
+                        described("reason", STRING, "The judge's reason, or the error.", True),
+                    ]
+                )
+            ),
+            "Every grade that judges of verify.rewards gave; empty for a truncated response.",
+            True,
+        ),
+        described(
             "selection",
             STRING,
             "What stage select decides (Selection); tables without the column: annotate.",
@@ -167,7 +199,7 @@ VERDICTS = make_contract(
         ),
     ],
     "rollout_id",
-    optional=("feedback", "parts", "selection", "left_out"),
+    optional=("feedback", "parts", "grades", "selection", "left_out"),
     labels={"status": VerdictStatus, "selection": Selection, "left_out": LeftOut},
     ranges={"reward": (-MOST, MOST)},
     faults=(

@@ -56,12 +56,12 @@ class _Template:
 
     def _field(self, name: str, field: FieldInfo, value: Any, path: str) -> Iterator[str]:
         variants, named = models_in(field.annotation), _named_models(field.annotation)
-        yield from _comment(field, value, bool(variants or named))
+        yield from comment_lines(field, value, bool(variants or named))
         if value is None and variants:
             yield f"{name}: null"
             yield from _commented_out(self._section(name, variants[0], {}, path))
         elif variants:
-            chosen = _chosen(variants, value)
+            chosen = chosen_variant(variants, value)
             given = value if isinstance(value, dict) else {}
             yield from self._section(name, chosen, given, path)
             yield from self._others(name, variants, chosen, path)
@@ -71,7 +71,7 @@ class _Template:
         elif len(names := _names(field.annotation)) == 1:
             yield f"{name}: {names[0]}"
         else:
-            yield f"{name}:" if value is _UNSET else f"{name}: {_scalar(value)}"
+            yield f"{name}:" if value is _UNSET else f"{name}: {one_line_yaml(value)}"
 
     def _section(
         self, name: str, model: type[BaseModel], values: dict[str, Any], path: str
@@ -85,7 +85,7 @@ class _Template:
         others = [one for one in variants if one is not chosen]
         if not others:
             return
-        labels = [_tag(one)[1] or "code of your own" for one in others]
+        labels = [tag_of(one)[1] or "code of your own" for one in others]
         shown = self._shown.setdefault(frozenset(variants), path)
         if shown != path:
             yield f"# Or {', '.join(labels)}: as in {shown}."
@@ -106,7 +106,7 @@ class _Template:
         yield from _indented(lines, 1 if inner is not None else 2)
 
 
-def _comment(field: FieldInfo, value: Any, nested: bool) -> list[str]:
+def comment_lines(field: FieldInfo, value: Any, nested: bool) -> list[str]:
     """The description, the names that the field takes, and whether it needs a value."""
     text = field.description or ""
     names = _names(field.annotation)
@@ -115,15 +115,15 @@ def _comment(field: FieldInfo, value: Any, nested: bool) -> list[str]:
     if value is _UNSET and not nested and len(names) != 1:
         text = f"REQUIRED. {text}"
     elif field.examples and not field.is_required() and not nested:
-        text += f" Default: {_scalar(_default(field))}."
+        text += f" Default: {one_line_yaml(_default(field))}."
     return [f"# {line}" for line in textwrap.wrap(text, _WIDTH)]
 
 
-def _chosen(variants: list[type[BaseModel]], value: Any) -> type[BaseModel]:
+def chosen_variant(variants: list[type[BaseModel]], value: Any) -> type[BaseModel]:
     """The member of a union that a value names; else the first that needs a value of the user's."""
     if isinstance(value, dict):
         for variant in variants:
-            tag, name = _tag(variant)
+            tag, name = tag_of(variant)
             if name is not None and value.get(tag) == name:
                 return variant
     return next((one for one in variants if _needs_values(one)), variants[0])
@@ -134,7 +134,7 @@ def _needs_values(model: type[BaseModel]) -> bool:
     return any(one.is_required() and not _names(one.annotation) for one in fields)
 
 
-def _tag(model: type[BaseModel]) -> tuple[str, str | None]:
+def tag_of(model: type[BaseModel]) -> tuple[str, str | None]:
     """Name and value of the field with a single possible value, such as `engine: rule`."""
     for name, field in model.model_fields.items():
         if len(names := _names(field.annotation)) == 1:
@@ -165,7 +165,7 @@ def _default(field: FieldInfo) -> Any:
     return TypeAdapter(cast(Any, field.annotation)).dump_python(default, mode="json")
 
 
-def _scalar(value: Any) -> str:
+def one_line_yaml(value: Any) -> str:
     """A value on one line."""
     style = '"' if isinstance(value, str) and "\n" in value else None
     text = yaml.safe_dump(

@@ -11,6 +11,7 @@ from .columns import (
     MOST_LOGPROB,
     MOST_TOKEN_ID,
     POLICY,
+    POLICY_MASK,
     PROBLEM_ID,
     ROLLOUT_ID,
     ROUTES,
@@ -20,15 +21,20 @@ from .columns import (
     TYPE,
 )
 from .contract import described, list_of, make_contract
-from .labels import TYPE_LABELS, Route
+from .conversation import HISTORY, ODD_TURNS, odd_turns
+from .labels import TYPE_LABELS, Route, TurnRole
 from .table_faults import (
+    FOREIGN_ROUTE,
     NO_MISTAKE,
+    UNWRITTEN,
     misfit,
     mistake_in_right,
+    routed_foreign,
     uncompared,
     uneven_scores,
     unordered_positions,
     untaught,
+    unwritten,
 )
 
 ROUTED = make_contract(
@@ -39,7 +45,9 @@ ROUTED = make_contract(
         PROBLEM_ID,
         GROUP_ID,
         described(
-            "problem", STRING, "The problem; TRACE's teacher sees it and the type label only."
+            "problem",
+            STRING,
+            "The problem; TRACE's teacher sees it, its history and the type label only.",
         ),
         *TOKENS,
         described("temperature", FLOAT32, "Sampling temperature that logprobs refer to."),
@@ -89,12 +97,15 @@ ROUTED = make_contract(
             "several whose probabilities are averaged; null without routing.contrast_context.",
             True,
         ),
+        POLICY_MASK,
+        HISTORY,
     ],
     "rollout_id",
-    optional=("contrast_contexts",),
+    optional=("contrast_contexts", "policy_mask", "history"),
     labels={"diagnostic_type": TYPE_LABELS},
+    nested_labels={("history", "role"): TurnRole},
     codes={"route": Route},
-    same_length=(("token_ids", "logprobs", "route", "span_id"),),
+    same_length=(("token_ids", "logprobs", "route", "span_id", "policy_mask"),),
     ranges=TOKEN_RANGES | {"reward": (-MOST, MOST), "advantage": (-MOST, MOST)},
     filled=("prompt_token_ids", "token_ids"),
     faults=(
@@ -112,6 +123,9 @@ ROUTED = make_contract(
             uncompared,
         ),
         (*NO_MISTAKE, mistake_in_right),
+        (*UNWRITTEN, unwritten),
+        (*FOREIGN_ROUTE, routed_foreign),
+        (*ODD_TURNS, odd_turns),
     ),
 )
 

@@ -56,9 +56,12 @@ NETWORK = "downloads packages"
 # Commands that cannot run here, by a pattern that matches all of the command, and why.
 EXCUSED = {
     r"make (setup|check|test|docs)": CI,
-    r"make demo( MODEL=\w+)?": "minutes; the pipeline of the fixture stands for it",
+    r"make demo( MODEL=\w+)?|trace-opd demo": "minutes; the fixture's pipeline stands for it",
+    r"jupytext .*": "tests/pipelines/test_notebook_example.py",
+    r"trace-opd init": "asks on a terminal; tests/pipelines/cli/test_init.py",
+    r"trace-opd pipeline run\.yaml --dry-run": "needs the hub; pipelines/cli/test_init.py",
     r"make bench-(loss|step) ARGUMENTS=.*": GPU + "; small: tests/test_benchmarks.py",
-    r"pip install .*": NETWORK,
+    r"pip (install|wheel) .*": NETWORK,
     r"trace-opd view .*": SERVER + "; tests/pipelines/viewer/test_view.py",
     r"trace-opd serve( .*)?": SERVER + "; tests/test_flows.py",
     r"prefect server start.*": SERVER,
@@ -68,6 +71,8 @@ EXCUSED = {
     r"python -m trace_opd\.flows .*": "needs a Prefect server; tests/test_flows.py",
     r"trace-opd study studies/micro.yaml": HOURS + "; tests/pipelines/study",
     r"trace-opd problems configs/qwen3-8b.yaml": "needs problems from the hub",
+    r"trace-opd push \S+ \S+": "needs the hub; tests/pipelines/hub/test_push.py",
+    r"trace-opd (problems|import) .*\bowner/\S+.*": "the same",
     r"torchrun .*": GPU,
     r"python -m trace_opd\.pipelines\.cli\.torchrun .*": GPU,
     r"(\w+=1 )?vllm serve .*": GPU,
@@ -78,8 +83,11 @@ EXCUSED = {
     r"(docker build|sbatch) .*": CLUSTER,
     r"aws s3api .*": "needs a bucket of yours",
     r"trace-opd rollout …": "stands for any command",
-    r"trace-opd export store/train/<id> .*": "a run of yours; tests/pipelines/cli/test_export.py",
+    r"trace-opd export model store/train/<id> .*": (
+        "a run of yours; tests/pipelines/cli/test_export.py"
+    ),
     r"trace-opd batches STORE": "stands for any store",
+    r"python examples/trl/train\.py": "minutes; tests/integrations/test_example.py runs it",
 }
 # What a reader replaces, and with what it is replaced here.
 REPLACED = {
@@ -96,8 +104,8 @@ REPLACED = {
     "/data/trace-opd": "$PWD/local",
 }
 PROGRAMS = (
-    *("aws", "dask", "docker", "export", "make", "pip", "prefect", "python", "ray", "sbatch"),
-    *("source", "torchrun", "trace-opd", "uv", "vllm"),
+    *("aws", "dask", "docker", "export", "jupytext", "make", "pip", "prefect", "python", "ray"),
+    *("sbatch", "source", "torchrun", "trace-opd", "uv", "vllm"),
 )
 SHELLS = ("sh", "bash", "shell", "console")
 BLOCK = re.compile(r"^ *```([\w-]*)[^\n]*\n(.*?)^ *```|`(trace-opd [^`\n]+)`", re.M | re.S)
@@ -238,7 +246,20 @@ def scratch(tmp_path_factory) -> Iterator[Path]:
         patch.syspath_prepend(str(folder))
         code, said = run(["pipeline", "configs/micro.yaml", "--store", "runs/demo/store"])
         assert code == 0, said
+        _label(folder)
         yield folder
+
+
+def _label(folder: Path) -> None:
+    """export.json, as two people would have labelled the demo's tasks."""
+    command = ["label", "export", "demo-verdicts", "tasks", "--store", "runs/demo/store"]
+    code, said = run(command)
+    assert code == 0, said
+    tasks = json.loads((folder / "tasks" / "tasks.json").read_text())
+    mark = {"from_name": "marks", "value": {"start": 0, "end": 3, "labels": ["error"]}}
+    for task in tasks:
+        task["annotations"] = [{"completed_by": who, "result": [mark]} for who in (1, 2)]
+    (folder / "export.json").write_text(json.dumps(tasks))
 
 
 @pytest.fixture(scope="module")

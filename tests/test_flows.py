@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -28,14 +29,14 @@ from prefect.client.schemas.sorting import ArtifactSort, FlowRunSort
 from trace_opd import flows
 from trace_opd.data.store import Dataset, Draft, Store
 from trace_opd.pipelines.pipeline import run_stage
-from trace_opd.schemas.configs import Config, PipelineConfig, SelectConfig
+from trace_opd.schemas.configs import Config, PipelineConfig, ScoreConfig, SelectConfig
 from trace_opd.schemas.environment import PREFECT_DEFAULTS
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config, override
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-TABLE_STAGES = ("problems", "rollout", "verify", "select", "annotate", "convert")
+TABLE_STAGES = ("problems", "rollout", "verify", "select", "annotate", "convert", "score")
 SMALL = [
     "problems.limit=6",
     "problems.rows_per_part=2",
@@ -49,6 +50,11 @@ SMALL = [
     "evaluate.bootstrap=100",
 ]
 CONFIG: PipelineConfig = load_config(PipelineConfig, ROOT / "configs" / "micro.yaml", SMALL)
+# Stages that the pipeline does not have.
+OTHERS: dict[str, Config] = {
+    "select": SelectConfig(),
+    "score": ScoreConfig(prompt=CONFIG.rollout.prompt, k=8),
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +72,7 @@ def own(made, tmp_path) -> Path:
 
 
 def config_of(stage: str, *overrides: str) -> Config:
-    own = getattr(CONFIG, stage) or SelectConfig()  # the pipeline has no such stage
-    return override(own, list(overrides))
+    return override(getattr(CONFIG, stage) or OTHERS[stage], list(overrides))
 
 
 def written(root: Path, stage: str = "*") -> dict[str, int]:
@@ -416,6 +421,32 @@ def test_a_deployment_run_annotates_again_and_makes_nothing_upstream(environment
     assert {name: after[name] for name in before} == before
     assert all(second.id in name for name in after.keys() - before.keys())
     assert "`" + second.ref in artifact(f"annotate-{second.id}-lineage").data
+
+
+PROMPT = 'prompt={student: "{problem}", teacher: "{problem}\\nhint: {diagnostic_type}"}'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("select", ["budget=3"]),
+        ("score", [PROMPT, "k=3"]),
+        ("verify", ["rewards=[{name: math}, {name: length, limit: 60, unit: tokens}]"]),
+    ],
+)
+def test_a_deployment_run_makes_the_table(environment, served, stage, changes):
+    alias = flows.REGISTRY[stage].alias
+    assert alias is not None
+    first = Store(served).get(alias)
+    change = f"overrides={json.dumps(changes)}"
+    done = prefect(environment, "deployment", "run", f"{stage}/default", "-p", change, "--watch")
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = Store(served).get(alias)
+    assert made.ref != first.ref
+    assert made.rows == first.rows
+    assert artifact(f"{stage}-{made.id}").type == "table"
+    Store(served).set_alias(alias, first)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("schemas", "data", "trace", "pipelines")
+ROOMS = ("schemas", "data", "trace", "pipelines", "integrations")
 FILES = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
 FILES += sorted(ROOT.glob("*.py"))
 # Which rooms a room may import; "trace_opd" alone is the root package.
@@ -20,6 +20,7 @@ OURS = {
     "data": {"schemas", "data"},
     "trace": {"schemas", "data", "trace"},
     "pipelines": {"schemas", "data", "trace", "pipelines"},
+    "integrations": {"schemas", "data", "trace", "pipelines", "integrations"},
 }
 EXTRAS = (
     "prefect",
@@ -147,7 +148,6 @@ assert not {"torch", "transformers"} & set(sys.modules)
 
 def test_a_wheel_holds_every_package():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    rooms = ("schemas", "data", "trace", "pipelines")
-    folders = {file.parent for room in rooms for file in (ROOT / room).rglob("__init__.py")}
+    folders = {file.parent for room in ROOMS for file in (ROOT / room).rglob("__init__.py")}
     found = {"trace_opd", *(".".join(("trace_opd", *f.relative_to(ROOT).parts)) for f in folders)}
     assert set(settings["tool"]["setuptools"]["packages"]) == found

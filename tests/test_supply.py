@@ -40,7 +40,7 @@ from trace_opd.trace.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 MICRO = ROOT / "data" / "micro"
-ROOMS = ("schemas", "data", "trace", "pipelines")
+ROOMS = ("schemas", "data", "trace", "pipelines", "integrations")
 OURS = [*(file for room in ROOMS for file in (ROOT / room).rglob("*.py")), *ROOT.glob("*.py")]
 
 # --- versions ------------------------------------------------------------------------------------

@@ -45,7 +45,11 @@ class Alarm:
 
 
 class CollapseWatch:
-    """Sees every step's metrics in order; `active` holds the figures that are beyond a limit."""
+    """Sees every step's metrics in order; `active` holds the figures that are beyond a limit.
+
+    figures: of the last step, by name: what was compared, and `<name>_limit`; `alarms`, how many
+    are active.
+    """
 
     def __init__(
         self, config: CollapseConfig, base: Mapping[str, tuple[float, int]] | None = None
@@ -59,13 +63,16 @@ class CollapseWatch:
         self._best = {name: rate for name, (rate, _) in (base or {}).items()}
         self._answers = {name: answers for name, (_, answers) in (base or {}).items()}
         self.active: dict[str, Alarm] = {}
+        self.figures: dict[str, float] = {}
 
     def observe(self, metrics: Mapping[str, Any]) -> list[Alarm]:
         """Add a step's metrics; returns the alarms that this step raised."""
         before = self.active.keys()
         step = int(metrics["step"])
         found: dict[str, Alarm] = {}
+        figures: dict[str, float] = {}
         for name, (value, first, limit) in self._of_steps(metrics).items():
+            figures |= {name: value, f"{name}_limit": limit}
             if value > limit if limit > first else value < limit:
                 found[name] = Alarm(step, name, value, first, limit)
         for name, best in self._best.items():
@@ -75,11 +82,13 @@ class CollapseWatch:
                 continue
             rate = float(metrics[name])
             limit = best - max(self._config.validation_drop, _ERRORS * self._error(name, rate))
+            figures |= {name: rate, f"{name}_limit": limit}
             if rate < limit:
                 found[name] = Alarm(step, name, rate, best, limit)
             self._best[name] = max(best, rate)
         raised = [alarm for name, alarm in found.items() if name not in before]
         self.active = found
+        self.figures = figures | {"alarms": float(len(found))}
         return raised
 
     def _of_steps(self, metrics: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:

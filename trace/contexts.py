@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from ..schemas.configs import RoutingConfig
 from ..schemas.contract import list_of
+from ..schemas.conversation import shown_row, with_history
 from ..schemas.labels import TeacherContext
 
 NO_CONTEXT = ""  # the text of context none: the student's own prompt
@@ -95,9 +96,11 @@ def other_solutions(problems: pa.Table) -> dict[str, str]:
     Problems without a solution, or of the same text, are passed over; a problem that finds none has
     no entry.
     """
-    wanted = problems.select(["problem_id", "problem", "solution"]).to_pylist()
+    columns = with_history(["problem_id", "problem", "solution"], problems)
+    wanted = problems.select(columns).to_pylist()
     wanted.sort(key=lambda row: row["problem_id"])
-    by_text = {row["problem"]: row for row in reversed(wanted) if row["solution"]}
+    text_of = {row["problem_id"]: shown_row(row) for row in wanted}
+    by_text = {text_of[row["problem_id"]]: row for row in reversed(wanted) if row["solution"]}
     solved = sorted(by_text.values(), key=lambda row: row["problem_id"])
     ids = [row["problem_id"] for row in solved]
     starts = np.searchsorted(
@@ -107,7 +110,7 @@ def other_solutions(problems: pa.Table) -> dict[str, str]:
     for row, start in zip(wanted, starts.tolist(), strict=True):
         for after in range(min(2, len(solved))):
             other = solved[(start + after) % len(solved)]
-            if other["problem"] != row["problem"]:
+            if text_of[other["problem_id"]] != text_of[row["problem_id"]]:
                 found[row["problem_id"]] = other["solution"]
                 break
     return found

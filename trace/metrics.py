@@ -81,9 +81,10 @@ def step_metrics(
     largest_drift: float,
     with_reference: bool = False,
 ) -> dict[str, float]:
-    """A step's means. Units: nats, tokens, shares. `pass_rate_se` is the standard error of
-    `pass_rate` over the step's problems, and `looping` the share of responses that end in a loop
-    (repetition.py).
+    """A step's means, over tokens that the policy wrote. Units: nats, tokens, shares.
+
+    `pass_rate_se` is the standard error of `pass_rate` over the step's problems, and `looping` the
+    share of responses that end in a loop (repetition.py).
 
     sums: TokenSums of the step, over all ranks. A step without sequences (no rollout could be
     scored) changes nothing and has no means; one that trains no token has none over trained tokens.
@@ -93,7 +94,7 @@ def step_metrics(
     groups: dict[str, list[bool]] = defaultdict(list)
     for sequence in sequences:
         groups[sequence.group_id].append(sequence.correct)
-    lengths = [len(sequence.token_ids) for sequence in sequences]
+    lengths = [sequence.policy_tokens for sequence in sequences]
     tokens, trained = sum(lengths), sums["tokens"]
     routes = np.bincount(np.concatenate([s.route for s in sequences]), minlength=len(Route))
     rewards = [sequence.reward for sequence in sequences]
@@ -104,7 +105,7 @@ def step_metrics(
         "groups_without_signal": 1 - len(signal_groups(sequences)) / len(groups),
         "response_tokens": float(np.mean(lengths)),
         "truncated": float(np.mean([sequence.truncated for sequence in sequences])),
-        "looping": float(np.mean(ends_in_loop([sequence.token_ids for sequence in sequences]))),
+        "looping": float(np.mean(ends_in_loop([s.written(s.token_ids) for s in sequences]))),
         "tokens": float(tokens),
     }
     if len(groups) > 1:

@@ -48,7 +48,7 @@ class ModelFlops:
                 tokens += prompt
                 pairs += self._pairs(prompt)
             tokens += response
-            scored += response
+            scored += sequence.policy_tokens
             pairs += self._pairs(prompt + response) - self._pairs(prompt)
         return tokens * self.token + scored * self.scored + pairs * self.pair
 

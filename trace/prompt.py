@@ -1,10 +1,11 @@
 """Chat prompts of the student and of the teacher: the privilege boundary.
 
-TRACE's teacher prompt, `teacher_messages`, is a function of the problem and of one member of
-two closed enumerations. It takes no text, no position and no answer, so nothing else can reach the
-teacher. The baselines whose teacher reads a text (an answer, a solution, a peer's response, an
-annotator's reflection: contexts.py) use `privileged_messages`. The stages that sample call
-`student_prompt`, sequences.py `teacher_chat` and `teacher_turn`.
+TRACE's teacher prompt, `teacher_messages`, is a function of the problem, of the conversation's
+turns before it, and of one member of two closed enumerations. It takes no other text, no position
+and no answer, so nothing else can reach the teacher. The baselines whose teacher reads a text (an
+answer, a solution, a peer's response, an annotator's reflection: contexts.py) use
+`privileged_messages`. The stages that sample call `student_prompt`, sequences.py `teacher_chat` and
+`teacher_turn`.
 """
 
 import re
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from uuid import uuid4
 
 from ..schemas.configs import PromptConfig
+from ..schemas.conversation import History, history_key
 from ..schemas.errors import InputError
-from ..schemas.labels import WORDS, TypeLabel, type_label
+from ..schemas.labels import WORDS, TurnRole, TypeLabel, type_label
 from .chat_template import render_template
 from .contexts import NO_CONTEXT
 from .protocols import Prompt
@@ -24,14 +26,20 @@ if TYPE_CHECKING:  # stage convert starts without it
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
+_THINKING = ("<think>", "</think>")
 
 
-def student_messages(config: PromptConfig, problem: str) -> Messages:
-    """The conversation that asks the student for a response."""
-    return _messages(config, config.student.format(problem=problem))
+def student_messages(config: PromptConfig, problem: str, history: History = None) -> Messages:
+    """The conversation that asks the student for a response.
+
+    history: the turns before the problem; a system turn takes the place of the config's.
+    """
+    return _messages(config, config.student.format(problem=problem), history)
 
 
-def teacher_messages(config: PromptConfig, problem: str, diagnostic_type: TypeLabel) -> Messages:
+def teacher_messages(
+    config: PromptConfig, problem: str, diagnostic_type: TypeLabel, history: History = None
+) -> Messages:
     """The same conversation with the label, which is all that the teacher sees besides the
     problem: its name, or the words that belong to it.
 
@@ -42,16 +50,22 @@ def teacher_messages(config: PromptConfig, problem: str, diagnostic_type: TypeLa
     user = config.teacher.format(
         problem=problem, diagnostic_type=label.value, diagnosis=WORDS[label]
     )
-    return _messages(config, user)
+    return _messages(config, user, history)
 
 
-def privileged_messages(config: PromptConfig, problem: str, context: str) -> Messages:
+def privileged_messages(
+    config: PromptConfig, problem: str, context: str, history: History = None
+) -> Messages:
     """A baseline's teacher: the same conversation with an answer, a solution or a response."""
-    return _messages(config, config.privileged.format(problem=problem, context=context))
+    return _messages(config, config.privileged.format(problem=problem, context=context), history)
 
 
 def teacher_chat(
-    config: PromptConfig, problem: str, diagnostic_type: str | None, teacher_context: str | None
+    config: PromptConfig,
+    problem: str,
+    diagnostic_type: str | None,
+    teacher_context: str | None,
+    history: History = None,
 ) -> Messages:
     """The teacher's conversation for a row of a routed table.
 
@@ -62,17 +76,20 @@ def teacher_chat(
         ValueError: neither a context nor a label of DiagnosticType or ErrorType.
     """
     if teacher_context == NO_CONTEXT:
-        return student_messages(config, problem)
+        return student_messages(config, problem, history)
     if teacher_context is not None:
-        return privileged_messages(config, problem, teacher_context)
-    return teacher_messages(config, problem, type_label(diagnostic_type))
+        return privileged_messages(config, problem, teacher_context, history)
+    return teacher_messages(config, problem, type_label(diagnostic_type), history)
 
 
 def student_prompt(
-    tokenizer: "PreTrainedTokenizerBase | None", config: PromptConfig, problem: str
+    tokenizer: "PreTrainedTokenizerBase | None",
+    config: PromptConfig,
+    problem: str,
+    history: History = None,
 ) -> Prompt:
     """The student's prompt, with token ids if there is a tokenizer."""
-    messages = student_messages(config, problem)
+    messages = student_messages(config, problem, history)
     if tokenizer is None:
         return Prompt(messages, thinking=config.thinking)
     ids = render_chat(tokenizer, messages, config.thinking)
@@ -85,7 +102,8 @@ def render_chat(
     """Token ids of a conversation up to where the assistant's turn begins.
 
     A message cannot leave its turn: text that spells a control token (`<|im_end|>`) gets the tokens
-    of its letters, never the control token's id.
+    of its letters, never the control token's id. An assistant's earlier turn may hold the block of
+    thinking that its template knows.
 
     Raises:
         InputError: the tokenizer has no chat template, or one that fails or exceeds a limit.
@@ -98,10 +116,11 @@ def render_chat(
         )
     special, written = _control_tokens(tokenizer, str(template))
     cut = uuid4().hex  # occurs in no text, and is removed before encoding
+    of_role = {"user": written, "assistant": [t for t in written if t not in _THINKING]}
     safe = [
         message | {"content": _cut_spelled(message["content"], tokens, cut)}
         for message in messages
-        for tokens in [written if message["role"] == "user" else special]
+        for tokens in [of_role.get(message["role"], special)]
     ]
     ids: list[int] = []
     for piece in render_template(tokenizer, safe, _options(thinking)).split(cut):
@@ -171,13 +190,17 @@ def _control_tokens(
     return special, special + [t.content for t in added if not t.special and t.content in template]
 
 
-def _messages(config: PromptConfig, user: str) -> Messages:
+def _messages(config: PromptConfig, user: str, history: History) -> Messages:
+    turns = [{"role": role, "content": content} for role, content in history_key(history)]
     messages: Messages = []
-    if config.system is not None:
+    if turns and turns[0]["role"] == TurnRole.SYSTEM:
+        messages.append(turns.pop(0))
+    elif config.system is not None:
         messages.append({"role": "system", "content": config.system})
     for example in config.examples:
         asked = config.student.format(problem=example.problem)
         messages.append({"role": "user", "content": asked})
         messages.append({"role": "assistant", "content": example.response})
+    messages += turns
     messages.append({"role": "user", "content": user})
     return messages

@@ -50,7 +50,8 @@ def unneeded_checkpoints(folder: Path) -> list[Path]:
     if found and (found[0] / _ADAPTERS).exists():
         found = found[1:]
     removed = temporary_folder(folder / "step-*")  # by a run that was killed meanwhile
-    return [*found, *folder.glob(f"{DAMAGED}step-*"), *folder.glob(removed.name)]
+    found += [*folder.glob(f"{DAMAGED}step-*"), *folder.glob(removed.name)]
+    return [path for path in found if not path.is_symlink()]
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

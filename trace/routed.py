@@ -15,14 +15,15 @@ import pyarrow.compute as pc
 
 from ..schemas.configs import RoutingConfig
 from ..schemas.contract import list_of
+from ..schemas.conversation import with_history
 from ..schemas.errors import InputError, RowFault
 from ..schemas.labels import FinishReason, Route, Selection, TeacherContext
 from ..schemas.tables import ROUTED
 from .align import ByteTable
 from .contexts import Known, TeacherContexts, teacher_contexts
-from .responses import aligned, one_chunk, route_responses, to_numpy
+from .policy_mask import POLICY_MASK, flat_mask, policy_lengths, policy_scores, route_written
+from .responses import aligned, one_chunk, to_numpy
 from .route import Routing, require_scores
-from .token_scores import token_scores
 
 _COPIED = (
     "rollout_id", "problem_id", "group_id", "prompt_token_ids", "token_ids", "logprobs",
@@ -62,7 +63,8 @@ def routed_table(
     if annotations is not None:
         _same_rollouts(rollouts, annotations, "annotations")
     scored = scored_rollouts(rollouts, verdicts, config)
-    rollouts = rows_of(rollouts.select(_READ), scored.rows)
+    masked = [POLICY_MASK] if POLICY_MASK in rollouts.column_names else []
+    rollouts = rows_of(rollouts.select([*_READ, *masked]), scored.rows)
     verdicts = rows_of(verdicts.select(["correct"]), scored.rows)
     labels = reflections = pa.nulls(len(rollouts), pa.string())
     if annotations is not None:
@@ -76,9 +78,10 @@ def routed_table(
     contexts = teacher_contexts(known, config)
     offsets = _token_offsets(rollouts)
     taught = contexts.exists & with_teacher
-    scored_tokens = None if scores is None else token_scores(scores, rollouts, offsets)
+    mask = flat_mask(rollouts)
+    scored_tokens = None if scores is None else policy_scores(scores, rollouts, offsets, mask)
     routings = [
-        route_responses(
+        route_written(
             aligned(
                 rollouts[rows],
                 annotations[rows] if annotations is not None else None,
@@ -87,13 +90,16 @@ def routed_table(
                 config.alpha,
                 None if scored_tokens is None else scored_tokens.rows(rows),
             ),
+            None if mask is None else mask[offsets[rows.start] : offsets[rows.stop]],
             taught[rows],
             config,
         )
         for rows in _blocks(offsets)
     ]
-    columns = {name: rollouts[name] for name in _COPIED} | {
-        "problem": own_problems["problem"],
+    columns = {name: rollouts[name] for name in (*_COPIED, *masked)} | {
+        name: own_problems[name] for name in with_history(["problem"], own_problems)
+    }
+    columns |= {
         "reward": pa.array(scored.rewards.astype(np.float32)),
         "advantage": pa.array(scored.advantages),
         "correct": verdicts["correct"],
@@ -120,11 +126,12 @@ class Scored:
 def scored_rollouts(rollouts: pa.Table, verdicts: pa.Table, config: RoutingConfig) -> Scored:
     """The rollouts to train on; the two tables hold the same rollouts row by row.
 
-    Rollouts without a reward, without the sampler's token ids (off-policy) or without tokens leave
+    Rollouts without a reward, without the sampler's token ids (off-policy) or without tokens of the
+    policy leave
     their group before its advantages are computed, as do those that stage select drops; under
     overlong `mask` truncated ones leave after.
     """
-    lengths = to_numpy(pc.list_value_length(rollouts["token_ids"]))
+    lengths = policy_lengths(rollouts)
     scored = to_numpy(pc.is_valid(verdicts["reward"])) & to_numpy(rollouts["on_policy"])
     scored &= ~dropped(verdicts)
     rows = np.flatnonzero(scored & (lengths > 0))
@@ -233,7 +240,7 @@ def _problems_of(rollouts: pa.Table, problems: pa.Table) -> pa.Table:
             f"rollout {rollouts['rollout_id'][row]}: problem {rollouts['problem_id'][row]} is not "
             "in the problems table; convert with the problems that were sampled from"
         )
-    return problems.select(["problem", "answer", "solution"]).take(places)
+    return problems.select(with_history(["problem", "answer", "solution"], problems)).take(places)
 
 
 def _token_offsets(rollouts: pa.Table) -> np.ndarray:

@@ -22,7 +22,7 @@ def token_cap(alpha: float, tokens: Any) -> Any:
 
 @dataclass(frozen=True)
 class Response:
-    """What a rule sees of one response.
+    """What a rule sees of one response: the tokens that the policy wrote.
 
     token_ids: (tokens,) int64; logprobs: (tokens,) float32, nats, under the sampling policy;
     token_segment: (tokens,) segment of each token, −1 for none; spans: segment indices of each

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..schemas.configs import LossConfig, PromptConfig
+from ..schemas.conversation import COLUMN, History, history_key
 from ..schemas.labels import Route, Signal
 from .contexts import NO_CONTEXT
 from .losses import LossInputs, Scores
@@ -28,6 +29,7 @@ from .transfer import to_device
 _FIELDS = ("rollout_id", "group_id", "advantage", "reward", "correct", "temperature", "truncated")
 _TAUGHT = ("problem", "diagnostic_type", "teacher_context")
 _CONTRASTS = "contrast_contexts"
+_MASK = "policy_mask"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class TrainingSequence:
 
     token_ids: integers; logprobs: float32; route: uint8. The table's own memory, not to be written.
     contrast_prompt_ids: the teacher's prompts with `routing.contrast_context`. scores: those of the
-    routed tokens, if the table has some (scores.py).
+    routed tokens, if the table has some (scores.py). policy_mask: bool, whether the policy wrote a
+    token; None: it wrote all. Others are read by the models and are no part of the loss.
     """
 
     rollout_id: str
@@ -53,6 +56,23 @@ class TrainingSequence:
     teacher_prompt_ids: list[int] | None
     contrast_prompt_ids: tuple[list[int], ...] = ()
     scores: SequenceScores | None = None
+    policy_mask: np.ndarray | None = None
+
+    @property
+    def policy_tokens(self) -> int:
+        """Response tokens that the policy wrote: |y| of the loss."""
+        mask = self.policy_mask
+        return len(self.token_ids) if mask is None else int(np.count_nonzero(mask))
+
+    def written(self, values: np.ndarray) -> np.ndarray:
+        """Of (response tokens,) values those of the tokens that the policy wrote."""
+        return values if self.policy_mask is None else values[self.policy_mask]
+
+    def places(self, positions: np.ndarray) -> np.ndarray:
+        """Where tokens that the policy wrote are among those; positions: in the response."""
+        if self.policy_mask is None:
+            return positions
+        return np.cumsum(self.policy_mask)[positions] - 1
 
     @property
     def routed_positions(self) -> np.ndarray:
@@ -104,6 +124,8 @@ def training_sequences(
     turn = teacher_turn(tokenizer, prompt) if with_teacher else TeacherTurn(None, True)
     contrasted = with_teacher and _CONTRASTS in table.column_names
     rendered = Rendered(tokenizer, prompt, turn)
+    histories = table[COLUMN].to_pylist() if COLUMN in table.column_names else [None] * len(table)
+    masks = _masks(table)
     scored: Any = [None] * len(table)
     if JOINED[0] in table.column_names:
         scored = list(map(sequence_scores, *(_views(table[name]) for name in JOINED)))
@@ -118,9 +140,10 @@ def training_sequences(
             route[0] = int(Route.GRPO)
         if with_teacher and route.any():
             problem, label, context = (table[name][row].as_py() for name in _TAUGHT)
-            teacher_prompt_ids = rendered(prompt_ids, problem, label, context)
+            asked = prompt_ids, problem, histories[row], label
+            teacher_prompt_ids = rendered(*asked, context)
             texts = table[_CONTRASTS][row].as_py() or () if contrasted else ()
-            contrasts = tuple(rendered(prompt_ids, problem, label, text) for text in texts)
+            contrasts = tuple(rendered(*asked, text) for text in texts)
         sequences.append(
             TrainingSequence(
                 **fields,
@@ -131,6 +154,7 @@ def training_sequences(
                 teacher_prompt_ids=teacher_prompt_ids,
                 contrast_prompt_ids=contrasts,
                 scores=scores,
+                policy_mask=masks[row],
             )
         )
     return sequences
@@ -143,17 +167,22 @@ class Rendered:
     tokenizer: PreTrainedTokenizerBase
     prompt: PromptConfig
     turn: TeacherTurn
-    known: dict[tuple[str, str | None, str | None], list[int]] = field(default_factory=dict)
+    known: dict[Any, list[int]] = field(default_factory=dict)
 
     def __call__(
-        self, prompt_ids: list[int], problem: str, label: str | None, context: str | None
+        self,
+        prompt_ids: list[int],
+        problem: str,
+        history: History,
+        label: str | None,
+        context: str | None,
     ) -> list[int]:
         """prompt_ids: the student's, which is the teacher's without context."""
         if context == NO_CONTEXT and self.turn.thinking == self.prompt.thinking:
             return prompt_ids
-        asked = (problem, label if context is None else None, context)
+        asked = (problem, history_key(history), label if context is None else None, context)
         if asked not in self.known:
-            messages = teacher_chat(self.prompt, problem, label, context)
+            messages = teacher_chat(self.prompt, problem, label, context, history)
             self.known[asked] = render_chat(self.tokenizer, messages, self.turn.thinking)
         return self.known[asked]
 
@@ -168,6 +197,14 @@ def _views(column: Any) -> list[np.ndarray]:
     ]
 
 
+def _masks(table: pa.Table) -> list[np.ndarray | None]:
+    """Each row's policy_mask; None where the policy wrote all of the response."""
+    if _MASK not in table.column_names:
+        return [None] * len(table)
+    masks = (np.array(lists, dtype=bool) for lists in table[_MASK].to_pylist())
+    return [None if mask.all() else mask for mask in masks]
+
+
 def signal_groups(sequences: Sequence[TrainingSequence]) -> set[str]:
     """Ids of groups whose rewards differ; all advantages of the other groups are 0."""
     rewards: dict[str, set[float]] = {}
@@ -177,8 +214,14 @@ def signal_groups(sequences: Sequence[TrainingSequence]) -> set[str]:
 
 
 def student_row(rows: Sequence[TrainingSequence]) -> PackedRow:
-    """The student's packed row: prompt and response of each sequence."""
-    return pack([row.prompt_ids for row in rows], [row.token_ids for row in rows])
+    """The student's packed row: prompt and response of each sequence.
+
+    The states at tokens that the policy wrote are kept, in the order of `rows`.
+    """
+    kept = None
+    if any(row.policy_mask is not None for row in rows):
+        kept = [row.written(np.arange(len(row.token_ids))) for row in rows]
+    return pack([row.prompt_ids for row in rows], [row.token_ids for row in rows], kept)
 
 
 def teacher_row(rows: Sequence[TrainingSequence]) -> PackedRow:
@@ -209,15 +252,16 @@ def loss_inputs(
     device: torch.device,
     config: LossConfig | None = None,
 ) -> LossInputs:
-    """The loss's inputs per token, of those that only some configs need the ones of this config.
+    """The loss's inputs per token that the policy wrote, of those that only some configs need the
+    ones of this config.
 
     weights: one per sequence, global to the step.
     """
     config = config or LossConfig()
-    lengths = np.array([len(row.token_ids) for row in rows])
+    lengths = np.array([row.policy_tokens for row in rows])
     # Samplers report greedy tokens' log-probabilities at temperature 1.
     temperatures = [row.temperature or 1.0 for row in rows]
-    route = np.concatenate([row.route for row in rows])
+    route = np.concatenate([row.written(row.route) for row in rows])
 
     def flat(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
         joined = np.concatenate(parts, dtype=dtype, casting="same_kind")
@@ -246,8 +290,8 @@ def loss_inputs(
         )
     return LossInputs(
         **optional,
-        token_ids=flat([row.token_ids for row in rows], np.int64),
-        old_logprobs=flat([row.logprobs for row in rows], np.float32),
+        token_ids=flat([row.written(row.token_ids) for row in rows], np.int64),
+        old_logprobs=flat([row.written(row.logprobs) for row in rows], np.float32),
         advantage=per_token([row.advantage for row in rows]),
         weight=per_token(weights),
         temperature=per_token(temperatures),

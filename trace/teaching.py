@@ -48,7 +48,7 @@ def contrast_logprobs(
     Of several prompts the mean of the probabilities: logsumexp − log K. 0 at tokens that have no
     contrast; None if no token has one. temperature: divides the logits; None: the inputs'.
     """
-    starts = np.cumsum([0, *(len(row.token_ids) for row in batch.rows)])
+    starts = np.cumsum([0, *(row.policy_tokens for row in batch.rows)])
     start_of = {row.rollout_id: int(at) for row, at in zip(batch.rows, starts, strict=False)}
     device = inputs.token_ids.device
     found: list[torch.Tensor] = []
@@ -81,7 +81,8 @@ def contrast_logprobs(
 
 
 def _positions(row: Contrast) -> np.ndarray:
-    return row.sequence.contrast_positions
+    """Among the tokens that the policy wrote, as the loss's inputs are."""
+    return row.sequence.places(row.sequence.contrast_positions)
 
 
 def _keep_step(teacher: Teacher, passes: int) -> None:

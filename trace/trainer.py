@@ -226,7 +226,7 @@ class Trainer:
         tokens, and the largest drift, over all ranks.
         """
         device, (index, count) = self.policy.device, (self.ranks.index, self.ranks.count)
-        weights = token_weights([len(s.token_ids) for s in sequences], self.config.loss)
+        weights = token_weights([s.policy_tokens for s in sequences], self.config.loss)
         # FSDP averages gradients over ranks; the step needs their sum.
         weights = (weights * count).tolist()
         weight_of = {s.rollout_id: w for s, w in zip(sequences, weights, strict=True)}

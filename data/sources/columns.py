@@ -57,7 +57,9 @@ class Found:
 
 
 _JUDGING = ("tests", "entry_point", "cases", "metadata")
-_LATE = ("id", "subject", "level", "final", *_JUDGING, "template", "answer_template")
+_LATE = (
+    "id", "subject", "level", "final", *_JUDGING, "template", "answer_template", "messages",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class ColumnMap:
     column holds a longer text; its answer follows `####` ("hashes"), or is in a box or follows
     `####` ("solution"). answer: empty where a program's tests judge. tests, entry_point, cases: of
     programs; metadata: a mapping for rewards of one's own. template, answer_template: stand for an
-    empty problem or answer. images: columns whose rows are refused if they are filled.
+    empty problem or answer. messages: conversations, in place of a problem; where answer names that
+    column too, a conversation's last turn is the reference. images: columns whose rows are refused
+    if they are filled.
     """
 
     problem: str
@@ -85,6 +89,7 @@ class ColumnMap:
     metadata: str | None = None
     template: str | None = None
     answer_template: str | None = None
+    messages: str | None = None
     images: tuple[str, ...] = ()
 
     @property
@@ -100,7 +105,7 @@ class ColumnMap:
     def names(self) -> list[str]:
         """Names of the columns that are read as text, without duplicates."""
         choices = self.choices if isinstance(self.choices, list) else [self.choices]
-        about = (self.id, self.subject, self.level, *(getattr(self, name) for name in _JUDGING))
+        about = [getattr(self, name) for name in ("id", "subject", "level", *_JUDGING, "messages")]
         names = [self.problem, self.answer, self.solution, *choices, *about]
         for template in filter(None, (self.template, self.answer_template)):
             names += sorted(template_fields(template))
@@ -134,7 +139,8 @@ def resolve(found: Found, columns: Columns, where: str) -> ColumnMap:
             answer, or several are.
     """
     fields = _template_columns(columns.template, found, where)
-    problem = "" if fields else _column("problem", found, columns, where)
+    messages = _named("messages", found, columns, where)
+    problem = "" if fields or messages else _column("problem", found, columns, where)
     solution = _column("solution", found, columns, where)
     choices = _choices(found, columns, where)
     shown = _template_columns(columns.answer_template, found, where)
@@ -158,6 +164,9 @@ def resolve(found: Found, columns: Columns, where: str) -> ColumnMap:
     final = None
     if answer is None and code:
         answer = ""
+    elif answer is None and solution is None and messages:
+        answer = solution = messages  # the last turn
+        final = "solution"
     elif answer is None:
         answer, final = solution, "solution"
     if answer is None:
@@ -174,7 +183,7 @@ def resolve(found: Found, columns: Columns, where: str) -> ColumnMap:
         final = "hashes"
         if solution is None and columns.solution is None:
             solution = answer
-    used = {problem, solution, answer, *fields, *shown}
+    used = {problem, solution, answer, messages, *fields, *shown}
     about = [_about(role, found, columns, where, used) for role in KNOWN_ABOUT]
     if code and columns.id is None:
         about[0] = about[0] or _first(found.names, [_CODE_ABOUT["id"]])
@@ -188,6 +197,7 @@ def resolve(found: Found, columns: Columns, where: str) -> ColumnMap:
         **judging,
         template=columns.template,
         answer_template=columns.answer_template,
+        messages=messages,
         images=tuple(sorted(found.images)),
     )
 

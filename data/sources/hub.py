@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.exceptions import DatasetsError
 
-from ...schemas.configs import HubSource
+from ...schemas.configs import Columns, HubSource
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind
+from ...schemas.tables import PROBLEMS
 from ..compressed import require_bounded_archive
 from ..input_files import digest, opened
 from ..parquet_reader import require_bounded
@@ -29,6 +30,7 @@ from ..row_files import BadRow
 from .columns import ColumnMap, resolve, root
 from .found import found_in_batches, likely_texts
 from .problem_rows import image_row, problem_row
+from .pushed import is_pushed, pushed_rows
 
 _LOCAL = fsspec.filesystem("file")
 
@@ -86,6 +88,9 @@ def rows(source: HubSource, seed: int) -> Iterator[dict[str, Any] | BadRow]:
     """
     name, preset = _preset(source)
     table = _table(source, preset)
+    if _is_pushed(table, source, preset):
+        yield from pushed_rows(table.data.table, name)
+        return
     columns = preset.columns or _column_map(table, source, preset)
     roots = [root(column, table.column_names) for column in columns.names()]
     kept = roots + ([preset.keep[0]] if preset.keep else [])
@@ -124,19 +129,27 @@ def identity(source: HubSource) -> dict[str, Any]:
                 preset.dataset, preset.subset, revision=source.revision
             )
         content = {"dataset": preset.dataset, "revision": builder.hash}
-    if preset.columns is None:
-        columns = _column_map(_table(source, preset), source, preset).identity()
-    else:
-        columns = {k: v for k, v in preset.columns.identity().items() if k != "final"}
-    return content | {
+    about = {
         "kind": source.kind,
         "name": name,
         "preset": source.preset,
         "subset": preset.subset,
         "split": preset.split,
-        "columns": columns,
-        "answer_kind": str(preset.answer_kind),
     }
+    if preset.columns is None:
+        table = _table(source, preset)
+        if _is_pushed(table, source, preset):
+            return content | about | {"table": PROBLEMS.name}
+        columns = _column_map(table, source, preset).identity()
+    else:
+        columns = {k: v for k, v in preset.columns.identity().items() if k != "final"}
+    return content | about | {"columns": columns, "answer_kind": str(preset.answer_kind)}
+
+
+def _is_pushed(table: Any, source: HubSource, preset: Preset) -> bool:
+    """Whether it is a table of our own, and no columns are named to read it by."""
+    named = preset.columns is not None or source.columns != Columns()
+    return not named and is_pushed(table.column_names)
 
 
 def _table(source: HubSource, preset: Preset) -> Any:
@@ -197,7 +210,7 @@ def _preset(source: HubSource) -> tuple[str, Preset]:
     # Full configs of older releases hold the former default, which left the preset's columns.
     if preset.columns is not None and named and named != {"problem": "problem", "answer": "answer"}:
         named |= {"final": None} if named.keys() & {"answer", "answer_template"} else {}
-        named |= {"problem": ""} if "template" in named else {}
+        named |= {"problem": ""} if named.keys() & {"template", "messages"} else {}
         named |= {"answer": ""} if "answer_template" in named else {}
         changed["columns"] = replace(
             preset.columns,

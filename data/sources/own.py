@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from ...schemas.configs import OwnSource as OwnSourceConfig
+from ...schemas.conversation import COLUMN, fault_of
 from ...schemas.errors import InputError
-from ...schemas.labels import AnswerKind, DiagnosticType
+from ...schemas.labels import AnswerKind, DiagnosticType, TurnRole
 from ...schemas.own_code import OwnCode, build, is_text, iterable, require_methods, running
 from ...schemas.tables import PROBLEMS
 from ..manifest import content_hash
@@ -34,6 +35,7 @@ class OwnSource(Protocol):
       key.
     - source: a name; by default the class's. With several, an evaluation weighs them equally.
     - source_id, subject, level: texts that are kept with the problem.
+    - history: the turns before the problem, dicts of role (system, user, assistant) and content.
 
     Optional:
 
@@ -108,8 +110,9 @@ def _checked(row: Any, index: int, code: OwnCode) -> dict[str, Any]:
     if row["answer_kind"] not in list(AnswerKind):
         raise InputError(f"{where}: answer_kind is none of {', '.join(AnswerKind)}")
     for name in ("solution", *PROBLEMS.optional):
-        if row.get(name) is not None and not is_text(row[name]):
+        if name != COLUMN and row.get(name) is not None and not is_text(row[name]):
             raise InputError(f"{where}: {name} is neither text nor None")
+    _check_history(row.get(COLUMN), where)
     if not isinstance(row["steps"], list | tuple | None):
         raise InputError(f"{where}: steps is neither a list nor None")
     for step in row["steps"] or []:
@@ -125,3 +128,20 @@ def _checked(row: Any, index: int, code: OwnCode) -> dict[str, Any]:
                 "step takes (annotator.error_types makes a mistake of it)"
             )
     return row
+
+
+def _check_history(history: Any, where: str) -> None:
+    if history is None:
+        return
+    if not isinstance(history, list | tuple):
+        raise InputError(f"{where}: history is neither a list nor None")
+    for turn in history:
+        filled = isinstance(turn, dict) and turn.keys() == {"role", "content"}
+        if not filled or turn["role"] not in list(TurnRole) or not is_text(turn["content"]):
+            raise InputError(
+                f"{where}: a turn of history is no dict of role ({', '.join(TurnRole)}) and content"
+            )
+        if not turn["content"].strip():
+            raise InputError(f"{where}: a turn of history is empty")
+    if fault := fault_of([*(turn["role"] for turn in history), TurnRole.USER]):
+        raise InputError(f"{where}: history {fault}")

@@ -16,6 +16,7 @@ from ..boxed import boxed_answer
 from ..manifest import content_hash
 from ..row_files import BadRow, bad_row
 from .columns import ColumnMap, cell
+from .conversations import Turns, turns_of
 from .program_tests import metadata_of, whole_solution
 
 _MOST_CELL_CHARS = 4 << 20  # more than any model reads
@@ -73,7 +74,10 @@ def _row(
         if holds_file(cell(foreign, name)):
             raise image_row(where, name)
     metadata = metadata_of(foreign, columns, where)
-    if columns.template is not None:
+    history: Turns = []
+    if columns.messages is not None:
+        problem, history, foreign = _conversation(foreign, columns, where)
+    elif columns.template is not None:
         problem = _rendered(foreign, columns.template, where, _problem_text)
     else:
         problem = _filled(_problem_text(foreign, columns.problem, where), columns.problem, where)
@@ -102,12 +106,27 @@ def _row(
     }
     if metadata is not None:
         out["metadata"] = json.dumps(metadata)
+    if columns.messages is not None:
+        out["history"] = history or None
     about = {"source_id": columns.id, "subject": columns.subject, "level": columns.level}
     return out | {
         role: _text(foreign, name, where) or None
         for role, name in about.items()
         if name is not None
     }
+
+
+def _conversation(
+    foreign: dict[str, Any], columns: ColumnMap, where: str
+) -> tuple[str, Turns, dict[str, Any]]:
+    """The user's last turn, the turns before it, and the row with the reference, if the
+    conversation ends with one, in the conversation's place."""
+    name = str(columns.messages)
+    answered = name in (columns.answer, columns.solution)
+    turns = turns_of(cell(foreign, name), name, where, _plain_text, answered)
+    if answered:
+        foreign = foreign | {name: turns.pop()["content"]}
+    return turns[-1]["content"], turns[:-1], foreign
 
 
 def _answer(foreign: dict[str, Any], columns: ColumnMap, where: str, keep_unread: bool) -> str:
@@ -250,7 +269,10 @@ def _problem_text(foreign: dict[str, Any], name: str, where: str) -> str:
     turns = [(role, text) for role, text in said if role != "system"]
     if len(said) != len(value) or len(turns) != 1 or turns[0][0] not in ("user", "human"):
         raise bad_row(
-            where, f"column {name!r} is a list, and no chat with one message of the user", _LEAVE
+            where,
+            f"column {name!r} is a list, and no chat with one message of the user",
+            f"fill it in, set source.columns.messages={name} to read conversations, or skip such "
+            "rows by on_bad_rows=skip",
         )
     return _plain_text(turns[0][1], name, where)
 

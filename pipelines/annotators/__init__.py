@@ -15,8 +15,7 @@ from ...schemas.configs import Annotator, PolicyConfig, SegmentConfig
 from ...schemas.own_code import is_own
 from ...trace.protocols import Annotator as AnnotatorProtocol
 from ...trace.protocols import Sampler
-from .dialogue import Question
-from .prompting import AnnotationPrompt
+from ..paid.questions import Question
 
 if TYPE_CHECKING:  # engines that call no model start without transformers
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +36,7 @@ class Engine:
         for every fault that can be found before the first row.
     open(config, segment, **given): the annotator; see `open_annotator`.
     asks_endpoint: its requests are billed. Its journal, budget and pace belong to one process.
-    request_body(config, prompt, question): what is sent for a question; None: no model is asked.
+    request_body(config, question): what is sent for a question; None: no model is asked.
     open_sampler(config, student): sampler and tokenizer of a policy that annotates with weights of
         its own; None: there is none. student: the policy that is trained.
     """
@@ -45,7 +44,7 @@ class Engine:
     identity: Callable[[Any, Dataset, bool], dict[str, Any]]
     open: Callable[..., AnnotatorProtocol]
     asks_endpoint: bool = False
-    request_body: Callable[[Any, AnnotationPrompt, Question], dict[str, Any]] | None = None
+    request_body: Callable[[Any, Question], dict[str, Any]] | None = None
     open_sampler: Callable[
         [Any, PolicyConfig | None], "tuple[Sampler, PreTrainedTokenizerBase | None] | None"
     ] = _no_sampler

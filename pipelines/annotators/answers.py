@@ -3,21 +3,18 @@
 Called by dialogue.py. Raw answers are journalled, so a change here bills nothing.
 """
 
-import json
 import re
 from typing import Any
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ...schemas.labels import AnnotationStatus, SpanKind, type_label
+from ..paid.answer_text import read_object
+from ..paid.dialogue import Unusable
 from .answer_schema import MOST_REFLECTION_CHARS
 from .prompting import AnnotationPrompt
 from .rows import Item, Reading
 
-_FENCED = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?\s*```\Z", re.DOTALL)
-_END_OF_THINKING = "</think>"
 _MOST_ERROR_CHARS = 300
 _FEWEST_ANSWER_CHARS = 3
 
@@ -40,20 +37,13 @@ class _Answer(BaseModel):
     reflection: Any = None
 
 
-class _Unusable(Exception):
-    """An answer that can't be used; its text says why."""
-
-
 def read_answer(text: str, prompt: AnnotationPrompt, item: Item) -> Reading:
-    """Read one answer strictly: nothing in it is guessed or repaired.
-
-    Around the JSON object only thinking before it and one code fence are allowed.
-    """
+    """Read one answer strictly: nothing in it is guessed or repaired."""
     try:
-        answer = _validated(_loaded(text), prompt.schemas[item.kind])
+        answer = _validated(read_object(text, prompt.schemas[item.kind]))
         marked = _marked(answer, item)
         idea = _reflection(answer, item) if prompt.reflection else None
-    except _Unusable as error:
+    except Unusable as error:
         return Reading(AnnotationStatus.INVALID, error=str(error)[:_MOST_ERROR_CHARS])
     except RecursionError:
         return Reading(AnnotationStatus.INVALID, error="it is nested too deep")
@@ -64,50 +54,26 @@ def read_answer(text: str, prompt: AnnotationPrompt, item: Item) -> Reading:
     return Reading(AnnotationStatus.OK, marked, type_label(answer.type), reflection=idea)
 
 
-def _loaded(text: str) -> Any:
-    body = text.rpartition(_END_OF_THINKING)[2].strip()
-    if fenced := _FENCED.match(body):
-        body = fenced.group(1)
-    try:
-        return json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except ValueError as error:  # no JSON, or a number of thousands of digits
-        raise _Unusable(f"it is not one JSON object ({error})") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        raise ValueError("a key appears twice")
-    return out
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
-
-
-def _validated(value: Any, schema: dict[str, Any]) -> _Answer:
-    fault = best_match(Draft202012Validator(schema).iter_errors(value))
-    if fault is not None:
-        raise _Unusable(f"{fault.json_path.removeprefix('$.')}: {fault.message}")
+def _validated(value: Any) -> _Answer:
     try:
         return _Answer.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise _Unusable(f"{where}: {first['msg']}") from None
+        raise Unusable(f"{where}: {first['msg']}") from None
 
 
 def _marked(answer: _Answer, item: Item) -> list[list[int]]:
     """Segment indices per span, each segment where it is named first."""
     if answer.abstain and answer.spans:
-        raise _Unusable("abstain is true but spans are marked")
+        raise Unusable("abstain is true but spans are marked")
     last = len(item.segments) - 1
     seen: set[int] = set()
     marked = []
     for span in answer.spans:
         for index in span.segments:
             if not 0 <= index <= last:
-                raise _Unusable(f"segment {index} is not there, the last one is {last}")
+                raise Unusable(f"segment {index} is not there, the last one is {last}")
         _check_quote(span, item)
         fresh = [i for i in dict.fromkeys(span.segments) if i not in seen]
         seen.update(fresh)
@@ -126,7 +92,7 @@ def _check_quote(span: _Span, item: Item) -> None:
         return
     elsewhere = [i for i in range(len(item.segments)) if quote in _squeezed(item.text(i))]
     if elsewhere:
-        raise _Unusable(
+        raise Unusable(
             f"the quote of segments {span.segments} stands in segment {elsewhere[0]} instead"
         )
 
@@ -138,13 +104,13 @@ def _reflection(answer: _Answer, item: Item) -> str | None:
     idea = answer.reflection if isinstance(answer.reflection, str) else ""
     if not idea.strip():
         if answer.spans:
-            raise _Unusable("reflection is empty, and spans are marked")
+            raise Unusable("reflection is empty, and spans are marked")
         return None
     idea = _squeezed(idea)
     if len(idea) > MOST_REFLECTION_CHARS:
-        raise _Unusable(f"reflection is longer than {MOST_REFLECTION_CHARS} characters")
+        raise Unusable(f"reflection is longer than {MOST_REFLECTION_CHARS} characters")
     if states_answer(idea, item.problem["answer"]):
-        raise _Unusable("reflection states the final answer")
+        raise Unusable("reflection states the final answer")
     return idea
 
 

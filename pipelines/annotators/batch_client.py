@@ -15,8 +15,8 @@ from tenacity import Retrying, retry_if_exception
 
 from ...schemas.errors import InputError
 from .. import endpoint, transport
+from ..paid.completion import checked_body
 from .batch_jobs import URL, Job, JobFile
-from .completion import checked_body
 
 _TRANSFER_S = 3600.0  # for a file of requests or results
 _MOST_RESULT_BYTES = 4 << 30

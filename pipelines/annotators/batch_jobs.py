@@ -17,8 +17,8 @@ from pydantic import BaseModel
 
 from ...data.store_files import StoreFiles
 from ...schemas.configs import OpenAIAnnotator
-from .budget import Reservation
-from .prices import most_tokens
+from ..paid.budget import Reservation
+from ..paid.prices import most_tokens
 
 MOST_BYTES = 200_000_000  # of one file of requests; the API's own limit
 FINAL = ("completed", "failed", "expired", "cancelled")

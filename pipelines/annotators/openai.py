@@ -1,13 +1,10 @@
 """Annotation by a model behind any OpenAI-compatible chat endpoint, engine `openai`.
 
-Rows are made here, requests are sent by paid_requests.py. `batch=true` asks through the Batch API
-instead (openai_batch.py).
+Rows are made here, paid/conversations.py asks. `batch=true` asks through the Batch API instead
+(openai_batch.py).
 """
 
-import asyncio
-import logging
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +17,18 @@ from ...schemas.labels import AnnotationStatus
 from ...schemas.tables import ANNOTATIONS
 from ...trace.protocols import Annotator
 from .. import endpoint
-from ..runtime.event_loop import EventLoop
-from ..runtime.signals import announce, drained
+from ..paid.claims import Claims
+from ..paid.completion import is_answer, request_body
+from ..paid.conversations import Conversations, Failure, Held
+from ..paid.journal import Journal
+from ..paid.prices import find_price
+from ..paid.questions import Dialogue
+from ..paid.spending import Spending, open_spending
+from ..progress import count_rows
 from . import Engine
-from .budget import BudgetSpent
-from .claims import Claims
-from .completion import is_answer, request_body
-from .dialogue import Answer, Question, dialogue, replay
-from .journal import Journal
-from .pace import AskedToWait, Closed
-from .paid_requests import Requests
-from .prices import find_price
+from .dialogue import dialogue
 from .prompting import AnnotationPrompt, prompt_of
-from .rows import KEPT, NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
-from .spending import Spending, open_spending
-
-logger = logging.getLogger(__name__)
-
-_Done = tuple[Item, Reading, dict[str, Answer]]  # a row: its answers by question
-
-_FEWEST_FAILURES = 10  # before the share of failed calls means something within a part
+from .rows import NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
 
 
 class EndpointAnnotator:
@@ -56,147 +45,36 @@ class EndpointAnnotator:
         self._config, self._prompt, self._segment = config, prompt, segment
         self._spending = spending
         self._who = Identity(config.name, config.model, prompt.version, prompt.reflection)
-        self._requests = Requests(config, prompt, journal, spending)
-        self._pace = self._requests.pace
-        # Of a part, by the key of the question: rows that share one count once.
-        self._known: set[str] = set()  # the journal had the answer
-        self._called: set[str] = set()
-        self._failures: set[str] = set()
-        # One loop for all parts: client and pace belong to the loop in which they are first used.
-        self._loop = EventLoop()
+        name = f"annotator {config.name}"
+        self._conversations = Conversations(config, name, journal, spending)
 
     def annotate(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> pa.Table:
-        """See `Annotator`.
-
-        Raises:
-            InputError: more than half of the calls fail, or all must fail; the budget is spent; no
-                answer for `patience_s`. Answers that arrived are in the journal.
-            Stopped, Interrupted: SIGTERM or Ctrl-C; requests in flight have ended.
-        """
-        self._known, self._called, self._failures = set(), set(), set()
-        self._requests.reopen()
+        """See `Annotator`. Raises as `Conversations.hold`."""
         work = items(problems, rollouts, verdicts, self._segment)
-        name = f"annotator {self._config.name}"
-        with drained(lambda: self._loop.soon(self._drain), lambda: f"{name}: stopped; {KEPT}"):
-            made = self._loop.run(self._annotate(work, rollouts.num_rows))
-        # The journal's answers count too: of a few rows that are asked again all may fail again.
-        stopped = self._requests.stopped is not None
-        if not stopped and len(self._failures) * 2 > len(self._called | self._known):
-            error = next(reading.error for _, reading, _ in made if reading.error is not None)
-            self._end_failing(error.removeprefix(NO_ANSWER))
-        if (why := self._requests.stopped) is not None:
-            unanswered = self._spending.named()
-            counted = f" (requests without an answer: {unanswered})" if unanswered else ""
-            raise InputError(f"{name} at {self._config.base_url}: {why}{counted}: {KEPT}")
-        return ANNOTATIONS.table(self._row(*done) for done in made)
+        talks = ((item, self._talk(item)) for item in work)
+        held = self._conversations.hold(talks, rollouts.num_rows, lambda item: count_rows())
+        return ANNOTATIONS.table(map(self._row, held))
 
     def recall(self, problems: pa.Table, rollouts: pa.Table, verdicts: pa.Table) -> None:
         """Note rows of an earlier run that bear their answers' cost: later rows share them free."""
         for item in items(problems, rollouts, verdicts, self._segment):
-            if item.correct is not None:
-                answers: dict[str, Answer] = {}
-                replay(self._prompt, item, self._config, partial(self._recalled, answers))
-                self._spending.made(item.rollout_id, answers)
-
-    def _recalled(self, answers: dict[str, Answer], question: Question) -> Answer | None:
-        key = self._requests.key(question)
-        if (answer := self._requests.journalled(key)) is not None:
-            answers[key] = answer
-        return answer
+            if (talk := self._talk(item)) is not None:
+                self._conversations.recall(item.rollout_id, talk)
 
     def close(self) -> None:
-        self._loop.run(self._requests.close())
-        self._loop.close()
-        try:
-            self._requests.close_journal()
-        finally:
-            self._spending.close()
+        self._conversations.close()
 
-    async def _annotate(self, work: Iterator[Item], number: int) -> list[_Done]:
-        rows: list[Any] = [None] * number
-        queue = enumerate(work)
-        # A worker asks again once its answer is on the disk, so a kill loses one answer per worker
-        # at most.
-        count = min(self._config.concurrency, number)
-        workers = [asyncio.create_task(self._work(queue, rows)) for _ in range(count)]
-        try:
-            await asyncio.gather(*map(asyncio.shield, workers))
-        except asyncio.CancelledError:  # a second signal
-            for worker in workers:
-                worker.cancel()
-            raise
-        except BaseException:  # requests in flight are paid for and end first
-            self._drain()
-            await asyncio.gather(*workers, return_exceptions=True)
-            raise
-        return rows
+    def _talk(self, item: Item) -> Dialogue[Reading] | None:
+        return None if item.correct is None else dialogue(self._prompt, item, self._config)
 
-    def _drain(self) -> None:
-        """Send nothing new. A request in flight ends within `timeout_s`."""
-        if not self._pace.closed:
-            waiting = f"waiting for {self._pace.in_flight} answers, Ctrl-C again to leave them"
-            announce(f"{self._config.name}: {waiting}")
-        self._pace.close()
-
-    async def _work(self, queue: Iterator[tuple[int, Item]], rows: list[Any]) -> None:
-        try:
-            for index, item in queue:
-                if self._pace.closed:
-                    return
-                rows[index] = item, *await self._ask(item)
-        except BudgetSpent as spent:
-            price = self._spending.price
-            self._requests.stop(
-                f"{spent}, at {price}; raise annotator.budget_usd and run again to go on"
-            )
-        except AskedToWait as asked:
-            self._requests.stop(f"it asks to wait {asked}; run again then")
-        except Closed:
-            return
-
-    async def _ask(self, item: Item) -> tuple[Reading, dict[str, Answer]]:
-        """What the annotator answers about a row: its reading, and the answers by question."""
-        answers: dict[str, Answer] = {}
-        reading, key = SKIPPED, ""
-        try:
-            if item.correct is not None:
-                talk = dialogue(self._prompt, item, self._config)
-                question = next(talk)
-                while True:
-                    key = self._requests.key(question)
-                    answers[key], known = await self._requests.answer(key, question)
-                    (self._known if known else self._called).add(key)
-                    question = talk.send(answers[key])
-        except StopIteration as done:
-            reading = done.value
-        except endpoint.FAILURES as error:
-            reading = self._failed(key, error)
-        self._spending.row(answers)
-        return reading, answers
-
-    def _row(self, item: Item, reading: Reading, answers: dict[str, Answer]) -> dict[str, Any]:
+    def _row(self, held: Held[Item, Reading]) -> dict[str, Any]:
+        item, reading, answers = held.about, held.outcome or SKIPPED, held.answers
+        if isinstance(reading, Failure):
+            error = f"{NO_ANSWER if reading.passing else ''}{reading.error}"
+            reading = Reading(AnnotationStatus.FAILED, error=error)
         raw = list(answers.values())[-1].text if answers else None
         used = self._spending.charge(item.rollout_id, answers)
         return annotation_row(item, self._who, reading, used, raw)
-
-    def _failed(self, key: str, error: Exception) -> Reading:
-        text = self._requests.sentence(error)
-        if key not in self._failures:
-            self._called.add(key)
-            self._failures.add(key)
-            failures = len(self._failures)
-            often = failures >= _FEWEST_FAILURES and failures * 2 > len(self._called)
-            if endpoint.condemns_all(error) or often:
-                self._end_failing(text)
-            logger.warning("%s at %s: %s", self._config.name, self._config.base_url, text)
-        passing = NO_ANSWER if endpoint.may_pass(error) else ""
-        return Reading(AnnotationStatus.FAILED, error=f"{passing}{text}")
-
-    def _end_failing(self, text: str) -> None:
-        self._requests.stop(
-            f"{len(self._failures)} of {len(self._called)} calls failed ({text}); mend that and "
-            "run again"
-        )
 
 
 def _identity(config: OpenAIAnnotator, problems: Dataset, in_training: bool) -> dict[str, Any]:

@@ -19,16 +19,19 @@ from ...schemas.errors import InputError
 from ...schemas.labels import AnnotationStatus
 from ...schemas.tables import ANNOTATIONS
 from .. import endpoint
+from ..paid.budget import BudgetSpent
+from ..paid.completion import bounded, question_key, read_record, request_body
+from ..paid.conversations import KEPT
+from ..paid.journal import Journal
+from ..paid.journal_lines import Answered, Record, Reserved, Unanswered
+from ..paid.questions import Answer, Question
+from ..paid.spending import Spending, exclusive
+from ..progress import count_rows
 from .batch_client import Batch, BatchClient, RequestFailed
 from .batch_jobs import FINAL, JobFile, RequestFile, read_jobs, remove_unfinished
-from .budget import BudgetSpent
-from .completion import bounded, question_key, read_record, request_body
-from .dialogue import Answer, Question, replay
-from .journal import Journal
-from .journal_lines import Answered, Record, Reserved, Unanswered
+from .dialogue import replay
 from .prompting import AnnotationPrompt
-from .rows import KEPT, NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
-from .spending import Spending, exclusive
+from .rows import NO_ANSWER, SKIPPED, Identity, Item, Reading, annotation_row, items
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +112,7 @@ class BatchAnnotator:
     def _row(self, item: Item) -> dict[str, Any]:
         if item.correct is None:
             self._spending.row({})
+            count_rows()
             return annotation_row(item, self._who, SKIPPED)
         answers, outcome = self._replayed(item)
         if isinstance(outcome, Question):
@@ -116,6 +120,7 @@ class BatchAnnotator:
             outcome = Reading(AnnotationStatus.FAILED, error=error)
         raw = list(answers.values())[-1].text if answers else None
         self._spending.row(answers)
+        count_rows()
         used = self._spending.charge(item.rollout_id, answers)
         return annotation_row(item, self._who, outcome, used, raw)
 
@@ -131,7 +136,7 @@ class BatchAnnotator:
         return dict(zip(keys, answers, strict=False)), outcome
 
     def _key(self, question: Question) -> str:
-        return question_key(self._config, self._prompt, question)
+        return question_key(self._config, question)
 
     def _known(self, key: str) -> Answer | None:
         record = self._journal.get(key)
@@ -164,7 +169,7 @@ class BatchAnnotator:
         for key, question in self._open_questions(parts()):
             if key in asked:
                 continue
-            body = request_body(self._config, self._prompt, question, self._refused)
+            body = request_body(self._config, question, self._refused)
             price = self._spending.price
             worst = 0.0 if price is None else price.worst_case_usd(body, batched=True)
             if not self._room(requests.worst_case_usd + worst, more_comes=bool(asked)):

@@ -19,11 +19,12 @@ from ...schemas.labels import FinishReason, SpanKind
 from ...schemas.tables import ANNOTATIONS
 from ...trace.prompt import render_chat
 from ...trace.protocols import PolicyInfo, Prompt, Sampler
+from ..paid.questions import Answer, Question, usage
 from ..samplers import sampling_engine
 from ..samplers.constrained import require_writable
 from . import Engine
 from .bounds import bounded_schema
-from .dialogue import Answer, Question, replay, usage
+from .dialogue import replay
 from .prompting import Messages, prompt_of
 from .rows import SKIPPED, Identity, Item, Reading, annotation_row, items
 
@@ -212,6 +213,6 @@ def _open(
 ENGINE = Engine(
     _identity,
     _open,
-    request_body=lambda config, prompt, question: {"messages": question.messages},
+    request_body=lambda config, question: {"messages": question.messages},
     open_sampler=_open_sampler,
 )

@@ -1,28 +1,26 @@
 """The annotation prompt: loaded from files that a person can read and change, filled per rollout.
 
-Called by the engines that ask a model, and by the estimate. A prompt file is Markdown with a front
-matter that names its version and the sections `# system`, `# user` and `# correction`. `{{name}}`
-is replaced in one pass, so a text that is filled in can't bring placeholders of its own. A section
-`# reflection` takes the place of `{{reflection}}` where a corrective idea is asked for.
+Called by the engines that ask a model, and by the estimate. A prompt file (paid/prompt_file.py) has
+the sections `# system`, `# user` and `# correction`. A section `# reflection` takes the place of
+`{{reflection}}` where a corrective idea is asked for.
 
 Rollouts are untrusted. A segment's number is at the start of a line and the other lines of a
-segment are indented, so a response can't forge a segment; the tags around each text carry a hash of
-the response, so it can't close them.
+segment are indented, so a response can't forge a segment, nor a problem that is a conversation a
+turn.
 """
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...schemas.configs import AnnotatorPrompt
+from ...schemas.conversation import shown_row
 from ...schemas.errors import InputError
 from ...schemas.labels import WORDS, SpanKind, TypeLabel, words_sha256
 from ...schemas.text_files import read_text_file
-from ...schemas.yaml_text import load_yaml
+from ..paid.prompt_file import Form, fence, fill, parse_prompt
+from ..paid.questions import Messages
 from .answer_schema import REFLECTION, labels_of, parse_schema, schema_about
 from .rows import Item
 
@@ -30,11 +28,6 @@ PROMPTS = Path(__file__).parent / "prompts"
 SHIPPED_PROMPT = PROMPTS / "annotate-v1.md"
 SHIPPED_PROMPT_V2 = PROMPTS / "annotate-v2.md"  # for error types and reflections
 SHIPPED_SCHEMA = PROMPTS / "answer.schema.json"
-SECTIONS = ("system", "user", "correction")
-
-_FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n(.*)\Z", re.DOTALL)
-_SECTION = re.compile(rf"^# ({'|'.join((*SECTIONS, REFLECTION))})[ \t]*$", re.MULTILINE)
-_PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 _FIELDS = {
     "system": {"types", REFLECTION},  # the same for all rollouts, so endpoints cache it
     "user": {
@@ -42,10 +35,9 @@ _FIELDS = {
     },
     "correction": {"error", "last_segment", "types"},
 }  # fmt: skip
-_NEEDED = {"system": set(), "user": {"problem", "segments"}, "correction": {"error"}}
+_NEEDED = {"user": {"problem", "segments"}, "correction": {"error"}}
+_FORM = Form(_FIELDS, _NEEDED, "my-prompt-v1", (REFLECTION,))
 _INDENT = "    "
-
-Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,7 @@ def load_prompt(
         "annotator.answer_schema out for the shipped ones"
     )
     prompt_text, schema_text = (read_text_file(file, advice) for file in (prompt_path, schema_path))
-    version, sections = _parse_prompt(prompt_text, prompt_path)
+    version, sections = parse_prompt(prompt_text, prompt_path, _FORM)
     idea = sections.pop(REFLECTION, "")
     sections["system"] = _with_reflection(sections["system"], idea if reflection else "")
     if reflection and REFLECTION not in sections["system"]:
@@ -130,8 +122,8 @@ def ask(prompt: AnnotationPrompt, item: Item) -> Messages:
     # The same for all rollouts: the types of both kinds.
     for_all = {"types": _listed(prompt)}
     return [
-        {"role": "system", "content": _fill(prompt.sections["system"], for_all)},
-        {"role": "user", "content": _fill(prompt.sections["user"], fields)},
+        {"role": "system", "content": fill(prompt.sections["system"], for_all)},
+        {"role": "user", "content": fill(prompt.sections["user"], fields)},
     ]
 
 
@@ -140,7 +132,7 @@ def correct(prompt: AnnotationPrompt, item: Item, answer: str, error: str) -> Me
     fields = _fields(prompt, item) | {"error": error}
     return [
         {"role": "assistant", "content": answer},
-        {"role": "user", "content": _fill(prompt.sections["correction"], fields)},
+        {"role": "user", "content": fill(prompt.sections["correction"], fields)},
     ]
 
 
@@ -160,15 +152,14 @@ def _fields(prompt: AnnotationPrompt, item: Item) -> dict[str, str]:
     if problem["solution"]:
         reference += f"\nSolution:\n{problem['solution']}"
     return {
-        "problem": problem["problem"],
+        "problem": shown_row(problem),
         "reference": reference,
         "segments": numbered(item),
         "verdict": "right" if item.correct else "wrong",
         "kind": item.kind.value,
         "last_segment": str(len(item.segments) - 1),
         "types": ", ".join(prompt.types[item.kind]),
-        # The same for the same response, so that a repeated request is the same request.
-        "fence": hashlib.sha256(item.response.encode()).hexdigest()[:12],
+        "fence": fence(item.response),
     }
 
 
@@ -181,44 +172,6 @@ def _listed(prompt: AnnotationPrompt) -> str:
         lines.append(f"The response is {verdict}, for its {kind.value} segments:")
         lines += [f"- {label}: {WORDS[label]}" for label in prompt.types[kind]]
     return "\n".join(lines)
-
-
-def _fill(template: str, fields: dict[str, str]) -> str:
-    return _PLACEHOLDER.sub(lambda match: fields[match.group(1)], template)
-
-
-def _parse_prompt(text: str, path: Path) -> tuple[str, dict[str, str]]:
-    """Version and sections of a prompt file."""
-    match = _FRONT_MATTER.match(text)
-    try:
-        header = load_yaml(match.group(1)) if match else None
-    except yaml.YAMLError as error:
-        raise InputError(
-            f"{path}: front matter is not YAML ({' '.join(str(error).split())})"
-        ) from None
-    if match is None or not isinstance(header, dict) or not header.get("version"):
-        raise InputError(
-            f"{path}: has no front matter with a version; begin the file with the lines `---`, "
-            "`version: my-prompt-v1`, `---`"
-        )
-    pieces = _SECTION.split(match.group(2))
-    sections = {
-        name: body.strip() for name, body in zip(pieces[1::2], pieces[2::2], strict=True)
-    }  # text before the first section is a comment
-    if absent := [name for name in SECTIONS if not sections.get(name)]:
-        raise InputError(f"{path}: section `# {absent[0]}` is missing or empty; add it")
-    for name in SECTIONS:
-        used = set(_PLACEHOLDER.findall(sections[name]))
-        if unknown := sorted(used - _FIELDS[name]):
-            raise InputError(
-                f"{path}: section {name} has the unknown placeholder {{{{{unknown[0]}}}}}; it may "
-                f"use {', '.join(sorted(_FIELDS[name]))}"
-            )
-        if lacking := sorted(_NEEDED[name] - used):
-            raise InputError(f"{path}: section {name} lacks {{{{{lacking[0]}}}}}; add it")
-    if _PLACEHOLDER.search(sections.get(REFLECTION, "")):
-        raise InputError(f"{path}: section {REFLECTION} has a placeholder; it takes none")
-    return str(header["version"]), sections
 
 
 def _with_reflection(system: str, idea: str) -> str:

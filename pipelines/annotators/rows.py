@@ -15,10 +15,10 @@ from ...schemas.errors import InputError
 from ...schemas.labels import AnnotationStatus, Selection, SpanKind, TypeLabel
 from ...schemas.tables import ANNOTATIONS
 from ...trace.segment import segment
+from ..paid.questions import Usage
 
 # Begins the error of a failed row that another attempt may mend: time-outs, server errors.
 NO_ANSWER = "unanswered: "
-KEPT = "answers that arrived are kept and not paid again"
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,6 @@ class Reading:
     type: TypeLabel | None = None
     error: str | None = None
     reflection: str | None = None
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens, cost and time of an annotation. None: unknown."""
-
-    prompt_tokens: int | None = 0
-    completion_tokens: int | None = 0
-    cost_usd: float | None = 0.0
-    latency_s: float = 0.0
 
 
 @dataclass(frozen=True)

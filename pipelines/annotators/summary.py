@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...schemas.labels import AnnotationStatus
+from ..paid.spending import plus
 from .attempts import UNANSWERED
 from .rows import NO_ANSWER, Usage
-from .spending import plus
 
 
 def part_usage(table: pa.Table) -> tuple[int, Usage]:

@@ -1,14 +1,14 @@
-"""`make demo`: python -m trace_opd.pipelines.bundled.demo [micro|smollm2]
+"""`trace-opd demo`: the method on a bundled model, from problems to an evaluation.
 
 Runs the pipeline of configs/<model>.yaml as Prefect flows on the embedded server, in a folder and
 with a prefix of its own: runs/demo and demo- for micro, runs/demo-smollm2 and smollm2- for smollm2.
 Then it prints, and writes into summary.json, the pass rate before and after with 95 % intervals and
-the paths of the Parquet files and the report.
+the paths of the Parquet files and the report. The config is copied there, for the next commands.
 """
 
-import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +18,10 @@ from typing import Any
 
 from rich.table import Table
 
+from ...data.atomic import make_folders, writing
 from ...data.store import Store
 from ...schemas.configs import PipelineConfig
+from ...schemas.extras import require
 from ...schemas.settings import load_config
 from ..models import resolve_policy
 from ..runtime.signals import handled
@@ -27,7 +29,7 @@ from ..terminal import Terminal
 
 FOLDERS = {"micro": Path("runs/demo"), "smollm2": Path("runs/demo-smollm2")}
 
-_ROOT = Path(__file__).parents[2]
+_CONFIGS = Path(__file__).parents[2] / "configs"  # a wheel has these two
 _TABLES = ("problems", "rollouts", "verdicts", "annotations", "routed")
 _QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -39,15 +41,20 @@ _QUIET = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
-    parser.add_argument("model", nargs="?", default="micro", choices=FOLDERS)
-    parser.add_argument("--output", type=Path, help="folder of the run")
-    args = parser.parse_args()
-    output = args.output or FOLDERS[args.model]
-    config_path = _ROOT / "configs" / f"{args.model}.yaml"
-    root = (output / "store").resolve()
-    resolve_policy(args.model)  # prepared before the run's time is measured
+def run_demo(model: str, output: Path | None) -> None:
+    """Run a bundled model's pipeline, then print its figures. output: folder of the run.
+
+    Raises:
+        InputError: an extra is not installed, or the folder can't be written.
+        SystemExit: the run has ended with that code, and printed why.
+    """
+    require("prefect", "polars", "openai", "math_verify")
+    folder = output or FOLDERS[model]
+    root = (folder / "store").resolve()
+    resolve_policy(model)  # prepared before the run's time is measured
+    with writing(folder):
+        make_folders(folder)
+        config_path = Path(shutil.copy(_CONFIGS / f"{model}.yaml", folder / f"{model}.yaml"))
     started = time.perf_counter()
     command = [sys.executable, "-P", "-m", "trace_opd.flows", str(config_path), "--run"]
     # The terminal's Ctrl-C reaches both processes: this one waits until the run has ended.
@@ -61,9 +68,9 @@ def main() -> None:
     seconds = round(time.perf_counter() - started, 1)
     config = load_config(PipelineConfig, config_path)
     store = os.path.relpath(root)
-    about = {"model": args.model, "name": config.name, "store": store, "seconds": seconds}
-    result = about | summary(config.name, Store(root))
-    path = output / "summary.json"
+    about = {"model": model, "name": config.name, "store": store, "seconds": seconds}
+    result = about | {"config": os.path.relpath(config_path)} | summary(config.name, Store(root))
+    path = folder / "summary.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print_summary(result, path)
 
@@ -95,13 +102,9 @@ def print_summary(result: dict[str, Any], path: Path) -> None:
     console.print(table)
     lines = [f"{result['name']}-{role:12} {place}" for role, place in result["datasets"].items()]
     width = len(f"{result['name']}-") + 12
-    places = {key: result[key] for key in ("checkpoint", "report")}
+    places = {key: result[key] for key in ("checkpoint", "report", "config")}
     places["summary"] = f"{path}  ({result['seconds']:.0f} s)"
     lines += [f"{name:{width}} {place}" for name, place in places.items()]
     lines.append(f"To use these datasets: export TRACE_OPD_STORE={result['store']}")
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,46 @@ class Finding:
     file: str | None = None
 
 
-def check_store(store: Store, refs: Sequence[str] = ()) -> tuple[Group, bool]:
-    """Read the files that manifests list, of all datasets or of some.
+@dataclass(frozen=True)
+class Check:
+    """What was read and found. commands: those that make damaged datasets again."""
 
-    Returns a report for the terminal, and whether everything is intact.
+    datasets: int
+    files: int
+    bytes: int
+    findings: list[Finding]
+    commands: list[str]
+
+    @property
+    def broken(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.state == "broken"]
+
+    @property
+    def intact(self) -> bool:
+        return not self.broken
+
+    def data(self) -> dict[str, Any]:
+        """For --json."""
+        return {"intact": self.intact} | asdict(self)
+
+    def report(self) -> Group:
+        """For the terminal."""
+        report: list[Table | Text] = []
+        if self.findings:
+            table = Table("what", "state", "found", box=None)
+            table.columns[0].overflow = table.columns[2].overflow = "fold"
+            for one in self.findings:
+                # On one line: a line break in a name could start a line like the commands below.
+                table.add_row(one_line(one.subject), one.state, one_line(one.text))
+            report.append(table)
+        report += map(Text, self.commands)
+        result = "intact" if self.intact else f"{len(self.broken)} faults"
+        read = f"{self.datasets} datasets, {self.files} files, {self.bytes:,} bytes"
+        return Group(*report, Text(f"{read}: {result}"))
+
+
+def check_store(store: Store, refs: Sequence[str] = ()) -> Check:
+    """Read the files that manifests list, of all datasets or of some.
 
     Raises:
         InputError: a ref names no dataset.
@@ -65,30 +101,18 @@ def check_store(store: Store, refs: Sequence[str] = ()) -> tuple[Group, bool]:
                 progress.advance()
     if not refs:
         found += [*_lost_aliases(store), *_unfinished(store)]
-    report: list[Table | Text] = []
-    if found:
-        table = Table("what", "state", "found", box=None)
-        table.columns[0].overflow = table.columns[2].overflow = "fold"
-        for finding in found:
-            # On one line: a line break in a name could start a line like the commands below.
-            table.add_row(one_line(finding.subject), finding.state, one_line(finding.text))
-        report.append(table)
     broken = [finding for finding in found if finding.state == "broken"]
-    result = f"{len(broken)} faults" if broken else "intact"
-    report += _commands(store, chosen, broken)
-    report.append(Text(f"{len(chosen)} datasets, {total} files, {size:,} bytes: {result}"))
-    return Group(*report), not broken
+    return Check(len(chosen), total, size, found, _commands(store, chosen, broken))
 
 
-def _commands(store: Store, chosen: Sequence[Dataset], broken: Sequence[Finding]) -> list[Text]:
+def _commands(store: Store, chosen: Sequence[Dataset], broken: Sequence[Finding]) -> list[str]:
     """Commands that make damaged datasets again; none for a damaged manifest."""
     damaged: dict[str, list[str]] = {}
     for finding in broken:
         if finding.file is not None:
             damaged.setdefault(finding.subject, []).append(finding.file)
     known = [(d, damaged[d.ref]) for d in chosen if d.ref in damaged]
-    commands = remake_commands(store, [(d, files) for d, files in known if MANIFEST not in files])
-    return [Text(command) for command in commands]
+    return remake_commands(store, [(d, files) for d, files in known if MANIFEST not in files])
 
 
 def _manifest_faults(dataset: Dataset) -> Iterator[Finding]:

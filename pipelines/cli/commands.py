@@ -25,21 +25,32 @@ from ...schemas.errors import InputError
 from ...schemas.settings import load_config, override
 from ...schemas.template import template
 from ..stages import REGISTRY, StageEntry
-from ..terminal import console, log_to_terminal, print_config, print_json
+from ..terminal import (
+    choose_output,
+    console,
+    is_quiet,
+    log_to_terminal,
+    print_config,
+    print_data,
+    print_json,
+    reset_output,
+)
 from . import removal_commands
 from .contamination_command import contamination
+from .demo_command import demo
 from .ending import exit_code, log_thread_failures, stop_by_signals
 from .export import export
+from .init_command import init
+from .label_command import label
+from .options import QUIET, VERBOSE, App, AsJson
+from .plot_command import plot
+from .push_command import push
 from .store_commands import COMMANDS, StoreRoot, open_store
 
 if TYPE_CHECKING:
     from ...data.store import Store
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = App(no_args_is_help=True, pretty_exceptions_enable=False)
 
 ConfigPath = Annotated[
     str | None,  # not Path: the first override may stand here, and Path turns http:// into http:/
@@ -80,11 +91,12 @@ def _stage_command(entry: StageEntry) -> Callable[..., None]:
         alias: Alias = None,
         keep_failed: KeepFailed = False,
         dry_run: DryRun = False,
+        as_json: AsJson = False,
     ) -> None:
         kept = ["annotator.keep_failed=true"] if keep_failed else []
         changes = [*(overrides or []), *kept]
         loaded = _load(entry.config_type, config, changes, entry.name, preset)
-        _run_stage(entry.name, loaded, open_store(store), alias, dry_run)
+        _run_stage(entry.name, loaded, open_store(store), alias, dry_run, as_json)
 
     left_out = {"keep_failed", "preset"} - {_STAGE_OPTIONS.get(entry.name)}
     full = inspect.signature(command)
@@ -93,20 +105,33 @@ def _stage_command(entry: StageEntry) -> Callable[..., None]:
     return command
 
 
-def _run_stage(name: str, config: Config, store: "Store", alias: str | None, dry_run: bool) -> None:
+def _run_stage(
+    name: str, config: Config, store: "Store", alias: str | None, dry_run: bool, as_json: bool
+) -> None:
     # Imports torch, so a bad config is refused before.
     from ...data.store import Dataset
     from ..pipeline import run_stage
-    from .show import show_dataset, show_plan
+    from .as_json import full_dataset_data
+    from .show import show_dataset
 
     if dry_run:
-        show_plan(name, config, store, console)
+        from .stage_plan import plan_data, show_plan
+
+        if as_json:
+            print_data(plan_data(name, config, store))
+        else:
+            show_plan(name, config, store, console)
         return
     made = run_stage(name, config, store, alias)
     if whole_number("RANK", 0) != 0:  # only the first of torchrun's processes prints
         return
-    if isinstance(made, Dataset):
-        show_dataset(made, console, [alias or REGISTRY[name].alias or name])
+    names = [alias or REGISTRY[name].alias or name]
+    if isinstance(made, Dataset) and as_json:
+        print_data(full_dataset_data(made, names))
+    elif isinstance(made, Dataset) and is_quiet():
+        console.print(made.ref, highlight=False)
+    elif isinstance(made, Dataset):
+        show_dataset(made, console, names)
     else:
         console.print(made, soft_wrap=True)
 
@@ -146,10 +171,13 @@ def _report(
 for _entry in REGISTRY.values():
     _command = _report if _entry.name == "report" else _stage_command(_entry)
     app.command(_entry.name, help=_entry.summary)(_command)
-for _name, _command in (
-    COMMANDS | removal_commands.COMMANDS | {"export": export, "contamination": contamination}
-).items():
+_OTHERS = {
+    "export": export, "contamination": contamination, "push": push, "plot": plot, "init": init,
+    "demo": demo,
+}  # fmt: skip
+for _name, _command in (COMMANDS | removal_commands.COMMANDS | _OTHERS).items():
     app.command(_name)(_command)
+app.add_typer(label, name="label")
 
 
 def _print_version(asked: bool) -> None:
@@ -166,8 +194,15 @@ def _app(
             "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
         ),
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help=f"{QUIET} Also after the command.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help=f"{VERBOSE} Also after the command.")
+    ] = False,
 ) -> None:
     """Token-routed self on-policy distillation: annotate, route, train."""
+    choose_output(quiet, verbose)
 
 
 @app.command()
@@ -184,6 +219,7 @@ def pipeline(
         bool,
         typer.Option("--dry-run", help="Check all stages and print the plan; run nothing."),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check all stages, then run them in order, in this process, without a server."""
     kept = ["annotate.annotator.keep_failed=true"] if keep_failed else []
@@ -191,7 +227,7 @@ def pipeline(
     loaded = _load(PipelineConfig, config, [*(overrides or []), *kept, *named], None, preset)
     from .run_pipeline import plan_and_run
 
-    plan_and_run(loaded, open_store(store), dry_run)
+    plan_and_run(loaded, open_store(store), dry_run, as_json)
 
 
 @app.command()
@@ -253,7 +289,7 @@ def presets(
     name: Annotated[
         str | None, typer.Argument(help="Preset to show with its settings and notes.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the presets (TRACE and the other methods): tokens, teacher, action, gate, schedule."""
     from .presets import print_preset, print_presets
@@ -283,13 +319,17 @@ def plan(
     memory: Annotated[
         float | None, typer.Option(min=1, help="Memory of a GPU, GB; default: this machine's.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Predict a training run's memory and seconds per step, and what makes it fit a GPU."""
-    from ..training.plan_table import plan_table
+    from ..training.plan_table import plan_data, plan_table
 
     loaded = _load(TrainConfig, config, overrides, "train")
     lengths = {"response_tokens": response_tokens, "memory_gb": memory}
-    console.print(plan_table(loaded, gpus, tflops, bandwidth, **lengths))
+    if as_json:
+        print_data(plan_data(loaded, gpus, tflops, bandwidth, **lengths))
+    else:
+        console.print(plan_table(loaded, gpus, tflops, bandwidth, **lengths))
 
 
 @app.command()
@@ -326,5 +366,7 @@ def run() -> NoReturn:
             # Typer turns a KeyboardInterrupt into an exit code, without its sentence.
             interrupt = ended.__context__ and ended.__context__.__cause__
             raise interrupt if isinstance(interrupt, KeyboardInterrupt) else ended from None
+        finally:
+            reset_output()
 
     sys.exit(exit_code(main))

@@ -7,7 +7,8 @@ import typer
 from rich.table import Table
 
 from ...schemas.errors import InputError
-from ..terminal import console
+from ..terminal import console, print_data, say
+from .options import AsJson
 from .store_commands import StoreRoot, open_store
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def contamination(
         typer.Option(dir_okay=False, help="File for all pairs, .csv or .parquet."),
     ] = None,
     store: StoreRoot = "store",
+    as_json: AsJson = False,
 ) -> None:
     """List evaluation problems that share runs of words with training problems."""
     if output is not None and output.suffix not in _SUFFIXES:
@@ -45,20 +47,26 @@ def contamination(
 
     trained, *others = (opened.get(ref, PROBLEMS) for ref in (training, *held_out))
     figures = Table("dataset", "problems", "shared", "share", box=None)
-    listed = []
+    listed, data = [], []
     for other in others:
         found, pairs = _compared(trained, other, words)
         cells = (f"{found.problems:,}", f"{found.shared:,}", f"{found.share:.1%}")
         figures.add_row(other.ref, *cells)
         listed.append(pairs)
+        counts = {"problems": found.problems, "shared": found.shared, "share": found.share}
+        data.append({"dataset": other.ref} | counts | {"common_runs": found.common})
         if found.common:
-            console.print(
+            say(
                 f"{other.ref}: {found.common:,} runs of words are in many training problems and "
-                "do not count: the wording of a template",
-                soft_wrap=True,
+                "do not count: the wording of a template"
             )
-    console.print(figures)
     pairs = pl.concat(listed)
+    if as_json:
+        if output is not None:
+            write_atomic(output, _encoded(pairs, output.suffix))
+        print_data({"training": trained.ref, "held_out": data, "pairs": pairs.to_dicts()})
+        return
+    console.print(figures)
     if len(pairs):
         console.print(_list(pairs), soft_wrap=True)
     if (more := len(pairs) - _LISTED) > 0:
@@ -73,10 +81,11 @@ def _compared(trained: Any, other: Any, words: int) -> "tuple[Any, pl.DataFrame]
     """The overlap of two datasets, and its pairs with ids and texts."""
     import polars as pl
 
+    from ...schemas.conversation import COLUMN, wording
     from ..choice.contamination import overlap
 
-    own, asked = (dataset.read(["problem_id", "problem"]) for dataset in (trained, other))
-    found = overlap(own["problem"], asked["problem"], words)
+    own, asked = (dataset.read(["problem_id", "problem", COLUMN]) for dataset in (trained, other))
+    found = overlap(wording(own), wording(asked), words)
     rows, training_rows = found.pairs["row"], found.pairs["training_row"]
     columns = {
         "problem_id": pl.Series(asked["problem_id"]).gather(rows),

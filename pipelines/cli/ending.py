@@ -74,7 +74,9 @@ def _exit_code(run: Callable[[], object]) -> int:
     except InputError as error:
         if _received:  # as when the interrupt ended a sampler's process too
             raise
-        print_error(str(error))
+        from .error_pages import with_page  # imports pyarrow
+
+        print_error(with_page(error))
         return error.exit_code
     except ModuleNotFoundError as error:  # a command's own imports, which come late
         if (sentence := missing_extra(error)) is None:

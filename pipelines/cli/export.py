@@ -1,4 +1,4 @@
-"""`trace-opd export`. store_commands.py adds it; slow imports are inside."""
+"""`trace-opd export`. commands.py adds it; slow imports are inside."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,12 +13,26 @@ if TYPE_CHECKING:
     from ...data.store import Store
 
 
+_MODEL = "model"
+_Asked = dict[str, object]
+
+
 def export(
-    run: Annotated[
+    form: Annotated[
         str,
-        typer.Argument(help="Train run (alias, id, stage/id), or a run's or checkpoint's path."),
+        typer.Argument(
+            metavar="FORMAT",
+            help="model, or for a routed dataset trl, verl, ms-swift, prime-rl or jsonl.",
+        ),
     ],
-    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="model: train run (alias, id, stage/id), or a run's or checkpoint's path; else a "
+            "routed dataset (alias, id or stage/id)."
+        ),
+    ],
+    folder: Annotated[Path | None, typer.Argument(help="Folder to write.")] = None,
     step: Annotated[
         int | None, typer.Option(min=0, help="Step of the checkpoint; default: the newest.")
     ] = None,
@@ -36,12 +50,69 @@ def export(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")
     ] = False,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="ms-swift: policy whose tokenizer made the ids; default: the recorded."),
+    ] = None,
+    scores: Annotated[
+        str | None, typer.Option(help="prime-rl: scores dataset, for tokens of route rkl.")
+    ] = None,
+    groups_per_step: Annotated[
+        int | None, typer.Option(min=1, help="prime-rl: prompts of a training step; default: 16.")
+    ] = None,
     store: StoreRoot = "store",
 ) -> None:
-    """Write a checkpoint's model as a Hugging Face folder, for evaluation, serving or a new run.
+    """Write a checkpoint's model as a Hugging Face folder, or a routed dataset for another trainer.
 
-    Adapters are merged into their base.
+    A model's adapters are merged into their base. docs/other-trainers.md says what each format
+    keeps and loses.
     """
+    from ...schemas.config_faults import unknown_name
+    from ..exports import FORMATS
+
+    if folder is None:
+        raise InputError(
+            f"export: takes a format first; `trace-opd export model {form} {source}` writes a "
+            "checkpoint's model"
+        )
+    if form not in (_MODEL, *FORMATS):
+        raise InputError(f"format {unknown_name(form, (_MODEL, *FORMATS))}")
+    of_models: _Asked = {
+        "--step": step,
+        "--dtype": None if dtype == "float32" else dtype,
+        "--adapters": adapters or None,
+        "--base": base,
+        "--trust-remote-code": trust_remote_code or None,
+    }
+    of_tables: _Asked = {
+        "--policy": policy,
+        "--scores": scores,
+        "--groups-per-step": groups_per_step,
+    }
+    for flag, value in (of_tables if form == _MODEL else of_models).items():
+        if value is not None:
+            raise InputError(f"{flag}: format {form} does not read it; leave it out")
+    if form == _MODEL:
+        _export_model(source, folder, step, dtype, adapters, base, trust_remote_code, store)
+        return
+    from ..exports import Options, export_routed
+
+    options = Options(policy, scores, groups_per_step)
+    rows = export_routed(form, source, open_store(store), folder, options)
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(rows.items()))
+    console.print(f"{folder}: {source} for {form} ({counts} rows)", soft_wrap=True)
+
+
+def _export_model(
+    run: str,
+    folder: Path,
+    step: int | None,
+    dtype: str,
+    adapters: bool,
+    base: str | None,
+    trust_remote_code: bool,
+    store: str,
+) -> None:
     checkpoint = _checkpoint(run, step, store)
     if adapters and (base is not None or dtype != "float32"):
         raise InputError("--adapters writes float32 adapters alone; leave --dtype and --base out")

@@ -12,7 +12,7 @@ from ...schemas.configs import LossConfig, RoutingConfig, ScheduleConfig, Teache
 from ...schemas.labels import KlClip, Route, TeacherContext
 from ...schemas.preset import Preset
 from ...schemas.presets import PRESETS, preset_named
-from ..terminal import Terminal, print_json
+from ..terminal import Terminal, print_data
 
 COLUMNS = ("tokens", "teacher", "action", "gate", "schedule", "source")
 # A pipe has no width: its lines are for grep.
@@ -31,7 +31,7 @@ _RULES = {
 def print_presets(console: Console, as_json: bool) -> None:
     """All presets as a table, or as JSON with what each sets and its notes."""
     if as_json:
-        print_json([_data(name, preset) for name, preset in PRESETS.items()], console)
+        print_data([_data(name, preset) for name, preset in PRESETS.items()])
         return
     table = Table("preset", *COLUMNS, box=None, pad_edge=False)
     table.columns[0].no_wrap = True
@@ -49,7 +49,7 @@ def print_preset(name: str, console: Console, as_json: bool) -> None:
     """
     preset = preset_named(name)
     if as_json:
-        print_json(_data(name, preset), console)
+        print_data(_data(name, preset))
         return
     lines = [f"{name}: {preset.summary} ({preset.source})"]
     row = {heading: text for heading, text in columns(preset).items() if heading != "source"}

@@ -7,7 +7,8 @@ import typer
 from rich.filesize import decimal
 
 from ...schemas.errors import InputError
-from ..terminal import Terminal, console, named
+from ..terminal import Terminal, console, named, print_data
+from .options import AsJson
 from .store_commands import StoreRoot, open_store
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def rm(
         bool, typer.Option("--dry-run", help="List what would be removed; remove nothing.")
     ] = False,
     store: StoreRoot = "store",
+    as_json: AsJson = False,
 ) -> None:
     """Remove datasets, the aliases that name them, and the tables of a removed training's steps.
 
@@ -58,12 +60,14 @@ def rm(
     aliases = {name for name, ref in held.aliases.items() if ref in refs}
     if not force:
         _refuse_needed(held, refs, set() if recursive else aliases - set(names))
-    lines, freed = [], 0
+    lines, freed, removed = [], 0, []
     for ref in held.by_need(refs):
         taken, kept = removable(opened.files, ref, paid_answers)
         freed += sum(taken.values())
         stays = f"; {decimal(sum(kept.values()))} of paid answers stay" if kept else ""
         lines.append(f"{decimal(sum(taken.values())):>10}  {ref}{named(held.names(ref))}{stays}")
+        sizes = {"bytes": sum(taken.values()), "kept_bytes": sum(kept.values())}
+        removed.append({"dataset": ref, "aliases": held.names(ref)} | sizes)
     if not dry_run:
         for ref in held.by_need(refs):
 
@@ -72,6 +76,9 @@ def rm(
                 opened.drop_aliases(held.names(ref))
 
             remove_dataset(opened, ref, paid_answers, check)
+    if as_json:
+        print_data({"removed": not dry_run, "bytes": freed, "datasets": removed})
+        return
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)
     console.print(f"{'would free' if dry_run else 'freed'} {decimal(freed)}")
@@ -124,6 +131,7 @@ def gc(
     ] = 7.0,
     paid_answers: PaidAnswers = False,
     store: StoreRoot = "store",
+    as_json: AsJson = False,
 ) -> None:
     """List what no alias needs: datasets, checkpoints of finished runs, abandoned files.
 
@@ -132,6 +140,11 @@ def gc(
     from .garbage import find_garbage
 
     found = find_garbage(open_store(store), older_than * 86400, paid_answers)
+    if as_json:
+        listed = [{"what": one.what, "why": one.why, "bytes": one.bytes} for one in found]
+        size = _remove(found) if yes else sum(one.bytes for one in found)
+        print_data({"removed": yes, "bytes": size, "found": listed})
+        return
     for one in found:  # no table: it would break long paths, which are for copying
         line = f"{decimal(one.bytes):>10}  {one.what}  ({one.why})"
         console.print(line, soft_wrap=True, highlight=False)

@@ -1,6 +1,6 @@
-"""Plans, datasets' figures and rollouts in the terminal.
+"""Datasets' figures and rollouts in the terminal.
 
-commands.py calls `show_plan` and `show_dataset`, `trace-opd show` also `show_rollout`.
+commands.py calls `show_dataset`, `trace-opd show` also `show_rollout`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,14 +16,13 @@ from rich.text import Text
 from ...data.nearby import absent_dataset
 from ...data.row_files import skipped_faults
 from ...data.store import MANIFEST, Dataset, Store
-from ...schemas.configs import Config, TrainConfig
 from ...schemas.errors import DamagedFile, InputError
 from ...schemas.labels import Route
 from ...schemas.tables import ANNOTATIONS, ROUTED
-from ..terminal import named, print_config
+from ..terminal import named
 from ..viewer.paint import Paint, Piece
 from ..viewer.rollout_tables import find_tables, find_vocabulary
-from ..viewer.rollout_view import RolloutView, load_rollouts
+from ..viewer.rollout_view import PartView, RolloutView, load_rollouts
 
 # Underlines as well as colours: readers must tell routes apart without seeing colour.
 _ROUTE_STYLES = (
@@ -38,40 +37,6 @@ _STYLES = {Paint.PLAIN: "", Paint.MARKED: "underline", Paint.DROPPED: "dim strik
     Paint(route): _ROUTE_STYLES[(route - 1) % len(_ROUTE_STYLES)] for route in list(Route)[1:]
 }
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def show_plan(name: str, config: Config, store: Store, console: Console) -> None:
-    """Print a stage's config, and which dataset a run with it would make.
-
-    Raises:
-        InputError: the stage would refuse the request before its work.
-    """
-    from ..planning.estimate import estimate, estimate_view
-    from ..stages import REGISTRY
-    from ..stages.base import Stage
-
-    print_config(config)
-    stage = REGISTRY[name].load()
-    if isinstance(config, TrainConfig):
-        from ..stages import train
-
-        _, target = train.begin(config, store)
-        parts = ""
-    elif isinstance(stage, Stage):
-        plan, target = stage.begin(config, store)
-        parts = f", {plan.parts} part{'s' if plan.parts != 1 else ''}"
-        if not isinstance(target, Dataset):
-            parts += f", {sum(map(target.has_part, range(plan.parts)))} of them there"
-    else:
-        return
-    state = "finished" if isinstance(target, Dataset) else "to be made"
-    console.print(f"# {target.ref}: {state}{parts}")
-    if name == "problems" and plan.figures:
-        console.print(_figures_table(plan.figures))
-    if name == "annotate" and not isinstance(target, Dataset):
-        found = estimate(plan, target)
-        if found is not None:
-            console.print(estimate_view(found, plan, target))
 
 
 def show_dataset(dataset: Dataset, console: Console, names: Sequence[str] = ()) -> None:
@@ -99,7 +64,7 @@ def _summary_tables(dataset: Dataset) -> Iterator[Table]:
     if dataset.stage == "evaluate":
         yield evaluation_table(summary)
     else:
-        yield _figures_table(summary)
+        yield figures_table(summary)
     if parts:
         table = Table("part", *parts[0], box=None)
         for index, part in enumerate(parts):
@@ -107,7 +72,7 @@ def _summary_tables(dataset: Dataset) -> Iterator[Table]:
         yield table
 
 
-def _figures_table(figures: dict[str, Any]) -> Table:
+def figures_table(figures: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False)
     for key, value in figures.items():
         table.add_row(key, Text(figure(key, value)))
@@ -117,7 +82,7 @@ def _figures_table(figures: dict[str, Any]) -> Table:
 def figure(key: str, value: Any) -> str:
     """A figure of a summary; an unknown cost shows as unknown, not as none."""
     if "usd" in key:
-        from ..annotators.spending import dollars
+        from ..paid.spending import dollars
 
         return dollars(value)
     if key == "skipped":
@@ -131,9 +96,28 @@ def figure(key: str, value: Any) -> str:
             f"{found['shared']:,} of {found['problems']:,} problems of {ref}"
             for ref, found in value.items()
         )
+    if key == "bills":
+        return "\n".join(
+            f"{label}: " + "; ".join(f"{name} {figure(name, own)}" for name, own in bill.items())
+            for label, bill in value.items()
+        )
+    if key == "grades":
+        return "\n".join(
+            f"{label}: " + ", ".join(f"{name} {_plain(own)}" for name, own in found.items())
+            for label, found in value.items()
+        )
+    if key == "pool":
+        return "\n".join(
+            f"from step {one['from_step']}: {one['problems']:,} problems of {one['band']}"
+            for one in value
+        )
     if key == "requests":
         return ", ".join(f"{number:,} {what}" for what, number in value.items())
     return "–" if value is None else str(value)
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:z.3f}"
 
 
 def _column(name: Any) -> str:
@@ -174,10 +158,15 @@ def show_rollout(rollout_id_prefix: str, store: Store, console: Console) -> None
     Raises:
         InputError: not exactly one rollout has an id with that prefix.
     """
-    dataset, rollout_id = _find(rollout_id_prefix, store)
+    console.print(_panel(*find_rollout(rollout_id_prefix, store)))
+
+
+def find_rollout(prefix: str, store: Store) -> tuple[RolloutView, Dataset]:
+    """A rollout as it is drawn, and the dataset it is from; see `show_rollout`."""
+    dataset, rollout_id = _find(prefix, store)
     tables = find_tables(dataset, store)
     (view,) = load_rollouts(tables, [rollout_id], find_vocabulary(dataset, tables))
-    console.print(_panel(view, dataset))
+    return view, dataset
 
 
 def _find(prefix: str, store: Store) -> tuple[Dataset, str]:
@@ -212,6 +201,10 @@ def _panel(view: RolloutView, dataset: Dataset) -> Panel:
     )
 
 
+def _value(part: PartView) -> str:
+    return f"none ({part.status})" if part.value is None else f"{part.value:.3g}"
+
+
 def _facts(view: RolloutView) -> list[tuple[str, str]]:
     verdict = {True: "right", False: "wrong", None: "unscored"}[view.correct]
     reward = "none" if view.reward is None else f"{view.reward:g}"
@@ -221,6 +214,8 @@ def _facts(view: RolloutView) -> list[tuple[str, str]]:
         ("gold answer", view.answer),
         ("answer read", view.parsed if view.parsed is not None else "none"),
         ("reward", f"{reward}, {verdict} ({view.verdict})"),
+        *((part.name, _value(part)) for part in view.parts),
+        *([("selection", view.selection)] if view.selection else []),
         ("type", view.type or "none"),
         ("annotator", f"{view.annotator} ({view.status})" if view.annotator else "none"),
         ("policy", f"{view.policy}, step {view.step}; {view.finish} after {tokens} tokens"),
@@ -232,6 +227,7 @@ def _facts(view: RolloutView) -> list[tuple[str, str]]:
         segments = ", ".join(map(str, span.segments))
         kept = "" if span.kept_tokens is None else f", {span.kept_tokens} tokens kept"
         facts.append((f"{span.kind} {span.rank}", f"segments {segments}{kept}"))
+    facts += [(name, text) for name in ("feedback", "grades") if (text := getattr(view, name))]
     if view.reflection:
         facts.append(("reflection", view.reflection))
     if view.error:

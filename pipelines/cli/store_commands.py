@@ -17,7 +17,8 @@ from ...schemas.aliases import require_alias
 from ...schemas.configs import RoutingConfig
 from ...schemas.errors import InputError
 from ..runtime.signals import handled
-from ..terminal import Terminal, console, named, print_json
+from ..terminal import Terminal, console, named, print_data, print_json
+from .options import AsJson
 
 if TYPE_CHECKING:
     from ...data.store import Dataset, Store
@@ -55,6 +56,7 @@ StoreRoot = Annotated[
 def ls(
     stage: Annotated[str | None, typer.Argument(help="Only this stage.")] = None,
     store: StoreRoot = "store",
+    as_json: AsJson = False,
 ) -> None:
     """List the store's datasets."""
     from ...schemas.config_faults import unknown_name
@@ -64,10 +66,16 @@ def ls(
     names = _names(opened)
     # A pipe has no width: its lines are for grep.
     out = console if console.is_terminal else Terminal(width=_UNBOUNDED)
-    table = listing(opened.datasets(stage), names, out.width < _WIDE)
+    found = list(opened.datasets(stage))
+    table = listing(found, names, out.width < _WIDE)
     if not table.rows and stage is not None and stage not in REGISTRY:
         raise InputError(f"stage {unknown_name(stage, REGISTRY)}")
-    out.print(table)
+    if as_json:
+        from .as_json import listing_data
+
+        print_data(listing_data(found, names))
+    else:
+        out.print(table)
     if not table.rows:
         _print_empty(opened, stage)
 
@@ -118,21 +126,30 @@ def _names(store: "Store") -> dict[str, list[str]]:
 def show(
     ref: Annotated[str, typer.Argument(help="Dataset (alias, id) or rollout id.")],
     store: StoreRoot = "store",
+    as_json: AsJson = False,
 ) -> None:
     """Show a dataset's manifest, or a rollout with its tokens coloured by route."""
-    from .show import show_dataset, show_rollout
+    from .as_json import full_dataset_data, rollout_data
+    from .show import find_rollout, show_dataset, show_rollout
 
     opened = open_store(store)
     if not opened.matches(ref):
-        show_rollout(ref, opened, console)
+        if as_json:
+            print_data(rollout_data(*find_rollout(ref, opened)))
+        else:
+            show_rollout(ref, opened, console)
         return
     dataset = opened.get(ref)
-    show_dataset(dataset, console, _names(opened).get(dataset.ref, []))
+    names = _names(opened).get(dataset.ref, [])
+    if as_json:
+        print_data(full_dataset_data(dataset, names))
+        return
+    show_dataset(dataset, console, names)
     print_json({k: v for k, v in dataset.manifest.items() if k != "summary"}, console)
 
 
 def view(
-    ref: Annotated[str, typer.Argument(help="Routed or annotations dataset, or a train run.")],
+    ref: Annotated[str, typer.Argument(help="Dataset of rollouts, or a train run.")],
     against: Annotated[
         str | None,
         typer.Option(help="Annotations dataset of the same rollouts, shown side by side."),
@@ -151,14 +168,20 @@ def view(
 
 
 def lineage(
-    ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")], store: StoreRoot = "store"
+    ref: Annotated[str, typer.Argument(help="Dataset (alias or id).")],
+    store: StoreRoot = "store",
+    as_json: AsJson = False,
 ) -> None:
     """Show the datasets that a dataset was made from."""
     from ...data.manifest import one_line
+    from .as_json import lineage_data
     from .show import reading_notes
 
     opened = open_store(store)
     names, trees = _names(opened), list[Tree]()
+    if as_json:
+        print_data(lineage_data(opened.get(ref), names))
+        return
     for depth, role, dataset in opened.get(ref).lineage():
         label = f"{one_line(role) + ': ' if role else ''}{dataset.ref}"
         text = f"{label}{named(names.get(dataset.ref, []))}  {dataset.rows} rows"
@@ -246,14 +269,27 @@ def import_(
 
 
 def compare(
-    datasets: Annotated[list[str], typer.Argument(help="Annotations datasets (alias or id).")],
+    datasets: Annotated[
+        list[str],
+        typer.Argument(
+            help="Annotations or verdicts datasets (alias or id); one verdicts dataset: its parts."
+        ),
+    ],
     reference: Annotated[
         str | None,
-        typer.Option(help="Dataset that the others are measured against; default: the first."),
+        typer.Option(
+            help="Dataset or part that the others are measured against; default: the first."
+        ),
     ] = None,
     alpha: Annotated[
         float, typer.Option(min=0, max=1, help="Coverage cap of the capped figures.")
     ] = RoutingConfig().alpha,
+    correct_at: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Least value of a part that is right; default: the dataset's own."
+        ),
+    ] = None,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     output: Annotated[
@@ -261,16 +297,36 @@ def compare(
         typer.Option(file_okay=False, help="Folder; default: compare/… in the store."),
     ] = None,
     store: StoreRoot = "store",
+    as_json: AsJson = False,
 ) -> None:
-    """Compare annotations of the same rollouts: agreement, coverage, types, first errors."""
-    from ..compare import page
+    """Compare annotations of the same rollouts (agreement, coverage, types, first errors), or
+    verdicts of them (accuracy, kappa).
+    """
+    from ...schemas.tables import VERDICTS
+    from ..compare import page, verdicts_page
     from ..compare.compare import compare_annotations
     from ..compare.table import comparison_table
+    from ..compare.verdicts import compare_verdicts, verdicts_table
 
     opened = open_store(store)
+    if opened.get(datasets[0]).contract is VERDICTS:
+        judged = compare_verdicts(datasets, opened, reference, correct_at)
+        table = verdicts_table(judged, resamples, seed)
+        folder = output or verdicts_page.default_output(judged, opened)
+        paths = verdicts_page.write(judged, table, folder)
+        if as_json:
+            print_data(verdicts_page.data(judged, table) | {"files": paths})
+            return
+        verdicts_page.show(judged, table, console)
+        for path in paths:
+            console.print(path, soft_wrap=True, highlight=False)
+        return
     compared = compare_annotations(datasets, opened, reference, alpha)
     table = comparison_table(compared, resamples, seed)
     paths = page.write(compared, table, opened, output or page.default_output(compared, opened))
+    if as_json:
+        print_data(page.data(compared, table) | {"files": paths})
+        return
     page.show(compared, table, console)
     for path in paths:
         console.print(path, soft_wrap=True, highlight=False)
@@ -281,11 +337,16 @@ def batches(
     cancel: Annotated[
         bool, typer.Option("--cancel", help="Ask the provider to cancel them.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List annotation batches (annotator.batch) that wait for the provider's answers."""
-    from .batches import batches_table
+    from .batches import batches_data, batches_table
 
-    console.print(batches_table([open_store(root) for root in stores or ["store"]], cancel))
+    opened = [open_store(root) for root in stores or ["store"]]
+    if as_json:
+        print_data(batches_data(opened, cancel))
+    else:
+        console.print(batches_table(opened, cancel))
 
 
 def verify_store(
@@ -293,13 +354,17 @@ def verify_store(
         list[str] | None, typer.Argument(help="Datasets (alias or id); default: all, and aliases.")
     ] = None,
     store: StoreRoot = "store",
+    as_json: AsJson = False,
 ) -> None:
     """Check every file against its manifest; print faults and the commands that mend them."""
     from .check_store import check_store
 
-    found, intact = check_store(open_store(store), datasets or [])
-    console.print(found, soft_wrap=True, highlight=False)
-    if not intact:
+    check = check_store(open_store(store), datasets or [])
+    if as_json:
+        print_data(check.data())
+    else:
+        console.print(check.report(), soft_wrap=True, highlight=False)
+    if not check.intact:
         raise typer.Exit(1)
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ...data.atomic import write_atomic
 from ...data.store import Store, content_hash
+from ...schemas.conversation import COLUMN, shown_row
 from ...schemas.labels import AnnotationStatus
 from ..terminal import visible
 from ..viewer.page import csp_hash, page_template
@@ -28,8 +29,8 @@ from .marks import TYPES
 Row = dict[str, Any]
 
 _HERE = Path(__file__).parent
-_PROBLEMS_SHOWN = 20
-_PROBLEM_CHARS = 240
+PROBLEMS_SHOWN = 20
+PROBLEM_CHARS = 240
 # Figure: label and a short explanation.
 LABELS = {
     "kappa": ("κ", "Cohen's kappa over {unit}"),
@@ -95,6 +96,19 @@ def _annotator_table(comparison: Comparison, table: pa.Table) -> Table:
     for index, (label, _) in enumerate(next(iter(facts.values()))):
         shown.add_row(label, *(rows[index][1] for rows in facts.values()))
     return shown
+
+
+def data(comparison: Comparison, table: pa.Table) -> dict[str, Any]:
+    """The overall rows of the table (schemas/results.py) and what they cover, for --json."""
+    return {
+        "unit": comparison.unit,
+        "unit_reason": comparison.unit_reason or None,
+        "rollouts": comparison.common,
+        "problems": len(comparison.problem_ids),
+        "alpha": comparison.alpha,
+        "datasets": {name: dataset.ref for name, dataset in comparison.datasets.items()},
+        "pairs": [row for scopes in pair_rows(comparison, table) for row in scopes.values()],
+    }
 
 
 # --- shared by both ------------------------------------------------------------------------------
@@ -192,7 +206,7 @@ def _pair(
     )
     overlaps = problems.filter(pc.is_valid(problems["iou"]))
     least = overlaps.sort_by([("iou", "ascending"), ("units", "descending")])
-    worst = least.slice(0, _PROBLEMS_SHOWN).to_pylist()
+    worst = least.slice(0, PROBLEMS_SHOWN).to_pylist()
     texts = _problem_texts(comparison, store, [row["problem_id"] for row in worst])
     return {
         "scopes": scopes,
@@ -220,11 +234,11 @@ def _problem_texts(comparison: Comparison, store: Store, ids: list[str]) -> dict
     wanted = pa.array(ids, pa.string())
     texts: dict[Any, Any] = {}
     for part in range(problems.parts):
-        rows = problems.read_part(part, ["problem_id", "problem"])
+        rows = problems.read_part(part, ["problem_id", "problem", COLUMN])
         rows = rows.filter(pc.is_in(rows["problem_id"], value_set=wanted))
-        texts |= dict(zip(rows["problem_id"].to_pylist(), rows["problem"].to_pylist(), strict=True))
+        texts |= {row["problem_id"]: shown_row(row) for row in rows.to_pylist()}
     return {key: visible(_cut(text)) for key, text in texts.items()}
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _PROBLEM_CHARS else text[:_PROBLEM_CHARS].rstrip() + "…"
+    return text if len(text) <= PROBLEM_CHARS else text[:PROBLEM_CHARS].rstrip() + "…"

@@ -3,20 +3,24 @@
 pipeline_plan.py calls this. A budget below the cost of the prompts alone is a fault.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
 from ...data.store import Dataset, Draft, Store
+from ...schemas.configs import PaidEndpoint
+from ...schemas.labels import FinishReason
 from ..annotators import engine_of
-from ..annotators.prices import find_price
-from ..annotators.spending import dollars
+from ..paid.prices import find_price
+from ..paid.spending import dollars
 from ..stages.base import Plan
 from ..stages.select import asked_rows
 from .estimate import Estimate, Tokens, estimate
 from .expected import ExpectedDataset
 from .faults import annotated_rows
+from .judge_estimate import judge_estimates
 
 _SAMPLED = 32  # problems from which a cost is estimated
 
@@ -25,7 +29,9 @@ _NOTHING: Cost = ("", [], [])
 
 
 def cost(stage: str, config: Any, plan: Plan, draft: Draft) -> Cost:
-    """What a stage's annotator will cost, and whether its budget suffices."""
+    """What a stage's annotator or judges will cost, and whether their budgets suffice."""
+    if stage == "verify":
+        return _of_judges(config, plan, draft)
     if stage == "annotate":
         annotator, rows = config.annotator, asked_rows(plan.inputs["verdicts"])
     elif stage == "train" and (rows := annotated_rows(config)):
@@ -34,20 +40,57 @@ def cost(stage: str, config: Any, plan: Plan, draft: Draft) -> Cost:
         return _NOTHING
     if not engine_of(annotator).asks_endpoint or rows == 0:
         return _NOTHING
-    price = find_price(annotator)
     least, full = _tokens(stage, config, plan, draft, rows)
-    costs = least.usd(price, annotator.batch), full.usd(price, annotator.batch)
-    if price is None or costs[0] is None or costs[1] is None:
-        return f"{rows} requests, price unknown", [], []
-    takes = f"{dollars(costs[0])} – {dollars(costs[1])}"
-    budget = annotator.budget_usd
     setting = "annotator.budget_usd" if stage == "annotate" else "online.annotator.budget_usd"
+    return _fits(annotator, setting, rows, least, full, "annotate fewer rollouts")
+
+
+def _fits(
+    asked: PaidEndpoint, setting: str, requests: int, least: Tokens, full: Tokens, mend: str
+) -> Cost:
+    """Whether a budget suffices. mend: what to do besides raising it."""
+    price, batched = find_price(asked), getattr(asked, "batch", False)
+    costs = least.usd(price, batched), full.usd(price, batched)
+    if price is None or costs[0] is None or costs[1] is None:
+        return f"{requests} requests, price unknown", [], []
+    takes = f"{dollars(costs[0])} – {dollars(costs[1])}"
+    budget = asked.budget_usd
     if budget is None or budget >= costs[1]:
         return takes, [], []
-    text = f"{setting} is {dollars(budget)}, and {rows} requests take {takes}"
+    text = f"{setting} is {dollars(budget)}, and {requests} requests take {takes}"
     if budget >= costs[0]:
         return takes, [], [f"{text}: it may not suffice"]
-    return takes, [f"{text}; raise it, or annotate fewer rollouts"], []
+    return takes, [f"{text}; raise it, or {mend}"], []
+
+
+def _of_judges(config: Any, plan: Plan, draft: Draft) -> Cost:
+    rollouts = plan.inputs["rollouts"]
+    if not config.judges:
+        return _NOTHING
+    share = 1.0
+    if not isinstance(rollouts, ExpectedDataset):
+        estimates = [judge_estimates(plan, draft)] * 2
+    else:
+        problems = rollouts.input("problems").read_part(0).slice(0, _SAMPLED)
+        if problems.num_rows == 0:
+            return _NOTHING
+        limit = rollouts.manifest["config"].get("sampling", {}).get("max_new_tokens", 0)
+        share = rollouts.rows / problems.num_rows
+        estimates = [_graded(config, problems, draft, "word " * n) for n in (0, limit)]
+    takes, faults, notes = [], [], []
+    for label, part in config.judges.items():
+        short, long = (found[label] for found in estimates)
+        least = short.expected or Tokens(short.full.prompt)
+        full = long.full
+        one = _fits(
+            part, f"{label}.budget_usd", round(long.asked * share),
+            Tokens(least.prompt * share, least.completion * share),
+            Tokens(full.prompt * share, full.completion * share), "verify fewer rollouts",
+        )  # fmt: skip
+        takes.append(one[0])
+        faults += one[1]
+        notes += one[2]
+    return ", ".join(takes), faults, notes
 
 
 def _tokens(stage: str, config: Any, plan: Plan, draft: Draft, rows: int) -> tuple[Tokens, Tokens]:
@@ -83,7 +126,7 @@ class _Table:
 
     table: pa.Table
 
-    def read_part(self, index: int) -> pa.Table:
+    def read_part(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         return self.table
 
 
@@ -101,6 +144,33 @@ def _sampled(config: Any, problems: pa.Table, draft: Draft, response: str) -> Es
     found = estimate(Plan(config, inputs, {}, 1), unmade)
     assert found is not None, "it asks an endpoint"
     return found
+
+
+@dataclass(frozen=True)
+class _Rollouts(_Table):
+    """One response to each problem, in place of a rollouts dataset."""
+
+    problems: _Table
+
+    def read_part(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        return self.table.select(list(columns)) if columns else self.table
+
+    def input(self, role: str) -> _Table:
+        return self.problems
+
+
+def _graded(config: Any, problems: pa.Table, draft: Draft, response: str) -> dict[str, Estimate]:
+    """The judges' estimates for one response to each problem; each response is another one."""
+    count = problems.num_rows
+    rollouts = pa.table(
+        {
+            "problem_id": problems["problem_id"].combine_chunks(),
+            "response": pa.array([f"{response}{number}" for number in range(count)]),
+            "finish_reason": pa.array([FinishReason.STOP.value] * count),
+        }
+    )
+    inputs: Any = {"rollouts": _Rollouts(rollouts, _Table(problems))}
+    return judge_estimates(Plan(config, inputs, {}, 1), replace(draft, id="0"))
 
 
 def past_seconds(stage: str, config: Any, store: Store, rows: int | None) -> str:

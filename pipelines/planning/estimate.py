@@ -1,11 +1,13 @@
 """What an annotation run will ask and cost, shown before its first request (`--dry-run`).
 
-Called by the command line (cli/show.py) and by the plan of a pipeline (cost.py).
+Called by the command line (cli/show.py), by the plan of a pipeline (cost.py) and by
+judge_estimate.py.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,23 +16,27 @@ from rich.table import Table
 from rich.text import Text
 
 from ...data.store import Draft
-from ...schemas.configs import AnnotateConfig
+from ...schemas.configs import AnnotateConfig, PaidEndpoint
 from ...schemas.labels import AnnotationStatus
 from ..annotators import Engine, engine_of
 from ..annotators.attempts import first_attempt
 from ..annotators.batch_jobs import read_jobs
-from ..annotators.completion import is_answer, question_key, read_record
-from ..annotators.dialogue import RAISED_LIMIT, Answer, Question, replay
-from ..annotators.journal import Journal
-from ..annotators.prices import Price, find_price, most_prompt_tokens
+from ..annotators.dialogue import dialogue
 from ..annotators.prompting import AnnotationPrompt, correct, prompt_of
 from ..annotators.rows import Item, items
-from ..annotators.spending import count, dollars
+from ..paid.completion import is_answer, question_key, read_record
+from ..paid.dialogue import replay
+from ..paid.journal import Journal
+from ..paid.keeping import JOURNAL
+from ..paid.prices import Price, find_price, most_prompt_tokens
+from ..paid.questions import RAISED_LIMIT, Answer, Dialogue, Question
+from ..paid.spending import count, dollars
 from ..progress import progress_bar
 from ..stages.base import Plan
 
 _BYTES_PER_TOKEN = 4.0  # of English prose in common tokenizers, until an answer is measured
-_MOST_ERROR_CHARS = 300  # of what a correction says about an answer
+# What a correction says about an answer, at its longest: four bytes per character.
+LONGEST_ERROR = "x" * 300 * 4
 
 
 @dataclass
@@ -93,10 +99,11 @@ def estimate(plan: Plan, draft: Draft) -> Estimate | None:
     Sends nothing and writes nothing. None for an engine that asks no model.
     """
     config: AnnotateConfig = plan.config
-    engine = engine_of(config.annotator)
+    annotator: Any = config.annotator
+    engine = engine_of(annotator)
     if engine.request_body is None:
         return None
-    asking = _Asking.of(config.annotator, engine, draft)
+    asking, prompt = Asking.of(annotator, engine, draft), prompt_of(annotator)
     out = Estimate()
     with progress_bar("dry run", plan.parts) as progress:
         for part in range(plan.parts):
@@ -107,7 +114,7 @@ def estimate(plan: Plan, draft: Draft) -> Estimate | None:
                     plan.inputs[r].read_part(part) for r in ("problems", "rollouts", "verdicts")
                 )
                 for item in items(problems, rollouts, verdicts, config.segment):
-                    _see_item(out, item, asking)
+                    _see_item(out, item, prompt, asking)
             progress.advance()
     out.full.prompt = out.prompt_bytes / out.bytes_per_token
     return out
@@ -117,34 +124,41 @@ def estimate_view(found: Estimate, plan: Plan, draft: Draft) -> Group:
     """The estimate for people: requests, tokens, US dollars, and how to read them."""
     annotator = plan.config.annotator
     paid = engine_of(annotator).asks_endpoint
+    first = first_attempt(plan.semantic, plan.inputs, draft) if paid else None
+    return estimate_table(found, annotator, paid, first, "rows")
+
+
+def estimate_table(
+    found: Estimate, asked: Any, paid: bool, first: Draft | None, unit: str
+) -> Group:
+    """first: the draft that has the batches; unit: what is counted."""
     columns = {
         "expected": found.expected,
         "one full answer each": found.full,
         "at most": found.most,
     }
     table = Table("", *columns, box=None)
-    turns = 2 + annotator.corrective_turns
+    turns = 2 + asked.corrective_turns
     table.add_row("requests", "", f"{found.asked}", f"{found.asked * turns}")
     for name in ("prompt", "completion"):
         cells = [count(getattr(tokens, name) if tokens else None) for tokens in columns.values()]
         table.add_row(f"{name} tokens", *cells)
-    notes = list(_notes(found))
+    notes = list(_notes(found, unit))
     if paid:
-        price = find_price(annotator)
-        costs = [tokens and tokens.usd(price, annotator.batch) for tokens in columns.values()]
+        price, batched = find_price(asked), getattr(asked, "batch", False)
+        costs = [tokens and tokens.usd(price, batched) for tokens in columns.values()]
         table.add_row("cost", *map(dollars, costs))
-        notes += _money(
-            annotator, price, first_attempt(plan.semantic, plan.inputs, draft), costs[1]
-        )
+        notes += _money(asked, price, first, costs[1])
     return Group(table, Text("\n".join(notes)))
 
 
-def _notes(found: Estimate) -> Iterator[str]:
+def _notes(found: Estimate, unit: str) -> Iterator[str]:
     idle = found.rows - found.asked - found.shared - found.answered
-    shared = f"{found.shared} share the answer of another row, " if found.shared else ""
+    shared = f"{found.shared} share the answer of another, " if found.shared else ""
+    unasked = f", {idle} have no verdict or are not selected" if unit == "rows" else ""
     yield (
-        f"{found.rows} rows to make: {found.asked} ask, {shared}{found.answered} find their "
-        f"answers in a journal and are free, {idle} have no verdict or are not selected."
+        f"{found.rows} {unit} to make: {found.asked} ask, {shared}{found.answered} find their "
+        f"answers in a journal and are free{unasked}."
     )
     how = "measured on known answers" if found.seen_bytes_tokens else "a guess"
     yield (
@@ -152,51 +166,40 @@ def _notes(found: Estimate) -> Iterator[str]:
         "each answer cut at its limit, then corrected."
     )
     if found.seen:
-        yield f"Expected: as much per row as the {found.seen} rows whose answers are known."
+        yield f"Expected: as much for each as for the {found.seen} {unit} whose answers are known."
 
 
 def _money(
-    annotator: Any, price: Price | None, draft: Draft, full_usd: float | None
+    asked: Any, price: Price | None, draft: Draft | None, full_usd: float | None
 ) -> Iterator[str]:
     yield f"Price: {price or 'unknown'}."
-    if jobs := read_jobs(draft.files.local_path(f"{draft.ref}/batches")):
-        asked = sum(file.job.requests for file in jobs)
-        yield f"{len(jobs)} batches with {asked} of these requests are out already."
-    limit = annotator.budget_usd
+    if draft and (jobs := read_jobs(draft.files.local_path(f"{draft.ref}/batches"))):
+        out = sum(file.job.requests for file in jobs)
+        yield f"{len(jobs)} batches with {out} of these requests are out already."
+    limit = asked.budget_usd
     short = limit is not None and full_usd is not None and limit < full_usd
     below = ", less than one full answer each costs: it may not suffice" if short else ""
     yield f"Budget: {'none' if limit is None else dollars(limit)}{below}."
 
 
 @dataclass(frozen=True)
-class _Asking:
-    """How an annotator asks: its config, its prompt, its requests, and the answers it has
-    already.
-    """
+class Asking:
+    """How a model is asked: its config, its requests, and the answers it has given already."""
 
     config: Any
-    prompt: AnnotationPrompt
-    body: Callable[[Any, AnnotationPrompt, Question], dict[str, Any]]
+    body: Callable[[Any, Question], dict[str, Any]]
     known: Callable[[Question], Answer | None]
     keys: set[str]  # of the open questions so far
     key: Callable[[Question], str] | None  # None: each row asks for itself
 
     @classmethod
-    def of(cls, annotator: Any, engine: Engine, draft: Draft) -> "_Asking":
+    def of(cls, annotator: Any, engine: Engine, draft: Draft) -> "Asking":
         assert engine.request_body is not None, "engines that ask no model have no estimate"
-        prompt = prompt_of(annotator)
         if not engine.asks_endpoint:
-            return cls(annotator, prompt, engine.request_body, lambda question: None, set(), None)
-        key = partial(question_key, annotator, prompt)
-        folders = draft.files.local_folders(draft.stage, "journal")
-        # Read, not written.
-        journal = Journal(folders[0], lambda: folders[1:], is_answer) if folders else None
-
-        def known(question: Question) -> Answer | None:
-            record = journal.get(key(question)) if journal is not None else None
-            return None if record is None else read_record(record)
-
-        return cls(annotator, prompt, engine.request_body, known, set(), key)
+            return cls(annotator, engine.request_body, lambda question: None, set(), None)
+        folders = draft.files.local_folders(draft.stage, JOURNAL)
+        known = journalled(folders, annotator)
+        return cls(annotator, engine.request_body, known, set(), key_of(annotator))
 
     def first(self, question: Question) -> bool:
         """Whether no earlier row has this open question."""
@@ -207,6 +210,21 @@ class _Asking:
         return len(self.keys) > before
 
 
+def key_of(config: PaidEndpoint) -> Callable[[Question], str]:
+    return partial(question_key, config)
+
+
+def journalled(folders: list[Path], config: PaidEndpoint) -> Callable[[Question], Answer | None]:
+    """The answers in journals, which are read, not written."""
+    journal = Journal(folders[0], lambda: folders[1:], is_answer) if folders else None
+
+    def known(question: Question) -> Answer | None:
+        record = journal.get(question_key(config, question)) if journal is not None else None
+        return None if record is None else read_record(record)
+
+    return known
+
+
 def _see_part(out: Estimate, table: pa.Table) -> None:
     """Rows that are made, as figures for those that are not."""
     names = ["status", "prompt_tokens", "completion_tokens"]
@@ -215,17 +233,31 @@ def _see_part(out: Estimate, table: pa.Table) -> None:
             out.see(row["prompt_tokens"], row["completion_tokens"])
 
 
-def _see_item(out: Estimate, item: Item, asking: _Asking) -> None:
+def _see_item(out: Estimate, item: Item, prompt: AnnotationPrompt, asking: Asking) -> None:
     out.rows += 1
     if item.correct is None:
         return
+
+    def correction() -> int:
+        return most_prompt_tokens({"messages": correct(prompt, item, "", LONGEST_ERROR)})
+
+    see(out, dialogue(prompt, item, asking.config), asking, correction)
+
+
+def see(
+    out: Estimate,
+    talk: Dialogue[Any],
+    asking: Asking,
+    correction: Callable[[], int],
+) -> None:
+    """Go through a conversation up to its first unknown answer. correction: its most tokens."""
     sizes: list[int] = []
 
     def known(question: Question) -> Answer | None:
-        sizes.append(most_prompt_tokens(asking.body(asking.config, asking.prompt, question)))
+        sizes.append(most_prompt_tokens(asking.body(asking.config, question)))
         return asking.known(question)
 
-    answers, outcome = replay(asking.prompt, item, asking.config, known)
+    answers, outcome = replay(talk, known)
     for size, answer in zip(sizes, answers, strict=False):
         if answer.prompt_tokens:
             out.seen_bytes += size
@@ -236,7 +268,7 @@ def _see_item(out: Estimate, item: Item, asking: _Asking) -> None:
         out.asked += 1
         out.prompt_bytes += sizes[-1]
         out.full.completion += outcome.max_new_tokens
-        _add_most(out.most, sizes[-1], item, asking)
+        _add_most(out.most, sizes[-1], correction(), asking)
     else:
         out.answered += 1
         out.see(
@@ -245,12 +277,10 @@ def _see_item(out: Estimate, item: Item, asking: _Asking) -> None:
         )
 
 
-def _add_most(most: Tokens, prompt_tokens: int, item: Item, asking: _Asking) -> None:
+def _add_most(most: Tokens, prompt_tokens: int, correction: int, asking: Asking) -> None:
     """A dialogue at its worst: the first answer cut, then each one full and invalid."""
     first = asking.config.max_new_tokens
     raised, turns = first * RAISED_LIMIT, asking.config.corrective_turns
-    error = "x" * _MOST_ERROR_CHARS * 4  # four bytes per character
-    correction = most_prompt_tokens({"messages": correct(asking.prompt, item, "", error)})
     most.completion += first + raised * (1 + turns)
     most.prompt += 2 * prompt_tokens
     most.prompt += sum(prompt_tokens + k * (raised + correction) for k in range(1, turns + 1))

@@ -21,6 +21,7 @@ from ...schemas.configs import (
     Config,
     ConvertConfig,
     EvaluateConfig,
+    JudgePart,
     LocalTeacher,
     OpenAIAnnotator,
     OpenAISampler,
@@ -30,19 +31,21 @@ from ...schemas.configs import (
     Sampler,
     ScoreConfig,
     TrainConfig,
+    VerifyConfig,
     VllmSampler,
     VllmTeacher,
 )
+from ...schemas.conversation import wording
 from ...schemas.errors import InputError
 from ...trace.optim import MOMENT_BYTES
 from ...trace.policy import load_tokenizer, vocab_fingerprint
 from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
-from ..annotators.prices import find_price
 from ..annotators.prompting import prompt_of
 from ..choice.contamination import overlap
 from ..endpoint import FAILURES, read_key, sentence
 from ..models import resolve_policy, served_model
+from ..paid.prices import find_price
 from ..samplers import sampling_engine
 from ..training.model_shape import model_shape
 from ..transport import sync_client
@@ -156,6 +159,16 @@ def _endpoints(config: Config) -> Iterator[tuple[str, str | None, str]]:
             yield url, config.teacher.api_key_env, "teacher.base_url"
     if (annotator := _paid_annotator(config)) is not None:
         yield annotator.base_url, annotator.api_key_env, "annotator.base_url"
+    for judge in _judges(config):
+        yield judge.base_url, judge.api_key_env, "judge.base_url"
+
+
+def _judges(config: Config) -> list[JudgePart]:
+    """The judges of a stage's rewards."""
+    if isinstance(config, TrainConfig):
+        return list(config.online.verify.judges.values()) if config.online.steps else []
+    verify = config.verify if isinstance(config, EvaluateConfig) else config
+    return list(verify.judges.values()) if isinstance(verify, VerifyConfig) else []
 
 
 def _paid_annotator(config: Config) -> OpenAIAnnotator | None:
@@ -236,8 +249,8 @@ def shared_problems(training: pa.Table | None, held_out: pa.Table | None) -> lis
     """Whether the evaluation asks problems of the training."""
     if training is None or held_out is None:
         return []
-    asked = [str(text) for text in held_out["problem"].to_pylist()]
-    known = {_plain(str(text)) for text in training["problem"].to_pylist()}
+    asked = [str(text) for text in wording(held_out).to_pylist()]
+    known = {_plain(str(text)) for text in wording(training).to_pylist()}
     if not (shared := [text for text in asked if _plain(text) in known]):
         return []
     return [
@@ -254,7 +267,7 @@ def shared_wording(training: pa.Table | None, held_out: pa.Table | None, name: s
     """
     if training is None or held_out is None:
         return []
-    found = overlap(training["problem"], held_out["problem"])
+    found = overlap(wording(training), wording(held_out))
     if not found.shared:
         return []
     row, _, _, share = found.pairs.row(0)

@@ -15,7 +15,7 @@ from ...data.store import Dataset, Draft, Store
 from ...schemas.configs import Config, PipelineConfig
 from ...schemas.errors import InputError, all_of
 from ...schemas.tables import PROBLEMS
-from ..annotators.spending import dollars
+from ..paid.spending import dollars
 from ..pipeline import run_pipeline
 from ..samplers.trainable import untrainable
 from ..stages import REGISTRY, train

@@ -6,11 +6,13 @@ Stages rollout, evaluate and train call the checks; samplers call `context_lengt
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data.store import Dataset
 from ...schemas.configs import PolicyConfig, PromptConfig
+from ...schemas.conversation import COLUMN, History, with_history
 from ...schemas.errors import InputError
 from ...trace.loading import load_config
 from ...trace.policy import load_tokenizer
@@ -19,6 +21,7 @@ from ..models import resolve_policy
 
 # A normaliser may write several characters for one, and a token stands for a byte at least.
 _TOKENS_PER_BYTE = 4
+_TOKENS_PER_TURN = 64  # more than any template writes around a turn
 # Kinds of rotary embeddings whose max_position_embeddings already is the stretched length.
 _STRETCHED = ("default", "llama3", "longrope", "su")
 
@@ -42,16 +45,16 @@ def require_room(
     room = context - max_new_tokens
     tokenizer = load_tokenizer(resolve_policy(policy.path), policy.trust_remote_code)
 
-    def tokens(problem: str) -> int:
-        ids = student_prompt(tokenizer, prompt, problem).token_ids
+    def tokens(problem: str, history: History = None) -> int:
+        ids = student_prompt(tokenizer, prompt, problem, history).token_ids
         assert ids is not None, "the tokenizer is here"
         return len(ids)
 
     spare = room - tokens("")
     per_byte = _TOKENS_PER_BYTE * prompt.student.count("{problem}")
     for part in range(problems.parts):
-        for problem_id, problem in _longer(problems.read_part(part), spare / per_byte):
-            if (count := tokens(problem)) > room:
+        for problem_id, problem, history in _longer(problems.read_part(part), spare, per_byte):
+            if (count := tokens(problem, history)) > room:
                 raise InputError(
                     f"dataset {problems.ref}, problem {problem_id}: its prompt of {count} tokens "
                     "and "
@@ -109,8 +112,19 @@ def context_length(config: Any) -> int | None:
     return max(length, int(rope.get("original_max_position_embeddings", length) * factor))
 
 
-def _longer(problems: pa.Table, most_bytes: float) -> Iterable[tuple[str, str]]:
-    """Ids and texts of problems that may be too long; the others need no tokenizer."""
-    long = problems.filter(pc.greater(pc.binary_length(problems["problem"]), pa.scalar(most_bytes)))
-    columns = (long[name].to_pylist() for name in ("problem_id", "problem"))
-    return zip(*columns, strict=True)
+def _longer(problems: pa.Table, spare: int, per_byte: int) -> Iterable[tuple[str, str, History]]:
+    """Ids, texts and histories of problems that may be too long; the others need no tokenizer.
+
+    spare: tokens that are left by a prompt without a problem; per_byte: the most of them that a
+    byte of the problem takes.
+    """
+    most: Any = pc.binary_length(problems["problem"]).to_numpy() * per_byte
+    if COLUMN in problems.column_names:
+        turns: Any = problems[COLUMN].combine_chunks()
+        sizes = pc.binary_length(pc.struct_field(pc.list_flatten(turns), "content")).to_numpy()
+        rows = pc.list_parent_indices(turns).to_numpy()
+        sizes = sizes * _TOKENS_PER_BYTE + _TOKENS_PER_TURN
+        most = most + np.bincount(rows, sizes, minlength=len(problems))
+    long = problems.filter(pa.array(most > spare))
+    for row in long.select(with_history(["problem_id", "problem"], long)).to_pylist():
+        yield row["problem_id"], row["problem"], row.get(COLUMN)

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data.store import content_hash
 from ...schemas.configs import PromptConfig, SamplingConfig
+from ...schemas.conversation import COLUMN, with_history
 from ...schemas.errors import InputError
 from ...schemas.tables import ROLLOUTS
 from ...trace.prompt import student_prompt
@@ -29,10 +30,10 @@ def rollouts_table(
     seed: int,
 ) -> pa.Table:
     """Sample a group per problem: a rollouts table, groups in the problems' order."""
-    asked = problems.select(["problem_id", "problem"]).to_pylist()
+    asked = problems.select(with_history(["problem_id", "problem"], problems)).to_pylist()
     ids = [row["problem_id"] for row in asked]
     seeds = [[sample_seed(seed, i, k) for k in range(group_size)] for i in ids]
-    prompts = [student_prompt(tokenizer, prompt, row["problem"]) for row in asked]
+    prompts = [student_prompt(tokenizer, prompt, row["problem"], row.get(COLUMN)) for row in asked]
     policy = sampler.policy
     who = [policy.name, policy.revision, policy.step]
     how = sampling.semantic()

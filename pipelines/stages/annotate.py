@@ -21,16 +21,15 @@ from ...schemas.tables import ANNOTATIONS, VERDICTS
 from ..annotators import engine_of, open_annotator
 from ..annotators.attempts import UNANSWERED, attempt_figures, current_attempt, first_attempt
 from ..annotators.batch_jobs import read_jobs
-from ..annotators.bill import read_bill
-from ..annotators.prices import find_price
-from ..annotators.spending import Spending, count, dollars, open_spending
 from ..annotators.summary import bearing, part_usage, summarize
+from ..paid.bill import read_bill
+from ..paid.keeping import CLAIMS, JOURNAL
+from ..paid.prices import find_price
+from ..paid.spending import Spending, count, dollars, open_spending
 from ..progress import show_fields
 from .base import Plan, Stage
 
 logger = logging.getLogger(__name__)
-
-CLAIMS = ".questions"  # in the store's root: the annotators' claims
 
 
 def _resolve(config: AnnotateConfig, store: Store) -> Plan:
@@ -150,11 +149,11 @@ def _folders(config: AnnotateConfig, draft: Draft) -> dict[str, Any]:
             "annotator.batch=true, which waits for their answers, or cancel them "
             f"(`trace-opd batches {draft.files.root} --cancel`) and run so once for what is there"
         )
-    journal = draft.local_path("journal")
+    journal = draft.local_path(JOURNAL)
     stage = journal.parent.parent
 
     def elsewhere() -> list[Path]:  # a dataset may be begun while this one is made
-        others = draft.files.local_folders(draft.stage, "journal")
+        others = draft.files.local_folders(draft.stage, JOURNAL)
         return [folder for folder in others if folder != journal]
 
     return {
@@ -170,7 +169,7 @@ def _bill(plan: Plan, draft: Draft) -> dict[str, Any]:
     annotator = plan.config.annotator
     if not engine_of(annotator).asks_endpoint:
         return {}
-    journal = first_attempt(plan.semantic, plan.inputs, draft).local_path("journal")
+    journal = first_attempt(plan.semantic, plan.inputs, draft).local_path(JOURNAL)
     return read_bill(journal, find_price(annotator)).figures()
 
 
@@ -213,4 +212,5 @@ STAGE = Stage(
     _summarize,
     check=_check,
     measure=_bill,
+    one_process=lambda config: engine_of(config.annotator).asks_endpoint,
 )

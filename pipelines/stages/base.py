@@ -19,7 +19,7 @@ from ...data.store import Dataset, Draft, Store
 from ...schemas.configs import Config, located
 from ...schemas.contract import TableContract
 from ..progress import count_part, progress_bar
-from ..terminal import Terminal, console
+from ..terminal import say, warn
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ def make_dataset(
 
 def print_waiting(holder: str) -> None:
     """Print on standard error which run holds a dataset."""
-    line = f"trace-opd: {holder}; waiting for its end"
-    Terminal(stderr=True).print(line, soft_wrap=True, highlight=False)
+    warn(f"{holder}; waiting for its end")
 
 
 def give_name(
@@ -77,7 +76,7 @@ def give_name(
     was = store.set_alias(name, dataset)
     if was is not None and was != dataset.ref:
         line = f"{name}: was {was}, is now {dataset.ref}"
-        announce(line) if announce else console.print(line, soft_wrap=True, highlight=False)
+        announce(line) if announce else say(line)
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,8 @@ class Stage:
     summarized: columns that `digest` reads; None: all.
     check: raises InputError if a finished dataset must stop the next stage; the dataset stays.
     measure: further figures, from what the engine keeps with the draft.
+    one_process: whether an engine of a config keeps journal, budget and pace in one process, so
+        that other workers make no part.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Stage:
     digest: Callable[[pa.Table], Any] | None = None
     check: Callable[[Any, Dataset], None] = lambda config, dataset: None
     measure: Callable[[Plan, Draft], dict[str, Any]] = lambda plan, draft: {}
+    one_process: Callable[[Any], bool] = lambda config: False
 
     def begin(self, config: Config, store: Store) -> tuple[Plan, Draft | Dataset]:
         """Check the request and open its dataset, finished or as a draft."""

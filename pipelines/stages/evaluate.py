@@ -26,7 +26,7 @@ from ..samplers.context_length import require_room
 from ..samplers.kept import keeping
 from ..samplers.rollouts import require_planned, rollouts_table
 from ..statistics import answers_by_problem, bootstrap_mean, pass_at_k
-from ..verifiers.registry import open_verifier, verifier_identity
+from ..verifiers.registry import judges_bills, keep_answers, open_verifier, verifier_identity
 from .base import PartMaker, Plan, Stage
 
 BASE, TRAINED = "base", "trained"
@@ -40,6 +40,8 @@ def _resolve(config: EvaluateConfig, store: Store) -> Plan:
     semantic = config.semantic()
     del semantic["problems"], semantic["trained"]
     semantic["verifiers"] = verifier_identity(config.verify)
+    if config.verify.judges:
+        store.files.local_root()  # for their journals
     del semantic["policy"]
     engine = sampling_engine(config.sampler, config.policy)
     semantic["base"] = engine.identity()
@@ -96,7 +98,8 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
         path = _trained_model(trained)
         policies.append((TRAINED, config.policy.model_copy(update={"path": path})))
     loaded: tuple[str, Any, Any] | None = None
-    with closing(open_verifier(config.verify)) as verifier, ExitStack() as loaded_sampler:
+    kept = keep_answers(config.verify, draft, sum(plan.work))
+    with closing(open_verifier(config.verify, kept)) as verifier, ExitStack() as loaded_sampler:
 
         def make(part: int) -> pa.Table:
             nonlocal loaded
@@ -220,4 +223,13 @@ def _per_problem(samples: int, rows: pl.DataFrame) -> Values:
     return values
 
 
-STAGE = Stage("evaluate", EvaluateConfig, EVALUATIONS, _resolve, _open, summarize)
+STAGE = Stage(
+    "evaluate",
+    EvaluateConfig,
+    EVALUATIONS,
+    _resolve,
+    _open,
+    summarize,
+    measure=lambda plan, draft: judges_bills(plan.config.verify, draft),
+    one_process=lambda config: bool(config.verify.judges),
+)

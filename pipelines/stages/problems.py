@@ -22,6 +22,7 @@ from ...data.sources.columns import shown as shown_columns
 from ...data.store import Dataset, Draft, Store, content_hash
 from ...data.store_files import StoreFiles
 from ...schemas.configs import ProblemsConfig, VerifyConfig, located
+from ...schemas.conversation import COLUMN, history_key, wording
 from ...schemas.errors import InputError
 from ...schemas.labels import AnswerKind, VerdictStatus
 from ...schemas.tables import PROBLEMS
@@ -127,8 +128,8 @@ def _screened(
     shared: set[int] = set()
     figures = figures | {"overlap": {}}
     for ref in against:
-        other = get_dataset(files, ref).read(["problem_id", "problem"])
-        found = overlap(table["problem"], other["problem"], config.overlap_words)
+        other = get_dataset(files, ref).read(["problem_id", "problem", COLUMN])
+        found = overlap(wording(table), wording(other), config.overlap_words)
         shared |= set(found.training_rows)
         figures["overlap"][ref] = _overlap_figures(found, table, other)
     if shared:
@@ -187,7 +188,7 @@ def _collect(config_json: str, content: str) -> tuple[pa.Table, dict[str, Any]]:
                 )
             barren += 1
             place = f"{row['source']}, row {row.pop('row', index)}"
-            problem_id = content_hash([row["source"], row["problem"], row["answer"]])
+            problem_id = _problem_id(row)
             if problem_id in seen:
                 counts["duplicates"] += 1
                 continue
@@ -215,6 +216,13 @@ def _collect(config_json: str, content: str) -> tuple[pa.Table, dict[str, Any]]:
     if config.limit is not None and len(kept) < config.limit:
         logger.warning("problems: limit is %d, the source has %d", config.limit, len(kept))
     return PROBLEMS.table(kept), counts | ({"skipped": skipped.figures()} if skipped.rows else {})
+
+
+def _problem_id(row: dict[str, Any]) -> str:
+    """Of the content; the turns before count where there are some."""
+    history = history_key(row.get("history"))
+    content = [row["source"], row["problem"], row["answer"]]
+    return content_hash([*content, history] if history else content)
 
 
 def _unparsable(row: dict[str, Any], place: str) -> BadRow:

@@ -23,7 +23,7 @@ from ...trace.other_teacher import check_teacher, load_teacher
 from ...trace.policy import choose_device, load_policy, load_tokenizer, vocab_fingerprint
 from ...trace.prompt import student_prompt
 from ...trace.ranks import Ranks, join_ranks
-from ...trace.retention import prune_checkpoints, remove_checkpoint, unneeded_checkpoints
+from ...trace.retention import prune_checkpoints
 from ...trace.route import needs_annotations, require_reflections, require_scores, rule_source
 from ...trace.schedule import kl_weight
 from ...trace.sharding import skeleton
@@ -36,13 +36,14 @@ from ..run_metrics import METRICS, read_metrics
 from ..samplers import sampling_engine
 from ..samplers.context_length import require_room, require_short_rows
 from ..samplers.vocabulary import check_vocabulary
-from ..terminal import console
+from ..terminal import say
 from ..training.loop import train_steps
 from ..training.offline import OfflineReader
 from ..training.online_tables import OnlineTables
 from ..training.plan_table import here, memory_line
 from ..training.problem_pool import pool_inputs
 from ..training.scored import check_scores_fit
+from ..training.tidying import tidy
 from ..training.tracking import check_tracker
 from ..training.validation import FOLDER
 from ..verifiers.registry import verifier_identity
@@ -88,7 +89,9 @@ def begin(config: TrainConfig, store: Store) -> tuple[dict[str, Dataset], Draft 
         )
     if config.online.steps:
         inputs["problems"] = problems = store.get(config.online.problems, PROBLEMS)
-        verifier_identity(config.online.verify)  # a reward of one's own is there and fits
+        judges = verifier_identity(config.online.verify)  # each reward is there and fits
+        if config.online.verify.judges:
+            semantic["online"]["verifiers"] = judges
         require_scores(config.online.routing, None)
         if needs_annotations(config.online.routing):
             annotator = config.online.annotator
@@ -150,10 +153,12 @@ def run(
         opened = None
         if ranks.first:
             inputs, target = begin(config, store)
-            if isinstance(target, Draft):
+            if locked := isinstance(target, Draft):
                 target = stack.enter_context(target.locked(print_waiting))
             if isinstance(target, Draft):
                 announce(memory_line(config, ranks.count))
+            else:
+                tidy(target, config, locked)
             opened = inputs, target
         inputs, target = ranks.broadcast(opened)
         if isinstance(target, Dataset):
@@ -214,10 +219,11 @@ def _run(
     finished = None
     if ranks.first:
         tables = online.finish() if online is not None else {}
-        finished = target.finish(0, _summary(target, trainer, tables), _lasting_files(target))
-        if not config.keep_checkpoints:
-            for checkpoint in unneeded_checkpoints(target.local_path("checkpoints")):
-                remove_checkpoint(checkpoint)
+        summary = _summary(target, trainer, tables)
+        if online is not None and online.pool is not None:
+            summary["pool"] = online.pool.figures()
+        finished = target.finish(0, summary, _lasting_files(target))
+        tidy(finished, config, locked=True)
     return ranks.broadcast(finished)
 
 
@@ -283,7 +289,7 @@ def _summary(run: Draft, trainer: Trainer, tables: dict[str, str]) -> dict[str, 
 
 
 def _run_and_print(config: TrainConfig, store: Store) -> Dataset:
-    return run(config, store, lambda line: console.print(line, soft_wrap=True))
+    return run(config, store, say)
 
 
 STAGE = SingleStage("train", TrainConfig, _run_and_print)

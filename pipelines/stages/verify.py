@@ -17,10 +17,17 @@ from ...schemas.configs import VerifyConfig
 from ...schemas.errors import InputError, TooManyFailed
 from ...schemas.labels import VerdictStatus
 from ...schemas.tables import ROLLOUTS, VERDICTS
-from ..verifiers.registry import judged_columns, open_verifier, verifier_identity
+from ..verifiers.grades import summarize_grades
+from ..verifiers.registry import (
+    judged_columns,
+    judges_bills,
+    keep_answers,
+    open_verifier,
+    verifier_identity,
+)
 from .base import PartMaker, Plan, Stage
 
-_SUMMARIZED = ("status", "correct", "seconds", "parts")
+_SUMMARIZED = ("status", "correct", "seconds", "parts", "grades")
 
 
 def _resolve(config: VerifyConfig, store: Store) -> Plan:
@@ -34,6 +41,8 @@ def _resolve(config: VerifyConfig, store: Store) -> Plan:
     semantic = config.semantic()
     del semantic["rollouts"]  # the dataset's id stands for it
     semantic["verifiers"] = verifier_identity(config)
+    if config.judges:
+        store.files.local_root()  # for their journals
     inputs = {"rollouts": rollouts}
     return Plan(config, inputs, semantic, rollouts.parts, work=rollouts.part_rows)
 
@@ -43,7 +52,8 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
     rollouts = plan.inputs["rollouts"]
     problems = rollouts.input("problems")
     columns = judged_columns(plan.config)
-    with closing(open_verifier(plan.config)) as verifier:
+    kept = keep_answers(plan.config, draft, rollouts.rows)
+    with closing(open_verifier(plan.config, kept)) as verifier:
         yield lambda part: verifier.verify(
             problems.read_part(part), rollouts.read_part(part, columns)
         )
@@ -51,28 +61,31 @@ def _open(plan: Plan, draft: Draft) -> Iterator[PartMaker]:
 
 def _summarize(plan: Plan, tables: Iterator[pa.Table]) -> dict[str, Any]:
     """Rows per status, pass rate over the rows with a reward, mean seconds per row; of each part of
-    `verify.rewards` the mean value and the rows without one.
+    `verify.rewards` the mean value and the rows without one, of each judge how its grades agree.
     """
     statuses: Counter[str] = Counter()
     parts: dict[str, list[float | None]] = {}
+    grades: list[list[dict[str, Any]]] = []
     rows, scored, right, seconds = 0, 0, 0, 0.0
     for table in tables:
         names = [name for name in _SUMMARIZED if name in table.column_names]
         for row in table.select(names).to_pylist():
             for part in row.get("parts") or []:
                 parts.setdefault(part["name"], []).append(part["value"])
+            grades.append(row.get("grades") or [])
             statuses[row["status"]] += 1
             rows += 1
             scored += row["correct"] is not None
             right += row["correct"] is True
             seconds += row["seconds"]
     means = {name: _mean(values) for name, values in parts.items()}
+    given = summarize_grades(grades, plan.config.judges)
     return {
         "statuses": dict(sorted(statuses.items())),
         "scored": scored,
         "pass_rate": right / scored if scored else None,
         "mean_seconds": seconds / rows if rows else None,
-    } | ({"parts": means} if means else {})
+    } | {name: found for name, found in (("parts", means), ("grades", given)) if found}
 
 
 def _mean(values: list[float | None]) -> dict[str, Any]:
@@ -104,4 +117,6 @@ STAGE = Stage(
     _summarize,
     None,  # parts is an optional column
     check=_check,
+    measure=lambda plan, draft: judges_bills(plan.config, draft),
+    one_process=lambda config: bool(config.judges),
 )

@@ -32,6 +32,7 @@ from ...schemas.configs import (
     SegmentConfig,
     TrainConfig,
 )
+from ...schemas.conversation import COLUMN, with_history
 from ...schemas.errors import InputError
 from ...schemas.labels import DiagnosticType, ErrorType, KlClip, Route, TypeLabel, type_label
 from ...schemas.settings import override
@@ -83,7 +84,7 @@ class Teachers:
         kinds: Sequence[TypeLabel],
     ) -> None:
         self._policy, self._prompt = policy, prompt
-        self._problems = [str(problem) for problem in routed["problem"].to_pylist()]
+        self._problems = routed.select(with_history(["problem"], routed)).to_pylist()
         self.sequences = training_sequences(routed, policy.tokenizer, prompt, with_teacher=False)
         self.right_types = [type_label(x) for x in routed["diagnostic_type"].to_pylist()]
         self.wrong_types = [other_kind(kinds, kind) for kind in self.right_types]
@@ -91,8 +92,11 @@ class Teachers:
     def logprobs(self, types: Sequence[TypeLabel]) -> torch.Tensor:
         """(routed tokens, vocab) of the teacher with these types, one per row."""
         prompts = [
-            render_chat(self._policy.tokenizer, teacher_messages(self._prompt, problem, kind))
-            for problem, kind in zip(self._problems, types, strict=True)
+            render_chat(
+                self._policy.tokenizer,
+                teacher_messages(self._prompt, row["problem"], kind, row.get(COLUMN)),
+            )
+            for row, kind in zip(self._problems, types, strict=True)
         ]
         return self._after(self._policy, prompts)
 

@@ -13,9 +13,10 @@ import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ...schemas.configs import ReportedConfig, StudyConfig, WorldConfig
+from ..plots.rates import curves, mean
 from ..statistics import Estimate, bootstrap_crossed
 from ..training.validation import GREEDY, SAMPLED
-from .figures import curves, mean, of_arm, pass_rate, tuning_rate
+from .figures import of_arm, pass_rate, tuning_rate
 
 _LABELS = ("right_label", "wrong_label")
 _PLACES = ("key", "error", "elsewhere")

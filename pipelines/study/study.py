@@ -14,7 +14,7 @@ from ...schemas.extras import require
 from ...schemas.settings import dump_config
 from ...trace.policy import load_policy
 from .base_figures import base_figures
-from .figures import plot_curves, plot_exposure
+from .figures import CONFIG, draw
 from .mechanism import first_step, one_step
 from .page import page
 from .runs import (
@@ -67,11 +67,8 @@ def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) 
             written = io.BytesIO()
             one.write_parquet(written)
             write_atomic(folder / f"{name}.parquet", written.getvalue())
-    write_atomic(folder / "study.yaml", dump_config(config).encode())
-    for ablation in config.ablations:
-        plot_curves(config, per_problem, ablation, folder / f"{ablation}.svg")
-    if config.exposure is not None:
-        plot_exposure(config, per_problem, config.exposure, folder / "exposure.svg")
+    write_atomic(folder / CONFIG, dump_config(config).encode())
+    draw(config, per_problem, folder)
     page_path.parent.mkdir(parents=True, exist_ok=True)
     files = os.path.relpath(folder, page_path.parent)
     text = page(config, per_problem, table, mechanism, tuning, worlds, files)

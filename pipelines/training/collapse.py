@@ -1,6 +1,6 @@
 """Warns of a training that collapses, and ends it where its config asks (trace/collapse.py).
 
-loop.py calls `check` after each step.
+loop.py calls `observe` after each step, and `stop_after` once the step is logged.
 """
 
 import logging
@@ -36,20 +36,31 @@ class CollapseGuard:
             lines = [line for line in read_metrics(run / METRICS) if line["step"] < done]
             known = lines, base_scores(run)
         lines, base = ranks.broadcast(known)
+        self._base = {f"{name}_base": rate for name, (rate, _) in base.items()}
         self._watch = CollapseWatch(config.collapse, base)
         self._warned = {alarm.figure for line in lines for alarm in self._watch.observe(line)}
         self._stop()
 
-    def check(self, metrics: Mapping[str, Any]) -> None:
-        """Observe a step; each figure is warned of once a run.
-
-        Raises:
-            Collapsed: on every rank, before the last step.
-        """
+    def observe(self, metrics: Mapping[str, Any]) -> None:
+        """Observe a step; each figure is warned of once a run."""
         for alarm in self._watch.observe(metrics):
             if self._ranks.first and alarm.figure not in self._warned:
                 logger.warning("%s", warning(self._config, alarm))
             self._warned.add(alarm.figure)
+
+    def figures(self, done: int) -> dict[str, float]:
+        """What was compared with which limit at the last observed step, for charts; after the
+        first of the `done` steps also the validation before it.
+        """
+        watched = {f"collapse/{name}": value for name, value in self._watch.figures.items()}
+        return watched | (self._base if done == 1 else {})
+
+    def stop_after(self, metrics: Mapping[str, Any]) -> None:
+        """Call when the step is logged.
+
+        Raises:
+            Collapsed: on every rank, before the last step.
+        """
         if metrics["step"] < self._last:  # after the last step nothing is left to stop
             self._stop()
 

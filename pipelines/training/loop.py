@@ -16,7 +16,8 @@ from ...trace.checkpoint import CheckpointWriter
 from ...trace.trainer import Metrics, OfflineSource, Online, Trainer
 from ..progress import Meter
 from ..runtime.signals import announce, handled, stop_of
-from .collapse import CollapseGuard
+from .collapse import CollapseGuard, method_name
+from .completions import SeenTables
 from .profiling import profiled
 from .tracking import Tracker
 from .validation import BASE_EVALUATIONS, Validation
@@ -66,14 +67,17 @@ def train_steps(
                 base = trainer.policy.info.revision
                 validation.evaluate_base(base, target.files.local_path(BASE_EVALUATIONS))
             guard = CollapseGuard(config, target.local_path(), trainer.state.step, trainer.ranks)
-            steps = trainer.run(offline, online, lambda: bool(stopping()))
+            seen = SeenTables(offline, online, config.completions_every)
+            steps = trainer.run(seen, seen, lambda: bool(stopping()))
             for metrics in profiled(steps, trainer, target.local_path()):
                 done = trainer.state.step
                 if validation is not None and validation.due(done, trainer.total_steps):
                     metrics |= validation.evaluate(done)
+                guard.observe(metrics)
                 if tracker is not None:
-                    tracker.log(metrics)
-                guard.check(metrics)
+                    rows = seen.rows(trainer.policy.tokenizer)
+                    tracker.log(metrics, guard.figures(done), rows)
+                guard.stop_after(metrics)
                 if due():
                     save()
                 progress.advance(1, **_shown(metrics), checkpoint=writer.written)
@@ -164,4 +168,6 @@ def _tracker(trainer: Trainer, target: Draft) -> AbstractContextManager[Tracker 
         return nullcontext()
     config, folder = trainer.config, target.local_path()
     settings = config.model_dump(mode="json")
-    return closing(Tracker(folder, trainer.state.step, config.tracker, target.ref, settings))
+    inputs = target.header["inputs"]
+    facts = {"dataset": target.ref, "preset": method_name(config), "inputs": inputs}
+    return closing(Tracker(folder, trainer.state.step, config.tracker, target.ref, settings, facts))

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ...data.store import Dataset, Draft, Store, content_hash
-from ...schemas.configs import SamplingConfig, TrainConfig
+from ...schemas.configs import OpenAIAnnotator, SamplingConfig, TrainConfig
 from ...schemas.errors import InputError
 from ...schemas.tables import ANNOTATIONS, PROBLEMS, ROLLOUTS, ROUTED, VERDICTS
 from ...trace.align import byte_table
@@ -23,16 +23,18 @@ from ...trace.route import needs_annotations
 from ...trace.schedule import kl_weight
 from ...trace.trained import SamplingCopy, Trained
 from ..annotators import engine_of, open_annotator
-from ..annotators.bill import read_bill
-from ..annotators.prices import find_price
 from ..annotators.rows import skipped_annotations
 from ..annotators.summary import bearing, summarize
+from ..paid.bill import read_bill
+from ..paid.prices import find_price
+from ..paid.spending import open_spending
+from ..progress import show_fields
 from ..samplers import sampling_engine
 from ..samplers.engine import Follower, Training
 from ..samplers.probe import Probe
 from ..samplers.rollouts import rollouts_table
 from ..samplers.weights import hands_adapters, take_part
-from ..verifiers.registry import open_verifier
+from ..verifiers.registry import judges_bills, keep_answers, open_verifier
 from .problem_pool import ProblemPool
 from .validation import Validation
 
@@ -72,14 +74,14 @@ class OnlineTables:
         """
         ranks = ranks or Ranks()
         online = config.online
-        self._config, self._trained, self._whole = config, trained, whole
+        self._config, self._run, self._trained, self._whole = config, run, trained, whole
         self._policy = policy = trained.policy if whole is None else whole.policy
         self._ranks = ranks
         self._first = config.offline.steps
         self._problems = inputs["problems"].read()
-        self._pool = None
+        self.pool: ProblemPool | None = None
         if online.pool is not None:
-            self._pool = ProblemPool(config, self._problems, inputs, inputs["problems"].ref)
+            self.pool = ProblemPool(config, self._problems, inputs, inputs["problems"].ref)
         if ranks.first and len(self._problems) < config.groups_per_step:
             logger.warning(
                 "groups_per_step is %d, dataset %s has %d problems: each step samples all of them",
@@ -115,7 +117,7 @@ class OnlineTables:
             self._adapters = hands_adapters(config.sampler, policy.model)
             texts = [str(text) for text in self._problems["problem"].slice(0, _PROBES).to_pylist()]
             self._probe = Probe(policy.tokenizer, config.prompt, texts)
-        self._verifier = open_verifier(online.verify)
+        self._verifier = open_verifier(online.verify, keep_answers(online.verify, run))
         self._annotator: Any = None
         self._journal = run.local_path("journal")
         self._resumed = False
@@ -154,12 +156,17 @@ class OnlineTables:
         if not needs_annotations(online.routing):
             return None
         sampler, tokenizer = annotating or (self._sampler, self._policy.tokenizer)
+        paid: dict[str, Any] = {}
+        if engine_of(online.annotator).asks_endpoint:
+            annotator = cast(OpenAIAnnotator, online.annotator)
+            paid["spending"] = open_spending(annotator, self._journal, tell=_show_cost)
         return open_annotator(
             online.annotator,
             online.segment,
             journal=self._journal,
             sampler=sampler,
             tokenizer=tokenizer,
+            **paid,
         )
 
     def _follow(self, phase: Phase = lambda _: None) -> None:
@@ -192,8 +199,8 @@ class OnlineTables:
         Stateless in step and round, so a resumed run asks the same problems.
         """
         self._recall(step)
-        if self._pool is not None:
-            return self._problems.take(self._pool.draw(step, refill))
+        if self.pool is not None:
+            return self._problems.take(self.pool.draw(step, refill))
         count = min(self._config.groups_per_step, len(self._problems))
         steps_per_epoch = len(self._problems) // count
         epoch, at = divmod(step - self._first, steps_per_epoch)
@@ -278,11 +285,16 @@ class OnlineTables:
         for role, draft in self._drafts.items():
             # A run killed between here and its own manifest finds some of them finished.
             if isinstance(draft, Draft):
-                draft = draft.finish(steps, self._summary(draft) if role == "annotations" else {})
+                draft = draft.finish(steps, self._summary(role, draft))
             refs[role] = draft.ref
         return refs
 
-    def _summary(self, annotations: Draft) -> dict[str, Any]:
+    def _summary(self, role: str, draft: Draft) -> dict[str, Any]:
+        if role == "verdicts":
+            return judges_bills(self._config.online.verify, self._run)
+        return self._annotated(draft) if role == "annotations" else {}
+
+    def _annotated(self, annotations: Draft) -> dict[str, Any]:
         annotator = self._config.online.annotator
         summary = summarize(
             annotations.read_part(part) for part in range(self._config.online.steps)
@@ -295,6 +307,11 @@ class OnlineTables:
         for opened in self._open:
             if opened is not None:
                 opened.close()
+
+
+def _show_cost(cost: object = None, **_: object) -> None:
+    """What the annotator has cost so far, on the training's line."""
+    show_fields(cost=cost)
 
 
 def _online_drafts(store: Store, run: Draft, problems: Dataset) -> dict[str, Any]:

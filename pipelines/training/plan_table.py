@@ -1,9 +1,10 @@
 """A training's plan for people: memory, seconds, and what to change where it does not fit.
 
-`trace-opd plan` prints `plan_table`; stage train announces `memory_line`.
+`trace-opd plan` prints `plan_table`, with --json `plan_data`; stage train announces `memory_line`.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -33,11 +34,7 @@ def plan_table(
     Raises:
         InputError: the policy's config cannot be read.
     """
-    if memory_gb is not None:
-        gpus = gpus or 1
-    where = setting(config, gpus, prompt_tokens, response_tokens)
-    limit = usable_bytes(memory_gb) if where.device == "cuda" else None
-    where = settled(where, limit)
+    where, limit = _where(config, gpus, prompt_tokens, response_tokens, memory_gb)
     table = Table("per GPU" if where.device == "cuda" else "this machine", "", "", box=None)
     table.columns[1].justify = "right"
     trained = f"{where.shape.trainable:,} trained"
@@ -45,6 +42,60 @@ def plan_table(
     _add_memory(table, where, limit)
     _add_seconds(table, where, tflops, bandwidth_gbs)
     return table
+
+
+def plan_data(
+    config: TrainConfig,
+    gpus: int | None = None,
+    tflops: float | None = None,
+    bandwidth_gbs: float | None = None,
+    prompt_tokens: int = 256,
+    response_tokens: int | None = None,
+    memory_gb: float | None = None,
+) -> dict[str, Any]:
+    """The prediction of `plan_table` as JSON data: sizes in bytes per GPU, None where unknown.
+
+    Raises:
+        InputError: see `plan_table`.
+    """
+    where, limit = _where(config, gpus, prompt_tokens, response_tokens, memory_gb)
+    memory = predict_memory(where)
+    flops, bandwidth = _rates(where, tflops, bandwidth_gbs)
+    known = bool(flops and bandwidth)
+    fitting = None if limit is None else memory.peak <= limit
+    return {
+        "device": where.device,
+        "gpus": where.gpus,
+        "parameters": where.shape.parameters,
+        "trained": where.shape.trainable,
+        "held": memory.held,
+        "phases": memory.phases,
+        "host": memory.host,
+        "peak_bytes": memory.peak,
+        "peak_phase": memory.peak_phase,
+        "limit_bytes": limit,
+        "fits": fitting,
+        "fits_with": [] if limit is None or fitting else [str(fit) for fit in fits(where, limit)],
+        "seconds_per_step": predict_seconds(where, flops, bandwidth) if known else None,
+        "flops_per_second": flops or None,
+        "bytes_per_second": bandwidth or None,
+        "tokens_per_step": where.step_tokens,
+    }
+
+
+def _where(
+    config: TrainConfig,
+    gpus: int | None,
+    prompt_tokens: int,
+    response_tokens: int | None,
+    memory_gb: float | None,
+) -> tuple[Setting, int | None]:
+    """The setting that is planned for, and the bytes of a GPU; None: no GPU."""
+    if memory_gb is not None:
+        gpus = gpus or 1
+    where = setting(config, gpus, prompt_tokens, response_tokens)
+    limit = usable_bytes(memory_gb) if where.device == "cuda" else None
+    return settled(where, limit), limit
 
 
 def _add_memory(table: Table, where: Setting, limit: int | None) -> None:
@@ -78,12 +129,7 @@ def _responses(where: Setting, memory: Memory, limit: int) -> str:
 def _add_seconds(
     table: Table, where: Setting, tflops: float | None, bandwidth_gbs: float | None
 ) -> None:
-    flops, bandwidth = (tflops or 0) * 1e12, (bandwidth_gbs or 0) * 1e9
-    if where.device == "cpu" or torch.cuda.is_available():
-        measured = (
-            (0.0, 0.0) if flops and bandwidth else measured_rates(where.device, where.bfloat16)
-        )
-        flops, bandwidth = flops or measured[0], bandwidth or measured[1]
+    flops, bandwidth = _rates(where, tflops, bandwidth_gbs)
     if not flops or not bandwidth:
         missing = "give --tflops and --bandwidth: no such device here"
         table.add_row("seconds per step", "", missing)
@@ -93,6 +139,19 @@ def _add_seconds(
     table.add_row("seconds per step", f"{sum(seconds.values()):,.2f}", f"at most: {parts}")
     table.add_row("", "", f"at {flops / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:.3g} GB/s")
     table.add_row("tokens per step", f"{where.step_tokens:,}")
+
+
+def _rates(
+    where: Setting, tflops: float | None, bandwidth_gbs: float | None
+) -> tuple[float, float]:
+    """Operations and bytes per second, as given or as measured here; 0 where neither is known."""
+    flops, bandwidth = (tflops or 0) * 1e12, (bandwidth_gbs or 0) * 1e9
+    if where.device == "cpu" or torch.cuda.is_available():
+        measured = (
+            (0.0, 0.0) if flops and bandwidth else measured_rates(where.device, where.bfloat16)
+        )
+        flops, bandwidth = flops or measured[0], bandwidth or measured[1]
+    return flops, bandwidth
 
 
 def here(config: TrainConfig, processes: int) -> Setting:

@@ -68,6 +68,13 @@ class ProblemPool:
                     len(rows),
                 )
 
+    def figures(self) -> list[dict[str, Any]]:
+        """Of each band its first step, its ends and its number of problems; for the summary."""
+        return [
+            {"from_step": one.from_step, "band": list(one.band), "problems": len(rows)}
+            for one, rows in zip(self._pool.bands, self._eligible, strict=True)
+        ]
+
     def draw(self, step: int, refill: int) -> np.ndarray:
         """Rows, (problems,) int64, of a step.
 

@@ -7,10 +7,12 @@ opened (offline.py).
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data.store import Dataset
 from ...schemas.configs import PromptConfig, TeacherConfig, TrainConfig
+from ...schemas.conversation import COLUMN, HISTORY
 from ...schemas.errors import InputError
 from ...schemas.labels import Route
 from ...trace.schedule import kl_weight
@@ -101,13 +103,13 @@ def _check_routes(routed: Dataset, part: int) -> None:
 def _check_contexts(routed: Dataset, scored: Dataset, scores: Dataset) -> None:
     """Raises InputError unless the teacher of a scored row saw what this run's would see."""
     for part in range(routed.parts):
-        own, theirs = (one.read_part(part, _CONTEXTS) for one in (routed, scored))
+        own, theirs = (_contexts(one, part) for one in (routed, scored))
         saw = {row.pop("rollout_id"): row for row in theirs.to_pylist()}
         for row in own.to_pylist():
             if not any(row["route"]):
                 continue
             other = saw.get(row["rollout_id"])
-            names = ("problem", "teacher_context")
+            names = ("problem", COLUMN, "teacher_context")
             names += () if row["teacher_context"] is not None else ("diagnostic_type",)
             for name in names:
                 if other is not None and other[name] != row[name]:
@@ -115,3 +117,11 @@ def _check_contexts(routed: Dataset, scored: Dataset, scores: Dataset) -> None:
                         f"dataset {scores.ref}, rollout {row['rollout_id']}: its teacher saw "
                         f"another {name} than {routed.ref} gives it; score the routed dataset"
                     )
+
+
+def _contexts(routed: Dataset, part: int) -> pa.Table:
+    """What the teacher of each row sees; the history is null in tables without it."""
+    table = routed.read_part(part, [*_CONTEXTS, COLUMN])
+    if COLUMN not in table.column_names:
+        table = table.append_column(HISTORY, pa.nulls(len(table), HISTORY.type))
+    return table

@@ -1,39 +1,34 @@
 """Writes a training run's metrics: metrics.jsonl always, and to the board that the user chose.
 
-Stage train opens one `Tracker` on the first rank.
+Stage train opens one `Tracker` on the first rank. metrics.jsonl is the training's own record, and
+a failure to write it ends the run. A board is a convenience: one that fails is warned of once, and
+the training goes on without it.
 """
 
 import json
+import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ...data.atomic import write_atomic, writing
-from ...schemas.errors import InputError
+from ...schemas.errors import shortened
 from ..run_metrics import METRICS, read_metrics
+from .boards import Board, BoardRun, Row, TrackerKind, check_tracker, open_board
 
-TrackerKind = Literal["tensorboard", "trackio", "wandb", "none"]
-_PROJECT = "trace-opd"
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Board:
-    """An open board. log: takes a step and its numbers by name; close: sends unsent numbers."""
-
-    log: Callable[[int, dict[str, float]], None]
-    close: Callable[[], None]
+_CLOSE_S = 300.0  # W&B waits without end for a server that does not answer
 
 
 class Tracker:
     """Appends each step's metrics; a resumed run continues after its checkpoint.
 
-    metrics.jsonl and TensorBoard hold a step once `log` returns. W&B and trackio send from their
-    own
-    process or thread: `close` waits for it, a kill may lose the last second.
+    metrics.jsonl and TensorBoard hold a step once `log` returns. W&B and trackio send from a
+    process or thread of their own: `close` waits for it, a kill may lose the last second.
     """
 
     def __init__(
@@ -43,96 +38,86 @@ class Tracker:
         kind: TrackerKind = "tensorboard",
         ref: str = "",
         config: dict[str, Any] | None = None,
+        facts: dict[str, Any] | None = None,
     ) -> None:
-        """folder: the run's; ref: its dataset's, the run's name on W&B and trackio.
+        """folder: the run's; the others: see `BoardRun`.
 
         Raises InputError if the board's package is not installed.
         """
         check_tracker(kind)
-        self._path = folder / METRICS
+        self._path, self._kind = folder / METRICS, kind
         kept = [line for line in read_metrics(self._path) if line["step"] < first_step]
         # Replaced atomically: a kill here must not lose the steps before the checkpoint.
         write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        with writing(folder):
-            self._board = _open_board(kind, folder, first_step, ref, config or {})
+        self._board: Board | None = None
+        with self._tolerated():
+            run = BoardRun(folder, ref, first_step, config or {}, facts or {})
+            self._board = open_board(kind, run)
 
-    def log(self, metrics: dict[str, Any]) -> None:
-        """Write a step: a JSON line, on disk before this returns, and the board's numbers."""
+    def log(
+        self,
+        metrics: Mapping[str, Any],
+        figures: Mapping[str, float] | None = None,
+        completions: Sequence[Row] = (),
+    ) -> None:
+        """Write a step: a JSON line of its metrics, on disk before this returns, and to the board
+        their numbers, further figures and a table of completions, if there are any.
+        """
         with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
             file.flush()
             os.fsync(file.fileno())  # before the checkpoint that follows
-        if self._board is not None:
-            numbers: dict[str, float] = {
-                name: value
-                for name, value in metrics.items()
-                if name != "step" and isinstance(value, int | float)
-            }
-            with writing(self._path.parent):
-                self._board.log(metrics["step"], numbers)
+        if self._board is None:
+            return
+        numbers: dict[str, float] = {
+            name: value
+            for name, value in [*metrics.items(), *(figures or {}).items()]
+            if name != "step" and isinstance(value, int | float)
+        }
+        with self._tolerated():
+            self._board.log(metrics["step"], numbers)
+            if completions:
+                self._board.table(metrics["step"], completions)
 
     def close(self) -> None:
         if self._board is not None:
-            with writing(self._path.parent):
-                self._board.close()
+            with self._tolerated():
+                _within(_CLOSE_S, self._board.close)
+
+    @contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        """Turns what a board raises, which may be anything, into one warning."""
+        try:
+            yield
+        except Exception as error:
+            logger.debug("tracker failed", exc_info=True)
+            logger.warning(
+                "tracker %s failed (%s: %s); the training goes on without it, metrics.jsonl has "
+                "every step",
+                self._kind,
+                type(error).__name__,
+                shortened(error),
+            )
+            self._board = None
 
 
-def check_tracker(kind: TrackerKind) -> None:
-    """Raises InputError if the package of the board is not installed."""
-    if kind != "none" and find_spec(kind) is None:
-        raise InputError(
-            f"tracker {kind}: is not installed; `pip install {kind}`, or set tracker=none "
-            "(metrics.jsonl is written either way)"
-        )
+def _within(seconds: float, close: Callable[[], None]) -> None:
+    """Call in a thread, which is left behind when the time is up.
 
+    Raises TimeoutError then, or what the call raises.
+    """
+    failed: list[BaseException] = []
 
-def _open_board(
-    kind: TrackerKind, folder: Path, first_step: int, ref: str, config: dict[str, Any]
-) -> Board | None:
-    if kind == "tensorboard":
-        return _tensorboard(folder / "tensorboard", first_step)
-    if kind == "wandb":
-        return _wandb(folder, ref, config)
-    if kind == "trackio":
-        return _trackio(ref, config)
-    return None
+    def run() -> None:
+        try:
+            close()
+        except BaseException as error:
+            failed.append(error)
 
-
-def _tensorboard(folder: Path, first_step: int) -> Board:
-    from torch.utils.tensorboard import SummaryWriter
-
-    # Steps that a resumed run repeats replace the earlier ones.
-    writer = SummaryWriter(str(folder), purge_step=first_step)
-
-    def log(step: int, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return Board(log, writer.close)
-
-
-def _wandb(folder: Path, ref: str, config: dict[str, Any]) -> Board:
-    """W&B reads WANDB_MODE and its other environment variables."""
-    run = import_module("wandb").init(
-        project=os.environ.get("WANDB_PROJECT", _PROJECT),
-        name=ref,
-        id=ref.replace("/", "-"),  # W&B allows no slash in ids
-        resume="allow",
-        dir=str(folder),
-        config=config,
-    )
-    # W&B keeps the first value of a step that a resumed run repeats; both are equal.
-    return Board(lambda step, numbers: run.log(numbers, step=step), run.finish)
-
-
-def _trackio(ref: str, config: dict[str, Any]) -> Board:
-    """trackio reads TRACKIO_DIR, TRACKIO_SPACE_ID and its other environment variables."""
-    run = import_module("trackio").init(
-        project=os.environ.get("TRACKIO_PROJECT", _PROJECT),
-        name=ref,
-        resume="allow",
-        config=config,
-    )
-    # trackio keeps both values of a step that a resumed run repeats; they are equal.
-    return Board(lambda step, numbers: run.log(numbers, step=step), run.finish)
+    thread = threading.Thread(target=run, name="tracker-close", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"it was not done sending after {seconds:.0f} s")
+    if failed:
+        raise failed[0]

@@ -26,6 +26,7 @@ from ...schemas.results import VALIDATIONS
 from ...trace.protocols import Verifier
 from ...trace.ranks import Ranks
 from ..statistics import answers_by_problem
+from ..verifiers.registry import verifier_identity
 
 FOLDER = "validation"
 BASE_EVALUATIONS = ".looks"  # in the store's root
@@ -57,7 +58,7 @@ class Validation:
         self._sample, self._verifier = sample, verifier
         self._ranks = ranks or Ranks()
         # All splits are sampled together: few large batches are faster than many small ones.
-        self._problems = _distinct(pa.concat_tables(splits.values()))
+        self._problems = _distinct(pa.concat_tables(splits.values(), promote_options="default"))
         self._splits = {split: pc.unique(table["problem_id"]) for split, table in splits.items()}
         self._folder = run / FOLDER
         same = config.model_dump(include={"policy", "prompt", "sampler"}, mode="json")
@@ -66,6 +67,8 @@ class Validation:
         asked = {split: ids.to_pylist() for split, ids in self._splits.items()}
         self._identity = [same, online, own, asked, version("trace-opd")]
         self._identity += own_sources(config)
+        if config.online.verify.judges:
+            self._identity += verifier_identity(config.online.verify)
         sampling = config.online.sampling
         self._decodings = {SAMPLED: (sampling, self._config.k)}
         if self._config.greedy:

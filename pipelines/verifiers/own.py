@@ -53,6 +53,8 @@ def reward_job(rollout: dict[str, Any], problem: dict[str, Any]) -> Job:
     """The arguments of the function."""
     metadata = {name: problem[name] for name in _ABOUT_PROBLEM}
     metadata |= {name: rollout[name] for name in _ABOUT_ROLLOUT}
+    if problem.get("history"):
+        metadata["history"] = problem["history"]
     if problem.get("metadata") is not None:
         metadata["metadata"] = json.loads(problem["metadata"])
     texts = problem["problem"], rollout["response"], problem["answer"]

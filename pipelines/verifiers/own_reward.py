@@ -30,8 +30,8 @@ class RewardFunction(Protocol):
 
     problem, response: texts; answer: the gold answer of table problems, whatever it means to the
     function (answer_kind text is not parsed); metadata: problem_id, group_id, rollout_id, source,
-    split, answer_kind, solution and steps of the problem, finish_reason; and metadata, a dict, of a
-    problem that has one.
+    split, answer_kind, solution and steps of the problem, finish_reason; and metadata, a dict, and
+    history, the turns before the problem, of a problem that has them.
 
     Returns a bool; a number in 0 … 1, which counts as correct at 1 (in
     `verify.rewards` at `verify.correct_at`); or a dict of `reward`,

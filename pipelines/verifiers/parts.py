@@ -4,7 +4,7 @@
 """
 
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,9 @@ from ...schemas.tables import VERDICTS
 from .reading import choice_letter, final_answer
 from .rewards import open_part, part_identity
 from .rewards.part import Batch, Values
+
+if TYPE_CHECKING:  # verdicts without judges start without the client of endpoints
+    from ..paid.keeping import Kept
 
 _COLUMNS = ["rollout_id", "problem_id", "group_id", "response", "finish_reason", "token_ids"]
 
@@ -29,14 +32,16 @@ class PartsVerifier:
     `truncated="mask"`.
     """
 
-    def __init__(self, config: VerifyConfig) -> None:
+    def __init__(self, config: VerifyConfig, kept: "Kept | None" = None) -> None:
+        """kept: where judges keep their answers; None: nowhere."""
         self._config = config
         self._labels = part_labels(config.rewards)
         self._name = " + ".join(part_identity(part) for part in config.rewards)
         self._weights = [part.weight for part in config.rewards]
         with ExitStack() as opened:
             self._parts = [
-                opened.enter_context(closing(open_part(part, config))) for part in config.rewards
+                opened.enter_context(closing(open_part(part, config, label, kept)))
+                for label, part in zip(self._labels, config.rewards, strict=True)
             ]
             self._opened = opened.pop_all()
 
@@ -84,7 +89,7 @@ class PartsVerifier:
             "seconds": [0.0] * len(ended),
             "feedback": [None] * len(ended),
             "parts": [[]] * len(ended),
-        }
+        } | ({"grades": [[]] * len(ended)} if self._config.judges else {})
         rows = np.flatnonzero(ended).tolist()
         for name, column in judged.items():
             whole = columns[name]
@@ -132,6 +137,16 @@ class PartsVerifier:
                     strict=True,
                 )
             ],
+            **self._grades(found),
+        }
+
+    def _grades(self, found: list[Values]) -> dict[str, list[Any]]:
+        """Column `grades`, where there are judges."""
+        judged = [one.grades for one in found if one.grades is not None]
+        if not judged:
+            return {}
+        return {
+            "grades": [[entry for own in row for entry in own] for row in zip(*judged, strict=True)]
         }
 
     def _feedback(self, found: list[Values], rows: int) -> list[str | None]:

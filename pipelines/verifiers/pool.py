@@ -8,6 +8,7 @@ stop a computation at all.
 """
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -101,8 +102,9 @@ class _Worker:
         return not self.ready or bool(self.jobs)
 
     def kill(self) -> int:
-        """End the process; its exit code."""
-        self.process.kill()
+        """End the process and what a reward of one's own has forked there; its exit code."""
+        with suppress(ProcessLookupError, PermissionError):  # nobody is left
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.connection.close()
         return self.process.wait()
 

@@ -6,6 +6,7 @@ answer), or the arguments of the judge that the module makes of its config.
 """
 
 import importlib
+import os
 import resource
 import signal
 import sys
@@ -78,6 +79,7 @@ def serve(connection: Connection, memory_mib: int, orphan_s: float, *judging: st
             connection.send(str(error))
             return
     connection.send(READY)
+    own = os.getpid()
     while True:
         try:
             job = connection.recv()
@@ -88,6 +90,8 @@ def serve(connection: Connection, memory_mib: int, orphan_s: float, *judging: st
         signal.setitimer(signal.ITIMER_REAL, orphan_s)
         suspicious_mib = max(memory_mib // 2, peak_mib())
         judgement = judge_job(*job)
+        if os.getpid() != own:  # a reward of one's own has forked: one of the two answers
+            os._exit(0)
         # sympy and math-verify swallow MemoryError and return "not equal", which proves nothing.
         # Half of the limit is far above the memory of any honest comparison.
         if not judging and not judgement[1] and peak_mib() > suspicious_mib:
@@ -97,5 +101,5 @@ def serve(connection: Connection, memory_mib: int, orphan_s: float, *judging: st
 
 
 if __name__ == "__main__":
-    with suppress(BrokenPipeError, ConnectionResetError):  # the parent was killed
+    with suppress(OSError):  # the parent was killed, or a reward of one's own closed the pipe
         serve(Connection(int(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3]), *sys.argv[4:])

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data.store import Dataset
-from ...schemas.labels import AnnotationStatus, Route, VerdictStatus
+from ...schemas.labels import AnnotationStatus, LeftOut, Route, Selection, VerdictStatus
+from .distributions import Distribution, Distributions, of_parts, of_scores
+from .rollout_index import SELECTION
 from .rollout_tables import Tables
 
 ANNOTATED = {
@@ -29,6 +32,25 @@ VERIFIED = {
     VerdictStatus.TIMEOUT: "the verifier took too long",
     VerdictStatus.OOM: "the verifier ran out of memory",
     VerdictStatus.ERROR: "the verifier failed",
+    VerdictStatus.REFUSED: "the judge declined",
+    VerdictStatus.INVALID: "the judge's answer has no grade that can be used",
+    VerdictStatus.FAILED: "the judge did not answer",
+}
+SELECTED = {
+    Selection.ANNOTATE: "an annotator is asked",
+    Selection.PLAIN: "trained on as plain GRPO",
+    Selection.DROP: "the group leaves training",
+}
+LEFT_OUT = {
+    LeftOut.UNSCORED: "no verdict",
+    LeftOut.ALL_RIGHT: "no response of the group is wrong",
+    LeftOut.ALL_WRONG: "no response of the group is right",
+    LeftOut.PASS_RATE: "the group's is outside select.pass_rate",
+    LeftOut.TRUNCATED: "the response hit the token limit",
+    LeftOut.LENGTH: "outside select.min_chars and max_chars",
+    LeftOut.DUPLICATE: "an earlier response of the group has the same text",
+    LeftOut.SOURCE: "beyond select.per_source",
+    LeftOut.BUDGET: "beyond select.budget",
 }
 
 
@@ -55,12 +77,17 @@ class Overview:
     tiles: list[tuple[str, str, str]]
     bars: list[Bars]
     route_tokens: list[tuple[str, int]] | None
+    distributions: list[Distribution] = field(default_factory=list)
 
 
-def overview(tables: Tables) -> Overview:
-    """Summarise a dataset's rollouts; reads only the columns that it needs."""
+def overview(tables: Tables, scores: Dataset | None = None) -> Overview:
+    """Summarise a dataset's rollouts; reads only the columns that it needs.
+
+    scores: a teacher's, of these rollouts.
+    """
     lead = tables.lead
-    rows = lead.read(["problem_id", "correct", "diagnostic_type"])
+    marked = [name for name in ("routed", "annotations") if name in tables.by_role]
+    rows = lead.read(["problem_id", "correct", *(["diagnostic_type"] if marked else [])])
     judged = [value for value in rows["correct"].to_pylist() if value is not None]
     lengths = _token_counts(tables)
     problems = pc.count_distinct(rows["problem_id"]).as_py()
@@ -69,15 +96,12 @@ def overview(tables: Tables) -> Overview:
         ("pass rate", _share(sum(judged), len(judged)), f"{sum(judged):,} of {len(judged):,}"),
         ("tokens per response", f"{np.mean(lengths):,.0f}" if len(lengths) else "–", "mean"),
     ]
-    tiles += [
-        (
-            f"reward: {name}",
-            "–" if figure["mean"] is None else f"{figure['mean']:.3f}",
-            f"mean value; {figure['without_value']:,} without",
-        )
-        for name, figure in tables.by_role["verdicts"].summary.get("parts", {}).items()
-    ]
-    bars = [Bars("Diagnostic type", "type", _counts(rows["diagnostic_type"].to_pylist()))]
+    parts = of_parts(tables.by_role["verdicts"])
+    scored = of_scores(scores) if scores is not None else Distributions()
+    tiles += parts.tiles + scored.tiles
+    bars = []
+    if marked:
+        bars.append(Bars("Diagnostic type", "type", _counts(rows["diagnostic_type"].to_pylist())))
     route_tokens = None
     if "routed" in tables.by_role:
         routed = lead.read(["coverage", "truncated", "dropped_tokens"])
@@ -105,9 +129,11 @@ def overview(tables: Tables) -> Overview:
         bars.append(Bars("Annotation", "status", counts, _meanings(counts, ANNOTATED)))
     if (selected := _selection_tile(tables.by_role["verdicts"])) is not None:
         tiles.append(selected)
+        bars += _selection_bars(tables)
     counts = _statuses(tables, "verdicts")
     bars.append(Bars("Verdict", "verdict", counts, _meanings(counts, VERIFIED)))
-    return Overview(lead.rows, tiles, [bar for bar in bars if bar.counts], route_tokens)
+    figures = parts.figures + scored.figures
+    return Overview(lead.rows, tiles, [bar for bar in bars if bar.counts], route_tokens, figures)
 
 
 def _selection_tile(verdicts: Dataset) -> tuple[str, str, str] | None:
@@ -121,6 +147,16 @@ def _selection_tile(verdicts: Dataset) -> tuple[str, str, str] | None:
         f"{figures['selected']:,}",
         f"of {verdicts.rows:,}; left out: {reasons or 'none'}",
     )
+
+
+def _selection_bars(tables: Tables) -> list[Bars]:
+    """What becomes of the rollouts in the leading table, and why some are left out."""
+    rows = _of_lead(tables, tables.by_role["verdicts"].read([*SELECTION, "rollout_id"]))
+    counts = [_counts(rows[name].to_pylist()) for name in SELECTION]
+    return [
+        Bars("Selection", "selection", counts[0], _meanings(counts[0], SELECTED)),
+        Bars("Left out of the selection", "left_out", counts[1], _meanings(counts[1], LEFT_OUT)),
+    ]
 
 
 def _cost_tile(rows: list[dict[str, Any]]) -> tuple[str, str, str]:
@@ -161,8 +197,13 @@ def _statuses(tables: Tables, role: str) -> list[tuple[str, int]]:
     """Statuses of the rollouts in the leading table: others have rows too, such as those of
     replaced groups."""
     table = tables.by_role[role].read(["rollout_id", "status"])
+    return _counts(_of_lead(tables, table)["status"].to_pylist())
+
+
+def _of_lead(tables: Tables, table: pa.Table) -> pa.Table:
+    """The rows of the rollouts in the leading table."""
     lead = tables.lead.read(["rollout_id"])["rollout_id"]
-    return _counts(table.filter(pc.is_in(table["rollout_id"], lead))["status"].to_pylist())
+    return table.filter(pc.is_in(table["rollout_id"], lead))
 
 
 def _meanings(counts: list[tuple[str, int]], of: Mapping[Any, str]) -> list[str]:

@@ -1,5 +1,5 @@
 """The HTML page that report_page.py writes and view.py serves: markup, style and script of web/ in
-one.
+one. notebook.py uses its styles.
 
 The page loads nothing except, when it is served, its own server's data. Its content security policy
 allows no script but its own, whatever a response contains. compare/page.py uses the template
@@ -21,7 +21,7 @@ from .rollout_index import RolloutIndex
 from .side_by_side import Agreement
 
 _HERE = Path(__file__).parent / "web"
-_STYLES = ("page.css", "rollouts.css", "routes.css.j2", "print.css")
+_STYLES = ("colours.css", "page.css", "rollouts.css", "routes.css.j2", "print.css")
 _SCRIPTS = ("page.js", "sources.js", "list.js", "rollout.js", "curves.js", "start.js")
 ROUTES = [route.name.lower() for route in Route if route is not Route.GRPO]
 
@@ -38,7 +38,16 @@ def page_template(file: Path) -> Template:
     return environment.get_template(file.name)
 
 
-STYLE = "\n".join(page_template(_HERE / name).render(routes=ROUTES) for name in _STYLES)
+_TITLES = {"annotations": "Annotated rollouts", "routed": "Routed rollouts", "verdicts": "Verdicts"}
+_TITLES_OF_STAGES = {"train": "Train run", "select": "Selection", "score": "Teacher's scores"}
+
+
+def stylesheet(names: Iterable[str]) -> str:
+    """Stylesheets of web/ as one."""
+    return "\n".join(page_template(_HERE / name).render(routes=ROUTES) for name in names)
+
+
+STYLE = stylesheet(_STYLES)
 SCRIPT = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
 
 
@@ -47,8 +56,11 @@ def render_page(data: dict[str, Any], served: bool, **context: Any) -> str:
 
     data: what the page's script reads, see `page_data`; context: the template's other variables.
     """
+    dataset = context["dataset"]
+    table = _TITLES.get(dataset.manifest["table"], "Rollouts")
     return page_template(_HERE / "page.html.j2").render(
         data=data,
+        title=_TITLES_OF_STAGES.get(dataset.stage, table),
         served=served,
         style=Markup(STYLE),  # noqa: S704 - our own file
         script=Markup(SCRIPT),  # noqa: S704 - our own files

@@ -7,12 +7,14 @@ stages/report.py makes a stage of `run`. `trace-opd view` shows datasets of any 
 from pathlib import Path
 
 from ...data.atomic import sweep_siblings, write_atomic
-from ...data.store import Dataset, Store
+from ...data.store import MANIFEST, Dataset, Store
 from ...schemas.configs import ReportConfig
+from ...schemas.tables import SCORES, VERDICTS
 from .evaluation_view import evaluation_views, find_evaluations
 from .lineage_view import lineage_strands
 from .overview import overview
 from .page import page_data, paint_names, render_page
+from .pool_view import pool_view
 from .rollout_index import RolloutIndex, build_index
 from .rollout_tables import (
     Tables,
@@ -23,13 +25,13 @@ from .rollout_tables import (
     find_vocabulary,
 )
 from .rollout_view import RolloutReader, RolloutView, rollout_data
-from .training_curves import charts, metrics_of
+from .training_curves import charts, metrics_of, types_by_step
 
 _MOST_EVALUATIONS = 3
 
 
 def run(config: ReportConfig, store: Store, output: Path | None = None) -> Path:
-    """Write the report of a routed or annotations dataset or of a train run; returns its path.
+    """Write the report of a dataset of rollouts or of a train run (`find_tables`); its path.
 
     output: HTML file; None: report.html, or against-<id>.html, in the dataset's folder. It is not
     in the config, so that someone else's config can write only inside the store.
@@ -84,6 +86,14 @@ def _left_out(
     return out
 
 
+def _scores(dataset: Dataset, store: Store) -> Dataset | None:
+    """The teacher's scores of a page: the dataset itself, or those that it was made with."""
+    if dataset.contract is SCORES:
+        return dataset
+    ref = dataset.manifest["inputs"].get("scores")
+    return store.get(ref) if ref is not None and store.files.exists(f"{ref}/{MANIFEST}") else None
+
+
 def _default_output(dataset: Dataset, against: Dataset | None, store: Store) -> Path:
     name = f"against-{against.id}.html" if against is not None else "report.html"
     return store.files.local_path(f"{dataset.ref}/{name}")
@@ -109,7 +119,7 @@ def _render(
         "rollouts": rollouts,
         "steps": [row["step"] for row in metrics],
         "phases": [row.get("phase", "") for row in metrics],
-        "charts": charts(metrics),
+        "charts": charts(metrics, types_by_step(dataset)),
     }
     return render_page(
         data,
@@ -121,10 +131,12 @@ def _render(
         evaluations=evaluation_views(evaluations[:_MOST_EVALUATIONS]),
         left_out=_left_out(dataset, tables, evaluations),
         # `trace-opd compare` has the figures of two annotators.
-        overview=overview(tables) if against is None else None,
+        overview=overview(tables, _scores(dataset, store)) if against is None else None,
+        pool=pool_view(dataset, tables),
         shown=len(views),
         rollouts=tables.lead.rows,
         routed="routed" in tables.by_role,
+        annotated=tables.lead.contract is not VERDICTS,
         paints=paint_names({piece.paint for view in views for piece in view.pieces}),
         inexact=sum(not view.exact for view in views),
     )

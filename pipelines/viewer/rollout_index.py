@@ -37,6 +37,7 @@ _COLUMNS = {
     "rollouts": ["rollout_id", "problem_id", "group_id", "sample_index", "policy_step"],
     "problems": ["problem_id", "problem"],
 }
+SELECTION = ["selection", "left_out"]  # of verdicts that stage select has seen
 _SPAN_ENDS = pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))
 
 
@@ -101,6 +102,8 @@ def build_index(
         InputError: a part is missing; DamagedFile: a part is damaged.
     """
     columns = _COLUMNS | ({"annotations": [*_MARKS, "spans"]} if against is not None else {})
+    if tables.by_role["verdicts"].stage == "select":
+        columns |= {"verdicts": columns["verdicts"] + SELECTION}
     held = {role: _read(dataset, columns[role]) for role, dataset in tables.by_role.items()}
     if against is not None:
         held["against"] = _read(against, columns["annotations"])
@@ -147,6 +150,10 @@ def _facets(found: dict[str, pa.Table]) -> tuple[list[Facet], np.ndarray | None]
     elif "annotations" in found:
         facets += annotation_facets(found["annotations"])
     facets.append(text_facet("verdict", "Verdict", found["verdicts"]["status"]))
+    if "selection" in found["verdicts"].column_names:
+        facets.append(text_facet("selection", "Selection", found["verdicts"]["selection"]))
+        left_out = found["verdicts"]["left_out"]
+        facets.append(text_facet("left_out", "Left out", left_out, "selected"))
     facets.append(text_facet("step", "Policy step", found["rollouts"]["policy_step"]))
     return facets, scores
 

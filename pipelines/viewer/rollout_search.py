@@ -3,13 +3,16 @@
 view.py calls it for every request that names a list.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...data.store import Dataset
+from ...schemas.conversation import COLUMN, wording
 from .rollout_index import RolloutIndex
 from .rollout_tables import Tables
 
@@ -62,15 +65,19 @@ def next_disagreement(index: RolloutIndex, positions: np.ndarray, after: int) ->
 
 def _contains(index: RolloutIndex, tables: Tables, text: str) -> np.ndarray:
     """(rollouts,) bool: whether problem, response or id contains a text. Reads part by part."""
-    problems = _column_contains(tables.by_role["problems"], "problem", text)
-    responses = _column_contains(tables.by_role["rollouts"], "response", text)
+    problems = _texts_contain(tables.by_role["problems"], ["problem", COLUMN], wording, text)
+    responses = _texts_contain(
+        tables.by_role["rollouts"], ["response"], lambda table: table["response"], text
+    )
     ids = pc.match_substring(index.ids, text, ignore_case=True).to_numpy(zero_copy_only=False)
     return ids | problems[index.rows["problems"]] | responses[index.rows["rollouts"]]
 
 
-def _column_contains(dataset: Dataset, column: str, text: str) -> np.ndarray:
+def _texts_contain(
+    dataset: Dataset, columns: list[str], texts: Callable[[pa.Table], Any], text: str
+) -> np.ndarray:
     parts = [
-        pc.match_substring(dataset.read_part(part, [column])[column], text, ignore_case=True)
+        pc.match_substring(texts(dataset.read_part(part, columns)), text, ignore_case=True)
         for part in range(dataset.parts)
     ]
     return np.concatenate([part.to_numpy() for part in parts])

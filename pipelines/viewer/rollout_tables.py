@@ -11,7 +11,7 @@ from typing import Any
 from ...data.dataset import find_dataset
 from ...data.store import Dataset, Store
 from ...schemas.errors import InputError
-from ...schemas.tables import ANNOTATIONS, ROUTED
+from ...schemas.tables import ANNOTATIONS, ROUTED, SCORES, VERDICTS
 from ...trace.vocabulary import Vocabulary, load_vocabulary
 from ..models import resolve_policy
 from ..terminal import visible
@@ -36,8 +36,9 @@ class Tables:
 def find_tables(dataset: Dataset, store: Store) -> Tables:
     """The tables behind a dataset's rollouts.
 
-    dataset: routed, annotations, or a train run. A train run gives its online tables, or if it has
-    none, the routed table that it was trained on.
+    dataset: routed, annotations, verdicts, scores or a train run. Scores give the routed table that
+    they are of. A train run gives its online tables, or if it has none, the routed table that it
+    was trained on.
 
     Raises:
         InputError: the dataset is of none of these kinds.
@@ -45,14 +46,14 @@ def find_tables(dataset: Dataset, store: Store) -> Tables:
     if dataset.stage == "train":
         refs = dataset.summary.get("tables") or {"routed": dataset.manifest["inputs"]["routed"]}
         found = {role: store.get(ref) for role, ref in refs.items()}
-    elif dataset.contract is ROUTED:
-        found = {"routed": dataset}
-    elif dataset.contract is ANNOTATIONS:
-        found = {"annotations": dataset}
+    elif dataset.contract is SCORES:
+        found = {"routed": dataset.input("routed")}
+    elif dataset.contract in (ROUTED, ANNOTATIONS, VERDICTS):
+        found = {dataset.contract.name: dataset}
     else:
         raise InputError(
             f"dataset {dataset.ref} holds {dataset.manifest['table'] or 'no table'}; give a routed "
-            "or an annotations dataset, or a train run"
+            "or an annotations dataset, verdicts, scores or a train run"
         )
     ordered: dict[str, Dataset] = {}
     for role in _ROLES:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...data.store import Dataset
+from ...schemas.conversation import shown_row
 from ...trace.align import ByteTable
 from ...trace.vocabulary import Vocabulary
 from ..terminal import visible
@@ -36,12 +37,15 @@ _COLUMNS = {
         "rollout_id", "segments", "spans", "diagnostic_type", "status", "annotator_name",
         "raw_answer", "error", "reflection",
     ),
-    "verdicts": ("rollout_id", "reward", "correct", "parsed_answer", "status"),
+    "verdicts": (
+        "rollout_id", "reward", "correct", "parsed_answer", "status", "feedback", "grades",
+        "parts", "selection", "left_out",
+    ),
     "rollouts": (
         "rollout_id", "problem_id", "group_id", "sample_index", "token_ids", "response",
         "finish_reason", "policy_name", "policy_step", "vocab_fingerprint",
     ),
-    "problems": ("problem_id", "problem", "answer", "source"),
+    "problems": ("problem_id", "problem", "answer", "source", "history"),
 }  # fmt: skip
 _NO_ANNOTATION: dict[str, Any] = {"segments": [], "spans": []}
 
@@ -54,6 +58,15 @@ class SpanView:
     kind: str
     segments: list[int]
     kept_tokens: int | None
+
+
+@dataclass(frozen=True)
+class PartView:
+    """A part of the reward. value: None if it has none, for which the status is the reason."""
+
+    name: str
+    value: float | None
+    status: str
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,10 @@ class RolloutView:
     correct: bool | None
     parsed: str | None
     verdict: str
+    parts: list[PartView]
+    feedback: str | None
+    grades: str | None
+    selection: str | None
     annotator: str | None
     status: str | None
     raw: str | None
@@ -138,6 +155,7 @@ class RolloutReader:
 def rollout_data(view: RolloutView) -> dict[str, Any]:
     """A rollout as the page draws it, as JSON-able data."""
     row: dict[str, Any] = vars(view) | {"spans": [vars(span) for span in view.spans]}
+    row["parts"] = [vars(part) for part in view.parts]
     row["sides"] = [vars(side) | {"spans": [vars(s) for s in side.spans]} for side in view.sides]
     row["problem"] = {name: row.pop(name) for name in ("problem", "answer", "source")}
     if view.sides:  # they hold the response and the first annotator's answer too
@@ -166,7 +184,7 @@ def _view(row: dict[str, Any], rule: str, vocabulary: Vocabulary | None) -> Roll
     return RolloutView(
         id=rollout["rollout_id"],
         problem_id=rollout["problem_id"],
-        problem=visible(problem["problem"]),
+        problem=visible(shown_row(problem)),
         answer=visible(problem["answer"]),
         source=visible(problem["source"]),
         group=rollout["group_id"],
@@ -179,6 +197,13 @@ def _view(row: dict[str, Any], rule: str, vocabulary: Vocabulary | None) -> Roll
         correct=verdict["correct"],
         parsed=_visible(verdict["parsed_answer"]),
         verdict=verdict["status"],
+        parts=[
+            PartView(visible(part["name"]), part["value"], part["status"])
+            for part in verdict.get("parts") or ()
+        ],
+        feedback=_visible(verdict.get("feedback")),
+        grades=_visible(_grades(verdict.get("grades") or [])),
+        selection=_selection(verdict),
         annotator=_visible(annotation.get("annotator_name")),
         status=annotation.get("status"),
         raw=_visible(annotation.get("raw_answer")),
@@ -195,6 +220,17 @@ def _view(row: dict[str, Any], rule: str, vocabulary: Vocabulary | None) -> Roll
         if "against" in row
         else [],
     )
+
+
+def _grades(grades: Sequence[dict]) -> str | None:
+    """A line for each grade that judges gave: the grade, or why there is none, and the reason."""
+    lines = []
+    for one in grades:
+        found = one["status"] if one["grade"] is None else one["grade"]
+        order = one["order"].replace("_", " ")
+        reason = f": {one['reason']}" if one["reason"] else ""
+        lines.append(f"{one['name']}, {order}, repeat {one['repeat']}: {found}{reason}")
+    return "\n".join(lines) or None
 
 
 def _sides(response: str, first: dict, second: dict) -> list[SideView]:
@@ -247,6 +283,13 @@ def _paint(
 def _needs_no_offsets(route: np.ndarray, spans: Sequence[dict]) -> bool:
     """Whether no offset can change the paint: one route for all tokens, no span visible in it."""
     return len(np.unique(route)) <= 1 and (bool(route.any()) or not spans)
+
+
+def _selection(verdict: dict[str, Any]) -> str | None:
+    """What becomes of the rollout after stage select, and why it is not selected."""
+    if (selection := verdict.get("selection")) is None:
+        return None
+    return selection if verdict["left_out"] is None else f"{selection} ({verdict['left_out']})"
 
 
 def _visible(text: str | None) -> str | None:

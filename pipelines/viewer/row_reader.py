@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ...data.parts import part_name
 from ...data.store import Dataset
 from ...schemas.errors import DamagedFile
 
@@ -60,7 +58,7 @@ class RowReader:
     def _part(self, part: int) -> pa.Table:
         table = self._kept.pop(part, None)
         if table is None:
-            table = self._dataset.read_part(part, self._there(part))
+            table = self._dataset.read_part(part, self._columns)
             if table.num_rows != self._sizes[part]:
                 raise DamagedFile(
                     f"{self._dataset.ref}: part {part} holds {table.num_rows:,} rows, its manifest "
@@ -70,19 +68,6 @@ class RowReader:
         while len(self._kept) > 1 and sum(t.nbytes for t in self._kept.values()) > self._keep_bytes:
             self._kept.popitem(last=False)
         return table
-
-    def _there(self, part: int) -> list[str]:
-        """The columns without optional ones that the part lacks."""
-        contract = self._dataset.contract
-        asked = set(self._columns).intersection(() if contract is None else contract.optional)
-        if not asked:
-            return self._columns
-        with self._dataset.files.open(f"{self._dataset.ref}/{part_name(part)}") as file:
-            try:
-                names = pq.read_schema(file).names
-            except pa.ArrowException:  # reading the part names the damage
-                names = []
-        return [name for name in self._columns if name not in asked or name in names]
 
 
 def _dictionaries(table: pa.Table) -> list[dict[str, Any]]:

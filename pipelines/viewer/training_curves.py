@@ -1,12 +1,17 @@
 """Training curves of a run: which metrics share a chart.
 
-report_page.py calls it for a train run; web/curves.js draws the charts.
+report_page.py calls it for a train run; web/curves.js draws the charts. `trace-opd plot` takes
+titles and units from it.
 """
 
 import math
 import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from ...data.dataset import find_dataset
 from ...data.store import Dataset, Store
 from ...schemas.labels import Route
 from ..run_metrics import METRICS, parse_metrics
@@ -56,10 +61,36 @@ def metrics_of(dataset: Dataset, store: Store) -> list[dict[str, Any]]:
     ]
 
 
-def charts(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def named_metric(name: str) -> tuple[str, str]:
+    """Title and unit of a metric's chart; of one without, its name and no unit."""
+    found = ((title, unit) for title, unit, pattern in _CHARTS if re.fullmatch(pattern, name))
+    return next(found, (name.replace("_", " "), ""))
+
+
+def types_by_step(run: Dataset) -> dict[int, Counter[str]]:
+    """How many responses of each online step have which type, by step; {} without annotations.
+
+    A train run's annotations have a part per online step. Steps without a type are left out.
+    """
+    ref = run.summary.get("tables", {}).get("annotations") if run.stage == "train" else None
+    annotations = None if ref is None else find_dataset(run.files, ref)
+    if annotations is None:
+        return {}
+    first = run.manifest["config"].get("offline", {}).get("steps", 0)
+    found = {}
+    for part in range(annotations.parts):
+        types = annotations.read_part(part, ["diagnostic_type"])["diagnostic_type"]
+        if counts := Counter(types.drop_null().to_pylist()):
+            found[first + part] = counts
+    return found
+
+
+def charts(
+    metrics: list[dict[str, Any]], types: Mapping[int, Counter[str]] = MappingProxyType({})
+) -> list[dict[str, Any]]:
     """Title, unit and series of each chart; None at a step without a value.
 
-    A chart with `stacked` adds its series up.
+    A chart with `stacked` adds its series up. types: see `types_by_step`.
     """
     names = [
         name
@@ -74,7 +105,22 @@ def charts(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
             del left[name]
         if members:
             out.append(_chart(title, unit, members, metrics))
-    return out + _phases(metrics) + [_chart(name, "", [name], metrics) for name in left]
+    return (
+        out
+        + _types(metrics, types)
+        + _phases(metrics)
+        + [_chart(name, "", [name], metrics) for name in left]
+    )
+
+
+def _types(
+    metrics: list[dict[str, Any]], types: Mapping[int, Counter[str]]
+) -> list[dict[str, Any]]:
+    """Responses of each type, stacked to all that have one; the most frequent type first."""
+    names = [name for name, _ in sum(types.values(), Counter[str]()).most_common()]
+    rows = [types.get(row.get("step", -1), {}) for row in metrics]
+    chart = _chart("Diagnostic types", "responses", names, rows)
+    return [chart | {"stacked": True}] if names else []
 
 
 def _phases(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -96,6 +142,8 @@ def _phases(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _chart(title: str, unit: str, names: list[str], metrics: list[dict]) -> dict[str, Any]:
+def _chart(
+    title: str, unit: str, names: list[str], metrics: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     series = [{"name": name, "values": [row.get(name) for row in metrics]} for name in names]
     return {"title": title, "unit": unit, "series": series}

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from ...data.store import Store
 from ...schemas.errors import InputError
 from ...schemas.labels import Route
+from ...schemas.tables import VERDICTS
 from .page import content_security_policy, page_data, paint_names, render_page
 from .paint import Paint
 from .rollout_index import RolloutIndex, build_index
@@ -57,8 +58,8 @@ class Viewer:
     """The server's responses: the page, ranges of its list, single rollouts.
 
     Raises:
-        InputError: the dataset is not routed, annotations or a train run, or the second dataset
-            does not annotate the same rollouts.
+        InputError: the dataset is of another kind (`find_tables`), or the second dataset does not
+            annotate the same rollouts.
     """
 
     def __init__(self, store: Store, ref: str, against: str | None = None) -> None:
@@ -75,6 +76,7 @@ class Viewer:
             against=other,
             labels=labels,
             routed="routed" in self._tables.by_role,
+            annotated=self._tables.lead.contract is not VERDICTS,
             paints=paint_names(_possible_paints(self._index)),
         )
         self._select = lru_cache(maxsize=_KEPT_QUERIES)(partial(select, self._index, self._tables))

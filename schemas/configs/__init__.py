@@ -19,6 +19,7 @@ from .annotate import (
     VerifyConfig,
 )
 from .base import Config, operational
+from .endpoint import PaidEndpoint
 from .loss import GateConfig, LossConfig, ScheduleConfig, TeacherConfig
 from .own import OwnAnnotator, OwnConfig, OwnReward, OwnSampler, OwnSource, located, own_sources
 from .pipeline import EvaluateConfig, PipelineConfig, ReportConfig
@@ -40,6 +41,7 @@ from .rewards import (
     ExactPart,
     FormatPart,
     GymPart,
+    JudgePart,
     LengthPart,
     OwnPart,
     Part,
@@ -99,6 +101,7 @@ __all__ = [
     "GymPart",
     "GymSource",
     "HubSource",
+    "JudgePart",
     "Layers",
     "LengthPart",
     "LocalTeacher",
@@ -116,6 +119,7 @@ __all__ = [
     "OwnReward",
     "OwnSampler",
     "OwnSource",
+    "PaidEndpoint",
     "Part",
     "PipelineConfig",
     "PolicyConfig",

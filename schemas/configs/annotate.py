@@ -1,15 +1,15 @@
 """Configs of stages verify, annotate and convert."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, Tag, model_validator
 
 from .. import own_code
 from ..labels import Route, TeacherContext
 from .base import Config, added, operational
-from .endpoint import EndpointUrl, KeyVariable
+from .endpoint import PaidEndpoint
 from .own import NAMED, OWN, OwnAnnotator, OwnReward, named_or_own
-from .rewards import Part, deciding
+from .rewards import JudgePart, Part, deciding, part_labels
 from .rollout import PolicyConfig, Sampler, TransformersSampler
 
 
@@ -57,6 +57,13 @@ class VerifyConfig(Config):
     def decides(self) -> int:
         """The index of the part that decides `correct`."""
         return deciding(self.rewards, self.correct_by)
+
+    @property
+    def judges(self) -> dict[str, JudgePart]:
+        """The parts that ask an endpoint, by their labels."""
+        labels = part_labels(self.rewards)
+        pairs = zip(labels, self.rewards, strict=True)
+        return {label: part for label, part in pairs if isinstance(part, JudgePart)}
 
     def semantic(self) -> dict[str, Any]:
         """With the source's hash of each part of one's own."""
@@ -171,31 +178,14 @@ class SelfAnnotator(AnnotatorPrompt):
     )
 
 
-class OpenAIAnnotator(AnnotatorPrompt):
+class _OpenAIName(AnnotatorPrompt):
     engine: Literal["openai"] = Field(description="Annotation engine.")
     name: str = Field(default="openai", description="Name recorded with each annotation.")
-    base_url: EndpointUrl = Field(default="https://api.openai.com/v1", description="Endpoint.")
-    model: str = Field(description="Model name at the endpoint.")
-    api_key_env: KeyVariable | None = Field(
-        default="OPENAI_API_KEY",
-        description="Environment variable that holds the key; null: no key.",
-    )
-    structured: bool = Field(default=True, description="Ask for the JSON schema (response_format).")
-    prices: str | None = operational(
-        None, "File of prices by host and model, which precedes the shipped prices.yaml."
-    )
-    usd_per_million_prompt_tokens: float | None = operational(
-        None, "Price, which precedes any file's; 0 for a server without a bill.", ge=0
-    )
-    usd_per_million_completion_tokens: float | None = operational(
-        None, "Price. Without one cost_usd is null: unknown.", ge=0
-    )
-    budget_usd: float | None = operational(
-        None,
-        "Most that the dataset may cost over all its runs; each request reserves its worst case "
-        "before it is sent. Needs a known price.",
-        ge=0,
-    )
+
+
+class OpenAIAnnotator(PaidEndpoint, _OpenAIName):
+    role: ClassVar[str] = "annotator"
+
     batch: bool = operational(False, "Use OpenAI's Batch API: cheaper, with answers within a day.")
     batch_requests: int = operational(
         50_000,
@@ -204,18 +194,6 @@ class OpenAIAnnotator(AnnotatorPrompt):
         le=50_000,
     )
     batch_poll_s: float = operational(60.0, "Seconds between polls of a batch.", gt=0)
-    concurrency: int = operational(16, "Most requests in flight.", ge=1)
-    requests_per_minute: float | None = operational(None, "Request pace; null: no limit.", gt=0)
-    tokens_per_minute: float | None = operational(
-        None, "Pace of prompt and completion tokens together; null: no limit.", gt=0
-    )
-    timeout_s: float = operational(120.0, "Seconds before a request is given up.", gt=0)
-    patience_s: float = operational(
-        900.0,
-        "Seconds without any answer, or of waits that a server asks for, before the stage stops.",
-        gt=0,
-    )
-    max_attempts: int = operational(6, "Attempts per request, the first included.", ge=1)
     max_failed_share: float = operational(
         0.05,
         "Most of the requested rows that may fail; above it the command finishes the dataset and "

@@ -46,7 +46,8 @@ class ReportConfig(Config):
     """Stage report: one self-contained HTML file for a dataset."""
 
     dataset: str = Field(
-        default="routed", description="Routed or annotations dataset, or a train run."
+        default="routed",
+        description="Routed, annotations, verdicts or scores dataset, or a train run.",
     )
     against: str | None = Field(
         default=None,

@@ -50,6 +50,18 @@ class Columns(Config):
     answer_template: str | None = added(
         None, "Text of the gold answer with columns in braces, instead of one column."
     )
+    messages: str | None = added(
+        None,
+        "Column of conversations, instead of one of problems: a list of {role, content}, also as "
+        "JSON text. The user's last turn is the problem, the turns before it are its history.",
+    )
+
+    @model_validator(mode="after")
+    def _one_kind_of_problem(self) -> "Columns":
+        for name in ("problem", "template"):
+            if self.messages and getattr(self, name):
+                raise ValueError(f"messages and {name} are both given; a problem has one of them")
+        return self
 
     @model_validator(mode="after")
     def _one_kind_of_tests(self) -> "Columns":

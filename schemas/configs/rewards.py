@@ -3,12 +3,14 @@
 pipelines/verifiers/rewards has one file per class; its `__init__` maps names to files.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, Tag, field_validator
+from pydantic import Field, Tag, field_validator, model_validator
 
+from ..labels import Order
 from ..own_code import is_own, short_name
 from .base import Config, operational
+from .endpoint import PaidEndpoint
 from .own import NAMED, OPTIONS, OWN, SHA256, OwnConfig, OwnName, named_or_own
 
 GROUP = "answer"  # the group of a pattern that has to equal the gold answer
@@ -107,6 +109,56 @@ class CodePart(RewardPart):
     )
 
 
+class JudgePart(PaidEndpoint, RewardPart):
+    role: ClassVar[str] = "judge"
+
+    name: Literal["judge"] = Field(
+        description="A model at an endpoint grades the response by a rubric; the value is the mean "
+        "grade over the highest one."
+    )
+    rubric: str | None = Field(
+        default=None, description="Rubric file (front matter with version); null: the shipped one."
+    )
+    highest: int = Field(default=10, ge=1, le=100, description="Grades are 0 … highest.")
+    shows: Literal["solution", "answer", "nothing"] = Field(
+        default="solution",
+        description="What the judge sees besides problem and response: the gold answer with the "
+        "solution where there is one, the gold answer alone, or nothing.",
+    )
+    repeats: int = Field(
+        default=1, ge=1, le=100, description="How often each response is graded in each order."
+    )
+    positions: Literal["fixed", "both"] = Field(
+        default="fixed",
+        description="fixed: the reference stands before the response; both: it is graded in both "
+        "orders.",
+    )
+    max_new_tokens: int = Field(default=512, ge=1, description="Limit on an answer's tokens.")
+    temperature: float = Field(default=0.0, ge=0, description="Sampling temperature of the judge.")
+    corrective_turns: int = Field(
+        default=1, ge=0, description="Second chances for an invalid answer."
+    )
+
+    @property
+    def orders(self) -> tuple[Order, ...]:
+        return tuple(Order) if self.positions == "both" else (Order.REFERENCE_FIRST,)
+
+    def semantic(self) -> dict[str, Any]:
+        """Without the rubric's path: `verifier_identity` has its hash."""
+        semantic = super().semantic()
+        del semantic["rubric"]
+        return semantic
+
+    @model_validator(mode="after")
+    def _positions(self) -> "JudgePart":
+        if self.positions == "both" and self.shows == "nothing":
+            raise ValueError(
+                "positions is both and shows is nothing, so there is one text and no order; set "
+                "positions=fixed, or show a reference"
+            )
+        return self
+
+
 class OwnPart(RewardPart, OwnConfig):
     name: OwnName = Field(description="file.py:function or module:function of your own.")
     options: dict[str, Any] = OPTIONS
@@ -114,7 +166,7 @@ class OwnPart(RewardPart, OwnConfig):
 
 
 NamedPart = Annotated[
-    AnswerPart | ExactPart | RegexPart | FormatPart | LengthPart | GymPart | CodePart,
+    AnswerPart | ExactPart | RegexPart | FormatPart | LengthPart | GymPart | CodePart | JudgePart,
     Field(discriminator="name"),
 ]
 Part = Annotated[

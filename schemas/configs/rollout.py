@@ -18,7 +18,9 @@ class Example(Config):
 class PromptConfig(Config):
     """How a problem becomes the student's and the teacher's chat prompt."""
 
-    system: str | None = Field(default=None, description="System message.")
+    system: str | None = Field(
+        default=None, description="System message; a conversation's own takes its place."
+    )
     examples: list[Example] = Field(default=[], description="Few-shot turns before the problem.")
     student: str = Field(default="{problem}", description="Template of the student's user turn.")
     teacher: str = Field(

@@ -239,8 +239,14 @@ class TrainConfig(Config):
         gt=0,
         le=10_000,
     )
-    tracker: Literal["tensorboard", "trackio", "wandb", "none"] = operational(
+    tracker: Literal["tensorboard", "trackio", "wandb", "mlflow", "none"] = operational(
         "tensorboard", "Where metrics go besides metrics.jsonl."
+    )
+    completions_every: int | None = operational(
+        None,
+        "Steps between tables of completions in the tracker: problem, response with its routed "
+        "spans marked, reward, type; null: none.",
+        ge=1,
     )
     profile_step: int | None = operational(
         None,

@@ -11,8 +11,8 @@ import pytest
 
 from trace_opd.data import atomic, locks
 from trace_opd.data.store import Dataset, Draft, Store
-from trace_opd.pipelines.annotators.journal import Journal
-from trace_opd.pipelines.annotators.journal_lines import Answered
+from trace_opd.pipelines.paid.journal import Journal
+from trace_opd.pipelines.paid.journal_lines import Answered
 from trace_opd.tests.data.power import Killed, Record, recorded
 
 PARTS, QUESTIONS = 2, 2

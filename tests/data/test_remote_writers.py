@@ -100,7 +100,7 @@ def test_two_that_finish_a_dataset_have_one_manifest_of_parts_that_are_there(wri
     each(writers, same, same)
     assert made.summary["by"] in ("one", "two")
     assert set(made.read()["solution"].to_pylist()) == {"one", "two"}
-    assert check_store(Store(root))[1]
+    assert check_store(Store(root)).intact
 
 
 def test_a_writer_that_comes_late_changes_nothing_of_a_finished_dataset(root):
@@ -110,7 +110,7 @@ def test_a_writer_that_comes_late_changes_nothing_of_a_finished_dataset(root):
     late.write_part(0, PROBLEMS.table([problem("late", 0)]))
     assert late.finish(1).manifest == made.manifest
     assert Store(root).get(made.ref).read()["solution"].to_pylist() == ["early"]
-    assert check_store(Store(root))[1]
+    assert check_store(Store(root)).intact
 
 
 def test_an_alias_file_that_goes_or_comes_while_it_is_changed_is_read_again(root):

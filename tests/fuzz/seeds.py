@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save as safetensors_bytes
 from targets import SECTIONS
 
-from trace_opd.pipelines.annotators.prices import SHIPPED_PRICES
 from trace_opd.pipelines.annotators.prompting import PROMPTS, SHIPPED_SCHEMA
+from trace_opd.pipelines.paid.prices import SHIPPED_PRICES
 from trace_opd.schemas.configs import PipelineConfig
 from trace_opd.schemas.contract import TableContract
 from trace_opd.schemas.settings import load_config
@@ -29,6 +29,12 @@ _TEXTS = (
     "naïve café 😀. e.g. 1. First {a} \\(x. y\\) \\[z\\] $$1.$$ costs $5. 'Q.' \ufffd",
 )
 _PROBLEM = {"problem": "1+1?", "answer": 2, "solution": "\\boxed{2}"}
+_TURNS = [
+    {"role": "system", "content": "Add."}, {"role": "user", "content": "1+0?"},
+    {"role": "assistant", "content": [{"type": "text", "text": "1"}]},
+    {"from": "human", "value": "1+1?"},
+]  # fmt: skip
+_CONVERSATIONS = ({"messages": _TURNS, "answer": 2}, {"messages": json.dumps(_TURNS), "answer": 2})
 _LABELLED = (
     {"id": "gsm8k-0", "generator": "g", "problem": "p", "steps": ["a", "b"],
      "final_answer_correct": False, "label": 1},
@@ -124,6 +130,7 @@ def _problems_files() -> list[bytes]:
         b"A" + json.dumps({"data": [_PROBLEM, {"question": [], "choices": ["1", "2"]}]}).encode(),
         b'C\xef\xbb\xbfquestion;"final answer"\r\n"1 + 1;\r\n""2""";2\r\n',
         b"Z" + gzip.compress(lines.encode()),
+        b"M" + "\n".join(json.dumps(row) for row in _CONVERSATIONS).encode(),
     ]
 
 

@@ -31,25 +31,27 @@ from trace_opd.data.sources import files
 from trace_opd.data.step_labels import json_rows, prm800k, processbench
 from trace_opd.data.store import MANIFEST, Dataset, Store
 from trace_opd.pipelines.annotators.answers import read_answer
-from trace_opd.pipelines.annotators.completion import checked_body, is_answer, read_record
-from trace_opd.pipelines.annotators.dialogue import usage as dialogue_usage
-from trace_opd.pipelines.annotators.journal import Journal
-from trace_opd.pipelines.annotators.journal_lines import Answered, read_lines
-from trace_opd.pipelines.annotators.prices import load_prices
 from trace_opd.pipelines.annotators.prompting import ask, load_prompt
 from trace_opd.pipelines.annotators.rows import SKIPPED, Identity, Item, annotation_row
-from trace_opd.pipelines.annotators.spending import open_spending
 from trace_opd.pipelines.cli.check_store import check_store
 from trace_opd.pipelines.cli.show import show_dataset
 from trace_opd.pipelines.endpoint import NotACompletion
+from trace_opd.pipelines.labelling.read_export import read_export
 from trace_opd.pipelines.models import MICRO, resolve_policy
+from trace_opd.pipelines.paid.completion import checked_body, is_answer, read_record
+from trace_opd.pipelines.paid.journal import Journal
+from trace_opd.pipelines.paid.journal_lines import Answered, read_lines
+from trace_opd.pipelines.paid.prices import load_prices
+from trace_opd.pipelines.paid.questions import usage as dialogue_usage
+from trace_opd.pipelines.paid.spending import open_spending
 from trace_opd.pipelines.samplers.reply import read_completion
 from trace_opd.pipelines.terminal import Terminal
 from trace_opd.pipelines.viewer import view
 from trace_opd.schemas import configs
 from trace_opd.schemas.columns import MOST_LOGPROB
-from trace_opd.schemas.configs import FilesSource, OpenAIAnnotator, SegmentConfig
+from trace_opd.schemas.configs import Columns, FilesSource, OpenAIAnnotator, SegmentConfig
 from trace_opd.schemas.contract import TableContract, validate
+from trace_opd.schemas.conversation import fault_of
 from trace_opd.schemas.errors import DamagedFile, InputError
 from trace_opd.schemas.labels import AnnotationStatus
 from trace_opd.schemas.settings import dump_config
@@ -426,7 +428,7 @@ def aliases(content: bytes) -> None:
 
 
 def _verified(store: Store) -> None:
-    found, _ = check_store(store)
+    found = check_store(store).report()
     for line in found.renderables:
         if isinstance(line, Text):
             assert line.plain.isprintable()
@@ -461,12 +463,17 @@ def foreign_parquet(content: bytes) -> None:
 
 
 # Suffixes by the first byte of a seed.
-PROBLEMS_FILES = {b"J": ".jsonl", b"P": ".parquet", b"A": ".json", b"C": ".csv", b"Z": ".jsonl.gz"}
+PROBLEMS_FILES = {
+    **{b"J": ".jsonl", b"P": ".parquet", b"A": ".json", b"C": ".csv", b"Z": ".jsonl.gz"},
+    b"M": ".messages.jsonl",
+}
 
 
 def problems_file(content: bytes, suffix: str) -> None:
     """A file of problems is refused, or its rows are problems with text in them."""
-    source = FilesSource(kind="files", path=_file(f"problems{suffix}", content))
+    columns = Columns(messages="messages" if suffix == PROBLEMS_FILES[b"M"] else None)
+    path = _file(f"problems{suffix}", content)
+    source = FilesSource(kind="files", path=path, columns=columns)
     try:
         for row in files.rows(source, 0):
             if isinstance(row, BadRow):
@@ -475,6 +482,9 @@ def problems_file(content: bytes, suffix: str) -> None:
             assert row["problem"]
             assert row["answer"]
             pa.array([row["problem"], row["answer"], row["solution"]], pa.string())
+            roles = [turn["role"] for turn in row.get("history") or ()]
+            assert fault_of([*roles, "user"]) is None
+            pa.array([turn["content"] for turn in row.get("history") or ()], pa.string())
     except InputError as error:
         _names(error, f"problems{suffix}")
 
@@ -485,6 +495,7 @@ def labelled_file(content: bytes) -> None:
         json_rows,
         processbench.labelled_responses,
         lambda path: prm800k.labelled_responses(path, Counter()),
+        read_export,
     ):
         with suppress(InputError):
             for row in read(path):

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from trace_opd.data.store import Store
-from trace_opd.tests.kill.conftest import STAGES
+from trace_opd.tests.kill.conftest import PAID, PREPARED, STAGES
 from trace_opd.tests.kill.disk import disk
 from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets
 from trace_opd.tests.kill.harness import Launcher, assert_refused, launcher, together
 
-TABLES = [name for name in STAGES if name not in ("annotate-openai", "report")]
+TABLES = [name for name in STAGES if name not in (*PAID, "report")]
 
 JUMPY = """
 #define _GNU_SOURCE
@@ -60,7 +60,7 @@ def size(root: Path) -> int:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("name", [name for name in STAGES if name != "annotate-openai"])
+@pytest.mark.parametrize("name", [name for name in STAGES if name not in PAID])
 def test_a_full_disk_ends_in_a_sentence_and_goes_on_when_there_is_room(
     name: str, share: float, runs: Launcher, undisturbed, tmp_path
 ):
@@ -78,7 +78,7 @@ def test_a_full_disk_ends_in_a_sentence_and_goes_on_when_there_is_room(
             assert_same_datasets(full.root, stage.after)
 
 
-@pytest.mark.parametrize("name", [name for name in STAGES if name != "annotate-openai"])
+@pytest.mark.parametrize("name", [name for name in STAGES if name not in PAID])
 def test_a_store_that_cannot_be_written_serves_what_is_finished(
     name: str, runs: Launcher, undisturbed, tmp_path
 ):
@@ -137,7 +137,8 @@ def test_a_clock_that_jumps_changes_nothing(undisturbed, tmp_path):
     root = tmp_path / "store"
     with launcher(tmp_path / "output", LD_PRELOAD=str(library)) as runs:
         for name in TABLES:
-            runs.done(*STAGES[name], store=root)
+            for args in [*PREPARED.get(name, ()), STAGES[name]]:
+                runs.done(*args, store=root)
     assert_no_leftovers(root)
     assert_same_datasets(root, undisturbed["evaluate"].after)
     times = [dataset.manifest for dataset in Store(root).datasets()]

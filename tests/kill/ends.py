@@ -53,7 +53,15 @@ def assert_same_datasets(root: Path, undisturbed: Path) -> None:
 
 
 def untimed(table: pa.Table) -> pa.Table:
-    return table.drop_columns([name for name in table.column_names if name in _TIMINGS])
+    """A table without timings: its own, and those of a reward's parts."""
+    kept = table.drop_columns([name for name in table.column_names if name in _TIMINGS])
+    if "parts" not in kept.column_names:
+        return kept
+    rows = [
+        parts and [{k: v for k, v in part.items() if k not in _TIMINGS} for part in parts]
+        for parts in kept["parts"].to_pylist()
+    ]
+    return kept.drop_columns(["parts"]).append_column("parts", pa.array(rows))
 
 
 def untimed_metrics(run: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trace_opd.pipelines.annotators.prices import Price, most_tokens
+from trace_opd.pipelines.paid.prices import Price, most_tokens
 from trace_opd.tests.pipelines.conftest import PaidServer, completion
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "micro.yaml")

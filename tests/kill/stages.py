@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from trace_opd.tests.kill.conftest import CONCURRENCY, STAGES, Undisturbed
+from trace_opd.tests.kill.conftest import CONCURRENCY, PAID, STAGES, Undisturbed
 from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets, files
 from trace_opd.tests.kill.harness import Killer, Launcher, Toll, assert_budget_holds, repeat
 from trace_opd.tests.pipelines.conftest import PaidServer
@@ -44,9 +44,7 @@ def assert_undisturbed(root: Path, stage: Undisturbed) -> None:
     assert_same_datasets(root, stage.after)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in STAGES if name not in ("annotate-openai", "report")]
-)
+@pytest.mark.parametrize("name", [name for name in STAGES if name not in (*PAID, "report")])
 def test_killed_at_random_moments(name: str, runs: Launcher, undisturbed, tmp_path, report_toll):
     stage = undisturbed[name]
     killer = Killer(runs, stage.before, tmp_path)
@@ -56,7 +54,10 @@ def test_killed_at_random_moments(name: str, runs: Launcher, undisturbed, tmp_pa
     report_toll(name, "at random moments", killer.toll)
 
 
-@pytest.mark.parametrize(("name", "step"), [("problems", 3), ("convert", 3), ("train-online", 6)])
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("problems", 3), ("verify-rewards", 3), ("convert", 3), ("score", 3), ("train-online", 6)],
+)
 def test_killed_before_each_change_of_a_file(
     name: str, step: int, runs: Launcher, undisturbed, tmp_path, report_toll
 ):
@@ -68,11 +69,12 @@ def test_killed_before_each_change_of_a_file(
     report_toll(name, f"before every {step}. change", killer.toll)
 
 
-def test_a_paid_annotation_killed_asks_again_only_for_what_was_in_flight(
-    slow_paid_server: PaidServer, runs: Launcher, undisturbed, tmp_path, report_toll
+@pytest.mark.parametrize("name", PAID)
+def test_a_paid_stage_killed_asks_again_only_for_what_was_in_flight(
+    name: str, slow_paid_server: PaidServer, runs: Launcher, undisturbed, tmp_path, report_toll
 ):
-    stage = undisturbed["annotate-openai"]
-    args = [*stage.args, f"annotator.base_url={slow_paid_server.url}"]
+    stage = undisturbed[name]
+    args = [arg.replace("ENDPOINT", slow_paid_server.url) for arg in stage.args]
     after = Path(shutil.copytree(stage.before, tmp_path / "after"))
     runs.done(*args, store=after)
     questions = Counter(map(json.dumps, slow_paid_server.answered))
@@ -86,7 +88,7 @@ def test_a_paid_annotation_killed_asks_again_only_for_what_was_in_flight(
         assert answered.keys() == questions.keys()
         lines = [
             line
-            for path in root.glob("annotate/*/journal/*.jsonl")
+            for path in root.glob(f"{args[0]}/*/journal/**/*.jsonl")
             for line in path.read_bytes().splitlines(keepends=True)
         ]
         keys = Counter(
@@ -100,7 +102,7 @@ def test_a_paid_annotation_killed_asks_again_only_for_what_was_in_flight(
         assert answered.total() - len(questions) <= (killer.toll.kills - kills) * CONCURRENCY
         kills = killer.toll.kills
         slow_paid_server.answered.clear()
-    report_toll("annotate-openai", "at random moments", killer.toll)
+    report_toll(name, "at random moments", killer.toll)
 
 
 def test_a_paid_annotation_killed_again_and_again_bills_no_more_than_its_budget(
@@ -108,10 +110,11 @@ def test_a_paid_annotation_killed_again_and_again_bills_no_more_than_its_budget(
 ):
     stage = undisturbed["annotate-openai"]
     root, began = Path(shutil.copytree(stage.before, tmp_path / "store")), time.monotonic()
-    kills, _ = assert_budget_holds(runs, paid_server, stage.args, root, 0.4, KILLS)
+    args = [arg for arg in stage.args if "ENDPOINT" not in arg]
+    kills, _ = assert_budget_holds(runs, paid_server, args, root, 0.4, KILLS)
     assert kills >= min(KILLS, 10)
     # A raised budget continues, and only requests in flight at the kills were paid twice.
-    runs.done(*stage.args, f"annotator.base_url={paid_server.url}", store=root)
+    runs.done(*args, f"annotator.base_url={paid_server.url}", store=root)
     answered = Counter(map(json.dumps, paid_server.answered))
     assert answered.total() - len(answered) <= kills * CONCURRENCY
     report_toll(

@@ -18,12 +18,18 @@ from trace_opd.data.store import Store
 from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS, VERDICTS
 from trace_opd.tests.pipelines.browser import CHROMIUM, Browser
 
+GRADE = '{"reason": "It holds.", "grade": 5}'
 VALID = '{"abstain": false, "spans": [{"segments": [1], "quote": null}], "type": "setup"}'
 Answer = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
 
 
-def completion(body: dict[str, Any], content: str = VALID) -> tuple[int, dict[str, Any]]:
-    """A chat completion; a prompt token per four characters, ten for the answer."""
+def completion(body: dict[str, Any], content: str | None = None) -> tuple[int, dict[str, Any]]:
+    """A chat completion; a prompt token per four characters, ten for the answer.
+
+    content: None: what an annotator or a judge may answer.
+    """
+    schema = body.get("response_format", {}).get("json_schema", {})
+    content = content or (GRADE if schema.get("name") == "grade" else VALID)
     asked = sum(len(message["content"]) for message in body["messages"])
     choice = {"message": {"content": content}, "finish_reason": "stop"}
     usage = {"prompt_tokens": asked // 4, "completion_tokens": 10}

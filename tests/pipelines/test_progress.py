@@ -48,6 +48,8 @@ def test_rate_and_remaining_time_leave_out_what_earlier_runs_did():
     clock.now = 10
     meter.advance(20, cost="$1.50")
     assert meter.words() == ["60/100 steps (60%)", "2/s", "0:20 left", "cost $1.50"]
+    meter.advance(40)
+    assert meter.words() == ["100/100 steps (100%)", "6/s", "cost $1.50"]  # nothing is left
     assert Meter(0, "rows", clock).words() == ["0/0 rows"]
 
 

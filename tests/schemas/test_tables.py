@@ -40,6 +40,11 @@ ROWS: dict[str, dict] = {
         "subject": "Algebra",
         "level": "3",
         "metadata": '{"limit": 3}',
+        "history": [
+            {"role": "system", "content": "Add."},
+            {"role": "user", "content": "1+0"},
+            {"role": "assistant", "content": "1"},
+        ],
     },
     "rollouts": {
         **_ids,
@@ -54,6 +59,7 @@ ROWS: dict[str, dict] = {
         "max_new_tokens": 8,
         "seed": 1 << 40,
         "on_policy": True,
+        "policy_mask": [True, False],
     },
     "verdicts": {
         **_ids,
@@ -67,6 +73,16 @@ ROWS: dict[str, dict] = {
         "selection": "plain",
         "left_out": "budget",
         "parts": [{"name": "math", "value": 1.0, "status": "ok", "seconds": 0.0}],
+        "grades": [
+            {
+                "name": "judge",
+                "repeat": 0,
+                "order": "reference_first",
+                "grade": 7,
+                "status": "ok",
+                "reason": "One step is missing.",
+            }
+        ],
     },
     "annotations": {
         **_ids,
@@ -103,6 +119,8 @@ ROWS: dict[str, dict] = {
         "coverage": 0.5,
         "dropped_tokens": 0,
         "contrast_contexts": ["a wrong response"],
+        "policy_mask": [False, True],
+        "history": [{"role": "user", "content": "1+0"}],
     },
     "scores": {
         "positions": [1, 4],
@@ -425,7 +443,8 @@ def test_a_routed_token_needs_something_that_its_teacher_sees():
 
 @pytest.mark.parametrize("column", ["prompt_token_ids", "token_ids"])
 def test_a_sequence_without_tokens_is_named_with_its_row(column):
-    lists = ("token_ids", "logprobs", "route", "span_id") if column == "token_ids" else (column,)
+    tokens = ("token_ids", "logprobs", "route", "span_id", "policy_mask")
+    lists = tokens if column == "token_ids" else (column,)
     with pytest.raises(InputError, match=f"^t, row 1: {column} is empty"):
         validate(table_of(ROUTED, {}, {name: [] for name in lists}), ROUTED, "t")
 

@@ -128,5 +128,6 @@ def test_what_cannot_be_exported_is_one_sentence_and_leaves_nothing(full, lora, 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_checkpoint_as_policy_path_is_refused_with_the_command(kind, request):
     checkpoint = request.getfixturevalue(kind)
-    with pytest.raises(InputError, match=f"not a model folder; .*`trace-opd export {checkpoint}"):
+    command = f"`trace-opd export model {checkpoint}"
+    with pytest.raises(InputError, match=f"not a model folder; .*{command}"):
         resolve_policy(str(checkpoint))

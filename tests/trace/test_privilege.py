@@ -1,15 +1,15 @@
-"""No model reads what annotators write: the teacher sees one label of an annotation.
+"""No model reads what annotators and rewards write: the teacher sees one label of an annotation.
 
-Every path to a teacher's prompt runs twice, once with a secret in a field that annotators fill
-freely. The models must read the same tokens both times.
+Every path to a teacher's prompt runs twice, once with a secret in a field that annotators, rewards
+or judges fill freely, or in a problem's metadata. The models must read the same tokens both times.
 """
 
 import ast
 import inspect
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,16 @@ PLANTS: dict[str, Callable[[Row], Row]] = {
         "latency_s": 2718.0,
     },
 }
+_GRADE = {"repeat": 0, "order": "reference_first", "grade": 3, "status": "ok"}
+# Everything that a reward or a judge can put into a verdict, except whether it is right.
+REWARD_PLANTS: dict[str, Row] = {
+    "feedback": {"feedback": f"the answer is {SECRET}"},
+    "judge's reason": {"grades": [_GRADE | {"name": SECRET, "reason": f"it is {SECRET}"}]},
+    "part": {"parts": [{"name": SECRET, "value": 1.0, "status": "ok", "seconds": 2718.0}]},
+    "answer read": {"parsed_answer": SECRET},
+    "verifier": {"verifier": SECRET},
+}
+METADATA: Row = {"metadata": f'{{"code": {{"tests": "{SECRET}"}}}}'}
 
 
 @dataclass(frozen=True)
@@ -100,13 +110,27 @@ class Tables:
     verdicts: pa.Table
     annotations: pa.Table
 
-    def planted(self, *names: str) -> pa.Table:
-        """The annotations with a secret in the named fields."""
+    def planted(self, *names: str) -> "Tables":
+        """With a secret in the named fields of annotations."""
         rows = self.annotations.to_pylist()
-        return ANNOTATIONS.table(
+        return self.annotated(
             row | {key: value for name in names for key, value in PLANTS[name](row).items()}
             for row in rows
         )
+
+    def annotated(self, rows: Iterable[Row]) -> "Tables":
+        return replace(self, annotations=ANNOTATIONS.table(rows))
+
+    def rewarded(self, *names: str) -> "Tables":
+        """With a secret in the named fields of verdicts."""
+        rows = self.verdicts.to_pylist()
+        planted = {key: value for name in names for key, value in REWARD_PLANTS[name].items()}
+        return replace(self, verdicts=VERDICTS.table(row | planted for row in rows))
+
+    def with_metadata(self) -> "Tables":
+        """With a secret in what rewards read of problems."""
+        rows = self.problems.to_pylist()
+        return replace(self, problems=PROBLEMS.table(row | METADATA for row in rows))
 
 
 @cache
@@ -177,14 +201,11 @@ def read_by_models() -> Iterator[list[list[int]]]:
 # --- the paths from annotations to models ---
 
 
-def offline(
-    annotations: pa.Table, folder: Path, routing: RoutingConfig = ROUTING
-) -> list[list[int]]:
-    known = tables()
+def offline(known: Tables, folder: Path, routing: RoutingConfig = ROUTING) -> list[list[int]]:
     policy = fresh_policy()
     pieces = byte_table(policy.tokenizer)
     routed = routed_table(
-        known.problems, known.rollouts, known.verdicts, annotations, pieces, routing
+        known.problems, known.rollouts, known.verdicts, known.annotations, pieces, routing
     )
     config = TrainConfig(prompt=PROMPT, offline=OfflineConfig(steps=2))
     with read_by_models() as read:
@@ -192,10 +213,10 @@ def offline(
     return read
 
 
-def contrast(annotations: pa.Table, folder: Path) -> list[list[int]]:
+def contrast(known: Tables, folder: Path) -> list[list[int]]:
     """The type's teacher against one that reads a solution."""
     routing = {"key": "reweight", "error": "reweight", "contrast_context": "solution"}
-    return offline(annotations, folder, RoutingConfig(**routing))
+    return offline(known, folder, RoutingConfig(**routing))
 
 
 class PlantedAnnotator:
@@ -211,22 +232,26 @@ class PlantedAnnotator:
         """Nothing to release."""
 
 
-class ExactVerifier:
+class PlantedVerifier:
+    """A verifier of the online loop that returns given verdicts."""
+
+    def __init__(self, verdicts: pa.Table) -> None:
+        self._verdicts = verdicts
+
     def verify(self, problems: pa.Table, rollouts: pa.Table) -> pa.Table:
-        return exact_verdicts(problems, rollouts)
+        return self._verdicts
 
     def close(self) -> None:
         """Nothing to release."""
 
 
-def online(annotations: pa.Table, folder: Path) -> list[list[int]]:
-    known = tables()
+def online(known: Tables, folder: Path) -> list[list[int]]:
     policy = fresh_policy()
     source = OnlineSource(
         problems=lambda step, refill: known.problems,
         sample=lambda problems, step: known.rollouts,
-        verifier=ExactVerifier(),
-        annotator=PlantedAnnotator(annotations),
+        verifier=PlantedVerifier(known.verdicts),
+        annotator=PlantedAnnotator(known.annotations),
         bytes=byte_table(policy.tokenizer),
         routing=ROUTING,
         write=lambda step, made: None,
@@ -237,15 +262,14 @@ def online(annotations: pa.Table, folder: Path) -> list[list[int]]:
     return read
 
 
-def stages(annotations: pa.Table, folder: Path) -> list[list[int]]:
+def stages(known: Tables, folder: Path) -> list[list[int]]:
     """The stages convert and train, through a store."""
-    known = tables()
     store = Store(folder)
     inputs: dict = {}
     names = ("problems", "rollout", "verify", "annotate")
     roles = ("problems", "rollouts", "verdicts", "annotations")
     contracts = (PROBLEMS, ROLLOUTS, VERDICTS, ANNOTATIONS)
-    made = (known.problems, known.rollouts, known.verdicts, annotations)
+    made = (known.problems, known.rollouts, known.verdicts, known.annotations)
     for stage, role, contract, table in zip(names, roles, contracts, made, strict=True):
         draft = store.begin(stage, {}, inputs, contract)
         draft.write_part(0, table)
@@ -268,10 +292,7 @@ PATHS = {"offline": offline, "contrast": contrast, "online": online, "stages": s
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
-    return {
-        name: path(tables().annotations, tmp_path_factory.mktemp(name))
-        for name, path in PATHS.items()
-    }
+    return {name: path(tables(), tmp_path_factory.mktemp(name)) for name, path in PATHS.items()}
 
 
 @pytest.mark.parametrize("plant", PLANTS)
@@ -286,6 +307,20 @@ def test_no_model_reads_what_an_annotator_writes_when_the_stages_run(plain, tmp_
     assert stages(tables().planted(*names), tmp_path) == plain["stages"]
 
 
+@pytest.mark.parametrize("path", ["offline", "contrast", "online"])
+def test_no_model_reads_what_rewards_and_judges_write(path, plain, tmp_path):
+    planted = tables().rewarded(*REWARD_PLANTS).with_metadata()
+    assert SECRET in str(planted.verdicts.to_pylist())
+    assert SECRET in str(planted.problems.to_pylist())
+    assert PATHS[path](planted, tmp_path) == plain[path]
+
+
+def test_no_model_reads_what_anyone_writes_when_the_stages_run(plain, tmp_path):
+    names = [name for name in PLANTS if name != "span offsets"]
+    everywhere = tables().planted(*names).rewarded(*REWARD_PLANTS).with_metadata()
+    assert stages(everywhere, tmp_path) == plain["stages"]
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_the_comparison_detects_what_the_teacher_sees(path, plain, tmp_path):
     """The tests above depend on this: a label does reach the models, and only a label."""
@@ -293,7 +328,7 @@ def test_the_comparison_detects_what_the_teacher_sees(path, plain, tmp_path):
         row | {"diagnostic_type": DiagnosticType.CASE_ANALYSIS}
         for row in tables().annotations.to_pylist()
     ]
-    labelled = PATHS[path](ANNOTATIONS.table(rows), tmp_path)
+    labelled = PATHS[path](tables().annotated(rows), tmp_path)
     assert labelled != plain[path]
     tokenizer = load_tokenizer(resolve_policy("micro"))
     assert any("hint: case_analysis" in tokenizer.decode(ids) for ids in labelled)
@@ -302,11 +337,13 @@ def test_the_comparison_detects_what_the_teacher_sees(path, plain, tmp_path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_name_of_a_mistake_reaches_the_teacher_and_nothing_else_does(path, plain, tmp_path):
+    planted = tables().planted("raw answer", "error", "reflection", "span text")
+    planted = planted.rewarded(*REWARD_PLANTS).with_metadata()
     rows = [
         row if row["correct"] else row | {"diagnostic_type": ErrorType.OMITTED_CASE}
-        for row in tables().planted("raw answer", "error", "reflection", "span text").to_pylist()
+        for row in planted.annotations.to_pylist()
     ]
-    named = PATHS[path](ANNOTATIONS.table(rows), tmp_path)
+    named = PATHS[path](planted.annotated(rows), tmp_path)
     tokenizer = load_tokenizer(resolve_policy("micro"))
     texts = [tokenizer.decode(ids) for ids in named]
     assert any("hint: omitted_case" in text for text in texts)
@@ -414,15 +451,37 @@ def test_the_contrasts_text_reaches_the_contrast_alone(contrast, column):
 
 
 @pytest.mark.parametrize("contrast", [None, TeacherContext.NONE, TeacherContext.SOLUTION])
-def test_under_the_type_no_field_that_annotators_fill_changes_the_teachers_prompt(contrast):
+def test_under_the_type_no_field_that_others_fill_changes_the_teachers_prompt(contrast):
     action = "fkl" if contrast is None else "reweight"
     routing = RoutingConfig(key=action, error=action, contrast_context=contrast)
 
     def replaced(name: str, row: Row) -> Row:
         plants = PLANTS.values() if name == "annotations" else ()
-        return {field: value for plant in plants for field, value in plant(row).items()}
+        found = {field: value for plant in plants for field, value in plant(row).items()}
+        rewards = REWARD_PLANTS.values() if name == "verdicts" else ()
+        found |= {field: value for plant in rewards for field, value in plant.items()}
+        return found | (METADATA if name == "problems" else {})
 
     assert texts_of(routing, replaced) == texts_of(routing)
+
+
+@pytest.mark.parametrize("context", list(TeacherContext))
+def test_every_teacher_sees_the_turns_before_the_problem_and_no_more_of_the_problems_row(context):
+    """The history is a part of the problem. The student reads it too."""
+    routing = ROUTING.model_copy(update={"teacher_context": context})
+    turns = [{"role": "user", "content": SECRET}, {"role": "assistant", "content": "1"}]
+
+    def replaced(name: str, row: Row) -> Row:
+        if name != "problems":
+            return {}
+        return {"history": turns, "subject": "314159", "level": "314159", "metadata": "{}"}
+
+    plain, _ = texts_of(routing)
+    asked, _ = texts_of(routing, replaced)
+    before = f"<|user|>{SECRET}<|assistant|>1<|end|>"
+    assert [text.replace(before, "", 1) for text in asked] == plain
+    # Without a context it reads the student's prompt as it was sampled, which is given here.
+    assert all(text.startswith(before) != (context == TeacherContext.NONE) for text in asked)
 
 
 # --- no other path exists ---
@@ -434,6 +493,7 @@ def test_the_teachers_label_is_a_member_of_an_enumeration_by_type_and_by_check()
         "config",
         "problem",
         "diagnostic_type",
+        "history",
     ]
     assert typing.get_args(hints["diagnostic_type"]) == (DiagnosticType, ErrorType)
     with pytest.raises(ValueError, match="is not a valid DiagnosticType"):
@@ -470,6 +530,15 @@ def test_the_trainers_room_names_no_column_that_annotators_fill_freely():
     }
     # The context of that name, which is outside TRACE's boundary.
     assert named == {("routed.py", "reflection")}
+    written = {field for plant in (*REWARD_PLANTS.values(), METADATA) for field in plant}
+    assert written == {"feedback", "grades", "parts", "parsed_answer", "verifier", "metadata"}
+    assert not written & set(ROUTED.schema.names)
+    named = {
+        (file.name, name)
+        for file in (ROOT / "trace").glob("*.py")
+        for name in constants(file) & written
+    }
+    assert named == {("model_folder.py", "metadata")}  # of a file of weights
 
 
 def test_only_sequences_asks_for_a_teachers_prompt():

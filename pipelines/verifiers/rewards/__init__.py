@@ -6,11 +6,15 @@ a line in `_FILES`. A file is imported when its part is first used.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
+from ....schemas.configs import JudgePart, VerifyConfig
 from ....schemas.configs import Part as PartConfig
-from ....schemas.configs import VerifyConfig
 from ....schemas.own_code import is_own
 from .part import Part
+
+if TYPE_CHECKING:  # verdicts without judges start without the client of endpoints
+    from ...paid.keeping import Kept
 
 # Name in the config: file, class.
 _FILES = {
@@ -23,18 +27,26 @@ _FILES = {
     "length": ("length", "Length"),
     "gym": ("gym", "Gym"),
     "code": ("code", "Code"),
+    "judge": ("judge", "Judge"),
 }
 _OWN = ("own", "Own")
 
 
-def open_part(part: PartConfig, config: VerifyConfig) -> Part:
+def open_part(
+    part: PartConfig, config: VerifyConfig, label: str, kept: "Kept | None" = None
+) -> Part:
     """The part; it may hold processes until it is closed.
+
+    label: its name in table verdicts; kept: where a judge keeps its answers.
 
     Raises:
         InputError: it can't run here.
     """
     file, name = _named(part)
-    return getattr(import_module(f".{file}", __package__), name)(part, config)
+    kind = getattr(import_module(f".{file}", __package__), name)
+    if isinstance(part, JudgePart):
+        return kind(part, config, label, kept)
+    return kind(part, config)
 
 
 def part_identity(part: PartConfig) -> str:

@@ -42,7 +42,7 @@ class Code:
         self._threads = ThreadPoolExecutor(config.workers, "code")
 
     def judge(self, batch: Batch) -> Values:
-        tests = [_tests(problem.get("metadata")) for problem in batch.problems]
+        tests = [_tests(problem) for problem in batch.problems]
         if not any(tests):
             raise InputError(
                 "rewards: code: no problem has tests; name their column with source.columns.tests "
@@ -110,8 +110,38 @@ def _unread(tested: bool) -> tuple[float | None, VerdictStatus, float, str | Non
     return None, VerdictStatus.GOLD_UNPARSED, 0.0, None
 
 
-def _tests(metadata: str | None) -> dict[str, Any] | None:
-    return json.loads(metadata).get("code") if metadata else None
+def _tests(problem: dict[str, Any]) -> dict[str, Any] | None:
+    """The tests of a problem; None if it has none.
+
+    Raises:
+        InputError: its metadata's entry `code` is not what the sources write.
+    """
+    metadata = problem.get("metadata")
+    found = json.loads(metadata).get("code") if metadata else None
+    if found is not None and not _are_tests(found):
+        raise InputError(
+            f"rewards: code: problem {problem['problem_id']}: its metadata's code holds no tests; "
+            "name their column with source.columns.tests or source.columns.cases, or give the "
+            "entry of your own another name"
+        )
+    return found
+
+
+def _are_tests(found: Any) -> bool:
+    """Whether the sandbox can run them."""
+    if not isinstance(found, dict):
+        return False
+    texts = (found.get(name, "") for name in ("prompt", "tests", "entry_point"))
+    cases = found.get("cases", [])
+    return (
+        all(isinstance(text, str) for text in texts)
+        and isinstance(cases, list)
+        and all(isinstance(case, dict) and _is_case(case) for case in cases)
+    )
+
+
+def _is_case(case: dict[str, Any]) -> bool:
+    return all(isinstance(case.get(name), str) for name in ("stdin", "stdout"))
 
 
 def last_block(text: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from ....data.boxed import boxed_answer
 from ....schemas.configs import GymPart, VerifyConfig
@@ -37,7 +38,7 @@ class Gym:
         )
 
     def judge(self, batch: Batch) -> Values:
-        by_problem = [_of_gym(problem.get("metadata")) for problem in batch.problems]
+        by_problem = [_of_gym(problem) for problem in batch.problems]
         metadata = [by_problem[index] for index in batch.of]
         if not any(by_problem):
             raise InputError(
@@ -64,9 +65,39 @@ class Gym:
         self._pool.close()
 
 
-def _of_gym(metadata: str | None) -> str | None:
-    """The text if it is of a reasoning-gym problem."""
-    return metadata if metadata and "gym" in json.loads(metadata) else None
+def _of_gym(problem: dict[str, Any]) -> str | None:
+    """The metadata of a reasoning-gym problem; None of another.
+
+    Raises:
+        InputError: its entry `gym` is not what source.scored writes.
+    """
+    metadata = problem.get("metadata")
+    found = json.loads(metadata).get("gym") if metadata else None
+    if found is None:
+        return None
+    if not _is_entry(found):
+        raise InputError(
+            f"rewards: gym: problem {problem['problem_id']}: its metadata's gym is not what the "
+            "scorer needs; make the problems with source={kind: reasoning-gym, task: …, scored: "
+            "true}"
+        )
+    return metadata
+
+
+def _is_entry(found: Any) -> bool:
+    """Whether gym_reward.py can read it."""
+    if not isinstance(found, dict):
+        return False
+    for name, least in (("seed", 0), ("size", 1), ("index", 0)):
+        value = found.get(name)
+        if type(value) is not int or value < least:  # True is no number
+            return False
+    return (
+        isinstance(found.get("task"), str)
+        and isinstance(found.get("settings"), dict)
+        and "entry" in found
+        and isinstance(found["entry"], dict | None)
+    )
 
 
 def _answer(response: str) -> str | None:

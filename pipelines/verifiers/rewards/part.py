@@ -43,7 +43,7 @@ class Values:
 
     values: 0 … 1, None where the part has none; status: why; seconds: wall clock; answers: what was
     read from the response; correct: the part's own judgement, None where the threshold decides;
-    feedback: text.
+    feedback: text; grades: of a judge, the entries of column `grades`.
     """
 
     values: list[float | None]
@@ -52,6 +52,7 @@ class Values:
     answers: list[str | None] | None = None
     correct: list[bool | None] | None = None
     feedback: list[str | None] | None = None
+    grades: list[list[dict[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
         self.seconds = self.seconds or [0.0] * len(self.values)

@@ -40,9 +40,12 @@ function single(rollout) {
           ["coverage", rollout.coverage === null ? null : percent(rollout.coverage)],
           ["annotator", rollout.annotator],
           ["annotation", rollout.status === "ok" ? null : rollout.status],
+          ["selection", rollout.selection],
+          ...rollout.parts.map(({ name, value, status }) => [name, value === null ? `none (${status})` : number(value)]),
           ...ofResponse(rollout),
         ]),
         spanList(rollout.spans),
+        ...onRewards(rollout),
         ...onDemand(rollout))),
   ];
 }
@@ -62,7 +65,8 @@ function comparison(rollout) {
         ["overlap (IoU)", either ? percent(chars.both / either, 0) : "nothing marked"],
         ["types", differ ? "differ" : a.type !== null && b.type !== null ? "same" : null],
         ...ofResponse(rollout),
-      ])),
+      ]),
+      ...onRewards(rollout)),
     el("div", { class: "sides" }, ...rollout.sides.map((side, index) => sideCard(side, index, chars))),
   ];
 }
@@ -148,8 +152,13 @@ function spanList(spans) {
   }));
 }
 
-function onDemand(side) {
-  return [["corrective idea", side.reflection], ["annotator's answer", side.raw], ["why invalid", side.error]]
+const onRewards = (rollout) => texts([["feedback", rollout.feedback], ["grades", rollout.grades]]);
+
+const onDemand = (side) =>
+  texts([["corrective idea", side.reflection], ["annotator's answer", side.raw], ["why invalid", side.error]]);
+
+function texts(named) {
+  return named
     .filter(([, text]) => text)
     .map(([name, text]) => el("details", {}, el("summary", {}, name), el("pre", {}, text)));
 }

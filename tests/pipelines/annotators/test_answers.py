@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator
 
 from trace_opd.pipelines.annotators.answers import read_answer
 from trace_opd.pipelines.annotators.bounds import bounded_schema, most_bytes
-from trace_opd.pipelines.annotators.dialogue import RAISED_LIMIT, Answer, dialogue
+from trace_opd.pipelines.annotators.dialogue import dialogue
 from trace_opd.pipelines.annotators.prompting import (
     SHIPPED_PROMPT,
     SHIPPED_SCHEMA,
@@ -18,6 +18,7 @@ from trace_opd.pipelines.annotators.prompting import (
     numbered,
 )
 from trace_opd.pipelines.annotators.rows import Item, spans
+from trace_opd.pipelines.paid.questions import RAISED_LIMIT, Answer
 from trace_opd.schemas.configs import AnnotatorPrompt
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import DiagnosticType

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from trace_opd.data.store import Store
-from trace_opd.pipelines.annotators.prices import Price
 from trace_opd.pipelines.cli.commands import app
+from trace_opd.pipelines.paid.prices import Price
 from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from trace_opd.data.store import Store
-from trace_opd.pipelines.annotators.claims import Claims
-from trace_opd.pipelines.annotators.prices import Price
+from trace_opd.pipelines.paid.claims import Claims
+from trace_opd.pipelines.paid.prices import Price
 from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator

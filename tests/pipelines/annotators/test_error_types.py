@@ -15,7 +15,7 @@ from trace_opd.pipelines.annotators import open_annotator
 from trace_opd.pipelines.annotators.answer_schema import MOST_REFLECTION_CHARS
 from trace_opd.pipelines.annotators.answers import read_answer, states_answer
 from trace_opd.pipelines.annotators.bounds import bounded_schema, most_bytes
-from trace_opd.pipelines.annotators.dialogue import Answer, dialogue
+from trace_opd.pipelines.annotators.dialogue import dialogue
 from trace_opd.pipelines.annotators.prompting import (
     SHIPPED_PROMPT,
     SHIPPED_PROMPT_V2,
@@ -25,6 +25,7 @@ from trace_opd.pipelines.annotators.prompting import (
 )
 from trace_opd.pipelines.annotators.rows import Item
 from trace_opd.pipelines.compare.marks import TYPES
+from trace_opd.pipelines.paid.questions import Answer
 from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import (

@@ -1,4 +1,4 @@
-"""Misbehaving servers against every client of endpoints: annotator, sampler, batch client.
+"""Misbehaving servers against every client of endpoints: annotator, judge, sampler, batch client.
 
 Each client fails with one sentence that names the endpoint, in bounded time and memory, and sends
 nothing to another address.
@@ -27,11 +27,13 @@ from trace_opd.pipelines.endpoint import refill_s, seconds_asked
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.samplers.openai import OpenAIPolicySampler
 from trace_opd.pipelines.samplers.vllm_servers import VllmServersSampler
+from trace_opd.pipelines.verifiers.registry import open_verifier
 from trace_opd.schemas.configs import (
     OpenAIAnnotator,
     OpenAISampler,
     SamplingConfig,
     SegmentConfig,
+    VerifyConfig,
 )
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.tables import PROBLEMS, ROLLOUTS, VERDICTS
@@ -128,6 +130,16 @@ def annotate(url: str, timeout_s: float = 3.0, **changes: Any) -> Any:
         annotator.close()
 
 
+def grade(url: str, timeout_s: float = 3.0, **changes: Any) -> Any:
+    part = {"name": "judge", "base_url": url, "model": "m", "api_key_env": None}
+    part |= {"timeout_s": timeout_s, "max_attempts": 1} | changes
+    verifier = open_verifier(VerifyConfig.model_validate({"rewards": [part]}))
+    try:
+        return verifier.verify(*tables()[:2])
+    finally:
+        verifier.close()
+
+
 def sample(url: str, timeout_s: float = 3.0, **changes: Any) -> Any:
     config = OpenAISampler(engine="openai", base_url=url, timeout_s=timeout_s, **changes)
     prompt = Prompt([{"role": "user", "content": "Name three colours."}])
@@ -166,7 +178,7 @@ def tables() -> tuple[Any, Any, Any]:
     return PROBLEMS.table([problem]), ROLLOUTS.table([rollout]), VERDICTS.table([verdict])
 
 
-CLIENTS = pytest.mark.parametrize("ask", [annotate, sample, refresh])
+CLIENTS = pytest.mark.parametrize("ask", [annotate, grade, sample, refresh])
 
 
 def refusal(ask: Callable[..., Any], server: Server, **changes: Any) -> str:

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from trace_opd.data.store import Draft
 from trace_opd.pipelines import endpoint
-from trace_opd.pipelines.annotators.bill import read_bill
-from trace_opd.pipelines.annotators.prices import Price
 from trace_opd.pipelines.cli.show import show_dataset
+from trace_opd.pipelines.paid.bill import read_bill
+from trace_opd.pipelines.paid.prices import Price
 from trace_opd.pipelines.planning.estimate import estimate
 from trace_opd.pipelines.progress import Meter, progress_bar
 from trace_opd.pipelines.stages import annotate, base

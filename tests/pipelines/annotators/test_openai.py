@@ -20,11 +20,11 @@ import pytest
 
 from trace_opd.data.store import Store
 from trace_opd.pipelines.annotators import dialogue, open_annotator
-from trace_opd.pipelines.annotators.journal import Journal
-from trace_opd.pipelines.annotators.prices import Price
 from trace_opd.pipelines.annotators.prompting import SHIPPED_PROMPT, SHIPPED_SCHEMA
 from trace_opd.pipelines.annotators.rows import Reading
-from trace_opd.pipelines.annotators.spending import open_spending
+from trace_opd.pipelines.paid.journal import Journal
+from trace_opd.pipelines.paid.prices import Price
+from trace_opd.pipelines.paid.spending import open_spending
 from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator, SegmentConfig

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.annotators.batch_jobs import read_jobs
-from trace_opd.pipelines.annotators.prices import Price
-from trace_opd.pipelines.annotators.spending import open_spending
 from trace_opd.pipelines.cli.batches import batches_table
+from trace_opd.pipelines.paid.prices import Price
+from trace_opd.pipelines.paid.spending import open_spending
 from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine
 from trace_opd.schemas.configs import AnnotateConfig, OpenAIAnnotator

@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from trace_opd.data.store import Store
 from trace_opd.pipelines.annotators import open_annotator
 from trace_opd.pipelines.annotators.bounds import bounded_schema
-from trace_opd.pipelines.annotators.dialogue import RAISED_LIMIT
 from trace_opd.pipelines.annotators.own_policy import annotating_policy, turn_seed
 from trace_opd.pipelines.annotators.prompting import load_prompt
 from trace_opd.pipelines.models import resolve_policy
+from trace_opd.pipelines.paid.questions import RAISED_LIMIT
 from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.samplers import sampling_engine
 from trace_opd.pipelines.stages import REGISTRY, train

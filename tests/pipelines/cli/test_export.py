@@ -44,7 +44,7 @@ def root(tmp_path_factory) -> Path:
 def export(monkeypatch, capsys, root, tmp_path):
     def export(run: str, *options: str) -> SimpleNamespace:
         out = tmp_path / "out"
-        arguments = ["export", run, str(out), *options, "--store", str(root)]
+        arguments = ["export", "model", run, str(out), *options, "--store", str(root)]
         monkeypatch.setattr(sys, "argv", ["trace-opd", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()

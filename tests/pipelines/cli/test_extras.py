@@ -53,7 +53,7 @@ def extras_alone() -> list[str]:
     lines = [line for line in requires("trace-opd") or [] if "extra" in line]
     names = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}
     # transformers and huggingface_hub bring these to every installation.
-    return sorted(names - {"typer", "httpx2", "jinja2", "safetensors"})
+    return sorted(names - {"typer", "httpx2", "jinja2", "safetensors", "huggingface_hub"})
 
 
 @pytest.fixture(scope="module")

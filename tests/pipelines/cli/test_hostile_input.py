@@ -122,6 +122,8 @@ def test_a_path_of_any_wrong_kind_is_refused(refused, path):
         refused(stage, CONFIG, f"policy.path={quoted}")
     refused("import", "processbench", path, "--alias", "z")
     refused("import", path, "file", "--alias", "z")
+    refused("label", "export", path, "folder")
+    refused("label", "import", path, "--alias", "z")
     refused("rollout", f"problems={quoted}")
     for command in ("show", "lineage", "view"):
         refused(command, path)

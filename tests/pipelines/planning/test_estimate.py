@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from trace_opd.data.store import Draft, Store
-from trace_opd.pipelines.cli.show import show_plan
+from trace_opd.pipelines.cli.stage_plan import show_plan
 from trace_opd.pipelines.planning.estimate import Estimate, estimate
 from trace_opd.pipelines.stages.annotate import STAGE as ANNOTATE_STAGE
 from trace_opd.pipelines.stages.base import close_engine

@@ -33,6 +33,11 @@ PRICES = [
     "annotate.annotator.usd_per_million_prompt_tokens=1.0",
     "annotate.annotator.usd_per_million_completion_tokens=2.0",
 ]
+JUDGE = (
+    "verify.rewards=[{{name: judge, model: m, base_url: '{url}', api_key_env: null, "
+    "budget_usd: {usd}, usd_per_million_prompt_tokens: 1.0, "
+    "usd_per_million_completion_tokens: 2.0}}]"
+)
 
 
 def planned(root: Path, *overrides: str):
@@ -55,6 +60,10 @@ def planned(root: Path, *overrides: str):
             PAID.format(url=DEAD, key="null"),
             [f"annotations: annotator.base_url: {DEAD} does not answer"],
         ),
+        (
+            JUDGE.format(url=DEAD, usd="null"),
+            [f"verdicts: judge.base_url: {DEAD} does not answer"],
+        ),
         ("eval_problems.seed=0", ["eval_problems: 2 of 2 are training problems too"]),
         ("evaluate.policy.path=./nothing", ["evaluation: policy ./nothing: is not there"]),
         (
@@ -67,7 +76,7 @@ def planned(root: Path, *overrides: str):
         ("train.checkpoints_kept=1000000000", ["train: checkpoints: 1000000000 of"]),
         ("rollout.sampling.max_new_tokens=2000", ["rollouts: .* do not fit into the context"]),
     ],
-    ids=["steps", "key", "endpoint", "overlap", "model", "token ids", "disk", "context"],
+    ids=["steps", "key", "endpoint", "judge", "overlap", "model", "token ids", "disk", "context"],
 )
 def test_each_fault_is_found_before_any_work_and_no_other(tmp_path, override, sentences):
     file = tmp_path / "problems.jsonl"
@@ -103,6 +112,20 @@ def test_a_budget_below_what_the_prompts_cost_is_a_fault_and_one_below_full_answ
     (note,) = middle.notes
     assert note.endswith("it may not suffice")
     assert all(body == "GET" for body in paid_server.chats)
+
+
+def test_a_judges_budget_is_held_against_its_cost_before_any_response_exists(tmp_path, paid_server):
+    low, middle, high = (
+        planned(tmp_path, JUDGE.format(url=paid_server.url, usd=usd))
+        for usd in ("0.0001", "0.012", "100")
+    )
+    (fault,) = low.faults
+    assert fault.startswith("verdicts: judge.budget_usd is $0.0001")
+    assert "and 8 requests take $0.00" in fault
+    assert middle.faults == high.faults == high.notes == []
+    (note,) = middle.notes
+    assert note.endswith("it may not suffice")
+    assert paid_server.chats == []
 
 
 def test_all_faults_are_printed_at_once_and_nothing_is_made(tmp_path, monkeypatch, capsys):

@@ -93,6 +93,25 @@ def test_prompt_and_response_fill_the_context_and_no_more(store, overrides, fits
             start("rollout", store, *overrides)
 
 
+@pytest.mark.parametrize(("room", "fits"), [(2 * LONG + 6, True), (2 * LONG + 5, False)])
+def test_the_turns_before_a_problem_count(tmp_path, room, fits):
+    """Two turns of 300 characters, the problem's one, and a control token a turn and an end."""
+    store = Store(tmp_path / "store")
+    draft = store.begin("problems", {"made": "here"}, {}, PROBLEMS)
+    history = [{"role": role, "content": "4" * LONG} for role in ("user", "assistant")]
+    row = {"problem_id": "p", "problem": "1", "answer": "2", "answer_kind": "math",
+           "solution": None, "steps": None, "source": "test", "split": "train"}  # fmt: skip
+    rows = [row, row | {"problem_id": "q", "history": history}]
+    draft.write_part(0, PROBLEMS.table(rows))
+    store.set_alias("problems", draft.finish(1))
+    limits = [f"sampler={{engine: vllm, max_model_len: {room + 50}}}", "sampling.max_new_tokens=50"]
+    if fits:
+        start("rollout", store, *limits)
+    else:
+        with pytest.raises(InputError, match=rf"problem q: its prompt of {2 * LONG + 6} tokens"):
+            start("rollout", store, *limits)
+
+
 def test_routed_rows_of_a_policy_with_a_longer_context_are_refused(tmp_path, policy):
     store = Store(tmp_path / "store")
     for stage, overrides in (

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from trace_opd.data.store import Store
+from trace_opd.tests.kill.conftest import PARTS, PROMPT
 from trace_opd.tests.kill.disk import disk
 from trace_opd.tests.kill.ends import assert_no_leftovers, assert_same_datasets
 from trace_opd.tests.kill.harness import (
@@ -33,6 +34,7 @@ PAID = [
     "annotate", "annotator.engine=openai", "annotator.model=m", "annotator.api_key_env=null",
     f"annotator.concurrency={CONCURRENCY}",
 ]  # fmt: skip
+JUDGE = ["verify", CONFIG]
 STAGES = {
     "problems": ["problems", CONFIG, "limit=6", "rows_per_part=2"],
     "rollout": ["rollout", CONFIG, "group_size=2"],
@@ -46,6 +48,8 @@ STAGES = {
         "checkpoint_every=1",
     ],
     "evaluate": ["evaluate", CONFIG, "k=1", "bootstrap=100"],
+    "score": ["score", CONFIG, PROMPT, "k=8"],
+    "verify-rewards": ["verify", CONFIG, f"rewards={PARTS}", "--alias", "rewarded"],
 }  # fmt: skip
 
 
@@ -95,6 +99,52 @@ def test_killed_just_before_a_change_of_a_file_a_stage_goes_on(runs, undisturbed
     assert killer.toll.kills >= 3
 
 
+def test_checkpoints_left_by_a_kill_after_the_manifest_go_with_the_next_start(
+    runs, undisturbed, tmp_path
+):
+    made = undisturbed.before["evaluate"]
+    for number, options in enumerate(([], ["keep_checkpoints=true"])):
+        root = Path(shutil.copytree(made, tmp_path / str(number)))
+        (run,) = root.glob("train/*")
+        for name in ("step-00003", ".tmp-step-00002"):
+            (run / "checkpoints" / name).mkdir()
+            (run / "checkpoints" / name / "x").touch()
+        runs.done(*STAGES["train"], *options, store=root)
+        kept = {path.name for path in (run / "checkpoints").iterdir()} - {"final"}
+        assert kept == ({"step-00003", ".tmp-step-00002"} if options else set())
+    with disk(tmp_path / "disk") as frozen:
+        shutil.copytree(root, frozen.root)
+        frozen.writable(False)
+        done = runs.done(*STAGES["train"], store=frozen.root)
+        assert "not all of its checkpoints could be removed" in " ".join(done.err.split())
+
+
+DEADLY = """
+import os, signal
+from pathlib import Path
+
+def judge(response):
+    deaths = Path(__file__).with_name("deaths")
+    if deaths.exists():
+        deaths.unlink()
+        os.kill(os.getppid(), signal.SIGKILL)
+    return 1.0
+"""
+
+
+def test_a_reward_that_kills_its_run_costs_a_start_and_no_row(runs, undisturbed, tmp_path):
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    (tmp_path / "deaths").touch()
+    root = Path(shutil.copytree(undisturbed.before["verify"], tmp_path / "store"))
+    args = ["verify", CONFIG, f"rewards=[{{name: '{tmp_path}/deadly.py:judge'}}]"]
+    assert runs.start(*args, store=root).wait() == -signal.SIGKILL
+    runs.assert_nobody_is_left()
+    runs.done(*args, store=root)
+    assert_no_leftovers(root)
+    verdicts = Store(root).get("verdicts").read()
+    assert verdicts["reward"].to_pylist() == [1.0] * Store(root).get("rollouts").rows
+
+
 def test_the_same_training_ends_with_the_same_bytes_each_time(runs, undisturbed, tmp_path):
     first, *others = repeat(runs, undisturbed.before["train"], tmp_path, times=4)
     for other in others:
@@ -119,19 +169,20 @@ def test_of_two_runs_at_once_one_works_and_the_other_waits(runs, undisturbed, tm
     assert_same_datasets(root, undisturbed.before["select"])
 
 
-def test_an_annotation_killed_asks_again_only_for_what_was_in_flight(
-    paid_server: PaidServer, runs, undisturbed, tmp_path
+@pytest.mark.parametrize("name", ["annotate", "verify"])
+def test_a_paid_stage_killed_asks_again_only_for_what_was_in_flight(
+    paid_server: PaidServer, runs, undisturbed, tmp_path, name
 ):
     def answer(body):
         time.sleep(0.02)  # so that a kill finds requests in flight
         return completion(body)
 
     paid_server.answer = answer
-    args = [*PAID, f"annotator.base_url={paid_server.url}"]
-    killer, kills = Killer(runs, undisturbed.before["annotate"], tmp_path), 0
+    args = asking(name, paid_server.url)
+    killer, kills = Killer(runs, undisturbed.before[name], tmp_path), 0
     for root in killer.rounds(args, 3, 0.6):
         assert_no_leftovers(root)
-        (made,) = Store(root).datasets("annotate")
+        (made,) = Store(root).datasets(name)
         assert made.rows == Store(root).get("rollouts").rows
         answered = Counter(map(json.dumps, paid_server.answered))
         keys = journalled(Path(made.path("journal")))
@@ -152,6 +203,8 @@ SIGNALS = {
     "convert": (3, "what is finished is kept"),
     "train": (24, "steps; a checkpoint is written"),
     "evaluate": (3, "what is finished is kept"),
+    "score": (3, "what is finished is kept"),
+    "verify-rewards": (3, "what is finished is kept"),
 }
 
 
@@ -183,13 +236,19 @@ ASKING = {"annotate": PAID, "rollout": SERVED}
 
 
 def asking(name: str, url: str) -> list[str]:
+    if name == "verify":
+        about = f"base_url: '{url}', model: m, api_key_env: null, concurrency: {CONCURRENCY}"
+        return [*JUDGE, f"rewards=[{{name: judge, {about}}}]"]
     return [*ASKING[name], f"{'annotator' if name == 'annotate' else 'sampler'}.base_url={url}"]
 
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [("annotate", signal.SIGTERM), ("annotate", signal.SIGINT), ("rollout", signal.SIGINT)],
-)
+    [
+        ("annotate", signal.SIGTERM), ("annotate", signal.SIGINT), ("rollout", signal.SIGINT),
+        ("verify", signal.SIGINT),
+    ],
+)  # fmt: skip
 def test_a_signal_waits_for_the_answers_in_flight_and_keeps_them(
     paid_server: PaidServer, runs, undisturbed, tmp_path, name, number
 ):
@@ -265,7 +324,7 @@ def journalled(folder: Path) -> Counter[bytes]:
     """Complete records in a journal's files, by key."""
     complete = [
         line
-        for path in folder.glob("*.jsonl")
+        for path in folder.rglob("*.jsonl")
         for line in path.read_bytes().splitlines(keepends=True)
         if line.endswith(b"\n")
     ]

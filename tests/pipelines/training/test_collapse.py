@@ -98,12 +98,16 @@ def test_a_collapse_in_the_last_step_stops_nothing(study, tmp_path):
     def guard() -> CollapseGuard:
         made = CollapseGuard(config, tmp_path, 0, Ranks())
         for line in healthy:
-            made.check(line)
+            made.observe(line)
         return made
 
+    def check(made: CollapseGuard, metrics: dict) -> None:
+        made.observe(metrics)
+        made.stop_after(metrics)
+
     with pytest.raises(Collapsed, match=r"preset grpo, step 4: entropy is 0\.55"):
-        guard().check({"step": 4, "entropy": 1.0})
-    guard().check({"step": 5, "entropy": 1.0})
+        check(guard(), {"step": 4, "entropy": 1.0})
+    check(guard(), {"step": 5, "entropy": 1.0})
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -16,6 +16,7 @@ from trace_opd.pipelines.cli.commands import app
 from trace_opd.pipelines.cli.show import show_dataset
 from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.pipeline import run_stage
+from trace_opd.pipelines.progress import progress_bar
 from trace_opd.pipelines.stages import REGISTRY, train
 from trace_opd.pipelines.training.online_tables import OnlineTables
 from trace_opd.schemas.configs import TrainConfig
@@ -147,9 +148,11 @@ def test_online_annotation_asks_equal_responses_once_over_steps_and_resumed_runs
     )  # fmt: skip
     for steps in (range(2), range(2, STEPS)):  # the second run resumes the first
         online, store = tables_of(tmp_path / "store", config)
-        for step in steps:
-            online.source.collect(step, True, lambda _: None)
+        with progress_bar("train", STEPS, "steps") as meter:
+            for step in steps:
+                online.source.collect(step, True, lambda _: None)
         online.close()
+        assert re.fullmatch(r"\$\d+\.\d+", str(meter.fields["cost"]))  # on the training's line
     annotations = store.get(online.finish()["annotations"])
     asked = [body["messages"][1]["content"] for body in paid_server.answered]
     assert len(asked) == len(set(asked)) == 10

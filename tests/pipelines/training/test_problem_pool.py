@@ -9,10 +9,12 @@ from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.stages import REGISTRY, train
 from trace_opd.pipelines.training.problem_pool import ProblemPool
-from trace_opd.schemas.configs import TrainConfig
+from trace_opd.pipelines.viewer.report_page import run as write_report
+from trace_opd.schemas.configs import ReportConfig, TrainConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config
 from trace_opd.schemas.tables import EVALUATIONS, PROBLEMS, ROLLOUTS, VERDICTS
+from trace_opd.tests.pipelines.viewer.test_report_page import text_of
 
 CONFIG = Path(__file__).parents[3] / "configs" / "micro.yaml"
 COUNT = 12
@@ -235,3 +237,10 @@ def test_a_run_asks_the_problems_of_its_pool_and_a_stopped_one_the_same(store):
         assert len(asked) == 2
         assert asked <= right
     assert made.manifest["inputs"]["pool_rates"] == store.get("verdicts").ref
+    assert made.summary["pool"] == [
+        {"from_step": 0, "band": [0.25, 1.0], "problems": len(right)},
+    ]
+    page = write_report(ReportConfig(dataset=made.ref), store).read_text("utf-8")
+    head = f"Problems by difficulty bands of the pass rate in {store.get('verdicts').ref}"
+    assert head in text_of(page)
+    assert f"0 – 1 0.25 – 1 {len(right)} " in text_of(page)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 
 import pytest
@@ -15,6 +16,8 @@ from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config
 from trace_opd.schemas.tables import PROBLEMS, VERDICTS
 
+from .test_code import _called as called
+from .test_code import _wait_until as wait_until
 from .test_own_reward import rollouts
 
 
@@ -165,7 +168,7 @@ def test_feedback_of_several_parts_is_joined_under_their_names(write):
 
 
 HOSTILE = """
-    import os, sys
+    import os, signal, sys
 
     def judge(response, metadata):
         if response == "loops":
@@ -184,9 +187,39 @@ HOSTILE = """
             print("x" * 2**20)
             sys.stderr.write("y" * 2**20)
             return 1
-        if response == "nan":
-            return float("nan")
+        if response in ("nan", "inf", "-inf"):
+            return float(response)
+        if response == "text":
+            return "1"
+        if response == "nothing":
+            return {}
+        if response == "no reward":
+            return {"feedback": "good"}
+        if response == "exits":
+            sys.exit(0)
+        if response == "exits at once":
+            os._exit(0)
+        if response == "stops":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if response == "closes stdout":
+            sys.stdout.close()
+            os.close(1)
+            os.close(2)
+            return 1
+        if response == "closes all":
+            os.closerange(3, 1024)
+        if response == "doubles":
+            os.fork()
+            return 1
+        if response == "doubles and raises":
+            os.fork()
+            raise RuntimeError("odd")
+        if response == "nests":
+            return judge_again(response)
         return 0.5
+
+    def judge_again(response):
+        return judge_again(response)
 """
 
 
@@ -195,6 +228,11 @@ HOSTILE = """
     [
         ("loops", "timeout", None), ("forks", "ok", 1), ("eats", "oom", None),
         ("raises", "error", None), ("prints", "ok", 1), ("nan", "error", None),
+        ("inf", "error", None), ("-inf", "error", None), ("text", "error", None),
+        ("nothing", "error", None), ("no reward", "error", None), ("exits", "error", None),
+        ("exits at once", "error", None), ("stops", "timeout", None), ("closes stdout", "ok", 1),
+        ("closes all", "error", None), ("doubles", "ok", 1), ("doubles and raises", "error", None),
+        ("nests", "error", None),
     ],
 )  # fmt: skip
 def test_a_hostile_function_costs_its_own_row_alone(write, text, status, value):
@@ -205,6 +243,33 @@ def test_a_hostile_function_costs_its_own_row_alone(write, text, status, value):
     assert [row["status"] for row in rows] == ["ok", status, "ok"]
     assert (rows[1]["reward"] is None) == (value is None)
     assert rows[1]["parts"][1]["value"] == 0  # the other part still has its value
+
+
+def test_what_a_function_leaves_running_ends_with_its_worker(write):
+    name = f"left{os.urandom(4).hex()}"
+    write(
+        f"""
+        import ctypes, os, time
+
+        def judge(response):
+            if os.fork() == 0:
+                ctypes.CDLL(None).prctl(15, {name.encode()!r})  # its name
+                time.sleep(600)
+            while {name!r} not in names():
+                time.sleep(0.01)
+            return 1
+
+        def names():
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                try:
+                    yield open(f"/proc/{{pid}}/comm").read().strip()
+                except OSError:
+                    pass
+        """
+    )
+    (row,) = judged(["a"], [{"name": "own.py:judge"}], memory_mib=1024)
+    assert row["reward"] == 1
+    wait_until(lambda: not called(name), 10)
 
 
 def test_an_own_function_sees_the_metadata_of_the_problem(write):

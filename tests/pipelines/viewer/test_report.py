@@ -563,6 +563,15 @@ def test_train_run_shows_curves_of_both_phases_and_its_rollouts(hostile_run):
             "series": [{"name": "kl_fkl", "values": [0.1, None, None]}],
         },
         {
+            "title": "Diagnostic types",
+            "unit": "responses",
+            "series": [
+                {"name": kind, "values": [len(HOSTILE), None, None]}
+                for kind in ("arithmetic", "counting")
+            ],
+            "stacked": True,
+        },
+        {
             "title": "unheard_of",
             "unit": "",
             "series": [{"name": "unheard_of", "values": [None, None, 3]}],

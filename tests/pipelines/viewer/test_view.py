@@ -328,6 +328,38 @@ def test_an_optional_column_is_read_from_the_parts_that_have_it(tmp_path):
     ]
 
 
+def test_feedback_and_grades_of_a_rollout_are_shown_and_their_markup_is_not_run(tmp_path):
+    pair = make_pair(tmp_path)
+    rollouts = pair.a.input("rollouts")
+    grade = {"name": "judge", "repeat": 0, "order": "reference_first", "status": "ok"}
+    told = {
+        "feedback": "near <script>it</script>\u202e",
+        "grades": [
+            grade | {"grade": 7, "reason": "a <b>gap</b>"},
+            grade | {"repeat": 1, "grade": None, "status": "refused", "reason": None},
+        ],
+    }
+    verdicts = pair.store.begin("verify", {"judge": 1}, {"rollouts": rollouts}, VERDICTS)
+    for part in range(2):
+        rows = pair.a.input("verdicts").read_part(part).to_pylist()
+        verdicts.write_part(part, VERDICTS.table(row | told for row in rows))
+    inputs = {"verdicts": verdicts.finish(2), "rollouts": rollouts}
+    inputs["problems"] = rollouts.input("problems")
+    draft = pair.store.begin("annotate", {"judge": 1}, inputs, ANNOTATIONS)
+    for part in range(pair.a.parts):
+        draft.write_part(part, pair.a.read_part(part))
+    dataset = draft.finish(pair.a.parts)
+    page = report_page.run(ReportConfig(dataset=dataset.ref), pair.store).read_text("utf-8")
+    (row,) = (row for row in page_data(page)["rollouts"] if row["id"] == IDS[1])
+    assert row["feedback"] == "near <script>it</script>⟨U+202E⟩"
+    lines = ["judge, reference first, repeat 0: 7: a <b>gap</b>"]
+    assert row["grades"].splitlines() == [*lines, "judge, reference first, repeat 1: refused"]
+    assert "<script>it" not in page
+    out = io.StringIO()
+    show_rollout(IDS[1], pair.store, Console(file=out, width=100))
+    assert "judge, reference first, repeat 1: refused" in out.getvalue()
+
+
 def test_a_corrective_idea_is_shown_beside_its_response_and_its_markup_is_not_run(tmp_path):
     pair = make_pair(tmp_path)
     inputs = {"verdicts": pair.a.input("verdicts")}
