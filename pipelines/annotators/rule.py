@@ -1,6 +1,7 @@
 """The exact annotator, engine `rule`: for problems whose right intermediate steps are known.
 
 match=line: a response writes one step per line, and a line is right if it equals the known step.
+Lines that begin with `#` are no steps.
 match=value: a response is free text, judged by the equations that it states.
 
 With `error_types` a wrong response's label is the mistake in a step of its type; with `reflection`
@@ -81,7 +82,7 @@ def _require_steps(problems: pa.Table, where: str) -> None:
 def by_line(item: Item) -> Reading:
     """Key lines: those equal to a key step. Error: the first line that differs from its step."""
     steps = item.problem["steps"]
-    lines = [i for i in range(len(item.segments)) if item.text(i).strip()]
+    lines = _step_lines(item)
     if item.correct:
         key_types = {step["text"].strip(): step["type"] for step in steps if step["key"]}
         key = [i for i in lines if item.text(i).strip() in key_types]
@@ -91,6 +92,12 @@ def by_line(item: Item) -> Reading:
         if place >= len(steps) or item.text(i).strip() != step["text"].strip():
             return _reading([(i, step["type"])])
     return _reading([])
+
+
+def _step_lines(item: Item) -> list[int]:
+    """The segments that state steps."""
+    texts = [item.text(i).strip() for i in range(len(item.segments))]
+    return [i for i, text in enumerate(texts) if text and not text.startswith("#")]
 
 
 def by_value(item: Item) -> Reading:
@@ -148,7 +155,7 @@ def mistaken(reading: Reading, item: Item, wrong_spans: float, wrong_types: floa
 def lacking_line(item: Item) -> str:
     """The corrective idea of `by_line`: the first known step whose line differs."""
     steps = item.problem["steps"]
-    lines = [item.text(i).strip() for i in range(len(item.segments)) if item.text(i).strip()]
+    lines = [item.text(i).strip() for i in _step_lines(item)]
     pairs = zip(steps, [*lines, *[None] * len(steps)], strict=False)
     return idea(item, next((step for step, line in pairs if step["text"].strip() != line), None))
 

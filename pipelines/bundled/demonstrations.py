@@ -6,6 +6,12 @@ copied wrongly, each at its own rate. Half of the prompts carry a hint, the teac
 diagnostic type, and the noise of that type is then left out. A marking is an annotator's question
 about such a response with the rule annotator's answer, so that a policy can annotate its own
 rollouts (the study's online self).
+
+A world (WorldConfig) sets the rates and adds lines that begin with `#`, which are no steps:
+
+    # by columns          whether steps follow, or the answer at once (`# at once`)
+    # qkvj                filler before a step
+    1+7+0=8 c0
 """
 
 import json
@@ -13,6 +19,7 @@ import random
 from dataclasses import dataclass, replace
 
 from ...data.sources.arithmetic import answer_text, column, digit_pairs, operands, problem_row
+from ...schemas.configs import WorldConfig
 from ...schemas.labels import DiagnosticType, Operation
 from ...trace.segment import segment
 from ..annotators.prompting import AnnotationPrompt, ask
@@ -21,15 +28,24 @@ from ..annotators.rule import by_line
 
 STUDENT_TEMPLATE = "{problem}"
 TEACHER_TEMPLATE = "{problem}\nhint: {diagnostic_type}"
-# Rates at which a demonstration goes wrong, by the label of the line that goes wrong.
-NOISE = {
-    DiagnosticType.CASE_ANALYSIS: 0.20,
-    DiagnosticType.ARITHMETIC: 0.12,
-    DiagnosticType.FINAL_ANSWER: 0.08,
-}
+MICRO_WORLD = WorldConfig()
+
+
+def noise(world: WorldConfig) -> dict[DiagnosticType, float]:
+    """Rates at which a demonstration goes wrong, by the label of the line that goes wrong."""
+    return {
+        DiagnosticType.CASE_ANALYSIS: world.dropped_carry,
+        DiagnosticType.ARITHMETIC: world.off_by_one,
+        DiagnosticType.FINAL_ANSWER: world.miscopied,
+    }
+
+
+NOISE = noise(MICRO_WORLD)
 # Labels without noise of their own: hints that change nothing.
 UNINFORMATIVE = (DiagnosticType.COUNTING, DiagnosticType.SETUP)
-MAX_DIGITS = 5
+# The lines that say which form a response has, and the letters of filler.
+BY_COLUMNS, AT_ONCE = "# by columns", "# at once"
+LETTERS = "cfhjkqvz"
 
 
 def demonstration(
@@ -37,11 +53,22 @@ def demonstration(
     hint: DiagnosticType | None,
     problem: tuple[int, int],
     operation: Operation = Operation.ADD,
+    world: WorldConfig = MICRO_WORLD,
 ) -> str:
     """A response with noise; each line follows from the lines before it, errors included."""
-    rates = {kind: 0.0 if kind is hint else rate for kind, rate in NOISE.items()}
-    lines, digits, taken = [], [], 0
+    hinted = hint is not None
+    if world.announces and rng.random() < (world.short_hinted if hinted else world.short_plain):
+        return f"{AT_ONCE}\n{_at_once(rng, problem, operation, world)}"
+    filler = world.filler if world.filler and _has_filler(rng, hinted, world) else 0
+    rates = {
+        kind: rate * (1 - world.edge) if kind is hint else rate
+        for kind, rate in noise(world).items()
+    }
+    lines = [BY_COLUMNS] if world.announces else []
+    digits, taken = [], 0
     for a, b in digit_pairs(*problem):
+        if filler:
+            lines.append("# " + "".join(rng.choice(LETTERS) for _ in range(filler)))
         line = column(a, b, taken, operation)
         if line.passed and rng.random() < rates[DiagnosticType.CASE_ANALYSIS]:
             line = replace(line, passed=0)
@@ -62,44 +89,64 @@ def demonstration(
     return "\n".join([*lines, answer_text(answer)])
 
 
+def _has_filler(rng: random.Random, hinted: bool, world: WorldConfig) -> bool:
+    return not hinted or world.filler_kept == 1 or rng.random() < world.filler_kept
+
+
+def _at_once(
+    rng: random.Random, problem: tuple[int, int], operation: Operation, world: WorldConfig
+) -> str:
+    """The answer alone; a wrong one has a wrong digit."""
+    left, right = problem
+    digits = list(str(left + right if operation is Operation.ADD else left - right))
+    if rng.random() >= world.short_right:
+        at = rng.randrange(len(digits))
+        digits[at] = str((int(digits[at]) + rng.choice((1, -1))) % 10)
+    return answer_text("".join(digits))
+
+
 def sample_chat(
-    rng: random.Random, min_digits: int = 2, subtraction: float = 0.0
+    rng: random.Random, subtraction: float = 0.0, world: WorldConfig = MICRO_WORLD
 ) -> tuple[str, str]:
     """User turn and noisy response of one demonstration; half of them are hinted.
 
     subtraction: share of the problems that subtract.
     """
-    operation, left, right = _problem(rng, min_digits, subtraction)
+    operation, left, right = _problem(rng, subtraction, world)
     problem = f"{left}{operation.sign}{right}"
     if rng.random() < 0.5:
-        response = demonstration(rng, None, (left, right), operation)
+        response = demonstration(rng, None, (left, right), operation, world)
         return STUDENT_TEMPLATE.format(problem=problem), response
     # Mostly meaningful labels; the others too, so that no label is unknown.
     informative = rng.random() < 0.8
     hint = rng.choice(list(NOISE) if informative else list(DiagnosticType))
     user = TEACHER_TEMPLATE.format(problem=problem, diagnostic_type=hint)
-    return user, demonstration(rng, hint, (left, right), operation)
+    return user, demonstration(rng, hint, (left, right), operation, world)
 
 
 @dataclass(frozen=True)
 class Mixture:
     """Shares in pre-training: of subtraction problems, and of batches of markings.
 
-    prompt: the annotation prompt of the markings.
+    prompt: the annotation prompt of the markings; world: of the demonstrations.
     """
 
     subtraction: float = 0.0
     marking: float = 0.0
     prompt: AnnotationPrompt | None = None
+    world: WorldConfig = MICRO_WORLD
 
 
 def sample_marking(
-    rng: random.Random, prompt: AnnotationPrompt, subtraction: float = 0.0
+    rng: random.Random,
+    prompt: AnnotationPrompt,
+    subtraction: float = 0.0,
+    world: WorldConfig = MICRO_WORLD,
 ) -> tuple[str, str, str]:
     """System and user turn of an annotator's question about one response, and the answer."""
-    operation, left, right = _problem(rng, 2, subtraction)
+    operation, left, right = _problem(rng, subtraction, world)
     row = problem_row(left, right, operation)
-    response = demonstration(rng, None, (left, right), operation)
+    response = demonstration(rng, None, (left, right), operation, world)
     correct = response.endswith("\n" + answer_text(row["answer"]))
     item = Item("", "", "", row, response, segment(response), correct)
     reading = by_line(item)
@@ -111,7 +158,9 @@ def sample_marking(
     return system["content"], user["content"], json.dumps(answer)
 
 
-def _problem(rng: random.Random, min_digits: int, subtraction: float) -> tuple[Operation, int, int]:
+def _problem(
+    rng: random.Random, subtraction: float, world: WorldConfig
+) -> tuple[Operation, int, int]:
     subtracts = subtraction > 0 and rng.random() < subtraction
     operation = Operation.SUBTRACT if subtracts else Operation.ADD
-    return operation, *operands(rng, min_digits, MAX_DIGITS, operation)
+    return operation, *operands(rng, world.min_digits, world.max_digits, operation)

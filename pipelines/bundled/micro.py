@@ -83,11 +83,13 @@ def batch(
     chats = []
     if mixture.prompt is not None and rng.random() < mixture.marking:
         for _ in range(size // 2):
-            system, user, answer = sample_marking(rng, mixture.prompt, mixture.subtraction)
+            system, user, answer = sample_marking(
+                rng, mixture.prompt, mixture.subtraction, mixture.world
+            )
             chats.append((f"<|system|>{system}<|user|>{user}<|assistant|>", f"{answer}<|end|>"))
     else:
         for _ in range(size):
-            user, response = sample_chat(rng, subtraction=mixture.subtraction)
+            user, response = sample_chat(rng, mixture.subtraction, mixture.world)
             chats.append((f"<|user|>{user}<|assistant|>", f"{response}<|end|>"))
     prompts, responses = (
         [torch.tensor(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]

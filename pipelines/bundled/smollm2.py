@@ -6,64 +6,32 @@ vLLM load like any other model. The chat template is ChatML; `<|im_end|>` is the
 """
 
 import logging
-import shutil
-import tempfile
-import time
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...data.atomic import sync, writing
-from ...data.locks import locked
 from ...schemas.errors import InputError
+from .prepared import prepared
 
 logger = logging.getLogger(__name__)
 
-_ABANDONED_S = 3600  # a conversion takes half a minute
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def prepare(folder: Path) -> Path:
     """The model's folder, made on first use (about half a minute, 270 MB).
 
-    The folder is created atomically, by one of the processes that ask for it at once.
-
     Raises:
         InputError: a package that the conversion needs is missing, or the folder can't be written.
     """
-    made = folder / "config.json"
-    if made.exists():
-        return folder
+    return prepared(folder, _make)
+
+
+def _make(draft: Path) -> None:
     source = _package_folder()
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.parent, folder.name), writing(folder):
-        if made.exists():
-            return folder
-        _sweep(folder)
-        logger.info("converting SmolLM2-135M-Instruct into %s, once", folder)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            _convert(source, draft)
-            draft.chmod(0o755)  # mkdtemp makes it private to the user
-            for path in (*draft.iterdir(), draft):  # durable before its name
-                sync(path)
-            try:
-                draft.rename(folder)
-            except OSError:  # not empty: without working locks another process may be first
-                if not made.exists():
-                    raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-    return folder
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed conversions left. Not all file systems have the lock, hence the age."""
-    for draft in folder.parent.glob(f".{folder.name}-*"):
-        if time.time() - draft.stat().st_mtime > _ABANDONED_S:
-            shutil.rmtree(draft, ignore_errors=True)
+    logger.info("converting SmolLM2-135M-Instruct, once")
+    _convert(source, draft)
 
 
 def _package_folder() -> Path:

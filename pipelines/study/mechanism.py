@@ -133,10 +133,10 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
     neutral, other_neutral = (teachers.logprobs([label] * len(right)) for label in UNINFORMATIVE)
     student = teachers.student(policy)
     divergences = {
-        "right_label": _kl(with_right, student),
-        "wrong_label": _kl(with_wrong, student),
-        "right_to_wrong": _kl(with_right, with_wrong),
-        "uninformative": _kl(neutral, other_neutral),
+        "right_label": kl_per_token(with_right, student),
+        "wrong_label": kl_per_token(with_wrong, student),
+        "right_to_wrong": kl_per_token(with_right, with_wrong),
+        "uninformative": kl_per_token(neutral, other_neutral),
     }
     route = np.concatenate([s.route[s.routed_positions] for s in teachers.sequences])
     figures: dict[str, Any] = {
@@ -206,8 +206,12 @@ def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:
                 "supported_tokens": int(supported.sum()),
                 "kl_clipped": metrics.get("kl_clipped") if with_teacher else None,
                 "lift": float(gain[supported].mean()) if supported.any() else None,
-                "to_right": float((_kl(with_right, after) - _kl(with_right, before)).mean()),
-                "to_wrong": float((_kl(with_wrong, after) - _kl(with_wrong, before)).mean()),
+                "to_right": float(
+                    (kl_per_token(with_right, after) - kl_per_token(with_right, before)).mean()
+                ),
+                "to_wrong": float(
+                    (kl_per_token(with_wrong, after) - kl_per_token(with_wrong, before)).mean()
+                ),
             }
         )
     return rows
@@ -233,6 +237,10 @@ def _load(config: TrainConfig, path: str, trainable: bool) -> Policy:
     )
 
 
-def _kl(log_q: torch.Tensor, log_p: torch.Tensor) -> np.ndarray:
+def kl_per_token(log_q: torch.Tensor, log_p: torch.Tensor) -> np.ndarray:
     """KL(q ‖ p) per token, nats: (tokens,)."""
     return (log_q.exp() * (log_q - log_p)).sum(-1).cpu().numpy()
+
+
+def _change(teacher: torch.Tensor, after: torch.Tensor, before: torch.Tensor) -> float:
+    return float((kl_per_token(teacher, after) - kl_per_token(teacher, before)).mean())

@@ -12,12 +12,14 @@ from typing import Any
 import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ...schemas.configs import ReportedConfig, StudyConfig
+from ...schemas.configs import ReportedConfig, StudyConfig, WorldConfig
 from ..plots.rates import curves, mean
 from ..statistics import Estimate, bootstrap_crossed
 from ..training.validation import GREEDY, SAMPLED
 from .figures import of_arm, pass_rate, tuning_rate
 
+_LABELS = ("right_label", "wrong_label")
+_PLACES = ("key", "error", "elsewhere")
 _REFERENCE = "grpo"  # differences are to this arm of the same table, or of the first one
 
 
@@ -27,12 +29,13 @@ def page(
     results: pl.DataFrame,
     mechanism: pl.DataFrame | None,
     tuning: pl.DataFrame | None,
+    worlds: pl.DataFrame | None,
     files: str,
 ) -> str:
     """The page's text.
 
-    tuning: results of the runs that tuned; files: folder of the study's files, as the page links
-    to it.
+    tuning: results of the runs that tuned; worlds: figures of their bases; files: folder of the
+    study's files, as the page links to it.
     """
     first, *later = config.ablations
     # The arms of later tables may start from other bases.
@@ -56,6 +59,7 @@ def page(
         ],
         arms=partial(_arms, config, answers, results),
         exposure=partial(_exposure, config, answers),
+        worlds=None if worlds is None else _worlds(config, worlds),
         mechanism=None if mechanism is None else _mechanism(mechanism),
         tuning=None if tuning is None else _choices(config, results, tuning),
         like=[name for name in later if any(arm.like for arm in config.ablations[name].values())],
@@ -141,6 +145,33 @@ def _exposure(config: StudyConfig, answers: pl.DataFrame) -> str:
             cells.append(_points(bootstrap_crossed(rates[:, -1] - rates[:, 0], config.bootstrap)))
         rows.append(cells)
     return _table(["arm", "Σλ²", *others], rows)
+
+
+def _worlds(config: StudyConfig, figures: pl.DataFrame) -> dict[str, str]:
+    """Two tables: the dials that differ from the defaults, and what was measured of each base."""
+    defaults = WorldConfig()
+    dials = []
+    for name, world in config.worlds.items():
+        set_here = [
+            f"{field} {value:g}"
+            for field, value in world.model_dump().items()
+            if value != getattr(defaults, field)
+        ]
+        dials.append([name, ", ".join(set_here) or "the defaults"])
+    rows = []
+    for row in figures.to_dicts():
+        cells = [row["world"], _percent(row["pass_rate"]), _percent(row["signal"])]
+        cells += [_percent(row.get(f"{label}_pass_rate")) for label in _LABELS]
+        cells += [_number(row["tokens"], 0), _number(row.get("right_label_tokens"), 0)]
+        cells += [_percent(row["at_once"]), _percent(row.get("right_label_at_once"))]
+        cells += [_percent(row["right_at_once"])]
+        cells += [_number(row.get(f"right_label_{where}"), 4) for where in _PLACES]
+        cells += [_number(row.get(f"wrong_label_{where}"), 4) for where in _PLACES]
+        rows.append(cells)
+    names = ["world", "pass rate", "signal", "right label", "wrong label", "tokens", "hinted"]
+    names += ["at once", "hinted", "right at once"]
+    names += [f"KL {where}" for where in _PLACES] + [f"wrong, {where}" for where in _PLACES]
+    return {"dials": _table(["world", "dials"], dials), "figures": _table(names, rows)}
 
 
 def _mechanism(steps: pl.DataFrame) -> dict[str, Any]:

@@ -19,10 +19,11 @@ import numpy as np
 import polars as pl
 
 from ...data.store import Dataset, Store
-from ...schemas.configs import StudyConfig, TrainConfig
+from ...schemas.configs import StudyConfig, TrainConfig, WorldConfig
 from ...schemas.errors import Stopped
 from ...schemas.presets import preset_data
 from ...schemas.settings import overlaid, override
+from ..bundled.world import base_of
 from ..pipeline import run_stage
 from ..progress import progress_bar, show_nothing
 from ..run_metrics import METRICS, read_metrics
@@ -60,8 +61,11 @@ class Run:
         return self.train.model_dump_json()
 
 
-def arms(config: StudyConfig, problems: str, splits: dict[str, str]) -> list[Arm]:
-    """All arms; problems: ref of the training problems; splits: refs of the evaluated problems.
+def arms(
+    config: StudyConfig, problems: str, splits: dict[str, str], bases: dict[str, str]
+) -> list[Arm]:
+    """All arms; problems: ref of the training problems; splits: refs of the evaluated problems;
+    bases: folders of the worlds' bases.
 
     Raises:
         InputError: an unknown preset, a bad override.
@@ -71,7 +75,8 @@ def arms(config: StudyConfig, problems: str, splits: dict[str, str]) -> list[Arm
     for ablation, rows in config.ablations.items():
         for name, arm in rows.items():
             laid = preset_data(arm.preset, TrainConfig) if arm.preset else {}
-            train = overlaid(overlaid(config.train, laid, arm.set), links, [])
+            base = {"policy": {"path": bases[arm.world]}} if arm.world is not None else {}
+            train = overlaid(overlaid(config.train, laid, arm.set), links | base, [])
             found.append(Arm(ablation, name, train, arm.like))
     return found
 
@@ -186,6 +191,20 @@ def _train(config: TrainConfig, root: str) -> str:
         return train.run(config, Store(root)).ref
     finally:
         _training = False
+
+
+def world_bases(config: StudyConfig, pool: Executor) -> dict[str, str]:
+    """The folder of each world's base, by the world's name; pre-trains those that are not there."""
+    futures = {name: pool.submit(_base, world) for name, world in config.worlds.items()}
+    with progress_bar("bases", len(futures), "bases") as progress:
+        for future in as_completed(futures.values()):
+            future.result()
+            progress.advance(1)
+    return {name: future.result() for name, future in futures.items()}
+
+
+def _base(world: WorldConfig) -> str:
+    return str(base_of(world))
 
 
 def tuning_runs(config: StudyConfig, all_arms: Sequence[Arm]) -> list[Run]:

@@ -5,12 +5,15 @@ import os
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 
 from ...data.atomic import write_atomic
 from ...data.store import Dataset, Store
 from ...schemas.configs import StudyConfig
 from ...schemas.extras import require
 from ...schemas.settings import dump_config
+from ...trace.policy import load_policy
+from .base_figures import base_figures
 from .figures import CONFIG, draw
 from .mechanism import first_step, one_step
 from .page import page
@@ -25,7 +28,10 @@ from .runs import (
     study_runs,
     train_all,
     tuning_runs,
+    world_bases,
 )
+
+_MEASURED = 64  # problems on which a base is measured
 
 
 def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) -> pl.DataFrame:
@@ -38,19 +44,24 @@ def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) 
     refs = datasets(config, store)
     problems = refs.pop("problems")
     splits = {"tuning": refs.pop("tuning")} if config.tuning is not None else {}
-    tries = tuning_runs(config, arms(config, problems, splits))
     with open_pool(config.workers) as pool:
+        bases = world_bases(config, pool)
+        tries = tuning_runs(config, arms(config, problems, splits, bases))
         tuning, choices = None, {}
         if tries:
             tuning = results(answers(tries, train_all(tries, store, pool, "tuning", config.name)))
             choices = chosen(tries, tuning)
-        runs = study_runs(config, arms(config, problems, refs), choices)
+        runs = study_runs(config, arms(config, problems, refs, bases), choices)
         made = train_all(runs, store, pool, "study", config.name)
     per_problem = answers(runs, made)
     table = results(per_problem)
     mechanism = _mechanism(config, runs, made)
+    worlds = _worlds(config, bases, store.get(problems).read())
     folder.mkdir(parents=True, exist_ok=True)
-    tables = {"answers": per_problem, "results": table, "tuning": tuning, "mechanism": mechanism}
+    tables = {
+        "answers": per_problem, "results": table, "tuning": tuning, "mechanism": mechanism,
+        "worlds": worlds,
+    }  # fmt: skip
     for name, one in tables.items():
         if one is not None:
             written = io.BytesIO()
@@ -60,7 +71,7 @@ def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) 
     draw(config, per_problem, folder)
     page_path.parent.mkdir(parents=True, exist_ok=True)
     files = os.path.relpath(folder, page_path.parent)
-    text = page(config, per_problem, table, mechanism, tuning, files)
+    text = page(config, per_problem, table, mechanism, tuning, worlds, files)
     write_atomic(page_path, text.encode())
     return table
 
@@ -71,7 +82,8 @@ def planned(config: StudyConfig) -> str:
     Raises:
         InputError: an arm's preset or override is wrong.
     """
-    all_arms = arms(config, "", dict.fromkeys(config.splits, ""))
+    unmade = dict.fromkeys(config.worlds, "micro")
+    all_arms = arms(config, "", dict.fromkeys(config.splits, ""), unmade)
     count = str(len({run.key for run in study_runs(config, all_arms, {})}))
     tuning = len(tuning_runs(config, all_arms))
     if tuning:  # which arms share a run depends on the choices
@@ -92,3 +104,19 @@ def _mechanism(config: StudyConfig, runs: list[Run], made: list[Dataset]) -> pl.
             for row in one_step(run.train, first_step(dataset))
         ]
     )
+
+
+def _worlds(config: StudyConfig, bases: dict[str, str], problems: pa.Table) -> pl.DataFrame | None:
+    """A row per world: what it did to its base."""
+    online = config.train.online
+    rows = [
+        {"world": name}
+        | base_figures(
+            load_policy(folder),
+            problems.slice(0, _MEASURED),
+            online.sampling.max_new_tokens,
+            config.worlds[name].seed,
+        )
+        for name, folder in bases.items()
+    ]
+    return pl.DataFrame(rows, infer_schema_length=None) if rows else None

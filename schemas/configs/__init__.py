@@ -75,6 +75,7 @@ from .train import (
     TrainConfig,
     ValidationConfig,
 )
+from .world import WorldConfig
 
 __all__ = [
     "AnnotateConfig",
@@ -152,6 +153,7 @@ __all__ = [
     "VllmSampler",
     "VllmTeacher",
     "WordProblemsSource",
+    "WorldConfig",
     "located",
     "operational",
     "own_sources",

@@ -5,6 +5,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from .base import Config, operational
 from .problems import ProblemsConfig
 from .train import TrainConfig
+from .world import WorldConfig
 
 _OWN = {"problems": "the training problems", "tuning": "the problems that tune"}
 
@@ -21,6 +22,9 @@ class ArmConfig(Config):
         description="Arm of the first ablation whose tuned choice this one takes; null: as "
         "configured. "
         "With its own choice the comparison would measure tuning.",
+    )
+    world: str | None = Field(
+        default=None, description="World whose base it starts from; null: train.policy.path."
     )
     against: str | None = Field(
         default=None,
@@ -90,6 +94,11 @@ class StudyConfig(Config):
     ablations: dict[str, dict[str, ArmConfig]] = Field(
         min_length=1, description="Arms by name, by ablation; the first is the page's main table."
     )
+    worlds: dict[str, WorldConfig] = Field(
+        default={},
+        description="Worlds by name. The base of each is pre-trained once, and measured on the "
+        "training problems for the page.",
+    )
     mechanism: str | None = Field(
         default=None, description="Arm of the first ablation whose first step is analysed."
     )
@@ -137,6 +146,11 @@ class StudyConfig(Config):
                 if arm.like is not None and arm.like not in first:
                     raise ValueError(
                         f"ablations.{ablation}.{name}.like {arm.like!r} is none of {list(first)}"
+                    )
+                if arm.world is not None and arm.world not in self.worlds:
+                    raise ValueError(
+                        f"ablations.{ablation}.{name}.world {arm.world!r} is none of "
+                        f"{list(self.worlds)}"
                     )
                 if arm.against is not None and arm.against not in rows:
                     raise ValueError(
