@@ -295,7 +295,8 @@ def test_the_parts_of_a_killed_worker_process_are_made_again(environment, own, t
     assert name == "Completed"
     assert Store(own).get("routed").rows == Store(own).get("rollouts").rows
     states = [(run.name, run.state_name) for run in tasks_of(run_id)]
-    assert set(states) - {("convert-part-0", "Crashed")} == {
+    # A task run that crashes early has not got its own name yet.
+    assert {state for state in states if state[1] != "Crashed"} == {
         (f"convert-part-{part}", "Completed") for part in range(3)
     }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ("schemas", "data", "trace", "pipelines", "configs")
+SHIPPED = ("schemas", "data", "trace", "pipelines", "integrations", "configs")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
 HIDE = f"""
 import os, sys

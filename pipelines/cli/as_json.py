@@ -4,11 +4,13 @@ The commands call these functions and print the result with `terminal.print_data
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...data.store import MANIFEST, Dataset
 from ..viewer.paint import Paint
-from ..viewer.rollout_view import RolloutView
+
+if TYPE_CHECKING:  # a stage prints its dataset without what draws rollouts
+    from ..viewer.rollout_view import RolloutView
 
 
 def dataset_data(dataset: Dataset, names: Sequence[str] = ()) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def lineage_data(dataset: Dataset, names: Mapping[str, Sequence[str]]) -> dict[s
     return path[0]
 
 
-def rollout_data(view: RolloutView, dataset: Dataset) -> dict[str, Any]:
+def rollout_data(view: "RolloutView", dataset: Dataset) -> dict[str, Any]:
     """A rollout with its spans, and its text in pieces of one route."""
     pieces = [
         {

@@ -168,16 +168,19 @@ def stop_by_signals() -> None:
             signal.signal(number, _interrupt)
     sys.unraisablehook = _raise_again
     atexit.register(_ignore_signals)
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-    threading.Thread(target=_count_interrupts, args=(read,), daemon=True).start()
+    if not _pipe:  # once per process, whoever calls the command line
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        threading.Thread(target=_count_interrupts, args=(read,), daemon=True).start()
+        _pipe.append(write)
+    signal.set_wakeup_fd(_pipe[0], warn_on_full_buffer=False)
 
 
 # Called before the second Ctrl-C ends the process: they end its children.
 at_second_interrupt: list[Callable[[], object]] = []
 _received: list[int] = []  # SIGINT and SIGTERM, in the order in which they arrived
+_pipe: list[int] = []  # the end to which signal numbers are written
 _LATER_S = 0.01
 _lost: list[bool] = []  # interrupts that were raised where nothing can be raised
 

@@ -10,9 +10,10 @@ import typer
 from ...schemas.aliases import require_alias
 from ...schemas.errors import InputError
 from ..terminal import console
+from .options import App
 from .store_commands import StoreRoot, open_store
 
-label = typer.Typer(no_args_is_help=True, help="Let people mark responses in Label Studio.")
+label = App(no_args_is_help=True, help="Let people mark responses in Label Studio.")
 
 
 @label.command("export")

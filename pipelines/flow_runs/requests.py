@@ -80,7 +80,8 @@ def pipeline_config(path: str | None) -> PipelineConfig:
 
 
 def default_parameters(path: str | None) -> dict[str, dict[str, Any]]:
-    """The parameters of each deployment by its flow's name: its section of a pipeline's YAML.
+    """The parameters of each deployment by its flow's name: its section of a pipeline's YAML, an
+    empty one where the file has none.
 
     Raises:
         InputError: as `pipeline_config`.
@@ -90,7 +91,7 @@ def default_parameters(path: str | None) -> dict[str, dict[str, Any]]:
     loaded = pipeline_config(path)
     sections = {name: getattr(loaded, name) for name in REGISTRY} | {"pipeline": loaded}
     return {
-        name: {} if one is None else {"config": one.model_dump(mode="json")}
+        name: {"config": {} if one is None else one.model_dump(mode="json")}
         for name, one in sections.items()
     }
 

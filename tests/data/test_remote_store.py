@@ -156,7 +156,8 @@ def test_a_missing_bucket_is_an_error_and_not_created(s3_server, capsys, monkeyp
     error = run_command(capsys, monkeypatch, "ls", "--store", "s3://typo/store")
     assert (
         error
-        == "trace-opd: store s3://typo/store: there is no bucket typo; make it, or name another\n"
+        == "trace-opd: store s3://typo/store: there is no bucket typo; make it, or name another; "
+        "see docs/scaling.md#a-store-on-s3\n"
     )
     with pytest.raises(FileNotFoundError, match="bucket does not exist"):
         Store("s3://typo/store").files.write("a", b"")

@@ -542,7 +542,9 @@ def test_the_trainers_room_names_no_column_that_annotators_fill_freely():
 
 
 def test_only_sequences_asks_for_a_teachers_prompt():
-    """Evaluation, report and samplers build the student's prompt; the study measures labels."""
+    """Evaluation, report and samplers build the student's prompt; the study measures labels, and
+    exports state the teacher's prompt of a routed row.
+    """
     builders = {"teacher_messages", "privileged_messages", "teacher_chat"}
     callers = {
         str(file.relative_to(ROOT))
@@ -552,4 +554,7 @@ def test_only_sequences_asks_for_a_teachers_prompt():
         if (isinstance(node, ast.Name) and node.id in builders)
         or (isinstance(node, ast.Attribute) and node.attr in builders)
     }
-    assert callers == {"trace/prompt.py", "trace/sequences.py", "pipelines/study/mechanism.py"}
+    assert callers == {
+        "trace/prompt.py", "trace/sequences.py", "pipelines/study/mechanism.py",
+        "pipelines/exports/source.py",
+    }  # fmt: skip

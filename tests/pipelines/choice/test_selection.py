@@ -2,7 +2,7 @@
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_opd.pipelines.choice.selection import selection_of
@@ -118,6 +118,7 @@ def test_no_rows_are_no_selection():
 GROUPS = st.lists(st.text("rw?RW", min_size=1, max_size=5), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(GROUPS, st.integers(1, 20), st.integers(1, 3), st.randoms())
 def test_a_selection_depends_on_the_groups_and_not_on_their_order(
     groups, budget, per_source, chance

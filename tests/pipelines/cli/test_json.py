@@ -20,9 +20,12 @@ CONFIG = str(Path(__file__).parents[3] / "configs" / "micro.yaml")
 NO_TABLE = {
     "alias": "nothing",
     "config": "YAML, or a JSON schema",
+    "demo": "what its stages print",
     "export": "a path",
     "import": "the datasets' names",
+    "init": "a path",
     "plot": "a path",
+    "push": "an address",
     "report": "a path",
     "serve": "a server's log",
     "study": "a path; --dry-run YAML",

@@ -16,7 +16,12 @@ from trace_opd.pipelines.cli.commands import app
 from trace_opd.pipelines.terminal import console, is_quiet
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "micro.yaml")
-COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+GROUPS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+COMMANDS = {
+    " ".join((name, own)).strip(): command
+    for name, group in GROUPS.items()
+    for own, command in getattr(group, "commands", {"": group}).items()
+}
 PROBLEMS = ("problems", CONFIG, "limit=2")
 
 

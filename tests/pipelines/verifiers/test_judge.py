@@ -13,7 +13,8 @@ from rich.console import Console
 
 from trace_opd.data.removal import remove_dataset
 from trace_opd.data.store import Dataset, Draft, Store
-from trace_opd.pipelines.cli.show import show_dataset, show_plan
+from trace_opd.pipelines.cli.show import show_dataset
+from trace_opd.pipelines.cli.stage_plan import show_plan
 from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.planning.judge_estimate import judge_estimates
 from trace_opd.pipelines.stages.base import close_engine

@@ -207,7 +207,7 @@ HOSTILE = """
             os.close(2)
             return 1
         if response == "closes all":
-            os.closerange(3, 1024)
+            os.closerange(3, 65536)
         if response == "doubles":
             os.fork()
             return 1

@@ -198,7 +198,7 @@ def test_browser_draws_rollouts_and_curves_and_runs_no_planted_script(browser, a
         " const { stroke, strokeDasharray } = getComputedStyle(line);"
         " return [stroke, strokeDasharray] })"
     )
-    assert len(lines) == 3
+    assert len(lines) == 5  # coverage of two routes, and two types
     assert not [line for line in lines if line[0] == "none"]
     assert lines[1] != lines[2]  # two routes in one chart
 
