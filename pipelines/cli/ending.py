@@ -168,7 +168,7 @@ def stop_by_signals() -> None:
             signal.signal(number, _interrupt)
     sys.unraisablehook = _raise_again
     atexit.register(_ignore_signals)
-    if not _pipe:  # once per process, whoever calls the command line
+    if not _pipe:  # once per process: a test calls the command line many times
         read, write = os.pipe()
         os.set_blocking(write, False)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))

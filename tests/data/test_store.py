@@ -179,7 +179,7 @@ def flipped(content: bytes, at: int) -> bytes:
     "damage",
     [
         lambda content: flipped(content, 8),  # the first page
-        lambda content: flipped(content, len(content) // 2),
+        lambda content: flipped(content, len(content) // 8),  # another one: the footer is long
         lambda content: flipped(content, len(content) - 6),  # the footer's length
         lambda content: content[: len(content) // 2],
         lambda content: bytes(len(content)),
