@@ -433,7 +433,6 @@ PROMPT = 'prompt={student: "{problem}", teacher: "{problem}\\nhint: {diagnostic_
     [
         ("select", ["budget=3"]),
         ("score", [PROMPT, "k=3"]),
-        ("verify", ["rewards=[{name: math}, {name: length, limit: 60, unit: tokens}]"]),
     ],
 )
 def test_a_deployment_run_makes_the_table(environment, served, stage, changes):

@@ -7,12 +7,13 @@ from the finished runs, studies share runs, and every figure can be traced to a 
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,10 @@ class Run:
 
 
 def arms(
-    config: StudyConfig, problems: str, splits: dict[str, str], bases: dict[str, str]
+    config: StudyConfig,
+    problems: str,
+    splits: dict[str, str],
+    bases: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Arm]:
     """All arms; problems: ref of the training problems; splits: refs of the evaluated problems;
     bases: folders of the worlds' bases.

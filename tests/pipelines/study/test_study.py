@@ -288,7 +288,7 @@ def test_a_study_with_contradictions_is_refused(change, message):
 def test_the_shipped_study_names_presets_and_fields_that_exist():
     config = load_config(StudyConfig, CONFIG)
     for size in (config, override(config, config.quick)):
-        rows = arms(size, "problems", dict.fromkeys(size.splits, "problems"), {})
+        rows = arms(size, "problems", dict.fromkeys(size.splits, "problems"))
         runs = study_runs(size, rows, {})
         main = [run for run in runs if run.arm.ablation == "methods"]
         assert len(main) == len(config.ablations["methods"]) * len(size.seeds)

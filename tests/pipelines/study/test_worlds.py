@@ -83,7 +83,7 @@ def test_a_base_is_made_once_and_depends_on_each_dial(tmp_path):
 
 def test_a_study_over_worlds(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACE_OPD_CACHE", str(tmp_path / "cache"))
-    worlds = "{plain: {steps: 40, batch_size: 8}, drift: {steps: 40, batch_size: 8, "
+    worlds = "{plain: {steps: 4, batch_size: 8}, drift: {steps: 4, batch_size: 8, "
     worlds += "short_hinted: 0.8}}"
     arms = ", ".join(
         f"{preset} {world}: {{preset: {preset}, world: {world}, against: grpo {world}}}"
@@ -95,7 +95,7 @@ def test_a_study_over_worlds(tmp_path, monkeypatch):
     result = CliRunner().invoke(
         app,
         [
-            "study", str(CONFIG), "name=w", "problems.limit=4", f"worlds={worlds}",
+            "study", str(CONFIG), "name=w", "problems.limit=2", f"worlds={worlds}",
             "splits={test: {source: {kind: arithmetic}, limit: 4, seed: 1}}", "seeds=[0]",
             "ablation_seeds=1", "tuning=null", "train.online.steps=1", "train.online.group_size=2",
             "train.groups_per_step=1", "train.validation.every=1", "train.validation.k=1",
@@ -110,7 +110,7 @@ def test_a_study_over_worlds(tmp_path, monkeypatch):
     assert figures["pass_rate"].is_between(0, 1).all()
     page = (tmp_path / "w" / "study.md").read_text()
     assert "## worlds" in page
-    assert "| drift | short_hinted 0.8, steps 40, batch_size 8 |" in page
+    assert "| drift | short_hinted 0.8, steps 4, batch_size 8 |" in page
     runs = pl.read_parquet(tmp_path / "w" / "results.parquet")
     assert runs["run"].n_unique() == 4
 
