@@ -81,7 +81,7 @@ def cases() -> Iterator[Case]:
         made, gym = _gym(task), {"name": "gym"}
         yield Case(f"gym, {task}", "workers", gym, made, _gym_answer, group=GYM_GROUP)
     program = {"name": "code", "allow_unisolated": True}
-    code = "```python\ndef total(a, b):\n    return a + {}\n```"
+    code = "\n\n```python\ndef total(a, b):\n    return a + {}\n```"
     tests = json.dumps({"code": {"tests": "assert total(1, 2) == 3", "entry_point": ""}})
     tested = [row | {"metadata": tests} for row in sums]
     yield Case("code", "a sandbox", program, tested, _program, PROGRAMS, box=code)
