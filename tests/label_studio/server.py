@@ -91,6 +91,7 @@ class Labeller:
 
     def __init__(self, browser: Browser, studio: LabelStudio) -> None:
         self.browser, self.studio = browser, studio
+        browser.call("Network.clearBrowserCookies")  # the test before may have logged in
         browser.open(f"{studio.url}/user/login/", ready="input[name=password]")
         browser.js(
             f"document.querySelector('input[name=email]').value = {OWNER!r};"
