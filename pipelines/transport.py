@@ -15,8 +15,8 @@ import anyio
 import httpx2
 import openai
 
-from .connections import connections
 from .endpoint import NotACompletion, Redirected, status_error
+from .runtime.connections import connections
 from .runtime.event_loop import EventLoop
 
 # A completion of 100,000 tokens with log-probabilities takes about 15 MB.

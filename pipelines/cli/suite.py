@@ -6,7 +6,7 @@ from rich.table import Table
 
 from ...data.store import Dataset, Store
 from ...schemas.configs import EvaluateConfig
-from ..suites import (
+from ..harness.suites import (
     Suite,
     begin,
     benchmarks,

@@ -52,9 +52,9 @@ from ...trace.prompt import student_prompt
 from ..samplers.chat_request import extra_fields
 from ..samplers.rollouts import sample_seed
 from ..stages.evaluate import verdicts_of_answers
-from ..suites import benchmarks, require_suite
 from ..verifiers.registry import open_verifier
 from .inspect_figures import VERDICT, avg_at, estimate, maj_at, pass_at
+from .suites import benchmarks, require_suite
 
 # Providers whose servers take vLLM's fields in addition to OpenAI's; others refuse them.
 _TAKE_EXTRA_FIELDS = {"openai-api", "vllm", "sglang"}

@@ -27,9 +27,9 @@ from inspect_ai.solver import TaskState
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.harness.inspect_figures import VERDICT, avg_at, maj_at, pass_at
 from trace_opd.pipelines.harness.inspect_tasks import problems, response_text, suite
+from trace_opd.pipelines.harness.suites import evaluate_benchmark, make_problems, suite_summary
 from trace_opd.pipelines.models import MICRO
 from trace_opd.pipelines.pipeline import run_stage
-from trace_opd.pipelines.suites import evaluate_benchmark, make_problems, suite_summary
 from trace_opd.schemas.configs import EvaluateConfig, ProblemsConfig
 from trace_opd.schemas.settings import load_config
 from trace_opd.tests.pipelines.harness.served import serving_micro

@@ -12,7 +12,7 @@ import aiohttp
 import httpx2
 import yarl
 
-from ..schemas.errors import InputError
+from ...schemas.errors import InputError
 
 _IDLE_S = 5.0  # a connection is kept for another request; httpx2's default
 _MOST_HEADER_BYTES = 100 << 10  # a header; aiohttp takes 128 of them at most

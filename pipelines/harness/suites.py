@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.store import Dataset, Store
-from ..schemas.configs import EvaluateConfig, HubSource, ProblemsConfig
-from ..schemas.errors import InputError
-from ..schemas.tables import PROBLEMS
-from .pipeline import run_stage
-from .stages import REGISTRY
-from .stages.base import Plan
+from ...data.store import Dataset, Store
+from ...schemas.configs import EvaluateConfig, HubSource, ProblemsConfig
+from ...schemas.errors import InputError
+from ...schemas.tables import PROBLEMS
+from ..pipeline import run_stage
+from ..stages import REGISTRY
+from ..stages.base import Plan
 
 NO_FIGURE = {"value": None, "ci95": None}
 
@@ -49,7 +49,7 @@ class Benchmark:
     @property
     def dataset(self) -> str:
         """Its id on the hub."""
-        from ..data.sources.hub import PRESETS
+        from ...data.sources.hub import PRESETS
 
         return PRESETS[self.preset].dataset
 
@@ -150,7 +150,7 @@ def suite_summary(config: EvaluateConfig, made: dict[str, Dataset]) -> dict[str,
     made: evaluate datasets by preset. A mean over benchmarks is null unless all of them have the
     figure: without one of them it would be the mean of another suite.
     """
-    from .stages.evaluate import summarize
+    from ..stages.evaluate import summarize
 
     plan = Plan(config, {}, {}, 0)
     summary = summarize(plan, (dataset.read() for dataset in made.values()))

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from trace_opd.data.store import Store
 from trace_opd.pipelines.cli import main
+from trace_opd.pipelines.harness.suites import SUITES, differences, suite_summary
 from trace_opd.pipelines.models import MICRO
-from trace_opd.pipelines.suites import SUITES, differences, suite_summary
 from trace_opd.schemas.configs import EvaluateConfig, PolicyConfig, SamplingConfig
 from trace_opd.tests.pipelines.hub_layouts import write_benchmarks
 
