@@ -20,13 +20,15 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ...data.sources.arithmetic import answer_text, rows
 from ...data.store import content_hash
 from ...schemas.configs import ArithmeticSource
+from ...schemas.errors import InputError
 from ...schemas.labels import VerdictStatus
 from ...schemas.tables import PROBLEMS, VERDICTS
+from ...trace.policy import load_policy, load_tokenizer, vocab_fingerprint
 from .demonstrations import Mixture, sample_chat, sample_marking
 
 SPECIALS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -35,6 +37,8 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+_WARMUP_STEPS, _WARMUP_STEPS_CONTINUED = 100, 20
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -109,19 +113,26 @@ def pretrain(
     seed: int,
     snapshots: Sequence[int],
     mixture: Mixture,
+    start: str | None = None,
 ) -> None:
-    """Train from scratch into `output`.
+    """Train into `output`.
 
-    snapshots: steps after which a copy is saved in its folder step-<n>.
+    snapshots: steps after which a copy is saved in its folder step-<n>. start: folder of a policy
+    like micro to continue from; None: from scratch.
+
+    Raises:
+        InputError: a start with other tokens.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"micro/{seed}")
     tokenizer = build_tokenizer()
-    model = build_model(len(tokenizer))
+    model = build_model(len(tokenizer)) if start is None else _continued(start, tokenizer)
+    warmup_steps = _WARMUP_STEPS if start is None else _WARMUP_STEPS_CONTINUED
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     started = time.perf_counter()
     for step in range(steps):
-        warmup, cosine = min(1.0, (step + 1) / 100), 0.5 * (1 + math.cos(math.pi * step / steps))
+        warmup = min(1.0, (step + 1) / warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * warmup * (0.02 + 0.98 * cosine)
         ids, labels = batch(rng, tokenizer, batch_size, mixture)
@@ -138,7 +149,17 @@ def pretrain(
             _save(model, tokenizer, output / f"step-{step + 1}")
 
 
-def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _continued(start: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """The model of a policy in float32."""
+    if vocab_fingerprint(load_tokenizer(start)) != vocab_fingerprint(tokenizer):
+        raise InputError(
+            f"policy {start}: has other tokens than micro; start from micro, a folder of "
+            "studies/micro-bases or another world's base"
+        )
+    return load_policy(start, "cpu", trainable=True).model
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     # bfloat16: half the size on disk; loading it as float32 is exact.
     copy.deepcopy(model).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -153,7 +153,7 @@ def _worlds(config: StudyConfig, figures: pl.DataFrame) -> dict[str, str]:
     dials = []
     for name, world in config.worlds.items():
         set_here = [
-            f"{field} {value:g}"
+            f"{field} {value}" if isinstance(value, str) else f"{field} {value:g}"
             for field, value in world.model_dump().items()
             if value != getattr(defaults, field)
         ]

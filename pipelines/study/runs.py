@@ -1,4 +1,4 @@
-"""The runs of a study: their configs, their training, and the rows of their results.
+"""The runs of a study: their training, and the rows of their results. arms.py has their configs.
 
 study.py calls these functions. Each run is a train dataset of the store: a stopped study continues
 from the finished runs, studies share runs, and every figure can be traced to a run's folder.
@@ -7,82 +7,25 @@ from the finished runs, studies share runs, and every figure can be traced to a 
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context, parent_process
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from ...data.store import Dataset, Store
-from ...schemas.configs import StudyConfig, TrainConfig, WorldConfig
+from ...schemas.configs import TrainConfig, WorldConfig
 from ...schemas.errors import Stopped
-from ...schemas.presets import preset_data
-from ...schemas.settings import overlaid, override
 from ..bundled.world import base_of
-from ..pipeline import run_stage
 from ..progress import progress_bar, show_nothing
 from ..run_metrics import METRICS, read_metrics
 from ..runtime.signals import announce, handled, stop_of
 from ..stages import train
 from ..training.validation import read_validation
-from .figures import tuning_rate
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A row of an ablation's table, and its training."""
-
-    ablation: str
-    name: str
-    train: TrainConfig
-    like: str | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """An arm with a seed; choice: overrides that tuning chose."""
-
-    arm: Arm
-    seed: int
-    choice: tuple[str, ...] = ()
-
-    @property
-    def train(self) -> TrainConfig:
-        return override(self.arm.train, [*self.choice, f"seed={self.seed}"])
-
-    @property
-    def key(self) -> str:
-        """Equal for runs of different tables with the same training."""
-        return self.train.model_dump_json()
-
-
-def arms(
-    config: StudyConfig,
-    problems: str,
-    splits: dict[str, str],
-    bases: Mapping[str, str] = MappingProxyType({}),
-) -> list[Arm]:
-    """All arms; problems: ref of the training problems; splits: refs of the evaluated problems;
-    bases: folders of the worlds' bases.
-
-    Raises:
-        InputError: an unknown preset, a bad override.
-    """
-    links = {"online": {"problems": problems}, "validation": {"problems": splits}}
-    found = []
-    for ablation, rows in config.ablations.items():
-        for name, arm in rows.items():
-            laid = preset_data(arm.preset, TrainConfig) if arm.preset else {}
-            base = {"policy": {"path": bases[arm.world]}} if arm.world is not None else {}
-            train = overlaid(overlaid(config.train, laid, arm.set), links | base, [])
-            found.append(Arm(ablation, name, train, arm.like))
-    return found
+from .arms import Run
 
 
 @contextmanager
@@ -197,56 +140,20 @@ def _train(config: TrainConfig, root: str) -> str:
         _training = False
 
 
-def world_bases(config: StudyConfig, pool: Executor) -> dict[str, str]:
-    """The folder of each world's base, by the world's name; pre-trains those that are not there."""
-    futures = {name: pool.submit(_base, world) for name, world in config.worlds.items()}
+def world_bases(worlds: Iterable[WorldConfig], pool: Executor) -> dict[WorldConfig, str]:
+    """The folder of each world's base; pre-trains those that are not there."""
+    # Worlds that differ in what is asked alone share a base, and no process waits for another.
+    trained = {world: world.model_copy(update={"asked_digits": None}) for world in worlds}
+    futures = {world: pool.submit(_base, world) for world in dict.fromkeys(trained.values())}
     with progress_bar("bases", len(futures), "bases") as progress:
         for future in as_completed(futures.values()):
             future.result()
             progress.advance(1)
-    return {name: future.result() for name, future in futures.items()}
+    return {world: futures[own].result() for world, own in trained.items()}
 
 
 def _base(world: WorldConfig) -> str:
     return str(base_of(world))
-
-
-def tuning_runs(config: StudyConfig, all_arms: Sequence[Arm]) -> list[Run]:
-    """Every arm of the first ablation with every choice; none without tuning."""
-    if config.tuning is None:
-        return []
-    first = [arm for arm in all_arms if arm.ablation == all_arms[0].ablation]
-    return [Run(arm, config.tuning.seed, tuple(c)) for arm in first for c in config.tuning.choices]
-
-
-def chosen(tries: Sequence[Run], table: pl.DataFrame) -> dict[str, tuple[str, ...]]:
-    """The choice of each arm with the best sampled pass rate, mean over evaluations; the first of
-    equals.
-
-    table: the results of these runs.
-    """
-    choices: dict[str, list[tuple[str, ...]]] = {}
-    for run in tries:
-        choices.setdefault(run.arm.name, []).append(run.choice)
-
-    def rate(name: str, choice: tuple[str, ...]) -> float:
-        found = tuning_rate(table, name, " ".join(choice))
-        return -1.0 if found is None else found
-
-    return {name: max(own, key=partial(rate, name)) for name, own in choices.items()}
-
-
-def study_runs(
-    config: StudyConfig, all_arms: Sequence[Arm], choices: dict[str, tuple[str, ...]]
-) -> list[Run]:
-    """Every arm with its seeds and its choice."""
-    main = all_arms[0].ablation
-    runs = []
-    for arm in all_arms:
-        seeds = config.seeds if arm.ablation == main else config.seeds[: config.ablation_seeds]
-        name = arm.name if arm.ablation == main else arm.like
-        runs += [Run(arm, seed, choices.get(name or "", ())) for seed in seeds]
-    return runs
 
 
 def answers(runs: Sequence[Run], made: Sequence[Dataset]) -> pl.DataFrame:
@@ -307,14 +214,3 @@ def results(answers: pl.DataFrame) -> pl.DataFrame:
         .with_columns(pl.col("entropy").fill_nan(None))
         .sort(keys)
     )
-
-
-def datasets(config: StudyConfig, store: Store) -> dict[str, str]:
-    """Refs by role: the training `problems`, `tuning` if any, and each split."""
-    tuning = {} if config.tuning is None else {"tuning": config.tuning.problems}
-    refs = {}
-    for role, source in {"problems": config.problems, **tuning, **config.splits}.items():
-        made = run_stage("problems", source, store, f"{config.name}-{role}")
-        assert isinstance(made, Dataset), "only a report is a file"
-        refs[role] = made.ref
-    return refs

@@ -5,58 +5,46 @@ import os
 from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
 
 from ...data.atomic import write_atomic
 from ...data.store import Dataset, Store
-from ...schemas.configs import StudyConfig
+from ...schemas.configs import StudyConfig, WorldConfig
 from ...schemas.extras import require
 from ...schemas.settings import dump_config
 from ...trace.policy import load_policy
+from .arms import Run, arms, asked_of, chosen, study_runs, tuning_runs, worlds_of
 from .base_figures import base_figures
 from .figures import CONFIG, draw
 from .mechanism import first_step, one_step
 from .page import page
-from .runs import (
-    Run,
-    answers,
-    arms,
-    chosen,
-    datasets,
-    open_pool,
-    results,
-    study_runs,
-    train_all,
-    tuning_runs,
-    world_bases,
-)
+from .problem_sets import ProblemSets, problem_sets
+from .runs import answers, open_pool, results, train_all, world_bases
 
-_MEASURED = 64  # problems on which a base is measured
+_MEASURED = 32  # problems on which a base is measured
 
 
 def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) -> pl.DataFrame:
     """Run a study, or continue it from the store's finished runs; returns the results table.
 
     Raises:
-        InputError: matplotlib is not installed.
+        InputError: matplotlib is not installed; a fault of the config.
     """
     require("matplotlib")
-    refs = datasets(config, store)
-    problems = refs.pop("problems")
-    splits = {"tuning": refs.pop("tuning")} if config.tuning is not None else {}
+    arms(config)  # every fault of the config is found before any work
+    sets = problem_sets(config, store, asked_of(config))
     with open_pool(config.workers) as pool:
-        bases = world_bases(config, pool)
-        tries = tuning_runs(config, arms(config, problems, splits, bases))
+        bases = world_bases(worlds_of(config), pool)
+        tries = tuning_runs(config, arms(config, bases, sets, tuning=True))
         tuning, choices = None, {}
         if tries:
             tuning = results(answers(tries, train_all(tries, store, pool, "tuning", config.name)))
             choices = chosen(tries, tuning)
-        runs = study_runs(config, arms(config, problems, refs, bases), choices)
+        runs = study_runs(config, arms(config, bases, sets), choices)
         made = train_all(runs, store, pool, "study", config.name)
     per_problem = answers(runs, made)
     table = results(per_problem)
     mechanism = _mechanism(config, runs, made)
-    worlds = _worlds(config, bases, store.get(problems).read())
+    worlds = _worlds(config, bases, sets, store)
     folder.mkdir(parents=True, exist_ok=True)
     tables = {
         "answers": per_problem, "results": table, "tuning": tuning, "mechanism": mechanism,
@@ -82,8 +70,7 @@ def planned(config: StudyConfig) -> str:
     Raises:
         InputError: an arm's preset or override is wrong.
     """
-    unmade = dict.fromkeys(config.worlds, "micro")
-    all_arms = arms(config, "", dict.fromkeys(config.splits, ""), unmade)
+    all_arms = arms(config)
     count = str(len({run.key for run in study_runs(config, all_arms, {})}))
     tuning = len(tuning_runs(config, all_arms))
     if tuning:  # which arms share a run depends on the choices
@@ -106,17 +93,22 @@ def _mechanism(config: StudyConfig, runs: list[Run], made: list[Dataset]) -> pl.
     )
 
 
-def _worlds(config: StudyConfig, bases: dict[str, str], problems: pa.Table) -> pl.DataFrame | None:
+def _worlds(
+    config: StudyConfig,
+    bases: dict[WorldConfig, str],
+    sets: dict[int | None, ProblemSets],
+    store: Store,
+) -> pl.DataFrame | None:
     """A row per world: what it did to its base."""
     online = config.train.online
     rows = [
         {"world": name}
         | base_figures(
-            load_policy(folder),
-            problems.slice(0, _MEASURED),
+            load_policy(bases[world]),
+            store.get(sets[world.asked_digits].problems).read().slice(0, _MEASURED),
             online.sampling.max_new_tokens,
-            config.worlds[name].seed,
+            world.seed,
         )
-        for name, folder in bases.items()
+        for name, world in config.worlds.items()
     ]
     return pl.DataFrame(rows, infer_schema_length=None) if rows else None

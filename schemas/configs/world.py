@@ -11,6 +11,9 @@ from .base import Config
 class WorldConfig(Config):
     """Dials of multi-digit addition, step by step. The defaults are those of the policy micro."""
 
+    start: str | None = Field(
+        default=None, description="Policy that pre-training continues from; null: from scratch."
+    )
     dropped_carry: float = Field(
         default=0.20, ge=0, le=1, description="Rate at which a line that carries drops the carry."
     )
@@ -54,6 +57,28 @@ class WorldConfig(Config):
     )
     min_digits: int = Field(default=2, ge=1, le=9, description="Fewest digits per number.")
     max_digits: int = Field(default=5, ge=1, le=9, description="Most digits per number.")
+    asked_digits: int | None = Field(
+        default=None,
+        ge=1,
+        le=9,
+        description="Digits of each number in the problems that are asked in this world; null: as "
+        "the study's problems say.",
+    )
+    subtraction: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the demonstrations that subtract."
+    )
+    marking: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the batches that mark responses, as an annotator is asked to.",
+    )
+    marking_prompt: str | None = Field(
+        default=None, description="Annotation prompt of the markings (a file)."
+    )
+    marking_schema: str | None = Field(
+        default=None, description="Answer schema of the markings (a file)."
+    )
     steps: int = Field(default=800, ge=1, description="Steps of pre-training.")
     batch_size: int = Field(default=64, ge=2, description="Demonstrations per step.")
     lr: float = Field(default=3e-3, gt=0, description="Highest learning rate.")
@@ -68,4 +93,11 @@ class WorldConfig(Config):
     def _ordered(self) -> "WorldConfig":
         if self.min_digits > self.max_digits:
             raise ValueError("min_digits is above max_digits")
+        if self.marking > 0:
+            for name in ("marking_prompt", "marking_schema"):
+                if getattr(self, name) is None:
+                    raise ValueError(
+                        f"{name} is null but marking is {self.marking:g}; name a file, e.g. "
+                        "studies/micro-annotate.md and studies/micro-answer.schema.json"
+                    )
         return self

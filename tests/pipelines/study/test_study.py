@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 from trace_opd.pipelines.cli.commands import app
 from trace_opd.pipelines.plots.rates import curves
 from trace_opd.pipelines.statistics import bootstrap_crossed
+from trace_opd.pipelines.study.arms import Arm, Run, arms, chosen, study_runs
 from trace_opd.pipelines.study.figures import pass_rate, plot_curves, plot_exposure
 from trace_opd.pipelines.study.page import page
-from trace_opd.pipelines.study.runs import Arm, Run, arms, chosen, results, study_runs
+from trace_opd.pipelines.study.runs import results
 from trace_opd.schemas.configs import StudyConfig, TrainConfig
 from trace_opd.schemas.configs.train import OnlineConfig
 from trace_opd.schemas.errors import InputError
@@ -288,7 +289,6 @@ def test_a_study_with_contradictions_is_refused(change, message):
 def test_the_shipped_study_names_presets_and_fields_that_exist():
     config = load_config(StudyConfig, CONFIG)
     for size in (config, override(config, config.quick)):
-        rows = arms(size, "problems", dict.fromkeys(size.splits, "problems"))
-        runs = study_runs(size, rows, {})
+        runs = study_runs(size, arms(size), {})
         main = [run for run in runs if run.arm.ablation == "methods"]
         assert len(main) == len(config.ablations["methods"]) * len(size.seeds)

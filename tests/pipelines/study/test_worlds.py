@@ -1,13 +1,16 @@
 """Worlds: what their dials do to demonstrations, and a study whose arms start from their bases."""
 
 import random
+import shutil
 from pathlib import Path
 
 import polars as pl
 import pytest
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from trace_opd.data.sources.arithmetic import answer_text, problem_row
+from trace_opd.data.store import Store
 from trace_opd.pipelines.annotators.rows import Item
 from trace_opd.pipelines.annotators.rule import by_line
 from trace_opd.pipelines.bundled.demonstrations import (
@@ -18,6 +21,7 @@ from trace_opd.pipelines.bundled.demonstrations import (
 )
 from trace_opd.pipelines.bundled.world import base_of
 from trace_opd.pipelines.cli.commands import app
+from trace_opd.pipelines.study.arms import arms
 from trace_opd.schemas.configs import StudyConfig, WorldConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.labels import DiagnosticType, Operation
@@ -25,6 +29,7 @@ from trace_opd.schemas.settings import load_config
 from trace_opd.trace.segment import segment
 
 CONFIG = Path(__file__).parents[3] / "studies" / "micro.yaml"
+BASES = CONFIG.parent / "micro-bases"
 HINT = DiagnosticType.CASE_ANALYSIS
 PROBLEM = (4868, 3977)  # carries in three of four columns
 RIGHT = answer_text(str(sum(PROBLEM)))
@@ -81,10 +86,57 @@ def test_a_base_is_made_once_and_depends_on_each_dial(tmp_path):
     assert len(list(tmp_path.glob("[!.]*"))) == 2
 
 
+def test_a_base_that_continues_is_that_of_the_files_of_its_start_and_marking(tmp_path):
+    start = shutil.copytree(BASES / "step-500", tmp_path / "start")
+    prompt = shutil.copy(CONFIG.parent / "micro-annotate.md", tmp_path / "prompt.md")
+    world = WorldConfig(
+        start=str(start), steps=1, batch_size=2, marking=1.0, marking_prompt=str(prompt),
+        marking_schema=str(CONFIG.parent / "micro-answer.schema.json"),
+    )  # fmt: skip
+    folders = [base_of(world, tmp_path / "bases")]
+    moved = world.model_copy(update={"start": str(start.rename(tmp_path / "moved"))})
+    assert base_of(moved, tmp_path / "bases") == folders[0]
+    prompt.write_text(prompt.read_text() + "\nBe brief.\n")
+    folders.append(base_of(moved, tmp_path / "bases"))
+    other = shutil.copytree(BASES / "step-800", tmp_path / "moved", dirs_exist_ok=True)
+    folders.append(base_of(moved, tmp_path / "bases"))
+    assert len(set(folders)) == 3
+    # One step at 5 % of the learning rate: the base is still close to its start.
+    weights = [load_file(folder / "model.safetensors") for folder in (other, folders[-1])]
+    name = "model.embed_tokens.weight"
+    assert (weights[0][name] - weights[1][name]).abs().max() < 0.001
+    assert not weights[0][name].equal(weights[1][name])
+
+
+def test_a_base_continues_from_a_policy_with_its_own_tokens(tmp_path):
+    start = shutil.copytree(BASES / "step-500", tmp_path / "start")
+    path = start / "tokenizer.json"
+    path.write_text(path.read_text().replace('"+":', '"plus":'))
+    with pytest.raises(InputError, match=r"start: has other tokens than micro; start from micro"):
+        base_of(WorldConfig(start=str(start), steps=1, batch_size=2), tmp_path / "bases")
+
+
+def test_a_world_that_marks_names_its_prompt_and_schema():
+    with pytest.raises(InputError, match=r"worlds.y: marking_schema is null but marking is 0.1"):
+        load_config(
+            StudyConfig, str(CONFIG), ["worlds={y: {marking: 0.1, marking_prompt: prompt.md}}"]
+        )
+
+
+def test_only_additions_have_a_worlds_digits():
+    config = load_config(
+        StudyConfig,
+        str(CONFIG),
+        ["worlds={y: {asked_digits: 3}}", "splits.longer.source={kind: word-problems}"],
+    )
+    with pytest.raises(InputError, match=r"splits\.longer\.source: a world has asked_digits 3"):
+        arms(config)
+
+
 def test_a_study_over_worlds(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACE_OPD_CACHE", str(tmp_path / "cache"))
     worlds = "{plain: {steps: 4, batch_size: 8}, drift: {steps: 4, batch_size: 8, "
-    worlds += "short_hinted: 0.8}}"
+    worlds += f"short_hinted: 0.8, asked_digits: 2, start: {BASES / 'step-800'}}}}}"
     arms = ", ".join(
         f"{preset} {world}: {{preset: {preset}, world: {world}, against: grpo {world}}}"
         if preset != "grpo"
@@ -110,9 +162,16 @@ def test_a_study_over_worlds(tmp_path, monkeypatch):
     assert figures["pass_rate"].is_between(0, 1).all()
     page = (tmp_path / "w" / "study.md").read_text()
     assert "## worlds" in page
-    assert "| drift | short_hinted 0.8, steps 4, batch_size 8 |" in page
+    start = f"start {BASES / 'step-800'}"
+    assert f"| drift | {start}, short_hinted 0.8, asked_digits 2, steps 4, batch_size 8 |" in page
     runs = pl.read_parquet(tmp_path / "w" / "results.parquet")
     assert runs["run"].n_unique() == 4
+    store = Store(tmp_path / "store")
+    for split in ("problems", "test"):
+        asked = store.get(f"w-{split}-2-digits").read()["problem"].to_pylist()
+        assert all(len(text) == len("12+34") for text in asked)
+        # The world without asked_digits has the study's own.
+        assert store.get(f"w-{split}").read()["problem"].to_pylist() != asked
 
 
 def test_an_arm_names_a_world_of_the_study():

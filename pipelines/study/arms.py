@@ -1,0 +1,147 @@
+"""The arms of a study, the configs of their runs, and what tuning chose.
+
+study.py calls these functions. Without bases and problem sets `arms` gives configs that cannot run
+yet: they check a study before any work, and count its runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import polars as pl
+
+from ...schemas.configs import StudyConfig, TrainConfig, WorldConfig
+from ...schemas.presets import preset_data
+from ...schemas.settings import overlaid, override
+from .figures import tuning_rate
+from .problem_sets import ProblemSets, sources
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of an ablation's table, and its training.
+
+    world: whose base it starts from; None: train.policy.path.
+    """
+
+    ablation: str
+    name: str
+    train: TrainConfig
+    like: str | None = None
+    world: WorldConfig | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm with a seed; choice: overrides that tuning chose."""
+
+    arm: Arm
+    seed: int
+    choice: tuple[str, ...] = ()
+
+    @property
+    def train(self) -> TrainConfig:
+        return override(self.arm.train, [*self.choice, f"seed={self.seed}"])
+
+    @property
+    def key(self) -> str:
+        """Equal for runs of different tables with the same training."""
+        return self.train.model_dump_json()
+
+
+def worlds_of(config: StudyConfig) -> list[WorldConfig]:
+    """All distinct worlds of a study."""
+    return list(dict.fromkeys(config.worlds.values()))
+
+
+def asked_of(config: StudyConfig) -> list[int | None]:
+    """All numbers of digits that its worlds ask; None: as the study's problems say."""
+    return list(dict.fromkeys([None, *(world.asked_digits for world in worlds_of(config))]))
+
+
+def arms(
+    config: StudyConfig,
+    bases: Mapping[WorldConfig, str] | None = None,
+    sets: Mapping[int | None, ProblemSets] | None = None,
+    tuning: bool = False,
+) -> list[Arm]:
+    """All arms.
+
+    bases: folders of the worlds' bases; sets: of all numbers of digits that are asked; None: none
+    are made yet. tuning: evaluate the problems that tune, not the splits.
+
+    Raises:
+        InputError: an unknown preset, a bad override, a source that cannot ask a world's digits.
+    """
+    bases = _unmade_bases(config) if bases is None else bases
+    sets = _unmade_sets(config) if sets is None else sets
+    found = []
+    for ablation, rows in config.ablations.items():
+        for name, arm in rows.items():
+            world = None if arm.world is None else config.worlds[arm.world]
+            asked = sets[None if world is None else world.asked_digits]
+            base = {} if world is None else {"policy": {"path": bases[world]}}
+            links = {
+                "online": {"problems": asked.problems},
+                "validation": {"problems": asked.tuning if tuning else asked.splits},
+            }
+            laid = preset_data(arm.preset, TrainConfig) if arm.preset else {}
+            train = overlaid(overlaid(config.train, laid, arm.set), links | base, [])
+            found.append(Arm(ablation, name, train, arm.like, world))
+    return found
+
+
+def _unmade_bases(config: StudyConfig) -> dict[WorldConfig, str]:
+    """Names for bases that are not there yet; worlds that share a base share the name."""
+    return {
+        world: world.model_copy(update={"asked_digits": None}).model_dump_json()
+        for world in worlds_of(config)
+    }
+
+
+def _unmade_sets(config: StudyConfig) -> dict[int | None, ProblemSets]:
+    found = {}
+    for digits in asked_of(config):
+        roles = sources(config, digits)
+        name = "" if digits is None else f"{digits}-digits"
+        tuning = {"tuning": name} if "tuning" in roles else {}
+        found[digits] = ProblemSets(name, tuning, dict.fromkeys(config.splits, name))
+    return found
+
+
+def tuning_runs(config: StudyConfig, all_arms: Sequence[Arm]) -> list[Run]:
+    """Every arm of the first ablation with every choice; none without tuning."""
+    if config.tuning is None:
+        return []
+    first = [arm for arm in all_arms if arm.ablation == all_arms[0].ablation]
+    return [Run(arm, config.tuning.seed, tuple(c)) for arm in first for c in config.tuning.choices]
+
+
+def chosen(tries: Sequence[Run], table: pl.DataFrame) -> dict[str, tuple[str, ...]]:
+    """The choice of each arm with the best sampled pass rate, mean over evaluations; the first of
+    equals.
+
+    table: the results of these runs.
+    """
+    choices: dict[str, list[tuple[str, ...]]] = {}
+    for run in tries:
+        choices.setdefault(run.arm.name, []).append(run.choice)
+
+    def rate(name: str, choice: tuple[str, ...]) -> float:
+        found = tuning_rate(table, name, " ".join(choice))
+        return -1.0 if found is None else found
+
+    return {name: max(own, key=partial(rate, name)) for name, own in choices.items()}
+
+
+def study_runs(
+    config: StudyConfig, all_arms: Sequence[Arm], choices: dict[str, tuple[str, ...]]
+) -> list[Run]:
+    """Every arm with its seeds and its choice."""
+    main = all_arms[0].ablation
+    runs = []
+    for arm in all_arms:
+        seeds = config.seeds if arm.ablation == main else config.seeds[: config.ablation_seeds]
+        name = arm.name if arm.ablation == main else arm.like
+        runs += [Run(arm, seed, choices.get(name or "", ())) for seed in seeds]
+    return runs
