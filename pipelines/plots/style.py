@@ -111,6 +111,34 @@ def caption(figure: Any, text: str) -> None:
     figure.supxlabel(text, fontsize=8, color=MUTED, x=0.012, ha="left")
 
 
+def text_width(text: str, size: float, bold: bool = False) -> float:
+    """Width of a line of text, in inches. size: of its type, in points."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    if not text.strip():
+        return 0.0
+    font = FontProperties(weight="bold" if bold else "normal")
+    return float(TextPath((0, 0), text, size=size, prop=font).get_extents().width) / 72
+
+
+def wrapped(text: str, width: float, size: float, bold: bool = False) -> str:
+    """A text in lines of at most so many inches; a word that is longer has its own line.
+
+    Lines that the text has already stay.
+    """
+    lines: list[str] = []
+    for paragraph in text.splitlines():
+        lines.append("")
+        for word in paragraph.split():
+            longer = f"{lines[-1]} {word}".strip()
+            if lines[-1] and text_width(longer, size, bold) > width:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+    return "\n".join(lines)
+
+
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Places as near to the wanted ones as they can be `gap` apart, in the same order.
 
