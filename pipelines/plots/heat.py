@@ -4,22 +4,22 @@ Each cell has its value and its interval. Colour is for cells whose interval exc
 are grey and hatched, so a picture without colour shows the same. The study draws with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..statistics import Estimate
 from .estimates import Unit, bound, interval, measured, resolved, scaled, signed, unit_name
-from .style import EMPTY, INK, MUTED, WIDTH, caption, new_figure, text_width, wrapped
+from .style import EMPTY, INK, MUTED, WIDTH, caption, new_figure, text_height, text_width, wrapped
 
-_VALUE, _INTERVAL, _LABEL, _TITLE = 10.5, 7.0, 8.5, 10.0  # points of type
-_CELL = 0.46  # inches, height
-_PAD = 0.1  # inches that a cell is wider than its interval
+_VALUE, _INTERVAL, _NAME, _LABEL, _TITLE, _SMALL = 10.5, 6.6, 8.5, 9.5, 10.0, 8.0  # points
+_CELL, _PAD = 0.46, 0.07  # inches: height of a cell, and how much wider than its interval it is
 _GAP = 0.12  # inches between panels
 _MOST_NAME = 1.1  # inches of the names of rows; longer ones have several lines
 _HATCH = "#c9c9c4"
-# Vermilion and blue, with a step at 0: a coloured cell is on one side of it.
-_SCALE = ((0.0, "#D55E00"), (0.5, "#fbe3d3"), (0.5, "#d6e8f4"), (1.0, "#0072B2"))
+# Vermilion and blue, as far as ink can be read on them, with a step at 0: a coloured cell is
+# clearly on one side of it.
+_SCALE = ((0.0, "#ea8a45"), (0.5, "#fbe6d8"), (0.5, "#dcebf6"), (1.0, "#4f9fd3"))
 
 
 @dataclass(frozen=True)
@@ -44,75 +44,123 @@ def draw_heat(panels: Sequence[HeatPanel], x: Axis, y: Axis, over: str = "") -> 
     """A figure of the panels, as many next to each other as can be read at a README's width.
 
     Panels of one unit have the same scale of colours. over: what the intervals are over, as
-    "3 seeds and 200 problems"; the caption ends with it.
+    "3 seeds and 200 problems"; the caption has it.
     """
-    names = [wrapped(point, _MOST_NAME, _LABEL) for point in y.points]
-    left = 0.35 + max(text_width(line, _LABEL) for name in names for line in name.splitlines())
-    widest = max((text_width(text, _INTERVAL) for text in _intervals(panels)), default=0.5) + _PAD
-    columns = max(1, min(len(panels), int((WIDTH - left) / (widest * len(x.points) + _GAP))))
+    rows_named = [wrapped(point, _MOST_NAME, _NAME) for point in y.points]
+    names_end = 0.35 + max(text_width(line, _NAME) for line in "\n".join(rows_named).splitlines())
+    columns = _columns(panels, len(x.points), WIDTH - names_end)
+    width = (WIDTH - names_end) / columns - _GAP
+    titles = [_title(panel, panels, width) for panel in panels]
+    columns_named = [wrapped(point, width / len(x.points) - _PAD, _NAME) for point in x.points]
+    label = wrapped(x.label, width, _LABEL)
+    cell = max(_CELL, text_height(rows_named, _NAME) + 0.06)
+    text = wrapped(_caption(panels, over), WIDTH - 0.2, _SMALL)
     rows = -(-len(panels) // columns)
-    columns = -(-len(panels) // rows)  # as even as can be
-    figure, axes = new_figure(rows, columns, 0.85 + _CELL * len(y.points))
-    width = (WIDTH - left) / columns - _GAP
+    labelled = 2 if len(panels) % columns else 1  # rows of panels with the label of x
+    height = rows * (text_height(titles, _TITLE) + cell * len(y.points) + 0.22)
+    height += rows * text_height(columns_named, _NAME) + labelled * (
+        text_height([label], _LABEL) + 0.06
+    )
+    height += text_height([text], _SMALL) + 0.1
+    figure, axes = new_figure(rows, columns, height / rows)
     for number, own in enumerate(axes):
         if number >= len(panels):
             own.set_visible(False)
             continue
-        panel = panels[number]
-        _draw(own, panel, _bound(panels, panel.unit), len(x.points))
-        own.set_title(wrapped(panel.title, width, _TITLE, bold=True), fontsize=_TITLE)
-        own.set_xticks(
-            range(len(x.points)),
-            [wrapped(point, width / len(x.points) - 0.04, _LABEL) for point in x.points],
-            fontsize=_LABEL,
-        )
-        first = number % columns == 0
-        own.set_yticks(range(len(names)), names if first else [""] * len(names), fontsize=_LABEL)
+        panel, first = panels[number], number % columns == 0
+        _draw(own, panel, _bound(panels, panel.unit))
+        own.set_title(titles[number], fontsize=_TITLE)
+        if _mixed(panels):
+            own.set_title(unit_name(panel.unit), loc="right", fontsize=_SMALL, color=MUTED,
+                          fontweight="normal")  # fmt: skip
+        own.set_xticks(range(len(columns_named)), columns_named, fontsize=_NAME)
+        own.set_yticks(range(len(rows_named)), rows_named, fontsize=_NAME)
+        own.tick_params(labelleft=first)
         if first:
-            own.set_ylabel(y.label)
+            own.set_ylabel(wrapped(y.label, cell * len(y.points) + 0.1, _LABEL), fontsize=_LABEL)
         if number + columns >= len(panels):
-            own.set_xlabel(wrapped(x.label, width, 9.5))
-    caption(figure, wrapped(_caption(panels, over), WIDTH - 0.2, 8))
+            own.set_xlabel(label, fontsize=_LABEL)
+    caption(figure, text)
     return figure
 
 
-def _intervals(panels: Sequence[HeatPanel]) -> list[str]:
-    found = [
-        interval(cell, panel.unit)
-        for panel in panels
-        for row in panel.cells
-        for cell in row
-        if measured(cell) is not None and cell is not None
-    ]
-    return [text for text in found if text]
+# --- layout --------------------------------------------------------------------------------------
+
+
+def _columns(panels: Sequence[HeatPanel], cells: int, width: float) -> int:
+    """How many panels of so many cells in a row stand next to each other in a width, in inches."""
+    texts = [interval(own, panel.unit) for panel in panels for own in _measured(panel)]
+    widest = max([text_width(text, _INTERVAL) for text in texts], default=0.0) + _PAD
+    return max(1, min(len(panels), int(width / (widest * cells + _GAP))))
+
+
+def _title(panel: HeatPanel, panels: Sequence[HeatPanel], width: float) -> str:
+    unit = text_width(unit_name(panel.unit), _SMALL) + 0.1 if _mixed(panels) else 0.0
+    return wrapped(panel.title, width - unit, _TITLE, bold=True)
+
+
+def _caption(panels: Sequence[HeatPanel], over: str) -> str:
+    """What a cell has, and how an unresolved one looks."""
+    unit = "" if _mixed(panels) else f" in {unit_name(panels[0].unit)}"
+    cells = sum(len(row) for panel in panels for row in panel.cells)
+    missing = sum(len(list(_measured(panel))) for panel in panels) < cells
+    return (
+        f"each cell: the difference{unit}, and below it the 95 % interval"
+        f"{f' over {over}' if over else ''}; blue: above 0, orange: below 0, "
+        f"grey and hatched: the interval holds 0{', –: not measured' if missing else ''}"
+    )
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def _mixed(panels: Sequence[HeatPanel]) -> bool:
+    return len({panel.unit for panel in panels}) > 1
+
+
+def _measured(panel: HeatPanel) -> Iterator[Estimate]:
+    for row in panel.cells:
+        for cell in row:
+            if (own := measured(cell)) is not None:
+                yield own
 
 
 def _bound(panels: Sequence[HeatPanel], unit: Unit) -> float:
-    """The value of the strongest colour: the largest of all cells that have one."""
-    cells = [cell for panel in panels if panel.unit == unit for row in panel.cells for cell in row]
-    return bound([cell for cell in cells if cell is not None and resolved(cell)], unit)
+    """The difference with the strongest colour: the largest of all coloured cells of a unit."""
+    same = [panel for panel in panels if panel.unit == unit]
+    return bound((own for panel in same for own in _measured(panel) if resolved(own)), unit)
 
 
-def _draw(axes: Any, panel: HeatPanel, most: float, columns: int) -> None:
+# --- cells ---------------------------------------------------------------------------------------
+
+
+def _draw(axes: Any, panel: HeatPanel, most: float) -> None:
+    """The cells of a panel. most: the difference with the strongest colour, in the unit."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
     scale = LinearSegmentedColormap.from_list("difference", _SCALE)
+    rows, columns = len(panel.cells), len(panel.cells[0])
     for row, cells in enumerate(panel.cells):
         for column, cell in enumerate(cells):
-            own, place = measured(cell), (column - 0.5, row - 0.5)
+            own = measured(cell)
             if own is None:
                 axes.text(column, row, "–", ha="center", va="center", color=MUTED)
                 continue
-            known = resolved(own)
-            face = scale(0.5 + 0.5 * scaled(own.value, panel.unit) / most) if known else EMPTY
-            how = {} if known else {"hatch": "////", "edgecolor": _HATCH}
-            axes.add_patch(Rectangle(place, 1, 1, facecolor=face, linewidth=0, **how))
-            _write(axes, own, panel.unit, (column, row), face, known)
+            corner = (column - 0.5, row - 0.5)
+            if resolved(own):
+                face = scale(0.5 + 0.5 * scaled(own.value, panel.unit) / most)
+                axes.add_patch(Rectangle(corner, 1, 1, facecolor=face, linewidth=0))
+            else:
+                axes.add_patch(
+                    Rectangle(corner, 1, 1, facecolor=EMPTY, edgecolor=_HATCH, hatch="////",
+                              linewidth=0)
+                )  # fmt: skip
+            _write(axes, own, panel.unit, column, row)
     axes.set_xlim(-0.5, columns - 0.5)
-    axes.set_ylim(len(panel.cells) - 0.5, -0.5)
+    axes.set_ylim(rows - 0.5, -0.5)
     axes.set_xticks([n - 0.5 for n in range(columns + 1)], minor=True)
-    axes.set_yticks([n - 0.5 for n in range(len(panel.cells) + 1)], minor=True)
+    axes.set_yticks([n - 0.5 for n in range(rows + 1)], minor=True)
     axes.grid(visible=False)
     axes.grid(which="minor", color="white", linewidth=2)
     axes.set_axisbelow(False)  # the grid parts the cells
@@ -121,47 +169,16 @@ def _draw(axes: Any, panel: HeatPanel, most: float, columns: int) -> None:
         spine.set_visible(False)
 
 
-def _write(
-    axes: Any, own: Estimate, unit: Unit, place: tuple[int, int], face: Any, known: bool
-) -> None:
-    """A cell's value and its interval, in the ink that is seen best."""
-    column, row = place
-    ink = _ink(face) if known else INK
-    below = interval(own, unit)
-    how: dict[str, Any] = {"ha": "center", "va": "center", "color": ink}
+def _write(axes: Any, own: Estimate, unit: Unit, column: int, row: int) -> None:
+    """A cell's value and its interval."""
+    below, known = interval(own, unit), resolved(own)
+    how: dict[str, Any] = {"ha": "center", "va": "center", "color": INK}
     if not known:  # the hatch ends where text begins
-        how["bbox"] = {"facecolor": face, "edgecolor": "none", "pad": 0.8}
+        how["bbox"] = {"facecolor": EMPTY, "edgecolor": "none", "pad": 0.8}
     weight = "bold" if known else "normal"
+    place = row - 0.15 if below else row
     axes.text(
-        column, row - (0.14 if below else 0.0), signed(own.value, unit), fontsize=_VALUE,
-        fontweight=weight, **how,
+        column, place, signed(own.value, unit), fontsize=_VALUE, fontweight=weight, **how
     )  # fmt: skip
     if below:
         axes.text(column, row + 0.24, below, fontsize=_INTERVAL, **how)
-
-
-def _ink(face: Any) -> str:
-    """White or the house's ink: what has the higher contrast (WCAG 2) on a colour."""
-    from matplotlib.colors import to_rgb
-
-    def luminance(colour: Any) -> float:
-        linear = [
-            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
-            for part in to_rgb(colour)
-        ]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    here, dark = luminance(face), luminance(INK)
-    return "white" if 1.05 / (here + 0.05) > (here + 0.05) / (dark + 0.05) else INK
-
-
-def _caption(panels: Sequence[HeatPanel], over: str) -> str:
-    """What a cell has, and how an unresolved one looks."""
-    units = list(dict.fromkeys(unit_name(panel.unit) for panel in panels))
-    cells = [cell for panel in panels for row in panel.cells for cell in row]
-    missing = any(measured(cell) is None for cell in cells)
-    return (
-        f"difference in {' or '.join(units)}, below it the 95 % interval"
-        f"{f' over {over}' if over else ''}; blue: above 0, red: below 0; "
-        f"grey and hatched: the interval holds 0{'; –: not measured' if missing else ''}"
-    )
