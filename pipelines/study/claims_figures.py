@@ -16,7 +16,13 @@ from ..plots.style import styled, write
 from ..statistics import Estimate
 from .comparisons import OVER_SEEDS, difference, estimate_of, unit_of
 
-_MOST_MAPS, _MOST_PANELS = 3, 4
+_MOST_MAPS, _MOST_POINTS = 3, 4
+
+
+def drawn(claim: ClaimConfig) -> int:
+    """How many of a claim's comparisons its picture has, the first ones."""
+    most = _MOST_MAPS if claim.y is not None else _MOST_POINTS
+    return min(most, len(claim.comparisons))
 
 
 def plot_claims(config: StudyConfig, comparisons: pl.DataFrame, folder: Path) -> list[Path]:
@@ -34,7 +40,7 @@ def plot_claims(config: StudyConfig, comparisons: pl.DataFrame, folder: Path) ->
 def _map(claim: ClaimConfig, rows: pl.DataFrame) -> Any:
     """A heat map per comparison."""
     assert claim.y is not None
-    found = _estimates(claim, rows)[:_MOST_MAPS]
+    found = _estimates(claim, rows)[: drawn(claim)]
     panels = [
         HeatPanel(
             difference(comparison),
@@ -48,7 +54,7 @@ def _map(claim: ClaimConfig, rows: pl.DataFrame) -> Any:
 
 def _points(claim: ClaimConfig, rows: pl.DataFrame) -> Any:
     """A panel per comparison."""
-    found = _estimates(claim, rows)[:_MOST_PANELS]
+    found = _estimates(claim, rows)[: drawn(claim)]
     panels = [
         DifferencePanel(
             difference(comparison), list(own), list(own.values()), unit_of(comparison.of)

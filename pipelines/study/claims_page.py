@@ -19,6 +19,7 @@ from .bases import by_world, point_world
 from .cells import LABELS, PLACES, dials, number, percent, table
 from .cells import difference as cell
 from .claims import points_of
+from .claims_figures import drawn
 from .comparisons import difference, estimate_of, unit_of
 
 _SHOWN = {"points": (100, 1), "tokens": (1, 1), "nats": (1, 4)}  # scale, decimal places
@@ -109,6 +110,7 @@ def _section(
         "figures": _figures(config, claim, results.filter(ablation=name), found),
         "verdict": verdict({str(point): rows[0] for point, rows in found.items()}),
         "first": difference(claim.comparisons[0]),
+        "drawn": drawn(claim),
         "lifts": lifts,
     }
 

@@ -176,7 +176,7 @@ def has_key_tokens(routed: pa.Table) -> bool:
 
 
 def _with_key_tokens(routed: pa.Table) -> list[bool]:
-    return [Route.FKL in route for route in routed["route"].to_pylist()]
+    return [Route.FKL in row["route"] for row in routed.select(["route"]).to_pylist()]
 
 
 def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:

@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 from trace_opd.data.store import Store
 from trace_opd.pipelines.cli.commands import app
 from trace_opd.pipelines.statistics import Estimate
+from trace_opd.pipelines.study.claims_figures import drawn
 from trace_opd.pipelines.study.claims_page import verdict, with_interval
 from trace_opd.pipelines.study.comparisons import estimate_of
-from trace_opd.schemas.configs import ComparisonConfig
+from trace_opd.schemas.configs import ComparisonConfig, StudyConfig
+from trace_opd.schemas.settings import load_config
 
 from .claims_study import LINE, MAP, STUDY
 
@@ -196,6 +198,14 @@ def test_a_verdict_says_what_the_interval_says():
     assert two.sentence == "Holds at (25 %, 3 × 4); open at (25 %, 8 × 8), (a, b)."
     assert verdict({"a": below, "b": below}).sentence == "Reversed at every point."
     assert verdict({"a": above}).cells == ["a", "–", "–"]
+
+
+def test_a_picture_has_the_first_comparisons():
+    each = [ComparisonConfig(higher="fkl", lower="grpo", of=of) for of in ("tokens", "a", "b", "c")]
+    config = load_config(StudyConfig, STUDY).claims["map"]
+    assert drawn(config.model_copy(update={"comparisons": each})) == 3
+    assert drawn(config.model_copy(update={"comparisons": [*each, *each], "y": None})) == 4
+    assert drawn(config.model_copy(update={"comparisons": each[:1]})) == 1
 
 
 def test_a_difference_is_bold_where_its_interval_excludes_0():

@@ -8,6 +8,7 @@ from trace_opd.pipelines.models import resolve_policy
 from trace_opd.pipelines.study.mechanism import (
     OBJECTIVES,
     PROMPT,
+    has_key_tokens,
     kinds_in_use,
     one_step,
     other_kind,
@@ -61,6 +62,14 @@ def test_a_step_brings_the_student_nearer_to_the_right_teacher_and_lifts_what_it
 def test_the_literal_clip_changes_what_a_step_does():
     found = {row["objective"]: row for row in rows(1)}
     assert found["trace-fkl, clip entry_above"]["lift"] != found["trace-fkl, clip none"]["lift"]
+
+
+def test_rollouts_without_key_tokens_are_known():
+    policy = load_policy(resolve_policy("micro"), "cpu")
+    for action, has in ((Route.FKL, True), (Route.GRPO, False)):
+        routing = RoutingConfig(key=action, error=Route.GRPO)
+        routed = routed_rollouts(policy, arithmetic_problems(2, 0), routing, 96, 0)
+        assert has_key_tokens(routed) is has
 
 
 def test_rollouts_without_key_tokens_are_refused():
