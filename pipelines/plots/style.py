@@ -5,6 +5,7 @@ vision can tell apart, without their yellow, which is too pale for lines on whit
 """
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,39 @@ def whole_steps(axis: Any) -> None:
 def caption(figure: Any, text: str) -> None:
     """What bands and intervals are, in small type below the panels."""
     figure.supxlabel(text, fontsize=8, color=MUTED, x=0.012, ha="left")
+
+
+def text_width(text: str, size: float, bold: bool = False) -> float:
+    """Width of a line of text, in inches. size: of its type, in points."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    if not text.strip():
+        return 0.0
+    font = FontProperties(weight="bold" if bold else "normal")
+    return float(TextPath((0, 0), text, size=size, prop=font).get_extents().width) / 72
+
+
+def text_height(texts: Sequence[str], size: float) -> float:
+    """Height of the text with most lines, in inches."""
+    return max(text.count("\n") + 1 for text in texts) * size * 1.2 / 72
+
+
+def wrapped(text: str, width: float, size: float, bold: bool = False) -> str:
+    """A text in lines of at most so many inches, cut at spaces.
+
+    A word that is longer is cut after its hyphens; what is still longer has its own line.
+    """
+    lines = [""]
+    for word in text.split():
+        long = text_width(word, size, bold) > width
+        for number, part in enumerate(re.split(r"(?<=\w-)(?=\w)", word) if long else [word]):
+            longer = f"{lines[-1]}{'' if number else ' '}{part}".strip()
+            if lines[-1] and text_width(longer, size, bold) > width:
+                lines.append(part)
+            else:
+                lines[-1] = longer
+    return "\n".join(lines)
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

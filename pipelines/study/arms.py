@@ -13,21 +13,25 @@ import polars as pl
 from ...schemas.configs import StudyConfig, TrainConfig, WorldConfig
 from ...schemas.presets import preset_data
 from ...schemas.settings import overlaid, override
+from .claims import all_points, arm_at
 from .figures import tuning_rate
 from .problem_sets import ProblemSets, sources
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of an ablation's table, and its training.
+    """A row of an ablation's table or a column of a claim's, and its training.
 
-    world: whose base it starts from; None: train.policy.path.
+    ablation: or claim; point: of a claim's map, "" in ablations; tuned: arm of the first ablation
+    whose tuned choice it takes; world: whose base it starts from, None: train.policy.path.
     """
 
     ablation: str
     name: str
     train: TrainConfig
-    like: str | None = None
+    seeds: Sequence[int] = ()
+    point: str = ""
+    tuned: str | None = None
     world: WorldConfig | None = None
 
 
@@ -51,7 +55,8 @@ class Run:
 
 def worlds_of(config: StudyConfig) -> list[WorldConfig]:
     """All distinct worlds of a study."""
-    return list(dict.fromkeys(config.worlds.values()))
+    points = (point.world for point in all_points(config))
+    return list(dict.fromkeys([*config.worlds.values(), *points]))
 
 
 def asked_of(config: StudyConfig) -> list[int | None]:
@@ -77,18 +82,38 @@ def arms(
     sets = _unmade_sets(config) if sets is None else sets
     found = []
     for ablation, rows in config.ablations.items():
+        first = ablation == next(iter(config.ablations))
+        seeds = config.seeds if first else config.seeds[: config.ablation_seeds]
         for name, arm in rows.items():
             world = None if arm.world is None else config.worlds[arm.world]
-            asked = sets[None if world is None else world.asked_digits]
-            base = {} if world is None else {"policy": {"path": bases[world]}}
-            links = {
-                "online": {"problems": asked.problems},
-                "validation": {"problems": asked.tuning if tuning else asked.splits},
-            }
             laid = preset_data(arm.preset, TrainConfig) if arm.preset else {}
-            train = overlaid(overlaid(config.train, laid, arm.set), links | base, [])
-            found.append(Arm(ablation, name, train, arm.like, world))
+            train = overlaid(config.train, laid, arm.set)
+            if world is not None:
+                train = overlaid(train, {"policy": {"path": bases[world]}}, [])
+            train = _asked(train, sets, world, tuning)
+            tuned = name if first else arm.like
+            found.append(Arm(ablation, name, train, seeds, tuned=tuned, world=world))
+    for point in all_points(config):
+        claim = config.claims[point.claim]
+        seeds = config.seeds[: claim.seeds]
+        for name, arm in claim.arms.items():
+            train = arm_at(config, point, bases[point.world], arm)
+            train = _asked(train, sets, point.world, tuning)
+            found.append(Arm(point.claim, name, train, seeds, point.name, world=point.world))
     return found
+
+
+def _asked(
+    train: TrainConfig,
+    sets: Mapping[int | None, ProblemSets],
+    world: WorldConfig | None,
+    tuning: bool,
+) -> TrainConfig:
+    """A training with the problems that are asked in a world."""
+    asked = sets[None if world is None else world.asked_digits]
+    evaluated = asked.tuning if tuning else asked.splits
+    links = {"online": {"problems": asked.problems}, "validation": {"problems": evaluated}}
+    return overlaid(train, links, [])
 
 
 def _unmade_bases(config: StudyConfig) -> dict[WorldConfig, str]:
@@ -113,8 +138,13 @@ def tuning_runs(config: StudyConfig, all_arms: Sequence[Arm]) -> list[Run]:
     """Every arm of the first ablation with every choice; none without tuning."""
     if config.tuning is None:
         return []
-    first = [arm for arm in all_arms if arm.ablation == all_arms[0].ablation]
-    return [Run(arm, config.tuning.seed, tuple(c)) for arm in first for c in config.tuning.choices]
+    first = next(iter(config.ablations))
+    return [
+        Run(arm, config.tuning.seed, tuple(choice))
+        for arm in all_arms
+        if arm.ablation == first
+        for choice in config.tuning.choices
+    ]
 
 
 def chosen(tries: Sequence[Run], table: pl.DataFrame) -> dict[str, tuple[str, ...]]:
@@ -134,14 +164,8 @@ def chosen(tries: Sequence[Run], table: pl.DataFrame) -> dict[str, tuple[str, ..
     return {name: max(own, key=partial(rate, name)) for name, own in choices.items()}
 
 
-def study_runs(
-    config: StudyConfig, all_arms: Sequence[Arm], choices: dict[str, tuple[str, ...]]
-) -> list[Run]:
+def study_runs(all_arms: Sequence[Arm], choices: Mapping[str, tuple[str, ...]]) -> list[Run]:
     """Every arm with its seeds and its choice."""
-    main = all_arms[0].ablation
-    runs = []
-    for arm in all_arms:
-        seeds = config.seeds if arm.ablation == main else config.seeds[: config.ablation_seeds]
-        name = arm.name if arm.ablation == main else arm.like
-        runs += [Run(arm, seed, choices.get(name or "", ())) for seed in seeds]
-    return runs
+    return [
+        Run(arm, seed, choices.get(arm.tuned or "", ())) for arm in all_arms for seed in arm.seeds
+    ]

@@ -19,8 +19,10 @@ from ..plots.rates import curves, mean
 from ..plots.style import MARKERS, MUTED, caption, new_figure, style_of, styled, write
 from ..plots.training import intervals_caption, rate_line
 from ..training.validation import SAMPLED
+from .claims_figures import plot_claims
 
-CONFIG, _ANSWERS = "study.yaml", "answers.parquet"  # in a study's folder
+# In a study's folder.
+CONFIG, _ANSWERS, COMPARISONS = "study.yaml", "answers.parquet", "comparisons.parquet"
 
 
 def of_arm(table: pl.DataFrame, ablation: str, method: str) -> pl.DataFrame:
@@ -86,14 +88,18 @@ def plot_exposure(config: StudyConfig, answers: pl.DataFrame, ablation: str, pat
         write(figure, path)
 
 
-def draw(config: StudyConfig, answers: pl.DataFrame, folder: Path) -> list[Path]:
-    """Write the plots of a study, and return their paths."""
+def draw(
+    config: StudyConfig, answers: pl.DataFrame, comparisons: pl.DataFrame | None, folder: Path
+) -> list[Path]:
+    """Write the plots of a study, and return their paths. comparisons: of its claims."""
     paths = [folder / f"{ablation}.svg" for ablation in config.ablations]
     for ablation, path in zip(config.ablations, paths, strict=True):
         plot_curves(config, answers, ablation, path)
     if config.exposure is not None:
         paths.append(folder / "exposure.svg")
         plot_exposure(config, answers, config.exposure, paths[-1])
+    if comparisons is not None:
+        paths += plot_claims(config, comparisons, folder)
     return paths
 
 
@@ -112,9 +118,11 @@ def redraw(folder: Path) -> list[Path]:
     config = load_config(StudyConfig, str(folder / CONFIG))
     try:
         answers = pl.read_parquet(folder / _ANSWERS)
-        return draw(config, answers, folder)
-    except (pl.exceptions.PolarsError, ValueError) as error:
+        comparisons = pl.read_parquet(folder / COMPARISONS) if config.claims else None
+        return draw(config, answers, comparisons, folder)
+    except (pl.exceptions.PolarsError, ValueError, LookupError, FileNotFoundError) as error:
+        tables = f"{_ANSWERS} or {COMPARISONS}" if config.claims else _ANSWERS
         raise InputError(
-            f"{folder / _ANSWERS}: is not the table of {folder / CONFIG} ({shortened(error)}); "
+            f"{folder}: {tables} is not the table of {folder / CONFIG} ({shortened(error)}); "
             "run the study again"
         ) from error

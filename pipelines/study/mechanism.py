@@ -1,9 +1,9 @@
 """The effect of one optimiser step, and of a type label, at key tokens.
 
-study.py calls `first_step` and `one_step`, pipelines/micro.py `label_effect`. `one_step` takes the
-rollouts of a run's first step and, from the run's own base and settings, makes one step each with
-GRPO and with TRACE-FKL under each form of the KL clip. Per objective, means over key tokens of
-right responses, in nats:
+first_steps.py calls `first_step` and `one_step`, pipelines/micro.py `label_effect`. `one_step`
+takes the rollouts of a run's first step and, from the run's own base and settings, makes one step
+each with GRPO and with TRACE-FKL under each form of the KL clip. Per objective, means over key
+tokens of right responses, in nats:
 
 - lift: rise of the sampled token's log-probability, over teacher-supported tokens alone, those to
   which the teacher with the type label gives more probability than the student does (the paper
@@ -170,6 +170,15 @@ def first_step(run: Dataset) -> pa.Table:
     return get_dataset(run.files, tables["routed"]).read_part(0)
 
 
+def has_key_tokens(routed: pa.Table) -> bool:
+    """Whether any row has a token under the FKL."""
+    return any(_with_key_tokens(routed))
+
+
+def _with_key_tokens(routed: pa.Table) -> list[bool]:
+    return [Route.FKL in route for route in routed["route"].to_pylist()]
+
+
 def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:
     """A row per objective; config: of the run that made these rows.
 
@@ -178,10 +187,9 @@ def one_step(config: TrainConfig, routed: pa.Table) -> list[dict[str, Any]]:
     """
     path = resolve_policy(config.policy.path)
     base = _load(config, path, trainable=False)
-    key = [Route.FKL in row["route"] for row in routed.to_pylist()]
-    if not any(key):
+    if not has_key_tokens(routed):
         raise InputError("no rollout of the first step has a token on the FKL route; take more")
-    labelled = routed.filter(pa.array(key))
+    labelled = routed.filter(pa.array(_with_key_tokens(routed)))
     teachers = Teachers(base, labelled, config.prompt, kinds_in_use(routed))
     with_right = teachers.logprobs(teachers.right_types)
     with_wrong = teachers.logprobs(teachers.wrong_types)
@@ -240,7 +248,3 @@ def _load(config: TrainConfig, path: str, trainable: bool) -> Policy:
 def kl_per_token(log_q: torch.Tensor, log_p: torch.Tensor) -> np.ndarray:
     """KL(q ‖ p) per token, nats: (tokens,)."""
     return (log_q.exp() * (log_q - log_p)).sum(-1).cpu().numpy()
-
-
-def _change(teacher: torch.Tensor, after: torch.Tensor, before: torch.Tensor) -> float:
-    return float((kl_per_token(teacher, after) - kl_per_token(teacher, before)).mean())

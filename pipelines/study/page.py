@@ -3,8 +3,6 @@
 Every figure on it comes from the study's Parquet files.
 """
 
-import math
-from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,15 @@ from typing import Any
 import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ...schemas.configs import ReportedConfig, StudyConfig, WorldConfig
+from ...schemas.configs import ReportedConfig, StudyConfig
 from ..plots.rates import curves, mean
-from ..statistics import Estimate, bootstrap_crossed
+from ..statistics import bootstrap_crossed
 from ..training.validation import GREEDY, SAMPLED
+from .bases import by_world
+from .cells import LABELS, PLACES, dials, interval, number, percent, points, table
+from .claims_page import claims_part
 from .figures import of_arm, pass_rate, tuning_rate
 
-_LABELS = ("right_label", "wrong_label")
-_PLACES = ("key", "error", "elsewhere")
 _REFERENCE = "grpo"  # differences are to this arm of the same table, or of the first one
 
 
@@ -31,15 +30,20 @@ def page(
     tuning: pl.DataFrame | None,
     worlds: pl.DataFrame | None,
     files: str,
+    comparisons: pl.DataFrame | None = None,
 ) -> str:
     """The page's text.
 
     tuning: results of the runs that tuned; worlds: figures of their bases; files: folder of the
-    study's files, as the page links to it.
+    study's files, as the page links to it; comparisons: of the claims.
     """
-    first, *later = config.ablations
+    first, *later = config.ablations or [""]
     # The arms of later tables may start from other bases.
     base = answers.filter(step=0, decoding=SAMPLED, ablation=first)
+    claims = None
+    if comparisons is not None:
+        assert worlds is not None, "each claim has a world"
+        claims = claims_part(config, results, comparisons, worlds, mechanism)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=False,  # noqa: S701  Markdown of our own figures and config
@@ -47,7 +51,7 @@ def page(
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    environment.filters["percent"] = _percent
+    environment.filters["percent"] = percent
     return environment.get_template("study.md.j2").render(
         config=config,
         files=files,
@@ -55,22 +59,17 @@ def page(
         runs=answers["run"].n_unique(),
         steps=answers["step"].max(),
         starts=[
-            f"{split} {_percent(pass_rate(base.filter(split=split)))}" for split in config.splits
+            f"{split} {percent(pass_rate(base.filter(split=split)))}" for split in config.splits
         ],
         arms=partial(_arms, config, answers, results),
         exposure=partial(_exposure, config, answers),
-        worlds=None if worlds is None else _worlds(config, worlds),
-        mechanism=None if mechanism is None else _mechanism(mechanism),
+        claims=claims,
+        worlds=_worlds(config, worlds) if worlds is not None and config.worlds else None,
+        mechanism=None if mechanism is None else _mechanism(config, mechanism),
         tuning=None if tuning is None else _choices(config, results, tuning),
         like=[name for name in later if any(arm.like for arm in config.ablations[name].values())],
         reported=None if config.reported is None else _reported(config.reported),
     )
-
-
-def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    header = ("| " + " | ".join(names) + " |").replace("|  |", "| |")
-    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join([header, "|" + "---|" * len(names), *lines])
 
 
 def _arms(config: StudyConfig, answers: pl.DataFrame, results: pl.DataFrame, ablation: str) -> str:
@@ -86,29 +85,29 @@ def _arms(config: StudyConfig, answers: pl.DataFrame, results: pl.DataFrame, abl
         greedy = "–"
         if config.train.validation.greedy:
             means = curves(own, main, GREEDY).mean
-            greedy = f"{_percent(means[0])} to {_percent(means[-1])}"
+            greedy = f"{percent(means[0])} to {percent(means[-1])}"
         last = of_arm(results, ablation, method).filter(pl.col("step") == pl.col("step").max())
         last = last.filter(decoding=SAMPLED)
         here = last.filter(split=main)
         elsewhere = [last.filter(split=other)["pass_rate"].mean() for other in others]
         cells = [
             method,
-            _percent(sampled.mean[0]),
-            _interval(bootstrap_crossed(sampled.final, config.bootstrap)),
+            percent(sampled.mean[0]),
+            interval(bootstrap_crossed(sampled.final, config.bootstrap)),
             _difference(config, answers, ablation, method, arm.against),
             greedy,
-            _percent(mean(sampled.area, (0, 1))),
+            percent(mean(sampled.area, (0, 1))),
             "–" if (first := sampled.first_step(config.threshold)) is None else str(first),
-            _number(here["entropy"].mean(), 3),
-            _number(here["length"].mean(), 1),
-            _number(here["kl_exposure"].mean(), 2),
-            _percent(here["coverage"].mean()),
-            *map(_percent, elsewhere),
+            number(here["entropy"].mean(), 3),
+            number(here["length"].mean(), 1),
+            number(here["kl_exposure"].mean(), 2),
+            percent(here["coverage"].mean()),
+            *map(percent, elsewhere),
         ]
         if config.mean:
-            cells.append(_percent(float(last["pass_rate"].to_numpy().mean())))
+            cells.append(percent(float(last["pass_rate"].to_numpy().mean())))
         rows.append(cells)
-    return _table(names, rows)
+    return table(names, rows)
 
 
 def _difference(
@@ -128,8 +127,8 @@ def _difference(
     finals = [curves(rows, main, SAMPLED).final for rows in (own, theirs)]
     if finals[0].shape != finals[1].shape:
         return "–"
-    points = _points(bootstrap_crossed(finals[0] - finals[1], config.bootstrap))
-    return f"{points} to {against}" if against else points
+    found = points(bootstrap_crossed(finals[0] - finals[1], config.bootstrap))
+    return f"{found} to {against}" if against else found
 
 
 def _exposure(config: StudyConfig, answers: pl.DataFrame) -> str:
@@ -142,53 +141,50 @@ def _exposure(config: StudyConfig, answers: pl.DataFrame) -> str:
         cells = [method, f"{own['kl_exposure'].max():.2f}"]
         for split in others:
             rates = curves(own, split, SAMPLED).rates
-            cells.append(_points(bootstrap_crossed(rates[:, -1] - rates[:, 0], config.bootstrap)))
+            cells.append(points(bootstrap_crossed(rates[:, -1] - rates[:, 0], config.bootstrap)))
         rows.append(cells)
-    return _table(["arm", "Σλ²", *others], rows)
+    return table(["arm", "Σλ²", *others], rows)
 
 
 def _worlds(config: StudyConfig, figures: pl.DataFrame) -> dict[str, str]:
     """Two tables: the dials that differ from the defaults, and what was measured of each base."""
-    defaults = WorldConfig()
-    dials = []
-    for name, world in config.worlds.items():
-        set_here = [
-            f"{field} {value}" if isinstance(value, str) else f"{field} {value:g}"
-            for field, value in world.model_dump().items()
-            if value != getattr(defaults, field)
-        ]
-        dials.append([name, ", ".join(set_here) or "the defaults"])
+    rows_of_dials = [[name, dials(world)] for name, world in config.worlds.items()]
+    found = by_world(figures)
     rows = []
-    for row in figures.to_dicts():
-        cells = [row["world"], _percent(row["pass_rate"]), _percent(row["signal"])]
-        cells += [_percent(row.get(f"{label}_pass_rate")) for label in _LABELS]
-        cells += [_number(row["tokens"], 0), _number(row.get("right_label_tokens"), 0)]
-        cells += [_percent(row["at_once"]), _percent(row.get("right_label_at_once"))]
-        cells += [_percent(row["right_at_once"])]
-        cells += [_number(row.get(f"right_label_{where}"), 4) for where in _PLACES]
-        cells += [_number(row.get(f"wrong_label_{where}"), 4) for where in _PLACES]
+    for name in config.worlds:
+        row = found[name]
+        cells = [name, percent(row["pass_rate"]), percent(row["signal"])]
+        cells += [percent(row.get(f"{label}_pass_rate")) for label in LABELS]
+        cells += [number(row["tokens"], 0), number(row.get("right_label_tokens"), 0)]
+        cells += [percent(row["at_once"]), percent(row.get("right_label_at_once"))]
+        cells += [percent(row["right_at_once"])]
+        cells += [number(row.get(f"right_label_{where}"), 4) for where in PLACES]
+        cells += [number(row.get(f"wrong_label_{where}"), 4) for where in PLACES]
         rows.append(cells)
     names = ["world", "pass rate", "signal", "right label", "wrong label", "tokens", "hinted"]
     names += ["at once", "hinted", "right at once"]
-    names += [f"KL {where}" for where in _PLACES] + [f"wrong, {where}" for where in _PLACES]
-    return {"dials": _table(["world", "dials"], dials), "figures": _table(names, rows)}
+    names += [f"KL {where}" for where in PLACES] + [f"wrong, {where}" for where in PLACES]
+    return {"dials": table(["world", "dials"], rows_of_dials), "figures": table(names, rows)}
 
 
-def _mechanism(steps: pl.DataFrame) -> dict[str, Any]:
-    """steps: a row per objective and seed."""
+def _mechanism(config: StudyConfig, first_steps: pl.DataFrame) -> dict[str, Any] | None:
+    """first_steps: a row per analysed run and objective; those of claims have their own tables."""
+    if config.mechanism is None:
+        return None
+    steps = first_steps.filter(ablation=next(iter(config.ablations)))
     seeds, tokens = steps["seed"].n_unique(), steps.group_by("seed").first()
     rows = []
     for (objective,), own in steps.group_by("objective", maintain_order=True):
         cells = [str(objective)]
         for column in ("lift", "to_right", "to_wrong"):
-            spread = f" ± {_number(own[column].std(), 4)}" if seeds > 1 else ""
-            cells.append(_number(own[column].mean(), 4, "+") + spread)
-        rows.append([*cells, _percent(own["kl_clipped"].mean())])
+            spread = f" ± {number(own[column].std(), 4)}" if seeds > 1 else ""
+            cells.append(number(own[column].mean(), 4, "+") + spread)
+        rows.append([*cells, percent(own["kl_clipped"].mean())])
     return {
         "seeds": seeds,
         "key_tokens": f"{tokens['key_tokens'].mean():.0f}",
         "supported_tokens": f"{tokens['supported_tokens'].mean():.0f}",
-        "table": _table(["one step of", "lift", "to right", "to wrong", "clipped"], rows),
+        "table": table(["one step of", "lift", "to right", "to wrong", "clipped"], rows),
     }
 
 
@@ -199,11 +195,11 @@ def _choices(config: StudyConfig, results: pl.DataFrame, tuning: pl.DataFrame) -
     choices = [" ".join(choice) for choice in config.tuning.choices]
     rows = []
     for method in config.ablations[first]:
-        cells = [_percent(tuning_rate(tuning, method, choice)) for choice in choices]
+        cells = [percent(tuning_rate(tuning, method, choice)) for choice in choices]
         best = choices.index(chosen[method])
         cells[best] = f"**{cells[best]}**"
         rows.append([method, *cells])
-    return _table(["arm", *(f"`{choice}`" for choice in choices)], rows)
+    return table(["arm", *(f"`{choice}`" for choice in choices)], rows)
 
 
 def _reported(reported: ReportedConfig) -> str:
@@ -217,29 +213,4 @@ def _reported(reported: ReportedConfig) -> str:
     # In the order of the row with most figures.
     columns = list(dict.fromkeys(c for row in sorted(cells.values(), key=len)[::-1] for c in row))
     rows = [[name, *(row.get(column, "–") for column in columns)] for name, row in cells.items()]
-    return _table(["", *columns], rows)
-
-
-def _percent(value: object) -> str:
-    return "–" if _unknown(value) else f"{value:.1%}".replace("%", " %")
-
-
-def _number(value: object, places: int, sign: str = "") -> str:
-    return "–" if _unknown(value) else f"{value:{sign}.{places}f}"
-
-
-def _unknown(value: object) -> bool:
-    return not isinstance(value, float) or math.isnan(value)
-
-
-def _interval(estimate: Estimate) -> str:
-    if math.isnan(estimate.value):
-        return "–"
-    return f"{100 * estimate.value:.1f} % ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
-
-
-def _points(estimate: Estimate) -> str:
-    if math.isnan(estimate.value):
-        return "–"
-    value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    return table(["", *columns], rows)

@@ -7,7 +7,7 @@ from the finished runs, studies share runs, and every figure can be traced to a 
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
@@ -17,9 +17,8 @@ import numpy as np
 import polars as pl
 
 from ...data.store import Dataset, Store
-from ...schemas.configs import TrainConfig, WorldConfig
+from ...schemas.configs import TrainConfig
 from ...schemas.errors import Stopped
-from ..bundled.world import base_of
 from ..progress import progress_bar, show_nothing
 from ..run_metrics import METRICS, read_metrics
 from ..runtime.signals import announce, handled, stop_of
@@ -87,7 +86,8 @@ def train_all(
         for future in as_completed(futures):
             run = futures[future]
             keep(run.key, future.result())
-            progress.advance(1, last=f"{run.arm.name} seed {run.seed}")
+            named = f"{run.arm.name} at {run.arm.point}" if run.arm.point else run.arm.name
+            progress.advance(1, last=f"{named} seed {run.seed}")
     return [store.get(refs[run.key]) for run in runs]
 
 
@@ -140,22 +140,6 @@ def _train(config: TrainConfig, root: str) -> str:
         _training = False
 
 
-def world_bases(worlds: Iterable[WorldConfig], pool: Executor) -> dict[WorldConfig, str]:
-    """The folder of each world's base; pre-trains those that are not there."""
-    # Worlds that differ in what is asked alone share a base, and no process waits for another.
-    trained = {world: world.model_copy(update={"asked_digits": None}) for world in worlds}
-    futures = {world: pool.submit(_base, world) for world in dict.fromkeys(trained.values())}
-    with progress_bar("bases", len(futures), "bases") as progress:
-        for future in as_completed(futures.values()):
-            future.result()
-            progress.advance(1)
-    return {world: futures[own].result() for world, own in trained.items()}
-
-
-def _base(world: WorldConfig) -> str:
-    return str(base_of(world))
-
-
 def answers(runs: Sequence[Run], made: Sequence[Dataset]) -> pl.DataFrame:
     """A row per run, evaluated step, split, decoding and problem."""
     rows = [row for run, dataset in zip(runs, made, strict=True) for row in _answers(run, dataset)]
@@ -182,6 +166,7 @@ def _answers(run: Run, dataset: Dataset) -> Iterator[dict[str, Any]]:
         }
     known = {
         "ablation": run.arm.ablation,
+        "point": run.arm.point,
         "method": run.arm.name,
         "seed": run.seed,
         "choice": " ".join(run.choice),
@@ -193,7 +178,7 @@ def _answers(run: Run, dataset: Dataset) -> Iterator[dict[str, Any]]:
 
 def results(answers: pl.DataFrame) -> pl.DataFrame:
     """A row per run, evaluated step, split and decoding, from the rows per problem."""
-    keys = ["ablation", "method", "seed", "choice", "run", "step", "split", "decoding"]
+    keys = ["ablation", "point", "method", "seed", "choice", "run", "step", "split", "decoding"]
     weighted = pl.col("entropy") * pl.col("tokens")
     return (
         answers.group_by(keys, maintain_order=True)

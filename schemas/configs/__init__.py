@@ -19,6 +19,7 @@ from .annotate import (
     VerifyConfig,
 )
 from .base import Config, operational
+from .claims import AxisConfig, ClaimArmConfig, ClaimConfig, ComparisonConfig
 from .endpoint import PaidEndpoint
 from .loss import GateConfig, LossConfig, ScheduleConfig, TeacherConfig
 from .own import OwnAnnotator, OwnConfig, OwnReward, OwnSampler, OwnSource, located, own_sources
@@ -85,10 +86,14 @@ __all__ = [
     "AnswerReward",
     "ArithmeticSource",
     "ArmConfig",
+    "AxisConfig",
     "ChampSource",
+    "ClaimArmConfig",
+    "ClaimConfig",
     "CodePart",
     "CollapseConfig",
     "Columns",
+    "ComparisonConfig",
     "Config",
     "ConvertConfig",
     "Device",

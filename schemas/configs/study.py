@@ -3,6 +3,7 @@
 from pydantic import Field, NonNegativeInt, model_validator
 
 from .base import Config, operational
+from .claims import MEASURES, ClaimConfig
 from .problems import ProblemsConfig
 from .train import TrainConfig
 from .world import WorldConfig
@@ -92,7 +93,15 @@ class StudyConfig(Config):
     )
     quick: list[str] = Field(default=[], description="key=value overrides that --quick applies.")
     ablations: dict[str, dict[str, ArmConfig]] = Field(
-        min_length=1, description="Arms by name, by ablation; the first is the page's main table."
+        default={},
+        description="Arms by name, by ablation; the first is the page's main table. {}: claims "
+        "alone.",
+        examples=[{"methods": {"grpo": {"preset": "grpo"}, "trace-fkl": {"preset": "trace-fkl"}}}],
+    )
+    claims: dict[str, ClaimConfig] = Field(
+        default={},
+        description="Claims by name: arms compared at each point of a map of worlds. Tuning is not "
+        "for them.",
     )
     worlds: dict[str, WorldConfig] = Field(
         default={},
@@ -136,7 +145,8 @@ class StudyConfig(Config):
             )
         if self.tuning is not None and self.tuning.seed in self.seeds:
             raise ValueError("tuning.seed is one of seeds; tuning needs a seed of its own")
-        first = next(iter(self.ablations.values()))
+        self._check_claims()
+        first = next(iter(self.ablations.values()), {})
         if self.mechanism is not None and self.mechanism not in first:
             raise ValueError(f"mechanism {self.mechanism!r} is none of {list(first)}")
         if self.exposure is not None and self.exposure not in self.ablations:
@@ -158,3 +168,22 @@ class StudyConfig(Config):
                         f"{list(rows)}"
                     )
         return self
+
+    def _check_claims(self) -> None:
+        if not self.ablations and not self.claims:
+            raise ValueError("ablations and claims are empty; give one of them")
+        if self.tuning is not None and not self.ablations:
+            raise ValueError(
+                "tuning tunes the arms of the first ablation, but there is none; drop it"
+            )
+        if both := sorted(self.ablations.keys() & self.claims.keys()):
+            raise ValueError(f"{both[0]!r} is an ablation and a claim; rename one of them")
+        known = [*MEASURES, *self.splits]
+        for name, claim in self.claims.items():
+            if "/" in name:
+                raise ValueError(f"claim {name!r} names a file; name it without a /")
+            for comparison in claim.comparisons:
+                if comparison.of not in known:
+                    raise ValueError(
+                        f"claims.{name}.comparisons: of {comparison.of!r} is none of {known}"
+                    )

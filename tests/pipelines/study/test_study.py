@@ -289,6 +289,6 @@ def test_a_study_with_contradictions_is_refused(change, message):
 def test_the_shipped_study_names_presets_and_fields_that_exist():
     config = load_config(StudyConfig, CONFIG)
     for size in (config, override(config, config.quick)):
-        runs = study_runs(size, arms(size), {})
+        runs = study_runs(arms(size), {})
         main = [run for run in runs if run.arm.ablation == "methods"]
         assert len(main) == len(config.ablations["methods"]) * len(size.seeds)
