@@ -265,13 +265,18 @@ def study(
         Path | None, typer.Option(dir_okay=False, help="Page; default: study.md there.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Apply the config's `quick`.")] = False,
+    only: Annotated[
+        str | None, typer.Option(help="One claim alone, in a folder of its own.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train every arm of a study with every seed; write tables, plots and a page of results."""
     loaded = _load(StudyConfig, config, None, None)
     loaded = override(loaded, [*(loaded.quick if quick else []), *(overrides or [])])
-    from ..study.study import planned, run_study
+    from ..study.study import planned, run_study, study_of
 
+    if only is not None:
+        loaded = study_of(loaded, only)
     if dry_run:
         print_config(loaded)
         console.print(f"# {planned(loaded)}")
