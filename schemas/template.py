@@ -65,9 +65,10 @@ class _Template:
             given = value if isinstance(value, dict) else {}
             yield from self._section(name, chosen, given, path)
             yield from self._others(name, variants, chosen, path)
-        elif value is _UNSET and named is not None:
-            yield f"{name}:"
-            yield from self._first_entry(named, path)
+        elif named is not None:
+            yield f"{name}:" if value is _UNSET else f"{name}: {one_line_yaml(value)}"
+            entry = self._first_entry(named, path)
+            yield from entry if value is _UNSET else _commented_out([f"{name}:", *entry])
         elif len(names := _names(field.annotation)) == 1:
             yield f"{name}: {names[0]}"
         else:

@@ -20,13 +20,12 @@ def prepared(folder: Path, make: Callable[[Path], None]) -> Path:
     Raises:
         InputError: the folder can't be written.
     """
-    made = folder / "config.json"
-    if made.exists():
+    if is_made(folder):
         return folder
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent, folder.name), writing(folder):
-        if made.exists():
+        if is_made(folder):
             return folder
         _sweep(folder)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -38,11 +37,16 @@ def prepared(folder: Path, make: Callable[[Path], None]) -> Path:
             try:
                 draft.rename(folder)
             except OSError:  # not empty: without working locks another process may be first
-                if not made.exists():
+                if not is_made(folder):
                     raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def is_made(folder: Path) -> bool:
+    """Whether a model is there: its folder gets its name when it is complete."""
+    return (folder / "config.json").exists()
 
 
 def _sweep(folder: Path) -> None:

@@ -27,8 +27,17 @@ def base_of(world: WorldConfig, folder: Path | None = None) -> Path:
         InputError: the folder can't be written, no such start, or a start with other tokens; a
             file of the markings can't be read.
     """
+    return prepared(base_folder(world, folder), partial(_pretrain, world))
+
+
+def base_folder(world: WorldConfig, folder: Path | None = None) -> Path:
+    """Where the world's base is, or will be.
+
+    Raises:
+        InputError: no such start; a file of the markings can't be read.
+    """
     name = content_hash({"version": _VERSION, "world": _identity(world)}, length=16)
-    return prepared((folder or cache_folder("worlds")) / name, partial(_pretrain, world))
+    return (folder or cache_folder("worlds")) / name
 
 
 def _identity(world: WorldConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +115,17 @@ def caption(figure: Any, text: str) -> None:
 
 def text_width(text: str, size: float, bold: bool = False) -> float:
     """Width of a line of text, in inches. size: of its type, in points."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
+    return sum(_advance(character, bold) for character in text) * size / 72
 
-    if not text.strip():
-        return 0.0
-    font = FontProperties(weight="bold" if bold else "normal")
-    return float(TextPath((0, 0), text, size=size, prop=font).get_extents().width) / 72
+
+@cache
+def _advance(character: str, bold: bool) -> float:
+    """How far a character moves the next one, per point of its size."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties(family="DejaVu Sans", weight=700 if bold else 400)))
+    font.set_size(100, 72)
+    return font.load_char(ord(character)).linearHoriAdvance / 65536 / 100
 
 
 def text_height(texts: Sequence[str], size: float) -> float:

@@ -78,7 +78,7 @@ def arms(
     Raises:
         InputError: an unknown preset, a bad override, a source that cannot ask a world's digits.
     """
-    bases = _unmade_bases(config) if bases is None else bases
+    bases = unmade_bases(config) if bases is None else bases
     sets = _unmade_sets(config) if sets is None else sets
     found = []
     for ablation, rows in config.ablations.items():
@@ -116,7 +116,7 @@ def _asked(
     return overlaid(train, links, [])
 
 
-def _unmade_bases(config: StudyConfig) -> dict[WorldConfig, str]:
+def unmade_bases(config: StudyConfig) -> dict[WorldConfig, str]:
     """Names for bases that are not there yet; worlds that share a base share the name."""
     return {
         world: world.model_copy(update={"asked_digits": None}).model_dump_json()

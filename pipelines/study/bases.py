@@ -9,7 +9,8 @@ import polars as pl
 from ...data.store import Store
 from ...schemas.configs import StudyConfig, WorldConfig
 from ...trace.policy import load_policy
-from ..bundled.world import base_of
+from ..bundled.prepared import is_made
+from ..bundled.world import base_folder, base_of
 from ..progress import progress_bar
 from .arms import Arm
 from .base_figures import base_figures
@@ -21,19 +22,26 @@ _APART = "; "  # between the names of worlds that share a row
 
 
 def world_bases(worlds: Iterable[WorldConfig], pool: Executor) -> dict[WorldConfig, str]:
-    """The folder of each world's base; pre-trains those that are not there."""
+    """The folder of each world's base; pre-trains those that are not there.
+
+    Raises:
+        InputError: see `base_of`.
+    """
     # Worlds that differ in what is asked alone share a base, and no process waits for another.
     trained = {world: world.model_copy(update={"asked_digits": None}) for world in worlds}
-    futures = {world: pool.submit(_base, world) for world in dict.fromkeys(trained.values())}
+    folders = {world: base_folder(world) for world in dict.fromkeys(trained.values())}
+    futures = [
+        pool.submit(_base, world) for world, folder in folders.items() if not is_made(folder)
+    ]
     with progress_bar("bases", len(futures), "bases") as progress:
-        for future in as_completed(futures.values()):
+        for future in as_completed(futures):
             future.result()
             progress.advance(1)
-    return {world: futures[own].result() for world, own in trained.items()}
+    return {world: str(folders[own]) for world, own in trained.items()}
 
 
-def _base(world: WorldConfig) -> str:
-    return str(base_of(world))
+def _base(world: WorldConfig) -> None:
+    base_of(world)
 
 
 def point_world(claim: str, point: str) -> str:

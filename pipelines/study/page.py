@@ -14,7 +14,7 @@ from ...schemas.configs import ReportedConfig, StudyConfig
 from ..plots.rates import curves, mean
 from ..statistics import bootstrap_crossed
 from ..training.validation import GREEDY, SAMPLED
-from .bases import by_world
+from .bases import PROBLEMS, by_world
 from .cells import LABELS, PLACES, dials, interval, number, percent, points, table
 from .claims_page import claims_part
 from .figures import of_arm, pass_rate, tuning_rate
@@ -64,6 +64,7 @@ def page(
         arms=partial(_arms, config, answers, results),
         exposure=partial(_exposure, config, answers),
         claims=claims,
+        measured=PROBLEMS,
         worlds=_worlds(config, worlds) if worlds is not None and config.worlds else None,
         mechanism=None if mechanism is None else _mechanism(config, mechanism),
         tuning=None if tuning is None else _choices(config, results, tuning),

@@ -12,7 +12,7 @@ from ...schemas.configs import StudyConfig
 from ...schemas.errors import InputError
 from ...schemas.extras import require
 from ...schemas.settings import dump_config
-from .arms import arms, asked_of, chosen, study_runs, tuning_runs, worlds_of
+from .arms import arms, asked_of, chosen, study_runs, tuning_runs, unmade_bases, worlds_of
 from .bases import world_bases, worlds_table
 from .comparisons import comparisons_table
 from .figures import CONFIG, draw
@@ -93,4 +93,6 @@ def planned(config: StudyConfig) -> str:
     if tuning:  # which arms share a run depends on the choices
         count = f"about {count}"
     steps = config.train.offline.steps + config.train.online.steps
-    return f"{count} runs of {steps} steps, after {tuning} that tune; {config.workers} at once"
+    bases = len(set(unmade_bases(config).values()))
+    on = f" on {bases} bases of worlds" if bases else ""
+    return f"{count} runs of {steps} steps{on}, after {tuning} that tune; {config.workers} at once"

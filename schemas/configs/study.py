@@ -180,8 +180,11 @@ class StudyConfig(Config):
             raise ValueError(f"{both[0]!r} is an ablation and a claim; rename one of them")
         known = [*MEASURES, *self.splits]
         for name, claim in self.claims.items():
-            if "/" in name:
-                raise ValueError(f"claim {name!r} names a file; name it without a /")
+            if any(character in name for character in "/;\n"):
+                raise ValueError(
+                    f"claim {name!r} has a /, a ; or a line break, but names a file; name it "
+                    "without"
+                )
             for comparison in claim.comparisons:
                 if comparison.of not in known:
                     raise ValueError(

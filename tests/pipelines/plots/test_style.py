@@ -1,12 +1,13 @@
 """Labels at lines' ends keep apart, and the colours differ for people who see few colours."""
 
+import re
 from itertools import combinations
 
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trace_opd.pipelines.plots.style import COLOURS, DASHES, spread, style_of
+from trace_opd.pipelines.plots.style import COLOURS, DASHES, spread, style_of, text_width, wrapped
 
 # On a loaded machine examples take seconds.
 _LOADED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -66,3 +67,18 @@ def test_colours_differ_for_people_without_red_or_green_cones():
         for (i, one), (j, other) in combinations(enumerate(seen), 2):
             # 2.3 is just noticeable.
             assert np.linalg.norm(one - other) > 9, (vision, COLOURS[i], COLOURS[j])
+
+
+_PARTS = st.lists(st.text("abWi", min_size=1, max_size=6), min_size=1, max_size=3)
+_WORDS = st.lists(_PARTS.map("-".join), max_size=6)
+
+
+@_LOADED
+@given(_WORDS, st.floats(0.2, 2))
+def test_wrapped_text_keeps_its_words_and_its_width(words, width):
+    text = " ".join(words)
+    lines = wrapped(text, width, 8.5).splitlines()
+    assert "".join("".join(lines).split()) == "".join(words)
+    for line in lines:
+        if text_width(line, 8.5) > width:  # one part of a word, which cannot be cut
+            assert re.fullmatch(r"\w+-?", line), line
