@@ -15,7 +15,7 @@ import torch
 
 from ...schemas.configs import PromptConfig, SamplingConfig
 from ...schemas.conversation import COLUMN, with_history
-from ...schemas.labels import Route, TypeLabel
+from ...schemas.labels import DiagnosticType, ErrorType, Route, TypeLabel
 from ...trace.losses import FLOOR, Head
 from ...trace.packing import PackedModel, pack
 from ...trace.policy import Policy
@@ -28,6 +28,7 @@ from ..samplers.rollouts import prompted_rollouts
 
 _PASS_TOKENS = 8192  # prompts and responses in a forward pass, or one longer response
 _LOGITS = 1 << 24  # per model at once: their float32 are 64 MiB
+_WITHOUT_CONTENT: set[TypeLabel] = {DiagnosticType.OTHER, ErrorType.OTHER_MISTAKE}
 _LABEL, _ROUTE = "diagnostic_type", "route"
 
 # Verdicts of rollouts: (problems, rollouts) to a verdicts table, row by row.
@@ -137,6 +138,17 @@ def has_signal(ids: Sequence[str], samples: Samples) -> np.ndarray:
 def other_kind(kinds: Sequence[TypeLabel], kind: TypeLabel) -> TypeLabel:
     """The kind before it, cyclically; the first if it is none of them."""
     return kinds[kinds.index(kind) - 1 if kind in kinds else 0]
+
+
+def wrong_labels(labels: Sequence[TypeLabel]) -> list[TypeLabel]:
+    """For each label another of its enumeration that is in use and has content; of all members if
+    fewer than two are in use.
+    """
+    kinds: dict[type, list[TypeLabel]] = {}
+    for members in (DiagnosticType, ErrorType):
+        used = sorted({one for one in labels if isinstance(one, members)} - _WITHOUT_CONTENT)
+        kinds[members] = used if len(used) > 1 else sorted(set(members) - _WITHOUT_CONTENT)
+    return [other_kind(kinds[type(label)], label) for label in labels]
 
 
 def places(routed: pa.Table) -> np.ndarray:
