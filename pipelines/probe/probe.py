@@ -171,9 +171,9 @@ def probe(
 
 
 def _source(annotations: Dataset) -> _Source:
-    verdicts = annotations.input("verdicts")
-    judged = verdicts.input("verdicts") if verdicts.stage == "select" else verdicts
-    rollouts = verdicts.input("rollouts")
+    verdicts = _input(annotations, "verdicts")
+    judged = _input(verdicts, "verdicts") if verdicts.stage == "select" else verdicts
+    rollouts = _input(verdicts, "rollouts")
     for dataset in (annotations, verdicts):
         if dataset.part_rows != rollouts.part_rows:
             raise InputError(
@@ -194,8 +194,17 @@ def _source(annotations: Dataset) -> _Source:
             f"dataset {judged.ref}: its rewards run code of one's own ({code[0].code_name}); read "
             f"that code, then set {TRUST}=1 to run it"
         )
-    problems = rollouts.input("problems")
+    problems = _input(rollouts, "problems")
     return _Source(annotations, verdicts, rollouts, problems, sampled, config)
+
+
+def _input(dataset: Dataset, role: str) -> Dataset:
+    if role not in dataset.manifest["inputs"]:
+        raise InputError(
+            f"dataset {dataset.ref}: names no {role} that it was made from; probe annotations that "
+            "`trace-opd annotate` made"
+        )
+    return dataset.input(role)
 
 
 def _made_by(dataset: Dataset, stage: str, kind: type[C]) -> C:

@@ -1,5 +1,7 @@
 """From figures to findings and a preset."""
 
+from pathlib import Path
+
 import pytest
 
 from trace_opd.pipelines.probe.regions import (
@@ -91,3 +93,14 @@ def test_a_finding_has_what_was_measured_and_the_threshold():
     assert "0.8 to 1.25" in empty.text
     for finding in (shorter, elsewhere, signal, empty):
         assert finding.text.count(". ") == 0  # one sentence
+
+
+def test_the_page_names_the_thresholds():
+    page = (Path(__file__).parents[3] / "docs" / "probe.md").read_text()
+    for text in (
+        f"within a factor of {LABELS_ALIKE:.3g} of",
+        f"less than {SHORTER:.2g} of the student's",
+        f"more than {ELSEWHERE:.2g} of that on spans",
+        f"signal below {100 * FEW_GROUPS:.0f} % and pass rate below {100 * WEAK:.0f} %",
+    ):
+        assert text in page
