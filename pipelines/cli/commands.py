@@ -44,6 +44,7 @@ from .init_command import init
 from .label_command import label
 from .options import QUIET, VERBOSE, App, AsJson
 from .plot_command import plot
+from .probe_command import probe
 from .push_command import push
 from .store_commands import COMMANDS, StoreRoot, open_store
 
@@ -196,7 +197,7 @@ for _entry in REGISTRY.values():
     app.command(_entry.name, help=_entry.summary)(_command)
 _OTHERS = {
     "export": export, "contamination": contamination, "push": push, "plot": plot, "init": init,
-    "demo": demo,
+    "demo": demo, "probe": probe,
 }  # fmt: skip
 for _name, _command in (COMMANDS | removal_commands.COMMANDS | _OTHERS).items():
     app.command(_name)(_command)
