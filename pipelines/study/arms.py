@@ -11,6 +11,8 @@ from functools import partial
 import polars as pl
 
 from ...schemas.configs import StudyConfig, TrainConfig, WorldConfig
+from ...schemas.errors import InputError
+from ...schemas.labels import Route
 from ...schemas.presets import preset_data
 from ...schemas.settings import overlaid, override
 from .claims import all_points, arm_at
@@ -99,8 +101,17 @@ def arms(
         for name, arm in claim.arms.items():
             train = arm_at(config, point, bases[point.world], arm)
             train = _asked(train, sets, point.world, tuning)
+            if name == claim.one_step and Route.FKL not in _actions(train):
+                raise InputError(
+                    f"claims.{point.claim}.one_step: arm {name!r} routes no token to fkl at "
+                    f"{point.name}, and the first step is analysed there; name another arm"
+                )
             found.append(Arm(point.claim, name, train, seeds, point.name, world=point.world))
     return found
+
+
+def _actions(train: TrainConfig) -> tuple[Route, Route]:
+    return train.online.routing.key, train.online.routing.error
 
 
 def _asked(

@@ -54,9 +54,9 @@ def points(estimate: Estimate) -> str:
 
 
 def difference(estimate: Estimate, scale: float, places: int) -> str:
-    """A difference and its 95 % interval, times a scale."""
+    """A difference and its 95 % interval if it has one, times a scale."""
     if math.isnan(estimate.value):
         return "–"
     ends = (scale * x for x in (estimate.value, estimate.low, estimate.high))
     value, low, high = (f"{x:+.{places}f}" for x in ends)
-    return f"{value} ({low} to {high})"
+    return value if math.isnan(estimate.low) else f"{value} ({low} to {high})"

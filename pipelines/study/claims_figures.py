@@ -14,7 +14,7 @@ from ..plots.differences import DifferencePanel, draw_differences
 from ..plots.heat import Axis, HeatPanel, draw_heat
 from ..plots.style import styled, write
 from ..statistics import Estimate
-from .comparisons import difference, estimate_of, unit_of
+from .comparisons import OVER_SEEDS, difference, estimate_of, unit_of
 
 _MOST_MAPS, _MOST_PANELS = 3, 4
 
@@ -74,4 +74,8 @@ def _estimates(claim: ClaimConfig, rows: pl.DataFrame) -> list[dict[str, Estimat
 def _over(rows: pl.DataFrame) -> str:
     """What the intervals are over."""
     seeds, problems = rows["seeds"].max(), rows["problems"].max()
-    return f"{seeds} seed{'s' if seeds != 1 else ''} and {problems} problems"
+    text = f"{seeds} seed{'s' if seeds != 1 else ''}"
+    if problems == 1:
+        return text
+    alone = " and ".join(sorted(set(rows["of"]) & set(OVER_SEEDS)))
+    return f"{text} and {problems} problems{f' ({alone}: over seeds)' if alone else ''}"

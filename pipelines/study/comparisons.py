@@ -18,6 +18,7 @@ from ..statistics import Estimate, bootstrap_crossed
 from ..training.validation import SAMPLED
 from .claims import points_of
 
+OVER_SEEDS = (ENTROPY, LIFT)
 _COLUMNS = {"claim": pl.String, "point": pl.String, "higher": pl.String, "lower": pl.String}
 _COLUMNS |= {"of": pl.String, "seeds": pl.Int64, "problems": pl.Int64}
 _COLUMNS |= dict.fromkeys(("value", "low", "high"), pl.Float64)
@@ -29,8 +30,8 @@ def comparisons_table(
     """A row per claim, point and comparison; None without claims.
 
     value, low, high: of pass rates as shares of one, of tokens per response, of entropy and lift in
-    nats; null where an arm has no figure. seeds, problems: what they are over; problems 1: over
-    seeds alone.
+    nats; null where an arm has no figure. A single figure, such as the lift of one seed, has no
+    interval. seeds, problems: what they are over; problems 1: over seeds alone.
     """
     if not config.claims:
         return None
@@ -52,7 +53,7 @@ def comparisons_table(
                     )
                     paired = high - low
                 paired = paired[:, np.isfinite(paired).all(axis=0)]
-                estimate = bootstrap_crossed(paired, config.bootstrap)
+                estimate = _estimate(paired, config.bootstrap)
                 rows.append(
                     {"claim": name, "point": point.name}
                     | comparison.model_dump()
@@ -71,13 +72,19 @@ def difference(comparison: ComparisonConfig) -> str:
 
 def unit_of(of: str) -> Unit:
     """The unit of a comparison."""
-    return "tokens" if of == TOKENS else "nats" if of in (ENTROPY, LIFT) else "points"
+    return "tokens" if of == TOKENS else "nats" if of in OVER_SEEDS else "points"
 
 
 def estimate_of(row: Mapping[str, Any]) -> Estimate:
     """The estimate of a row of the table; NaN where it has none."""
     value, low, high = (np.nan if row[n] is None else row[n] for n in ("value", "low", "high"))
     return Estimate(value, low, high)
+
+
+def _estimate(paired: np.ndarray, resamples: int) -> Estimate:
+    if paired.size == 1:  # all its resamples are equal
+        return Estimate(float(paired[0, 0]), np.nan, np.nan)
+    return bootstrap_crossed(paired, resamples)
 
 
 def _values(rows: pl.DataFrame, of: str, main: str) -> np.ndarray:

@@ -178,13 +178,12 @@ class StudyConfig(Config):
             )
         if both := sorted(self.ablations.keys() & self.claims.keys()):
             raise ValueError(f"{both[0]!r} is an ablation and a claim; rename one of them")
+        for name in [*self.claims, *self.worlds]:
+            # claims name files, and the table of bases parts the names of those that share one
+            if any(character in name for character in "/;\n"):
+                raise ValueError(f"name {name!r} has a /, a ; or a line break; rename it without")
         known = [*MEASURES, *self.splits]
         for name, claim in self.claims.items():
-            if any(character in name for character in "/;\n"):
-                raise ValueError(
-                    f"claim {name!r} has a /, a ; or a line break, but names a file; name it "
-                    "without"
-                )
             for comparison in claim.comparisons:
                 if comparison.of not in known:
                     raise ValueError(

@@ -12,77 +12,11 @@ from typer.testing import CliRunner
 from trace_opd.data.store import Store
 from trace_opd.pipelines.cli.commands import app
 from trace_opd.pipelines.statistics import Estimate
-from trace_opd.pipelines.study.arms import arms, study_runs
 from trace_opd.pipelines.study.claims_page import verdict, with_interval
-from trace_opd.schemas.configs import ComparisonConfig, StudyConfig
-from trace_opd.schemas.errors import InputError
-from trace_opd.schemas.settings import load_config, override
+from trace_opd.pipelines.study.comparisons import estimate_of
+from trace_opd.schemas.configs import ComparisonConfig
 
-ROOT = Path(__file__).parents[3]
-START = str(ROOT / "studies" / "micro-bases" / "step-800")
-WORLD = {"start": START, "steps": 2, "batch_size": 4, "min_digits": 2, "max_digits": 2}
-ADDITIONS = {"kind": "arithmetic", "min_digits": 2, "max_digits": 2}
-CARRIES = {
-    "label": "share of dropped carries",
-    "points": {"25 %": ["world.dropped_carry=0.25"], "50 %": ["world.dropped_carry=0.5"]},
-}
-ARMS = {"grpo": {"preset": "grpo"}, "fkl": {"preset": "trace-fkl", "set": ["optim.lr=1.0e-3"]}}
-MAP = {
-    "title": "a. Starved: FKL beats GRPO, by far",
-    "about": "What *this* tests.",
-    "world": WORLD,
-    "x": CARRIES,
-    "y": {
-        "label": "rollouts a step",
-        "points": {"2 × 4": ["train.groups_per_step=2"], "1 × 4": ["train.groups_per_step=1"]},
-    },
-    "arms": ARMS,
-    "comparisons": [
-        {"higher": "fkl", "lower": "grpo"},
-        {"higher": "grpo", "lower": "fkl", "of": "tokens"},
-        {"higher": "grpo", "lower": "fkl", "of": "other"},
-    ],
-    "seeds": 1,
-}
-# At its points the runs of the first seed are those of the map's first row.
-LINE = {
-    "title": "h. Lift",
-    "world": WORLD,
-    "x": CARRIES,
-    "arms": ARMS,
-    "comparisons": [
-        {"higher": "fkl", "lower": "grpo", "of": "lift"},
-        {"higher": "grpo", "lower": "fkl", "of": "entropy"},
-    ],
-    "one_step": "fkl",
-    "seeds": 1,
-}
-STUDY = {
-    "name": "small",
-    "problems": {"source": ADDITIONS, "limit": 8},
-    "splits": {
-        "test": {"source": ADDITIONS, "limit": 6, "seed": 1},
-        "other": {"source": ADDITIONS, "limit": 4, "seed": 2},
-    },
-    "seeds": [3, 4],
-    "train": {
-        "prompt": {"student": "{problem}", "teacher": "{problem}\nhint: {diagnostic_type}"},
-        "online": {
-            "steps": 1,
-            "group_size": 4,
-            "sampling": {"max_new_tokens": 40},
-            "annotator": {"engine": "rule", "match": "line"},
-        },
-        "optim": {"lr": 1e-4},
-        "groups_per_step": 2,
-        "tracker": "none",
-        "validation": {"every": 1, "k": 2, "greedy": False},
-    },
-    "claims": {"map": MAP, "line": LINE},
-    "bootstrap": 100,
-    "workers": 1,
-    "quick": ["claims.map.y=null", "seeds=[3]"],
-}
+from .claims_study import LINE, MAP, STUDY
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +33,6 @@ def study(folder: Path) -> None:
     arguments = ["study", f"{folder}/config.yaml", "--store", f"{folder}/store"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(folder)])
     assert result.exit_code == 0, result.output
-
-
-def changed(overrides: list[str]) -> StudyConfig:
-    return override(load_config(StudyConfig, STUDY), overrides)
 
 
 def table(made: Path, name: str) -> pl.DataFrame:
@@ -160,7 +90,10 @@ def test_comparisons_are_differences_of_the_answers(made):
             means = {"grpo": lifts["grpo"], "fkl": lifts["trace-fkl, clip none"]}
         expected = means[row["higher"]] - means[row["lower"]]
         assert row["value"] == pytest.approx(expected, abs=1e-12)
-        assert row["low"] <= row["value"] <= row["high"]
+        if of in ("lift", "entropy"):  # of a single seed
+            assert row["low"] is row["high"] is None
+        else:
+            assert row["low"] <= row["value"] <= row["high"]
         assert row["problems"] == {"other": 4, "entropy": 1, "lift": 1}.get(of, 6)
 
 
@@ -210,12 +143,7 @@ def test_the_page_has_a_verdict_and_a_summary_of_all_claims(made):
         first = table(made, "comparisons").filter(
             claim=name, of=claim["comparisons"][0].get("of", "pass_rate")
         )
-        found = verdict(
-            {
-                row["point"]: Estimate(*(row[n] for n in ("value", "low", "high")))
-                for row in first.to_dicts()
-            }
-        )
+        found = verdict({row["point"]: estimate_of(row) for row in first.to_dicts()})
         assert f"**{found.sentence}**" in section(made, claim["title"])
         anchor = {"map": "#a-starved-fkl-beats-grpo-by-far", "line": "#h-lift"}[name]
         assert f"| [{claim['title']}]({anchor}) | {' | '.join(found.cells)} |" in page
@@ -257,95 +185,15 @@ def test_a_study_of_claims_goes_on_from_what_its_store_has(made, monkeypatch):
     assert (made / "small" / "study.md").read_bytes() == page
 
 
-def test_the_quick_form_may_change_claims():
-    config = load_config(StudyConfig, STUDY)
-    quick = override(config, config.quick)
-    names = {(run.arm.ablation, run.arm.point) for run in study_runs(arms(quick), {})}
-    assert names == {(claim, point) for claim in ("map", "line") for point in ("25 %", "50 %")}
-
-
-def test_a_point_is_laid_over_its_arm_and_an_arm_over_its_preset():
-    """World's base, preset, arm, x, y: the later wins."""
-    rates = {"x": "train.optim.lr=3.0e-4", "y": "train.optim.lr=4.0e-4"}
-    for axes, expected in (({}, 1e-3), ({"x"}, 3e-4), ({"x", "y"}, 4e-4)):
-        changes = [
-            f"claims.line.{axis}={{label: rate, points: {{own: [{rates[axis]}]}}}}" for axis in axes
-        ]
-        found = [arm for arm in arms(changed(changes)) if arm.name == "fkl"]
-        assert found[-1].train.optim.lr == expected
-    alone = changed(["claims.line.arms.fkl.set=[schedule.w0=0.25, policy.path=micro]"])
-    last = arms(alone)[-1].train
-    assert (last.schedule.w0, last.policy.path, last.optim.lr) == (0.25, "micro", 1e-4)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("comparisons=[{higher: fkl, lower: x}]", r"claims\.line: comparisons: arm 'x' is none of"),
-        ("comparisons=[{higher: fkl, lower: fkl}]", "higher and lower are both 'fkl'; name two"),
-        (
-            "comparisons=[{higher: fkl, lower: grpo, of: shorter}]",
-            r"of 'shorter' is none of \['pass_rate', 'tokens', 'entropy', 'lift', 'test'",
-        ),
-        ("one_step=null", "of lift needs one_step; name the arm"),
-        ("one_step=x", "one_step"),
-        ("one_step=grpo", r"of lift compares grpo with one_step \(grpo\), not fkl with grpo"),
-        ("x.points={}", "points is empty; give at least one"),
-        ("x.points={a: [optim.lr=1]}", "'optim.lr=1' of point 'a' begins neither with world. nor"),
-        ("x.points={a|b: [train.optim.lr=1]}", "'a|b' has a"),
-        ("y={label: y, points: {a: [], 'a, a': []}}", "two points are named '25 %, a, a'"),
-        ("arms.fkl.world=drift", r"arms\.fkl\.world: unknown key"),
-        ("arms.fkl.like=grpo", r"arms\.fkl\.like: unknown key"),
-        ("comparisons=[]", "comparisons"),
-    ],
-)
-def test_a_claim_with_contradictions_is_refused(change, message):
-    if "a, a" in change:
-        change = change.replace("y=", "x.points={'25 %': [], '25 %, a': []}\0y=")
-    with pytest.raises(InputError, match=message):
-        changed([f"claims.line.{one}" for one in change.split("\0")])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("claims={}", "ablations and claims are empty; give one"),
-        ("ablations={map: {grpo: {preset: grpo}}}", "'map' is an ablation and a claim; rename"),
-        ("claims={a/b: {}}", r"a/b"),
-        (
-            "tuning={choices: [[optim.lr=1]], problems: {source: {kind: arithmetic}}}",
-            "tunes the arms of the first ablation, but there is none; drop it",
-        ),
-        ("mechanism=grpo", "mechanism 'grpo' is none of"),
-    ],
-)
-def test_a_study_whose_claims_contradict_it_is_refused(change, message):
-    with pytest.raises(InputError, match=message):
-        changed([change])
-
-
-@pytest.mark.parametrize(
-    ("points", "message"),
-    [
-        ("[world.dropped_carries=1]", r"claims\.line, point 'a': dropped_carries: unknown key"),
-        ("[world.edge=2]", r"claims\.line, point 'a': edge: .* 1 \(got 2\)"),
-        ("[train.optim.rate=1]", r"claims\.line, point 'a': optim\.rate: unknown key"),
-    ],
-)
-def test_a_points_bad_override_is_found_before_any_work_and_names_the_point(points, message):
-    config = changed([f"claims.line.x.points={{a: {points}}}"])
-    with pytest.raises(InputError, match=message):
-        arms(config)
-
-
 def test_a_verdict_says_what_the_interval_says():
     above, below = Estimate(0.1, 0.01, 0.2), Estimate(-0.1, -0.2, -0.01)
     around, none = Estimate(0.1, -0.01, 0.2), Estimate(math.nan, math.nan, math.nan)
+    single = Estimate(0.1, math.nan, math.nan)  # one figure: it has no interval
     one = verdict({"25 %": above, "50 %": above, "75 %": around, "99 %": below})
     assert one.sentence == "Holds at 25 %, 50 %; reversed at 99 %; open at 75 %."
     assert one.cells == ["25 %, 50 %", "75 %", "99 %"]
-    two = verdict({"25 %, 3 × 4": above, "25 %, 8 × 8": none})
-    assert two.sentence == "Holds at (25 %, 3 × 4); open at (25 %, 8 × 8)."
+    two = verdict({"25 %, 3 × 4": above, "25 %, 8 × 8": none, "a, b": single})
+    assert two.sentence == "Holds at (25 %, 3 × 4); open at (25 %, 8 × 8), (a, b)."
     assert verdict({"a": below, "b": below}).sentence == "Reversed at every point."
     assert verdict({"a": above}).cells == ["a", "–", "–"]
 
@@ -356,3 +204,5 @@ def test_a_difference_is_bold_where_its_interval_excludes_0():
     rate = ComparisonConfig(higher="a", lower="b")
     assert with_interval(Estimate(-0.1, -0.2, 0.0), rate) == "-10.0 (-20.0 to +0.0)"
     assert with_interval(Estimate(math.nan, math.nan, math.nan), rate) == "–"
+    lift = ComparisonConfig(higher="a", lower="b", of="lift")
+    assert with_interval(Estimate(0.01234, math.nan, math.nan), lift) == "+0.0123"
