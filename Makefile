@@ -12,11 +12,13 @@ MINUTES ?= 20
 bench-gpu: MINUTES = 27
 PARTS ?= loss,step,layers,rollout
 BIN := $(VENV)/bin
+# What makes the world of studies/methods.yaml one whose hints shorten.
+DRIFT := name=methods-drift worlds.here.short_hinted=0.7 worlds.here.short_plain=0.03 worlds.here.short_right=0.3
 # Disable telemetry of transformers and Prefect.
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-trackers test-triton test-vllm test-label-studio test-harness check deployments audit fuzz bench-annotate bench-clip bench-collapse bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick docs clean
+.PHONY: help peers setup setup-locked lock demo test test-architectures test-kill test-ranks test-soak test-cluster test-trackers test-triton test-vllm test-label-studio test-harness check deployments audit fuzz bench-annotate bench-clip bench-collapse bench-data bench-gpu bench-judge bench-loss bench-overlap bench-precision bench-plan bench-rollout bench-step bench-verify bases micro study study-quick study-map study-methods study-micro docs clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -169,11 +171,22 @@ peers:
 	@# The peers are optional: benchmarks skip and name the missing ones.
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
 
-study: setup  ## run the method, its baselines and ablations: docs/study.md
-	$(BIN)/trace-opd study studies/micro.yaml --store runs/study --page docs/study.md
+study: setup  ## test the paper's claims where they hold and where they stop: docs/study.md
+	$(BIN)/trace-opd study studies/claims.yaml --store runs/study --page docs/study.md
 
-study-quick: setup  ## run a smaller study: studies/micro-quick/study.md
-	$(BIN)/trace-opd study studies/micro.yaml --quick --store runs/study
+study-quick: setup  ## run a smaller form of it: studies/claims-quick/study.md
+	$(BIN)/trace-opd study studies/claims.yaml --quick --store runs/study
+
+study-map: setup  ## draw the maps of two dials each: docs/study-map.md
+	$(BIN)/trace-opd study studies/map.yaml --store runs/study --page docs/study-map.md
+
+study-methods: setup  ## run the methods since the paper in two worlds: docs/study-methods-*.md
+	$(BIN)/trace-opd study studies/methods.yaml --store runs/study --page docs/study-methods-starved.md
+	$(BIN)/trace-opd study studies/methods.yaml $(DRIFT) --store runs/study \
+		--page docs/study-methods-drift.md
+
+study-micro: setup  ## ablate everything in one world of many rollouts: docs/study-micro.md
+	$(BIN)/trace-opd study studies/micro.yaml --store runs/study --page docs/study-micro.md
 
 bases: setup  ## pre-train the study's bundled bases again, in models/micro-bases
 	$(BIN)/python -m trace_opd.pipelines.micro --output models/micro-bases \

@@ -19,7 +19,9 @@ from rich.table import Table
 
 from trace_opd.data.store import Dataset, Store
 from trace_opd.pipelines.run_metrics import METRICS, read_metrics
-from trace_opd.pipelines.study.runs import Run, arms, datasets, open_pool, train_all
+from trace_opd.pipelines.study.arms import Run, arms
+from trace_opd.pipelines.study.problem_sets import ProblemSets, problem_sets
+from trace_opd.pipelines.study.runs import open_pool, train_all
 from trace_opd.pipelines.training.validation import base_scores
 from trace_opd.schemas.configs import StudyConfig
 from trace_opd.schemas.settings import load_config
@@ -38,12 +40,11 @@ ARMS = {
 BROKEN = {"sdpo": "1.0e-3", "all-token-rkl": "2.0e-3", "all-token entry_above": "1.0e-3"}
 
 
-def runs_of(config: StudyConfig, refs: dict[str, str]) -> list[Run]:
+def runs_of(config: StudyConfig, sets: dict[int | None, ProblemSets]) -> list[Run]:
     """The arms with their seeds and the choices that the recorded study made."""
     recorded = pl.read_parquet(ROOT / "studies" / "micro" / "results.parquet")
-    splits = {name: ref for name, ref in refs.items() if name != "problems"}
     runs = []
-    for arm in arms(config, refs["problems"], splits):
+    for arm in arms(config, sets=sets):
         if arm.name in ARMS.get(arm.ablation, ()):
             of_arm = (pl.col("ablation") == arm.ablation) & (pl.col("method") == arm.name)
             choice = recorded.filter(of_arm)["choice"][0]
@@ -82,7 +83,7 @@ def main() -> None:
     )
     with TemporaryDirectory() as folder:
         store = Store(folder)
-        runs = runs_of(config, datasets(config, store))
+        runs = runs_of(config, problem_sets(config, store, [None]))
         with open_pool(config.workers) as pool:
             made = train_all(runs, store, pool, "collapse", config.name)
         rows = [record(run, dataset) for run, dataset in zip(runs, made, strict=True)]

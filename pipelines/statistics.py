@@ -84,6 +84,26 @@ def bootstrap_mean(values: np.ndarray, strata: np.ndarray, resamples: int, seed:
     return Estimate(value, *percentiles(draws))
 
 
+def bootstrap_sums(
+    values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int = 0
+) -> Estimate:
+    """A statistic of sums over problems, such as their quotient, with a percentile interval.
+
+    values: (problems, columns) float; statistic: maps (…, columns) of sums to (…); NaN where it is
+    undefined.
+    """
+    if not len(values):
+        return _NO_ESTIMATE
+    with np.errstate(divide="ignore", invalid="ignore"):
+        draws = resampled(
+            lambda index: statistic(values[index].sum(axis=1)),
+            [len(values)],
+            resamples,
+            np.random.default_rng(seed),
+        )
+        return Estimate(float(statistic(values.sum(axis=0))), *percentiles(draws))
+
+
 def bootstrap_crossed(values: np.ndarray, resamples: int, seed: int = 0) -> Estimate:
     """Mean and percentile interval of values (seeds, problems).
 

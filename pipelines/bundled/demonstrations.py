@@ -28,6 +28,7 @@ from ..annotators.rule import by_line
 
 STUDENT_TEMPLATE = "{problem}"
 TEACHER_TEMPLATE = "{problem}\nhint: {diagnostic_type}"
+PRIVILEGED_TEMPLATE = "{problem}\nsee:\n{context}"
 MICRO_WORLD = WorldConfig()
 
 
@@ -41,6 +42,7 @@ def noise(world: WorldConfig) -> dict[DiagnosticType, float]:
 
 
 NOISE = noise(MICRO_WORLD)
+_RATES = ("dropped_carry", "off_by_one", "miscopied")
 # Labels without noise of their own: hints that change nothing.
 UNINFORMATIVE = (DiagnosticType.COUNTING, DiagnosticType.SETUP)
 # The lines that say which form a response has, and the letters of filler.
@@ -117,11 +119,36 @@ def sample_chat(
     if rng.random() < 0.5:
         response = demonstration(rng, None, (left, right), operation, world)
         return STUDENT_TEMPLATE.format(problem=problem), response
+    if world.reference and rng.random() < world.reference:
+        return _with_reference(rng, problem, (left, right), operation, world)
     # Mostly meaningful labels; the others too, so that no label is unknown.
     informative = rng.random() < 0.8
     hint = rng.choice(list(NOISE) if informative else list(DiagnosticType))
     user = TEACHER_TEMPLATE.format(problem=problem, diagnostic_type=hint)
     return user, demonstration(rng, hint, (left, right), operation, world)
+
+
+def _with_reference(
+    rng: random.Random,
+    problem: str,
+    numbers: tuple[int, int],
+    operation: Operation,
+    world: WorldConfig,
+) -> tuple[str, str]:
+    """User turn with another response to the problem, and a response.
+
+    Half of the shown ones are written without noise. A right one removes errors of all kinds, as
+    the world's edge says; a wrong one changes nothing.
+    """
+    scaled = dict.fromkeys(_RATES, 0.0)
+    quiet = world.model_copy(update=scaled | {"short_plain": 0.0})
+    shown = demonstration(rng, None, numbers, operation, quiet if rng.random() < 0.5 else world)
+    result = sum(numbers) if operation is Operation.ADD else numbers[0] - numbers[1]
+    if shown.endswith("\n" + answer_text(str(result))):
+        scaled = {name: (1 - world.edge) * getattr(world, name) for name in _RATES}
+        world = world.model_copy(update=scaled)
+    user = PRIVILEGED_TEMPLATE.format(problem=problem, context=shown)
+    return user, demonstration(rng, UNINFORMATIVE[0], numbers, operation, world)
 
 
 @dataclass(frozen=True)

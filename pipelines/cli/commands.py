@@ -44,6 +44,7 @@ from .init_command import init
 from .label_command import label
 from .options import QUIET, VERBOSE, App, AsJson
 from .plot_command import plot
+from .probe_command import probe
 from .push_command import push
 from .store_commands import COMMANDS, StoreRoot, open_store
 
@@ -196,7 +197,7 @@ for _entry in REGISTRY.values():
     app.command(_entry.name, help=_entry.summary)(_command)
 _OTHERS = {
     "export": export, "contamination": contamination, "push": push, "plot": plot, "init": init,
-    "demo": demo,
+    "demo": demo, "probe": probe,
 }  # fmt: skip
 for _name, _command in (COMMANDS | removal_commands.COMMANDS | _OTHERS).items():
     app.command(_name)(_command)
@@ -265,13 +266,18 @@ def study(
         Path | None, typer.Option(dir_okay=False, help="Page; default: study.md there.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Apply the config's `quick`.")] = False,
+    only: Annotated[
+        str | None, typer.Option(help="One claim alone, in a folder of its own.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train every arm of a study with every seed; write tables, plots and a page of results."""
     loaded = _load(StudyConfig, config, None, None)
     loaded = override(loaded, [*(loaded.quick if quick else []), *(overrides or [])])
-    from ..study.study import planned, run_study
+    from ..study.study import planned, run_study, study_of
 
+    if only is not None:
+        loaded = study_of(loaded, only)
     if dry_run:
         print_config(loaded)
         console.print(f"# {planned(loaded)}")

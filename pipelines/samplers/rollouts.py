@@ -1,7 +1,10 @@
 """The rollouts table of a policy, for any sampler.
 
-Stages rollout and evaluate, online training and the study sample through `rollouts_table`.
+Stages rollout and evaluate, online training and the study sample through `rollouts_table`,
+the probe's teacher through `prompted_rollouts`.
 """
+
+from collections.abc import Sequence
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +15,7 @@ from ...schemas.conversation import COLUMN, with_history
 from ...schemas.errors import InputError
 from ...schemas.tables import ROLLOUTS
 from ...trace.prompt import student_prompt
-from ...trace.protocols import PolicyInfo, Sampler
+from ...trace.protocols import PolicyInfo, Prompt, Sampler
 
 
 def sample_seed(base: int, problem_id: str, sample_index: int) -> int:
@@ -31,9 +34,21 @@ def rollouts_table(
 ) -> pa.Table:
     """Sample a group per problem: a rollouts table, groups in the problems' order."""
     asked = problems.select(with_history(["problem_id", "problem"], problems)).to_pylist()
-    ids = [row["problem_id"] for row in asked]
-    seeds = [[sample_seed(seed, i, k) for k in range(group_size)] for i in ids]
     prompts = [student_prompt(tokenizer, prompt, row["problem"], row.get(COLUMN)) for row in asked]
+    ids = [row["problem_id"] for row in asked]
+    return prompted_rollouts(ids, prompts, sampler, sampling, group_size, seed)
+
+
+def prompted_rollouts(
+    ids: Sequence[str],
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    sampling: SamplingConfig,
+    group_size: int,
+    seed: int,
+) -> pa.Table:
+    """Sample a group per prompt; ids: of their problems."""
+    seeds = [[sample_seed(seed, i, k) for k in range(group_size)] for i in ids]
     policy = sampler.policy
     who = [policy.name, policy.revision, policy.step]
     how = sampling.semantic()

@@ -47,6 +47,7 @@ from ..annotators.rule import StepsAnnotator
 from ..bundled.demonstrations import NOISE, STUDENT_TEMPLATE, TEACHER_TEMPLATE, UNINFORMATIVE
 from ..bundled.micro import exact_verdicts
 from ..models import resolve_policy
+from ..probe.measure import other_kind
 from ..samplers.rollouts import rollouts_table
 from ..samplers.transformers import TransformersPolicySampler
 
@@ -63,7 +64,17 @@ def routed_rollouts(
     sampler = TransformersPolicySampler(policy, batch_tokens=65_536)
     sampling = SamplingConfig(max_new_tokens=max_new_tokens)
     rollouts = rollouts_table(problems, sampler, policy.tokenizer, PROMPT, sampling, 8, seed)
-    verdicts = exact_verdicts(problems, rollouts)
+    return routed_of(policy, problems, rollouts, exact_verdicts(problems, rollouts), routing)
+
+
+def routed_of(
+    policy: Policy,
+    problems: pa.Table,
+    rollouts: pa.Table,
+    verdicts: pa.Table,
+    routing: RoutingConfig,
+) -> pa.Table:
+    """Rollouts with verdicts, annotated by rule and routed."""
     annotator = StepsAnnotator(RuleAnnotator(engine="rule"), SegmentConfig())
     annotations = annotator.annotate(problems, rollouts, verdicts)
     pieces = byte_table(policy.tokenizer)
@@ -149,11 +160,6 @@ def label_effect(policy: Policy, problems: pa.Table, seed: int) -> dict[str, Any
             for name, values in divergences.items()
         }
     return figures
-
-
-def other_kind(kinds: Sequence[TypeLabel], kind: TypeLabel) -> TypeLabel:
-    """The kind before it, cyclically; the first if it is none of them."""
-    return kinds[kinds.index(kind) - 1 if kind in kinds else 0]
 
 
 def first_step(run: Dataset) -> pa.Table:

@@ -9,6 +9,7 @@ import polars as pl
 from ...data.atomic import write_atomic
 from ...data.store import Store
 from ...schemas.configs import StudyConfig
+from ...schemas.errors import InputError
 from ...schemas.extras import require
 from ...schemas.settings import dump_config
 from .arms import arms, asked_of, chosen, study_runs, tuning_runs, unmade_bases, worlds_of
@@ -62,6 +63,22 @@ def run_study(config: StudyConfig, store: Store, folder: Path, page_path: Path) 
     text = page(config, per_problem, table, mechanism, tuning, worlds, files, comparisons)
     write_atomic(page_path, text.encode())
     return table
+
+
+def study_of(config: StudyConfig, claim: str) -> StudyConfig:
+    """The study of one claim alone, under a name of its own; its runs are those of the whole.
+
+    Raises:
+        InputError: no such claim.
+    """
+    if claim not in config.claims:
+        raise InputError(
+            f"--only {claim}: study {config.name} has no such claim; "
+            + (f"give one of {', '.join(config.claims)}" if config.claims else "it has none")
+        )
+    alone = {"claims": {claim: config.claims[claim]}, "ablations": {}, "worlds": {}}
+    dropped = {"tuning": None, "mechanism": None, "exposure": None, "reported": None}
+    return config.model_copy(update=alone | dropped | {"name": f"{config.name}-{claim}"})
 
 
 def planned(config: StudyConfig) -> str:

@@ -79,6 +79,13 @@ class WorldConfig(Config):
     marking_schema: str | None = Field(
         default=None, description="Answer schema of the markings (a file)."
     )
+    reference: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the hinted demonstrations whose hint is another response to the "
+        "problem, right in half of them.",
+    )
     steps: int = Field(default=800, ge=1, description="Steps of pre-training.")
     batch_size: int = Field(default=64, ge=2, description="Demonstrations per step.")
     lr: float = Field(default=3e-3, gt=0, description="Highest learning rate.")

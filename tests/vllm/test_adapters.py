@@ -5,7 +5,7 @@ Run by `make test-vllm`.
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -76,7 +76,7 @@ def trained(policy: Policy) -> Trained:
 class Late(Trained):
     """A hand-over that gives adapters of before."""
 
-    before: dict[str, torch.Tensor]
+    before: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def adapters(self) -> dict[str, torch.Tensor] | None:
         return self.before

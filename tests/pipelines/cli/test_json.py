@@ -183,6 +183,16 @@ def test_contamination_has_all_pairs(made, asked):
     )
 
 
+def test_a_probe_has_figures_findings_and_a_preset(made, asked):
+    found = asked("probe", "line", "--problems", "2", "--samples", "2", "--store", made)
+    assert found["annotations"] == Store(made).get("line").ref
+    assert (found["problems"], found["rollouts"], found["samples"]) == (2, 8, 2)
+    low, high = found["figures"]["pass_rate"]["ci95"]
+    assert 0 <= low <= found["figures"]["pass_rate"]["value"] <= high <= 1
+    assert found["findings"][-1]["region"] in ("hint without content", "starved", "plentiful")
+    assert found["preset"] in ("grpo", "trace-rkl")
+
+
 def test_a_plan_has_bytes(asked):
     given = ("--gpus", "1", "--memory", "80", "--tflops", "400", "--bandwidth", "3000")
     found = asked("plan", CONFIG, *given)

@@ -12,7 +12,8 @@ import pytest
 from trace_opd.data.store import Store
 from trace_opd.pipelines.pipeline import run_stage
 from trace_opd.pipelines.run_metrics import METRICS, read_metrics
-from trace_opd.pipelines.study.runs import arms, datasets
+from trace_opd.pipelines.study.arms import arms
+from trace_opd.pipelines.study.problem_sets import ProblemSets, problem_sets
 from trace_opd.pipelines.training.collapse import CollapseGuard, method_name
 from trace_opd.pipelines.viewer.training_curves import charts
 from trace_opd.schemas.configs import StudyConfig, TrainConfig
@@ -39,8 +40,9 @@ def study(tmp_path_factory):
     config = load_config(StudyConfig, CONFIG)
     config = config.model_copy(update={"splits": {"test": config.splits["test"]}, "tuning": None})
     store = Store(tmp_path_factory.mktemp("collapse"))
-    refs = datasets(config, store)
-    found = arms(config, refs["problems"], {"test": refs["test"]})
+    made = problem_sets(config, store, [None])[None]
+    test = ProblemSets(made.problems, {}, {"test": made.splits["test"]})
+    found = arms(config, sets={None: test})
     return store, {arm.name: override(arm.train, SMALL) for arm in found}
 
 
