@@ -10,9 +10,11 @@ from enum import StrEnum
 
 from ..statistics import Estimate
 
-# The thresholds come from the map of docs/study.md.
+# Each lies between two points of docs/study.md. Claim c: all-token KL collapses where the teacher's
+# responses have 0.78 times the student's tokens, and does no harm at 1.0. Claim a: RKL helps where 16 %
+# of the groups have signal and 4 % of the responses are right, and not at 91 % and 27 %.
 LABELS_ALIKE = 1.25  # KL on spans, right label to wrong label: alike within this factor
-SHORTER = 0.7  # the teacher's tokens to the student's: below it the hint shortens
+SHORTER = 0.8  # the teacher's tokens to the student's: below it the hint shortens
 ELSEWHERE = 0.5  # KL elsewhere to KL on spans: above it the hint changes more than the spans
 FEW_GROUPS = 0.6  # share of groups with right and wrong responses: below it signal is scarce
 WEAK = 0.2  # pass rate: below it the policy is weak

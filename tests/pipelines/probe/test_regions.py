@@ -82,7 +82,7 @@ def test_a_finding_has_what_was_measured_and_the_threshold():
         right_label_length=0.41, elsewhere_to_spans=0.83, signal=0.31, pass_rate=0.07
     )
     assert "0.41 times" in shorter.text
-    assert "below 0.7" in shorter.text
+    assert "below 0.8" in shorter.text
     assert "0.83 times" in elsewhere.text
     assert "above 0.5" in elsewhere.text
     assert "31.0% of the groups of 8" in signal.text
