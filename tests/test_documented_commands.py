@@ -69,7 +69,8 @@ EXCUSED = {
         "needs a Prefect server; tests/test_flows.py"
     ),
     r"python -m trace_opd\.flows .*": "needs a Prefect server; tests/test_flows.py",
-    r"trace-opd study studies/(micro|claims|map|methods)\.yaml( --only \S+)?": HOURS + "; tests/pipelines/study",
+    r"trace-opd study studies/(micro|claims|map|methods)\.yaml( --only \S+)?": HOURS
+    + "; tests/pipelines/study",
     r"trace-opd problems configs/qwen3-8b.yaml": "needs problems from the hub",
     r"trace-opd push \S+ \S+": "needs the hub; tests/pipelines/hub/test_push.py",
     r"trace-opd (problems|import) .*\bowner/\S+.*": "the same",

@@ -11,8 +11,8 @@ from enum import StrEnum
 from ..statistics import Estimate
 
 # Each lies between two points of docs/study.md. Claim c: all-token KL collapses where the teacher's
-# responses have 0.78 times the student's tokens, and does no harm at 1.0. Claim a: RKL helps where 16 %
-# of the groups have signal and 4 % of the responses are right, and not at 91 % and 27 %.
+# responses have 0.78 times the student's tokens, and does no harm at 1.0. Claim a: RKL helps where
+# 16 % of the groups have signal and 4 % of the responses are right, and not at 91 % and 27 %.
 LABELS_ALIKE = 1.25  # KL on spans, right label to wrong label: alike within this factor
 SHORTER = 0.8  # the teacher's tokens to the student's: below it the hint shortens
 ELSEWHERE = 0.5  # KL elsewhere to KL on spans: above it the hint changes more than the spans

@@ -253,14 +253,14 @@ def test_a_bad_request_is_one_sentence(store, tmp_path, monkeypatch, capsys, arg
 
 
 def test_the_plots_of_a_study_are_drawn_again_from_its_tables(tmp_path, capsys):
-    folder = tmp_path / "micro-quick"
-    shutil.copytree(ROOT / "studies" / "micro-quick", folder)
-    (folder / "methods.svg").unlink()
+    folder = tmp_path / "map"
+    shutil.copytree(ROOT / "studies" / "map", folder)
+    (folder / "base-and-rollouts.svg").unlink()
     assert run("plot", folder) == 0
     written = capsys.readouterr().out.splitlines()
-    assert str(folder / "methods.svg") in written
+    assert str(folder / "base-and-rollouts.svg") in written
     for path in map(Path, written):  # the repository's own are as this release draws them
-        assert path.read_bytes() == (ROOT / "studies" / "micro-quick" / path.name).read_bytes()
+        assert path.read_bytes() == (ROOT / "studies" / "map" / path.name).read_bytes()
     assert run("plot", folder, "--what", "curves") == 2
     (folder / "answers.parquet").write_bytes(b"no table")
     assert run("plot", folder) == 2
