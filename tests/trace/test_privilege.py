@@ -542,8 +542,8 @@ def test_the_trainers_room_names_no_column_that_annotators_fill_freely():
 
 
 def test_only_sequences_asks_for_a_teachers_prompt():
-    """Evaluation, report and samplers build the student's prompt; study and probe measure labels, and
-    exports state the teacher's prompt of a routed row.
+    """Evaluation, report and samplers build the student's prompt; study and probe measure labels,
+    and exports state the teacher's prompt of a routed row.
     """
     builders = {"teacher_messages", "privileged_messages", "teacher_chat"}
     callers = {
