@@ -11,15 +11,13 @@ from trace_opd.pipelines.study.comparisons import comparisons_table
 from trace_opd.pipelines.study.page import page
 from trace_opd.pipelines.study.runs import results
 from trace_opd.schemas.configs import StudyConfig
-from trace_opd.schemas.settings import load_config, override
+from trace_opd.schemas.settings import load_config
 
 ROOT = Path(__file__).parents[3]
 PAGES = {
     "claims": "docs/study.md",
-    "claims-quick": "studies/claims-quick/study.md",
     "map": "docs/study-map.md",
-    "methods-starved": "docs/study-methods-starved.md",
-    "methods-drift": "docs/study-methods-drift.md",
+    "methods": "docs/study-methods.md",
 }
 
 
@@ -46,18 +44,8 @@ def test_a_page_is_made_of_its_tables(study):
     assert written.read_text() == text
 
 
-@pytest.mark.parametrize(
-    ("study", "file", "quick"),
-    [
-        ("claims", "claims", False),
-        ("claims-quick", "claims", True),
-        ("map", "map", False),
-        ("methods-starved", "methods", False),
-    ],
-)
-def test_a_study_has_the_config_of_its_file(study, file, quick):
-    config = load_config(StudyConfig, ROOT / "studies" / f"{file}.yaml")
-    if quick:
-        config = override(config, config.quick)
+@pytest.mark.parametrize("study", PAGES)
+def test_a_study_has_the_config_of_its_file(study):
+    config = load_config(StudyConfig, ROOT / "studies" / f"{study}.yaml")
     recorded = load_config(StudyConfig, ROOT / "studies" / study / "study.yaml")
     assert recorded.model_dump() == config.model_dump()
