@@ -3,6 +3,7 @@
 import pytest
 
 from trace_opd.pipelines.study.arms import arms, study_runs
+from trace_opd.pipelines.study.study import study_of
 from trace_opd.schemas.configs import StudyConfig
 from trace_opd.schemas.errors import InputError
 from trace_opd.schemas.settings import load_config, override
@@ -99,3 +100,13 @@ def test_an_arm_whose_first_step_is_analysed_has_key_tokens():
     config = changed(["claims.line.arms.fkl.preset=trace-rkl"])
     with pytest.raises(InputError, match=r"line\.one_step: arm 'fkl' routes no token to fkl at 25"):
         arms(config)
+
+
+def test_one_claim_alone_has_the_runs_that_the_whole_study_has():
+    whole = changed([])
+    alone = study_of(whole, "line")
+    assert alone.name == f"{whole.name}-line"
+    keys = {run.key for run in study_runs(arms(alone), {})}
+    assert keys == {run.key for run in study_runs(arms(whole), {}) if run.arm.ablation == "line"}
+    with pytest.raises(InputError, match=r"--only lines: .* give one of map, line"):
+        study_of(whole, "lines")

@@ -18,6 +18,7 @@ from trace_opd.pipelines.bundled.demonstrations import (
     BY_COLUMNS,
     LETTERS,
     demonstration,
+    sample_chat,
 )
 from trace_opd.pipelines.bundled.world import base_of
 from trace_opd.pipelines.cli.commands import app
@@ -65,6 +66,21 @@ def test_filler_stands_before_each_step_and_is_none():
     wrong = text.replace("8+7+0=15 c1", "8+7+0=15 c0")
     reading = by_line(Item("", "", "", row, wrong, segment(wrong), False))
     assert [wrong[slice(*segment(wrong)[i])].strip() for i in reading.marked[0]] == ["8+7+0=15 c0"]
+
+
+def test_a_right_reference_removes_errors_of_all_kinds_and_a_wrong_one_none():
+    world = WorldConfig(dropped_carry=0.3, off_by_one=0.2, miscopied=0.1, reference=1.0)
+    rng = random.Random(0)
+    rates: dict[bool, list[bool]] = {True: [], False: []}
+    for _ in range(600):
+        user, response = sample_chat(rng, world=world)
+        problem, _, shown = user.partition("\nsee:\n")
+        if shown:
+            right = "\n" + answer_text(str(sum(map(int, problem.split("+")))))
+            rates[shown.endswith(right)].append(response.endswith(right))
+    assert all(rates[True])
+    assert 0.1 < sum(rates[False]) / len(rates[False]) < 0.6
+    assert len(rates[True]) > len(rates[False]) > 50
 
 
 def test_the_drift_is_the_share_of_answers_at_once():
