@@ -175,7 +175,7 @@ study: setup  ## test the paper's claims where they hold and where they stop: do
 study-quick: setup  ## run a smaller form of it: studies/claims-quick/study.md
 	$(BIN)/trace-opd study studies/claims.yaml --quick --store runs/study
 
-study-map: setup  ## draw the maps of two dials each: docs/study-map.md
+study-map: setup  ## draw the map of base strength and rollouts: docs/study-map.md
 	$(BIN)/trace-opd study studies/map.yaml --store runs/study --page docs/study-map.md
 
 study-methods: setup  ## compare methods since the paper on a weak base: docs/study-methods.md

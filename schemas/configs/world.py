@@ -84,7 +84,7 @@ class WorldConfig(Config):
         ge=0,
         le=1,
         description="Share of the hinted demonstrations whose hint is another response to the "
-        "problem, right in half of them.",
+        "problem, half of them written without errors.",
     )
     steps: int = Field(default=800, ge=1, description="Steps of pre-training.")
     batch_size: int = Field(default=64, ge=2, description="Demonstrations per step.")
